@@ -1,0 +1,91 @@
+"""The shape and the size of one layer's pages. The allocator and the capacity planner ask the same
+object, so that what is planned is what is allocated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantpage.formats import KVFormat, QuantSpec
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Tokens a page may hold. Default 64; 16 inside an engine that wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """One layer's pages, K and V, with named dimensions."""
+
+    kv_heads: int
+    head_dim: int
+    """Channels of a key."""
+    format: KVFormat
+    page_size: int = 64
+    """Tokens a page."""
+    dtype: torch.dtype = torch.bfloat16
+    """The model's dtype: what 'none' codes and exact pages are kept in."""
+    value_head_dim: int | None = None
+    """Channels of a value; None: as a key."""
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
+        if self.kv_heads < 1 or self.head_dim < 1:
+            raise ValueError(
+                f"kv_heads, head_dim: expected at least 1, got {self.kv_heads}, {self.head_dim}"
+            )
+        for spec, width in ((self.format.key, self.head_dim), (self.format.value, self.v_dim)):
+            spec.granularity.groups(width)
+            if width % spec.code.values_per_byte:
+                raise ValueError(f"head_dim: expected an even number for {spec.code.name} codes")
+
+    @property
+    def v_dim(self) -> int:
+        """Channels of a value."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    def codes_shape(self, spec: QuantSpec, width: int, pages: int) -> tuple[int, int, int, int]:
+        """[pages, kv_heads, page_size, width / values_per_byte]."""
+        return (pages, self.kv_heads, self.page_size, width // spec.code.values_per_byte)
+
+    def scale_shape(self, spec: QuantSpec, width: int, pages: int) -> tuple[int, int, int, int]:
+        """[pages, kv_heads, page_size, groups]; dynamic scales only."""
+        return (pages, self.kv_heads, self.page_size, spec.granularity.groups(width))
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one cached token of this layer takes, scales and zeros counted."""
+        return self._token_bytes(self.format.key, self.head_dim) + self._token_bytes(
+            self.format.value, self.v_dim
+        )
+
+    def bytes_per_page(self) -> int:
+        """Bytes of one page of this layer."""
+        return self.page_size * self.bytes_per_token()
+
+    def exact_bytes_per_page(self) -> int:
+        """Bytes of one page kept exact, 0 for formats that keep none."""
+        if self.format.exact_pages is None:
+            return 0
+        return self.page_size * self.unquantized_bytes_per_token()
+
+    def exact_bytes_per_request(self) -> int:
+        """The most that a request's exact pages take beside its codes."""
+        kept = self.format.exact_pages
+        return 0 if kept is None else kept.kept_pages * self.exact_bytes_per_page()
+
+    def unquantized_bytes_per_token(self) -> int:
+        """Bytes of the same token in the model's own dtype."""
+        return self.kv_heads * (self.head_dim + self.v_dim) * self.dtype.itemsize
+
+    def pages_in(self, memory: int) -> int:
+        """Pages of this layer alone that fit in ``memory`` bytes."""
+        return memory // self.bytes_per_page()
+
+    def _token_bytes(self, spec: QuantSpec, width: int) -> int:
+        itemsize = (spec.code.storage or self.dtype).itemsize
+        codes = self.kv_heads * width // spec.code.values_per_byte * itemsize
+        if not spec.quantized or not spec.dynamic:
+            return codes
+        planes = 2 if spec.zero_point else 1
+        groups = spec.granularity.groups(width)
+        return codes + planes * self.kv_heads * groups * spec.scale_dtype.itemsize

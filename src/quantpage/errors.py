@@ -1,0 +1,46 @@
+"""Everything QuantPage raises on purpose.
+
+    QuantPageError
+    ├── FormatError          a quantization spec or a format name that cannot be
+    ├── CacheError           pages, page tables, saved caches
+    │   ├── OutOfPages       the pool has no free page left
+    │   └── CorruptCache     a saved cache that is truncated, altered, or of another format
+    ├── NonFiniteInput       checked mode met a NaN or an infinity (layer, tensor, token)
+    ├── NoImplementation     every candidate refused; the message lists each reason
+    └── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
+
+An argument of the wrong shape, type or range is a plain ``ValueError`` that names the
+argument, what was expected and what came: "key scale: expected (1, 8, 1), got (8,)".
+"""
+
+
+class QuantPageError(Exception):
+    """Base of all errors raised by QuantPage."""
+
+
+class FormatError(QuantPageError, ValueError):
+    """A quantization spec or format name that cannot be."""
+
+
+class CacheError(QuantPageError):
+    """Something is wrong with pages, page tables or a saved cache."""
+
+
+class OutOfPages(CacheError):
+    """The pool has no free page left."""
+
+
+class CorruptCache(CacheError):
+    """A saved cache that is truncated, altered, or of another format."""
+
+
+class NonFiniteInput(QuantPageError, ValueError):
+    """A NaN or an infinity was about to be written (checked mode only)."""
+
+
+class NoImplementation(QuantPageError):
+    """Every candidate refused the call."""
+
+
+class UnsupportedModel(QuantPageError):
+    """The model cannot keep its cache in quantized pages."""

@@ -1,0 +1,26 @@
+"""What a cached number means: codes, scales, zeros, rotation. Knows no cache and no kernel."""
+
+from quantpage.formats.quantize import Quantized, decode, dequantize, quantize, quantize_static
+from quantpage.formats.rotate import hadamard_matrix, rotate, rotation_block
+from quantpage.formats.spec import CODES, Code, ExactPages, Granularity, KVFormat, QuantSpec
+from quantpage.formats.table import ALIASES, FORMATS, find_format
+
+__all__ = [
+    "ALIASES",
+    "CODES",
+    "Code",
+    "ExactPages",
+    "FORMATS",
+    "Granularity",
+    "KVFormat",
+    "QuantSpec",
+    "Quantized",
+    "decode",
+    "dequantize",
+    "find_format",
+    "hadamard_matrix",
+    "quantize",
+    "quantize_static",
+    "rotate",
+    "rotation_block",
+]

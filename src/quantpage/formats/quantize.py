@@ -1,0 +1,140 @@
+"""The one definition of rounding: numbers to codes and back.
+
+    symmetric     scale = round16(max|x| / qmax)            code = clip(rint(x / scale))
+    zero point    scale = round16((max - min) / (qmax - qmin))
+                  zero  = round16(min - qmin * scale)       code = clip(rint((x - zero) / scale))
+    both          number = scale * code + zero
+
+rint rounds half to even. fp8 codes are a direct saturating cast to e4m3, never through an
+integer. round16 is the rounding to the spec's scale dtype, and codes are computed from the rounded
+scale, so that a 16-bit scale adds no error of its own. A group whose scale rounds to 0 (all
+zeros, subnormals, a constant row) gets scale 1 and codes 0.
+
+Non-finite input: a NaN becomes 0 and an infinity the largest finite number of float32 before
+anything else, so that it stays inside its own token and head. Checked mode refuses it instead
+(ops/rope_write).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.formats.spec import QuantSpec
+
+
+class Quantized(NamedTuple):
+    """Codes with their scales; ``zero`` is None for symmetric specs."""
+
+    codes: Tensor
+    """[*rows, head_dim / values_per_byte] in the code's storage dtype."""
+    scale: Tensor | None
+    """[*rows, groups] in the spec's scale dtype; None for the 'none' code or static scales."""
+    zero: Tensor | None
+    """As ``scale``; None without zero points."""
+
+
+def quantize(x: Float[Tensor, "*rows head_dim"], spec: QuantSpec) -> Quantized:
+    """Quantize rows with one dynamic scale a group of channels.
+
+    ``x`` is already in the spec's basis: rotation is the caller's (formats/rotate).
+    """
+    if not spec.quantized:
+        return Quantized(x, None, None)
+    work = _finite(x).unflatten(-1, (spec.granularity.groups(x.shape[-1]), -1))
+    scale, zero = _dynamic_scale(work, spec)
+    codes = _encode(work, scale, zero, spec)
+    return Quantized(codes, scale, zero)
+
+
+def quantize_static(
+    x: Float[Tensor, "*rows kv_heads head_dim"],
+    scale: Float[Tensor, "kv_heads groups"],
+    zero: Float[Tensor, "kv_heads groups"] | None,
+    spec: QuantSpec,
+) -> Quantized:
+    """Quantize rows with scales that were given; kv_heads may be 1 in ``scale``."""
+    work = _finite(x).unflatten(-1, (scale.shape[-1], -1))
+    return Quantized(_encode(work, scale, zero, spec), None, None)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    spec: QuantSpec,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "*rows head_dim"]:
+    """``scale * code + zero`` in ``dtype``; the 'none' code is only cast.
+
+    ``scale`` and ``zero`` broadcast over the rows: [*rows, groups] or [kv_heads, groups].
+    """
+    if not spec.quantized:
+        return codes.to(dtype)
+    assert scale is not None
+    numbers = decode(codes, spec, dtype).unflatten(-1, (scale.shape[-1], -1))
+    numbers = numbers * scale.to(dtype).unsqueeze(-1)
+    if zero is not None:
+        numbers = numbers + zero.to(dtype).unsqueeze(-1)
+    return numbers.flatten(-2)
+
+
+def decode(codes: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes as numbers, unscaled: [*rows, head_dim]. Exact in float16 and wider."""
+    if spec.code.values_per_byte == 2:
+        return unpack_nibbles(codes).to(dtype)
+    return codes.to(dtype)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int codes -8..7 [*rows, head_dim] -> uint8 [*rows, head_dim / 2], stored + 8."""
+    stored = (codes + 8).to(torch.uint8)
+    return stored[..., 0::2] | (stored[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [*rows, head_dim / 2] -> int8 codes -8..7 [*rows, head_dim]."""
+    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
+    return pairs.flatten(-2).to(torch.int8) - 8
+
+
+def _finite(x: Tensor) -> Tensor:
+    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    largest = torch.finfo(torch.float32).max
+    return torch.nan_to_num(work, nan=0.0, posinf=largest, neginf=-largest)
+
+
+def _dynamic_scale(work: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    if not spec.zero_point:
+        return _rounded_scale(work.abs().amax(-1) / spec.code.qmax, spec), None
+    low, high = work.amin(-1), work.amax(-1)
+    span = spec.code.qmax - spec.code.qmin
+    # Halves first: high - low of two huge numbers of opposite sign would overflow.
+    scale = _rounded_scale((high / 2 - low / 2) / span * 2, spec)
+    flat = high == low
+    zero = torch.where(flat, low, low - spec.code.qmin * scale.to(work.dtype))
+    return torch.where(flat, torch.ones_like(scale), scale), _round_to(zero, spec.scale_dtype)
+
+
+def _rounded_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    rounded = _round_to(scale, spec.scale_dtype)
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _encode(work: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    if zero is not None:
+        work = work - zero.to(work.dtype).unsqueeze(-1)
+    scaled = (work / scale.to(work.dtype).unsqueeze(-1)).flatten(-2)
+    if spec.code.name == "fp8":
+        return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    low = spec.code.qmin if zero is not None else -spec.code.qmax
+    codes = scaled.round().clamp(low, spec.code.qmax)
+    if spec.code.values_per_byte == 2:
+        return pack_nibbles(codes.to(torch.int8))
+    return codes.to(spec.code.storage)

@@ -1,0 +1,167 @@
+"""What a cached number means: code x scale (+ zero), and who shares a scale.
+
+Independent facts are independent small values: a ``Code`` says how one number is stored, a
+``Granularity`` says who owns a scale, a ``QuantSpec`` joins them for K or for V, a ``KVFormat``
+joins a key spec and a value spec. Impossible combinations fail when they are built.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from quantpage.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """An integer (or e4m3 bit pattern) that stands for a number."""
+
+    name: str
+    """'int8', 'fp8', 'int4', or 'none' for numbers kept as they are."""
+    storage: torch.dtype | None
+    """Tensor dtype of the codes; None: the model's own dtype."""
+    qmin: float
+    """Smallest code with a zero point; symmetric codes use -qmax."""
+    qmax: float
+    """Largest code."""
+    bits: int
+    """Bits a number takes; 16 is assumed for 'none' where a model's dtype is not known."""
+    values_per_byte: int = 1
+    """2 for int4: byte b of a row holds channel 2b in its low nibble, 2b+1 in its high one."""
+
+    @property
+    def exact(self) -> bool:
+        """True when numbers are stored as they are, without codes."""
+        return self.storage is None
+
+
+CODES = {
+    "none": Code("none", None, 0, 0, 16),
+    "int8": Code("int8", torch.int8, -128, 127, 8),
+    "fp8": Code("fp8", torch.float8_e4m3fn, -448, 448, 8),
+    "int4": Code("int4", torch.uint8, -8, 7, 4, values_per_byte=2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Granularity:
+    """Who owns a scale.
+
+    ====================================  =============  ==============================
+    granularity                           dynamic plane  static tensor
+    ====================================  =============  ==============================
+    Granularity()  a token and kv_head    [.., 1]        [kv_heads, 1]  (a kv_head)
+    Granularity(group=32), head_dim 128   [.., 4]        [kv_heads, 4]
+    Granularity(group=1)                  refused        [kv_heads, head_dim] (a channel)
+    Granularity(per_head=False)           refused        [1, 1]  (a tensor)
+    ====================================  =============  ==============================
+
+    where ".." is pages, kv_heads, page_size.
+    """
+
+    group: int | None = None
+    """Channels that share a scale; None: all channels of a head."""
+    per_head: bool = True
+    """False: one scale for all kv_heads (static scales only)."""
+
+    def groups(self, head_dim: int) -> int:
+        """Scales that one token of one head needs (dynamic) or one head (static)."""
+        if self.group is None:
+            return 1
+        if head_dim % self.group:
+            raise FormatError(f"group: expected a divisor of head_dim {head_dim}, got {self.group}")
+        return head_dim // self.group
+
+    def scale_shape(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """Shape of a static scale tensor."""
+        return (kv_heads if self.per_head else 1, self.groups(head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How K, or V, of one layer is quantized: ``number = scale * code + zero``."""
+
+    code: Code
+    granularity: Granularity = field(default_factory=Granularity)
+    dynamic: bool = True
+    """True: scales are computed when a token is written; False: given once (StaticScales)."""
+    zero_point: bool = False
+    """True: each scale has a zero, the number that code 0 stands for."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """Basis in which numbers are cached; see formats/rotate."""
+    scale_dtype: torch.dtype = torch.float16
+    """Codes are computed from the scale *after* it is rounded to this dtype."""
+
+    def __post_init__(self) -> None:
+        if self.code.exact:
+            if self.zero_point or self.rotation != "none":
+                raise FormatError("code none: numbers kept as they are take no zero or rotation")
+            return
+        if self.zero_point and self.code.name == "fp8":
+            raise FormatError("zero_point: fp8 codes are signed floats; a zero point adds nothing")
+        if self.dynamic and not self.granularity.per_head:
+            raise FormatError("granularity: a dynamic scale belongs to one token and kv_head")
+        if self.dynamic and self.granularity.group is not None and self.granularity.group < 16:
+            raise FormatError(
+                f"granularity: a dynamic group needs at least 16 channels, "
+                f"got {self.granularity.group}"
+            )
+        if self.scale_dtype not in (torch.float16, torch.float32, torch.float64):
+            raise FormatError(
+                f"scale_dtype: expected float16, float32 or float64, got {self.scale_dtype}"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """False for the 'none' code."""
+        return not self.code.exact
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits a cached number takes in the body, its share of scale and zero counted."""
+        if not self.quantized or not self.dynamic:
+            return float(self.code.bits)
+        scales = self.granularity.groups(head_dim) * (2 if self.zero_point else 1)
+        return self.code.bits + scales * self.scale_dtype.itemsize * 8 / head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ExactPages:
+    """Keys and values that a query sees unquantized, by position alone.
+
+    Query i sees the first page of its request and the page that i itself stands in as they were
+    computed; every other page through its codes. The rule knows no chunk and no batch, so
+    results do not depend on how the work was cut. It costs at most ``kept_pages`` 16-bit pages a
+    request beside the codes.
+    """
+
+    kept_pages: int = 3
+    """First page, the page in progress, and the one before it (so that a rejected draft of up to
+    a page of tokens can be rolled back)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """A named pair of specs: how K and how V of a layer are cached."""
+
+    name: str
+    key: QuantSpec
+    value: QuantSpec
+    exact_pages: ExactPages | None = None
+    """Positions kept in 16 bits as well; None: every query reads codes only."""
+    summary: str = ""
+    """One line for `quantpage formats`."""
+
+    def __post_init__(self) -> None:
+        if self.exact_pages is not None and not self.quantized:
+            raise FormatError(f"{self.name}: exact_pages need a quantized format")
+
+    @property
+    def quantized(self) -> bool:
+        """False when neither K nor V has codes."""
+        return self.key.quantized or self.value.quantized
+
+    @property
+    def dynamic(self) -> bool:
+        """True when no scale has to be given from outside."""
+        return all(spec.dynamic or not spec.quantized for spec in (self.key, self.value))

@@ -1,0 +1,60 @@
+"""FORMATS: every format by its name, the only place where a name is spelled.
+
+To add a format, add a line here (docs/adding-a-format.md). The tests, the bench cases, the support
+matrix and `quantpage explain` iterate over this table.
+"""
+
+from quantpage.errors import FormatError
+from quantpage.formats.spec import CODES, ExactPages, Granularity, KVFormat, QuantSpec
+
+_INT8 = QuantSpec(CODES["int8"], rotation="hadamard")
+_FP8 = QuantSpec(CODES["fp8"])
+_INT4 = QuantSpec(CODES["int4"], zero_point=True, rotation="hadamard")
+_INT8_STATIC = QuantSpec(CODES["int8"], Granularity(group=1), dynamic=False)
+_FP8_STATIC = QuantSpec(CODES["fp8"], dynamic=False)
+_INT4_STATIC = QuantSpec(CODES["int4"], Granularity(group=1), dynamic=False, zero_point=True)
+_NONE = QuantSpec(CODES["none"])
+
+
+def _named(name: str, key: QuantSpec, value: QuantSpec, summary: str, exact: bool = False):
+    return KVFormat(name, key, value, ExactPages() if exact else None, summary)
+
+
+FORMATS: dict[str, KVFormat] = {
+    each.name: each
+    for each in (
+        _named("none", _NONE, _NONE, "the model's own dtype, unquantized"),
+        _named("int8", _INT8, _INT8, "int8, rotated, one scale a token and kv_head"),
+        _named("fp8", _FP8, _FP8, "float8 e4m3, one scale a token and kv_head"),
+        _named("int4", _INT4, _INT4, "4 bits, rotated, zero point, exact pages", exact=True),
+        _named("k8v4", _INT8, _INT4, "int8 keys, 4-bit values"),
+        _named("int8_static", _INT8_STATIC, _INT8_STATIC, "int8, one given scale a channel"),
+        _named("fp8_static", _FP8_STATIC, _FP8_STATIC, "float8 e4m3, one given scale a kv_head"),
+        _named("int4_static", _INT4_STATIC, _INT4_STATIC, "4 bits, given scale, zero a channel"),
+    )
+}
+
+ALIASES: dict[str, str] = {
+    "auto": "none",
+    "block_wise_fp8": "fp8",
+    "fp8_per_token_head": "fp8",
+    "int8_per_token_head": "int8",
+    "int4_per_token_head": "int4",
+    "cache_int8": "int8_static",
+    "cache_fp8": "fp8_static",
+    "fp8_e4m3": "fp8_static",
+    "cache_int4_zp": "int4_static",
+}
+"""Names that other systems use -> ours."""
+
+
+def find_format(name: str) -> KVFormat:
+    """The format called ``name``, by our name or another system's.
+
+    Raises FormatError that lists the names there are.
+    """
+    found = FORMATS.get(ALIASES.get(name, name))
+    if found is None:
+        names = ", ".join(FORMATS)
+        raise FormatError(f"kv_format: expected one of {names}; got {name!r}")
+    return found

@@ -1,0 +1,61 @@
+"""What device a tensor lives on, read once per device and never at import.
+
+Dispatch asks ``device_info`` instead of calling torch.cuda in many places: importing
+quantpage must not start CUDA, and a refusal should be able to say what it found.
+"""
+
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """Facts about one device that decide which implementation can run on it."""
+
+    kind: str
+    """'cpu' or 'cuda'."""
+    name: str
+    """What the vendor calls it."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability, (9, 0) for Hopper; None off CUDA."""
+    processors: int
+    """Streaming multiprocessors, or CPU threads that torch may use."""
+    l2_bytes: int
+    """Second-level cache; 0 where unknown."""
+
+
+def device_info(device: torch.device | str) -> DeviceInfo:
+    """Facts about ``device``; the CPU's thread count is read anew, the rest once."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return DeviceInfo("cpu", _cpu_name(), None, torch.get_num_threads(), 0)
+    if device.type == "cuda":
+        return _cuda_info(torch.cuda.current_device() if device.index is None else device.index)
+    return DeviceInfo(device.type, device.type, None, 0, 0)
+
+
+@lru_cache
+def _cuda_info(index: int) -> DeviceInfo:
+    found = torch.cuda.get_device_properties(index)
+    return DeviceInfo(
+        "cuda",
+        found.name,
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.L2_cache_size,
+    )
+
+
+@lru_cache
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,115 @@
+"""Who may see whom. ``materialize`` is the oracle; integers and intervals feed the kernels.
+
+Positions are absolute: key j of a request is its j-th token, whatever was cached when and however
+the work was cut. Query i of a request with c cached tokens stands at position c + i.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Mask(ABC):
+    """What every mask can say of itself."""
+
+    kind: ClassVar[str]
+    """'causal', 'full' or 'interval': what a backend or an implementation asks before it accepts."""
+    per_head: bool = False
+    """True where kv_heads see different keys."""
+
+    @abstractmethod
+    def visible(
+        self,
+        queries: Int[Tensor, " queries"],
+        keys: Int[Tensor, " keys"],
+        request: int = 0,
+        kv_head: int = 0,
+    ) -> Bool[Tensor, "queries keys"]:
+        """True where the query at position ``queries[i]`` sees the key at position ``keys[j]``."""
+
+    @abstractmethod
+    def key_range(
+        self, first_query: int, last_query: int, keys: int, request: int = 0
+    ) -> tuple[int, int]:
+        """Half-open range outside which no query of first..last (inclusive) sees a key.
+
+        Tiles outside are skipped, never read. May be wider than needed, never narrower.
+        """
+
+    def materialize(
+        self, queries: Int[Tensor, " queries"], num_keys: int, request: int = 0, kv_head: int = 0
+    ) -> Bool[Tensor, "queries keys"]:
+        """``visible`` over keys 0 .. num_keys - 1: the oracle."""
+        keys = torch.arange(num_keys, device=queries.device)
+        return self.visible(queries, keys, request, kv_head)
+
+
+@dataclass(frozen=True, slots=True)
+class CausalMask(Mask):
+    """Query i sees keys up to and including its own position.
+
+    window: only the last ``window`` keys, its own included (None: all). sink_tokens: with a
+    window, the first tokens of the request stay visible (StreamingLLM, arXiv 2309.17453).
+    """
+
+    kind: ClassVar[str] = "causal"
+    per_head: ClassVar[bool] = False
+    window: int | None = None
+    sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1 token, got {self.window}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens: expected at least 0, got {self.sink_tokens}")
+
+    def visible(
+        self,
+        queries: Int[Tensor, " queries"],
+        keys: Int[Tensor, " keys"],
+        request: int = 0,
+        kv_head: int = 0,
+    ) -> Bool[Tensor, "queries keys"]:
+        """k <= q, and within the window or among the sink tokens."""
+        q, k = queries[:, None], keys[None, :]
+        seen = k <= q
+        if self.window is not None:
+            seen &= (k > q - self.window) | (k < self.sink_tokens)
+        return seen
+
+    def key_range(
+        self, first_query: int, last_query: int, keys: int, request: int = 0
+    ) -> tuple[int, int]:
+        """From the first query's window to the last query's own key."""
+        start = 0
+        if self.window is not None and self.sink_tokens == 0:
+            start = max(0, first_query - self.window + 1)
+        return min(start, keys), min(last_query + 1, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class FullMask(Mask):
+    """Every query sees every key of its request (encoders, bidirectional blocks)."""
+
+    kind: ClassVar[str] = "full"
+    per_head: ClassVar[bool] = False
+
+    def visible(
+        self,
+        queries: Int[Tensor, " queries"],
+        keys: Int[Tensor, " keys"],
+        request: int = 0,
+        kv_head: int = 0,
+    ) -> Bool[Tensor, "queries keys"]:
+        """All True."""
+        return torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=queries.device)
+
+    def key_range(
+        self, first_query: int, last_query: int, keys: int, request: int = 0
+    ) -> tuple[int, int]:
+        """All keys."""
+        return 0, keys

@@ -1,0 +1,1 @@
+"""Stateless functions on views; a folder an op, the same file names in each."""

@@ -1,0 +1,59 @@
+"""Attention over quantized pages.
+
+``attend`` reads the codes of a layer's pages directly. Queries come in the basis of the cache
+(``rope_write`` hands them back so) and outputs leave in it; quantpage.attention turns them back.
+
+Formats with exact pages are two calls over disjoint keys, body from the codes and exact from the
+16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them.
+"""
+
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.merge import merge_partials
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.dispatch import Call, Implementation
+
+__all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
+
+
+def _torch_refusals(call: Call) -> list[str]:
+    return []
+
+
+CANDIDATES: list[Implementation] = [
+    Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", _torch_refusals),
+]
+"""In order of preference."""
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    implementation: Implementation,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output in the query's dtype and natural log-sum-exp in at least float32.
+
+    ``implementation`` comes from ``dispatch.choose``; it computes one segment.
+    """
+    run = implementation.load()
+    if layer.exact_key is None:
+        out, lse = run(q, layer, batch, params)
+        return out.to(q.dtype), lse
+    if batch.exact is None:
+        raise ValueError("batch.exact: expected a plan, as the format keeps exact pages; got None")
+    exact_batch = replace(
+        batch, page_table=batch.exact.page_table, slots=batch.exact.slots, exact=None
+    )
+    # The sink is one key of the softmax: it enters once, in the merge.
+    bare = replace(params, sinks=None)
+    body = run(q, replace(layer, exact_key=None, exact_value=None), batch, bare, segment="body")
+    near = run(q, layer.exact(), exact_batch, bare, segment="exact")
+    out, lse = merge_partials([body[0], near[0]], [body[1], near[1]], params.sinks)
+    return out.to(q.dtype), lse

@@ -1,0 +1,88 @@
+"""The true statement of attention over quantized pages; the oracle of every implementation.
+
+One request at a time, everything dequantized and every score materialized, in float64 where the
+query is float64. Read this first.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.gather.reference import gather_request
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output and natural log-sum-exp, float64, in the basis of the cache.
+
+    A query that may see nothing gives output 0 and log-sum-exp -inf.
+    """
+    q_heads, group = q.shape[1], q.shape[1] // layer.kv_heads
+    out = torch.zeros(q.shape[0], q_heads, layer.value.head_dim, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    row = 0
+    for request, (new, context) in enumerate(
+        zip(batch.query_lens, batch.host_context_lens, strict=True)
+    ):
+        rows = slice(row, row + new)
+        row += new
+        positions = batch.positions[rows].cpu()
+        for head in range(q_heads):
+            k, v, exact = _keys_and_values(layer, batch, request, context, head // group)
+            scores = _scores(q[rows, head].cpu().double(), positions, k, exact, batch.page_size)
+            scores = scores * params.softmax_scale
+            if params.softcap is not None:
+                scores = params.softcap * torch.tanh(scores / params.softcap)
+            seen = params.mask.materialize(positions, context, request, head // group)
+            scores = scores.masked_fill(~seen, -torch.inf)
+            if params.sinks is not None:
+                sink = params.sinks[head].cpu().double().expand(new, 1)
+            else:
+                sink = torch.full((new, 1), -torch.inf, dtype=torch.float64)
+            total = torch.logsumexp(torch.cat([scores, sink], 1), 1)
+            weights = torch.exp(scores - total.nan_to_num(neginf=0.0)[:, None])
+            # Select, do not multiply by zero: a value that nobody sees may be NaN.
+            shown = seen.any(0)[:, None]
+            out[rows, head] = weights @ torch.where(shown, v[0], 0.0)
+            if exact is not None:
+                near = _exact_pairs(positions, context, batch.page_size)
+                out[rows, head] = torch.where(near, 0.0, weights) @ torch.where(
+                    shown, v[0], 0.0
+                ) + torch.where(near, weights, 0.0) @ torch.where(shown, v[1], 0.0)
+            lse[rows, head] = total
+    return out, lse
+
+
+def _keys_and_values(layer, batch, request, context, kv_head):
+    """Codes dequantized, and exact rows beside them where the format keeps some."""
+    table = batch.page_table[request]
+    k = [gather_request(layer.key, table, context, torch.float64)[:, kv_head].cpu()]
+    v = [gather_request(layer.value, table, context, torch.float64)[:, kv_head].cpu()]
+    if layer.exact_key is None or batch.exact is None:
+        return k, v, None
+    exact_table = batch.exact.page_table[request].clamp_min(0)
+    exact = layer.exact()
+    k.append(gather_request(exact.key, exact_table, context, torch.float64)[:, kv_head].cpu())
+    v.append(gather_request(exact.value, exact_table, context, torch.float64)[:, kv_head].cpu())
+    return k, v, True
+
+
+def _scores(q, positions, k, exact, page_size):
+    scores = q @ k[0].T
+    if exact is None:
+        return scores
+    near = _exact_pairs(positions, k[0].shape[0], page_size)
+    return torch.where(near, q @ k[1].T, scores)
+
+
+def _exact_pairs(positions: Tensor, keys: int, page_size: int) -> Tensor:
+    """Which keys a query sees exactly: first page, and the page it stands in."""
+    pages = torch.arange(keys)[None] // page_size
+    return (pages == 0) | (pages == positions[:, None] // page_size)

@@ -1,0 +1,133 @@
+"""Attention over quantized pages in plain torch, tile by tile: the path that always works.
+
+Online softmax (FlashAttention, arXiv 2205.14135) over tiles of pages. Only one tile of keys and
+values is ever dequantized, and only one tile of scores exists, so that memory does not grow with the
+prompt. Tiles outside the mask are not read.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.gather.reference import gather_request
+
+QUERY_TILE = 256
+KEY_TILE = 512
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output and natural log-sum-exp, in float32 (float64 for float64 queries)."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(q.shape[0], q.shape[1], layer.value.head_dim, dtype=work)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=work)
+    start = 0
+    for request, (new, context) in enumerate(
+        zip(batch.query_lens, batch.host_context_lens, strict=True)
+    ):
+        for first in range(start, start + new, QUERY_TILE):
+            rows = slice(first, min(first + QUERY_TILE, start + new))
+            position = context - new + first - start
+            out[rows], lse[rows] = _query_tile(
+                q[rows].to(work), layer, batch, params, segment, request, position, context
+            )
+        start += new
+    return out, lse
+
+
+def _query_tile(q, layer, batch, params, segment, request, first, context):
+    """One tile of queries at positions first.. against every key tile that it may see."""
+    tokens, q_heads, _ = q.shape
+    kv_heads = layer.kv_heads
+    group = q_heads // kv_heads
+    # [kv_heads, group * tokens, head_dim]: the group shares its keys, so it is one matrix product.
+    grouped = q.view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+    peak = q.new_full((kv_heads, group * tokens, 1), -torch.inf)
+    total = torch.zeros_like(peak)
+    acc = q.new_zeros(kv_heads, group * tokens, layer.value.head_dim)
+    if params.sinks is not None:
+        sink = params.sinks.to(q.dtype).view(kv_heads, group, 1).expand(kv_heads, group, tokens)
+        peak = sink.reshape(kv_heads, group * tokens, 1).clone()
+        total = torch.ones_like(peak)
+    queries = torch.arange(first, first + tokens, device=q.device)
+    for low, high in _key_tiles(batch.page_size, params, segment, request, first, tokens, context):
+        keys = torch.arange(low, high, device=q.device)
+        seen = _visible(params, segment, batch.page_size, queries, keys, request, kv_heads)
+        k = _rows(layer.key, batch.page_table[request], low, high, q.dtype)
+        scores = (grouped @ k.mT) * params.softmax_scale
+        if params.softcap is not None:
+            scores = torch.tanh(scores / params.softcap) * params.softcap
+        scores = scores.unflatten(1, (group, tokens)).masked_fill(~seen[:, None], -torch.inf)
+        scores = scores.flatten(1, 2)
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        anchor = new_peak.nan_to_num(neginf=0.0)
+        weights = torch.exp(scores - anchor)
+        shrink = torch.exp(peak - anchor)
+        v = _rows(layer.value, batch.page_table[request], low, high, q.dtype)
+        # Select, do not multiply by zero: a slot that nobody sees may hold NaN.
+        v = torch.where(seen.any(1).unsqueeze(-1), v, 0.0)
+        acc = acc * shrink + weights @ v
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        peak = new_peak
+    lse = torch.where(total > 0, peak + total.log(), -torch.inf)
+    acc = torch.where(total > 0, acc / total, 0.0)
+    return (
+        acc.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).flatten(1, 2),
+        lse.view(kv_heads, group, tokens).permute(2, 0, 1).flatten(1, 2),
+    )
+
+
+def _key_tiles(
+    page_size: int, params: AttendParams, segment: Segment, request, first, tokens, context
+) -> Iterator[tuple[int, int]]:
+    """Half-open tiles of key positions, starting on page borders."""
+    last = first + tokens - 1
+    shown = params.mask.key_range(first, last, context, request)
+    for low, high in segment_ranges(segment, page_size, first, last, context):
+        low, high = max(low, shown[0]), min(high, shown[1])
+        start = low // page_size * page_size
+        for tile in range(start, high, KEY_TILE):
+            yield tile, min(tile + KEY_TILE, high)
+
+
+def segment_ranges(
+    segment: Segment, page_size: int, first: int, last: int, context: int
+) -> list[tuple[int, int]]:
+    """Key ranges that hold every key of ``segment`` for queries first..last (inclusive)."""
+    first_page, last_page = first // page_size * page_size, last // page_size * page_size
+    if segment == "all":
+        return [(0, context)]
+    # A mask may show keys after the query: body pages exist on both sides of the query's page.
+    if segment == "body":
+        return [(page_size, context)]
+    if first_page == 0:
+        return [(0, min(last_page + page_size, context))]
+    return [(0, min(page_size, context)), (first_page, min(last_page + page_size, context))]
+
+
+def _visible(params, segment, page_size, queries, keys, request, kv_heads) -> Tensor:
+    """[kv_heads or 1, queries, keys]."""
+    heads = range(kv_heads) if params.mask.per_head else range(1)
+    seen = torch.stack([params.mask.visible(queries, keys, request, head) for head in heads])
+    if segment == "all":
+        return seen
+    pages, own = keys[None] // page_size, queries[:, None] // page_size
+    near = (pages == 0) | (pages == own)
+    return seen & (near if segment == "exact" else ~near)
+
+
+def _rows(pages: QuantizedPages, table: Tensor, low: int, high: int, dtype) -> Tensor:
+    """Dequantized rows low..high of a request, [kv_heads, high - low, head_dim]."""
+    used = table[low // pages.page_size :]
+    # A page that is not kept (-1) is outside the segment: any page may stand in for it.
+    return gather_request(pages, used.clamp_min(0), high - low, dtype).transpose(0, 1)

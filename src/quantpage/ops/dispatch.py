@@ -1,0 +1,85 @@
+"""Choosing an implementation: once, when a backend is built, and never silently.
+
+An ``Implementation`` says in sentences why it cannot serve a ``Call``. Automatic choice takes the
+first candidate that has nothing to say; a named choice never falls back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+
+from quantpage.errors import NoImplementation
+from quantpage.formats import KVFormat
+from quantpage.hardware import DeviceInfo
+
+Phase = Literal["prefill", "decode"]
+DECODE_TOKENS = 16
+"""A step in which every request has at most this many new tokens is the decode phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The facts of a call that do not change from step to step."""
+
+    device: DeviceInfo
+    format: KVFormat
+    dtype: torch.dtype
+    """Of the queries."""
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    page_size: int
+    phase: Phase = "prefill"
+    mask: str = "causal"
+    """'causal' (windows and sinks too), 'full' or 'interval'."""
+
+    @property
+    def group(self) -> int:
+        """Query heads a kv_head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to run an op."""
+
+    name: str
+    target: str
+    """'package.module:function', imported when first asked for, so that importing quantpage
+    imports no triton."""
+    refusals: Callable[[Call], list[str]]
+    """Sentences, each with the got and the wanted value; empty: can serve the call."""
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, _, function = self.target.partition(":")
+        return getattr(import_module(module), function)
+
+
+def choose(
+    candidates: Sequence[Implementation], call: Call, wanted: str | None = None
+) -> Implementation:
+    """The first candidate that can serve ``call``, or the one named ``wanted``.
+
+    Raises NoImplementation with every refusal; ValueError for an unknown name.
+    """
+    if wanted is not None:
+        named = [each for each in candidates if each.name == wanted]
+        if not named:
+            names = ", ".join(each.name for each in candidates)
+            raise ValueError(f"implementation: expected one of {names}; got {wanted!r}")
+        candidates = named
+    said = []
+    for each in candidates:
+        reasons = each.refusals(call)
+        if not reasons:
+            return each
+        said.append(f"{each.name}: {' '.join(reasons)}")
+    raise NoImplementation(
+        f"nothing can serve format {call.format.name} on {call.device.name}:\n  "
+        + "\n  ".join(said)
+    )

@@ -1,0 +1,36 @@
+"""Pages to dense rows: the true statement."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from quantpage.cache.views import QuantizedPages
+from quantpage.formats import dequantize
+
+
+def gather_request(
+    pages: QuantizedPages,
+    page_table: Int[Tensor, " max_pages"],
+    context_len: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "context kv_heads head_dim"]:
+    """One request's cached rows, dequantized, in the basis of the cache."""
+    used = page_table[: -(-context_len // pages.page_size)].long()
+    codes = take_pages(pages.codes, used)
+    scale, zero = pages.scale, pages.zero
+    if pages.spec.quantized and pages.spec.dynamic:
+        scale = scale[used]
+        zero = None if zero is None else zero[used]
+    elif scale is not None:
+        # Static scales [kv_heads, groups] broadcast over [pages, kv_heads, page_size, groups].
+        scale = scale[:, None]
+        zero = None if zero is None else zero[:, None]
+    rows = dequantize(codes, scale, zero, pages.spec, dtype)
+    return rows.transpose(1, 2).flatten(0, 1)[:context_len]
+
+
+def take_pages(plane: Tensor, used: Int[Tensor, " pages"]) -> Tensor:
+    """``plane[used]``; torch does not index every 8-bit dtype, so those go as bytes."""
+    if plane.dtype == torch.float8_e4m3fn:
+        return plane.view(torch.uint8)[used].view(plane.dtype)
+    return plane[used]

@@ -1,0 +1,118 @@
+"""Norm, rotate, quantize, scatter: the true statement, and the CPU path of torch.
+
+Everything between the projection and the code is computed in float32 (float64 for float64
+inputs) and rounded once.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.errors import NonFiniteInput
+from quantpage.formats import dequantize, quantize, quantize_static, rotate
+from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
+from quantpage.rope import apply_rope
+
+
+def rope_write(
+    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    k: Float[Tensor, "tokens kv_heads head_dim"],
+    v: Float[Tensor, "tokens kv_heads value_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: WriteParams,
+) -> Written:
+    """Write one step's K and V into their pages; rows with slot -1 are skipped.
+
+    Raises NonFiniteInput in checked mode, before anything is written.
+    """
+    if params.checked:
+        _refuse_non_finite(k, "key", params.layer)
+        _refuse_non_finite(v, "value", params.layer)
+    q_in, k_in = q, k
+    if params.bias is not None:
+        q_bias, k_bias, v_bias = params.bias
+        q = None if q is None else q + q_bias
+        k, v = k + k_bias, v + v_bias
+    q, k = _norm_and_rope(q, k, batch, params)
+    if layer.key.spec.rotation == "hadamard":
+        q, k = (None if q is None else rotate(q)), rotate(_wide(k))
+    if layer.value.spec.rotation == "hadamard":
+        v = rotate(_wide(v))
+    k_rows = _write(k, layer.key, batch.slots)
+    v_rows = _write(v, layer.value, batch.slots)
+    if batch.exact is not None and layer.exact_key is not None:
+        exact = layer.exact()
+        _write(k, exact.key, batch.exact.slots)
+        _write(v, exact.value, batch.exact.slots)
+    return Written(
+        None if q is None or q_in is None else q.to(q_in.dtype),
+        k_rows.to(k_in.dtype) if params.return_rows else None,
+        v_rows.to(k_in.dtype) if params.return_rows else None,
+    )
+
+
+def _norm_and_rope(q: Tensor | None, k: Tensor, batch: BatchPlan, params: WriteParams):
+    norm, rope = params.norm, params.rope
+    if norm is not None and not norm.after_rope:
+        q, k = _normed(q, k, norm)
+    if rope is not None:
+        q = None if q is None else apply_rope(q, batch.positions, rope)
+        k = apply_rope(k, batch.positions, rope)
+    if norm is not None and norm.after_rope:
+        q, k = _normed(q, k, norm)
+    return q, k
+
+
+def _normed(q: Tensor | None, k: Tensor, norm: QKNorm):
+    return (
+        None if q is None else _rms_norm(q, norm.q_weight, norm.eps),
+        _rms_norm(k, norm.k_weight, norm.eps),
+    )
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    work = _wide(x)
+    return work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps) * weight.to(work.dtype)
+
+
+def _write(rows: Tensor, pages: QuantizedPages, slots: Tensor) -> Tensor:
+    """Quantize rows, scatter them, and return them round-tripped."""
+    spec = pages.spec
+    if spec.quantized and not spec.dynamic:
+        made = quantize_static(rows, pages.scale, pages.zero, spec)
+        seen = dequantize(made.codes, pages.scale, pages.zero, spec, _wide(rows).dtype)
+    else:
+        made = quantize(rows, spec)
+        seen = dequantize(*made, spec, _wide(rows).dtype)
+    keep = slots >= 0
+    page, offset = slots[keep] // pages.page_size, slots[keep] % pages.page_size
+    _scatter(pages.codes, page, offset, made.codes[keep])
+    if made.scale is not None:
+        _scatter(pages.scale, page, offset, made.scale[keep])
+    if made.zero is not None:
+        _scatter(pages.zero, page, offset, made.zero[keep])
+    return seen
+
+
+def _scatter(plane: Tensor, page: Tensor, offset: Tensor, rows: Tensor) -> None:
+    rows = rows.to(plane.dtype)
+    if plane.dtype == torch.float8_e4m3fn:
+        plane, rows = plane.view(torch.uint8), rows.view(torch.uint8)
+    plane[page, :, offset] = rows
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _refuse_non_finite(rows: Tensor, name: str, layer: int) -> None:
+    bad = ~torch.isfinite(rows).flatten(1).all(1)
+    if bad.any():
+        token = int(bad.nonzero()[0])
+        raise NonFiniteInput(
+            f"layer {layer}, {name}, token {token} of the step: expected finite numbers, "
+            f"got NaN or infinity"
+        )
