@@ -8,9 +8,9 @@ from quantpage.formats.table import ALIASES, FORMATS, find_format
 __all__ = [
     "ALIASES",
     "CODES",
+    "FORMATS",
     "Code",
     "ExactPages",
-    "FORMATS",
     "Granularity",
     "KVFormat",
     "QuantSpec",

@@ -17,16 +17,18 @@ def gather_request(
     """One request's cached rows, dequantized, in the basis of the cache."""
     used = page_table[: -(-context_len // pages.page_size)].long()
     codes = take_pages(pages.codes, used)
-    scale, zero = pages.scale, pages.zero
-    if pages.spec.quantized and pages.spec.dynamic:
-        scale = scale[used]
-        zero = None if zero is None else zero[used]
-    elif scale is not None:
-        # Static scales [kv_heads, groups] broadcast over [pages, kv_heads, page_size, groups].
-        scale = scale[:, None]
-        zero = None if zero is None else zero[:, None]
+    scale, zero = (_of_pages(plane, used, pages) for plane in (pages.scale, pages.zero))
     rows = dequantize(codes, scale, zero, pages.spec, dtype)
     return rows.transpose(1, 2).flatten(0, 1)[:context_len]
+
+
+def _of_pages(
+    plane: Tensor | None, used: Int[Tensor, " pages"], pages: QuantizedPages
+) -> Tensor | None:
+    """A scale or zero that broadcasts over [pages, kv_heads, page_size, groups]."""
+    if plane is None:
+        return None
+    return plane[used] if pages.spec.dynamic else plane[:, None]
 
 
 def take_pages(plane: Tensor, used: Int[Tensor, " pages"]) -> Tensor:

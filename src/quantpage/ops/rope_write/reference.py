@@ -82,6 +82,7 @@ def _write(rows: Tensor, pages: QuantizedPages, slots: Tensor) -> Tensor:
     """Quantize rows, scatter them, and return them round-tripped."""
     spec = pages.spec
     if spec.quantized and not spec.dynamic:
+        assert pages.scale is not None
         made = quantize_static(rows, pages.scale, pages.zero, spec)
         seen = dequantize(made.codes, pages.scale, pages.zero, spec, _wide(rows).dtype)
     else:
@@ -89,11 +90,10 @@ def _write(rows: Tensor, pages: QuantizedPages, slots: Tensor) -> Tensor:
         seen = dequantize(*made, spec, _wide(rows).dtype)
     keep = slots >= 0
     page, offset = slots[keep] // pages.page_size, slots[keep] % pages.page_size
-    _scatter(pages.codes, page, offset, made.codes[keep])
-    if made.scale is not None:
-        _scatter(pages.scale, page, offset, made.scale[keep])
-    if made.zero is not None:
-        _scatter(pages.zero, page, offset, made.zero[keep])
+    planes = ((pages.codes, made.codes), (pages.scale, made.scale), (pages.zero, made.zero))
+    for plane, fresh in planes:
+        if plane is not None and fresh is not None:
+            _scatter(plane, page, offset, fresh[keep])
     return seen
 
 

@@ -1,0 +1,136 @@
+"""Attention backends: a write op, an attend op, and the masks that they accept.
+
+``build`` chooses the implementations of one layer once; the result is called at every step. It owns
+the basis change: queries and keys go into the cache's basis when they are written, outputs
+leave it here.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.errors import NoImplementation
+from quantpage.formats import rotate
+from quantpage.masks import Mask
+from quantpage.ops import attend as attend_op
+from quantpage.ops import rope_write as write_op
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
+from quantpage.ops.rope_write import WriteParams, Written
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """A name that users choose and the kinds of mask behind it."""
+
+    name: str
+    mask_kinds: tuple[str, ...]
+    """What ``Mask.kind`` may be."""
+
+    def refusals(self, mask: Mask) -> list[str]:
+        """Why this backend cannot serve ``mask``; empty when it can."""
+        if mask.kind in self.mask_kinds:
+            return []
+        accepted = " or ".join(self.mask_kinds)
+        return [f"backend {self.name} takes a {accepted} mask, got {mask.kind}."]
+
+
+BACKENDS: dict[str, AttentionBackend] = {
+    each.name: each
+    for each in (
+        AttentionBackend("flash", ("causal", "full")),
+        AttentionBackend("flash_mask", ("causal", "full", "interval")),
+    )
+}
+
+
+class Attended(NamedTuple):
+    """What a layer's attention hands back."""
+
+    out: Tensor
+    """[tokens, q_heads, value_head_dim] in the query's dtype."""
+    lse: Tensor
+    """[tokens, q_heads], natural logarithm, at least float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """The implementations that serve one layer."""
+
+    backend: AttentionBackend
+    write: Implementation
+    prefill: Implementation
+    decode: Implementation
+
+    def write_step(
+        self,
+        q: Float[Tensor, "tokens q_heads head_dim"] | None,
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads value_dim"],
+        layer: LayerKV,
+        batch: BatchPlan,
+        params: WriteParams,
+    ) -> Written:
+        """Write a step's keys and values; hand the query back in the basis of the cache."""
+        return self.write.load()(q, k, v, layer, batch, params)
+
+    def attend_step(
+        self,
+        q: Float[Tensor, "tokens q_heads head_dim"],
+        layer: LayerKV,
+        batch: BatchPlan,
+        params: AttendParams,
+    ) -> Attended:
+        """Attend to what the pages hold; ``q`` as ``write_step`` handed it back."""
+        decoding = batch.max_query_len <= DECODE_TOKENS
+        chosen = self.decode if decoding else self.prefill
+        out, lse = attend_op.attend(q, layer, batch, params, chosen)
+        if layer.value.spec.rotation == "hadamard":
+            out = rotate(out)
+        return Attended(out, lse)
+
+    def __call__(
+        self,
+        q: Float[Tensor, "tokens q_heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads value_dim"],
+        layer: LayerKV,
+        batch: BatchPlan,
+        write: WriteParams,
+        attend: AttendParams,
+    ) -> Attended:
+        """One layer's step: write, then attend to the cache, the new tokens included."""
+        written = self.write_step(q, k, v, layer, batch, write)
+        assert written.q is not None
+        return self.attend_step(written.q, layer, batch, attend)
+
+
+def find_backend(name: str) -> AttentionBackend:
+    """The backend called ``name``; ValueError lists the names there are."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    return BACKENDS[name]
+
+
+def build(
+    backend: AttentionBackend, mask: Mask, call: Call, implementation: str | None = None
+) -> LayerAttention:
+    """Choose what serves ``call`` under ``mask``.
+
+    implementation: a name that both ops' candidates know ('torch', 'cpu', 'triton'), used for
+    both and never replaced; None: the first that does not refuse. Raises NoImplementation.
+    """
+    refused = backend.refusals(mask)
+    if refused:
+        raise NoImplementation(" ".join(refused))
+    call = replace(call, mask=mask.kind)
+    return LayerAttention(
+        backend,
+        write=choose(write_op.CANDIDATES, call, implementation),
+        prefill=choose(attend_op.CANDIDATES, replace(call, phase="prefill"), implementation),
+        decode=choose(attend_op.CANDIDATES, replace(call, phase="decode"), implementation),
+    )

@@ -1,0 +1,34 @@
+"""The `quantpage` command. A module a command; each turns flags into one call of the library."""
+
+import sys
+
+import typer
+
+from quantpage.cli import accuracy, capacity, explain, formats, generate
+from quantpage.errors import QuantPageError
+
+app = typer.Typer(
+    name="quantpage",
+    help="Attention over quantized pages: run a model with a quantized KV cache, measure what it "
+    "saves and what it loses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(generate.command)
+app.command("evaluate")(accuracy.command)
+app.command("capacity")(capacity.command)
+app.command("formats")(formats.command)
+app.command("explain")(explain.command)
+
+
+def main() -> None:
+    """Run a command; an error the user can act on is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (QuantPageError, ValueError, OSError) as error:
+        print(f"quantpage: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("quantpage: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,13 @@
+"""Any Hugging Face decoder over quantized pages.
+
+    with quantpage.attach(model, kv_format="int8"):
+        model.generate(...)
+
+Three hooks that Transformers offers are used: a cache class (cache), an attention function with
+its mask function (functions), and a forward pre-hook that supplies the cache (attach).
+"""
+
+from quantpage.integrations.hf_transformers.attach import Attached, attach
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
+
+__all__ = ["Attached", "QuantPageCache", "attach"]

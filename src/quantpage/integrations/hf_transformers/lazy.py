@@ -1,0 +1,59 @@
+"""A tensor with a shape and no data, which stands for what a layer's pages hold.
+
+A Transformers model calls ``cache.update(k, v)`` and hands the two results to its attention
+function. Ours returns ``LazyKV``: the attention function recognizes it and reads the pages behind
+it; any other operation (multi-head latent attention expanding its latent, models that do not use
+the attention interface) dequantizes it on first touch, so that such a model stays correct and
+merely loses the speed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from quantpage.integrations.hf_transformers.cache import PagedLayer
+
+
+class LazyKV(torch.Tensor):
+    """[rows, kv_heads, tokens, head_dim] of keys ('key') or values ('value') of one layer."""
+
+    layer: "PagedLayer"
+    which: str
+    length: int
+
+    @staticmethod
+    def __new__(cls, layer: "PagedLayer", which: str, like: Tensor, length: int) -> "LazyKV":
+        """A stand-in shaped as ``like`` but ``length`` tokens long."""
+        rows, heads, _, width = like.shape
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, (rows, heads, length, width), dtype=like.dtype, device=like.device
+        )
+        made.layer, made.which, made.length = layer, which, length
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore[override]
+        """Any operation that is not ours sees the dequantized tensor."""
+
+        def plain(x):
+            return x.dequantized() if isinstance(x, LazyKV) else x
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+    def dequantized(self) -> Tensor:
+        """What the pages hold, dense, in the model's basis and dtype."""
+        if self.length != self.layer.length:
+            raise RuntimeError(
+                f"layer {self.layer.index}: this {self.which} tensor stood for {self.length} tokens "
+                f"and the cache now holds {self.layer.length}; use it before the next update"
+            )
+        return self.layer.dequantized(self.which)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Shape and layer; never the data."""
+        return f"LazyKV({self.which} of layer {self.layer.index}, {tuple(self.shape)})"

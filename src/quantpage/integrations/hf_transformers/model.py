@@ -1,0 +1,131 @@
+"""Loading a decoder folder and reading the shape of its cache; which models are refused and why."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.errors import UnsupportedModel
+from quantpage.formats import KVFormat
+
+REFUSED: dict[str, str] = {
+    "doge": "its attention learns a mask that is no function of positions",
+    "inkling2": "its attention chooses keys by arguments that are not in the mask",
+    "moshi": "it declares a sliding window that its depth decoder does not follow",
+}
+"""model_type -> why its cache cannot be kept in quantized pages."""
+
+_REFUSED_LAYERS = {
+    "chunked_attention": "chunked attention forgets at chunk borders",
+    "indexed": "an indexer chooses the keys",
+    "heavily_compressed_attention": "keys are merged before they are cached",
+    "compressed_sparse_attention": "keys are merged before they are cached",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a capacity plan has to know of a model."""
+
+    layers: int
+    """Layers with an attention cache."""
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def layout(self, kv_format: KVFormat, page_size: int) -> CacheLayout:
+        """The pages of one layer."""
+        return CacheLayout(self.kv_heads, self.head_dim, kv_format, page_size, self.dtype)
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a configuration."""
+    return config.get_text_config(decoder=True)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise UnsupportedModel, in one sentence, for models that cannot work."""
+    model_type = config.model_type
+    if model_type in REFUSED:
+        raise UnsupportedModel(f"{model_type}: {REFUSED[model_type]}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{model_type}: expected a decoder, got an encoder-decoder model")
+    for kind in getattr(text_config(config), "layer_types", None) or []:
+        if kind in _REFUSED_LAYERS:
+            raise UnsupportedModel(f"{model_type}: layer type {kind}: {_REFUSED_LAYERS[kind]}")
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Heads and layers of a configuration.
+
+    Raises UnsupportedModel when it names no attention heads.
+    """
+    text = text_config(config)
+    q_heads = getattr(text, "num_attention_heads", None)
+    if q_heads is None:
+        raise UnsupportedModel(f"{config.model_type}: its configuration names no attention heads")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    kinds = kinds[: len(kinds) - shared]
+    dtype = getattr(text, "dtype", None) or torch.bfloat16
+    return ModelShape(
+        layers=sum(kind in ("full_attention", "sliding_attention") for kind in kinds),
+        q_heads=q_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or q_heads,
+        head_dim=head_dim,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+    )
+
+
+def find_files(path: str | Path) -> tuple[Path, str | None]:
+    """The folder that holds a model, and the GGUF file in it where there is no config.json.
+
+    Raises FileNotFoundError in one sentence when ``path`` is no model.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, path.name
+    if not path.is_dir():
+        raise FileNotFoundError(f"model: expected a folder or a .gguf file, got {path}")
+    if (path / "config.json").is_file():
+        return path, None
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return path, ggufs[0].name
+    raise FileNotFoundError(
+        f"model: expected config.json or one .gguf file in {path}, found "
+        f"{len(ggufs)} .gguf files and no config.json"
+    )
+
+
+def load_config(path: str | Path) -> Any:
+    """The configuration of a model folder."""
+    from transformers import AutoConfig
+
+    folder, gguf = find_files(path)
+    extra = {"gguf_file": gguf} if gguf else {}
+    return AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder with safetensors or a GGUF file, in evaluation mode."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf = find_files(path)
+    extra: dict[str, Any] = {"local_files_only": True}
+    if gguf:
+        extra["gguf_file"] = gguf
+    refuse_unsupported(load_config(path))
+    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    if gguf:
+        from transformers import GgufConfig
+
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    return model.to(device).eval(), tokenizer
