@@ -6,20 +6,26 @@ the work was cut. Query i of a request with c cached tokens stands at position c
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quantpage.masks.draw import Picture
 
 
 class Mask(ABC):
     """What every mask can say of itself."""
 
     kind: ClassVar[str]
-    """'causal', 'full' or 'interval': what a backend or an implementation asks before it accepts."""
-    per_head: bool = False
-    """True where kv_heads see different keys."""
+    """'causal', 'full' or 'interval': what a backend or an implementation accepts."""
+
+    @property
+    def per_head(self) -> bool:
+        """True where kv_heads see different keys."""
+        return False
 
     @abstractmethod
     def visible(
@@ -47,6 +53,41 @@ class Mask(ABC):
         keys = torch.arange(num_keys, device=queries.device)
         return self.visible(queries, keys, request, kv_head)
 
+    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+        """First place at or after ``position`` where a prompt of ``length`` tokens may be cut.
+
+        No query before a cut sees a key after it, so that the chunks before the cut find all of
+        their keys in the cache. Causal masks may be cut anywhere.
+        """
+        return min(position, length)
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The same mask with its tensors, where it has any, on ``device``."""
+        return self
+
+    def draw(
+        self,
+        tokens: int,
+        *,
+        tile: tuple[int, int] = (8, 8),
+        request: int = 0,
+        kv_head: int = 0,
+    ) -> "Picture":
+        """The mask of ``tokens`` queries over as many keys; ``print`` it or ``save`` a PNG.
+
+        tile: queries and keys a tile, coloured full, partial or skipped.
+        """
+        from quantpage.masks.draw import Picture
+
+        seen = self.materialize(torch.arange(tokens), tokens, request, kv_head)
+        return Picture(seen, *tile)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """What both masks show, where a mask can say it; ValueError says why it cannot."""
+        from quantpage.masks.compose import intersect
+
+        return intersect(self, other)
+
 
 @dataclass(frozen=True, slots=True)
 class CausalMask(Mask):
@@ -57,7 +98,6 @@ class CausalMask(Mask):
     """
 
     kind: ClassVar[str] = "causal"
-    per_head: ClassVar[bool] = False
     window: int | None = None
     sink_tokens: int = 0
 
@@ -96,7 +136,6 @@ class FullMask(Mask):
     """Every query sees every key of its request (encoders, bidirectional blocks)."""
 
     kind: ClassVar[str] = "full"
-    per_head: ClassVar[bool] = False
 
     def visible(
         self,
@@ -113,3 +152,7 @@ class FullMask(Mask):
     ) -> tuple[int, int]:
         """All keys."""
         return 0, keys
+
+    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+        """Only the start and the end: every query sees every key."""
+        return 0 if position == 0 else length
