@@ -1,0 +1,626 @@
+"""Causal attention on Hopper: one TMA warp feeds two warpgroups of wgmma.
+
+The kernel reads K and V as dense 16-bit rows (a workspace that gather fills), and queries where
+they lie. A tile is BM rows of (token, query head of one kv_head) pairs: packing the group makes a
+tile of a short chunk full, and lets any group size share the K and V that it reads.
+
+Order inside a consumer, one key tile t at a time: the scores of t+1 are issued before the values
+of t are multiplied, and the softmax of t+1 runs while they are (FlashAttention-3, arXiv 2407.08608
+section 3.2). The two consumers drift apart by themselves, so that one's softmax hides behind the
+other's matrix products.
+
+A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
+of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.gluon_compat import (
+    fence_async_shared,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+WORK_FIELDS = gl.constexpr(8)
+"""int32 a work item: token row, new tokens, position of the first, first packed row, workspace row,
+key of that row, end of keys, unused."""
+
+
+@gluon.jit
+def _key_tiles(
+    item,
+    window,
+    sink_tiles,
+    page_size,
+    G: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+):
+    """Key tiles of one work item: how many, and the first one after the sink tiles."""
+    new = gl.load(item + 1)
+    position = gl.load(item + 2)
+    row = gl.load(item + 3)
+    base = gl.load(item + 5)
+    end = gl.load(item + 6)
+    first = position + row // G
+    last = position + gl.minimum(row + BM - 1, new * G - 1) // G
+    high = end
+    if CAUSAL:
+        high = gl.minimum(last // page_size * page_size if BODY else last + 1, end)
+    low = 0
+    if WINDOW:
+        low = first - window + 1
+    if BODY:
+        low = gl.maximum(low, page_size)
+    low_tile = gl.maximum(low - base, 0) // BN
+    high_tile = (gl.maximum(high - base, 0) + BN - 1) // BN
+    # At least one tile, so that every barrier is used; a row without keys masks all of it.
+    count = gl.maximum(sink_tiles + gl.maximum(high_tile - low_tile, 0), 1)
+    return count, low_tile
+
+
+@gluon.jit
+def _producer(
+    k_desc,
+    v_desc,
+    order,
+    work,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    rounds,
+    heads,
+    head_rows,
+    window,
+    sink_tiles,
+    page_size,
+    G: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+    REVERSE: gl.constexpr,
+):
+    pid = gl.program_id(0)
+    grid = gl.num_programs(0)
+    count = 0
+    for turn in range(rounds):
+        tile = gl.load(order + turn * grid + pid)
+        if tile >= 0:
+            head = tile % heads
+            item = work + tile // heads * WORK_FIELDS
+            tiles, low_tile = _key_tiles(
+                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
+            )
+            row = head * head_rows + gl.load(item + 4)
+            for turn_j in range(tiles):
+                j = tiles - 1 - turn_j if REVERSE else turn_j
+                at = row + gl.where(j < sink_tiles, j, j + low_tile) * BN
+                stage = count % STAGES
+                phase = ((count // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma_load(k_desc, [at, 0], k_full.index(stage), k_smem.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, [at, 0], v_full.index(stage), v_smem.index(stage))
+                count += 1
+
+
+@gluon.jit
+def _masked(
+    s,
+    key0,
+    limit,
+    low,
+    end,
+    sink_tokens,
+    page_size,
+    s_layout: gl.constexpr,
+    BN: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+):
+    """Scores of invisible pairs become -inf."""
+    keys = (key0 + gl.arange(0, BN, gl.SliceLayout(0, s_layout)))[None, :]
+    seen = keys < limit[:, None]
+    if WINDOW:
+        seen = seen & ((keys >= low[:, None]) | (keys < sink_tokens))
+    if BODY:
+        seen = seen & (keys >= page_size)
+    return gl.where(seen, s, -float("inf"))
+
+
+@gluon.jit
+def _softmax(
+    s,
+    m,
+    mass,
+    scale,
+    cap,
+    key0,
+    masked,
+    limit,
+    low,
+    end,
+    sink_tokens,
+    page_size,
+    s_layout: gl.constexpr,
+    p_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    BN: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SHIFT: gl.constexpr,
+):
+    """One tile of scores into the running maximum and sum; the scale is per log2."""
+    if SOFTCAP:
+        # cap * tanh(x), tanh from exp2 (accurate; tanh.approx would cost cap * 5e-4 in the logit).
+        s = cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
+        scale = 1.0
+    if masked:
+        s = _masked(s, key0, limit, low, end, sink_tokens, page_size, s_layout, BN, WINDOW, BODY)
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
+    p = gl.exp2(s * scale - shift[:, None])
+    alpha = gl.exp2(m - SHIFT - shift)
+    mass = mass * alpha + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+
+
+@gluon.jit
+def _consumer(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    carry_ptr,
+    carry_lse_ptr,
+    sinks_ptr,
+    order,
+    work,
+    q_smem,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    turns,
+    rounds,
+    heads,
+    head0,
+    q_heads,
+    q_token,
+    q_head,
+    scale,
+    cap,
+    window,
+    sink_tokens,
+    sink_tiles,
+    page_size,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    DP: gl.constexpr,
+    DVP: gl.constexpr,
+    HALF: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    CARRY: gl.constexpr,
+    SHIFT: gl.constexpr,
+    PINGPONG: gl.constexpr,
+    REVERSE: gl.constexpr,
+):
+    dtype: gl.constexpr = k_smem.dtype
+    ROWS: gl.constexpr = BM // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
+    grid = gl.num_programs(0)
+    pid = gl.program_id(0)
+    q_half = q_smem.slice(HALF * ROWS, ROWS)
+    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    count = 0
+    issued = 0
+    for turn in range(rounds):
+        tile = gl.load(order + turn * grid + pid)
+        if tile >= 0:
+            head = tile % heads
+            item = work + tile // heads * WORK_FIELDS
+            tiles, low_tile = _key_tiles(
+                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
+            )
+            token0 = gl.load(item)
+            new = gl.load(item + 1)
+            position = gl.load(item + 2)
+            row0 = gl.load(item + 3)
+            base = gl.load(item + 5)
+            end = gl.load(item + 6)
+            first = position + row0 // G
+            last = position + gl.minimum(row0 + BM - 1, new * G - 1) // G
+            row0 += HALF * ROWS
+            first_head = (head0 + head) * G
+
+            # Queries, as they lie, into the operand's swizzled rows; rows past the request are 0.
+            packed = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+            channel = gl.arange(0, DP, gl.SliceLayout(0, q_layout))
+            at = (token0 + packed // G).to(gl.int64) * q_token + (first_head + packed % G) * q_head
+            keep = (packed < new * G)[:, None] & (channel < D)[None, :]
+            q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+            q_half.store(q.to(dtype))
+            fence_async_shared()
+
+            # What a row sees: keys [low, limit), and the sink tokens.
+            rows = row0 + gl.arange(0, ROWS, s_rows)
+            at_position = position + rows // G
+            limit = at_position * 0 + end
+            first_limit = end
+            if CAUSAL:
+                if BODY:
+                    limit = gl.minimum(at_position // page_size * page_size, end)
+                    first_limit = gl.minimum(first // page_size * page_size, end)
+                else:
+                    limit = gl.minimum(at_position + 1, end)
+                    first_limit = gl.minimum(first + 1, end)
+            low = at_position - window + 1
+            last_low = 0
+            if WINDOW:
+                last_low = last - window + 1
+            if BODY:
+                last_low = gl.maximum(last_low, page_size)
+
+            m = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
+            mass = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
+            if SINKS:
+                sink = gl.load(sinks_ptr + first_head + rows % G).to(gl.float32)
+                m = sink * 1.4426950408889634
+                mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, s_rows)
+            out_rows = row0 + gl.arange(0, ROWS, o_rows)
+            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
+            out_at = out_row[:, None] * DV + out_channel[None, :]
+            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
+            lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
+            stage = count % STAGES
+            phase = (count // STAGES) & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            k = k_smem.index(stage).permute((1, 0))
+            s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            j = tiles - 1 if REVERSE else 0
+            key0 = gl.where(j < sink_tiles, j * BN, base + (j - sink_tiles + low_tile) * BN)
+            masked = (key0 + BN > first_limit) | (key0 < last_low)
+            p16, alpha, m, mass = _softmax(
+                s,
+                m,
+                mass,
+                scale,
+                cap,
+                key0,
+                masked,
+                limit,
+                low,
+                end,
+                sink_tokens,
+                page_size,
+                s_layout,
+                p_layout,
+                dtype,
+                BN,
+                WINDOW,
+                BODY,
+                SOFTCAP,
+                SHIFT,
+            )
+            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            after = (count + 1) % STAGES
+            after_phase = ((count + 1) // STAGES) & 1
+            mbarrier.wait(k_full.index(after), after_phase, pred=tiles > 1)
+            for step in range(1, tiles):
+                k = k_smem.index(after).permute((1, 0))
+                if PINGPONG:
+                    mbarrier.wait(turns.index(HALF), (issued & 1) ^ (1 - HALF))
+                s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), phase)
+                acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+                if PINGPONG:
+                    mbarrier.arrive(turns.index(1 - HALF), count=1)
+                issued += 1
+                s = warpgroup_mma_wait(1, deps=(s_token,))
+                mbarrier.arrive(k_empty.index(after), count=1)
+                j = tiles - 1 - step if REVERSE else step
+                key0 = gl.where(j < sink_tiles, j * BN, base + (j - sink_tiles + low_tile) * BN)
+                masked = (key0 + BN > first_limit) | (key0 < last_low)
+                p16, alpha, m, mass = _softmax(
+                    s,
+                    m,
+                    mass,
+                    scale,
+                    cap,
+                    key0,
+                    masked,
+                    limit,
+                    low,
+                    end,
+                    sink_tokens,
+                    page_size,
+                    s_layout,
+                    p_layout,
+                    dtype,
+                    BN,
+                    WINDOW,
+                    BODY,
+                    SOFTCAP,
+                    SHIFT,
+                )
+                done = stage
+                count += 1
+                stage = after
+                phase = after_phase
+                after = (count + 1) % STAGES
+                after_phase = ((count + 1) // STAGES) & 1
+                # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
+                # wait for the values' product: assemblers move a bare wait up.
+                mbarrier.wait(k_full.index(after), after_phase, pred=step + 1 < tiles)
+                acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
+                mbarrier.arrive(v_empty.index(done), count=1)
+                acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            mbarrier.wait(v_full.index(stage), phase)
+            acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc_token,))
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            count += 1
+
+            total = gl.where(mass == 0.0, 1.0, mass)
+            lse = gl.where(mass == 0.0, -float("inf"), m - SHIFT + gl.log2(total))
+            o = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+            if CARRY:
+                before = gl.load(carry_lse_ptr + lse_at, mask=rows < new * G, other=-float("inf"))
+                before = before * 1.4426950408889634
+                top = gl.maximum(before, lse)
+                top = gl.where(top == -float("inf"), 0.0, top)
+                both = gl.exp2(before - top) + gl.exp2(lse - top)
+                both = gl.where(both == 0.0, 1.0, both)
+                old = gl.load(carry_ptr + out_at, mask=out_keep, other=0.0)
+                o = (
+                    o * gl.convert_layout(gl.exp2(lse - top) / both, o_rows)[:, None]
+                    + old * gl.convert_layout(gl.exp2(before - top) / both, o_rows)[:, None]
+                )
+                none = (before == -float("inf")) & (lse == -float("inf"))
+                lse = gl.where(none, -float("inf"), top + gl.log2(both))
+            lse = lse * 0.6931471805599453
+            gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
+            gl.store(lse_ptr + lse_at, lse, mask=rows < new * G)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "rounds",
+        "heads",
+        "head0",
+        "head_rows",
+        "window",
+        "sink_tokens",
+        "sink_tiles",
+    ]
+)
+def prefill_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    carry_ptr,
+    carry_lse_ptr,
+    sinks_ptr,
+    order,
+    work,
+    rounds,
+    heads,
+    head0,
+    head_rows,
+    q_heads,
+    q_token,
+    q_head,
+    scale,
+    cap,
+    window,
+    sink_tokens,
+    sink_tiles,
+    page_size,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    DP: gl.constexpr,
+    DVP: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    CARRY: gl.constexpr,
+    SHIFT: gl.constexpr,
+    PINGPONG: gl.constexpr,
+    REVERSE: gl.constexpr,
+):
+    """One launch over all work items of one workspace; see the module."""
+    dtype: gl.constexpr = k_desc.dtype
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, DP], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [BM, DP], q_shared)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, DP], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, DVP], v_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    carry_ptr,
+                    carry_lse_ptr,
+                    sinks_ptr,
+                    order,
+                    work,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    turns,
+                    rounds,
+                    heads,
+                    head0,
+                    q_heads,
+                    q_token,
+                    q_head,
+                    scale,
+                    cap,
+                    window,
+                    sink_tokens,
+                    sink_tiles,
+                    page_size,
+                    G,
+                    D,
+                    DV,
+                    BM,
+                    BN,
+                    DP,
+                    DVP,
+                    0,
+                    STAGES,
+                    CAUSAL,
+                    WINDOW,
+                    BODY,
+                    SOFTCAP,
+                    SINKS,
+                    CARRY,
+                    SHIFT,
+                    PINGPONG,
+                    REVERSE,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    carry_ptr,
+                    carry_lse_ptr,
+                    sinks_ptr,
+                    order,
+                    work,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    turns,
+                    rounds,
+                    heads,
+                    head0,
+                    q_heads,
+                    q_token,
+                    q_head,
+                    scale,
+                    cap,
+                    window,
+                    sink_tokens,
+                    sink_tiles,
+                    page_size,
+                    G,
+                    D,
+                    DV,
+                    BM,
+                    BN,
+                    DP,
+                    DVP,
+                    1,
+                    STAGES,
+                    CAUSAL,
+                    WINDOW,
+                    BODY,
+                    SOFTCAP,
+                    SINKS,
+                    CARRY,
+                    SHIFT,
+                    PINGPONG,
+                    REVERSE,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    k_desc,
+                    v_desc,
+                    order,
+                    work,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    rounds,
+                    heads,
+                    head_rows,
+                    window,
+                    sink_tiles,
+                    page_size,
+                    G,
+                    BM,
+                    BN,
+                    STAGES,
+                    CAUSAL,
+                    WINDOW,
+                    BODY,
+                    REVERSE,
+                ),
+            ),
+        ],
+        [4, 4],
+        [240, 24],
+    )
