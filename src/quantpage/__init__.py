@@ -23,7 +23,7 @@ _PUBLIC = {
     "FORMATS": "quantpage.formats",
     "FullMask": "quantpage.masks",
     "KVFormat": "quantpage.formats",
-    "LayerFormats": "quantpage.formats",
+    "LayerFormats": "quantpage.formats.per_layer",
     "LayerKV": "quantpage.cache",
     "PagedKVCache": "quantpage.cache",
     "QuantPageCache": "quantpage.integrations.hf_transformers",

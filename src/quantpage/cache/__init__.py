@@ -1,0 +1,18 @@
+"""Who owns memory: layouts, pages, pools, sequences."""
+
+from quantpage.cache.layout import PAGE_SIZES, CacheLayout
+from quantpage.cache.paged import PagedKVCache
+from quantpage.cache.pool import PagePool
+from quantpage.cache.sequence import PageCopy, Sequence
+from quantpage.cache.views import LayerKV, QuantizedPages
+
+__all__ = [
+    "PAGE_SIZES",
+    "CacheLayout",
+    "LayerKV",
+    "PageCopy",
+    "PagePool",
+    "PagedKVCache",
+    "QuantizedPages",
+    "Sequence",
+]

@@ -24,10 +24,12 @@ def rotation_block(head_dim: int) -> int:
 @lru_cache
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's orthonormal Hadamard matrix [size, size]; size is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return (matrix / size**0.5).to(dtype=dtype, device=device)
+    # The matrix is kept: made in inference mode it could not take part in autograd later.
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while matrix.shape[0] < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / size**0.5).to(dtype=dtype, device=device)
 
 
 def rotate(x: Float[Tensor, "*rows head_dim"]) -> Float[Tensor, "*rows head_dim"]:

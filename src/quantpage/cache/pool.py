@@ -1,0 +1,76 @@
+"""Which pages are free, and how many hold on to each: plain Python, no tensors."""
+
+from quantpage.errors import CacheError, OutOfPages
+
+
+class PagePool:
+    """Page ids 0 .. capacity - 1 with reference counts."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity: expected at least 0 pages, got {capacity}")
+        self._references = [0] * capacity
+        self._free = list(range(capacity - 1, -1, -1))
+
+    @property
+    def capacity(self) -> int:
+        """Pages in all."""
+        return len(self._references)
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Pages that somebody holds."""
+        return self.capacity - self.free
+
+    def acquire(self) -> int:
+        """A free page, held once. Raises OutOfPages."""
+        if not self._free:
+            raise OutOfPages(f"pool: expected a free page, all {self.capacity} are held")
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        """Hold ``page`` once more; returns it."""
+        self._check_held(page)
+        self._references[page] += 1
+        return page
+
+    def release(self, page: int) -> bool:
+        """Let go of ``page`` once; True when it became free."""
+        self._check_held(page)
+        self._references[page] -= 1
+        if self._references[page]:
+            return False
+        self._free.append(page)
+        return True
+
+    def references(self, page: int) -> int:
+        """How often ``page`` is held."""
+        return self._references[page]
+
+    def grow(self, pages: int) -> None:
+        """Add ``pages`` free pages after the last."""
+        first = self.capacity
+        self._references.extend([0] * pages)
+        self._free.extend(range(first + pages - 1, first - 1, -1))
+
+    def check(self) -> None:
+        """Raise CacheError unless free pages and counts agree."""
+        if len(set(self._free)) != len(self._free):
+            raise CacheError("pool: a page is free twice")
+        for page in self._free:
+            if self._references[page]:
+                raise CacheError(f"pool: page {page} is free and held")
+        held = sum(count > 0 for count in self._references)
+        if held + len(self._free) != self.capacity:
+            raise CacheError("pool: a page is neither free nor held")
+
+    def _check_held(self, page: int) -> None:
+        if not 0 <= page < self.capacity or self._references[page] == 0:
+            raise CacheError(f"page: expected one that is held, got {page}")

@@ -1,0 +1,139 @@
+"""Attaching quantized pages to a Transformers model, and taking them off again."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpage.attention import find_backend
+from quantpage.errors import UnsupportedModel
+from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers import functions
+from quantpage.integrations.hf_transformers.cache import CacheOptions, QuantPageCache
+from quantpage.integrations.hf_transformers.model import refuse_unsupported, text_config
+from quantpage.masks import Mask
+
+
+@dataclass(slots=True)
+class Attached:
+    """A model that keeps its cache in quantized pages until ``detach`` or the end of a ``with``."""
+
+    model: nn.Module
+    options: CacheOptions
+    _undo: list[Any] = field(default_factory=list)
+
+    @property
+    def formats(self) -> LayerFormats:
+        """The cache format of each layer."""
+        return self.options.formats
+
+    def new_cache(self) -> QuantPageCache:
+        """An empty cache, for ``generate(past_key_values=...)`` over several calls."""
+        return QuantPageCache(text_config(self.model.config), self.options)
+
+    def detach(self) -> None:
+        """Restore the model exactly; calling it again changes nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach(
+    model: nn.Module,
+    kv_format: str = "int8",
+    *,
+    page_size: int = 64,
+    backend: str = "flash",
+    mask: Mask | None = None,
+    implementation: str | None = None,
+    checked: bool = False,
+) -> Attached:
+    """Keep ``model``'s key-value cache in quantized pages.
+
+    model: a Hugging Face decoder. kv_format: a name of FORMATS, or one a layer
+    ("int4,first2=int8,last1=int8"). page_size: tokens a page. backend: 'flash' or 'flash_mask'.
+    mask: who may see whom, instead of the model's causal rule, in layers without a window.
+    implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
+    NaN or an infinity is cached.
+
+    Use as ``with attach(model, ...):`` and call ``model.generate(...)`` or ``model(...)`` as
+    always. Raises UnsupportedModel, FormatError or ValueError before anything is changed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(f"model: expected a Transformers model, got {type(model).__name__}")
+    if model.config._attn_implementation == functions.NAME:
+        raise ValueError("model: expected a model that is not attached yet; detach it first")
+    refuse_unsupported(model.config)
+    options = CacheOptions(
+        formats=LayerFormats.parse(kv_format),
+        page_size=page_size,
+        backend=find_backend(backend),
+        mask=mask,
+        implementation=implementation,
+        checked=checked,
+    )
+    attached = Attached(model, options)
+    # Built once now, so that a format or a layer that cannot be fails before the model changes.
+    attached.new_cache()
+    functions.register()
+    _use_our_attention(model, attached._undo)
+    hook = model.register_forward_pre_hook(_supply_cache(attached), with_kwargs=True)
+    attached._undo.append(hook.remove)
+    return attached
+
+
+def _use_our_attention(model: PreTrainedModel, undo: list[Any]) -> None:
+    """Name our attention function in every configuration, remembering what was there.
+
+    A model with its own table of attention classes (no attention interface) keeps its own: it
+    reads the cache through LazyKV, which dequantizes.
+    """
+    if not model._can_set_attn_implementation():
+        return
+    configs = {id(model.config): model.config}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            configs[id(module.config)] = module.config
+            for name in getattr(module.config, "sub_configs", {}):
+                sub = getattr(module.config, name, None)
+                if sub is not None:
+                    configs[id(sub)] = sub
+    before = [(each, each._attn_implementation_internal) for each in configs.values()]
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    undo.append(restore)
+    model.set_attn_implementation(functions.NAME)
+
+
+def _supply_cache(attached: Attached) -> Any:
+    """A forward pre-hook that puts our cache where Transformers would put a DynamicCache."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = kwargs.get("past_key_values")
+        if isinstance(given, QuantPageCache):
+            return args, kwargs
+        if given is not None:
+            fresh = type(given) is DynamicCache and given.get_seq_length() == 0
+            if not fresh or getattr(given, "_is_user_defined", False):
+                raise ValueError(
+                    "past_key_values: expected None or a cache of this attachment "
+                    f"(new_cache()), got {type(given).__name__}"
+                )
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(text_config(attached.model.config), "use_cache", True)
+        if given is not None or (use_cache and not module.training):
+            kwargs = {**kwargs, "past_key_values": attached.new_cache()}
+        return args, kwargs
+
+    return hook

@@ -1,0 +1,264 @@
+"""A Transformers cache whose layers live in quantized pages.
+
+One page table a row serves all layers. Keys and values wait in ``PagedLayer.pending`` between
+``update`` and attention, because only the attention function knows which tokens are padding:
+padding is never written, so that a left-padded row equals the same row alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from quantpage.attention import AttentionBackend, LayerAttention, build
+from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV
+from quantpage.formats import rotate
+from quantpage.formats.per_layer import LayerFormats
+from quantpage.hardware import device_info
+from quantpage.integrations.hf_transformers.lazy import LazyKV
+from quantpage.integrations.hf_transformers.rows import Rows, Step
+from quantpage.masks import CausalMask, Mask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import Call
+from quantpage.ops.gather import gather_request
+from quantpage.ops.rope_write import WriteParams
+
+_STOCK = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """What ``attach`` was asked for."""
+
+    formats: LayerFormats
+    page_size: int
+    backend: AttentionBackend
+    mask: Mask | None = None
+    implementation: str | None = None
+    checked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of the cache, as Transformers sees it."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, index: int, sliding: bool, cache: "QuantPageCache") -> None:
+        super().__init__()
+        self.index = index
+        self.is_sliding = sliding
+        self.length = 0
+        """Tokens a row as Transformers counts them, padding included."""
+        self._cache = cache
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._chosen: dict[str, LayerAttention] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Lay out the pages; heads and channels are known only now (tensor parallelism)."""
+        options = self._cache.options
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.layout = CacheLayout(
+            kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[-1],
+            format=self._cache.formats[self.index],
+            page_size=options.page_size,
+            dtype=key_states.dtype,
+            value_head_dim=value_states.shape[-1],
+        )
+        self._cache.rows.add_layer(self.index, self.layout, key_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take [rows, kv_heads, new, head_dim] keys and values; hand back lazy ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.flush(None)
+        self._pending = (key_states, value_states)
+        self.length += key_states.shape[2]
+        return (
+            LazyKV(self, "key", key_states, self.length),
+            LazyKV(self, "value", value_states, self.length),
+        )
+
+    def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
+        """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
+        if self._cache.options.mask is not None and params.mask == CausalMask():
+            params = _with_mask(params, self._cache.options.mask)
+        rows, q_heads, new, _ = query.shape
+        serving = self._serving(query, params.mask)
+        step = self._cache.rows.step(self.length - new, new, padding)
+        packed = step.pack(query)
+        written = self._write(packed, step, serving)
+        out = serving.attend_step(written, self._view(), step.batch, params).out
+        return step.unpack(out).view(rows, new, q_heads, -1)
+
+    def flush(self, padding: Tensor | None) -> None:
+        """Write what waits, for a reader other than our attention function."""
+        if self._pending is None:
+            return
+        new = self._pending[0].shape[2]
+        step = self._cache.rows.step(self.length - new, new, padding)
+        self._write(None, step, self._serving(self._pending[0], CausalMask()))
+
+    def dequantized(self, which: str) -> Tensor:
+        """What the pages hold as [rows, kv_heads, length, head_dim], for foreign attention.
+
+        Read from the codes even where a format keeps exact pages: a dense tensor cannot differ
+        from query to query, and results must not depend on how the work was cut.
+        """
+        self.flush(None)
+        view = self._view()
+        pages = view.key if which == "key" else view.value
+        rows = self._cache.rows
+        dense = torch.zeros(
+            rows.count,
+            self.length,
+            pages.kv_heads,
+            pages.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        for row, (table, tokens, kept) in enumerate(rows.tables(self.length)):
+            found = gather_request(pages, table, tokens, torch.float32)
+            if pages.spec.rotation == "hadamard":
+                found = rotate(found)
+            dense[row, kept] = found.to(self.dtype)
+        return dense.transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask has to cover, and the position of the first."""
+        return self.length + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens a row, padding included."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of ``get_max_length`` up to Transformers 5.15."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._pending, self.length = None, 0
+        self._cache.rows.clear()
+
+    def _write(self, q: Tensor | None, step: Step, serving: LayerAttention) -> Tensor | None:
+        """Write what waits, and bring the query into the basis of the cache."""
+        if self._pending is None:
+            turned = self.layout.format.key.rotation == "hadamard"
+            return rotate(q) if turned and q is not None else q
+        k, v = self._pending
+        params = WriteParams(checked=self._cache.options.checked, layer=self.index)
+        written = serving.write_step(
+            q, step.pack(k), step.pack(v), self._view(), step.batch, params
+        )
+        self._pending = None
+        return written.q
+
+    def _view(self) -> LayerKV:
+        return self._cache.rows.layer(self.index)
+
+    def _serving(self, query: Tensor, mask: Mask) -> LayerAttention:
+        found = self._chosen.get(mask.kind)
+        if found is None:
+            call = Call(
+                device=device_info(query.device),
+                format=self.layout.format,
+                dtype=query.dtype,
+                q_heads=query.shape[1],
+                kv_heads=self.layout.kv_heads,
+                head_dim=self.layout.head_dim,
+                value_head_dim=self.layout.v_dim,
+                page_size=self.layout.page_size,
+            )
+            options = self._cache.options
+            found = build(options.backend, mask, call, options.implementation)
+            self._chosen[mask.kind] = found
+        return found
+
+
+class QuantPageCache(Cache):
+    """What ``generate`` and ``forward`` get as ``past_key_values`` while a model is attached."""
+
+    def __init__(self, config: object, options: CacheOptions) -> None:
+        # What Transformers would build; layers with another state than keys and values (linear
+        # attention, convolutions) stay as they are.
+        stock = DynamicCache(config=config).layers  # type: ignore[arg-type]
+        self.options = options
+        self.formats = options.formats.of_layers(len(stock))
+        self.rows = Rows(
+            options.page_size, any(each.exact_pages is not None for each in self.formats)
+        )
+        super().__init__(
+            layers=[
+                PagedLayer(index, each.is_sliding, self) if type(each) in _STOCK else each
+                for index, each in enumerate(stock)
+            ]
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes a copy of row ``beam_idx[i]``; pages are shared."""
+        self._select(beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times; pages are shared."""
+        rows = [row for row in range(self.rows.count) for _ in range(repeats)]
+        self._select(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        self._select(
+            torch.arange(self.rows.count)[indices.cpu()].tolist(),
+            lambda layer: layer.batch_select_indices(indices),
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
+        lengths = {layer.length for layer in self._paged()}
+        length = max(lengths, default=0)
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        for layer in self._paged():
+            layer.flush(None)
+        self.rows.crop(length - drop)
+        for layer in self._paged():
+            layer.length = min(layer.length, length - drop)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(tokens_to_remove)
+
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use, scales, zeros and exact pages counted."""
+        return self.rows.used_bytes()
+
+    def unquantized_bytes(self) -> int:
+        """What the same tokens would take in 16 bits."""
+        return self.rows.sixteen_bit_bytes()
+
+    def _select(self, rows: list[int], stock) -> None:
+        for layer in self._paged():
+            layer.flush(None)
+        self.rows.select(rows)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                stock(layer)
+
+    def _paged(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+
+def _with_mask(params: AttendParams, mask: Mask) -> AttendParams:
+    return AttendParams(params.softmax_scale, mask, params.softcap, params.sinks)

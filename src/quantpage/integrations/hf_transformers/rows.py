@@ -1,0 +1,219 @@
+"""The rows of a batch: their page tables, and the step that is under way.
+
+Every layer of a forward writes the same tokens, so that one step (pages reserved, padding left
+out, one ``BatchPlan``) serves them all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Sequence
+from quantpage.errors import CacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward's new tokens."""
+
+    start: int
+    """Tokens a row before it, padding included."""
+    new: int
+    batch: BatchPlan
+    keep: Tensor | None
+    """Indices of the tokens that are not padding among rows * new; None: all of them."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat if self.keep is None else flat[self.keep]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[tokens, heads, width] -> [rows * new, heads, width], zeros for padding."""
+        if self.keep is None:
+            return x
+        out = x.new_zeros(self.batch.num_requests * self.new, *x.shape[1:])
+        out[self.keep] = x
+        return out
+
+
+class Rows:
+    """The rows of a batch, grown on demand."""
+
+    def __init__(self, page_size: int, exact: bool) -> None:
+        self.page_size = page_size
+        self._exact = exact
+        """Some layer's format keeps exact pages."""
+        self.sequences: list[Sequence] = []
+        self._kept: Tensor | None = None
+        """[rows, tokens] bool: False where a token was padding; None: never padding."""
+        self._length = 0
+        self._step: Step | None = None
+        self._pool, self._exact_pool = PagePool(0), PagePool(0)
+        self._store: PagedKVCache | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows of the batch."""
+        return len(self.sequences)
+
+    def add_layer(self, index: int, layout: CacheLayout, like: Tensor) -> None:
+        """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
+        if self._store is None:
+            self._store = PagedKVCache(device=like.device)
+        if not self.sequences:
+            exact = self._exact_pool if self._exact else None
+            self.sequences = [
+                Sequence(self._pool, self.page_size, exact) for _ in range(like.shape[0])
+            ]
+        self._store.add_layer(index, layout)
+
+    def layer(self, index: int) -> LayerKV:
+        """The pages of one layer."""
+        assert self._store is not None
+        return self._store.layer(index)
+
+    def step(self, start: int, new: int, padding: Tensor | None) -> Step:
+        """The step that brings tokens ``start`` .. ``start + new`` of every row.
+
+        Asked by each layer; the first to ask reserves the pages. padding: [rows, start + new]
+        bool, False for padding.
+        """
+        if self._step is not None and (self._step.start, self._step.new) == (start, new):
+            return self._step
+        self._settle()
+        if start != self._length:
+            raise CacheError(
+                f"step: expected it to start after {self._length} cached tokens, got {start}"
+            )
+        kept = self._kept_tokens(start, new, padding)
+        lengths = [new] * self.count if kept is None else kept.sum(1).tolist()
+        self._reserve(lengths)
+        keep = None
+        if kept is not None:
+            assert self._store is not None
+            keep = kept.flatten().nonzero().flatten().to(self._store.device)
+        self._step = Step(start, new, self._plan(lengths), keep)
+        return self._step
+
+    def tables(self, length: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """For each row: its page table, its tokens, and their places among ``length``."""
+        assert self._store is not None
+        for row, sequence in enumerate(self.sequences):
+            tokens = sequence.length + sequence.reserved
+            if self._kept is None:
+                places = torch.arange(length)
+            else:
+                places = self._kept[row, :length].nonzero().flatten()
+            table = torch.tensor(sequence.pages, dtype=torch.int32)
+            yield table.to(self._store.device), tokens, places.to(self._store.device)
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was; pages are shared, not copied."""
+        self._settle()
+        forked = [self.sequences[row].fork() for row in rows]
+        for sequence in self.sequences:
+            sequence.free()
+        self.sequences = forked
+        if self._kept is not None:
+            self._kept = self._kept[rows]
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from ``length`` (padding counted) on, in every row."""
+        self._settle()
+        for row, sequence in enumerate(self.sequences):
+            tokens = length if self._kept is None else int(self._kept[row, :length].sum())
+            sequence.crop(tokens)
+        if self._kept is not None:
+            self._kept = self._kept[:, :length]
+        self._length = length
+
+    def clear(self) -> None:
+        """Forget every token; pages stay allocated for the next prompt."""
+        for sequence in self.sequences:
+            sequence.free()
+        self._step, self._kept, self._length = None, None, 0
+
+    def used_bytes(self) -> int:
+        """Bytes of the pages that are held."""
+        if self._store is None:
+            return 0
+        return self._store.used_bytes(self._pool.used, self._exact_pool.used)
+
+    def sixteen_bit_bytes(self) -> int:
+        """What the tokens of all rows would take in 16 bits."""
+        if self._store is None:
+            return 0
+        tokens = sum(each.length + each.reserved for each in self.sequences)
+        return tokens * sum(
+            2 * layout.kv_heads * (layout.head_dim + layout.v_dim)
+            for layout in self._store.layouts.values()
+        )
+
+    def _settle(self) -> None:
+        """Commit the step under way."""
+        if self._step is None:
+            return
+        for sequence in self.sequences:
+            sequence.commit()
+        self._length = self._step.start + self._step.new
+        self._step = None
+
+    def _reserve(self, lengths: list[int]) -> None:
+        assert self._store is not None
+        needs = [
+            sequence.pages_needed(tokens)
+            for sequence, tokens in zip(self.sequences, lengths, strict=True)
+        ]
+        need, exact_need = (sum(column) for column in zip(*needs, strict=True))
+        more = _growth(self._pool, need)
+        more_exact = _growth(self._exact_pool, exact_need)
+        if more or more_exact:
+            self._store.grow(more, more_exact)
+            self._pool.grow(more)
+            self._exact_pool.grow(more_exact)
+        for sequence, tokens in zip(self.sequences, lengths, strict=True):
+            self._store.copy_pages(sequence.reserve(tokens))
+
+    def _plan(self, lengths: list[int]) -> BatchPlan:
+        assert self._store is not None
+        return plan_batch(
+            lengths,
+            [each.length + each.reserved for each in self.sequences],
+            [each.pages for each in self.sequences],
+            self.page_size,
+            self._store.device,
+            [each.exact_pages for each in self.sequences] if self._exact else None,
+        )
+
+    def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
+        """[rows, new] bool of this step, remembered for the next; None: no padding at all."""
+        if padding is None and self._kept is None:
+            return None
+        before = torch.ones(self.count, start, dtype=torch.bool)
+        if self._kept is not None:
+            before = self._kept
+        now = torch.ones(self.count, new, dtype=torch.bool)
+        if padding is not None:
+            padding = padding.cpu()
+            changed = (padding[:, :start] != before).nonzero()
+            if changed.numel():
+                row, token = changed[0].tolist()
+                was = "a token" if before[row, token] else "padding"
+                raise CacheError(
+                    f"attention_mask: row {row}, token {token} was cached as {was}; expected the "
+                    "same again, got the opposite"
+                )
+            now = padding[:, start : start + new]
+        self._kept = torch.cat([before, now], 1)
+        return now
+
+
+def _growth(pool: PagePool, need: int) -> int:
+    """Pages to add so that ``need`` are free: half as many again as there are, at least 16."""
+    if need <= pool.free:
+        return 0
+    return max(need - pool.free, pool.capacity // 2, 16)

@@ -1,0 +1,72 @@
+"""Dense attention that sees what a quantized cache would hold: the integration tests' control.
+
+Keys and values stay unquantized in a DynamicCache and are round-tripped at every call; the exact
+pages' rule is applied to the matrix of all pairs. It shares formats/quantize with the product and
+nothing else: no page, no plan, no tile.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from quantpage.formats import KVFormat, dequantize, quantize, rotate
+
+NAME = "oracle"
+_state: dict = {}
+
+
+def _round_trip(x, spec):
+    turned = rotate(x) if spec.rotation == "hadamard" else x
+    seen = dequantize(*quantize(turned, spec), spec, torch.float64)
+    return rotate(seen) if spec.rotation == "hadamard" else seen
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    kv_format: KVFormat = _state["format"]
+    page = _state["page_size"]
+    query, key, value = query.double(), key.double(), value.double()
+    group = query.shape[1] // key.shape[1]
+    new, total = query.shape[2], key.shape[2]
+    positions = torch.arange(total - new, total)
+    pages = torch.arange(total) // page
+    near = (pages[None] == 0) | (pages[None] == positions[:, None] // page)
+    if kv_format.exact_pages is None:
+        near = torch.zeros_like(near)
+    half = [x.repeat_interleave(group, 1) for x in (key, value)]
+    coded = [
+        _round_trip(x, spec).repeat_interleave(group, 1)
+        for x, spec in ((key, kv_format.key), (value, kv_format.value))
+    ]
+    scores = torch.where(near, query @ half[0].mT, query @ coded[0].mT) * scaling
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~attention_mask[:, :, :, :total], -torch.inf)
+    if sinks is not None:
+        sink = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1).nan_to_num(0.0)
+    out = torch.where(near, weights, 0.0) @ half[1] + torch.where(near, 0.0, weights) @ coded[1]
+    return out.transpose(1, 2).to(_state["dtype"]), None
+
+
+def _mask(*args, **kwargs):
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+@contextmanager
+def oracle(model, kv_format: KVFormat, page_size: int):
+    """The model with dense, fake-quantized attention in float64."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    _state.update(format=kv_format, page_size=page_size, dtype=model.dtype)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)

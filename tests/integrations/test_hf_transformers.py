@@ -1,0 +1,224 @@
+"""attach(): real Transformers models over quantized pages, against their own attention."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import quantpage
+from quantpage.errors import FormatError, NonFiniteInput, UnsupportedModel
+from quantpage.formats import FORMATS
+from tests.integrations.oracle import oracle
+from tests.integrations.tiny_models import BUILDERS, tiny, tokens
+
+pytestmark = pytest.mark.cpu
+
+DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
+SINGLE = {"gpt_oss_sinks"}
+"""Models whose experts have no float64 product."""
+
+
+def build(name):
+    return tiny(name, torch.float32 if name in SINGLE else torch.float64)
+
+
+def closeness(name):
+    """float64 models differ by rounding of a few hundred products; float32 ones by 2^-24 of it,
+    amplified through three layers."""
+    return 2e-3 if name in SINGLE else 1e-8
+
+
+@torch.inference_mode()
+def stepwise(model, ids, prompt, cache=None, chunk=1):
+    """Logits of every position: the prompt in one piece, the rest in chunks through the cache."""
+    out = model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+    logits, cache = [out.logits], out.past_key_values
+    for start in range(prompt, ids.shape[1], chunk):
+        out = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
+        logits.append(out.logits)
+        cache = out.past_key_values
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_none_equals_transformers_own(name):
+    model, ids = build(name), tokens(2, 76)
+    wanted = stepwise(model, ids, 70)
+    with quantpage.attach(model, kv_format="none", page_size=16):
+        got = stepwise(model, ids, 70)
+    # Transformers' eager softmax rounds to float32 whatever the model's dtype.
+    torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+    assert (got - wanted).abs().mean() < 5e-5
+
+
+@pytest.mark.parametrize("kv_format", DYNAMIC)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_equal_the_oracle(name, kv_format):
+    model, ids = build(name), tokens(2, 76)
+    with oracle(model, FORMATS[kv_format], 16):
+        # Without a configuration: layers that forget what left the window would shift positions.
+        wanted = stepwise(model, ids, 70, DynamicCache())
+    with quantpage.attach(model, kv_format=kv_format, page_size=16):
+        got = stepwise(model, ids, 70)
+    if name in SINGLE:
+        # Codes flip where float32 inputs differ by rounding; a flip moves a logit, not the mean.
+        assert (got - wanted).abs().mean() < 0.05
+    else:
+        torch.testing.assert_close(got, wanted, atol=closeness(name), rtol=0)
+
+
+@pytest.mark.parametrize("kv_format", DYNAMIC)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_logits_do_not_depend_on_the_cut(kv_format, chunk):
+    model, ids = tiny("llama"), tokens(1, 150)
+    with quantpage.attach(model, kv_format=kv_format, page_size=16):
+        whole = stepwise(model, ids, 150)
+        cut = stepwise(model, ids, 5, chunk=chunk)
+    torch.testing.assert_close(cut, whole, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("kv_format", DYNAMIC)
+def test_a_left_padded_row_equals_the_row_alone(kv_format):
+    model, ids = tiny("llama"), tokens(1, 60)
+    pad = 23
+    padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], 1)
+    other = tokens(1, 60 + pad, seed=5)
+    batch = torch.cat([padded, other])
+    mask = torch.ones_like(batch)
+    mask[0, :pad] = 0
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    with quantpage.attach(model, kv_format=kv_format, page_size=16):
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+        both = model.generate(batch, attention_mask=mask, **arguments)
+    assert both[0, pad:].tolist()[: alone.shape[1]] == alone[0].tolist()
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 20},
+        {"num_return_sequences": 3, "do_sample": True},
+    ],
+    ids=["beams", "sampling", "several"],
+)
+def test_generate_equals_the_dense_control(kv_format, arguments):
+    model, ids = tiny("llama"), tokens(2, 40)
+    arguments = {"max_new_tokens": 30, "attention_mask": torch.ones_like(ids), **arguments}
+    with oracle(model, FORMATS[kv_format], 16):
+        torch.manual_seed(3)
+        wanted = model.generate(ids, **arguments)
+    with quantpage.attach(model, kv_format=kv_format, page_size=16):
+        torch.manual_seed(3)
+        got = model.generate(ids, **arguments)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
+def test_prompt_lookup_equals_greedy(kv_format):
+    model = tiny("llama")
+    ids = tokens(1, 12).repeat(1, 5)
+    arguments = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with quantpage.attach(model, kv_format=kv_format, page_size=16):
+        greedy = model.generate(ids, **arguments)
+        looked_up = model.generate(ids, prompt_lookup_num_tokens=6, **arguments)
+    assert looked_up.tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_a_cache_continues_over_two_calls(kv_format):
+    model, ids = tiny("llama"), tokens(1, 50)
+    with quantpage.attach(model, kv_format=kv_format, page_size=16) as attached:
+        cache = attached.new_cache()
+        first = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+            max_new_tokens=8, do_sample=False,
+        )
+        longer = torch.cat([first, tokens(1, 9, seed=9)], 1)
+        ones = torch.ones_like(longer)
+        warm = model.generate(
+            longer, attention_mask=ones, past_key_values=cache, max_new_tokens=8, do_sample=False
+        )
+        cold = model.generate(longer, attention_mask=ones, max_new_tokens=8, do_sample=False)
+    assert warm.tolist() == cold.tolist()
+
+
+def test_formats_differ_by_layer():
+    model, ids = tiny("llama"), tokens(1, 80)
+    with quantpage.attach(model, kv_format="int4,first1=none,last1=int8") as attached:
+        out = model(ids, use_cache=True)
+    names = [layer.layout.format.name for layer in out.past_key_values.layers]
+    assert names == ["none", "int4", "int8"]
+    assert "int4" in attached.formats.name
+
+
+def test_detaching_restores_the_model_exactly():
+    model, ids = tiny("llama"), tokens(1, 30)
+    before = model(ids).logits
+    keys, hooks = set(vars(model)), len(model._forward_pre_hooks)
+    with quantpage.attach(model, kv_format="int4"):
+        assert model.config._attn_implementation == "quantpage"
+        model(ids)
+    assert model.config._attn_implementation == "eager"
+    assert set(vars(model)) == keys and len(model._forward_pre_hooks) == hooks
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_failed_attach_changes_nothing():
+    model = tiny("llama")
+    for arguments, error in (
+        ({"kv_format": "int3"}, FormatError),
+        ({"page_size": 0}, ValueError),
+        ({"backend": "fastest"}, ValueError),
+    ):
+        with pytest.raises(error):
+            quantpage.attach(model, **arguments)
+        assert model.config._attn_implementation == "eager"
+        assert not model._forward_pre_hooks
+
+
+def test_what_cannot_be_attached_says_why():
+    with pytest.raises(UnsupportedModel, match="expected a Transformers model, got Linear"):
+        quantpage.attach(torch.nn.Linear(2, 2))
+    model = tiny("llama")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        quantpage.attach(model)
+
+
+def test_a_foreign_cache_is_refused():
+    model, ids = tiny("llama"), tokens(1, 30)
+    used = model(ids, use_cache=True).past_key_values
+    assert isinstance(used, DynamicCache)
+    with quantpage.attach(model), pytest.raises(ValueError, match="past_key_values"):
+        model(ids, past_key_values=used)
+
+
+def test_checked_mode_names_layer_tensor_and_token():
+    model, ids = tiny("llama"), tokens(1, 30)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with (
+        quantpage.attach(model, checked=True),
+        pytest.raises(NonFiniteInput, match="layer 1, value, token 0"),
+    ):
+        model(ids)
+
+
+def test_a_foreign_mask_is_served_densely():
+    model, ids = tiny("llama"), tokens(1, 40)
+    seen = torch.ones(40, 40, dtype=torch.bool).tril()
+    seen[:, 5:9] = torch.eye(40, dtype=torch.bool)[:, 5:9]
+    mask = seen[None, None]
+    wanted = model(ids, attention_mask=torch.zeros(1, 1, 40, 40).double().masked_fill(~mask, -1e30))
+    with quantpage.attach(model, kv_format="none"):
+        got = model(ids, attention_mask=mask)
+    torch.testing.assert_close(got.logits, wanted.logits, atol=2e-3, rtol=0)
+
+
+def test_without_a_cache_attention_is_transformers_own():
+    model, ids = tiny("mistral_window"), tokens(2, 60)
+    wanted = model(ids, use_cache=False).logits
+    with quantpage.attach(model, kv_format="int4"):
+        got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
