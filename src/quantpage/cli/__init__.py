@@ -1,5 +1,6 @@
 """The `quantpage` command. A module a command; each turns flags into one call of the library."""
 
+import os
 import sys
 
 import typer
@@ -24,6 +25,10 @@ app.command("explain")(explain.command)
 
 def main() -> None:
     """Run a command; an error the user can act on is one line on stderr and exit code 2."""
+    # Read when transformers is imported: its advice is for its own users, not for ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except (QuantPageError, ValueError, OSError) as error:

@@ -1,0 +1,5 @@
+"""`quantpage evaluate`: what each format costs in accuracy, on real text."""
+
+
+def command() -> None:
+    """Placeholder until evaluate lands."""

@@ -1,5 +1,6 @@
 """`quantpage formats`: every format, generated from FORMATS."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -23,47 +24,64 @@ def command(
         shape = model_shape(load_config(model))
         head_dim = shape.head_dim
     table = Table(title=f"Formats at head_dim {head_dim}", title_justify="left")
-    for column in ("format", "keys", "values", "bits a value K/V", "exact pages", "also known as"):
+    for column in ("format", "codes", "a scale for each", "scales", "bits a value"):
         table.add_column(column)
     if shape is not None:
         table.add_column("bytes a token", justify="right")
     for name, each in FORMATS.items():
-        row = [
-            name,
-            _describe(each.key, head_dim),
-            _describe(each.value, head_dim),
-            f"{each.key.bits_per_value(head_dim):.4g} / {each.value.bits_per_value(head_dim):.4g}",
-            _exact(each),
-            ", ".join(alias for alias, target in ALIASES.items() if target == name) or "-",
-        ]
+        row = [name]
+        row += [_of_both(each, describe, head_dim) for describe in _COLUMNS]
         if shape is not None:
             row.append(f"{shape.layers * shape.layout(each, 64).bytes_per_token():,}")
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for name, each in FORMATS.items():
+        if each.exact_pages is not None:
+            console.print(
+                f"{name}: a query sees the first page and its own page unquantized; "
+                f"{each.exact_pages.kept_pages} pages a request are kept so, in 16 bits."
+            )
+    for name in FORMATS:
+        others = ", ".join(alias for alias, target in ALIASES.items() if target == name)
+        if others:
+            console.print(f"{name}: also called {others}.")
 
 
-def _describe(spec: QuantSpec, head_dim: int) -> str:
-    if not spec.quantized:
-        return "as they are"
-    group = spec.granularity.group
-    owner = (
-        "tensor"
-        if not spec.granularity.per_head
-        else "channel"
-        if group == 1
-        else "kv_head"
-        if group is None or group >= head_dim
-        else f"{group} channels"
-    )
-    words = [spec.code.name, f"scale a {'token and ' if spec.dynamic else ''}{owner}"]
+def _of_both(kv_format: KVFormat, describe: Callable[[QuantSpec, int], str], head_dim: int) -> str:
+    key, value = describe(kv_format.key, head_dim), describe(kv_format.value, head_dim)
+    return key if key == value else f"K {key}, V {value}"
+
+
+def _codes(spec: QuantSpec, head_dim: int) -> str:
+    words = [spec.code.name if spec.quantized else "the model's own"]
     if spec.zero_point:
-        words.append("zero point")
+        words.append("with zero")
     if spec.rotation != "none":
         words.append("rotated")
-    words.append("dynamic" if spec.dynamic else "static")
-    return ", ".join(words)
+    return " ".join(words)
 
 
-def _exact(kv_format: KVFormat) -> str:
-    kept = kv_format.exact_pages
-    return "-" if kept is None else f"first and current ({kept.kept_pages} kept)"
+def _owner(spec: QuantSpec, head_dim: int) -> str:
+    if not spec.quantized:
+        return "-"
+    granularity = spec.granularity
+    if not granularity.per_head:
+        return "tensor"
+    if granularity.group == 1:
+        return "channel"
+    token = "token, " if spec.dynamic else ""
+    if granularity.groups(head_dim) == 1:
+        return f"{token}kv_head"
+    return f"{token}{granularity.group} channels"
+
+
+def _when(spec: QuantSpec, head_dim: int) -> str:
+    return "-" if not spec.quantized else "dynamic" if spec.dynamic else "static"
+
+
+def _bits(spec: QuantSpec, head_dim: int) -> str:
+    return f"{spec.bits_per_value(head_dim):.4g}"
+
+
+_COLUMNS = (_codes, _owner, _when, _bits)

@@ -50,6 +50,15 @@ class LayerFormats:
             parts.append(f"last{self.last}={self.last_format.name}")
         return ",".join(parts)
 
+    def refuse_static(self) -> None:
+        """Raise FormatError for formats whose scales would have to come from outside."""
+        for each in (self.default, self.first_format, self.last_format):
+            if each is not None and not each.dynamic:
+                raise FormatError(
+                    f"kv_format: expected a dynamic format, as no scales are given here; "
+                    f"{each.name} is static"
+                )
+
     def of_layers(self, layers: int) -> tuple[KVFormat, ...]:
         """The format of each of ``layers`` layers; FormatError where the rules overlap."""
         if self.first + self.last > layers:

@@ -71,8 +71,10 @@ def attach(
     if model.config._attn_implementation == functions.NAME:
         raise ValueError("model: expected a model that is not attached yet; detach it first")
     refuse_unsupported(model.config)
+    formats = LayerFormats.parse(kv_format)
+    formats.refuse_static()
     options = CacheOptions(
-        formats=LayerFormats.parse(kv_format),
+        formats=formats,
         page_size=page_size,
         backend=find_backend(backend),
         mask=mask,

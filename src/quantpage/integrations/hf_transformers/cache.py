@@ -5,7 +5,9 @@ One page table a row serves all layers. Keys and values wait in ``PagedLayer.pen
 padding is never written, so that a left-padded row equals the same row alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +101,7 @@ class PagedLayer(CacheLayerMixin):
         step = self._cache.rows.step(self.length - new, new, padding)
         packed = step.pack(query)
         written = self._write(packed, step, serving)
+        assert written is not None
         out = serving.attend_step(written, self._view(), step.batch, params).out
         return step.unpack(out).view(rows, new, q_heads, -1)
 
@@ -197,7 +200,7 @@ class QuantPageCache(Cache):
     def __init__(self, config: object, options: CacheOptions) -> None:
         # What Transformers would build; layers with another state than keys and values (linear
         # attention, convolutions) stay as they are.
-        stock = DynamicCache(config=config).layers  # type: ignore[arg-type]
+        stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
         self.rows = Rows(
@@ -236,9 +239,8 @@ class QuantPageCache(Cache):
         self.rows.crop(length - drop)
         for layer in self._paged():
             layer.length = min(layer.length, length - drop)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.crop(tokens_to_remove)
+        for stock in self._stock():
+            stock.crop(tokens_to_remove)
 
     def used_bytes(self) -> int:
         """Bytes of the pages in use, scales, zeros and exact pages counted."""
@@ -248,16 +250,18 @@ class QuantPageCache(Cache):
         """What the same tokens would take in 16 bits."""
         return self.rows.sixteen_bit_bytes()
 
-    def _select(self, rows: list[int], stock) -> None:
+    def _select(self, rows: list[int], apply: Callable[[Any], object]) -> None:
         for layer in self._paged():
             layer.flush(None)
         self.rows.select(rows)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                stock(layer)
+        for each in self._stock():
+            apply(each)
 
     def _paged(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def _stock(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
 
 
 def _with_mask(params: AttendParams, mask: Mask) -> AttendParams:

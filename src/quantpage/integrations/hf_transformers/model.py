@@ -127,5 +127,5 @@ def load_model(
         from transformers import GgufConfig
 
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     return model.to(device).eval(), tokenizer
