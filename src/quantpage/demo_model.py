@@ -81,8 +81,8 @@ def convert(source_file: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     # The reader of GGUF tokenizers takes the wrong end token; the configuration has the right one.
     start, end = config.bos_token_id, config.eos_token_id
-    tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([start, end])
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(start)
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     plain.generation_config = GenerationConfig(
         bos_token_id=start, eos_token_id=end, pad_token_id=end
     )
