@@ -164,15 +164,12 @@ def _dense_with_extras(module, query, key, value, mask, scaling, softcap, sinks)
     scores = (query @ key.mT).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    else:
-        scores = scores + mask
+    hidden = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        weights = torch.cat([hidden, sink], dim=-1).softmax(-1)[..., :-1]
     else:
-        weights = scores.softmax(-1)
+        weights = hidden.softmax(-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 

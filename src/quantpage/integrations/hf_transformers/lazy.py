@@ -49,8 +49,8 @@ class LazyKV(torch.Tensor):
         """What the pages hold, dense, in the model's basis and dtype."""
         if self.length != self.layer.length:
             raise RuntimeError(
-                f"layer {self.layer.index}: this {self.which} tensor stood for {self.length} tokens "
-                f"and the cache now holds {self.layer.length}; use it before the next update"
+                f"layer {self.layer.index}: this {self.which} tensor stood for {self.length} "
+                f"tokens and the cache now holds {self.layer.length}; use it before the next update"
             )
         return self.layer.dequantized(self.which)
 

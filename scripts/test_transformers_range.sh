@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The integration tests against the oldest and the newest Transformers that we support; the version
+# in between is the pinned one, which scripts/test.sh runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for pins in "transformers==5.12.1 tokenizers==0.22.2" "transformers==5.23.0"; do
+  folder=".venv/range/${pins%% *}"
+  if [ ! -f "$folder/.complete" ]; then
+    rm -rf "$folder"
+    # shellcheck disable=SC2086
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target "$folder" $pins
+    touch "$folder/.complete"
+  fi
+  echo "integration tests with ${pins%% *}"
+  PYTHONPATH="$folder" OMP_NUM_THREADS=1 .venv/bin/pytest tests/integrations -n 2 --dist worksteal
+done
