@@ -74,7 +74,7 @@ def _columns(left: ColumnIntervals, right: ColumnIntervals) -> ColumnIntervals:
         for head in range(heads):
             parts = [*left.hidden_rows(keys, row, head), *right.hidden_rows(keys, row, head)]
             merged[row, head] = _union(parts, row, head)
-    if causal:
+    if causal and not bool(((merged[..., 0] < END) & (merged[..., 3] > keys)).any()):
         # Rows before the key are one of the two intervals; the other is the lower one.
         return ColumnIntervals(_lower(merged, keys), open_end=False, lengths=left.lengths)
     return ColumnIntervals(merged, False, open_end=False, lengths=left.lengths)

@@ -84,7 +84,7 @@ class RowIntervals(Mask):
     def visible_ranges(
         self, queries: Int[Tensor, " queries"], request: int = 0, kv_head: int = 0
     ) -> Int[Tensor, "queries ranges 2"]:
-        """The ranges of queries at any positions, described or not; the last one is causal."""
+        """The ranges of queries at any positions, described or not; the last is for new tokens."""
         batch, heads, _, ranges, _ = self.intervals.shape
         own = self.intervals[pick(request, batch, "request"), pick(kv_head, heads, "kv_head")]
         start, end = self.span(request)
@@ -95,10 +95,12 @@ class RowIntervals(Mask):
         before = (queries < start) | (end == start)
         past = (queries >= end) & ~before
         found[:, :ranges].masked_fill_(before[:, None, None], 0)
+        # In the first range, as the described rows usually begin there too: tiles stay full.
+        found[:, 0, 1] = torch.where(before, queries + 1, found[:, 0, 1])
         clipped = found[:, :ranges].clamp(max=end)
         found[:, :ranges] = torch.where(past[:, None, None], clipped, found[:, :ranges])
         found[:, ranges, 0] = torch.where(past, end, 0)
-        found[:, ranges, 1] = torch.where(past | before, queries + 1, 0)
+        found[:, ranges, 1] = torch.where(past, queries + 1, 0)
         return found
 
     def visible(

@@ -1,8 +1,9 @@
 """Attention over quantized pages in plain torch, tile by tile: the path that always works.
 
 Online softmax (FlashAttention, arXiv 2205.14135) over tiles of pages. Only one tile of keys and
-values is ever dequantized, and only one tile of scores exists, so that memory does not grow with the
-prompt. Tiles outside the mask are not read.
+values is ever dequantized, and only one tile of scores exists, so that memory does not grow with
+the prompt. Tiles that the mask hides from the whole query tile are not read, and tiles that it
+shows whole are not masked.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend.mask_plan import EMPTY, FULL, tile_kinds
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.gather.reference import gather_request
 
@@ -60,22 +63,27 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
         peak = sink.reshape(kv_heads, group * tokens, 1).clone()
         total = torch.ones_like(peak)
     queries = torch.arange(first, first + tokens, device=q.device)
-    for low, high in _key_tiles(batch.page_size, params, segment, request, first, tokens, context):
-        keys = torch.arange(low, high, device=q.device)
-        seen = _visible(params, segment, batch.page_size, queries, keys, request, kv_heads)
+    for low, high, whole in _key_tiles(
+        batch.page_size, params, segment, request, first, tokens, context, kv_heads
+    ):
         k = _rows(layer.key, batch.page_table[request], low, high, q.dtype)
         scores = (grouped @ k.mT) * params.softmax_scale
         if params.softcap is not None:
             scores = torch.tanh(scores / params.softcap) * params.softcap
-        scores = scores.unflatten(1, (group, tokens)).masked_fill(~seen[:, None], -torch.inf)
-        scores = scores.flatten(1, 2)
+        seen = None
+        if not whole:
+            keys = torch.arange(low, high, device=q.device)
+            seen = _visible(params, segment, batch.page_size, queries, keys, request, kv_heads)
+            scores = scores.unflatten(1, (group, tokens)).masked_fill(~seen[:, None], -torch.inf)
+            scores = scores.flatten(1, 2)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         anchor = new_peak.nan_to_num(neginf=0.0)
         weights = torch.exp(scores - anchor)
         shrink = torch.exp(peak - anchor)
         v = _rows(layer.value, batch.page_table[request], low, high, q.dtype)
-        # Select, do not multiply by zero: a slot that nobody sees may hold NaN.
-        v = torch.where(seen.any(1).unsqueeze(-1), v, 0.0)
+        if seen is not None:
+            # Select, do not multiply by zero: a slot that nobody sees may hold NaN.
+            v = torch.where(seen.any(1).unsqueeze(-1), v, 0.0)
         acc = acc * shrink + weights @ v
         total = total * shrink + weights.sum(-1, keepdim=True)
         peak = new_peak
@@ -88,16 +96,37 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
 
 
 def _key_tiles(
-    page_size: int, params: AttendParams, segment: Segment, request, first, tokens, context
-) -> Iterator[tuple[int, int]]:
-    """Half-open tiles of key positions, starting on page borders."""
+    page_size: int, params: AttendParams, segment: Segment, request, first, tokens, context, heads
+) -> Iterator[tuple[int, int, bool]]:
+    """Half-open tiles of key positions, starting on page borders; True: all pairs are visible."""
     last = first + tokens - 1
     shown = params.mask.key_range(first, last, context, request)
     for low, high in segment_ranges(segment, page_size, first, last, context):
         low, high = max(low, shown[0]), min(high, shown[1])
         start = low // page_size * page_size
-        for tile in range(start, high, KEY_TILE):
-            yield tile, min(tile + KEY_TILE, high)
+        starts = range(start, high, KEY_TILE)
+        kinds = _tile_kinds(params, request, (first, last + 1), (start, high), heads)
+        for tile, empty, whole in zip(starts, *kinds, strict=True):
+            if not empty:
+                yield tile, min(tile + KEY_TILE, high), whole and segment == "all"
+
+
+def _tile_kinds(
+    params: AttendParams, request: int, queries: tuple[int, int], keys: tuple[int, int], heads: int
+) -> tuple[list[bool], list[bool]]:
+    """Of each key tile: hidden from the whole query tile, and shown to all of it."""
+    mask = params.mask
+    count = len(range(keys[0], keys[1], KEY_TILE))
+    if not count or isinstance(mask, CausalMask | FullMask):
+        # ``key_range`` has left out what these hide.
+        return [False] * count, [False] * count
+    kinds = torch.stack(
+        [
+            tile_kinds(mask, queries, keys, KEY_TILE, request, head)
+            for head in range(heads if mask.per_head else 1)
+        ]
+    )
+    return (kinds == EMPTY).all(0).tolist(), (kinds == FULL).all(0).tolist()
 
 
 def segment_ranges(

@@ -1,0 +1,197 @@
+"""Interval masks through the torch path: equal to the oracle, to themselves in chunks, and fewer
+tiles than pairs.
+"""
+
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantpage import masks
+from quantpage.formats import FORMATS
+from quantpage.masks import CausalMask, RowIntervals
+from quantpage.ops.attend import AttendParams, attend, reference, torch_blockwise
+from quantpage.ops.attend.mask_plan import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    MaskTile,
+    lower,
+    plan_tiles,
+    tile_kinds,
+)
+from quantpage.ops.dispatch import Implementation
+from tests.masks.drawn import any_mask, every_kind
+from tests.ops.mask_cases import cached
+
+pytestmark = pytest.mark.cpu
+
+TORCH = Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", lambda call: [])
+KINDS = sorted(every_kind(24))
+
+
+def small_tiles(query=16, key=32):
+    return patch.multiple(torch_blockwise, QUERY_TILE=query, KEY_TILE=key)
+
+
+def check(case, mask, chunks, sinks=None, softcap=None):
+    q, batch = case.step(chunks)
+    params = AttendParams(case.layer.key.head_dim**-0.5, mask, softcap, sinks)
+    with small_tiles():
+        out, lse = attend(q.float(), case.layer, batch, params, TORCH)
+    wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
+    return out, lse, wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_mask_equals_the_oracle(data):
+    contexts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=2))
+    heads = data.draw(st.sampled_from([1, 2]))
+    mask = data.draw(any_mask(max(contexts), batch=len(contexts), heads=heads))
+    case = cached(
+        data.draw(st.sampled_from(sorted(FORMATS))),
+        contexts,
+        page_size=data.draw(st.sampled_from([16, 32])),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    chunks = []
+    for context in contexts:
+        end = data.draw(st.integers(1, context))
+        chunks.append((data.draw(st.integers(0, end)), end))
+    check(case, mask, chunks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+def test_whole_is_chunked_is_after_a_prefix_hit(kind, name):
+    tokens, after = 45, 3
+    mask = every_kind(tokens)[kind]
+    case = cached(name, [tokens + after], dtype=torch.float64)
+    params = AttendParams(0.2, mask)
+
+    def run(chunks):
+        with small_tiles(8):
+            rows = [attend(*_step(case, c), params, TORCH) for c in chunks]
+        return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
+
+    whole = run([(0, tokens), (tokens, tokens + after)])
+    wanted, _ = reference.attend(*_step(case, (0, tokens)), params)
+    torch.testing.assert_close(whole[0][:tokens], wanted, atol=1e-12, rtol=1e-9)
+    cuts = [0]
+    while cuts[-1] < tokens:
+        cuts.append(mask.next_cut(cuts[-1] + 7, tokens))
+    chunked = run(
+        [
+            *pairwise(cuts),
+            *((t, t + 1) for t in range(tokens, tokens + after)),
+        ]
+    )
+    # A hit: the first chunks were computed by someone else, only the rest is asked for.
+    hit = run([(cuts[len(cuts) // 2], tokens), (tokens, tokens + after)])
+    for mine, theirs in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+    for mine, theirs in zip(whole, hit, strict=True):
+        torch.testing.assert_close(mine[-len(theirs) :], theirs, atol=1e-12, rtol=1e-9)
+
+
+def _step(case, chunk):
+    q, batch = case.step([chunk])
+    return q, case.layer, batch
+
+
+def test_fully_masked_rows_are_zero_and_minus_infinity():
+    case = cached("int8", [37])
+    ranges = torch.zeros(1, 1, 37, 1, 2, dtype=torch.int32)
+    ranges[0, 0, ::3, 0] = torch.tensor([5, 21], dtype=torch.int32)
+    out, lse, _ = check(case, RowIntervals(ranges), [(0, 37)])
+    hidden = torch.arange(37) % 3 != 0
+    assert (out[hidden] == 0).all() and lse[hidden].isneginf().all()
+    assert out[~hidden].abs().amax(-1).min() > 0
+
+
+def test_sinks_and_softcap_under_a_mask():
+    case = cached("fp8", [29, 18])
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    check(case, masks.prefix_lm(29, 9), [(0, 29), (5, 18)], sinks=sinks, softcap=4.0)
+
+
+def test_empty_tiles_are_not_read_and_full_ones_not_masked():
+    documents = masks.causal_document([64] * 4)
+    case = cached("int8", [256])
+    q, batch = case.step([(0, 256)])
+    reads, masked = [], []
+    rows, visible = torch_blockwise._rows, torch_blockwise._visible
+
+    def count_rows(*args):
+        reads.append(args)
+        return rows(*args)
+
+    def count_masks(*args):
+        masked.append(args)
+        return visible(*args)
+
+    with (
+        small_tiles(16, 16),
+        patch.object(torch_blockwise, "_rows", count_rows),
+        patch.object(torch_blockwise, "_visible", count_masks),
+    ):
+        torch_blockwise.attend(q.float(), case.layer, batch, AttendParams(1.0, documents))
+    # 16 query tiles of 16; within a document tile i visits i + 1 tiles, K and V of each.
+    assert len(reads) == 2 * 4 * (1 + 2 + 3 + 4)
+    # Only the diagonal is masked.
+    assert len(masked) == 16
+    picture = documents.draw(256, tile=(16, 16)).counts()
+    assert (picture["full"] + picture["partial"]) * 2 == len(reads)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_a_plan_never_drops_a_visible_pair(data):
+    tokens = data.draw(st.integers(1, 70))
+    mask = data.draw(any_mask(tokens))
+    first = data.draw(st.integers(0, tokens))
+    end = data.draw(st.integers(first + 1, tokens + 6))
+    start = data.draw(st.integers(0, tokens))
+    tile = data.draw(st.sampled_from([8, 16, 19]))
+    kinds = tile_kinds(mask, (first, end), (start, tokens + 6), tile)
+    seen = mask.materialize(torch.arange(first, end), tokens + 6)[:, start:]
+    for kind, part in zip(kinds.tolist(), seen.split(tile, dim=1), strict=True):
+        if kind == EMPTY:
+            assert not part.any()
+        if kind == FULL:
+            assert part.all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_of_the_kinds_waste_little(kind):
+    mask = every_kind(192)[kind]
+    exact = mask.draw(192, tile=(16, 16)).counts()
+    kinds = torch.cat([tile_kinds(mask, (r, r + 16), (0, 192), 16) for r in range(0, 192, 16)])
+    found = {name: int((kinds == code).sum()) for name, code in
+             (("full", FULL), ("partial", PARTIAL), ("skipped", EMPTY))}  # fmt: skip
+    # Bounds are sharp where intervals of a tile's keys begin or end together; between a global
+    # token and a window, or where eviction is random, they may be loose.
+    slack = 0 if kind not in ("global_sliding_window", "random_eviction", "qk_sparse") else 12
+    for name, count in exact.items():
+        assert abs(found[name] - count) <= slack, (name, found, exact)
+
+
+def test_plan_lists_full_tiles_first_and_partial_ones_from_the_back():
+    case = cached("int8", [200], page_size=64)
+    _, batch = case.step([(150, 200)])
+    plan = plan_tiles(masks.causal_document([70, 130]), batch, 2, MaskTile(32, 32))
+    assert plan.items.tolist() == [[0, 0], [0, 32], [0, 64], [0, 96]]
+    # Tokens 150..165 see keys 70..: tiles 2 (partly), 3, and 4 and 5 on the diagonal.
+    assert plan.counts[0, 0].tolist() == [1, 3]
+    assert plan.tiles[0, 0].tolist() == [3, -1, -1, -1, 5, 4, 2]
+
+
+def test_lower_refuses_what_has_no_intervals():
+    with pytest.raises(ValueError, match="mask: expected an interval mask, got CausalMask"):
+        lower(CausalMask())

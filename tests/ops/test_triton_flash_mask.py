@@ -1,0 +1,148 @@
+"""The mask kernels against the torch planner and the oracle, in the interpreter or on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ops.triton_cases import DEVICE, TIER, relative, to_device
+
+# isort: split
+from quantpage import masks
+from quantpage.batch import BatchPlan
+from quantpage.formats import FORMATS
+from quantpage.masks import ColumnIntervals, RowIntervals
+from quantpage.ops.attend import AttendParams, attend, mask_plan, reference, triton_mask_plan
+from quantpage.ops.attend.mask_plan import MaskTile, lower
+from quantpage.ops.attend.triton_flash_mask import attend as triton_attend
+from quantpage.ops.dispatch import Implementation
+from tests.masks.drawn import every_kind
+from tests.ops.mask_cases import cached
+
+pytestmark = TIER
+
+TRITON = Implementation("triton", "quantpage.ops.attend.triton_flash_mask:attend", lambda c: [])
+KINDS = sorted(every_kind(24))
+
+
+def to_gpu(batch: BatchPlan) -> BatchPlan:
+    moved = {
+        name: getattr(batch, name).to(DEVICE)
+        for name in ("query_starts", "context_lens", "page_table", "slots", "positions")
+    }
+    exact = batch.exact
+    if exact is not None:
+        exact = replace(exact, page_table=exact.page_table.to(DEVICE), slots=exact.slots.to(DEVICE))
+    return replace(batch, **moved, exact=exact)
+
+
+def check(case, mask, chunks, sinks=None, softcap=None):
+    q, batch = case.step(chunks)
+    params = AttendParams(case.layer.key.head_dim**-0.5, mask, softcap, sinks)
+    wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
+    if sinks is not None:
+        params = replace(params, sinks=sinks.to(DEVICE))
+    out, lse = attend(q.to(DEVICE), to_device(case.layer), to_gpu(batch), params, TRITON)
+    same_rows = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), same_rows)
+    assert (out.cpu()[same_rows] == 0).all()
+    assert relative(out, wanted) < 2e-3
+    lse, wanted_lse = lse.cpu()[~same_rows], wanted_lse[~same_rows]
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=4e-3, rtol=1e-3)
+    return out, lse
+
+
+@pytest.mark.parametrize("segment", ["all", "body", "exact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_device_plan_is_the_torch_plan(kind, segment):
+    mask = every_kind(150)[kind]
+    case = cached("int8", [150, 97])
+    _, batch = case.step([(0, 150), (61, 90)])
+    if kind == "tree_verification":
+        mask = masks.TreeMask.from_parents([144, 80], [-1, 0, 0, 1, -1, 4])
+    form, tile = lower(mask), MaskTile(32, 16)
+    wanted = mask_plan.plan_tiles(form, batch, 3, tile, segment)
+    found = triton_mask_plan.plan_tiles(form.to(DEVICE), to_gpu(batch), 3, tile, segment)
+    assert torch.equal(found.counts.cpu(), wanted.counts)
+    for row, (full, partial) in enumerate(wanted.counts[:, 0].tolist()):
+        mine, theirs = found.tiles[row, 0].cpu(), wanted.tiles[row, 0]
+        assert torch.equal(mine[:full], theirs[:full])
+        end = len(theirs)
+        assert torch.equal(mine[end - partial :], theirs[end - partial :])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_in_a_ragged_batch(kind):
+    mask = every_kind(100)[kind]
+    if kind == "tree_verification":
+        mask = masks.TreeMask.from_parents([94, 60, 23], [-1, 0, 0, 1, -1, 4])
+    case = cached("int8", [100, 77, 30], seed=1)
+    check(case, mask, [(90, 100), (61, 77), (29, 30)])
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_formats_in_prefill(name):
+    case = cached(name, [80, 41], q_heads=6, head_dim=48 if "int4" not in name else 32, seed=2)
+    check(case, masks.prefix_lm_document([(9, 33), (20, 47)]), [(3, 80), (0, 41)])
+
+
+@pytest.mark.parametrize("name", ["none", "int4", "k8v4"])
+def test_a_mask_a_head_and_a_request(name):
+    noise = torch.Generator().manual_seed(3)
+    bounds = torch.randint(0, 60, (2, 2, 55, 4), generator=noise).unflatten(-1, (2, 2))
+    bounds = bounds.sort(-1).values.flatten(-2)
+    columns = ColumnIntervals(bounds, False, open_end=False, lengths=(55, 40))
+    cuts = torch.randint(0, 60, (2, 2, 20, 4), generator=noise).sort(-1).values
+    rows = RowIntervals(cuts.unflatten(-1, (2, 2)), first=(30, 25), lengths=(20, 11))
+    case = cached(name, [57, 44], seed=3, page_size=32)
+    for mask in (columns, rows):
+        check(case, mask, [(11, 57), (20, 44)])
+
+
+def test_sinks_and_softcap():
+    case = cached("fp8", [70], seed=4)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    check(case, masks.sliding_window(70, 20), [(50, 70)], sinks=sinks, softcap=5.0)
+
+
+def test_sinks_with_static_zero_points():
+    case = cached("int4_static", [70], seed=4)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    check(case, masks.causal_document([20, 50]), [(10, 70)], sinks=sinks)
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_splits_of_a_decode_are_one_softmax(new):
+    case = cached("int8", [330, 40], seed=5)
+    mask = masks.causal_blockwise([64, 130, 136])
+    q, batch = case.step([(330 - new, 330), (40 - new, 40)])
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], device=DEVICE)
+    params = AttendParams(0.2, mask, sinks=sinks)
+    layer, batch = to_device(case.layer), to_gpu(batch)
+    one = triton_attend(q.to(DEVICE), layer, batch, params, splits=1)
+    for splits in (2, 7):
+        cut = triton_attend(q.to(DEVICE), layer, batch, params, splits=splits)
+        assert relative(cut[0], one[0]) < 2e-3
+        torch.testing.assert_close(cut[1], one[1], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_see_nothing():
+    case = cached("int8", [50], seed=6)
+    ranges = torch.zeros(1, 1, 50, 1, 2, dtype=torch.int32)
+    ranges[0, 0, ::3, 0] = torch.tensor([5, 21], dtype=torch.int32)
+    check(case, RowIntervals(ranges), [(0, 50)])
+    check(case, RowIntervals(torch.zeros_like(ranges)), [(0, 50)])
+
+
+def test_tiles_outside_the_mask_are_not_read():
+    """Poisoned codes and scales in every page that no query sees leave no trace."""
+    case = cached("int8", [256], page_size=64, seed=7)
+    mask = masks.document([64, 128, 64])
+    q, batch = case.step([(70, 190)])
+    params = AttendParams(0.2, mask)
+    layer = to_device(case.layer)
+    clean, _ = triton_attend(q.to(DEVICE), layer, to_gpu(batch), params)
+    for half in (layer.key, layer.value):
+        half.scale[case.tables[0][0]] = torch.nan
+    poisoned, _ = triton_attend(q.to(DEVICE), layer, to_gpu(batch), params)
+    assert torch.equal(clean, poisoned)
