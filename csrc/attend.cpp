@@ -1,0 +1,275 @@
+// Cuts a step into items, runs them on threads and merges the parts.
+//
+// How a row's keys are cut depends on its request alone, never on threads or on the rest of the
+// batch, so that results do not either.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "convert.h"
+#include "library.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t ROWS = 64;
+// A request with at most this many new tokens has its keys split over items.
+constexpr int64_t FEW_TOKENS = 16;
+
+struct Interval {
+  int64_t low, high;
+};
+
+// Rows of one kv_head over one stretch of keys.
+struct Work {
+  int64_t request, head, first, tokens, low, high;
+  // Place of the partial result; -1: the only part, goes straight to the output.
+  int64_t partial;
+};
+// The parts of the same rows: work[begin, end).
+struct Group {
+  int64_t begin, end;
+};
+
+struct Memory {
+  std::vector<Interval> seen, all;
+  // Token t sees seen[bounds[t], bounds[t + 1]); cursor[t] is the first that may reach the run.
+  std::vector<int64_t> bounds, cursor;
+  std::vector<Run> runs;
+  std::vector<uint16_t> bits;
+  std::unique_ptr<uint8_t[]> scratch;
+  int64_t scratch_size = 0;
+  uint8_t* take(int64_t bytes) {
+    if (bytes > scratch_size) {
+      scratch.reset(new uint8_t[bytes + 64]);
+      scratch_size = bytes;
+    }
+    return (uint8_t*)(((uintptr_t)scratch.get() + 63) / 64 * 64);
+  }
+};
+thread_local Memory memory;
+
+int64_t split_size(int64_t context) { return context <= 2048 ? 256 : context <= 8192 ? 512 : 1024; }
+
+void add(std::vector<Interval>& to, int64_t low, int64_t high, int64_t from, int64_t until) {
+  low = std::max(low, from);
+  high = std::min(high, until);
+  if (low < high) to.push_back({low, high});
+}
+
+// Keys of the segment (ops/attend/params.py) within [low, high).
+void add_segment(const Attend& a, std::vector<Interval>& to, int64_t position, int64_t low, int64_t high,
+                 const Work& w) {
+  const int64_t page = a.page_size, own = position / page * page;
+  if (a.segment == ALL) {
+    add(to, low, high, w.low, w.high);
+  } else if (a.segment == BODY) {
+    add(to, std::max(low, page), std::min(high, own), w.low, w.high);
+    add(to, std::max(low, std::max(page, own + page)), high, w.low, w.high);
+  } else {
+    add(to, low, std::min(high, page), w.low, w.high);
+    if (own > 0) add(to, std::max(low, own), std::min(high, own + page), w.low, w.high);
+  }
+}
+
+// What one query sees of [w.low, w.high), sorted and disjoint.
+void add_seen(const Attend& a, std::vector<Interval>& to, const Work& w, int64_t token, int64_t context) {
+  const int64_t position = context - (a.query_starts[w.request + 1] - token);
+  if (a.mask == FULL) {
+    add_segment(a, to, position, 0, context, w);
+  } else if (a.mask == CAUSAL) {
+    const int64_t end = position + 1, start = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0;
+    const int64_t sinks = std::min(a.sink_tokens, start);
+    if (sinks > 0) add_segment(a, to, position, 0, sinks, w);
+    add_segment(a, to, position, start, end, w);
+  } else {
+    const int64_t row = (a.per_head ? w.head * a.tokens : 0) + token;
+    for (int64_t i = a.starts[row]; i < a.starts[row + 1]; i++)
+      add_segment(a, to, position, a.low[i], std::min<int64_t>(a.high[i], context), w);
+  }
+}
+
+// Runs over the union of what the rows see, and who sees what where they differ.
+void list_runs(const Attend& a, const Work& w, int64_t context, Memory& m) {
+  m.seen.clear();
+  m.bounds.assign(1, 0);
+  for (int64_t t = 0; t < w.tokens; t++) {
+    add_seen(a, m.seen, w, w.first + t, context);
+    m.bounds.push_back((int64_t)m.seen.size());
+  }
+  m.all = m.seen;
+  std::sort(m.all.begin(), m.all.end(), [](const Interval& x, const Interval& y) { return x.low < y.low; });
+  size_t kept = 0;
+  for (size_t i = 0; i < m.all.size(); i++) {
+    if (kept && m.all[i].low <= m.all[kept - 1].high) m.all[kept - 1].high = std::max(m.all[kept - 1].high, m.all[i].high);
+    else m.all[kept++] = m.all[i];
+  }
+  m.all.resize(kept);
+  m.runs.clear();
+  m.bits.clear();
+  const int64_t page = a.page_size;
+  m.cursor.assign(m.bounds.begin(), m.bounds.end() - 1);
+  for (const Interval& part : m.all) {
+    for (int64_t at = part.low; at < part.high;) {
+      const int64_t slot = at % page;
+      const int64_t count = std::min({part.high - at, page - slot, (int64_t)RUN});
+      const int64_t id = a.page_table[w.request * a.table_stride + at / page];
+      Run run;
+      const Pages &k = a.key, &v = a.value;
+      run.k = k.codes + id * k.page_stride + w.head * k.head_stride + slot * k.row_stride;
+      run.v = v.codes + id * v.page_stride + w.head * v.head_stride + slot * v.row_stride;
+      auto plane = [&](const uint8_t* base, int64_t by_page, int64_t by_head, int64_t by_row) {
+        return base ? base + id * by_page + w.head * by_head + slot * by_row : nullptr;
+      };
+      run.k_scale = plane(k.scale, k.scale_page, k.scale_head, k.scale_row);
+      run.k_zero = plane(k.zero, k.zero_page, k.zero_head, k.zero_row);
+      run.v_scale = plane(v.scale, v.scale_page, v.scale_head, v.scale_row);
+      run.v_zero = plane(v.zero, v.zero_page, v.zero_head, v.zero_row);
+      run.count = (int32_t)count;
+      run.all = 1;
+      if (w.tokens > 1) {
+        const uint32_t full = (1u << count) - 1;
+        for (int64_t t = 0; t < w.tokens; t++) {
+          while (m.cursor[t] < m.bounds[t + 1] && m.seen[m.cursor[t]].high <= at) m.cursor[t]++;
+          uint32_t bits = 0;
+          for (int64_t i = m.cursor[t]; i < m.bounds[t + 1] && m.seen[i].low < at + count; i++) {
+            const int64_t low = std::max(m.seen[i].low, at) - at, high = std::min(m.seen[i].high, at + count) - at;
+            bits |= ((1u << high) - 1) & ~((1u << low) - 1);
+          }
+          run.all &= bits == full;
+          m.bits.push_back((uint16_t)bits);
+        }
+      }
+      m.runs.push_back(run);
+      at += count;
+    }
+  }
+}
+
+void store_row(const Attend& a, int64_t token, int64_t head, const float* acc, float peak, float total) {
+  const int64_t dim = a.value.head_dim, row = token * a.q_heads + head;
+  const float times = total == 0 ? 0.f : 1.f / total;
+  a.lse[row] = total == 0 ? -INFINITY : peak + std::log(total);
+  if (a.out_type == F32) {
+    float* to = (float*)a.out + row * dim;
+    for (int64_t c = 0; c < dim; c++) to[c] = total == 0 ? 0.f : acc[c] * times;
+    return;
+  }
+  uint16_t* to = (uint16_t*)a.out + row * dim;
+  for (int64_t c = 0; c < dim; c++) {
+    const float x = total == 0 ? 0.f : acc[c] * times;
+    to[c] = a.out_type == BF16 ? float_to_bf16(x) : float_to_half(x);
+  }
+}
+
+struct Step {
+  const Attend& a;
+  const Kernels& kernels;
+  std::vector<Work> work;
+  std::vector<Group> groups;
+  int64_t partial_floats = 0;
+  std::unique_ptr<float[]> partials;
+  int64_t group, dim;
+
+  Step(const Attend& call, const Kernels& with)
+      : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(call.value.head_dim) {}
+
+  int64_t size(const Work& w) const { return w.tokens * group * (dim + 2); }
+
+  void cut() {
+    for (int64_t r = 0; r < a.requests; r++) {
+      const int64_t start = a.query_starts[r], end = a.query_starts[r + 1], context = a.context_lens[r];
+      const int64_t fit = std::max<int64_t>(1, ROWS / group);
+      // Late queries see most: they go first.
+      for (int64_t tile = (end - start + fit - 1) / fit; tile-- > 0;) {
+        const int64_t first = start + tile * fit, tokens = std::min(fit, end - first);
+        cut_tile(r, first, tokens, end - start, context);
+      }
+    }
+  }
+  void cut_tile(int64_t r, int64_t first, int64_t tokens, int64_t fresh, int64_t context) {
+    const int64_t position = context - (a.query_starts[r + 1] - first), last = position + tokens - 1;
+    int64_t low = 0, high = a.mask == CAUSAL ? last + 1 : context;
+    if (a.mask == CAUSAL && a.window > 0 && a.sink_tokens == 0 && a.segment != EXACT)
+      low = std::max<int64_t>(0, position + 1 - a.window);
+    const int64_t part = fresh > FEW_TOKENS ? context + 1 : split_size(context);
+    for (int64_t h = 0; h < a.kv_heads; h++) {
+      const int64_t begin = (int64_t)work.size();
+      int64_t at = low / part * part;
+      do {
+        work.push_back({r, h, first, tokens, std::max(at, low), std::min(at + part, high), -1});
+        at += part;
+      } while (at < high);
+      const int64_t count = (int64_t)work.size() - begin;
+      if (count > 1)
+        for (int64_t i = begin; i < begin + count; i++) {
+          work[i].partial = partial_floats;
+          partial_floats += size(work[i]);
+        }
+      groups.push_back({begin, begin + count});
+    }
+  }
+  Partial place(const Work& w, float* from) const {
+    const int64_t rows = w.tokens * group;
+    return {from, from + rows, from + 2 * rows};
+  }
+  void run(int64_t index) {
+    const Work& w = work[index];
+    Memory& m = memory;
+    list_runs(a, w, a.context_lens[w.request], m);
+    const int64_t rows = w.tokens * group, own = kernels.scratch_bytes(&a, rows);
+    uint8_t* scratch = m.take(own + 4 * size(w));
+    const Partial out = place(w, w.partial < 0 ? (float*)(scratch + own) : partials.get() + w.partial);
+    const Item item = {&a, w.head, w.first, w.tokens, m.runs.data(), (int64_t)m.runs.size(), m.bits.data()};
+    if (m.runs.empty()) {
+      std::fill(out.peak, out.peak + rows, -INFINITY);
+      std::fill(out.total, out.total + rows, 0.f);
+    } else {
+      kernels.attend(&item, &out, scratch);
+    }
+    if (w.partial < 0) finish(w, &w, 1, out);
+  }
+  // Merges the parts of the same rows (ops/attend/merge.py) and a sink logit.
+  void finish(const Work& w, const Work* parts, int64_t count, const Partial& only) {
+    std::vector<float> acc(dim);
+    for (int64_t row = 0; row < w.tokens * group; row++) {
+      const int64_t head = w.head * group + row % group;
+      float peak = a.sinks ? a.sinks[head] : -INFINITY;
+      auto part = [&](int64_t i) { return count == 1 ? only : place(parts[i], partials.get() + parts[i].partial); };
+      for (int64_t i = 0; i < count; i++) peak = std::max(peak, part(i).peak[row]);
+      float total = a.sinks ? std::exp(a.sinks[head] - peak) : 0.f;
+      std::fill(acc.begin(), acc.end(), 0.f);
+      for (int64_t i = 0; i < count; i++) {
+        const Partial p = part(i);
+        // Select, never multiply, an empty part.
+        if (p.total[row] == 0) continue;
+        const float weight = std::exp(p.peak[row] - peak);
+        total += weight * p.total[row];
+        const float* from = p.acc + row * dim;
+        for (int64_t c = 0; c < dim; c++) acc[c] += weight * from[c];
+      }
+      store_row(a, w.first + row / group, head, acc.data(), peak, total);
+    }
+  }
+};
+
+}  // namespace
+
+EXPORT int64_t quantpage_attend(const Attend* call) {
+  const Kernels* kernels = find_kernels(call->isa);
+  if (!kernels) return 1;
+  Step step(*call, *kernels);
+  step.cut();
+  step.partials.reset(new float[step.partial_floats + 1]);
+  parallel((int64_t)step.work.size(), call->threads, 1, [&](int64_t i) { step.run(i); });
+  if (step.partial_floats == 0) return 0;
+  parallel((int64_t)step.groups.size(), call->threads, 8, [&](int64_t i) {
+    const Group& g = step.groups[i];
+    if (g.end - g.begin == 1) return;
+    const Work& w = step.work[g.begin];
+    step.finish(w, &w, g.end - g.begin, {});
+  });
+  return 0;
+}

@@ -1,0 +1,440 @@
+// One item: some rows (queries of one kv_head) against a list of runs of keys, by online softmax
+// (FlashAttention, arXiv 2205.14135) in float32.
+#pragma once
+#include "attend_keys.h"
+#include "attend_values.h"
+#include "rows.h"
+
+namespace CONCAT(isa_, SUFFIX) {
+
+// Where things lie in the scratch memory of a thread; every part starts on a cache line.
+struct Scratch {
+  int64_t rows, padded, key_dim, value_dim, width;
+  bool key_words, value_words;
+  int16_t* query16;
+  float *query32, *query_unit, *query_sum, *lift_keys, *constant;
+  int32_t *key_order, *value_order;
+  int16_t* words;
+  float* floats;
+  float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
+  int32_t *weights, *value_pairs;
+  float* value_floats;
+  float *acc, *peak, *total, *zero_sum, *lift, *unit;
+  const uint8_t **value_rows, **ahead;
+  int64_t bytes;
+};
+
+static bool integer_path(const Pages& p) {
+  return (p.code == INT8 || p.code == INT4) && (!p.dynamic || p.groups == 1) && p.head_dim <= 512;
+}
+static bool grouped(const Pages& p) {
+  return p.scale && !integer_path(p) && p.dynamic && (p.groups > 1 || p.zero || p.code != FP8);
+}
+
+static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
+  Scratch s;
+  int64_t at = 0;
+  auto take = [&](auto*& to, int64_t count) {
+    to = (decltype(+to))(base + at);
+    at = (at + count * (int64_t)sizeof(*to) + 63) / 64 * 64;
+  };
+  s.rows = rows;
+  s.padded = (rows + 3) / 4 * 4;
+  s.key_dim = a.key.head_dim;
+  s.value_dim = a.value.head_dim;
+  s.key_words = integer_path(a.key);
+  s.value_words = integer_path(a.value);
+  s.width = s.value_words ? value_width(a.value.code, s.value_dim) : s.value_dim;
+  take(s.query16, s.padded * s.key_dim);
+  take(s.query32, s.padded * s.key_dim);
+  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.total,
+                       &s.zero_sum, &s.lift, &s.unit})
+    take(*each, s.padded);
+  take(s.key_order, s.key_dim);
+  take(s.value_order, s.width);
+  take(s.words, s.key_words ? RUN * s.key_dim : 0);
+  take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
+  take(s.scores, s.padded * TILE);
+  for (float** each : {&s.key_scale, &s.key_zero, &s.value_scale, &s.value_zero}) take(*each, TILE);
+  take(s.weights, s.padded * TILE / 2);
+  take(s.value_pairs, s.value_words && rows > 4 ? TILE / 2 * s.width : 0);
+  take(s.value_floats, !s.value_words && (rows > 4 || grouped(a.value)) ? TILE * s.value_dim : 0);
+  take(s.acc, s.padded * s.width);
+  take(s.value_rows, TILE);
+  take(s.ahead, TILE);
+  s.bytes = at;
+  return s;
+}
+
+// ---- before the first tile -----------------------------------------------------------------------
+static void load_query(const uint8_t* from, int64_t type, int64_t dim, float times, float* to) {
+  for (int64_t c = 0; c < dim; c += VW) {
+    const vf x = type == F32 ? numbers<F32>(from, c) : type == BF16 ? numbers<BF16>(from, c) : numbers<F16>(from, c);
+    storef(to + c, x * splat(times));
+  }
+}
+
+// Static scales and zeros belong to channels: they go into the query and into a constant a row.
+static float fold_static(const Pages& key, int64_t head, float* q) {
+  float constant = 0;
+  for (int64_t c = 0; c < key.head_dim; c++) {
+    if (key.zero) constant += q[c] * static_number(key, key.zero, key.zero_head, head, c);
+    q[c] *= static_number(key, key.scale, key.scale_head, head, c) * (key.code == FP8 ? 256.f : 1.f);
+  }
+  return constant;
+}
+
+// The query's channels as 15-bit words, eight of a row in each lane.
+static void round_query(const Scratch& s, int64_t r, int64_t code) {
+  const int64_t dim = s.key_dim;
+  const float* q = s.query32 + r * dim;
+  vf most = splat(0.f), sum = splat(0.f);
+  for (int64_t c = 0; c < dim; c += VW) {
+    const vf x = loadf(q + c);
+    sum += x;
+    most = vmax(most, (vf)((vi)x & splati(0x7fffffff)));
+  }
+  const float largest = hmax(most);
+  // 0 * sum: a query that is not finite must not come out finite.
+  const float unit = largest / 32767.f + 0.f * hsum(sum);
+  const vf inverse = splat(largest > 1e-30f ? 32767.f / largest : 0.f);
+  vi rounded = {};
+  alignas(64) int32_t words[512];
+  for (int64_t c = 0; c < dim; c += VW) {
+    const vf magic = splat(12582912.f);
+    const vi w = (vi)(loadf(q + c) * inverse + magic) - (vi)magic;
+    rounded += w;
+    store(words + c, w);
+  }
+  int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
+  for (int64_t i = 0; i < dim; i += 8)
+    for (int64_t j = 0; j < 8; j++) to[i * LANES + j] = (int16_t)words[s.key_order[i + j]];
+  s.query_unit[r] = unit;
+  if (code != INT4) return;
+  int64_t total = 0;
+  for (int j = 0; j < VW; j++) total += rounded[j];
+  s.lift_keys[r] = -8.f * unit * (float)total;
+}
+
+static void prepare_rows(const Item& item, const Scratch& s) {
+  const Attend& a = *item.call;
+  const Pages& key = a.key;
+  const int64_t group = a.q_heads / a.kv_heads, dim = s.key_dim;
+  const int64_t item_size = a.q_type == F32 ? 4 : 2;
+  key_order(s.key_words ? key.code : F32, dim, s.key_order);
+  value_order(s.value_words ? a.value.code : F32, s.value_dim, s.value_order);
+  memset(s.acc, 0, 4 * s.padded * s.width);
+  if (s.key_words) memset(s.query16, 0, 2 * s.padded * dim);
+  for (int64_t r = 0; r < s.padded; r++) {
+    s.peak[r] = -__builtin_inff();
+    s.total[r] = s.zero_sum[r] = s.lift[r] = s.unit[r] = 0;
+    s.query_sum[r] = s.lift_keys[r] = s.constant[r] = s.query_unit[r] = 0;
+    if (r >= s.rows) continue;
+    const int64_t head = item.kv_head * group + r % group;
+    float* q = s.query32 + r * dim;
+    load_query(a.q + ((item.first + r / group) * a.q_token + head * a.q_head) * item_size, a.q_type, dim,
+               (float)a.softmax_scale, q);
+    if (key.zero && key.dynamic) {
+      vf sum = splat(0.f);
+      for (int64_t c = 0; c < dim; c += VW) sum += loadf(q + c);
+      s.query_sum[r] = hsum(sum);
+    }
+    if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
+    if (s.key_words) round_query(s, r, key.code);
+  }
+  // Weights of rows that only pad a group of four stay 0.
+  for (int64_t r = s.rows; r < s.padded; r++) {
+    memset(s.weights + r * (TILE / 2), 0, 2 * TILE);
+    memset(s.scores + r * TILE, 0, 4 * TILE);
+  }
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------
+// Dynamic scales of one run; lanes past its end get 0.
+static inline void load_plane(const Pages& p, const uint8_t* from, int64_t row_stride, int64_t count, float* to) {
+  const int64_t size = p.scale_type == F32 ? 4 : 2;
+  if (count == RUN && row_stride == size) {
+    for (int i = 0; i < RUN; i += VW)
+      storef(to + i, p.scale_type == F32 ? load<vf>(from + 4 * i) : halves(from + 2 * i));
+    return;
+  }
+  for (int64_t i = 0; i < RUN; i++) to[i] = i < count ? number(from + i * row_stride, p.scale_type, 0) : 0.f;
+}
+
+static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 3);
+}
+
+template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, const Pages& key) {
+  const int64_t bytes = row_bytes(CODE, s.key_dim);
+  for (int64_t j = 0; j < RUN; j++) {
+    const int64_t row = j < run.count ? j : run.count - 1;
+    if (next) prefetch_row(next + j * key.row_stride, bytes);
+    const uint8_t* from = run.k + row * key.row_stride;
+    if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, s.key_dim, s.words + j * s.key_dim);
+    else key_floats<CODE>(from, s.key_dim, s.floats + j * s.key_dim);
+  }
+}
+
+static void score_run(const Item& item, const Scratch& s, const Run& run, const Run* next, int64_t lane) {
+  const Pages& key = item.call->key;
+  const uint8_t* ahead = next && next->count == RUN ? next->k : nullptr;
+  if (grouped(key)) {
+    for (int64_t j = 0; j < RUN; j++) {
+      const int64_t row = j < run.count ? j : run.count - 1;
+      dequantize_row(key, item.kv_head, run.k + row * key.row_stride, run.k_scale + row * key.scale_row,
+                     run.k_zero + row * key.zero_row, s.floats + j * s.key_dim);
+    }
+  } else {
+    switch (key.code) {
+      case F32: keys_of_run<F32>(s, run, ahead, key); break;
+      case BF16: keys_of_run<BF16>(s, run, ahead, key); break;
+      case F16: keys_of_run<F16>(s, run, ahead, key); break;
+      case INT8: keys_of_run<INT8>(s, run, ahead, key); break;
+      case INT4: keys_of_run<INT4>(s, run, ahead, key); break;
+      default: keys_of_run<FP8>(s, run, ahead, key);
+    }
+  }
+  if (s.key_words) integer_scores(s.words, s.key_dim, s.query16, s.query_unit, s.rows, s.scores + lane);
+  else float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
+  if (key.scale && key.dynamic && !grouped(key)) {
+    load_plane(key, run.k_scale, key.scale_row, run.count, s.key_scale + lane);
+    if (key.zero) load_plane(key, run.k_zero, key.zero_row, run.count, s.key_zero + lane);
+  }
+  const Pages& value = item.call->value;
+  if (value.scale && value.dynamic && !grouped(value)) {
+    load_plane(value, run.v_scale, value.scale_row, run.count, s.value_scale + lane);
+    if (value.zero) load_plane(value, run.v_zero, value.zero_row, run.count, s.value_zero + lane);
+  }
+}
+
+static inline vi lanes_seen(uint32_t bits, int shift) {
+  return -(((splati((int32_t)bits) >> (iota() + splati(shift))) & splati(1)));
+}
+
+// Scores of one row to weights: scale, cap, mask, online softmax. Fills `weights` (integers) or
+// leaves the weights in `scores` (floats).
+static void soften_row(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
+                       int64_t first_run) {
+  const Attend& a = *item.call;
+  const Pages &key = a.key, &value = a.value;
+  const int64_t group = a.q_heads / a.kv_heads, lanes = num_runs * RUN;
+  const bool scaled = key.scale && key.dynamic && !grouped(key);
+  const float times = key.code == FP8 && scaled ? 256.f : 1.f;
+  float* x = s.scores + row * TILE;
+  const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]);
+  vf highest = splat(-__builtin_inff());
+  for (int64_t r = 0; r < num_runs; r++) {
+    uint32_t bits = (1u << runs[r].count) - 1;
+    if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + row / group];
+    for (int j = 0; j < RUN; j += VW) {
+      const int64_t i = r * RUN + j;
+      vf v = loadf(x + i) + lift;
+      if (scaled) v = v * (loadf(s.key_scale + i) * splat(times));
+      if (scaled && key.zero) v = v + loadf(s.key_zero + i) * splat(s.query_sum[row]);
+      v = v + constant;
+      if (a.softcap > 0) v = vtanh(v * splat((float)(1 / a.softcap))) * splat((float)a.softcap);
+      if (bits != 0xffff) v = select(lanes_seen(bits, j), v, splat(-__builtin_inff()));
+      highest = vmax(highest, v);
+      storef(x + i, v);
+    }
+  }
+  int16_t* weights = (int16_t*)(s.weights + row * (TILE / 2));
+  const float top = hmax(highest);
+  s.unit[row] = 0;
+  if (top == -__builtin_inff()) {
+    memset(x, 0, 4 * lanes);
+    memset(weights, 0, 2 * lanes);
+    return;
+  }
+  if (top > s.peak[row]) {
+    if (s.total[row] != 0) {
+      const vf shrink = vexp(splat(s.peak[row] - top));
+      s.total[row] *= shrink[0];
+      s.zero_sum[row] *= shrink[0];
+      s.lift[row] *= shrink[0];
+      float* acc = s.acc + row * s.width;
+      for (int64_t c = 0; c < s.width; c += VW) storef(acc + c, loadf(acc + c) * shrink);
+    }
+    s.peak[row] = top;
+  }
+  const vf peak = splat(s.peak[row]);
+  const bool weighed = value.scale && value.dynamic && !grouped(value);
+  const float worth = value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f;
+  vf total = splat(0.f), zero_sum = splat(0.f), most = splat(0.f);
+  for (int64_t i = 0; i < lanes; i += VW) {
+    vf e = vexp(loadf(x + i) - peak);
+    total += e;
+    if (weighed) {
+      // Select, do not multiply by zero: scales of keys that the row does not see may be NaN.
+      const vi none = e == splat(0.f);
+      if (value.zero) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
+      e = select(none, splat(0.f), e * loadf(s.value_scale + i));
+    }
+    e = e * splat(worth);
+    most = vmax(most, e);
+    storef(x + i, e);
+  }
+  s.total[row] += hsum(total);
+  s.zero_sum[row] += hsum(zero_sum);
+  if (!s.value_words) return;
+  const float largest = hmax(most);
+  if (!(largest > 1e-30f)) {
+    memset(weights, 0, 2 * lanes);
+    return;
+  }
+  const vf inverse = splat(32767.f / largest);
+  vi rounded = {};
+  for (int64_t i = 0; i < lanes; i += VW) {
+    const vi w = __builtin_convertvector(loadf(x + i) * inverse + splat(0.5f), vi);
+    rounded += w;
+#if VW == 16
+    _mm256_storeu_si256((__m256i*)(weights + i), _mm512_cvtepi32_epi16((__m512i)w));
+#else
+    for (int j = 0; j < VW; j++) weights[i + j] = (int16_t)w[j];
+#endif
+  }
+  s.unit[row] = largest / 32767.f;
+  int64_t sum = 0;
+  for (int j = 0; j < VW; j++) sum += rounded[j];
+  s.lift[row] += s.unit[row] * (float)sum;
+}
+
+// Both keys of a pair in turn; rows past the end stand for the last one, with weight 0.
+static void list_rows(const Run* runs, int64_t num_runs, int64_t row_stride, const uint8_t** rows) {
+  for (int64_t r = 0; r < num_runs; r++)
+    for (int64_t j = 0; j < RUN; j++)
+      rows[r * RUN + j] = runs[r].v + (j < runs[r].count ? j : runs[r].count - 1) * row_stride;
+}
+
+template <int64_t CODE> static void add_few_integers(const Scratch& s, int64_t lanes, bool ahead) {
+  const int64_t bytes = row_bytes(CODE, s.value_dim), width = s.width;
+  if (ahead)
+    for (int64_t i = 0; i < lanes; i++) prefetch_row(s.ahead[i], bytes);
+  float* acc = s.acc;
+  for (int64_t byte = 0; byte < bytes; byte += VW * 4, acc += vectors<CODE>() * VW) {
+    const int64_t left = bytes - byte;
+    switch (s.rows) {
+      case 1: integer_piece<CODE, 1>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
+      case 2: integer_piece<CODE, 2>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
+      case 3: integer_piece<CODE, 3>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
+      default: integer_piece<CODE, 4>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width);
+    }
+  }
+}
+template <int64_t CODE> static void add_many_integers(const Scratch& s, int64_t lanes) {
+  const int64_t bytes = row_bytes(CODE, s.value_dim);
+  // 64 keys at a time: their words stay in the first-level cache while all rows use them.
+  for (int64_t base = 0; base < lanes; base += 64) {
+    const int64_t pairs = (lanes - base < 64 ? lanes - base : 64) / 2;
+    for (int64_t i = 0; i < pairs; i++)
+      for (int64_t byte = 0; byte < bytes; byte += VW * 4)
+        pair_words<CODE>(s.value_rows[base + 2 * i] + byte, s.value_rows[base + 2 * i + 1] + byte, bytes - byte,
+                         (vh*)(s.value_pairs + i * s.width + byte / (VW * 4) * vectors<CODE>() * VW));
+    for (int64_t r = 0; r < s.rows; r += 4)
+      integer_words<4>(s.value_pairs, pairs, s.width, s.weights + r * (TILE / 2) + base / 2, s.unit + r,
+                       s.acc + r * s.width);
+  }
+}
+template <int64_t CODE>
+static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count) {
+  float* acc = s.acc + first * s.width;
+  const float* w = s.scores + first * TILE;
+  switch (count) {
+    case 1: float_values<CODE, 1>(rows, lanes, w, acc, s.width); break;
+    case 2: float_values<CODE, 2>(rows, lanes, w, acc, s.width); break;
+    case 3: float_values<CODE, 3>(rows, lanes, w, acc, s.width); break;
+    default: float_values<CODE, 4>(rows, lanes, w, acc, s.width);
+  }
+}
+
+static void add_values(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, bool ahead) {
+  const Pages& value = item.call->value;
+  const int64_t lanes = num_runs * RUN;
+  if (s.value_words) {
+    if (s.rows <= 4) {
+      if (value.code == INT8) add_few_integers<INT8>(s, lanes, ahead);
+      else add_few_integers<INT4>(s, lanes, ahead);
+    } else if (value.code == INT8) add_many_integers<INT8>(s, lanes);
+    else add_many_integers<INT4>(s, lanes);
+    return;
+  }
+  int64_t code = value.code;
+  if (s.rows > 4 || grouped(value)) {
+    for (int64_t r = 0; r < num_runs; r++)
+      for (int64_t j = 0; j < RUN; j++) {
+        float* to = s.value_floats + (r * RUN + j) * s.value_dim;
+        const int64_t row = j < runs[r].count ? j : runs[r].count - 1;
+        if (grouped(value)) {
+          dequantize_row(value, item.kv_head, s.value_rows[r * RUN + j], runs[r].v_scale + row * value.scale_row,
+                         runs[r].v_zero + row * value.zero_row, to);
+        } else switch (code) {
+          case F32: key_floats<F32>(s.value_rows[r * RUN + j], s.value_dim, to); break;
+          case BF16: key_floats<BF16>(s.value_rows[r * RUN + j], s.value_dim, to); break;
+          case F16: key_floats<F16>(s.value_rows[r * RUN + j], s.value_dim, to); break;
+          default: key_floats<FP8>(s.value_rows[r * RUN + j], s.value_dim, to);
+        }
+      }
+    for (int64_t i = 0; i < lanes; i++) s.value_rows[i] = (const uint8_t*)(s.value_floats + i * s.value_dim);
+    code = F32;
+  } else if (ahead) {
+    const int64_t bytes = row_bytes(code, s.value_dim);
+    for (int64_t i = 0; i < lanes; i++) prefetch_row(s.ahead[i], bytes);
+  }
+  for (int64_t r = 0; r < s.rows; r += 4) {
+    const int64_t count = s.rows - r < 4 ? s.rows - r : 4;
+    switch (code) {
+      case F32: add_floats<F32>(s, s.value_rows, lanes, r, count); break;
+      case BF16: add_floats<BF16>(s, s.value_rows, lanes, r, count); break;
+      case F16: add_floats<F16>(s, s.value_rows, lanes, r, count); break;
+      default: add_floats<FP8>(s, s.value_rows, lanes, r, count);
+    }
+  }
+}
+
+// ---- after the last tile ---------------------------------------------------------------------------
+static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
+  const Pages& value = item.call->value;
+  const bool fixed = value.scale && !value.dynamic;
+  for (int64_t r = 0; r < s.rows; r++) {
+    out.peak[r] = s.peak[r];
+    out.total[r] = s.total[r];
+    float* to = out.acc + r * s.value_dim;
+    const float* acc = s.acc + r * s.width;
+    for (int64_t i = 0; i < s.width; i++) {
+      const int32_t c = s.value_order[i];
+      if (c < 0) continue;
+      float x = acc[i];
+      if (s.value_words) x -= s.lift[r] * (value.code == INT4 ? 8.f : offset_of(value.code, i));
+      if (fixed) {
+        x *= static_number(value, value.scale, value.scale_head, item.kv_head, c);
+        if (value.zero) x += s.total[r] * static_number(value, value.zero, value.zero_head, item.kv_head, c);
+      }
+      to[c] = x + s.zero_sum[r];
+    }
+  }
+}
+
+static void attend_item(const Item* item, const Partial* out, uint8_t* memory) {
+  const Attend& a = *item->call;
+  const int64_t group = a.q_heads / a.kv_heads;
+  const Scratch s = plan_scratch(a, item->tokens * group, memory);
+  prepare_rows(*item, s);
+  for (int64_t at = 0; at < item->num_runs; at += RUNS) {
+    const int64_t rest = item->num_runs - at, n = rest < RUNS ? rest : RUNS;
+    const Run* runs = item->runs + at;
+    const int64_t more = rest - n < n ? rest - n : n;
+    for (int64_t r = 0; r < n; r++)
+      score_run(*item, s, runs[r], r < more ? runs + RUNS + r : nullptr, r * RUN);
+    for (int64_t row = 0; row < s.rows; row++) soften_row(*item, s, row, runs, n, at);
+    list_rows(runs, n, a.value.row_stride, s.value_rows);
+    const bool ahead = more == n;
+    if (ahead) list_rows(runs + RUNS, n, a.value.row_stride, s.ahead);
+    add_values(*item, s, runs, n, ahead);
+  }
+  hand_back(*item, s, *out);
+}
+
+static int64_t scratch_bytes(const Attend* a, int64_t rows) { return plan_scratch(*a, rows, nullptr).bytes; }
+
+}  // namespace

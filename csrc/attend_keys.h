@@ -1,0 +1,170 @@
+// Scores of one tile: the dot products of rows and keys.
+//
+// Integer codes with one scale a token (or folded into the query) are multiplied as 16-bit words:
+// the query is rounded to 15 bits of its largest channel, which is finer than a bf16 query. The
+// words of a run are laid out once; then each vector holds the same 8 words of one key in every
+// 128-bit lane against the 8 channels of as many rows as there are lanes.
+#pragma once
+#include "item.h"
+#include "simd.h"
+
+namespace CONCAT(isa_, SUFFIX) {
+
+constexpr int LANES = VW / 4;
+
+// Codes of a key row as words. int4: every fourth nibble of a piece beside the other, see
+// `key_order`, so that no shuffle is needed.
+template <int B> static inline void spread_nibbles(const uint8_t* p, int16_t* out) {
+  typedef uint16_t words __attribute__((vector_size(B)));
+  words x;
+  memcpy(&x, p, B);
+  const words a = x & 15, b = (x >> 4) & 15, c = (x >> 8) & 15, d = x >> 12;
+  memcpy(out, &a, B);
+  memcpy(out + B / 2, &b, B);
+  memcpy(out + B, &c, B);
+  memcpy(out + B + B / 2, &d, B);
+}
+static inline int64_t piece(int64_t left) {
+  for (int64_t b = VW * 4; b > 8; b /= 2)
+    if (left >= b) return b;
+  return 8;
+}
+template <int64_t CODE> static inline void key_words(const uint8_t* row, int64_t dim, int16_t* out) {
+  if constexpr (CODE == INT8) {
+    int64_t c = 0;
+#if VW == 16
+    for (; c + 32 <= dim; c += 32)
+      _mm512_storeu_si512(out + c, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(row + c))));
+#endif
+#if VW >= 8
+    for (; c + 16 <= dim; c += 16)
+      _mm256_storeu_si256((__m256i*)(out + c),
+                          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + c))));
+#elif defined(__SSE4_1__)
+    for (; c + 8 <= dim; c += 8)
+      _mm_storeu_si128((__m128i*)(out + c), _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)(row + c))));
+#endif
+    for (; c < dim; c++) out[c] = (int8_t)row[c];
+  } else {
+    const int64_t bytes = dim / 2;
+    for (int64_t b = 0; b < bytes;) {
+      const int64_t left = bytes - b;
+#if VW == 16
+      if (left >= 64) { spread_nibbles<64>(row + b, out + 2 * b); b += 64; continue; }
+#endif
+#if VW >= 8
+      if (left >= 32) { spread_nibbles<32>(row + b, out + 2 * b); b += 32; continue; }
+#endif
+      if (left >= 16) { spread_nibbles<16>(row + b, out + 2 * b); b += 16; continue; }
+      spread_nibbles<8>(row + b, out + 2 * b);
+      b += 8;
+    }
+  }
+}
+// order[i]: the channel of word i.
+static void key_order(int64_t code, int64_t dim, int32_t* order) {
+  if (code != INT4) {
+    for (int64_t i = 0; i < dim; i++) order[i] = (int32_t)i;
+    return;
+  }
+  for (int64_t b = 0; b < dim / 2;) {
+    const int64_t size = piece(dim / 2 - b);
+    for (int64_t k = 0; k < 4; k++)
+      for (int64_t w = 0; w < size / 2; w++)
+        order[2 * b + k * (size / 2) + w] = (int32_t)(2 * b + 4 * w + k);
+    b += size;
+  }
+}
+
+// words: [RUN][dim]; query: [ceil(rows / LANES)][dim / 8][LANES][8] words; scale: its unit, [rows
+// padded]. scores: [rows padded][TILE], from lane `at`.
+static inline void integer_scores(const int16_t* words, int64_t dim, const int16_t* query,
+                                  const float* scale, int64_t rows, float* scores) {
+  for (int64_t first = 0; first < rows; first += LANES) {
+    const int16_t* q = query + first * dim;
+    vf unit;
+    for (int i = 0; i < VW; i++) unit[i] = scale[first + i / 4];
+    constexpr int STEP = VW == 16 ? 8 : 4;
+    NO_UNROLL for (int t = 0; t < RUN; t += STEP) {
+      vi acc[STEP];
+      UNROLL for (int j = 0; j < STEP; j++) acc[j] = (vi){};
+      const int16_t* w = words + t * dim;
+      NO_UNROLL for (int64_t c = 0; c < dim; c += 8) {
+        const vh x = load<vh>(q + c * LANES);
+        UNROLL for (int j = 0; j < STEP; j++) acc[j] = madd(acc[j], lanes16(w + j * dim + c), x);
+      }
+      UNROLL for (int j = 0; j < STEP; j += 4) {
+        const vf s = __builtin_convertvector(reduce4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]), vf) * unit;
+        float lane[VW];
+        storef(lane, s);
+        UNROLL for (int l = 0; l < LANES; l++) memcpy(scores + (first + l) * TILE + t + j, lane + 4 * l, 16);
+      }
+    }
+  }
+}
+
+// ---- floats ------------------------------------------------------------------------------------
+template <int L> static inline vf pair_sums(vf a, vf b) {
+#if VW == 16
+  if constexpr (L == 8)
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  else if constexpr (L == 4)
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  else if constexpr (L == 2)
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  else
+    return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#elif VW == 8
+  if constexpr (L == 4)
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  else if constexpr (L == 2)
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  else
+    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+  if constexpr (L == 2)
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  else
+    return __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+#endif
+}
+// Lane i of the result: the sum of a[i].
+static inline vf transposed_sums(vf* a) {
+#if VW == 16
+  UNROLL for (int i = 0; i < 8; i++) a[i] = pair_sums<8>(a[i], a[i + 8]);
+#endif
+#if VW >= 8
+  UNROLL for (int i = 0; i < 4; i++) a[i] = pair_sums<4>(a[i], a[i + 4]);
+#endif
+  UNROLL for (int i = 0; i < 2; i++) a[i] = pair_sums<2>(a[i], a[i + 2]);
+  return pair_sums<1>(a[0], a[1]);
+}
+// rows32: [RUN][dim] floats; query: [rows][dim].
+static inline void float_scores(const float* keys, int64_t dim, const float* query, int64_t rows,
+                                float* scores) {
+  for (int64_t r = 0; r < rows; r++) {
+    const float* q = query + r * dim;
+    NO_UNROLL for (int t = 0; t < RUN; t += VW) {
+      vf a[VW];
+      const float* k = keys + t * dim;
+      UNROLL for (int j = 0; j < VW; j++) a[j] = splat(0.f);
+      NO_UNROLL for (int64_t c = 0; c < dim; c += VW) {
+        const vf x = loadf(q + c);
+        UNROLL for (int j = 0; j < VW; j++) a[j] += x * loadf(k + j * dim + c);
+      }
+      storef(scores + r * TILE + t, transposed_sums(a));
+    }
+  }
+}
+template <int64_t CODE> static inline void key_floats(const uint8_t* row, int64_t dim, float* out) {
+  for (int64_t c = 0; c < dim; c += VW) storef(out + c, numbers<CODE>(row, c));
+}
+
+}  // namespace

@@ -1,0 +1,50 @@
+// What the driver hands to an instruction set's kernels. Plain data, no templates.
+#pragma once
+#include "abi.h"
+
+constexpr int RUN = 16;
+constexpr int RUNS = 8;
+// Keys of one softmax step.
+constexpr int TILE = RUN * RUNS;
+
+// At most RUN consecutive keys within one page that some row of the item sees.
+struct Run {
+  const uint8_t *k, *v;
+  const uint8_t *k_scale, *k_zero, *v_scale, *v_zero;
+  int32_t count;
+  // 0: some query does not see some key of it, ask `seen`.
+  int32_t all;
+};
+
+struct Item {
+  const Attend* call;
+  int64_t kv_head;
+  // First query row and the number of tokens; rows are (token, head of the group), token major.
+  int64_t first, tokens;
+  const Run* runs;
+  int64_t num_runs;
+  // [run][token], a bit a key.
+  const uint16_t* seen;
+};
+
+// Results of an item: [rows], [rows], [rows, value_dim], numerator not divided.
+struct Partial {
+  float *peak, *total, *acc;
+};
+
+
+struct Kernels {
+  int64_t (*scratch_bytes)(const Attend*, int64_t rows);
+  void (*attend)(const Item*, const Partial*, uint8_t* scratch);
+  // Rows of one run of tokens to [count, head_dim] of out_type, out_row elements apart.
+  void (*dequantize)(const Pages*, int64_t kv_head, const uint8_t* codes, const uint8_t* scale,
+                     const uint8_t* zero, int64_t count, uint8_t* out, int64_t out_type,
+                     int64_t out_row);
+  void (*write)(const Write*, int64_t token);
+};
+
+extern "C" {
+const Kernels* quantpage_kernels_base();
+const Kernels* quantpage_kernels_avx2();
+const Kernels* quantpage_kernels_avx512();
+}

@@ -1,0 +1,240 @@
+// One instruction set's rows: dequantize, and norm, rotate, quantize, scatter. Compiled without
+// fused multiply-adds, so that codes are those of the reference (formats/quantize), which rounds
+// after every operation.
+#include <cmath>
+
+#include "convert.h"
+#include "item.h"
+#include "rows.h"
+
+namespace CONCAT(isa_, SUFFIX) {
+
+// |x| <= 448.
+static inline uint8_t float_to_fp8(float x) {
+  uint32_t bits = load<uint32_t>(&x);
+  const uint8_t sign = (uint8_t)(bits >> 24 & 0x80);
+  bits &= 0x7fffffff;
+  const uint32_t shift = 141u << 23;
+  const float moved = load<float>(&bits) + load<float>(&shift);
+  const uint32_t small = load<uint32_t>(&moved) - shift;
+  const uint32_t large = (bits - (120u << 23) + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  return sign | (uint8_t)(bits < (121u << 23) ? small : large);
+}
+
+static void write_numbers(const float* row, int64_t dim, uint8_t* out, int64_t type) {
+  if (type == F32) memcpy(out, row, 4 * dim);
+  else if (type == BF16)
+    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_bf16(row[c]));
+  else
+    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_half(row[c]));
+}
+static void read_numbers(const uint8_t* from, int64_t type, int64_t dim, float* to) {
+  if (type == F32) memcpy(to, from, 4 * dim);
+  else if (type == BF16)
+    for (int64_t c = 0; c < dim; c++) {
+      const uint32_t bits = (uint32_t)load<uint16_t>(from + 2 * c) << 16;
+      to[c] = load<float>(&bits);
+    }
+  else
+    for (int64_t c = 0; c < dim; c++) to[c] = half_to_float(load<uint16_t>(from + 2 * c));
+}
+
+void dequantize(const Pages* p, int64_t head, const uint8_t* codes, const uint8_t* scale, const uint8_t* zero,
+                int64_t count, uint8_t* out, int64_t out_type, int64_t out_row) {
+  alignas(64) float row[512];
+  const int64_t size = out_type == F32 ? 4 : 2;
+  for (int64_t i = 0; i < count; i++) {
+    dequantize_row(*p, head, codes + i * p->row_stride, scale + i * p->scale_row, zero + i * p->zero_row, row);
+    write_numbers(row, p->head_dim, out + i * out_row * size, out_type);
+  }
+}
+
+// ---- writing -----------------------------------------------------------------------------------
+static void norm_row(float* x, const float* weight, int64_t dim, float eps) {
+  vf sum = splat(0.f);
+  for (int64_t c = 0; c < dim; c += VW) sum += loadf(x + c) * loadf(x + c);
+  const float times = 1.f / sqrtf(hsum(sum) / (float)dim + eps);
+  for (int64_t c = 0; c < dim; c++) x[c] = x[c] * times * weight[c];
+}
+static void rope_row(float* x, const float* cos, const float* sin, int64_t half, bool interleaved) {
+  if (interleaved) {
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cos[i] - b * sin[i];
+      x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+// Hadamard of each largest power-of-two piece, orthonormal (formats/rotate).
+static void rotate_row(float* x, int64_t dim) {
+  const int64_t block = dim & -dim;
+  const float norm = 1.f / sqrtf((float)block);
+  for (int h = 1; h < VW && h < block; h *= 2) {
+    const vi other = iota() ^ splati(h);
+    const vf sign = select((iota() & splati(h)) != splati(0), splat(-1.f), splat(1.f));
+    for (int64_t c = 0; c < dim; c += VW) {
+      const vf v = loadf(x + c);
+      storef(x + c, __builtin_shuffle(v, other) + v * sign);
+    }
+  }
+  for (int64_t h = VW; h < block; h *= 2)
+    for (int64_t i = 0; i < dim; i += 2 * h)
+      for (int64_t j = i; j < i + h; j += VW) {
+        const vf a = loadf(x + j), b = loadf(x + j + h);
+        storef(x + j, a + b);
+        storef(x + j + h, a - b);
+      }
+  for (int64_t c = 0; c < dim; c += VW) storef(x + c, loadf(x + c) * splat(norm));
+}
+
+static inline float clip(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+// Rounded to the plane's dtype and stored; the number that was stored.
+static float put_rounded(uint8_t* to, int64_t type, float x) {
+  if (type == F32) {
+    x = clip(x, 3.402823466e38f);
+    store(to, x);
+    return x;
+  }
+  const uint16_t h = float_to_half(clip(x, 65504.f));
+  store(to, h);
+  return half_to_float(h);
+}
+static float put_scale(uint8_t* to, int64_t type, float x) {
+  const float rounded = put_rounded(to, type, x);
+  return rounded == 0 ? put_rounded(to, type, 1.f) : rounded;
+}
+
+struct Affine {
+  float scale, zero;
+};
+// A dynamic group: scale (and zero) from its numbers, written into the planes.
+static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* scale, uint8_t* zero) {
+  float low = x[0], high = x[0];
+  for (int64_t c = 0; c < count; c++) {
+    low = x[c] < low ? x[c] : low;
+    high = x[c] > high ? x[c] : high;
+  }
+  const float qmax = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
+  if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) / qmax), 0};
+  const float qmin = p.code == INT8 ? -128.f : -8.f;
+  if (high == low) return {put_scale(scale, p.scale_type, 1.f), put_rounded(zero, p.scale_type, low)};
+  const float step = put_scale(scale, p.scale_type, (high / 2 - low / 2) / (qmax - qmin) * 2);
+  return {step, put_rounded(zero, p.scale_type, low - qmin * step)};
+}
+static void encode(const Pages& p, const float* x, int64_t count, Affine by, float* codes) {
+  const float top = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
+  const float bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
+  const float magic = p.code == FP8 ? 0.f : 12582912.f;
+  for (int64_t c = 0; c < count; c++) {
+    float y = (p.zero ? x[c] - by.zero : x[c]) / by.scale;
+    y = y > top ? top : y < bottom ? bottom : y;
+    codes[c] = (y + magic) - magic;
+  }
+}
+static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to) {
+  if (code == INT8)
+    for (int64_t c = 0; c < dim; c++) to[c] = (uint8_t)(int8_t)(int32_t)codes[c];
+  else if (code == FP8)
+    for (int64_t c = 0; c < dim; c++) to[c] = float_to_fp8(codes[c]);
+  else
+    for (int64_t c = 0; c < dim / 2; c++)
+      to[c] = (uint8_t)(((int32_t)codes[2 * c] + 8) | ((int32_t)codes[2 * c + 1] + 8) << 4);
+}
+
+// One row into its page; `seen`, if given, is what the page now holds.
+static void write_row(const Pages& p, int64_t head, int64_t page, int64_t offset, const float* x, float* seen) {
+  const int64_t dim = p.head_dim;
+  uint8_t* to = p.codes + page * p.page_stride + head * p.head_stride + offset * p.row_stride;
+  if (!p.scale) {
+    write_numbers(x, dim, to, p.code);
+    if (seen) memcpy(seen, x, 4 * dim);
+    return;
+  }
+  alignas(64) float finite[512], codes[512];
+  for (int64_t c = 0; c < dim; c++) finite[c] = x[c] == x[c] ? clip(x[c], 3.402823466e38f) : 0.f;
+  uint8_t* scale = p.scale + head * p.scale_head;
+  uint8_t* zero = p.zero + head * p.zero_head;
+  if (p.dynamic) {
+    scale += page * p.scale_page + offset * p.scale_row;
+    zero += page * p.zero_page + offset * p.zero_row;
+  }
+  const int64_t count = dim / p.groups, size = p.scale_type == F32 ? 4 : 2;
+  for (int64_t g = 0; g < p.groups; g++) {
+    Affine by;
+    if (p.dynamic) by = measure(p, finite + g * count, count, scale + g * size, zero + g * size);
+    else by = {number(scale, p.scale_type, g), p.zero ? number(zero, p.scale_type, g) : 0.f};
+    encode(p, finite + g * count, count, by, codes + g * count);
+  }
+  put_codes(p.code, codes, dim, to);
+  if (seen) dequantize_row(p, head, to, scale, zero, seen);
+}
+
+// What a page would hold of a row that is written nowhere.
+static void round_trip(Pages p, int64_t head, const float* x, float* seen) {
+  uint8_t codes[2048], scale[2048], zero[2048];
+  p.codes = codes;
+  p.page_stride = p.head_stride = 0;
+  if (p.dynamic && p.scale) {
+    p.scale = scale;
+    p.scale_page = p.scale_head = 0;
+    if (p.zero) p.zero = zero;
+    p.zero_page = p.zero_head = 0;
+  }
+  write_row(p, head, 0, 0, x, seen);
+}
+
+struct Input {
+  const uint8_t* from;
+  int64_t heads, token_stride, head_stride, dim;
+  const float* norm;
+  bool turn, rotate;
+};
+static void read_row(const Write& w, const Input& in, int64_t token, int64_t head, float* x) {
+  const int64_t size = w.type == F32 ? 4 : 2;
+  read_numbers(in.from + (token * in.token_stride + head * in.head_stride) * size, w.type, in.dim, x);
+  if (in.norm && !w.norm_after) norm_row(x, in.norm, in.dim, (float)w.eps);
+  if (in.turn) {
+    const int64_t at = w.positions[token] * w.half_rotary;
+    rope_row(x, w.cos + at, w.sin + at, w.half_rotary, w.interleaved);
+  }
+  if (in.norm && w.norm_after) norm_row(x, in.norm, in.dim, (float)w.eps);
+  if (in.rotate) rotate_row(x, in.dim);
+}
+static void write_side(const Write& w, const Pages& p, const Pages& exact, const Input& in, int64_t token, uint8_t* rows) {
+  alignas(64) float x[512], seen[512];
+  const int64_t slot = w.slots[token], near = w.exact_slots ? w.exact_slots[token] : -1;
+  const int64_t size = w.type == F32 ? 4 : 2;
+  if (slot < 0 && near < 0 && !rows) return;
+  for (int64_t h = 0; h < in.heads; h++) {
+    read_row(w, in, token, h, x);
+    if (slot >= 0) write_row(p, h, slot / w.page_size, slot % w.page_size, x, rows ? seen : nullptr);
+    else if (rows) round_trip(p, h, x, seen);
+    if (near >= 0) write_row(exact, h, near / w.page_size, near % w.page_size, x, nullptr);
+    if (rows) write_numbers(seen, in.dim, rows + (token * in.heads + h) * in.dim * size, w.type);
+  }
+}
+void write_token(const Write* call, int64_t token) {
+  const Write& w = *call;
+  const int64_t size = w.type == F32 ? 4 : 2, dim = w.key.head_dim;
+  const bool turn = w.cos != nullptr;
+  if (w.q) {
+    alignas(64) float x[512];
+    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, w.key.rotated != 0};
+    for (int64_t h = 0; h < w.q_heads; h++) {
+      read_row(w, in, token, h, x);
+      write_numbers(x, dim, w.q_out + (token * w.q_heads + h) * dim * size, w.type);
+    }
+  }
+  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, w.key.rotated != 0};
+  write_side(w, w.key, w.exact_key, key, token, w.k_rows);
+  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.value.head_dim, nullptr, false, w.value.rotated != 0};
+  write_side(w, w.value, w.exact_value, value, token, w.v_rows);
+}
+
+}  // namespace

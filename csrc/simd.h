@@ -1,0 +1,251 @@
+// Vectors of VW floats in the compiler's vector extensions; intrinsics where the portable form is
+// slow. Included by translation units that are compiled once an instruction set: everything lives
+// in a namespace of its own and nothing here instantiates std::, because the linker merges inline
+// functions and would hand AVX code to a machine that has none.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#include "abi.h"
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define UNROLL _Pragma("GCC unroll 32")
+#define NO_UNROLL _Pragma("GCC unroll 1")
+
+namespace CONCAT(isa_, SUFFIX) {
+
+typedef float vf __attribute__((vector_size(VW * 4)));
+typedef int32_t vi __attribute__((vector_size(VW * 4)));
+typedef int16_t vh __attribute__((vector_size(VW * 4)));
+typedef uint16_t vuh __attribute__((vector_size(VW * 4)));
+
+template <class T> static inline T load(const void* p) {
+  T v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T> static inline void store(void* p, T v) { memcpy(p, &v, sizeof v); }
+static inline vf loadf(const float* p) { return load<vf>(p); }
+static inline void storef(float* p, vf v) { store(p, v); }
+static inline vf splat(float x) { return x - (vf){}; }
+static inline vi splati(int32_t x) { return x - (vi){}; }
+static inline vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+static inline vi iota() {
+  vi v;
+  for (int i = 0; i < VW; i++) v[i] = i;
+  return v;
+}
+static inline vf vmax(vf a, vf b) {
+#if VW == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VW == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+static inline float hsum(vf v) {
+#if VW == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < VW; i++) s += v[i];
+  return s;
+#endif
+}
+static inline float hmax(vf v) {
+#if VW == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < VW; i++) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+// exp for x <= 88; 0 below -87 (so for -inf). Cephes' polynomial, 2e-7 relative.
+static inline vf vexp(vf x) {
+  const vi tiny = x < splat(-87.0f);
+  x = vmax(x, splat(-87.0f));
+  const vf magic = splat(12582912.f);
+  vf r = x * splat(1.442695041f) + magic;
+  const vi n = (vi)r - (vi)magic;
+  r = r - magic;
+  vf f = x - r * splat(0.693359375f);
+  f = f - r * splat(-2.12194440e-4f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * f + splat(1.3981999507e-3f);
+  p = p * f + splat(8.3334519073e-3f);
+  p = p * f + splat(4.1665795894e-2f);
+  p = p * f + splat(1.6666665459e-1f);
+  p = p * f + splat(5.0000001201e-1f);
+  p = p * f * f + f + splat(1.f);
+  return select(tiny, splat(0.f), (vf)((vi)p + (n << 23)));
+}
+
+// tanh by exp of a negative number, so that nothing overflows.
+static inline vf vtanh(vf x) {
+  const vf size = (vf)((vi)x & splati(0x7fffffff));
+  const vf e = vexp(size * splat(-2.f));
+  const vf t = (splat(1.f) - e) / (splat(1.f) + e);
+  return (vf)((vi)t | ((vi)x & splati((int32_t)0x80000000)));
+}
+
+// ---- 16-bit integer products ----------------------------------------------------------------
+static inline vi madd(vi acc, vh a, vh b) {
+#if VW == 16
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif VW == 8
+  return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  for (int i = 0; i < VW; i++)
+    acc[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
+  return acc;
+#endif
+}
+// 16 bytes in every 128-bit lane.
+static inline vh lanes16(const void* p) {
+#if VW == 16
+  return (vh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#elif VW == 8
+  return (vh)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#else
+  return load<vh>(p);
+#endif
+}
+// Words of a and b in turn, within each 128-bit lane: the lower and the upper half of the lane.
+static inline void interleave(vuh a, vuh b, vuh& low, vuh& high) {
+#if VW == 16
+  low = (vuh)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+  high = (vuh)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#elif VW == 8
+  low = (vuh)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
+  high = (vuh)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#else
+  low = __builtin_shuffle(a, b, (vuh){0, 8, 1, 9, 2, 10, 3, 11});
+  high = __builtin_shuffle(a, b, (vuh){4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+}
+// Sums of the four dwords of each 128-bit lane: lane L of the result holds those of a, b, c, d.
+static inline vi reduce4(vi a, vi b, vi c, vi d) {
+#if VW == 16
+#define LOW32(x, y) _mm512_unpacklo_epi32((__m512i)x, (__m512i)y)
+#define HIGH32(x, y) _mm512_unpackhi_epi32((__m512i)x, (__m512i)y)
+  const vi x = (vi)LOW32(a, b) + (vi)HIGH32(a, b), y = (vi)LOW32(c, d) + (vi)HIGH32(c, d);
+  return (vi)_mm512_unpacklo_epi64((__m512i)x, (__m512i)y) +
+         (vi)_mm512_unpackhi_epi64((__m512i)x, (__m512i)y);
+#elif VW == 8
+#define LOW32(x, y) _mm256_unpacklo_epi32((__m256i)x, (__m256i)y)
+#define HIGH32(x, y) _mm256_unpackhi_epi32((__m256i)x, (__m256i)y)
+  const vi x = (vi)LOW32(a, b) + (vi)HIGH32(a, b), y = (vi)LOW32(c, d) + (vi)HIGH32(c, d);
+  return (vi)_mm256_unpacklo_epi64((__m256i)x, (__m256i)y) +
+         (vi)_mm256_unpackhi_epi64((__m256i)x, (__m256i)y);
+#else
+  const vi x = __builtin_shuffle(a, b, (vi){0, 4, 1, 5}) + __builtin_shuffle(a, b, (vi){2, 6, 3, 7});
+  const vi y = __builtin_shuffle(c, d, (vi){0, 4, 1, 5}) + __builtin_shuffle(c, d, (vi){2, 6, 3, 7});
+  return __builtin_shuffle(x, y, (vi){0, 1, 4, 5}) + __builtin_shuffle(x, y, (vi){2, 3, 6, 7});
+#endif
+}
+// The first `left` bytes of p (a multiple of 8), zeros after them; all of a vector at most.
+static inline vuh load_bytes(const uint8_t* p, int64_t left) {
+  if (left >= VW * 4) return load<vuh>(p);
+#if VW == 16
+  return (vuh)_mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, p);
+#else
+  vuh v = {};
+  for (int64_t i = 0; i + 8 <= left; i += 8) memcpy((char*)&v + i, p + i, 8);
+  return v;
+#endif
+}
+
+// ---- numbers of other types as floats ---------------------------------------------------------
+static inline float half_to_float(uint16_t h) {
+  // Exponents 0 and 31 come out right: subnormals by the product, infinity and NaN by the patch.
+  uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+  float f;
+  memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  memcpy(&bits, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) bits = 0x7f800000u | (uint32_t)(h & 0x3ff) << 13;
+  bits |= (uint32_t)(h & 0x8000) << 16;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static inline vi widen_words(const uint8_t* p) {
+#if VW == 16
+  return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif VW == 8
+  return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__SSE4_1__)
+  return (vi)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vi v;
+  for (int i = 0; i < VW; i++) v[i] = load<uint16_t>(p + 2 * i);
+  return v;
+#endif
+}
+static inline vi widen_bytes(const uint8_t* p) {
+#if VW == 16
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif VW == 8
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__SSE4_1__)
+  return (vi)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(load<int32_t>(p)));
+#else
+  vi v;
+  for (int i = 0; i < VW; i++) v[i] = (int8_t)p[i];
+  return v;
+#endif
+}
+static inline vf halves(const uint8_t* p) {
+#if VW == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif VW == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  const vi h = widen_words(p);
+  vf f = (vf)((h & splati(0x7fff)) << 13) * splat(0x1p112f);
+  const vi special = (h & splati(0x7c00)) == splati(0x7c00);
+  f = select(special, (vf)(splati(0x7f800000) | ((h & splati(0x3ff)) << 13)), f);
+  return (vf)((vi)f | ((h & splati(0x8000)) << 16));
+#endif
+}
+// VW numbers starting at channel c. fp8 comes out divided by 256: e4m3 bits are moved into the
+// fields of a half, whose bias is 8 larger; exact, subnormals included.
+template <int64_t CODE> static inline vf numbers(const uint8_t* row, int64_t c) {
+  if constexpr (CODE == F32) return load<vf>(row + 4 * c);
+  else if constexpr (CODE == BF16) return (vf)(widen_words(row + 2 * c) << 16);
+  else if constexpr (CODE == F16) return halves(row + 2 * c);
+  else if constexpr (CODE == INT8) return __builtin_convertvector(widen_bytes(row + c), vf);
+  else {
+#if VW == 16
+    __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + c)));
+    x = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((int16_t)0xbfff));
+    return (vf)_mm512_cvtph_ps(x);
+#elif VW == 8
+    __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)(row + c)));
+    x = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((int16_t)0xbfff));
+    return (vf)_mm256_cvtph_ps(x);
+#else
+    vi x = widen_bytes(row + c);
+    x = (x & splati((int32_t)0x80000000)) | ((x & splati(0x7f)) << 20);
+    return (vf)x * splat(0x1p112f);
+#endif
+  }
+}
+template <int64_t CODE> constexpr float unit() { return CODE == FP8 ? 256.f : 1.f; }
+
+static inline float number(const uint8_t* p, int64_t type, int64_t i) {
+  if (type == F32) return load<float>(p + 4 * i);
+  if (type == F16) return half_to_float(load<uint16_t>(p + 2 * i));
+  const uint32_t bits = (uint32_t)load<uint16_t>(p + 2 * i) << 16;
+  return load<float>(&bits);
+}
+
+}  // namespace

@@ -1,0 +1,88 @@
+"""The compiled CPU core: a small C++ library (csrc/) behind a plain C interface.
+
+It knows neither Python nor PyTorch: it is given pointers, strides and sizes, so that one wheel a
+platform serves every Python and every torch. Where it was not built, ``absence`` says why and
+the torch implementations answer.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# torch's wheel carries its own libgomp under the plain name; loaded first, it serves the core too,
+# so that there is one pool of threads.
+import torch  # noqa: F401
+
+from quantpage.cpu_core import records
+
+ISAS = ("baseline", "avx2", "avx512")
+"""Instruction sets that the core is compiled for, by the number that the library uses."""
+
+_PATTERN = "libquantpage_cpu*"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The library's functions; each takes one packed record and returns 0."""
+
+    attend: Any
+    write: Any
+    gather: Any
+    read: Any
+    """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
+    isa: int
+    """The widest instruction set that this machine runs, an index of ``ISAS``."""
+
+
+@lru_cache
+def find_core() -> Core | None:
+    """The core, None where there is none (``absence`` says why)."""
+    return _open()[0]
+
+
+@lru_cache
+def absence() -> str:
+    """Why there is no core, in a sentence; empty when there is one."""
+    return _open()[1]
+
+
+def core() -> Core:
+    """The core; RuntimeError where there is none."""
+    found = find_core()
+    if found is None:
+        raise RuntimeError(absence())
+    return found
+
+
+@lru_cache
+def _open() -> tuple[Core | None, str]:
+    found = [path for folder in __path__ for path in sorted(Path(folder).glob(_PATTERN))]
+    if not found:
+        return None, "no compiled core in this installation: it was made without a C++ compiler."
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"no compiled core in this installation: {error}."
+    sizes = (ctypes.c_int64 * 3)()
+    library.quantpage_abi(sizes)
+    if tuple(sizes) != records.SIZES:
+        return None, (
+            "no compiled core in this installation: expected one with records of "
+            f"{records.SIZES} bytes, got {tuple(sizes)}; install the package again."
+        )
+    library.quantpage_isa.restype = ctypes.c_int64
+    isa = library.quantpage_isa()
+    if isa < 0:
+        return None, "no compiled core for this machine: it needs SSE4.2 on x86."
+    functions = []
+    for name in ("attend", "write", "gather"):
+        function = getattr(library, f"quantpage_{name}")
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = ctypes.c_int64
+        functions.append(function)
+    read = library.quantpage_read
+    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    read.restype = ctypes.c_int64
+    return Core(*functions, read, isa), ""

@@ -1,0 +1,49 @@
+"""Any mask as the key ranges of each query row, which is what the compiled core reads."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.masks import Mask
+
+QUERY_TILE = 128
+
+Intervals = tuple[Int[Tensor, " rows_plus_1"], Int[Tensor, " ranges"], Int[Tensor, " ranges"]]
+_last: tuple[Mask, BatchPlan, int, Intervals] | None = None
+
+
+def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
+    """(starts, low, high): row r sees keys low[i] .. high[i] - 1, i in starts[r] .. starts[r+1] - 1.
+
+    Rows are the step's tokens, for each kv_head in turn where the mask differs by head. The
+    answer is kept for the other layers of the step.
+    """
+    global _last
+    kept = _last
+    if kept is not None and kept[0] is mask and kept[1] is batch and kept[2] == kv_heads:
+        return kept[3]
+    found = _find(mask, batch, kv_heads if mask.per_head else 1)
+    _last = (mask, batch, kv_heads, found)
+    return found
+
+
+def _find(mask: Mask, batch: BatchPlan, heads: int) -> Intervals:
+    counts, lows, highs = [], [], []
+    for head in range(heads):
+        row = 0
+        for request, new in enumerate(batch.query_lens):
+            keys = torch.arange(batch.host_context_lens[request])
+            for first in range(row, row + new, QUERY_TILE):
+                queries = batch.positions[first : min(first + QUERY_TILE, row + new)]
+                seen = mask.visible(queries, keys, request, head)
+                edges = torch.nn.functional.pad(seen.to(torch.int8), (1, 1)).diff(dim=1)
+                begins = (edges == 1).nonzero()
+                counts.append((edges == 1).sum(1))
+                lows.append(begins[:, 1])
+                highs.append((edges == -1).nonzero()[:, 1])
+            row += new
+    none = torch.empty(0, dtype=torch.int64)
+    starts = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
+    low, high = (torch.cat([none, *each]).to(torch.int32) for each in (lows, highs))
+    return starts, low, high
