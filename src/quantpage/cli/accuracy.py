@@ -1,5 +1,55 @@
 """`quantpage evaluate`: what each format costs in accuracy, on real text."""
 
+from pathlib import Path
+from typing import Annotated
 
-def command() -> None:
-    """Placeholder until evaluate lands."""
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="English text to score; default: Austen's novels, from Debian."),
+    ] = None,
+    formats: Annotated[
+        str,
+        typer.Option(help="Names, comma separated; default: all dynamic ones and the peers found."),
+    ] = "",
+    windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1536,
+    scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 512,
+    page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+) -> None:
+    """Score real text through each cache format and compare with the unquantized cache.
+
+    Teacher-forced as in generation: the prompt, then the scored tokens, all through the cache.
+    The quantized caches of Transformers are scored too where their packages are installed
+    (optimum-quanto, hqq); the forward of their prompt and up to 128 recent tokens are unquantized.
+    """
+    from rich.console import Console
+
+    from quantpage.evaluate import report
+    from quantpage.evaluate.run import EvaluateRequest, evaluate
+
+    rows = evaluate(
+        EvaluateRequest(
+            model=model,
+            text=text,
+            formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
+            windows=windows,
+            prompt=prompt,
+            scored=scored,
+            page_size=page_size,
+            dtype=dtype,
+        )
+    )
+    title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"
+    Console().print(report.to_table(rows, title))
+    if csv is not None:
+        report.write(csv, report.to_csv(rows))
+    if markdown is not None:
+        report.write(markdown, report.to_markdown(rows))

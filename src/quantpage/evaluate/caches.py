@@ -1,0 +1,143 @@
+"""What is compared: our formats, and the quantized caches that Transformers has."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+from quantpage.cache import CacheLayout
+from quantpage.evaluate.score import Attaching
+from quantpage.formats import FORMATS, find_format
+from quantpage.integrations.hf_transformers import attach
+from quantpage.integrations.hf_transformers.model import model_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One row of the table."""
+
+    name: str
+    """Of FORMATS, or 'hf-' and the backend and bits of a cache of Transformers."""
+    bits_per_value: float
+    """In the body: codes with their share of scales and zeros; 16 for unquantized."""
+    bytes_per_token: float
+    """Of all layers, in the body, beside a 16-bit model."""
+    sixteen_bit_tokens: str
+    """How many tokens a request keeps in 16 bits beside the body; 'prefill': the prompt's own
+    forward sees it unquantized."""
+    attaching: Attaching
+
+
+def ours(config: Any, name: str, page_size: int) -> Candidate:
+    """A row for one of our formats."""
+    found = find_format(name)
+    shape = model_shape(config)
+    layout = CacheLayout(shape.kv_heads, shape.head_dim, found, page_size, torch.bfloat16)
+    bits = (
+        found.key.bits_per_value(shape.head_dim) + found.value.bits_per_value(shape.head_dim)
+    ) / 2
+    kept = found.exact_pages
+    exact = "0" if kept is None else f"<= {kept.kept_pages * page_size}"
+
+    @contextmanager
+    def attaching(model: Any) -> Iterator[Callable[[], Any]]:
+        with attach(model, kv_format=name, page_size=page_size) as attached:
+            yield attached.new_cache
+
+    return Candidate(
+        name=name,
+        bits_per_value=bits,
+        bytes_per_token=layout.bytes_per_token() * shape.layers,
+        sixteen_bit_tokens="all" if not found.quantized else exact,
+        attaching=attaching,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A quantized cache of Transformers."""
+
+    backend: str
+    bits: int
+    package: str
+    group: int = 64
+    residual: int = 128
+
+
+PEERS: dict[str, Peer] = {
+    "hf-quanto4": Peer("quanto", 4, "optimum.quanto"),
+    "hf-hqq4": Peer("hqq", 4, "hqq"),
+    "hf-hqq8": Peer("hqq", 8, "hqq"),
+}
+"""Rows to compare with. Their prompt's forward is unquantized, and so are up to 128 recent
+tokens: both are errors that ours makes and they do not."""
+
+
+def peer(config: Any, name: str) -> Candidate:
+    """A row for one of Transformers' quantized caches, as its documentation sets it up."""
+    found, shape = PEERS[name], model_shape(config)
+    if not _installed(found.package):
+        raise ValueError(
+            f"formats: {name} needs the package {found.package.replace('.', '-')}, which is not "
+            "installed"
+        )
+    # A scale and a zero in 16 bits for each group.
+    bits = found.bits + 2 * 16 / found.group
+
+    def new_cache() -> Any:
+        return QuantizedCache(
+            backend=found.backend,
+            config=config,
+            nbits=found.bits,
+            axis_key=0 if found.backend == "quanto" else 1,
+            axis_value=0 if found.backend == "quanto" else 1,
+            q_group_size=found.group,
+            residual_length=found.residual,
+        )
+
+    @contextmanager
+    def attaching(model: Any) -> Iterator[Callable[[], Any]]:
+        yield new_cache
+
+    return Candidate(
+        name=name,
+        bits_per_value=bits,
+        bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * bits / 8,
+        sixteen_bit_tokens=f"prefill, <= {found.residual}",
+        attaching=attaching,
+    )
+
+
+@contextmanager
+def unquantized(model: Any) -> Iterator[Callable[[], Any]]:
+    """Transformers' own cache and attention: what every row is compared with."""
+    yield lambda: DynamicCache(config=model.config)
+
+
+def find_candidates(config: Any, names: list[str], page_size: int) -> list[Candidate]:
+    """A row for each name: of FORMATS, an alias, or of PEERS."""
+    found = []
+    for name in names:
+        if name in PEERS:
+            found.append(peer(config, name))
+            continue
+        candidate = ours(config, name, page_size)
+        if not find_format(name).dynamic:
+            raise ValueError(f"formats: {name} needs given scales; expected dynamic formats")
+        found.append(candidate)
+    return found
+
+
+def default_names() -> list[str]:
+    """Every dynamic format, and the peers that are installed."""
+    dynamic = [name for name, each in FORMATS.items() if each.dynamic]
+    return dynamic + [name for name, each in PEERS.items() if _installed(each.package)]
+
+
+def _installed(package: str) -> bool:
+    root = package.split(".")[0]
+    return find_spec(root) is not None and find_spec(package) is not None

@@ -1,0 +1,157 @@
+"""One evaluation from a model folder to its table."""
+
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import quantpage
+from quantpage.evaluate.caches import Candidate, default_names, find_candidates, unquantized
+from quantpage.evaluate.report import Row
+from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
+from quantpage.evaluate.text import obtain
+from quantpage.integrations.hf_transformers.model import load_config, load_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRequest:
+    """What the flags of `quantpage evaluate` say."""
+
+    model: str
+    text: Path | None = None
+    """A text file; None: Jane Austen's novels, kept beside the model folder."""
+    formats: tuple[str, ...] = ()
+    """Names of FORMATS and PEERS; empty: every dynamic format and every peer that is installed."""
+    windows: int = 4
+    prompt: int = 1536
+    """Tokens read before the first scored one, in each window."""
+    scored: int = 512
+    """Tokens scored in each window."""
+    chunk: int = 32
+    """Scored tokens a forward. Our formats do not depend on it; the caches of Transformers keep up
+    to this many more tokens unquantized."""
+    page_size: int = 64
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "prompt", "scored", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device: expected auto, cpu or cuda; got {self.device!r}")
+
+
+def evaluate(request: EvaluateRequest) -> list[Row]:
+    """Score every candidate on the same windows; rows in the order of the request.
+
+    Arguments and names are checked before the model is loaded. Progress goes to stderr.
+    """
+    config = load_config(request.model)
+    names = list(request.formats) or default_names()
+    candidates = find_candidates(config, names, request.page_size)
+    text = request.text
+    if text is None:
+        text = obtain(Path(request.model).absolute().parent / "austen.txt")
+    if not text.is_file():
+        raise FileNotFoundError(f"text: expected a text file, got {text}")
+    device = request.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
+    content = text.read_text(encoding="utf-8", errors="replace")
+    windows = cut_windows(tokenizer, content, request.windows, request.prompt, request.scored)
+    scores = _score_all(model, windows, candidates, request.chunk)
+    return [
+        _row(request, candidate, found, text.name, device)
+        for candidate, found in zip(candidates, scores, strict=True)
+    ]
+
+
+def _score_all(
+    model: object, windows: list[Window], candidates: list[Candidate], chunk: int
+) -> list[Scores]:
+    """Window by window, so that only one window's unquantized predictions are held."""
+    scores = [Scores() for _ in candidates]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task("", total=len(windows) * (len(candidates) + 1))
+        for number, window in enumerate(windows, 1):
+            where = f"window {number} of {len(windows)}"
+            progress.update(task, description=f"{where}: unquantized")
+            with unquantized(model) as new_cache:
+                exact = log_probabilities(model, window, new_cache, chunk)
+            progress.advance(task)
+            for candidate, found in zip(candidates, scores, strict=True):
+                progress.update(task, description=f"{where}: {candidate.name}")
+                with candidate.attaching(model) as new_cache:
+                    found.add(window, exact, log_probabilities(model, window, new_cache, chunk))
+                progress.advance(task)
+    return scores
+
+
+def _row(
+    request: EvaluateRequest, candidate: Candidate, scores: Scores, text: str, device: str
+) -> Row:
+    return Row(
+        cache=candidate.name,
+        bits_per_value=candidate.bits_per_value,
+        bytes_per_token=candidate.bytes_per_token,
+        sixteen_bit_tokens=candidate.sixteen_bit_tokens,
+        perplexity=scores.perplexity,
+        kl_mean=scores.mean_divergence,
+        kl_p99=scores.p99_divergence,
+        top1=scores.top1,
+        tokens=scores.tokens,
+        windows=request.windows,
+        prompt=request.prompt,
+        chunk=request.chunk,
+        page_size=request.page_size,
+        model=Path(request.model).name,
+        text=text,
+        dtype=request.dtype,
+        device=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        quantpage=f"{quantpage.__version__} {_commit()}".strip(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def _commit() -> str:
+    """The commit of the checkout this runs from; empty for an installed package."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()

@@ -1,0 +1,126 @@
+"""Teacher-forced log-probabilities through a cache, and how two of them differ."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A piece of text: a prompt, and tokens that are scored one after the other."""
+
+    tokens: Int[Tensor, "1 length"]
+    prompt: int
+    """Tokens that are only read."""
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose prediction is scored: all after the prompt."""
+        return self.tokens.shape[1] - self.prompt
+
+
+def cut_windows(tokenizer: Any, text: str, count: int, prompt: int, scored: int) -> list[Window]:
+    """``count`` windows, evenly spread over the text, each at the start of a paragraph."""
+    length = prompt + scored
+    windows = []
+    for index in range(count):
+        start = len(text) * index // count
+        paragraph = text.find("\n\n", start)
+        start = start if index == 0 or paragraph < 0 else paragraph + 2
+        # Eight characters a token are more than English ever takes.
+        piece = tokenizer(text[start : start + 8 * length], return_tensors="pt").input_ids
+        if piece.shape[1] < length:
+            raise ValueError(
+                f"text: expected at least {length} tokens in window {index + 1} of {count}, got "
+                f"{piece.shape[1]}; use a longer text, or fewer windows or tokens"
+            )
+        windows.append(Window(piece[:, :length], prompt))
+    return windows
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, window: Window, new_cache: Callable[[], Any], chunk: int
+) -> Float[Tensor, "scored vocabulary"]:
+    """The scored tokens' predictions, made as in generation: the prompt, then ``chunk`` tokens at
+    a time, everything through the same cache.
+    """
+    cache = new_cache()
+    tokens = window.tokens.to(model.device)
+    # The token before the first scored one predicts it; the last token predicts nothing scored.
+    ends = [window.prompt, *_steps(window.prompt, tokens.shape[1] - 1, chunk)]
+    found, start = [], 0
+    for end in ends:
+        out = model(
+            tokens[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if start == 0 else 0,
+        )
+        found.append(out.logits[0].float().log_softmax(-1))
+        cache, start = out.past_key_values, end
+    return torch.cat(found)
+
+
+def _steps(start: int, end: int, chunk: int) -> Iterator[int]:
+    for step in range(start, end, chunk):
+        yield min(step + chunk, end)
+
+
+@dataclass(slots=True)
+class Scores:
+    """How one cache's predictions compare with the unquantized cache's, window by window."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
+    agreements: list[Tensor] = field(default_factory=list)
+
+    def add(self, window: Window, exact: Tensor, other: Tensor) -> None:
+        """Take one window's log-probabilities: of the unquantized cache, and of this one."""
+        targets = window.tokens[0, window.prompt :].to(other.device)
+        self.losses.append(-other.gather(1, targets[:, None])[:, 0].double().cpu())
+        self.divergences.append(divergence(exact, other).double().cpu())
+        self.agreements.append((exact.argmax(-1) == other.argmax(-1)).cpu())
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return sum(each.numel() for each in self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss a token."""
+        return float(torch.cat(self.losses).mean().exp())
+
+    @property
+    def mean_divergence(self) -> float:
+        """Mean KL a token, in nats."""
+        return float(torch.cat(self.divergences).mean())
+
+    @property
+    def p99_divergence(self) -> float:
+        """The KL that one token in a hundred exceeds."""
+        return float(torch.cat(self.divergences).quantile(0.99))
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens whose most likely successor is the unquantized cache's."""
+        return float(torch.cat(self.agreements).double().mean())
+
+
+def divergence(
+    exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, " tokens"]:
+    """KL(exact || other) of log-probabilities, in nats; >= 0 up to rounding."""
+    # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
+    p, q = exact.double().exp(), other.double().exp()
+    return (p * (exact.double() - other.double()) - p + q).sum(-1)
+
+
+Attaching = Callable[[Any], AbstractContextManager[Callable[[], Any]]]
+"""Prepares a model for one cache and yields what makes an empty one of them."""
