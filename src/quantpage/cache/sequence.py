@@ -12,7 +12,7 @@ one of them writes into a page that both hold.
 from dataclasses import dataclass
 
 from quantpage.cache.pool import PagePool
-from quantpage.errors import CacheError
+from quantpage.errors import CacheError, OutOfPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,15 @@ class PageCopy:
     target: int
     exact: bool = False
     """Of the exact pages, not of the codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Full pages that hold the beginning of a prompt (cache/prefix)."""
+
+    pages: tuple[int, ...]
+    exact_page: int = -1
+    """The first page's exact page; -1 where the format keeps none."""
 
 
 class Sequence:
@@ -77,6 +86,17 @@ class Sequence:
         self.reserved = 0
         self._trim_exact()
 
+    def adopt(self, prefix: Prefix) -> None:
+        """Begin with pages that another request wrote, already held for this one."""
+        if self.length or self.reserved:
+            raise CacheError(f"adopt: expected an empty sequence, got {self.length} tokens")
+        self.pages = list(prefix.pages)
+        self.length = len(self.pages) * self.page_size
+        if self._exact_pool is not None and self.pages:
+            if prefix.exact_page < 0:
+                raise CacheError("adopt: expected the first page's exact page, got none")
+            self.exact_pages = [prefix.exact_page, *[-1] * (len(self.pages) - 1)]
+
     def fork(self) -> "Sequence":
         """Another request with the same tokens, sharing every page."""
         if self.reserved:
@@ -103,9 +123,8 @@ class Sequence:
         if self._exact_pool is not None and length % self.page_size:
             if self.exact_pages[keep - 1] < 0:
                 raise CacheError(
-                    f"crop: expected a length of at least {(len(self.pages) - 2) * self.page_size}"
-                    f" or a multiple of page_size {self.page_size}, as older pages are no longer "
-                    f"kept exact; got {length}"
+                    f"crop: expected a multiple of page_size {self.page_size} or a page that is "
+                    f"still kept exact, got length {length} in page {keep - 1}"
                 )
         while len(self.pages) > keep:
             self._pool.release(self.pages.pop())
@@ -145,6 +164,4 @@ class Sequence:
 
     @staticmethod
     def _pool_is_out(pool: PagePool, need: int) -> None:
-        from quantpage.errors import OutOfPages
-
         raise OutOfPages(f"pool: expected {need} free pages, got {pool.free} of {pool.capacity}")

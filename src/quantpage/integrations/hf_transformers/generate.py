@@ -66,7 +66,7 @@ class Run:
 
 def run(request: GenerateRequest) -> None:
     """Load, generate with streaming, and print the table."""
-    LayerFormats.parse(request.kv_format)
+    LayerFormats.parse(request.kv_format).refuse_static()
     console = Console()
     device = request.device
     if device == "auto":

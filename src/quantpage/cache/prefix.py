@@ -1,0 +1,183 @@
+"""Pages of prompts that were seen before: chained hashes to pages, least recently used out first.
+
+A full page is known by the hash of everything before it and its own tokens, so that the same 64
+tokens after another beginning are another page:
+
+    seed = hash(model, formats, scales, page_size)      what a code in the page depends on
+    hash(page 0) = hash(seed, tokens 0 .. P-1)          hash(page 1) = hash(hash(page 0), tokens)
+
+A hash only proposes: on a hit the tokens themselves are compared, so that a collision costs a miss
+and never a wrong answer. The cache holds each of its pages once in the pool; a request that uses
+one holds it once more.
+
+Formats with exact pages need only the first page exact besides the codes: a hit ends on a page
+border, and the page that the next token stands in is new.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.cache.pool import PagePool
+from quantpage.cache.sequence import Prefix, Sequence
+from quantpage.errors import CacheError
+
+
+@dataclass(slots=True)
+class _Entry:
+    parent: bytes
+    tokens: tuple[int, ...]
+    page: int
+    exact_page: int
+    """Of the first page, for formats that keep some; -1 otherwise."""
+    children: int = 0
+
+
+def prefix_seed(model: str, layouts: dict[int, CacheLayout], scales: bytes = b"") -> bytes:
+    """What every page's content depends on besides its tokens.
+
+    model: a name or a checksum of the weights. scales: a digest of static scales
+    (``StaticScales.digest``), empty for dynamic formats.
+    """
+    seed = blake2b(model.encode(), digest_size=16)
+    for index in sorted(layouts):
+        seed.update(f"{index} {layouts[index]!r}".encode())
+    seed.update(scales)
+    return seed.digest()
+
+
+class PrefixCache:
+    """Full pages of finished or running prompts, found by their tokens."""
+
+    def __init__(
+        self, pool: PagePool, page_size: int, seed: bytes, exact_pool: PagePool | None = None
+    ) -> None:
+        self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        self._seed = seed
+        # In order of use, a page always before the pages that it follows.
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Pages that are held."""
+        return len(self._entries)
+
+    def find(self, tokens: Tokens[int]) -> Prefix:
+        """The longest known beginning of ``tokens``; changes nothing."""
+        found = [entry for _, entry in self._walk(tokens)]
+        if not found:
+            return Prefix((), -1)
+        return Prefix(tuple(entry.page for entry in found), found[0].exact_page)
+
+    def acquire(self, tokens: Tokens[int]) -> Prefix:
+        """``find``, held for the caller (``Sequence.adopt``) and counted as used now.
+
+        Give all but the last token of a prompt: at least one has to be computed for its logits.
+        """
+        chain = list(self._walk(tokens))
+        for key, entry in reversed(chain):
+            self._pool.share(entry.page)
+            self._entries.move_to_end(key)
+        prefix = self.find(tokens)
+        if prefix.exact_page >= 0 and self._exact_pool is not None:
+            self._exact_pool.share(prefix.exact_page)
+        return prefix
+
+    def insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
+        """Remember the full pages of ``sequence``, which has cached ``tokens``; pages added.
+
+        Tokens past ``sequence.length`` are not cached yet and are left out.
+        """
+        added, parent, chain = 0, self._seed, []
+        for index in range(min(len(tokens), sequence.length) // self.page_size):
+            own = self._page_tokens(tokens, index)
+            key = _chained(parent, own)
+            entry = self._entries.get(key)
+            if entry is None:
+                exact = -1
+                if index == 0 and self._exact_pool is not None:
+                    exact = self._exact_pool.share(sequence.exact_pages[0])
+                page = self._pool.share(sequence.pages[index])
+                entry = self._entries[key] = _Entry(parent, own, page, exact)
+                if index:
+                    self._entries[parent].children += 1
+                added += 1
+            elif entry.tokens != own or entry.parent != parent:
+                # Another page has this hash: it stays, and this chain ends here.
+                break
+            chain.append(key)
+            parent = key
+        for key in reversed(chain):
+            self._entries.move_to_end(key)
+        return added
+
+    def evict(self, pages: int) -> int:
+        """Let go of up to ``pages`` pages that only this cache holds; how many became free.
+
+        Least recently used first, and a page only after those that follow it.
+        """
+        freed = 0
+        while freed < pages:
+            key = next((key for key in self._entries if self._evictable(key)), None)
+            if key is None:
+                break
+            self._drop(key)
+            freed += 1
+        return freed
+
+    def clear(self) -> None:
+        """Let go of every page; requests that use one keep it."""
+        while self._entries:
+            self._drop(next(key for key, entry in self._entries.items() if not entry.children))
+
+    def check(self) -> None:
+        """Raise CacheError unless chains, counts and the pool agree."""
+        children = dict.fromkeys(self._entries, 0)
+        pages = [entry.page for entry in self._entries.values()]
+        if len(set(pages)) != len(pages):
+            raise CacheError("prefix cache: a page is remembered twice")
+        for entry in self._entries.values():
+            if not self._pool.references(entry.page):
+                raise CacheError(f"prefix cache: page {entry.page} is remembered but not held")
+            if entry.parent in children:
+                children[entry.parent] += 1
+            elif entry.parent != self._seed:
+                raise CacheError(f"prefix cache: page {entry.page} follows a page that is gone")
+        for key, entry in self._entries.items():
+            if entry.children != children[key]:
+                raise CacheError(f"prefix cache: page {entry.page} miscounts what follows it")
+
+    def _walk(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, _Entry]]:
+        parent = self._seed
+        for index in range(len(tokens) // self.page_size):
+            own = self._page_tokens(tokens, index)
+            key = _chained(parent, own)
+            entry = self._entries.get(key)
+            if entry is None or entry.tokens != own or entry.parent != parent:
+                return
+            yield key, entry
+            parent = key
+
+    def _page_tokens(self, tokens: Tokens[int], index: int) -> tuple[int, ...]:
+        return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+
+    def _evictable(self, key: bytes) -> bool:
+        entry = self._entries[key]
+        return not entry.children and self._pool.references(entry.page) == 1
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self._pool.release(entry.page)
+        if entry.exact_page >= 0 and self._exact_pool is not None:
+            self._exact_pool.release(entry.exact_page)
+        if entry.parent in self._entries:
+            self._entries[entry.parent].children -= 1
+
+
+def _chained(parent: bytes, tokens: tuple[int, ...]) -> bytes:
+    own = blake2b(parent, digest_size=16)
+    for token in tokens:
+        own.update(token.to_bytes(8, "little", signed=True))
+    return own.digest()

@@ -1,0 +1,145 @@
+"""Pools and sequences under random use: nothing leaks, nothing is shared that is written."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from quantpage.cache import PageCopy, PagePool, Sequence
+from quantpage.errors import CacheError, OutOfPages
+
+pytestmark = pytest.mark.pure
+PAGE = 4
+
+
+class Sequences(RuleBasedStateMachine):
+    """Requests that grow, fork, roll back and end; pages carry what was written to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.exact_pool = PagePool(24), PagePool(16)
+        self.requests: list[tuple[Sequence, list[int]]] = []
+        self.written: dict[tuple[bool, int, int], int] = {}
+        self.fresh = 0
+
+    @precondition(lambda self: len(self.requests) < 4)
+    @rule(exact=st.booleans())
+    def start(self, exact):
+        made = Sequence(self.pool, PAGE, self.exact_pool if exact else None)
+        self.requests.append((made, []))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), tokens=st.integers(0, 9))
+    def step(self, data, tokens):
+        sequence, contents = data.draw(st.sampled_from(self.requests))
+        before = (sequence.length, list(sequence.pages), list(sequence.exact_pages))
+        try:
+            copies = sequence.reserve(tokens)
+        except OutOfPages:
+            after = (sequence.length, list(sequence.pages), list(sequence.exact_pages))
+            assert after == before, "a failed reservation changes nothing"
+            return
+        for copy in copies:
+            for offset in range(PAGE):
+                source = (copy.exact, copy.source, offset)
+                if source in self.written:
+                    self.written[copy.exact, copy.target, offset] = self.written[source]
+        for position in range(sequence.length, sequence.length + tokens):
+            self.fresh += 1
+            contents.append(self.fresh)
+            for exact, pages in ((False, sequence.pages), (True, sequence.exact_pages)):
+                if pages:
+                    page = pages[position // PAGE]
+                    assert page >= 0, "a page that a new token stands in is kept exact"
+                    pool = self.exact_pool if exact else self.pool
+                    assert pool.references(page) == 1, "never write into a shared page"
+                    self.written[exact, page, position % PAGE] = self.fresh
+        sequence.commit()
+
+    @precondition(lambda self: 0 < len(self.requests) < 5)
+    @rule(data=st.data())
+    def fork(self, data):
+        sequence, contents = data.draw(st.sampled_from(self.requests))
+        self.requests.append((sequence.fork(), list(contents)))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def roll_back(self, data):
+        sequence, contents = data.draw(st.sampled_from(self.requests))
+        length = data.draw(st.integers(0, sequence.length))
+        try:
+            sequence.crop(length)
+        except CacheError:
+            assert length % PAGE and sequence.exact_pages[length // PAGE] < 0
+            return
+        del contents[length:]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def end(self, data):
+        index = data.draw(st.integers(0, len(self.requests) - 1))
+        self.requests.pop(index)[0].free()
+
+    @invariant()
+    def every_request_reads_its_own_tokens(self):
+        for sequence, contents in self.requests:
+            assert sequence.length == len(contents)
+            for position, token in enumerate(contents):
+                page = sequence.pages[position // PAGE]
+                assert self.written[False, page, position % PAGE] == token
+                if sequence.exact_pages and sequence.exact_pages[position // PAGE] >= 0:
+                    page = sequence.exact_pages[position // PAGE]
+                    assert self.written[True, page, position % PAGE] == token
+
+    @invariant()
+    def pools_agree_with_requests(self):
+        for pool, name in ((self.pool, "pages"), (self.exact_pool, "exact_pages")):
+            pool.check()
+            held = [page for s, _ in self.requests for page in getattr(s, name) if page >= 0]
+            assert pool.used == len(set(held))
+            for page in set(held):
+                assert pool.references(page) == held.count(page)
+
+    @invariant()
+    def exact_pages_stay_few(self):
+        for sequence, _ in self.requests:
+            assert sum(page >= 0 for page in sequence.exact_pages) <= 3
+
+
+TestSequences = Sequences.TestCase
+TestSequences.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+def test_a_shared_last_page_is_copied_on_write():
+    pool = PagePool(8)
+    first = Sequence(pool, PAGE)
+    first.reserve(6)
+    first.commit()
+    second = first.fork()
+    assert second.reserve(1) == [PageCopy(first.pages[1], second.pages[1])]
+    assert first.pages[0] == second.pages[0] and first.pages[1] != second.pages[1]
+    assert first.reserve(1) == [], "the other one owns its page alone now"
+
+
+def test_rolling_back_too_far_is_an_error_for_exact_pages():
+    sequence = Sequence(PagePool(8), PAGE, PagePool(8))
+    sequence.reserve(18)
+    sequence.commit()
+    with pytest.raises(CacheError, match="still kept exact, got length 6 in page 1"):
+        sequence.crop(6)
+    sequence.crop(13)
+    assert sequence.length == 13
+
+
+def test_misuse_is_an_error():
+    pool = PagePool(2)
+    with pytest.raises(CacheError, match="expected one that is held, got 1"):
+        pool.release(1)
+    sequence = Sequence(pool, PAGE)
+    sequence.reserve(3)
+    for act in (sequence.fork, lambda: sequence.crop(0), lambda: sequence.reserve(1)):
+        with pytest.raises(CacheError, match="committed first"):
+            act()
+    sequence.commit()
+    with pytest.raises(OutOfPages, match="got 1 of 2"):
+        sequence.reserve(12)

@@ -1,0 +1,16 @@
+"""Every test starts from the same seed, and memory that nobody wrote is NaN."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned():
+    """``torch.empty`` hands out NaN, so that a result read from unwritten memory fails."""
+    torch.manual_seed(0)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)

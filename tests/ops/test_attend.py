@@ -1,0 +1,193 @@
+"""Every implementation that runs on this CPU against the float64 reference: the shared matrix.
+
+An implementation that is added to ``attend.CANDIDATES`` is picked up here by itself; where it
+refuses, the test is skipped with its own sentence.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage.formats import FORMATS
+from quantpage.hardware import device_info
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference
+from quantpage.ops.dispatch import Call
+from tests.ops.mask_cases import Cached, cached
+from tests.tolerances import attention_atol, lse_atol
+
+pytestmark = pytest.mark.cpu
+
+IMPLEMENTATIONS = [each for each in CANDIDATES if not each.target.count(".triton_")]
+IMPLEMENTATIONS = [each for each in IMPLEMENTATIONS if not each.target.count(".gluon_")]
+NAMES = [each.name for each in IMPLEMENTATIONS]
+MASKS = {
+    "causal": CausalMask(),
+    "window": CausalMask(window=21),
+    "window and sink tokens": CausalMask(window=21, sink_tokens=3),
+    "full": FullMask(),
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=NAMES)
+def implementation(request):
+    return request.param
+
+
+def skip_if_refused(implementation, case: Cached, name: str, phase: str, mask):
+    key = case.layer.key
+    call = Call(
+        device=device_info("cpu"),
+        format=FORMATS[name],
+        dtype=torch.float32,
+        q_heads=case.q[0].shape[1],
+        kv_heads=key.kv_heads,
+        head_dim=key.head_dim,
+        value_head_dim=case.layer.value.head_dim,
+        page_size=case.page_size,
+        phase=phase,
+        mask=mask.kind,
+    )
+    reasons = implementation.refusals(call)
+    if reasons:
+        pytest.skip(" ".join(reasons))
+
+
+def check(implementation, case, chunks, mask=CausalMask(), **extras):  # noqa: B008
+    """One step against the reference; returns its output."""
+    q, batch = case.step(chunks)
+    params = AttendParams(case.layer.key.head_dim**-0.5, mask, **extras)
+    out, lse = attend(q.float(), case.layer, batch, params, implementation)
+    wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
+    longest = max(end for _, end in chunks)
+    head_dim = case.layer.key.head_dim
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    assert (out[empty] == 0).all()
+    torch.testing.assert_close(
+        lse[~empty].double(), wanted_lse[~empty], atol=lse_atol(head_dim), rtol=0
+    )
+    torch.testing.assert_close(out.double(), wanted, atol=attention_atol(head_dim, longest), rtol=0)
+    return out
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_and_page_sizes(implementation, name, page_size):
+    case = cached(name, [63, 100, 150], page_size=page_size)
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
+    check(implementation, case, [(0, 63), (36, 100), (149, 150)])
+    check(implementation, case, [(62, 63), (99, 100), (146, 150)])
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", ["none", "int8", "int4", "fp8_static"])
+def test_masks_sinks_and_softcap(implementation, name, mask):
+    case = cached(name, [63, 150])
+    skip_if_refused(implementation, case, name, "prefill", mask)
+    sinks = torch.randn(4)
+    check(implementation, case, [(10, 63), (100, 150)], mask)
+    check(implementation, case, [(10, 63), (100, 150)], mask, softcap=3.0, sinks=sinks)
+    check(implementation, case, [(62, 63), (149, 150)], mask, softcap=3.0, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 64), (7, 1, 64), (6, 2, 80), (4, 4, 96), (16, 1, 128), (4, 2, 256)], ids=str
+)
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_heads_and_channels(implementation, name, heads):
+    q_heads, kv_heads, head_dim = heads
+    case = cached(name, [70, 33], q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
+    check(implementation, case, [(50, 70), (32, 33)])
+    check(implementation, case, [(69, 70), (32, 33)])
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_results_do_not_depend_on_the_cut(implementation, name, page_size):
+    case = cached(name, [230], page_size=page_size)
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
+    whole = check(implementation, case, [(0, 230)])
+    for size in (7, 64, 100):
+        cuts = [(a, min(a + size, 230)) for a in range(0, 230, size)]
+        parts = [_run(implementation, case, [cut]) for cut in cuts]
+        torch.testing.assert_close(torch.cat(parts), whole, atol=attention_atol(32, 230), rtol=0)
+    ones = torch.cat([_run(implementation, case, [(a, a + 1)]) for a in range(200, 230)])
+    torch.testing.assert_close(ones, whole[200:], atol=attention_atol(32, 230), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_ragged_batch_equals_its_requests_alone(implementation, name):
+    lengths = [1, 63, 100, 17]
+    case = cached(name, lengths)
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
+    together = check(implementation, case, [(0, 1), (20, 63), (99, 100), (0, 17)])
+    start = 0
+    for index, (first, last) in enumerate([(0, 1), (20, 63), (99, 100), (0, 17)]):
+        tables = case.exact_tables
+        alone = replace(
+            case,
+            q=[case.q[index]],
+            tables=[case.tables[index]],
+            exact_tables=None if tables is None else [tables[index]],
+        )
+        out = _run(implementation, alone, [(first, last)])
+        rows = together[start : start + last - first]
+        torch.testing.assert_close(out, rows, atol=attention_atol(32, 100), rtol=0)
+        start += last - first
+
+
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("name", ["int8", "int4", "none"])
+def test_contexts_around_a_page(implementation, name, context):
+    case = cached(name, [context])
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
+    check(implementation, case, [(0, context)])
+    check(implementation, case, [(context - 1, context)])
+
+
+def test_a_tile_border_shows_no_future_token(implementation):
+    # Where FastDeploy's flash_mask read future tokens: keys - queries no multiple of the tile.
+    case = cached("int8", [576], page_size=64)
+    skip_if_refused(implementation, case, "int8", "prefill", CausalMask())
+    check(implementation, case, [(64, 576)])
+
+
+def test_requests_without_tokens(implementation):
+    case = cached("int8", [40, 1, 70])
+    skip_if_refused(implementation, case, "int8", "decode", CausalMask())
+    check(implementation, case, [(39, 40), (1, 1), (69, 70)])
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4"])
+def test_garbage_outside_the_mask_cannot_be_seen(implementation, name):
+    # NaN scales and garbage codes before the window, in pages that nobody owns, after the end.
+    case = cached(name, [100], page_size=16)
+    mask = CausalMask(window=20)
+    skip_if_refused(implementation, case, name, "decode", mask)
+    clean = _run(implementation, case, [(99, 100)], mask)
+    hidden = case.tables[0][1:4]
+    for half in (case.layer.key, case.layer.value):
+        for plane in (half.codes, half.scale, half.zero):
+            if plane is not None and plane.ndim == 4:
+                plane.view(torch.uint8)[hidden] = 0xFF
+    poisoned = _run(implementation, case, [(99, 100)], mask)
+    assert torch.equal(clean, poisoned)
+
+
+def test_constant_and_zero_rows(implementation):
+    case = cached("int8", [50])
+    skip_if_refused(implementation, case, "int8", "decode", CausalMask())
+    case.layer.key.codes.zero_()
+    out = check(implementation, case, [(49, 50)])
+    case.layer.value.codes.zero_()
+    assert (_run(implementation, case, [(49, 50)]) == 0).all()
+    assert torch.isfinite(out).all()
+
+
+def _run(implementation, case, chunks, mask=CausalMask()):  # noqa: B008
+    q, batch = case.step(chunks)
+    params = AttendParams(case.layer.key.head_dim**-0.5, mask)
+    return attend(q.float(), case.layer, batch, params, implementation)[0]

@@ -1,0 +1,209 @@
+"""What ends up in the pages, for every implementation that runs on this CPU."""
+
+import pytest
+import torch
+
+from quantpage.batch import plan_batch
+from quantpage.cache import CacheLayout, LayerKV, PagedKVCache
+from quantpage.errors import NonFiniteInput
+from quantpage.formats import FORMATS, dequantize, quantize, rotate
+from quantpage.hardware import device_info
+from quantpage.ops.dispatch import Call
+from quantpage.ops.gather import gather_request
+from quantpage.ops.rope_write import CANDIDATES, QKNorm, WriteParams, reference
+from quantpage.rope import apply_rope, rope_table
+
+pytestmark = pytest.mark.cpu
+
+IMPLEMENTATIONS = [each for each in CANDIDATES if ".triton_" not in each.target]
+DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
+KV_HEADS, Q_HEADS, PAGE = 2, 6, 16
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=[each.name for each in IMPLEMENTATIONS])
+def implementation(request):
+    return request.param
+
+
+def call_of(name, head_dim):
+    return Call(
+        device=device_info("cpu"),
+        format=FORMATS[name],
+        dtype=torch.float32,
+        q_heads=Q_HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=head_dim,
+        value_head_dim=head_dim,
+        page_size=PAGE,
+    )
+
+
+def write_of(implementation, name, head_dim):
+    reasons = implementation.refusals(call_of(name, head_dim))
+    if reasons:
+        pytest.skip(" ".join(reasons))
+    return implementation.load()
+
+
+def empty_layer(name, head_dim=64, pages=12) -> LayerKV:
+    cache = PagedKVCache(pages, pages)
+    cache.add_layer(0, CacheLayout(KV_HEADS, head_dim, FORMATS[name], PAGE, torch.float32))
+    return cache.layer(0)
+
+
+def step(exact: bool, lengths=(20, 1, 9), contexts=(20, 30, 40)):
+    tables = [[3, 1], [0, 5], [7, 2, 9]]
+    return plan_batch(lengths, contexts, tables, PAGE, exact_tables=tables if exact else None)
+
+
+def inputs(tokens, head_dim=64, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(tokens, Q_HEADS, head_dim, generator=noise),
+        torch.randn(tokens, KV_HEADS, head_dim, generator=noise),
+        torch.randn(tokens, KV_HEADS, head_dim, generator=noise),
+    )
+
+
+def same_codes(got: LayerKV, wanted: LayerKV):
+    """Equal save on ties: a code may differ by one where float32 rounding decided."""
+    for mine, theirs in ((got.key, wanted.key), (got.value, wanted.value)):
+        if not mine.spec.quantized:
+            torch.testing.assert_close(mine.codes, theirs.codes, atol=2e-6, rtol=2e-6)
+            continue
+        a, b = (dequantize(x.codes, x.scale, x.zero, x.spec, torch.float64) for x in (mine, theirs))
+        steps = theirs.scale.double().amax() * (32 if mine.spec.code.name == "fp8" else 1)
+        different = (a != b) & ((a - b).abs() > 1e-3 * steps)
+        assert (a - b).abs().max() <= 1.01 * steps
+        assert different.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_pages_hold_what_the_reference_quantizer_makes(implementation, name, head_dim):
+    write = write_of(implementation, name, head_dim)
+    kv_format, batch = FORMATS[name], step(FORMATS[name].exact_pages is not None)
+    layer = empty_layer(name, head_dim)
+    q, k, v = inputs(30, head_dim)
+    written = write(q, k, v, layer, batch, WriteParams(return_rows=True))
+    turn = {"hadamard": rotate, "none": lambda x: x}
+    for rows, spec, pages in (
+        (k, kv_format.key, layer.key),
+        (v, kv_format.value, layer.value),
+    ):
+        wanted = dequantize(*quantize(turn[spec.rotation](rows), spec), spec)
+        held = gather_request(pages, batch.page_table[0], 20, torch.float32)
+        # A code may flip on a tie: one step of the largest scale, and rarely.
+        far = (held - wanted[:20]).abs() > 1e-5
+        assert far.float().mean() < 1e-3
+    torch.testing.assert_close(written.q, turn[kv_format.key.rotation](q), atol=2e-6, rtol=2e-6)
+    held = gather_request(layer.key, batch.page_table[0], 20, torch.float32)
+    torch.testing.assert_close(written.k_rows[:20], held, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("after_rope", [False, True])
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+def test_bias_norm_and_rope(implementation, name, after_rope, interleaved):
+    write = write_of(implementation, name, 64)
+    exact = FORMATS[name].exact_pages is not None
+    q, k, v = inputs(30)
+    # Rows of a packed projection: strided, not contiguous.
+    packed = torch.cat([q, k, v], dim=1)
+    q, k, v = packed.split([Q_HEADS, KV_HEADS, KV_HEADS], dim=1)
+    params = WriteParams(
+        rope=rope_table(64, 32, interleaved=interleaved),
+        norm=QKNorm(torch.rand(64) + 0.5, torch.rand(64) + 0.5, after_rope=after_rope),
+        bias=(torch.randn(Q_HEADS, 64), torch.randn(KV_HEADS, 64), torch.randn(KV_HEADS, 64)),
+        return_rows=True,
+    )
+    mine, theirs = empty_layer(name), empty_layer(name)
+    got = write(q, k, v, mine, step(exact), params)
+    wanted = reference.rope_write(q.double(), k.double(), v.double(), theirs, step(exact), params)
+    torch.testing.assert_close(got.q.double(), wanted.q, atol=1e-5, rtol=1e-5)
+    same_codes(mine, theirs)
+
+
+def test_rope_uses_absolute_positions(implementation):
+    write = write_of(implementation, "none", 64)
+    table = rope_table(64, 64)
+    q, k, v = inputs(30)
+    layer, batch = empty_layer("none"), step(False)
+    written = write(q, k, v, layer, batch, WriteParams(rope=table))
+    positions = torch.cat([torch.arange(20), torch.tensor([29]), torch.arange(31, 40)])
+    torch.testing.assert_close(written.q, apply_rope(q, positions, table), atol=2e-6, rtol=2e-6)
+    held = gather_request(layer.key, batch.page_table[2], 40, torch.float32)[31:]
+    torch.testing.assert_close(held, apply_rope(k, positions, table)[21:], atol=2e-6, rtol=2e-6)
+
+
+def test_slot_minus_one_is_skipped(implementation):
+    write = write_of(implementation, "int8", 64)
+    q, k, v = inputs(30)
+    layer, batch = empty_layer("int8"), step(False)
+    batch.slots[5:8] = -1
+    write(q, k, v, layer, batch, WriteParams())
+    codes = layer.key.codes[3].transpose(0, 1)
+    assert (codes[5:8] == 0).all() and (codes[:5] != 0).any() and (codes[8:] != 0).any()
+    assert (layer.key.codes[[4, 6, 8, 10, 11]] == 0).all()
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_hard_rows_come_back(implementation, name):
+    write = write_of(implementation, name, 64)
+    exact = FORMATS[name].exact_pages is not None
+    q, k, v = inputs(30)
+    k[0], v[0] = 0.0, 0.0
+    k[1], v[1] = 3.0, -3.0
+    k[2, :, 7], v[2, :, 7] = 1e4, -1e4
+    k[3], v[3] = 1e-41, 1e-41
+    layer, batch = empty_layer(name), step(exact)
+    rows = write(q, k, v, layer, batch, WriteParams(return_rows=True)).k_rows
+    assert torch.isfinite(rows).all()
+    turned = rotate(k) if FORMATS[name].key.rotation == "hadamard" else k
+    assert (rows[0] == 0).all()
+    bits = FORMATS[name].key.code.bits
+    relative = (rows[:3] - turned[:3]).flatten(1).norm(dim=1) / turned[:3].flatten(1).norm(
+        dim=1
+    ).clamp_min(1e-9)
+    assert (relative < {16: 1e-6, 8: 0.04, 4: 0.2}[bits]).all()
+    assert rows[3].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_non_finite_stays_in_its_token_and_head(implementation, name, bad):
+    write = write_of(implementation, name, 64)
+    exact = FORMATS[name].exact_pages is not None
+    q, k, v = inputs(30)
+    clean, dirty = empty_layer(name), empty_layer(name)
+    write(q, k, v, clean, step(exact), WriteParams())
+    k, v = k.clone(), v.clone()
+    k[4, 1, 9], v[6, 0, 2] = bad, bad
+    write(q, k, v, dirty, step(exact), WriteParams())
+    for a, b, token, head in ((clean.key, dirty.key, 4, 1), (clean.value, dirty.value, 6, 0)):
+        mine, theirs = (dequantize(x.codes, x.scale, x.zero, x.spec, torch.float32) for x in (a, b))
+        assert torch.isfinite(theirs).all()
+        mine[3, head, token] = theirs[3, head, token]
+        assert torch.equal(mine, theirs)
+
+
+def test_checked_mode_names_layer_tensor_and_token(implementation):
+    write = write_of(implementation, "int8", 64)
+    q, k, v = inputs(30)
+    v[7, 1, 3] = torch.nan
+    layer = empty_layer("int8")
+    with pytest.raises(NonFiniteInput, match="layer 5, value, token 7"):
+        write(q, k, v, layer, step(False), WriteParams(checked=True, layer=5))
+    assert (layer.key.codes == 0).all(), "nothing may be written before the error"
+
+
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_exact_pages_hold_the_numbers_themselves(implementation, name):
+    write = write_of(implementation, name, 64)
+    if FORMATS[name].exact_pages is None:
+        pytest.skip(f"{name} keeps no exact pages")
+    q, k, v = inputs(30)
+    layer, batch = empty_layer(name), step(True)
+    write(q, k, v, layer, batch, WriteParams())
+    held = gather_request(layer.exact().key, batch.exact.page_table[0], 20, torch.float32)
+    torch.testing.assert_close(held, rotate(k)[:20], atol=2e-6, rtol=2e-6)
