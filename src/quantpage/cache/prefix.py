@@ -57,7 +57,7 @@ class PrefixCache:
     ) -> None:
         self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
         self._seed = seed
-        # In order of use, a page always before the pages that it follows.
+        # Least recently used first; of pages used together, the last of the prompt first.
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
     def __len__(self) -> int:

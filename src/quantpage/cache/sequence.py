@@ -120,12 +120,12 @@ class Sequence:
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0..{self.length}, got {length}")
         keep = -(-length // self.page_size)
-        if self._exact_pool is not None and length % self.page_size:
-            if self.exact_pages[keep - 1] < 0:
-                raise CacheError(
-                    f"crop: expected a multiple of page_size {self.page_size} or a page that is "
-                    f"still kept exact, got length {length} in page {keep - 1}"
-                )
+        inside = self._exact_pool is not None and length % self.page_size
+        if inside and self.exact_pages[keep - 1] < 0:
+            raise CacheError(
+                f"crop: expected a multiple of page_size {self.page_size} or a page that is "
+                f"still kept exact, got length {length} in page {keep - 1}"
+            )
         while len(self.pages) > keep:
             self._pool.release(self.pages.pop())
         while len(self.exact_pages) > keep:
