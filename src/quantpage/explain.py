@@ -58,28 +58,31 @@ def explain(call: Call) -> list[Choice]:
     return rows
 
 
-def support_matrix(devices: dict[str, DeviceInfo]) -> str:
-    """Markdown: a row a format, a column a device, op and mask; cells name implementations."""
-    columns = [
-        (label, device, op, mask)
-        for label, device in devices.items()
-        for op, mask in (
-            ("rope_write", "causal"),
-            ("attend prefill", "causal"),
-            ("attend decode", "causal"),
-            ("attend prefill", "interval"),
-        )
-    ]
-    heads = [
-        f"{label}: {op}" + ("" if mask == "causal" else " (flash_mask)")
-        for label, _, op, mask in columns
-    ]
-    lines = ["| format | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+DEVICES: dict[str, DeviceInfo] = {
+    "Hopper": DeviceInfo("cuda", "an NVIDIA Hopper GPU", (9, 0), 132, 50 << 20),
+    "Ampere": DeviceInfo("cuda", "an NVIDIA Ampere GPU", (8, 0), 108, 40 << 20),
+    "CPU": DeviceInfo("cpu", "a CPU", None, 2, 0),
+}
+"""What the support matrix is made for; facts of devices, so that any machine can print it."""
+
+_COLUMNS = (
+    ("rope_write", "rope_write", "causal"),
+    ("prefill", "attend prefill", "causal"),
+    ("decode", "attend decode", "causal"),
+    ("flash_mask prefill", "attend prefill", "interval"),
+    ("flash_mask decode", "attend decode", "interval"),
+)
+
+
+def support_matrix() -> str:
+    """Markdown: a row a format and device, a column an op; cells name what runs."""
+    heads = [label for label, _, _ in _COLUMNS]
+    lines = ["| format | device | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for name, kv_format in FORMATS.items():
-        cells = []
-        for _, device, op, mask in columns:
-            rows = explain(example_call(device, kv_format, mask))
-            chosen = next(row.chosen for row in rows if row.op == op)
-            cells.append(chosen or "-")
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        for label, device in DEVICES.items():
+            cells = []
+            for _, op, mask in _COLUMNS:
+                rows = explain(example_call(device, kv_format, mask))
+                cells.append(next(row.chosen for row in rows if row.op == op) or "-")
+            lines.append(f"| `{name}` | {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantpage.explain import example_call, explain
+from quantpage.explain import example_call, explain, support_matrix
 from quantpage.formats import FORMATS, find_format
 from quantpage.hardware import device_info
 
@@ -16,8 +16,14 @@ def command(
     kv_format: Annotated[str | None, typer.Option(help="Only this format.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     mask: Annotated[str, typer.Option(help="causal, full or interval.")] = "causal",
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Print the README's support matrix and stop.")
+    ] = False,
 ) -> None:
     """Say which implementation serves each op and format here, and why the others refused."""
+    if matrix:
+        print(support_matrix())
+        return
     if mask not in ("causal", "full", "interval"):
         raise ValueError(f"mask: expected causal, full or interval, got {mask!r}")
     if device == "auto":
