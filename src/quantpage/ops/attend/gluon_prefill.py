@@ -8,12 +8,12 @@ how a prompt was cut.
 Numbers of a quantized cache are kept in float16: codes are exact in it and scale times code rounds
 to 11 bits (bfloat16: 8). An unquantized cache keeps its dtype.
 
-The exact pages of a format are few keys a query and go to the portable kernel.
+Exact pages are few keys a query: that segment goes to the portable kernel, as do requests with too
+few rows to be worth a workspace (attend/prefill).
 """
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,14 +22,15 @@ from triton.experimental.gluon import language as gl
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
-from quantpage.masks import CausalMask
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import triton_prefill
 from quantpage.ops.attend.gluon_compat import TensorDescriptor
 from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
 from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.prefill import choose_ways
 from quantpage.ops.attend.prefill_plan import DensePass, DenseShape, DenseTile, plan_passes
-from quantpage.ops.gather.triton_gather import gather_rows
+from quantpage.ops.attend.triton_merge import merge_partials
 
-LOG2E = 1.4426950408889634
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -48,58 +49,56 @@ def attend(
     segment: Segment = "all",
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
-    if segment == "exact":
-        from quantpage.ops.attend.triton_prefill import attend as portable
-
-        return portable(q, layer, batch, params, segment)
-    tokens, q_heads, _ = q.shape
-    width = layer.value.head_dim
-    dtype = torch.float32 if segment == "body" else q.dtype
-    out = torch.empty(tokens, q_heads, width, dtype=dtype, device=q.device)
-    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
-    shape = _shape(q, layer, params)
-    passes = _device_passes(batch.query_lens, batch.host_context_lens, shape, str(q.device))
-    partial = None
-    for each, spans, order, work in passes:
-        k, v = _workspaces(each, layer, q)
-        gather_rows(layer.key, batch.page_table, spans, each.max_span, k, each.head0)
-        gather_rows(layer.value, batch.page_table, spans, each.max_span, v, each.head0)
-        if partial is None and not each.final:
-            partial = torch.empty(tokens, q_heads, width, dtype=torch.float32, device=q.device)
-        launch(
-            q,
-            (k, v),
-            (out if each.final else partial, lse, partial),
-            params,
-            (each, order, work, shape),
-            body_page=batch.page_size if segment == "body" else 0,
-        )
+    if not isinstance(params.mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a causal or full mask, got {params.mask.kind}")
+    if segment == "exact" or (segment == "body" and params.mask.kind == "full"):
+        return triton_prefill.attend(q, layer, batch, params, segment)
+    out, lse = triton_prefill.empty_results(q, layer, segment)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", segment == "all")
+    if ways.workspace != ():
+        _attend_workspace((out, lse), q, layer, batch, params, segment, ways.workspace)
+    triton_prefill.attend_others((out, lse), q, layer, batch, params, segment, ways)
     return out, lse
 
 
-def workspace_dtype(layer: LayerKV, query_dtype: torch.dtype) -> torch.dtype:
-    """float16 where numbers are code * scale, else the dtype of the cache."""
-    if layer.key.spec.quantized or layer.value.spec.quantized:
-        return torch.float16
-    return layer.key.codes.dtype if layer.key.codes.dtype in _GLUON_DTYPES else query_dtype
+def _attend_workspace(results, q, layer, batch, params, segment, members) -> None:
+    (out, lse), (tokens, q_heads, _) = results, q.shape
+    shape = workspace_shape(q, layer, params)
+    body_page = batch.page_size if segment == "body" else 0
+    lens = (batch.query_lens, batch.host_context_lens)
+    carried = None
+    for each, spans, order, items in _device_passes(*lens, shape, members, str(q.device)):
+        dtype = triton_prefill.workspace_dtype(layer, q.dtype)
+        k, v = triton_prefill.fill_workspace(each, spans, layer, batch.page_table, dtype)
+        planned = (each, order, items, shape)
+        if each.work.parts > 1:
+            parts = (each.work.parts, tokens, q_heads)
+            part_out = torch.empty(*parts, v.shape[2], dtype=torch.float32, device=q.device)
+            part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+            launch(q, (k, v), (part_out, part_lse, None), params, planned, body_page)
+            partials = list(part_out.unbind()), list(part_lse.unbind())
+            merge_partials(*partials, params.sinks, out=out, lse=lse)
+            continue
+        if carried is None and not each.final:
+            carried = torch.empty(out.shape, dtype=torch.float32, device=q.device)
+        target = out if each.final else carried
+        launch(q, (k, v), (target, lse, carried), params, planned, body_page)
 
 
-def launch(q, workspace, results, params: AttendParams, planned, body_page=0):
+def launch(q, workspace, results, params: AttendParams, planned, body_page: int = 0) -> None:
     """One pass: queries against the filled workspace.
 
     results: (out, lse, float32 partials that carried rows start from).
-    planned: (the pass, its order and work on the device, its shape).
+    planned: (the pass, its order and items on the device, its shape).
     """
-    (k, v), (out, lse, partial), (each, order, work, shape) = workspace, results, planned
+    (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
     head_dim, width = q.shape[2], v.shape[2]
     padded, padded_v = _padded(head_dim), _padded(width)
-    sinks = params.sinks is not None and not each.carried
-    scale, cap = params.softmax_scale * LOG2E, 0.0
-    if params.softcap is not None:
-        # exp2(x * 2 log2e) is tanh's; the cap is per log2 from here on.
-        scale = 2 * params.softmax_scale / params.softcap * LOG2E
-        cap = params.softcap * LOG2E
+    # A sink logit enters a row once: in the first pass, or when parts are merged.
+    sinks = params.sinks is not None and not each.carried and each.work.parts == 1
+    scale, cap = triton_prefill.exponent_scale(params)
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
@@ -107,15 +106,16 @@ def launch(q, workspace, results, params: AttendParams, planned, body_page=0):
         _descriptor(v, tile.keys, padded_v),
         out,
         lse,
-        partial if each.carried else lse,
+        carried if each.carried else lse,
         lse,
         params.sinks if sinks else lse,
         order,
-        work,
+        items,
         rounds,
         each.heads,
         each.head0,
         each.rows,
+        q.shape[0] * q.shape[1],
         q.shape[1],
         q.stride(0),
         q.stride(1),
@@ -140,21 +140,19 @@ def launch(q, workspace, results, params: AttendParams, planned, body_page=0):
         SINKS=sinks,
         CARRY=each.carried,
         SHIFT=8 if k.dtype == torch.float16 else 0,
-        PINGPONG=False,
-        REVERSE=True,
         num_warps=4,
     )
 
 
-def _shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseShape:
+def workspace_shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseShape:
+    """What the plan needs to know of this call."""
     mask = params.mask
-    window = mask.window if isinstance(mask, CausalMask) else None
     return DenseShape(
         kv_heads=layer.kv_heads,
         group=q.shape[1] // layer.kv_heads,
         row_bytes=2 * (layer.key.head_dim + layer.value.head_dim),
         tile=dense_tile(max(_padded(layer.key.head_dim), _padded(layer.value.head_dim))),
-        window=window,
+        window=mask.window if isinstance(mask, CausalMask) else None,
         sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
         processors=device_info(q.device).processors,
     )
@@ -162,30 +160,22 @@ def _shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseShape:
 
 @lru_cache(maxsize=32)
 def _device_passes(
-    query_lens: tuple[int, ...], context_lens: tuple[int, ...], shape: DenseShape, device: str
+    query_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    shape: DenseShape,
+    members: tuple[int, ...] | None,
+    device: str,
 ) -> tuple[tuple[DensePass, Tensor, Tensor, Tensor], ...]:
     """The step's passes with their tables on the device: every layer of a step shares them."""
     return tuple(
         (
             each,
-            _on_device(each.spans, device),
-            _on_device(each.order, device),
-            _on_device(each.work, device),
+            torch.from_numpy(each.spans).to(device),
+            torch.from_numpy(each.work.order).to(device),
+            torch.from_numpy(each.work.items).to(device),
         )
-        for each in plan_passes(query_lens, context_lens, shape)
+        for each in plan_passes(query_lens, context_lens, shape, members)
     )
-
-
-def _on_device(table: np.ndarray, device: str) -> Tensor:
-    return torch.from_numpy(table).to(device)
-
-
-def _workspaces(each: DensePass, layer: LayerKV, q: Tensor) -> tuple[Tensor, Tensor]:
-    """[heads, rows, head_dim] of K and of V; torch's allocator keeps the memory between layers."""
-    dtype = workspace_dtype(layer, q.dtype)
-    k = torch.empty(each.heads, each.rows, layer.key.head_dim, dtype=dtype, device=q.device)
-    v = torch.empty(each.heads, each.rows, layer.value.head_dim, dtype=dtype, device=q.device)
-    return k, v
 
 
 def _descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:

@@ -7,7 +7,8 @@ tile of a short chunk full, and lets any group size share the K and V that it re
 Order inside a consumer, one key tile t at a time: the scores of t+1 are issued before the values
 of t are multiplied, and the softmax of t+1 runs while they are (FlashAttention-3, arXiv 2407.08608
 section 3.2). The two consumers drift apart by themselves, so that one's softmax hides behind the
-other's matrix products.
+other's matrix products. Tried on an H200 and left out, as no faster: turns between the consumers by
+barriers, and keys from the last to the first.
 
 A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
 of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
@@ -24,9 +25,8 @@ from quantpage.ops.attend.gluon_compat import (
     warpgroup_mma_wait,
 )
 
-WORK_FIELDS = gl.constexpr(8)
-"""int32 a work item: token row, new tokens, position of the first, first packed row, workspace row,
-key of that row, end of keys, unused."""
+WORK_FIELDS = gl.constexpr(9)
+"""int32 a work item: prefill_plan.WORK_FIELDS names them."""
 
 
 @gluon.jit
@@ -90,7 +90,6 @@ def _producer(
     CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,
     BODY: gl.constexpr,
-    REVERSE: gl.constexpr,
 ):
     pid = gl.program_id(0)
     grid = gl.num_programs(0)
@@ -104,8 +103,7 @@ def _producer(
                 item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
             )
             row = head * head_rows + gl.load(item + 4)
-            for turn_j in range(tiles):
-                j = tiles - 1 - turn_j if REVERSE else turn_j
+            for j in range(tiles):
                 at = row + gl.where(j < sink_tiles, j, j + low_tile) * BN
                 stage = count % STAGES
                 phase = ((count // STAGES) & 1) ^ 1
@@ -197,10 +195,10 @@ def _consumer(
     k_empty,
     v_full,
     v_empty,
-    turns,
     rounds,
     heads,
     head0,
+    part_rows,
     q_heads,
     q_token,
     q_head,
@@ -226,8 +224,6 @@ def _consumer(
     SINKS: gl.constexpr,
     CARRY: gl.constexpr,
     SHIFT: gl.constexpr,
-    PINGPONG: gl.constexpr,
-    REVERSE: gl.constexpr,
 ):
     dtype: gl.constexpr = k_smem.dtype
     ROWS: gl.constexpr = BM // 2
@@ -242,7 +238,6 @@ def _consumer(
     q_half = q_smem.slice(HALF * ROWS, ROWS)
     zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
     count = 0
-    issued = 0
     for turn in range(rounds):
         tile = gl.load(order + turn * grid + pid)
         if tile >= 0:
@@ -257,6 +252,7 @@ def _consumer(
             row0 = gl.load(item + 3)
             base = gl.load(item + 5)
             end = gl.load(item + 6)
+            part = gl.load(item + 8)
             first = position + row0 // G
             last = position + gl.minimum(row0 + BM - 1, new * G - 1) // G
             row0 += HALF * ROWS
@@ -299,10 +295,12 @@ def _consumer(
                 mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, s_rows)
             out_rows = row0 + gl.arange(0, ROWS, o_rows)
             out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_row += part.to(gl.int64) * part_rows
             out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
             out_at = out_row[:, None] * DV + out_channel[None, :]
             out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
             lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
+            lse_at += part.to(gl.int64) * part_rows
             stage = count % STAGES
             phase = (count // STAGES) & 1
             mbarrier.wait(k_full.index(stage), phase)
@@ -310,8 +308,7 @@ def _consumer(
             s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(stage), count=1)
-            j = tiles - 1 if REVERSE else 0
-            key0 = gl.where(j < sink_tiles, j * BN, base + (j - sink_tiles + low_tile) * BN)
+            key0 = gl.where(sink_tiles > 0, 0, base + low_tile * BN)
             masked = (key0 + BN > first_limit) | (key0 < last_low)
             p16, alpha, m, mass = _softmax(
                 s,
@@ -339,19 +336,13 @@ def _consumer(
             after = (count + 1) % STAGES
             after_phase = ((count + 1) // STAGES) & 1
             mbarrier.wait(k_full.index(after), after_phase, pred=tiles > 1)
-            for step in range(1, tiles):
+            for j in range(1, tiles):
                 k = k_smem.index(after).permute((1, 0))
-                if PINGPONG:
-                    mbarrier.wait(turns.index(HALF), (issued & 1) ^ (1 - HALF))
                 s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage), phase)
                 acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-                if PINGPONG:
-                    mbarrier.arrive(turns.index(1 - HALF), count=1)
-                issued += 1
                 s = warpgroup_mma_wait(1, deps=(s_token,))
                 mbarrier.arrive(k_empty.index(after), count=1)
-                j = tiles - 1 - step if REVERSE else step
                 key0 = gl.where(j < sink_tiles, j * BN, base + (j - sink_tiles + low_tile) * BN)
                 masked = (key0 + BN > first_limit) | (key0 < last_low)
                 p16, alpha, m, mass = _softmax(
@@ -384,7 +375,7 @@ def _consumer(
                 after_phase = ((count + 1) // STAGES) & 1
                 # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
                 # wait for the values' product: assemblers move a bare wait up.
-                mbarrier.wait(k_full.index(after), after_phase, pred=step + 1 < tiles)
+                mbarrier.wait(k_full.index(after), after_phase, pred=j + 1 < tiles)
                 acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
                 mbarrier.arrive(v_empty.index(done), count=1)
                 acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
@@ -422,6 +413,7 @@ def _consumer(
         "heads",
         "head0",
         "head_rows",
+        "part_rows",
         "window",
         "sink_tokens",
         "sink_tiles",
@@ -442,6 +434,7 @@ def prefill_kernel(
     heads,
     head0,
     head_rows,
+    part_rows,
     q_heads,
     q_token,
     q_head,
@@ -466,8 +459,6 @@ def prefill_kernel(
     SINKS: gl.constexpr,
     CARRY: gl.constexpr,
     SHIFT: gl.constexpr,
-    PINGPONG: gl.constexpr,
-    REVERSE: gl.constexpr,
 ):
     """One launch over all work items of one workspace; see the module."""
     dtype: gl.constexpr = k_desc.dtype
@@ -479,9 +470,6 @@ def prefill_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -507,10 +495,10 @@ def prefill_kernel(
                     k_empty,
                     v_full,
                     v_empty,
-                    turns,
                     rounds,
                     heads,
                     head0,
+                    part_rows,
                     q_heads,
                     q_token,
                     q_head,
@@ -536,8 +524,6 @@ def prefill_kernel(
                     SINKS,
                     CARRY,
                     SHIFT,
-                    PINGPONG,
-                    REVERSE,
                 ),
             ),
             (
@@ -558,10 +544,10 @@ def prefill_kernel(
                     k_empty,
                     v_full,
                     v_empty,
-                    turns,
                     rounds,
                     heads,
                     head0,
+                    part_rows,
                     q_heads,
                     q_token,
                     q_head,
@@ -587,8 +573,6 @@ def prefill_kernel(
                     SINKS,
                     CARRY,
                     SHIFT,
-                    PINGPONG,
-                    REVERSE,
                 ),
             ),
             (
@@ -617,7 +601,6 @@ def prefill_kernel(
                     CAUSAL,
                     WINDOW,
                     BODY,
-                    REVERSE,
                 ),
             ),
         ],

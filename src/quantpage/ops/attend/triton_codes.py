@@ -1,0 +1,76 @@
+"""Tiles of codes as float16 tensors of the same order: what a 64- to 128-row matrix product reads.
+
+Four bytes of a register become four float16 with 5 instructions (int8), 2 (fp8) or 11 for eight
+4-bit codes; Triton's own casts of int8 take one slow conversion a value. Every code is exact in
+float16. The interpreter runs the same arithmetic as shifts.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+# xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
+_INT8: tl.constexpr = tl.constexpr("""{
+ .reg .b32 x, magic, bias, t;
+ mov.b32 magic, 0x64646464; mov.b32 bias, 0x64806480;
+ xor.b32 x, $2, 0x80808080;
+ prmt.b32 t, x, magic, 0x4140; sub.f16x2 $0, t, bias;
+ prmt.b32 t, x, magic, 0x4342; sub.f16x2 $1, t, bias;
+}""")
+_FP8: tl.constexpr = tl.constexpr("""{
+ .reg .b16 a, b;
+ mov.b32 {a, b}, $2;
+ cvt.rn.f16x2.e4m3x2 $0, a;
+ cvt.rn.f16x2.e4m3x2 $1, b;
+}""")
+# Low nibbles first, then high ones; 0x6408 is 1024 + 8.
+_INT4: tl.constexpr = tl.constexpr("""{
+ .reg .b32 x, magic, bias, t;
+ mov.b32 magic, 0x64646464; mov.b32 bias, 0x64086408;
+ and.b32 x, $4, 0x0f0f0f0f;
+ prmt.b32 t, x, magic, 0x4140; sub.f16x2 $0, t, bias;
+ prmt.b32 t, x, magic, 0x4342; sub.f16x2 $1, t, bias;
+ shr.u32 x, $4, 4; and.b32 x, x, 0x0f0f0f0f;
+ prmt.b32 t, x, magic, 0x4140; sub.f16x2 $2, t, bias;
+ prmt.b32 t, x, magic, 0x4342; sub.f16x2 $3, t, bias;
+}""")
+
+
+@triton.jit
+def to_float16(codes, CODE: tl.constexpr, OLD: tl.constexpr):
+    """Bytes of codes -> float16: 1 int8, 2 e4m3 as uint8, 3 pairs of 4 bits, twice as wide.
+
+    OLD: no e4m3 conversion instruction (before sm_89).
+    """
+    if CODE == 1:
+        if INTERPRETED:
+            number = codes.to(tl.float16)
+        else:
+            number = tl.inline_asm_elementwise(
+                _INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
+    elif CODE == 2:
+        if INTERPRETED or OLD:
+            # The exponent's bias is 7 in e4m3 and 15 in float16: move the bits, multiply by 2^8.
+            size = ((codes.to(tl.int16) & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0
+            number = tl.where(codes < 128, size, -size)
+        else:
+            number = tl.inline_asm_elementwise(
+                _FP8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
+    else:
+        if INTERPRETED:
+            low = ((codes & 15).to(tl.int8) - 8).to(tl.float16)
+            high = ((codes >> 4).to(tl.int8) - 8).to(tl.float16)
+        else:
+            low, high = tl.inline_asm_elementwise(
+                _INT4,
+                "=r,=r,=r,=r,r",
+                [codes],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+        number = tl.interleave(low, high)
+    return number

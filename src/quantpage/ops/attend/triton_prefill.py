@@ -1,0 +1,304 @@
+"""Prefill on any CUDA GPU: the portable kernel, over pages or over a 16-bit workspace.
+
+The host side of triton_prefill_kernel: views in, nothing read back. Requests with many rows go
+through a workspace (attend/prefill), which is a layer of unquantized pages to the same kernel; the
+others, and exact pages, are dequantized in registers.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import CODES, QuantSpec
+from quantpage.hardware import device_info
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import triton_decode
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.prefill import Ways, choose_ways, take_requests
+from quantpage.ops.attend.prefill_plan import (
+    DensePass,
+    DenseShape,
+    DenseTile,
+    plan_pages,
+    plan_passes,
+)
+from quantpage.ops.attend.triton_merge import merge_partials
+from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
+from quantpage.ops.gather.triton_gather import gather_rows
+
+LOG2E = 1.4426950408889634
+CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
+_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_UNQUANTIZED = QuantSpec(CODES["none"])
+
+
+def pages_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
+    """Tile and warps for a padded head_dim and the most packed rows of one request.
+
+    H200, 1 x 16k causal, head_dim 128, TFLOP/s: from int8 pages 242 with 64 rows and 4 warps, 222
+    with 128 and 8; over a float16 workspace 377 and 318 (128 x 128: 358, with spills).
+    """
+    if rows <= 16:
+        return DenseTile(rows=16, keys=64, stages=3), 4
+    if head_dim <= 128:
+        return DenseTile(rows=64, keys=64, stages=3), 4
+    return DenseTile(rows=64, keys=32, stages=2), 4
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
+    if not isinstance(params.mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a causal or full mask, got {params.mask.kind}")
+    out, lse = empty_results(q, layer, segment)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    ways = Ways(pages=None)
+    if segment != "exact":
+        group = q.shape[1] // layer.kv_heads
+        ways = choose_ways(batch.query_lens, group, "triton", segment == "all")
+    if ways.workspace != ():
+        _attend_workspace((out, lse), q, layer, batch, params, segment, ways.workspace)
+    attend_others((out, lse), q, layer, batch, params, segment, ways)
+    return out, lse
+
+
+def attend_others(results, q, layer, batch, params, segment: Segment, ways: Ways) -> None:
+    """The requests of a step that need no workspace: from pages, and by the decode kernel."""
+    out, lse = results
+    if ways.decode:
+        taken, rows = take_requests(batch, ways.decode)
+        out[rows], lse[rows] = triton_decode.attend(q[rows], layer, taken, params)
+    if ways.pages != () and batch.num_tokens:
+        lens, members = (batch.query_lens, batch.host_context_lens), ways.pages
+        rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
+        shape, warps = _pages_shape(q, layer, params, rows, 1)
+        planned = _device_pages(*lens, shape, members, str(q.device))
+        table = batch.page_table
+        _launch(results, q, layer, table, params, (segment, batch.page_size), planned, warps)
+
+
+def empty_results(q: Tensor, layer: LayerKV, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp to be written: a segment stays in float32 until it is merged."""
+    dtype = q.dtype if segment == "all" else torch.float32
+    out = torch.empty(*q.shape[:2], layer.value.head_dim, dtype=dtype, device=q.device)
+    return out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+
+def workspace_dtype(layer: LayerKV, query_dtype: torch.dtype) -> torch.dtype:
+    """float16 where numbers are code * scale, else the dtype of the cache."""
+    if layer.key.spec.quantized or layer.value.spec.quantized:
+        return torch.float16
+    return layer.key.codes.dtype
+
+
+def fill_workspace(
+    each: DensePass, spans: Tensor, layer: LayerKV, page_table: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[heads, rows, head_dim] of K and of V; torch's allocator keeps the memory between layers."""
+    made = []
+    for pages in (layer.key, layer.value):
+        rows = torch.empty(
+            each.heads, each.rows, pages.head_dim, dtype=dtype, device=page_table.device
+        )
+        gather_rows(pages, page_table, spans, each.max_span, rows, each.head0)
+        made.append(rows)
+    return made[0], made[1]
+
+
+def exponent_scale(params: AttendParams) -> tuple[float, float]:
+    """What scores are multiplied by for exp2, and the cap per log2."""
+    if params.softcap is None:
+        return params.softmax_scale * LOG2E, 0.0
+    # exp2(x * 2 log2e) is what tanh(x) is made of.
+    return 2 * params.softmax_scale / params.softcap * LOG2E, params.softcap * LOG2E
+
+
+def _attend_workspace(results, q, layer, batch, params, segment, members) -> None:
+    """Pages to a workspace, which the kernel reads as pages of one key tile each."""
+    lens = (batch.query_lens, batch.host_context_lens)
+    shape, warps = _pages_shape(q, layer, params, max(lens[0]), 2)
+    dtype = workspace_dtype(layer, q.dtype)
+    for each, spans, table, planned in _device_passes(*lens, shape, members, str(q.device)):
+        rows = fill_workspace(each, spans, layer, batch.page_table, dtype)
+        pages = LayerKV(_as_pages(rows[0], shape.tile.keys), _as_pages(rows[1], shape.tile.keys))
+        rule = (segment, batch.page_size)
+        _launch(results, q, pages, table, params, rule, planned, warps, each.head0)
+
+
+def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: int = 0) -> None:
+    """One launch; rule: the segment and the page size that it is defined by.
+
+    planned: order, items, parts, shape. head0: the q_heads of the layer's first kv_head.
+    """
+    (out, lse), (order, items, parts, shape) = results, planned
+    tokens, q_heads, _ = q.shape
+    target, target_lse = out, lse
+    if parts > 1:
+        target = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
+        target_lse = torch.empty(parts, tokens, q_heads, dtype=torch.float32, device=q.device)
+    sinks = params.sinks is not None and parts == 1
+    key, value = _Half(layer.key), _Half(layer.value)
+    quantized = key.code != 0 or value.code != 0
+    operand = torch.float16 if quantized else layer.key.codes.dtype
+    capability = device_info(q.device).capability
+    mask, tile = params.mask, shape.tile
+    scale, cap = exponent_scale(params)
+    prefill_pages_kernel[(order.shape[0],)](
+        q,
+        *key.planes,
+        *value.planes,
+        table,
+        order,
+        items,
+        target,
+        target_lse,
+        params.sinks if sinks else lse,
+        layer.kv_heads,
+        head0,
+        q_heads,
+        tokens * q_heads,
+        q.stride(0),
+        q.stride(1),
+        table.stride(0),
+        *key.codes_strides,
+        *value.codes_strides,
+        *key.scale_strides,
+        *value.scale_strides,
+        scale,
+        cap,
+        shape.window or 0,
+        shape.sink_tokens,
+        G=shape.group,
+        D=layer.key.head_dim,
+        DV=layer.value.head_dim,
+        DP=_padded(layer.key.head_dim),
+        DVP=_padded(layer.value.head_dim),
+        BM=tile.rows,
+        BN=tile.keys,
+        SLOTS=layer.page_size,
+        PAGE=rule[1],
+        K_CODE=key.code,
+        V_CODE=value.code,
+        K_SCALED=key.scaled,
+        V_SCALED=value.scaled,
+        K_ZERO=layer.key.spec.zero_point,
+        V_ZERO=layer.value.spec.zero_point,
+        K_GROUPS=key.groups,
+        V_GROUPS=value.groups,
+        WINDOW=shape.window is not None,
+        CAUSAL=mask.kind == "causal",
+        SEGMENT=SEGMENTS[rule[0]],
+        SOFTCAP=params.softcap is not None,
+        SINKS=sinks,
+        SHIFT=8 if operand == torch.float16 else 0,
+        OLD=capability is not None and capability < (8, 9),
+        STAGES=tile.stages,
+        OPERAND=_OPERANDS[operand],
+        num_warps=warps,
+    )
+    if parts > 1:
+        partials = list(target.unbind()), list(target_lse.unbind())
+        merge_partials(*partials, params.sinks, out=out, lse=lse)
+
+
+class _Half:
+    """One half of a layer as the kernel's arguments."""
+
+    __slots__ = ("code", "codes_strides", "groups", "planes", "scale_strides", "scaled")
+
+    def __init__(self, pages: QuantizedPages) -> None:
+        codes, scale, spec = pages.codes, pages.scale, pages.spec
+        if codes.dtype == torch.float8_e4m3fn:
+            codes = codes.view(torch.uint8)
+        self.code = CODE_KINDS[spec.code.name]
+        self.codes_strides = (codes.stride(0), codes.stride(1))
+        self.groups = spec.granularity.groups(pages.head_dim)
+        if scale is None:
+            self.planes, self.scale_strides, self.scaled = (codes, codes, codes), (0, 0), 0
+            return
+        self.planes = (codes, scale, scale if pages.zero is None else pages.zero)
+        if spec.dynamic:
+            self.scale_strides = (scale.stride(0), scale.stride(1))
+            self.scaled = 1 if self.groups == 1 else 3
+        else:
+            self.scale_strides = (0, scale.stride(0) if scale.shape[0] > 1 else 0)
+            self.scaled = 2
+
+
+def _pages_shape(
+    q: Tensor, layer: LayerKV, params: AttendParams, longest: int, itemsize: int
+) -> tuple[DenseShape, int]:
+    mask, group = params.mask, q.shape[1] // layer.kv_heads
+    head_dim, width = layer.key.head_dim, layer.value.head_dim
+    tile, warps = pages_tile(max(_padded(head_dim), _padded(width)), longest * group)
+    shape = DenseShape(
+        kv_heads=layer.kv_heads,
+        group=group,
+        row_bytes=itemsize * (head_dim + width),
+        tile=tile,
+        window=mask.window if isinstance(mask, CausalMask) else None,
+        sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
+        processors=device_info(q.device).processors if q.is_cuda else 3,
+        persistent=False,
+    )
+    return shape, warps
+
+
+@lru_cache(maxsize=32)
+def _device_pages(query_lens, context_lens, shape: DenseShape, members, device: str):
+    """The step's tables on the device: every layer of a step shares them."""
+    work = plan_pages(query_lens, context_lens, shape, members)
+    return _on_device(work.order[0], device), _on_device(work.items, device), work.parts, shape
+
+
+@lru_cache(maxsize=32)
+def _device_passes(query_lens, context_lens, shape: DenseShape, members, device: str):
+    """Passes over a workspace, each with its spans, page table and work on the device."""
+    made = []
+    for each in plan_passes(query_lens, context_lens, shape, members):
+        work = each.work
+        planned = (
+            _on_device(work.order[0], device),
+            _on_device(work.items, device),
+            work.parts,
+            shape,
+        )
+        table = _workspace_table(each, len(query_lens), max(context_lens), shape)
+        made.append((each, _on_device(each.spans, device), _on_device(table, device), planned))
+    return tuple(made)
+
+
+def _as_pages(rows: Tensor, keys: int) -> QuantizedPages:
+    """A workspace [heads, rows, D] as unquantized pages of one key tile each."""
+    return QuantizedPages(_UNQUANTIZED, rows.unflatten(1, (-1, keys)).transpose(0, 1))
+
+
+def _workspace_table(each: DensePass, requests: int, longest: int, shape: DenseShape) -> np.ndarray:
+    """Key tile of a request -> tile of the workspace, -1 where the workspace has none."""
+    keys = shape.tile.keys
+    table = np.full((requests, -(-longest // keys) + 1), -1, dtype=np.int32)
+    for request, first, count, _, row in each.spans:
+        # Spans share tiles at their borders and agree there.
+        tiles = np.arange(first // keys, -(-(first + count) // keys))
+        table[request, tiles] = (row - first % keys) // keys + tiles - first // keys
+    return table
+
+
+def _on_device(table: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(table).to(device)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())

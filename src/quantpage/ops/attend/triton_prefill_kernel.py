@@ -1,0 +1,466 @@
+"""Prefill straight from pages in portable Triton: codes are dequantized in registers, tile by tile.
+
+A program takes BM rows of (token, query head of one kv_head) pairs and walks the keys that they may
+see. Codes become float16 exactly; what they are multiplied by enters where it costs least:
+
+    key scale, zero      a token and kv_head: the column of scores; a channel: the query, beforehand
+    value scale, zero    a token and kv_head: the probability; a channel: the output, afterwards
+    several a row        on the numbers themselves, in float32
+
+Keys come in two ranges, near the request's start (sink tokens, the first exact page) and up to the
+query; tiles that every row sees whole are computed without a mask.
+"""
+
+import triton
+import triton.language as tl
+
+from quantpage.ops.attend.triton_codes import to_float16
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+WORK_FIELDS: tl.constexpr = tl.constexpr(9)
+"""int32 a work item: prefill_plan.WORK_FIELDS names them."""
+# SEGMENT: 0 all, 1 body, 2 exact.
+# K_SCALED, V_SCALED: 0 no scale, 1 one a token, 2 one a channel (static), 3 several a row.
+
+
+@triton.jit
+def _rows_of(
+    codes,
+    scale,
+    zero,
+    code_at,
+    scale_at,
+    shown,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CODE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    OLD: tl.constexpr,
+):
+    """A tile of numbers [BN, DP], float16 or the cache's own dtype; hidden rows are 0."""
+    W: tl.constexpr = DP // 2 if CODE == 3 else DP
+    FULL: tl.constexpr = D // 2 if CODE == 3 else D
+    channel = tl.arange(0, W)
+    at = codes + code_at[:, None] + channel[None, :]
+    # A nibble of 8 is the number 0.
+    other: tl.constexpr = 0x88 if CODE == 3 else 0
+    if MASKED and FULL < W:
+        number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
+    elif MASKED:
+        number = tl.load(at, shown[:, None], other)
+    elif FULL < W:
+        number = tl.load(at, (channel < FULL)[None, :], other)
+    else:
+        number = tl.load(at)
+    if CODE != 0:
+        number = to_float16(number, CODE, OLD)
+    if SCALED == 3:
+        channel = tl.arange(0, DP)
+        keep = shown[:, None] & (channel < D)[None, :]
+        own = scale_at[:, None] + (channel // (D // GROUPS))[None, :]
+        number = number.to(tl.float32) * tl.load(scale + own, keep, 0.0).to(tl.float32)
+        if ZERO:
+            number += tl.load(zero + own, keep, 0.0).to(tl.float32)
+        number = number.to(tl.float16)
+    return number
+
+
+@triton.jit
+def _column(plane, at, shown, MASKED: tl.constexpr):
+    """One scale or zero a key, float32; 0 for hidden keys."""
+    if MASKED:
+        return tl.load(plane + at, shown, 0.0).to(tl.float32)
+    else:
+        return tl.load(plane + at).to(tl.float32)
+
+
+@triton.jit
+def _tiles(
+    acc,
+    m,
+    mass,
+    zeros,
+    q,
+    q_sum,
+    positions,
+    limit,
+    low,
+    first,
+    last,
+    low_key,
+    high_key,
+    table,
+    k_codes,
+    k_scale,
+    k_zero,
+    v_codes,
+    v_scale,
+    v_zero,
+    k_page,
+    v_page,
+    ks_page,
+    vs_page,
+    scale,
+    cap,
+    sink_tokens,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_CODE: tl.constexpr,
+    V_CODE: tl.constexpr,
+    K_SCALED: tl.constexpr,
+    V_SCALED: tl.constexpr,
+    K_ZERO: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OLD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Key tiles from ``first`` up to ``last``; of their keys low_key..high_key exist.
+
+    Pointers are of one kv_head; k_page and the like are strides of pages.
+    """
+    K_ROW: tl.constexpr = D // 2 if K_CODE == 3 else D
+    V_ROW: tl.constexpr = DV // 2 if V_CODE == 3 else DV
+    for key0 in tl.range(first, last, BN, num_stages=STAGES):
+        keys = key0 + tl.arange(0, BN)
+        shown = (keys >= low_key) & (keys < high_key)
+        if SLOTS % BN == 0:
+            page = tl.load(table + key0 // SLOTS).to(tl.int64)
+            slot = key0 % SLOTS + tl.arange(0, BN)
+        elif MASKED:
+            page = tl.load(table + keys // SLOTS, shown, -1).to(tl.int64)
+            slot = keys % SLOTS
+        else:
+            page = tl.load(table + keys // SLOTS).to(tl.int64)
+            slot = keys % SLOTS
+        if MASKED:
+            # -1: an exact page that is not kept.
+            shown = shown & (page >= 0)
+            page = tl.maximum(page, 0)
+        k = _rows_of(
+            k_codes,
+            k_scale,
+            k_zero,
+            page * k_page + slot * K_ROW,
+            page * ks_page + slot * K_GROUPS,
+            shown,
+            D,
+            DP,
+            K_CODE,
+            K_SCALED,
+            K_ZERO,
+            K_GROUPS,
+            MASKED,
+            OLD,
+        )
+        s = tl.dot(q, k.T, input_precision="ieee")
+        # What is left of the scale goes into the exponent's multiply-add.
+        rest = scale
+        if K_SCALED == 1:
+            s *= (_column(k_scale, page * ks_page + slot, shown, MASKED) * scale)[None, :]
+            if K_ZERO:
+                own = _column(k_zero, page * ks_page + slot, shown, MASKED) * scale
+                s += own[None, :] * q_sum[:, None]
+            rest = 1.0
+        elif K_SCALED == 2 and K_ZERO:
+            s += q_sum[:, None]
+        if SOFTCAP:
+            s = cap - 2.0 * cap / (1.0 + tl.exp2(s * rest))
+            rest = 1.0
+        if MASKED:
+            column = keys[None, :]
+            seen = (column < limit[:, None]) & shown[None, :]
+            if WINDOW:
+                seen &= (column >= low[:, None]) | (column < sink_tokens)
+            if SEGMENT == 2:
+                seen &= (column < PAGE) | (column // PAGE == (positions // PAGE)[:, None])
+            if SEGMENT == 1 and not CAUSAL:
+                seen &= column // PAGE != (positions // PAGE)[:, None]
+            s = tl.where(seen, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * rest)
+        shift = m_new - SHIFT
+        if MASKED:
+            shift = tl.where(m_new == -float("inf"), 0.0, shift)
+        p = tl.exp2(s * rest - shift[:, None])
+        alpha = tl.exp2(m - SHIFT - shift)
+        mass = mass * alpha + tl.sum(p, 1)
+        m = m_new
+        acc *= alpha[:, None]
+        v = _rows_of(
+            v_codes,
+            v_scale,
+            v_zero,
+            page * v_page + slot * V_ROW,
+            page * vs_page + slot * V_GROUPS,
+            shown,
+            DV,
+            DVP,
+            V_CODE,
+            V_SCALED,
+            V_ZERO,
+            V_GROUPS,
+            MASKED,
+            OLD,
+        )
+        if V_SCALED == 1:
+            if V_ZERO:
+                own = _column(v_zero, page * vs_page + slot, shown, MASKED)
+                zeros = zeros * alpha + tl.sum(p * own[None, :], 1)
+            p *= _column(v_scale, page * vs_page + slot, shown, MASKED)[None, :]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, m, mass, zeros
+
+
+@triton.jit(do_not_specialize=["heads", "head0", "part_rows", "window", "sink_tokens", "table_row"])
+def prefill_pages_kernel(
+    q_ptr,
+    k_codes,
+    k_scale,
+    k_zero,
+    v_codes,
+    v_scale,
+    v_zero,
+    page_table,
+    order,
+    work,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    heads,
+    head0,
+    q_heads,
+    part_rows,
+    q_token,
+    q_head,
+    table_row,
+    k_page,
+    k_head,
+    v_page,
+    v_head,
+    ks_page,
+    ks_head,
+    vs_page,
+    vs_head,
+    scale,
+    cap,
+    window,
+    sink_tokens,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_CODE: tl.constexpr,
+    V_CODE: tl.constexpr,
+    K_SCALED: tl.constexpr,
+    V_SCALED: tl.constexpr,
+    K_ZERO: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OLD: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """One program a (work item, kv_head); see prefill_plan for both tables."""
+    tile = tl.load(order + tl.program_id(0))
+    head = tile % heads
+    item = work + tile // heads * WORK_FIELDS
+    token0 = tl.load(item)
+    new = tl.load(item + 1)
+    position = tl.load(item + 2)
+    row0 = tl.load(item + 3)
+    base = tl.load(item + 5)
+    context = tl.load(item + 6)
+    request = tl.load(item + 7)
+    part_at = tl.load(item + 8).to(tl.int64) * part_rows
+    table = page_table + request.to(tl.int64) * table_row
+    k_codes += head.to(tl.int64) * k_head
+    v_codes += head.to(tl.int64) * v_head
+    k_scale += head.to(tl.int64) * ks_head
+    k_zero += head.to(tl.int64) * ks_head
+    v_scale += head.to(tl.int64) * vs_head
+    v_zero += head.to(tl.int64) * vs_head
+
+    rows = row0 + tl.arange(0, BM)
+    token = token0 + rows // G
+    q_index = (head0 + head) * G + rows % G
+    channel = tl.arange(0, DP)
+    keep = (rows < new * G)[:, None] & (channel < D)[None, :]
+    at = token.to(tl.int64) * q_token + q_index * q_head
+    q = tl.load(q_ptr + at[:, None] + channel[None, :], keep, 0.0)
+    q_sum = tl.zeros([BM], tl.float32)
+    if K_SCALED == 2:
+        own = channel // (D // K_GROUPS)
+        inside = channel < D
+        q = q.to(tl.float32)
+        if K_ZERO:
+            q_sum = tl.sum(q * tl.load(k_zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
+        q *= tl.load(k_scale + own, inside, 0.0).to(tl.float32)[None, :]
+    q = q.to(OPERAND)
+    if K_SCALED == 1 and K_ZERO:
+        q_sum = tl.sum(q.to(tl.float32), 1)
+
+    positions = position + rows // G
+    first = position + row0 // G
+    last = position + tl.minimum(row0 + BM - 1, new * G - 1) // G
+    limit = positions * 0 + context
+    first_limit = context
+    high = context
+    if CAUSAL:
+        if SEGMENT == 1:
+            limit = tl.minimum(limit, positions // PAGE * PAGE)
+            first_limit = tl.minimum(context, first // PAGE * PAGE)
+            high = tl.minimum(context, last // PAGE * PAGE)
+        else:
+            limit = tl.minimum(limit, positions + 1)
+            first_limit = tl.minimum(context, first + 1)
+            high = tl.minimum(context, last + 1)
+    low = positions - window + 1
+    near_low = 0
+    near_high = 0
+    from_key = 0
+    whole_from = 0
+    if WINDOW:
+        near_high = tl.minimum(sink_tokens, high)
+        from_key = tl.maximum(first - window + 1, 0)
+        whole_from = last - window + 1
+    if SEGMENT == 1:
+        near_low = PAGE
+        from_key = tl.maximum(from_key, PAGE)
+        whole_from = tl.maximum(whole_from, PAGE)
+    if SEGMENT == 2:
+        near_high = tl.minimum(PAGE, high)
+        from_key = tl.maximum(from_key, first // PAGE * PAGE)
+        high = tl.minimum(high, (last // PAGE + 1) * PAGE)
+    from_key = tl.maximum(from_key, near_high)
+    if not WINDOW:
+        # A part of the keys; with a window, base is only where a workspace begins.
+        from_key = tl.maximum(from_key, base)
+    high = tl.maximum(high, from_key)
+    start = from_key // BN * BN
+    # Tiles start..whole_start and whole_end..high are masked, those between are seen by every row.
+    whole_start = tl.maximum((tl.maximum(whole_from, from_key) + BN - 1) // BN * BN, start)
+    whole_end = tl.maximum(first_limit // BN * BN, whole_start)
+    if SEGMENT == 2 or (SEGMENT == 1 and not CAUSAL):
+        whole_start = tl.maximum((high + BN - 1) // BN * BN, start)
+        whole_end = whole_start
+
+    m = tl.full([BM], -float("inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    zeros = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DVP], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
+        m = sink
+        mass = tl.full([BM], 2.0**SHIFT, tl.float32)
+    NEAR: tl.constexpr = SEGMENT == 2 or WINDOW
+    # Parts: near keys, masked tiles, whole tiles, masked tiles.
+    for part in tl.static_range(4):
+        if part == 0:
+            begin, end, exists, until = near_low // BN * BN, near_high, near_low, near_high
+        elif part == 1:
+            begin, end, exists, until = start, tl.minimum(whole_start, high), from_key, high
+        elif part == 2:
+            begin, end, exists, until = whole_start, whole_end, from_key, high
+        else:
+            begin, end, exists, until = tl.maximum(whole_end, start), high, from_key, high
+        if (part == 1 and (WINDOW or SEGMENT != 0)) or (part == 0 and NEAR) or part >= 2:
+            acc, m, mass, zeros = _tiles(
+                acc,
+                m,
+                mass,
+                zeros,
+                q,
+                q_sum,
+                positions,
+                limit,
+                low,
+                begin,
+                end,
+                exists,
+                until,
+                table,
+                k_codes,
+                k_scale,
+                k_zero,
+                v_codes,
+                v_scale,
+                v_zero,
+                k_page,
+                v_page,
+                ks_page,
+                vs_page,
+                scale,
+                cap,
+                sink_tokens,
+                D,
+                DV,
+                DP,
+                DVP,
+                BN,
+                SLOTS,
+                PAGE,
+                K_CODE,
+                V_CODE,
+                K_SCALED,
+                V_SCALED,
+                K_ZERO,
+                V_ZERO,
+                K_GROUPS,
+                V_GROUPS,
+                part != 2,
+                WINDOW,
+                CAUSAL,
+                SEGMENT,
+                SOFTCAP,
+                SHIFT,
+                OLD,
+                STAGES if part == 2 else 1,
+            )
+
+    total = tl.where(mass == 0.0, 1.0, mass)
+    lse = tl.where(mass == 0.0, -float("inf"), (m - SHIFT + tl.log2(total)) * LN2)
+    acc = (acc + zeros[:, None]) / total[:, None]
+    channel = tl.arange(0, DVP)
+    inside = channel < DV
+    if V_SCALED == 2:
+        own = channel // (DV // V_GROUPS)
+        acc *= tl.load(v_scale + own, inside, 0.0).to(tl.float32)[None, :]
+        if V_ZERO:
+            # A sink logit has no value: the zero belongs to what the keys alone weigh.
+            weight = tl.where(mass == 0.0, 0.0, 1.0)
+            if SINKS:
+                weight = 1.0 - tl.exp2(sink - m + SHIFT) / total
+            acc += weight[:, None] * tl.load(v_zero + own, inside, 0.0).to(tl.float32)[None, :]
+    at = token.to(tl.int64) * q_heads + q_index + part_at
+    keep = rows < new * G
+    to = out_ptr + at[:, None] * DV + channel[None, :]
+    tl.store(to, acc.to(out_ptr.dtype.element_ty), keep[:, None] & inside[None, :])
+    tl.store(lse_ptr + at, lse, keep)

@@ -1,0 +1,177 @@
+"""The portable prefill against the float64 reference, in the interpreter or on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+# Decides, before triton is imported, whether kernels are interpreted.
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
+
+# isort: split
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import AttendParams, prefill, triton_prefill
+from quantpage.ops.attend import attend as attend_segments
+from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.dispatch import Implementation
+
+pytestmark = TIER
+# float16 operands and probabilities: eleven bits, summed over a context.
+TOLERANCE = 1e-3
+RAGGED = Step(queries=(20, 0, 33), contexts=(70, 50, 131), kv_heads=1, head_dim=32)
+
+
+@pytest.fixture(params=["pages", "workspace"])
+def way(request, monkeypatch):
+    """Forces every request through pages, or through the workspace."""
+    least = 1 if request.param == "workspace" else 2**30
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "triton", least)
+    monkeypatch.setattr(prefill, "DECODE_TOKENS", 0)
+    return request.param
+
+
+def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tolerance=TOLERANCE):
+    q, layer, batch = make_step(key, value, step, mask)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = triton_prefill.attend(q, layer, batch, params)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert relative(out, wanted) < tolerance
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format(name, way):
+    given = FORMATS[name]
+    check(given.key, given.value, RAGGED)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        replace(RAGGED, group=7, page_size=64),
+        replace(RAGGED, group=1, kv_heads=2, page_size=128, head_dim=80),
+        Step((64,), (129,), page_size=32, kv_heads=1, group=2, head_dim=16, value_dim=32),
+        Step((0, 17), (0, 17), page_size=256, kv_heads=1, group=3),
+    ],
+    ids=lambda step: f"group{step.group}-page{step.page_size}-dim{step.head_dim}",
+)
+def test_awkward_shapes(step, way):
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CausalMask(window=1),
+        CausalMask(window=40),
+        CausalMask(window=20, sink_tokens=5),
+        CausalMask(window=30, sink_tokens=70),
+        FullMask(),
+    ],
+    ids=lambda mask: (
+        f"{mask.kind}-{getattr(mask, 'window', '')}-{getattr(mask, 'sink_tokens', '')}"
+    ),
+)
+def test_masks_skip_poisoned_slots(mask, way):
+    check(FORMATS["fp8"].key, FORMATS["fp8"].value, replace(RAGGED, group=2), mask)
+
+
+def test_softcap(way):
+    check(FORMATS["int8"].key, FORMATS["int8"].value, RAGGED, softcap=1.5)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_static"])
+def test_sink_logits(name, way):
+    check(FORMATS[name].key, FORMATS[name].value, RAGGED, sinks=True)
+
+
+def test_groups_of_channels(way):
+    spec = QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True)
+    check(spec, QuantSpec(CODES["int8"], Granularity(group=16)), RAGGED)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=40, sink_tokens=20), FullMask()])
+def test_exact_pages_are_one_more_segment(mask, way):
+    given = FORMATS["int4"]
+    step = replace(RAGGED, group=2, page_size=16)
+    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
+    params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
+    run = Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", lambda call: [])
+    out, lse = attend_segments(q, layer, batch, params, run)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < TOLERANCE
+    assert (lse.cpu() - wanted_lse).abs().max() < 10 * TOLERANCE
+
+
+def test_keys_split_into_parts_give_the_same_rows(way, monkeypatch):
+    """One tile on a long context leaves processors idle: its keys are split and merged."""
+    step = Step((20,), (1100,), page_size=64, kv_heads=1, group=1, head_dim=16)
+    parts = []
+    plain = triton_prefill.merge_partials
+
+    def counted(outs, *rest, **more):
+        parts.append(len(outs))
+        return plain(outs, *rest, **more)
+
+    monkeypatch.setattr(triton_prefill, "merge_partials", counted)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step, sinks=True)
+    assert parts and parts[0] > 1
+
+
+def test_capped_workspace_goes_over_heads(way, monkeypatch):
+    if way == "pages":
+        pytest.skip("pages need no workspace")
+    plain = triton_prefill._pages_shape
+    monkeypatch.setattr(
+        triton_prefill,
+        "_pages_shape",
+        lambda *given: (replace(plain(*given)[0], cap=20_000), plain(*given)[1]),
+    )
+    step = Step((40, 20), (150, 70), kv_heads=3, group=2, head_dim=32)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+
+
+@pytest.mark.parametrize("rows", [64, 2**30])
+def test_a_mixed_step_is_its_requests(rows, monkeypatch):
+    """Decodes, a chunk from pages and a chunk through a workspace, in one step."""
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "triton", rows)
+    step = Step((1, 40, 0, 2, 20), (90, 60, 30, 40, 33), kv_heads=1, group=2, head_dim=64)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+
+
+def test_chunks_give_what_the_whole_gives(way):
+    """Queries of a later chunk see the same keys as in one long prefill, to rounding."""
+    given = FORMATS["int8"]
+    whole = Step((100,), (100,), kv_heads=1, group=2, head_dim=32)
+    q, layer, batch = make_step(given.key, given.value, whole, CAUSAL)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    all_at_once, _ = triton_prefill.attend(q, layer, batch, params)
+    chunk = replace(
+        batch,
+        query_starts=torch.tensor([0, 37], dtype=torch.int32, device=DEVICE),
+        slots=batch.slots[-37:],
+        positions=batch.positions[-37:],
+        query_lens=(37,),
+    )
+    last, _ = triton_prefill.attend(q[-37:], layer, chunk, params)
+    assert relative(last, all_at_once[-37:]) < TOLERANCE
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter's bfloat16 products are wrong")
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_bfloat16_queries(name, head_dim, way):
+    given = FORMATS[name]
+    step = Step((300, 1, 65), (700, 33, 65), page_size=64, head_dim=head_dim)
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.bfloat16)
+    params = AttendParams(head_dim**-0.5)
+    out, _ = triton_prefill.attend(q, layer, batch, params)
+    wanted, _ = reference(q.double(), layer, batch, params)
+    # Eight bits of bfloat16 in the output, and in the probabilities of an unquantized cache.
+    assert relative(out, wanted) < 4e-3
