@@ -1,0 +1,107 @@
+"""`quantpage evaluate` from a model folder to its files."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from quantpage.cli import app
+from quantpage.errors import FormatError
+from quantpage.evaluate import caches, report
+from quantpage.evaluate.run import EvaluateRequest, evaluate
+from tests.integrations.tiny_models import tiny
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model whose tokens are words w3 .. w127, and a text of them."""
+    path = tmp_path_factory.mktemp("model")
+    vocabulary = {f"w{i}": i for i in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    tiny("llama", torch.float32).save_pretrained(path)
+    words = torch.randint(3, 128, (1000,), generator=torch.Generator().manual_seed(3))
+    (path / "words.txt").write_text(" ".join(f"w{i}" for i in words.tolist()))
+    return path
+
+
+def small(folder, **changes):
+    settings = {"windows": 2, "prompt": 40, "scored": 30, "chunk": 16, "page_size": 16}
+    return EvaluateRequest(str(folder), folder / "words.txt", **{**settings, **changes})
+
+
+def test_rows_come_in_order_with_figures_that_make_sense(folder):
+    names = ("none", "int8_per_token_head", "int4", "k8v4")
+    rows = evaluate(small(folder, formats=names))
+    assert [row.cache for row in rows] == list(names)
+    assert all(row.tokens == 60 for row in rows)
+    none, int8, int4, k8v4 = rows
+    assert none.kl_mean < 1e-6 and none.top1 == 1.0 and none.bits_per_value == 16
+    assert none.kl_mean < int8.kl_mean < int4.kl_mean
+    assert none.bytes_per_token > int8.bytes_per_token > k8v4.bytes_per_token > int4.bytes_per_token
+    # 3 layers, 2 heads, keys and values of 16 channels, a 2-byte scale each.
+    assert int8.bytes_per_token == 3 * 2 * 2 * (16 + 2)
+    assert int4.sixteen_bit_tokens == "<= 48"
+    assert none.perplexity == pytest.approx(int8.perplexity, rel=0.2)
+
+
+def test_the_command_writes_csv_and_markdown(folder, tmp_path):
+    arguments = ["evaluate", "--model", str(folder), "--text", str(folder / "words.txt")]
+    arguments += ["--formats", "none, fp8", "--windows", "1", "--prompt", "20", "--scored", "12"]
+    arguments += ["--csv", str(tmp_path / "new" / "a.csv"), "--markdown", str(tmp_path / "a.md")]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "12 tokens of words.txt" in done.stdout
+    with (tmp_path / "new" / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cache"] for row in rows] == ["none", "fp8"]
+    assert rows[1]["tokens"] == "12" and rows[1]["torch"] == torch.__version__
+    assert (tmp_path / "a.md").read_text().count("\n") == 4
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"formats": ("int9",)}, FormatError, "got 'int9'"),
+        ({"formats": ("fp8_static",)}, ValueError, "fp8_static needs given scales"),
+        ({"windows": 0}, ValueError, "windows: expected at least 1, got 0"),
+        ({"dtype": "int8"}, ValueError, "dtype: expected one of float32"),
+        ({"device": "tpu"}, ValueError, "device: expected auto, cpu or cuda"),
+        ({"page_size": 17}, ValueError, "page_size: expected one of"),
+        ({"prompt": 5000}, ValueError, "text: expected at least 5030 tokens in window 1"),
+    ],
+)
+def test_bad_requests_fail_in_one_sentence(folder, changes, error, words):
+    with pytest.raises(error, match=words):
+        evaluate(small(folder, **changes))
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="text: expected a text file, got"):
+        evaluate(EvaluateRequest(str(folder), tmp_path / "none.txt"))
+    with pytest.raises(FileNotFoundError, match="model: expected"):
+        evaluate(EvaluateRequest(str(tmp_path / "none")))
+
+
+def test_peers_need_their_package(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hqq", None)
+    monkeypatch.setattr(caches, "_installed", lambda package: package != "hqq")
+    with pytest.raises(ValueError, match="hf-hqq4 needs the package hqq"):
+        evaluate(small(folder, formats=("hf-hqq4",)))
+    assert "hf-hqq8" not in caches.default_names()
+    assert "int8" in caches.default_names() and "fp8_static" not in caches.default_names()
+
+
+def test_csv_keeps_small_figures(folder):
+    (row,) = evaluate(small(folder, formats=("fp8",), windows=1, scored=8))
+    (read,) = csv.DictReader(report.to_csv([row]).splitlines())
+    assert float(read["kl_mean"]) == pytest.approx(row.kl_mean, rel=1e-5)
+    assert set(read) == set(type(row).__slots__)
