@@ -16,6 +16,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
 from quantpage.ops.dispatch import Call, Implementation
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
@@ -26,6 +27,8 @@ def _torch_refusals(call: Call) -> list[str]:
 
 
 CANDIDATES: list[Implementation] = [
+    Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
+    Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", _torch_refusals),
 ]
 """In order of preference."""
