@@ -3,7 +3,8 @@
 from quantpage.cache.layout import PAGE_SIZES, CacheLayout
 from quantpage.cache.paged import PagedKVCache
 from quantpage.cache.pool import PagePool
-from quantpage.cache.sequence import PageCopy, Sequence
+from quantpage.cache.prefix import PrefixCache, prefix_seed
+from quantpage.cache.sequence import PageCopy, Prefix, Sequence
 from quantpage.cache.views import LayerKV, QuantizedPages
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "PageCopy",
     "PagePool",
     "PagedKVCache",
+    "Prefix",
+    "PrefixCache",
     "QuantizedPages",
     "Sequence",
+    "prefix_seed",
 ]
