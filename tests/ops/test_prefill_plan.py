@@ -1,0 +1,179 @@
+"""The plan of a prefill step: every visible key once, every workspace row written, work even."""
+
+import numpy as np
+import pytest
+import torch
+
+from quantpage.batch import plan_batch
+from quantpage.formats import FORMATS
+from quantpage.hardware import DeviceInfo
+from quantpage.masks import CausalMask
+from quantpage.ops.attend.prefill import (
+    Ways,
+    choose_ways,
+    gluon_refusals,
+    take_requests,
+    triton_refusals,
+)
+from quantpage.ops.attend.prefill_plan import (
+    DenseShape,
+    DenseTile,
+    plan_pages,
+    plan_passes,
+    schedule,
+)
+from quantpage.ops.dispatch import Call
+
+pytestmark = pytest.mark.pure
+TILE = DenseTile(rows=12, keys=8, stages=2)
+
+
+def shape(**given):
+    return DenseShape(**({"kv_heads": 3, "group": 2, "row_bytes": 4, "tile": TILE} | given))
+
+
+def workspace(each):
+    """Which (request, key) each row holds; request -1 for zeros, -2 for rows that nobody wrote."""
+    rows = np.full((each.rows, 2), -2)
+    for request, first, count, end, row in each.spans:
+        assert count <= each.max_span
+        for offset in range(count):
+            assert rows[row + offset, 0] == -2, "a row was written twice"
+            key = first + offset
+            rows[row + offset] = (request, key) if key < end else (-1, -1)
+    assert (rows[:, 0] != -2).all(), "a row was left as it was"
+    return rows
+
+
+def covered(passes, given):
+    """How often (request, packed row, kv_head, key) is computed, and that the key is there."""
+    seen = {}
+    for each in passes:
+        rows = workspace(each)
+        tiles = [tile for tile in each.work.order.flatten() if tile >= 0]
+        assert sorted(tiles) == list(range(len(each.work.items) * each.heads))
+        sink_rows = given.sink_tiles * TILE.keys
+        for tile in tiles:
+            item, head = each.work.items[tile // each.heads], tile % each.heads
+            _, new, _, first_row, ws_row, base, end, request, _ = item
+            held = {key: ws_row + key for key in range(sink_rows)}
+            held |= {key: ws_row + sink_rows + key - base for key in range(base, end)}
+            for row in range(first_row, min(first_row + TILE.rows, new * given.group)):
+                for key, at in held.items():
+                    if tuple(rows[at]) == (request, key):
+                        pair = (request, row, each.head0 + head, key)
+                        seen[pair] = seen.get(pair, 0) + 1
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("queries", "contexts", "more"),
+    [
+        ((5, 0, 3), (5, 9, 20), {}),
+        ((20,), (33,), {"cap": 300, "processors": 1}),
+        ((3,), (90,), {"cap": 300, "processors": 64}),
+        ((3, 4, 2), (30, 17, 25), {"cap": 500}),
+        ((2,), (130,), {"processors": 64}),
+        ((9, 2), (40, 30), {"window": 7}),
+        ((9, 2), (40, 30), {"window": 6, "sink_tokens": 3}),
+        ((9, 12), (40, 12), {"window": 30, "sink_tokens": 11}),
+        ((9,), (60,), {"window": 40, "sink_tokens": 3, "cap": 300}),
+    ],
+)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_every_visible_key_once(queries, contexts, more, persistent):
+    given = shape(persistent=persistent, **more)
+    passes = plan_passes(queries, contexts, given)
+    seen = covered(passes, given)
+    mask = CausalMask(given.window, given.sink_tokens)
+    for request, (new, context) in enumerate(zip(queries, contexts, strict=True)):
+        shown = mask.materialize(torch.arange(context - new, context), context)
+        for row in range(new * given.group):
+            for head in range(given.kv_heads):
+                for key in range(context):
+                    times = seen.pop((request, row, head, key), 0)
+                    if shown[row // given.group, key]:
+                        assert times == 1, (request, row, head, key)
+    # What is computed beside that is masked, and shown to another query of the request.
+    for request, _, _, key in seen:
+        first = contexts[request] - queries[request]
+        assert key < contexts[request]
+        assert given.window is None or key < given.sink_tokens or key > first - given.window
+
+
+def test_the_cap_is_kept_and_partials_are_carried():
+    given = shape(cap=300, processors=64)
+    passes = plan_passes((3,), (90,), given)
+    assert all(each.rows * each.heads * given.row_bytes <= 300 for each in passes)
+    assert [each.carried for each in passes] == [False] + [True] * (len(passes) - 1)
+    assert [each.final for each in passes] == [False] * (len(passes) - 1) + [True]
+
+
+def test_few_tiles_on_a_long_context_are_split():
+    work = plan_pages((2,), (130,), shape(processors=64))
+    assert work.parts == 2
+    assert plan_pages((2,), (130,), shape(processors=64), members=(0,)).parts == 1
+    assert plan_pages((2,), (30,), shape(processors=64)).parts == 1
+
+
+def test_rounds_are_even():
+    rng = np.random.default_rng(0)
+    for cost in (np.arange(1, 129.0), rng.integers(1, 100, 300).astype(float)):
+        order = schedule(cost, 8, 132, 2**23)
+        load = np.where(order >= 0, np.append(cost + 1.5, 0)[order // 8], 0).sum(0)
+        assert sorted(order[order >= 0]) == list(range(len(cost) * 8))
+        assert load.max() < 1.1 * load.mean()
+
+
+def test_one_long_item_is_not_left_for_the_end():
+    cost = np.array([1.0] * 200 + [500.0])
+    order = schedule(cost, 4, 16, 2**30)
+    assert all(tile // 4 == 200 for tile in order[0, :4])
+
+
+def test_ways():
+    assert choose_ways((512, 300), 4, "gluon", True) == Ways(workspace=None)
+    assert choose_ways((20, 30), 4, "gluon", True) == Ways(pages=None)
+    assert choose_ways((512, 1, 0, 30), 4, "gluon", True) == Ways((0,), (3,), (1,))
+    assert choose_ways((512, 1, 0, 30), 4, "triton", False) == Ways((0,), (1, 3), ())
+    assert choose_ways((), 4, "triton", True) == Ways(pages=None)
+
+
+def test_taking_requests_keeps_their_rows():
+    batch = plan_batch((3, 1, 2), (5, 8, 20), [[1], [2], [3, 4]], 16)
+    taken, rows = take_requests(batch, (0, 2))
+    assert rows.tolist() == [0, 1, 2, 4, 5]
+    assert taken.query_starts.tolist() == [0, 3, 5]
+    assert taken.context_lens.tolist() == [5, 20] and taken.host_context_lens == (5, 20)
+    assert taken.positions.tolist() == [2, 3, 4, 18, 19]
+    assert taken.page_table.tolist() == [[1, 0], [3, 4]]
+
+
+def call(**given):
+    hopper = DeviceInfo("cuda", "H", (9, 0), 132, 0)
+    facts = {"device": hopper, "format": FORMATS["int8"], "dtype": torch.bfloat16, "q_heads": 8}
+    facts |= {"kv_heads": 2, "head_dim": 128, "value_head_dim": 128, "page_size": 64}
+    return Call(**(facts | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"device": DeviceInfo("cpu", "c", None, 2, 0)}, "CUDA"),
+        ({"device": DeviceInfo("cuda", "A", (8, 0), 108, 0)}, "9.0, got 8.0"),
+        ({"mask": "interval"}, "interval"),
+        ({"phase": "decode"}, "decode"),
+        ({"head_dim": 320}, "320"),
+        ({"head_dim": 100}, "100"),
+        ({"dtype": torch.float32}, "float32"),
+    ],
+)
+def test_refusals_say_what_they_got(given, word):
+    assert any(word in said for said in gluon_refusals(call(**given)))
+
+
+def test_the_portable_kernel_takes_what_gluon_refuses():
+    ampere = DeviceInfo("cuda", "A", (8, 0), 108, 0)
+    assert triton_refusals(call(device=ampere, dtype=torch.float32, head_dim=100)) == []
+    turing = DeviceInfo("cuda", "T", (7, 5), 40, 0)
+    assert any("8.0, got 7.5" in said for said in triton_refusals(call(device=turing)))
