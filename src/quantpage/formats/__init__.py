@@ -2,6 +2,7 @@
 
 from quantpage.formats.quantize import Quantized, decode, dequantize, quantize, quantize_static
 from quantpage.formats.rotate import hadamard_matrix, rotate, rotation_block
+from quantpage.formats.scales import LayerScales, StaticScales
 from quantpage.formats.spec import CODES, Code, ExactPages, Granularity, KVFormat, QuantSpec
 from quantpage.formats.table import ALIASES, FORMATS, find_format
 
@@ -13,8 +14,10 @@ __all__ = [
     "ExactPages",
     "Granularity",
     "KVFormat",
+    "LayerScales",
     "QuantSpec",
     "Quantized",
+    "StaticScales",
     "decode",
     "dequantize",
     "find_format",
