@@ -51,7 +51,7 @@ struct Memory {
 };
 thread_local Memory memory;
 
-int64_t split_size(int64_t context) { return context <= 2048 ? 256 : context <= 8192 ? 512 : 1024; }
+int64_t split_size(int64_t context) { return context <= 1024 ? 256 : context <= 8192 ? 512 : 1024; }
 
 void add(std::vector<Interval>& to, int64_t low, int64_t high, int64_t from, int64_t until) {
   low = std::max(low, from);

@@ -13,7 +13,6 @@ struct Scratch {
   bool key_words, value_words;
   int16_t* query16;
   float *query32, *query_unit, *query_sum, *lift_keys, *constant;
-  int32_t *key_order, *value_order;
   int16_t* words;
   float* floats;
   float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
@@ -50,8 +49,6 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.total,
                        &s.zero_sum, &s.lift, &s.unit})
     take(*each, s.padded);
-  take(s.key_order, s.key_dim);
-  take(s.value_order, s.width);
   take(s.words, s.key_words ? RUN * s.key_dim : 0);
   take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
   take(s.scores, s.padded * TILE);
@@ -64,6 +61,26 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   take(s.ahead, TILE);
   s.bytes = at;
   return s;
+}
+
+// The orders of the last call's codes; a step's layers have the same.
+struct Orders {
+  int64_t key_code = -1, key_dim = 0, value_code = -1, value_dim = 0;
+  int32_t key[512], value[1024];
+};
+static const Orders& orders_of(const Scratch& s, const Attend& a) {
+  static thread_local Orders kept;
+  if (s.key_words && (kept.key_code != a.key.code || kept.key_dim != s.key_dim)) {
+    key_order(a.key.code, s.key_dim, kept.key);
+    kept.key_code = a.key.code;
+    kept.key_dim = s.key_dim;
+  }
+  if (s.value_words && (kept.value_code != a.value.code || kept.value_dim != s.value_dim)) {
+    value_order(a.value.code, s.value_dim, kept.value);
+    kept.value_code = a.value.code;
+    kept.value_dim = s.value_dim;
+  }
+  return kept;
 }
 
 // ---- before the first tile -----------------------------------------------------------------------
@@ -85,7 +102,7 @@ static float fold_static(const Pages& key, int64_t head, float* q) {
 }
 
 // The query's channels as 15-bit words, eight of a row in each lane.
-static void round_query(const Scratch& s, int64_t r, int64_t code) {
+static void round_query(const Scratch& s, int64_t r, int64_t code, const int32_t* order) {
   const int64_t dim = s.key_dim;
   const float* q = s.query32 + r * dim;
   vf most = splat(0.f), sum = splat(0.f);
@@ -108,7 +125,7 @@ static void round_query(const Scratch& s, int64_t r, int64_t code) {
   }
   int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
   for (int64_t i = 0; i < dim; i += 8)
-    for (int64_t j = 0; j < 8; j++) to[i * LANES + j] = (int16_t)words[s.key_order[i + j]];
+    for (int64_t j = 0; j < 8; j++) to[i * LANES + j] = (int16_t)words[order[i + j]];
   s.query_unit[r] = unit;
   if (code != INT4) return;
   int64_t total = 0;
@@ -116,13 +133,11 @@ static void round_query(const Scratch& s, int64_t r, int64_t code) {
   s.lift_keys[r] = -8.f * unit * (float)total;
 }
 
-static void prepare_rows(const Item& item, const Scratch& s) {
+static void prepare_rows(const Item& item, const Scratch& s, const Orders& orders) {
   const Attend& a = *item.call;
   const Pages& key = a.key;
   const int64_t group = a.q_heads / a.kv_heads, dim = s.key_dim;
   const int64_t item_size = a.q_type == F32 ? 4 : 2;
-  key_order(s.key_words ? key.code : F32, dim, s.key_order);
-  value_order(s.value_words ? a.value.code : F32, s.value_dim, s.value_order);
   memset(s.acc, 0, 4 * s.padded * s.width);
   if (s.key_words) memset(s.query16, 0, 2 * s.padded * dim);
   for (int64_t r = 0; r < s.padded; r++) {
@@ -140,7 +155,7 @@ static void prepare_rows(const Item& item, const Scratch& s) {
       s.query_sum[r] = hsum(sum);
     }
     if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
-    if (s.key_words) round_query(s, r, key.code);
+    if (s.key_words) round_query(s, r, key.code, orders.key);
   }
   // Weights of rows that only pad a group of four stay 0.
   for (int64_t r = s.rows; r < s.padded; r++) {
@@ -176,8 +191,9 @@ template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run
   }
 }
 
+// `next`: keys to fetch meanwhile, where there are.
 static void score_run(const Item& item, const Scratch& s, const Run& run, const Run* next, int64_t lane) {
-  const Pages& key = item.call->key;
+  const Pages &key = item.call->key, &value = item.call->value;
   const uint8_t* ahead = next && next->count == RUN ? next->k : nullptr;
   if (grouped(key)) {
     for (int64_t j = 0; j < RUN; j++) {
@@ -195,13 +211,21 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
       default: keys_of_run<FP8>(s, run, ahead, key);
     }
   }
-  if (s.key_words) integer_scores(s.words, s.key_dim, s.query16, s.query_unit, s.rows, s.scores + lane);
-  else float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
+  if (s.key_words) {
+    // The run's values are wanted after the tile's keys: fetched a little with every product.
+    const Ahead values = {run.v, run.count * value.row_stride / (2 * RUN / 8 * s.key_dim / 8)};
+    float* to = s.scores + lane;
+    if (s.key_dim == 128) integer_scores<128>(s.words, 128, s.query16, s.query_unit, s.rows, to, values);
+    else if (s.key_dim == 64) integer_scores<64>(s.words, 64, s.query16, s.query_unit, s.rows, to, values);
+    else integer_scores<0>(s.words, s.key_dim, s.query16, s.query_unit, s.rows, to, values);
+  } else {
+    for (int64_t b = 0; b < run.count * value.row_stride; b += 64) __builtin_prefetch(run.v + b, 0, 3);
+    float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
+  }
   if (key.scale && key.dynamic && !grouped(key)) {
     load_plane(key, run.k_scale, key.scale_row, run.count, s.key_scale + lane);
     if (key.zero) load_plane(key, run.k_zero, key.zero_row, run.count, s.key_zero + lane);
   }
-  const Pages& value = item.call->value;
   if (value.scale && value.dynamic && !grouped(value)) {
     load_plane(value, run.v_scale, value.scale_row, run.count, s.value_scale + lane);
     if (value.zero) load_plane(value, run.v_zero, value.zero_row, run.count, s.value_zero + lane);
@@ -301,24 +325,25 @@ static void soften_row(const Item& item, const Scratch& s, int64_t row, const Ru
 }
 
 // Both keys of a pair in turn; rows past the end stand for the last one, with weight 0.
-static void list_rows(const Run* runs, int64_t num_runs, int64_t row_stride, const uint8_t** rows) {
+static void list_rows(const Run* runs, int64_t num_runs, const uint8_t* Run::*side, int64_t row_stride,
+                      const uint8_t** rows) {
   for (int64_t r = 0; r < num_runs; r++)
     for (int64_t j = 0; j < RUN; j++)
-      rows[r * RUN + j] = runs[r].v + (j < runs[r].count ? j : runs[r].count - 1) * row_stride;
+      rows[r * RUN + j] = runs[r].*side + (j < runs[r].count ? j : runs[r].count - 1) * row_stride;
 }
 
-template <int64_t CODE> static void add_few_integers(const Scratch& s, int64_t lanes, bool ahead) {
+template <int64_t CODE> static void add_few_integers(const Scratch& s, int64_t lanes, int64_t lines) {
   const int64_t bytes = row_bytes(CODE, s.value_dim), width = s.width;
-  if (ahead)
-    for (int64_t i = 0; i < lanes; i++) prefetch_row(s.ahead[i], bytes);
+  const int64_t pieces = (bytes + VW * 4 - 1) / (VW * 4);
   float* acc = s.acc;
   for (int64_t byte = 0; byte < bytes; byte += VW * 4, acc += vectors<CODE>() * VW) {
-    const int64_t left = bytes - byte;
+    const int64_t left = bytes - byte, piece = byte / (VW * 4);
+    const AheadRows next = {s.ahead, piece * lines / pieces, (piece + 1) * lines / pieces};
     switch (s.rows) {
-      case 1: integer_piece<CODE, 1>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
-      case 2: integer_piece<CODE, 2>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
-      case 3: integer_piece<CODE, 3>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width); break;
-      default: integer_piece<CODE, 4>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width);
+      case 1: integer_piece<CODE, 1>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
+      case 2: integer_piece<CODE, 2>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
+      case 3: integer_piece<CODE, 3>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
+      default: integer_piece<CODE, 4>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next);
     }
   }
 }
@@ -337,24 +362,27 @@ template <int64_t CODE> static void add_many_integers(const Scratch& s, int64_t 
   }
 }
 template <int64_t CODE>
-static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count) {
+static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count,
+                       int64_t lines) {
+  const AheadRows next = {s.ahead, 0, first == 0 ? lines : 0};
   float* acc = s.acc + first * s.width;
   const float* w = s.scores + first * TILE;
   switch (count) {
-    case 1: float_values<CODE, 1>(rows, lanes, w, acc, s.width); break;
-    case 2: float_values<CODE, 2>(rows, lanes, w, acc, s.width); break;
-    case 3: float_values<CODE, 3>(rows, lanes, w, acc, s.width); break;
-    default: float_values<CODE, 4>(rows, lanes, w, acc, s.width);
+    case 1: float_values<CODE, 1>(rows, lanes, w, acc, s.width, next); break;
+    case 2: float_values<CODE, 2>(rows, lanes, w, acc, s.width, next); break;
+    case 3: float_values<CODE, 3>(rows, lanes, w, acc, s.width, next); break;
+    default: float_values<CODE, 4>(rows, lanes, w, acc, s.width, next);
   }
 }
 
-static void add_values(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, bool ahead) {
+// `lines` of each row in s.ahead, the next tile's keys, are fetched meanwhile.
+static void add_values(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t lines) {
   const Pages& value = item.call->value;
   const int64_t lanes = num_runs * RUN;
   if (s.value_words) {
     if (s.rows <= 4) {
-      if (value.code == INT8) add_few_integers<INT8>(s, lanes, ahead);
-      else add_few_integers<INT4>(s, lanes, ahead);
+      if (value.code == INT8) add_few_integers<INT8>(s, lanes, lines);
+      else add_few_integers<INT4>(s, lanes, lines);
     } else if (value.code == INT8) add_many_integers<INT8>(s, lanes);
     else add_many_integers<INT4>(s, lanes);
     return;
@@ -377,40 +405,39 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
       }
     for (int64_t i = 0; i < lanes; i++) s.value_rows[i] = (const uint8_t*)(s.value_floats + i * s.value_dim);
     code = F32;
-  } else if (ahead) {
-    const int64_t bytes = row_bytes(code, s.value_dim);
-    for (int64_t i = 0; i < lanes; i++) prefetch_row(s.ahead[i], bytes);
   }
   for (int64_t r = 0; r < s.rows; r += 4) {
     const int64_t count = s.rows - r < 4 ? s.rows - r : 4;
     switch (code) {
-      case F32: add_floats<F32>(s, s.value_rows, lanes, r, count); break;
-      case BF16: add_floats<BF16>(s, s.value_rows, lanes, r, count); break;
-      case F16: add_floats<F16>(s, s.value_rows, lanes, r, count); break;
-      default: add_floats<FP8>(s, s.value_rows, lanes, r, count);
+      case F32: add_floats<F32>(s, s.value_rows, lanes, r, count, lines); break;
+      case BF16: add_floats<BF16>(s, s.value_rows, lanes, r, count, lines); break;
+      case F16: add_floats<F16>(s, s.value_rows, lanes, r, count, lines); break;
+      default: add_floats<FP8>(s, s.value_rows, lanes, r, count, lines);
     }
   }
 }
 
 // ---- after the last tile ---------------------------------------------------------------------------
-static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
+static void hand_back(const Item& item, const Scratch& s, const Partial& out, const Orders& orders) {
   const Pages& value = item.call->value;
-  const bool fixed = value.scale && !value.dynamic;
   for (int64_t r = 0; r < s.rows; r++) {
     out.peak[r] = s.peak[r];
     out.total[r] = s.total[r];
     float* to = out.acc + r * s.value_dim;
-    const float* acc = s.acc + r * s.width;
-    for (int64_t i = 0; i < s.width; i++) {
-      const int32_t c = s.value_order[i];
-      if (c < 0) continue;
-      float x = acc[i];
-      if (s.value_words) x -= s.lift[r] * (value.code == INT4 ? 8.f : offset_of(value.code, i));
-      if (fixed) {
-        x *= static_number(value, value.scale, value.scale_head, item.kv_head, c);
-        if (value.zero) x += s.total[r] * static_number(value, value.zero, value.zero_head, item.kv_head, c);
-      }
-      to[c] = x + s.zero_sum[r];
+    float* acc = s.acc + r * s.width;
+    const vf zero = splat(s.zero_sum[r]);
+    for (int64_t i = 0; i < s.width; i += VW) {
+      const float lift = s.value_words ? s.lift[r] * offset_of(value.code, i / VW) : 0.f;
+      storef(acc + i, loadf(acc + i) + (zero - splat(lift)));
+    }
+    if (!s.value_words) memcpy(to, acc, 4 * s.value_dim);
+    else
+      for (int64_t i = 0; i < s.width; i++)
+        if (orders.value[i] >= 0) to[orders.value[i]] = acc[i];
+    if (!value.scale || value.dynamic) continue;
+    for (int64_t c = 0; c < s.value_dim; c++) {
+      to[c] *= static_number(value, value.scale, value.scale_head, item.kv_head, c);
+      if (value.zero) to[c] += s.total[r] * static_number(value, value.zero, value.zero_head, item.kv_head, c);
     }
   }
 }
@@ -419,20 +446,22 @@ static void attend_item(const Item* item, const Partial* out, uint8_t* memory) {
   const Attend& a = *item->call;
   const int64_t group = a.q_heads / a.kv_heads;
   const Scratch s = plan_scratch(a, item->tokens * group, memory);
-  prepare_rows(*item, s);
+  const Orders& orders = orders_of(s, a);
+  prepare_rows(*item, s, orders);
   for (int64_t at = 0; at < item->num_runs; at += RUNS) {
     const int64_t rest = item->num_runs - at, n = rest < RUNS ? rest : RUNS;
     const Run* runs = item->runs + at;
-    const int64_t more = rest - n < n ? rest - n : n;
+    // A tile's values are fetched while its keys are multiplied, the next tile's keys while its
+    // values are; only the first tile's keys have to fetch each other.
     for (int64_t r = 0; r < n; r++)
-      score_run(*item, s, runs[r], r < more ? runs + RUNS + r : nullptr, r * RUN);
+      score_run(*item, s, runs[r], at == 0 && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
     for (int64_t row = 0; row < s.rows; row++) soften_row(*item, s, row, runs, n, at);
-    list_rows(runs, n, a.value.row_stride, s.value_rows);
-    const bool ahead = more == n;
-    if (ahead) list_rows(runs + RUNS, n, a.value.row_stride, s.ahead);
-    add_values(*item, s, runs, n, ahead);
+    list_rows(runs, n, &Run::v, a.value.row_stride, s.value_rows);
+    const bool more = rest >= 2 * n;
+    if (more) list_rows(runs + RUNS, n, &Run::k, a.key.row_stride, s.ahead);
+    add_values(*item, s, runs, n, more ? (row_bytes(a.key.code, s.key_dim) + 63) / 64 : 0);
   }
-  hand_back(*item, s, *out);
+  hand_back(*item, s, *out, orders);
 }
 
 static int64_t scratch_bytes(const Attend* a, int64_t rows) { return plan_scratch(*a, rows, nullptr).bytes; }

@@ -29,7 +29,7 @@ static inline int64_t piece(int64_t left) {
     if (left >= b) return b;
   return 8;
 }
-template <int64_t CODE> static inline void key_words(const uint8_t* row, int64_t dim, int16_t* out) {
+template <int64_t CODE> INLINE void key_words(const uint8_t* row, int64_t dim, int16_t* out) {
   if constexpr (CODE == INT8) {
     int64_t c = 0;
 #if VW == 16
@@ -76,10 +76,23 @@ static void key_order(int64_t code, int64_t dim, int32_t* order) {
   }
 }
 
+// Bytes to fetch ahead while something else is computed: `step` of them each time.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+};
+static inline void fetch(Ahead& ahead) {
+  __builtin_prefetch(ahead.at, 0, 3);
+  ahead.at += ahead.step;
+}
+
 // words: [RUN][dim]; query: [ceil(rows / LANES)][dim / 8][LANES][8] words; scale: its unit, [rows
 // padded]. scores: [rows padded][TILE], from lane `at`.
-static inline void integer_scores(const int16_t* words, int64_t dim, const int16_t* query,
-                                  const float* scale, int64_t rows, float* scores) {
+// DIM: head_dim where it is known when compiled (addresses become constants), else 0.
+template <int64_t DIM>
+static inline void integer_scores(const int16_t* words, int64_t any_dim, const int16_t* query,
+                                  const float* scale, int64_t rows, float* scores, Ahead ahead) {
+  const int64_t dim = DIM ? DIM : any_dim;
   for (int64_t first = 0; first < rows; first += LANES) {
     const int16_t* q = query + first * dim;
     vf unit;
@@ -91,6 +104,7 @@ static inline void integer_scores(const int16_t* words, int64_t dim, const int16
       const int16_t* w = words + t * dim;
       NO_UNROLL for (int64_t c = 0; c < dim; c += 8) {
         const vh x = load<vh>(q + c * LANES);
+        if (first == 0) fetch(ahead);
         UNROLL for (int j = 0; j < STEP; j++) acc[j] = madd(acc[j], lanes16(w + j * dim + c), x);
       }
       UNROLL for (int j = 0; j < STEP; j += 4) {

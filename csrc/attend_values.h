@@ -35,11 +35,10 @@ static void value_order(int64_t code, int64_t dim, int32_t* order) {
     order[i] = c < dim ? (int32_t)c : -1;
   }
 }
-static inline float offset_of(int64_t code, int64_t i) {
-  return code == INT8 && i / VW % 2 == 0 ? 128.f : 0.f;
-}
+// What vector k of a piece adds to each code.
+static inline float offset_of(int64_t code, int64_t k) { return code == INT4 ? 8.f : k % 2 == 0 ? 128.f : 0.f; }
 
-template <int64_t CODE> static inline void pair_words(const uint8_t* a, const uint8_t* b, int64_t left, vh* out) {
+template <int64_t CODE> INLINE void pair_words(const uint8_t* a, const uint8_t* b, int64_t left, vh* out) {
   vuh low, high;
   interleave(load_bytes(a, left), load_bytes(b, left), low, high);
   if constexpr (CODE == INT8) {
@@ -55,11 +54,21 @@ template <int64_t CODE> static inline void pair_words(const uint8_t* a, const ui
   }
 }
 
+// Rows to fetch ahead: lines [begin, end) of 64 bytes of each.
+struct AheadRows {
+  const uint8_t* const* rows;
+  int64_t begin, end;
+};
+static inline void fetch(const AheadRows& ahead, int64_t row) {
+  for (int64_t line = ahead.begin; line < ahead.end; line++) __builtin_prefetch(ahead.rows[row] + 64 * line, 0, 3);
+}
+
 // acc[r][c..] += unit[r] * sum over pairs of words; R rows, one piece of the row, codes read as
 // they are.
 template <int64_t CODE, int R>
 static inline void integer_piece(const uint8_t* const* rows, int64_t pairs, int64_t byte, int64_t left,
-                                 const int32_t* weights, const float* unit, float* acc, int64_t width) {
+                                 const int32_t* weights, const float* unit, float* acc, int64_t width,
+                                 const AheadRows& ahead) {
   constexpr int N = vectors<CODE>();
   // Registers: at most 16 accumulators.
   constexpr int C = VW == 16 ? 4 : (R > 2 ? 2 : 4);
@@ -67,6 +76,10 @@ static inline void integer_piece(const uint8_t* const* rows, int64_t pairs, int6
     vi sum[R][C];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = (vi){};
     NO_UNROLL for (int64_t i = 0; i < pairs; i++) {
+      if (part == 0) {
+        fetch(ahead, 2 * i);
+        fetch(ahead, 2 * i + 1);
+      }
       vh words[N];
       pair_words<CODE>(rows[2 * i] + byte, rows[2 * i + 1] + byte, left, words);
       UNROLL for (int r = 0; r < R; r++) {
@@ -105,10 +118,11 @@ static inline void integer_words(const int32_t* words, int64_t pairs, int64_t wi
 // Floats: weights [R][TILE], one weight a key.
 template <int64_t CODE, int R, int C>
 static inline void float_slice(const uint8_t* const* rows, int64_t keys, int64_t at, const float* weights,
-                               float* acc, int64_t width) {
+                               float* acc, int64_t width, const AheadRows& ahead) {
   vf sum[R][C];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = loadf(acc + r * width + at + c * VW);
   NO_UNROLL for (int64_t i = 0; i < keys; i++) {
+    if (at == 0) fetch(ahead, i);
     vf v[C];
     UNROLL for (int c = 0; c < C; c++) v[c] = numbers<CODE>(rows[i], at + c * VW);
     UNROLL for (int r = 0; r < R; r++) {
@@ -120,11 +134,11 @@ static inline void float_slice(const uint8_t* const* rows, int64_t keys, int64_t
 }
 template <int64_t CODE, int R>
 static inline void float_values(const uint8_t* const* rows, int64_t keys, const float* weights, float* acc,
-                                int64_t width) {
+                                int64_t width, const AheadRows& ahead) {
   constexpr int C = VW == 16 ? 4 : 2;
   int64_t at = 0;
-  for (; at + C * VW <= width; at += C * VW) float_slice<CODE, R, C>(rows, keys, at, weights, acc, width);
-  for (; at < width; at += VW) float_slice<CODE, R, 1>(rows, keys, at, weights, acc, width);
+  for (; at + C * VW <= width; at += C * VW) float_slice<CODE, R, C>(rows, keys, at, weights, acc, width, ahead);
+  for (; at < width; at += VW) float_slice<CODE, R, 1>(rows, keys, at, weights, acc, width, ahead);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define UNROLL _Pragma("GCC unroll 32")
+#define INLINE static inline __attribute__((always_inline))
 #define NO_UNROLL _Pragma("GCC unroll 1")
 
 namespace CONCAT(isa_, SUFFIX) {
@@ -233,9 +234,12 @@ template <int64_t CODE> static inline vf numbers(const uint8_t* row, int64_t c) 
     x = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((int16_t)0xbfff));
     return (vf)_mm256_cvtph_ps(x);
 #else
-    vi x = widen_bytes(row + c);
-    x = (x & splati((int32_t)0x80000000)) | ((x & splati(0x7f)) << 20);
-    return (vf)x * splat(0x1p112f);
+    // Not through a float's subnormals, which the baseline multiplies a hundred times slower.
+    const vi x = widen_bytes(row + c), size = x & splati(0x7f);
+    const vf normal = (vf)((size << 20) + splati((127 - 7 - 8) << 23));
+    const vf small = __builtin_convertvector(size, vf) * splat(0x1p-17f);
+    const vf both = select(size < splati(8), small, normal);
+    return (vf)((vi)both | (x & splati((int32_t)0x80000000)));
 #endif
   }
 }

@@ -58,7 +58,9 @@ def core() -> Core:
 
 @lru_cache
 def _open() -> tuple[Core | None, str]:
-    found = [path for folder in __path__ for path in sorted(Path(folder).glob(_PATTERN))]
+    # An editable installation has two folders; the checkout's own is the one that is rebuilt.
+    folders = [Path(__file__).parent, *map(Path, __path__)]
+    found = [path for folder in folders for path in sorted(folder.glob(_PATTERN))]
     if not found:
         return None, "no compiled core in this installation: it was made without a C++ compiler."
     try:

@@ -6,6 +6,7 @@ first candidate that has nothing to say; a named choice never falls back.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -56,8 +57,13 @@ class Implementation:
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
-        module, _, function = self.target.partition(":")
-        return getattr(import_module(module), function)
+        return _load(self.target)
+
+
+@lru_cache
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
 
 
 def choose(

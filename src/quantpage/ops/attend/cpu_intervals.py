@@ -10,7 +10,7 @@ from quantpage.masks import Mask
 QUERY_TILE = 128
 
 Intervals = tuple[Int[Tensor, " rows_plus_1"], Int[Tensor, " ranges"], Int[Tensor, " ranges"]]
-_last: tuple[Mask, BatchPlan, int, Intervals] | None = None
+_last: tuple[Mask, Tensor, int, Intervals] | None = None
 
 
 def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
@@ -21,10 +21,10 @@ def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
     """
     global _last
     kept = _last
-    if kept is not None and kept[0] is mask and kept[1] is batch and kept[2] == kv_heads:
+    if kept is not None and kept[0] is mask and kept[1] is batch.positions and kept[2] == kv_heads:
         return kept[3]
     found = _find(mask, batch, kv_heads if mask.per_head else 1)
-    _last = (mask, batch, kv_heads, found)
+    _last = (mask, batch.positions, kv_heads, found)
     return found
 
 

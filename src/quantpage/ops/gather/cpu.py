@@ -1,0 +1,38 @@
+"""Pages to dense rows in the compiled core; what it rounds, it rounds once, from float32."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from quantpage.cache.views import QuantizedPages
+from quantpage.cpu_core import core
+from quantpage.cpu_core.records import CODES, GATHER, float32_statics, pages_fields
+
+
+def gather_request(
+    pages: QuantizedPages,
+    page_table: Int[Tensor, " max_pages"],
+    context_len: int,
+    dtype: torch.dtype,
+    isa: int | None = None,
+) -> Float[Tensor, "context kv_heads head_dim"]:
+    """One request's cached rows, dequantized, in the basis of the cache."""
+    library = core()
+    pages = float32_statics(pages)
+    page_table = page_table.to(torch.int32).contiguous()
+    work = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    out = torch.empty(context_len, pages.kv_heads, pages.head_dim, dtype=work)
+    record = GATHER.pack(
+        *pages_fields(pages),
+        page_table.data_ptr(),
+        out.data_ptr(),
+        CODES[work],
+        context_len,
+        pages.kv_heads,
+        pages.page_size,
+        torch.get_num_threads(),
+        library.isa if isa is None else isa,
+    )
+    if library.gather(record):
+        raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+    return out.to(dtype)

@@ -1,0 +1,124 @@
+"""Norm, rotate, quantize and scatter in the compiled core, a token at a time in registers.
+
+The arithmetic is that of reference.py, operation by operation in float32; only the Hadamard
+rotation (butterflies instead of a matrix product) and the mean of a norm sum in another order, so
+that codes differ on rounding ties alone.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.cpu_core import core
+from quantpage.cpu_core.records import CODES, NO_PAGES, WRITE, float32_statics, pages_fields
+from quantpage.ops.rope_write.params import WriteParams, Written
+from quantpage.ops.rope_write.reference import refuse_non_finite
+
+
+def rope_write(
+    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    k: Float[Tensor, "tokens kv_heads head_dim"],
+    v: Float[Tensor, "tokens kv_heads value_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: WriteParams,
+    isa: int | None = None,
+) -> Written:
+    """Write one step's K and V into their pages; rows with slot -1 are skipped.
+
+    isa: an index of cpu_core.ISAS that the machine runs; None: the widest. Raises
+    NonFiniteInput in checked mode, before anything is written.
+    """
+    library = core()
+    if params.checked:
+        refuse_non_finite(k, "key", params.layer)
+        refuse_non_finite(v, "value", params.layer)
+    kept: list[Tensor] = []
+    dtype = k.dtype
+    if params.bias is not None:
+        # In the inputs' own dtype, as the reference adds it.
+        q_bias, k_bias, v_bias = params.bias
+        wide = (k + k_bias).dtype
+        q = None if q is None else (q + q_bias).to(wide)
+        k, v = k + k_bias, (v + v_bias).to(wide)
+    q, k, v = _rows(q, k.dtype), _rows(k, k.dtype), _rows(v, k.dtype)
+    assert k is not None and v is not None
+    tokens, kv_heads, head_dim = k.shape
+    q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype)
+    k_rows = torch.empty(k.shape, dtype=k.dtype) if params.return_rows else None
+    v_rows = torch.empty(v.shape, dtype=k.dtype) if params.return_rows else None
+    key, value = float32_statics(layer.key), float32_statics(layer.value)
+    exact = batch.exact if layer.exact_key is not None else None
+    near = layer.exact() if exact is not None else None
+    record = WRITE.pack(
+        *pages_fields(key),
+        *pages_fields(value),
+        *(NO_PAGES if near is None else pages_fields(near.key)),
+        *(NO_PAGES if near is None else pages_fields(near.value)),
+        0 if q is None else q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        CODES[k.dtype],
+        *((0, 0) if q is None else q.stride()[:2]),
+        *k.stride()[:2],
+        *v.stride()[:2],
+        _address(q_out),
+        _address(k_rows),
+        _address(v_rows),
+        batch.slots.data_ptr(),
+        0 if exact is None else exact.slots.data_ptr(),
+        batch.positions.data_ptr(),
+        *_rope_fields(params, kept),
+        *_norm_fields(params, kept),
+        tokens,
+        0 if q is None else q.shape[1],
+        kv_heads,
+        layer.page_size,
+        torch.get_num_threads(),
+        library.isa if isa is None else isa,
+        0.0 if params.norm is None else params.norm.eps,
+    )
+    if library.write(record):
+        raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+    if params.bias is not None and dtype != k.dtype:
+        narrow = [None if each is None else each.to(dtype) for each in (q_out, k_rows, v_rows)]
+        return Written(*narrow)
+    return Written(q_out, k_rows, v_rows)
+
+
+def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """In the common dtype, channels contiguous."""
+    if x is None:
+        return None
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rope_fields(params: WriteParams, kept: list[Tensor]) -> tuple[int, int, int, int]:
+    rope = params.rope
+    if rope is None:
+        return 0, 0, 0, 0
+    cos, sin = _float32(rope.cos, kept), _float32(rope.sin, kept)
+    return cos.data_ptr(), sin.data_ptr(), rope.cos.shape[1], int(rope.interleaved)
+
+
+def _norm_fields(params: WriteParams, kept: list[Tensor]) -> tuple[int, int, int]:
+    norm = params.norm
+    if norm is None:
+        return 0, 0, 0
+    q_weight, k_weight = _float32(norm.q_weight, kept), _float32(norm.k_weight, kept)
+    return q_weight.data_ptr(), k_weight.data_ptr(), int(norm.after_rope)
+
+
+def _float32(x: Tensor, kept: list[Tensor]) -> Tensor:
+    """As the core reads it; ``kept`` holds a copy until the call is over."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    kept.append(x.float().contiguous())
+    return kept[-1]
