@@ -17,7 +17,9 @@ from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
+from quantpage.ops.cpu_refusals import refusals as cpu_refusals
 from quantpage.ops.dispatch import Call, Implementation
+from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 
@@ -27,8 +29,10 @@ def _torch_refusals(call: Call) -> list[str]:
 
 
 CANDIDATES: list[Implementation] = [
+    *DECODE_CANDIDATES,
     Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
     Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),
+    Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", _torch_refusals),
 ]
 """In order of preference."""

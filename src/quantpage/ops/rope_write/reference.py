@@ -29,8 +29,8 @@ def rope_write(
     Raises NonFiniteInput in checked mode, before anything is written.
     """
     if params.checked:
-        _refuse_non_finite(k, "key", params.layer)
-        _refuse_non_finite(v, "value", params.layer)
+        refuse_non_finite(k, "key", params.layer)
+        refuse_non_finite(v, "value", params.layer)
     q_in, k_in = q, k
     if params.bias is not None:
         q_bias, k_bias, v_bias = params.bias
@@ -108,7 +108,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _refuse_non_finite(rows: Tensor, name: str, layer: int) -> None:
+def refuse_non_finite(rows: Tensor, name: str, layer: int) -> None:
     bad = ~torch.isfinite(rows).flatten(1).all(1)
     if bad.any():
         token = int(bad.nonzero()[0])

@@ -1,0 +1,194 @@
+"""The decode path's host side: views in, two launches, nothing read back.
+
+Launch arguments are host integers that do not depend on the lengths (upper bounds under CUDA graphs);
+the workspace of partial results belongs to the device and the stream and is kept.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.hardware import device_info
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.planner import DecodeTiles, decode_tiles, row_tiles
+from quantpage.ops.attend.triton_decode_kernel import decode_kernel
+from quantpage.ops.attend.triton_merge import merge_cuts_kernel
+
+CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
+
+_workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+    tiles: DecodeTiles | None = None,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output and natural log-sum-exp. Segments keep float32, to be merged; 'all' is in q's dtype.
+
+    tiles: the launch's shape; None: the planner's choice. Calls on one stream share a workspace, so
+    two graphs captured on one stream must not be replayed at the same time.
+    """
+    mask = params.mask
+    if not isinstance(mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    tokens, q_heads, width = q.shape
+    kv_heads, value_width = layer.kv_heads, layer.value.head_dim
+    group = q_heads // kv_heads
+    out_dtype = q.dtype if segment == "all" else torch.float32
+    out = torch.empty(tokens, q_heads, value_width, dtype=out_dtype, device=q.device)
+    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return out, lse
+    if tiles is None:
+        tiles = decode_tiles(
+            layer.key.spec, layer.value.spec, max(width, value_width), batch.page_size
+        )
+    rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+    processors = device_info(q.device).processors if q.is_cuda else 3
+    programs = processors * tiles.programs_per_processor
+    part_out, part_lse, cuts = _workspace(q.device, programs, rows * value_width, rows)
+    window = mask.window if isinstance(mask, CausalMask) else None
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k, k_fixed = _operand(layer.key)
+    v, v_fixed = _operand(layer.value)
+    decode_kernel[(programs,)](
+        q,
+        k["codes"],
+        v["codes"],
+        k["scale"],
+        v["scale"],
+        k["zero"],
+        v["zero"],
+        batch.page_table,
+        batch.query_starts,
+        batch.context_lens,
+        params.sinks if segment == "all" else None,
+        out,
+        lse,
+        part_out,
+        part_lse,
+        cuts,
+        params.softmax_scale,
+        params.softcap if params.softcap is not None else 1.0,
+        batch.num_requests,
+        kv_heads,
+        tiles.min_tiles,
+        window or 0,
+        mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0,
+        q.stride(0),
+        q.stride(1),
+        *k["strides"][:2],
+        *v["strides"][:2],
+        *k["strides"][2:],
+        *v["strides"][2:],
+        batch.page_table.stride(0),
+        out.stride(0),
+        out.stride(1),
+        **{f"K_{name}": fixed for name, fixed in k_fixed.items()},
+        **{f"V_{name}": fixed for name, fixed in v_fixed.items()},
+        HEAD_DIM=width,
+        VALUE_DIM=value_width,
+        GROUP=group,
+        PAGE=batch.page_size,
+        ROWS=rows,
+        ROW_TILES=tiles_of_rows,
+        TILE=tiles.tile,
+        FULL=isinstance(mask, FullMask),
+        WINDOW=window is not None,
+        SEGMENT=SEGMENTS[segment],
+        SOFTCAP=params.softcap is not None,
+        SINKS=params.sinks is not None and segment == "all",
+        CHUNK=_chunk(batch.num_requests),
+        STAGES=tiles.stages,
+        OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
+        PAIRS=_paired(layer.key) and _paired(layer.value),
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+    )
+    merge_cuts_kernel[(programs, min(rows, group * batch.max_query_len))](
+        cuts,
+        part_out,
+        part_lse,
+        batch.query_starts,
+        batch.context_lens,
+        params.sinks if segment == "all" else None,
+        out,
+        lse,
+        kv_heads,
+        out.stride(0),
+        out.stride(1),
+        VALUE_DIM=value_width,
+        GROUP=group,
+        ROWS=rows,
+        ROW_TILES=tiles_of_rows,
+        SINKS=params.sinks is not None and segment == "all",
+        PARTS=16,
+        num_warps=4,
+    )
+    return out, lse
+
+
+def _chunk(requests: int) -> int:
+    """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist."""
+    return 16 if requests <= 16 else 128 if requests <= 128 else 512
+
+
+def _operand(pages: QuantizedPages) -> tuple[dict, dict]:
+    """Kernel arguments of one half: codes as words, planes, strides; and what is compiled in."""
+    spec, codes, scale = pages.spec, pages.codes, pages.scale
+    if spec.quantized:
+        codes = codes.view(torch.int32)
+    if scale is None:
+        kind, scale_strides = 0, (0, 0)
+    elif spec.dynamic:
+        kind, scale_strides = 1, (scale.stride(0), scale.stride(1))
+    else:
+        kind, scale_strides = 2, (0, 0 if scale.shape[0] == 1 else scale.stride(0))
+    shared = 1 if scale is None or kind == 1 else pages.head_dim // scale.shape[-1]
+    given = {
+        "codes": codes,
+        # A plane that does not exist is never read: any pointer stands in for it.
+        "scale": codes if scale is None else scale,
+        "zero": codes if pages.zero is None else pages.zero,
+        "strides": (codes.stride(0), codes.stride(1), *scale_strides),
+    }
+    fixed = {
+        "CODE": CODE_KINDS[spec.code.name],
+        "SCALES": kind,
+        "ZERO": pages.zero is not None,
+        "SHARED": shared,
+    }
+    return given, fixed
+
+
+def _paired(pages: QuantizedPages) -> bool:
+    """Whether the planes of two neighbouring tokens are one aligned 32-bit word."""
+    planes = [p for p in (pages.scale, pages.zero) if p is not None and pages.spec.dynamic]
+    return all(
+        p.dtype == torch.float16
+        and p.data_ptr() % 4 == 0
+        and p.stride(0) % 2 == 0
+        and p.stride(1) % 2 == 0
+        for p in planes
+    )
+
+
+def _workspace(device: torch.device, programs: int, out_row: int, lse_row: int):
+    """Two pieces a program: the end of a row that began before, the beginning of one that goes on."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _workspaces.setdefault((device.index, stream), [])
+    sizes = (2 * programs * out_row, 2 * programs * lse_row, 4 * programs)
+    if not kept or any(t.numel() < n for t, n in zip(kept[-3:], sizes, strict=True)):
+        # Smaller workspaces stay: a captured graph may still write to them.
+        kept.append(torch.empty(sizes[0], dtype=torch.float32, device=device))
+        kept.append(torch.empty(sizes[1], dtype=torch.float32, device=device))
+        kept.append(torch.empty(sizes[2], dtype=torch.int32, device=device))
+    return kept[-3], kept[-2], kept[-1]

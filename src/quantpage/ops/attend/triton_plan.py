@@ -1,0 +1,150 @@
+"""Who decodes what: equal ranges of tiles for a fixed grid, worked out on the device.
+
+A step's work is a line of tiles: request after request, in each its kv_heads, in each the tiles of
+keys that its mask shows. Program c of a fixed grid takes the tiles c * share .. (c + 1) * share,
+wherever they fall:
+
+    request 0 (2 heads x 3 tiles)   request 1 (2 heads x 1 tile)     share 3
+    |h0: 0 1 2|h1: 0 1 2|           |h0: 0|h1: 0|
+     program 0  program 1             program 2
+
+A row (request, head) that falls into one program is finished there; one that is cut leaves partial
+results, and the program in which it begins says so in a descriptor that the merge reads. The
+lengths are read on the device by every program, so that a CUDA graph replays with new lengths: no
+launch depends on them and nothing is read back.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_ranges(
+    context,
+    new,
+    window,
+    sink_tokens,
+    PAGE: tl.constexpr,
+    FULL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Two half-open key ranges, a before b, that hold every key some query of a request sees.
+
+    SEGMENT: 0 all, 1 body, 2 exact (attend/params). Works on scalars and on vectors of requests.
+    """
+    first = context - new
+    low = context * 0
+    if WINDOW:
+        low = tl.maximum(first - window + 1, 0)
+    a_low = context * 0
+    a_high = tl.minimum(a_low + sink_tokens, low)
+    b_low = low
+    b_high = context
+    if SEGMENT == 1:
+        a_low = a_low + PAGE
+        b_low = tl.maximum(low, PAGE)
+        if not FULL:
+            b_high = (context - 1) // PAGE * PAGE
+        a_high = tl.minimum(a_high, b_high)
+    if SEGMENT == 2:
+        if WINDOW:
+            a_low = tl.where(sink_tokens > 0, 0, low)
+        a_high = tl.minimum(context, PAGE)
+        b_low = tl.maximum(first // PAGE * PAGE, PAGE)
+        if WINDOW:
+            b_low = tl.where(sink_tokens > 0, b_low, tl.maximum(b_low, low))
+    a_high = tl.maximum(a_low, a_high)
+    b_high = tl.where(new > 0, tl.maximum(b_low, b_high), b_low)
+    a_high = tl.where(new > 0, a_high, a_low)
+    return a_low, a_high, b_low, b_high
+
+
+@triton.jit
+def tile_ranges(a_low, a_high, b_low, b_high, TILE: tl.constexpr):
+    """First tile and number of tiles of each key range; a tile belongs to one of them."""
+    a_first = a_low // TILE
+    a_tiles = tl.where(a_high > a_low, (a_high + TILE - 1) // TILE - a_first, 0)
+    b_first = tl.where(a_tiles > 0, tl.maximum(b_low // TILE, a_first + a_tiles), b_low // TILE)
+    b_last = tl.where(b_high > b_low, (b_high + TILE - 1) // TILE, b_first)
+    return a_first, a_tiles, b_first, tl.maximum(b_last - b_first, 0)
+
+
+@triton.jit
+def _tiles_of(
+    query_starts,
+    context_lens,
+    requests,
+    first,
+    window,
+    sink_tokens,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    FULL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = first + tl.arange(0, CHUNK)
+    real = row < requests
+    context = tl.load(context_lens + row, real, 0)
+    new = tl.load(query_starts + row + 1, real, 0) - tl.load(query_starts + row, real, 0)
+    new = tl.minimum(new, context)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return tl.where(real, a_tiles + b_tiles, 0)
+
+
+@triton.jit
+def my_share(
+    query_starts,
+    context_lens,
+    requests,
+    rows_a_request,
+    min_tiles,
+    window,
+    sink_tokens,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    FULL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """This program's tiles start .. end, the share of each, and the request that start falls in
+    with the place of its first tile.
+    """
+    # Requests of a chunk are one vector; almost always there is one chunk.
+    tiles = _tiles_of(
+        query_starts, context_lens, requests, 0, window, sink_tokens,
+        PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+    )  # fmt: skip
+    total = tl.sum(tiles, 0)
+    for first in range(CHUNK, requests, CHUNK):
+        more = _tiles_of(
+            query_starts, context_lens, requests, first, window, sink_tokens,
+            PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+        )  # fmt: skip
+        total += tl.sum(more, 0)
+    total = total * rows_a_request
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_tiles)
+    start = tl.program_id(0) * share
+    end = tl.minimum(start + share, total)
+    passed = tl.cumsum(tiles, 0) * rows_a_request
+    before = passed <= start
+    request = tl.sum(before.to(tl.int32), 0)
+    begins = tl.max(tl.where(before, passed, 0), 0)
+    seen = tl.max(passed, 0)
+    for first in range(CHUNK, requests, CHUNK):
+        more = _tiles_of(
+            query_starts, context_lens, requests, first, window, sink_tokens,
+            PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+        )  # fmt: skip
+        passed = seen + tl.cumsum(more, 0) * rows_a_request
+        before = passed <= start
+        request += tl.sum(before.to(tl.int32), 0)
+        begins = tl.maximum(begins, tl.max(tl.where(before, passed, 0), 0))
+        seen = tl.max(passed, 0)
+    return start, end, share, request, begins

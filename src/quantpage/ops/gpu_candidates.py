@@ -1,0 +1,89 @@
+"""What the Triton kernels of decode, write and gather serve, in sentences.
+
+Imports no triton: dispatch asks for refusals on any machine.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+from quantpage.formats import QuantSpec
+from quantpage.ops.dispatch import Call, Implementation
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _device_refusals(call: Call) -> list[str]:
+    reasons = []
+    if call.device.kind != "cuda":
+        reasons.append(f"needs a CUDA device, got {call.device.kind}.")
+    elif call.device.capability is not None and call.device.capability < (8, 0):
+        reasons.append(f"needs compute capability 8.0 or later, got {call.device.capability}.")
+    if find_spec("triton") is None:
+        reasons.append("needs triton, which is not installed.")
+    if call.dtype not in _FLOATS:
+        reasons.append(f"queries of float16, bfloat16 or float32, got {call.dtype}.")
+    widest = max(call.head_dim, call.value_head_dim)
+    if widest > 256:
+        reasons.append(f"head_dim up to 256, got {widest}.")
+    for spec in (call.format.key, call.format.value):
+        if spec.quantized and spec.scale_dtype == torch.float64:
+            reasons.append("scales of float16 or float32, got float64.")
+            break
+    return reasons
+
+
+def decode_refusals(call: Call) -> list[str]:
+    """The split-KV decode kernel."""
+    reasons = _device_refusals(call)
+    if call.phase != "decode":
+        reasons.append(f"serves decode (at most 16 new tokens a request), got {call.phase}.")
+    if call.mask not in ("causal", "full"):
+        reasons.append(f"serves causal and full masks, got {call.mask}.")
+    for name, spec, width in (
+        ("key", call.format.key, call.head_dim),
+        ("value", call.format.value, call.value_head_dim),
+    ):
+        if spec.quantized and spec.dynamic and spec.granularity.groups(width) > 1:
+            groups = spec.granularity.groups(width)
+            reasons.append(f"one dynamic scale a token and kv_head, got {groups} for a {name}.")
+        words = 8 if spec.code.name == "int4" else 4
+        if spec.quantized and width % words:
+            reasons.append(f"{name} head_dim in whole 32-bit words, got {width}.")
+        if not spec.quantized and call.dtype == torch.float32:
+            reasons.append(f"16-bit {name} pages, got float32.")
+    return reasons
+
+
+def write_refusals(call: Call) -> list[str]:
+    """The fused write kernel."""
+    reasons = _device_refusals(call)
+    for spec in (call.format.key, call.format.value):
+        if spec.quantized and spec.dynamic and not _power_of_two(spec):
+            reasons.append(
+                f"groups of 16, 32, 64 .. channels for dynamic scales, got {spec.granularity.group}."
+            )
+    return reasons
+
+
+def gather_refusals(call: Call) -> list[str]:
+    """The gather kernel."""
+    return _device_refusals(call)
+
+
+def _power_of_two(spec: QuantSpec) -> bool:
+    group = spec.granularity.group
+    return group is None or group & (group - 1) == 0
+
+
+DECODE_CANDIDATES = [
+    Implementation("triton", "quantpage.ops.attend.triton_decode:attend", decode_refusals)
+]
+WRITE_CANDIDATES = [
+    Implementation(
+        "triton", "quantpage.ops.rope_write.triton_rope_write:rope_write", write_refusals
+    )
+]
+GATHER_CANDIDATES = [
+    Implementation("triton", "quantpage.ops.gather.triton_gather:gather_request", gather_refusals)
+]

@@ -1,0 +1,100 @@
+"""Ahead-of-time compilation without a GPU, and what the machine code says."""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    counts: collections.Counter = field(repr=False)
+    loop: list[str] = field(repr=False)
+    """Instructions of the hottest loop (the longest one that holds a matrix product)."""
+
+    def find(self, pattern: str) -> int:
+        return sum(n for name, n in self.counts.items() if re.match(pattern, name))
+
+    def in_loop(self, pattern: str = ".") -> int:
+        return sum(1 for name in self.loop if re.match(pattern, name))
+
+
+def compile_kernel(kernel, arguments: dict, capability: int, **options):
+    """arguments: a type ('*fp16', 'i32', 'fp32') for run-time ones, anything else is constexpr.
+
+    Types that end in ':16' are multiples of 16.
+    """
+    signature, constants, aligned = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        given = arguments[name]
+        if isinstance(given, str) and re.match(r"\*|i32|i64|fp32", given):
+            signature[name] = given.removesuffix(":16")
+            if given.endswith(":16") or given.startswith("*"):
+                aligned[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(at,)] = given
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?SHARED:(\d+).*?LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    names = [m.group(1) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    return Resources(
+        int(found.group(1)), int(found.group(2)), int(found.group(4)), compiled.metadata.shared,
+        collections.Counter(names), _hot_loop(sass),
+    )  # fmt: skip
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [os.path.join(_TOOLS, tool), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def _hot_loop(sass: str) -> list[str]:
+    """The shortest backward branch's body among those with the most matrix products."""
+    lines, labels = [], {}
+    loops = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = len(lines)
+            continue
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        lines.append(found.group(1))
+        target = re.search(r"BRA.*?\(?(\.L_x_\d+)", line)
+        if target and target.group(1) in labels:
+            loops.append(lines[labels[target.group(1)] :])
+    best: list[str] = []
+    most = 0
+    for loop in loops:
+        products = sum(1 for name in loop if name.startswith(("HMMA", "HGMMA", "UTCHMMA")))
+        if products > most or (products == most and products and len(loop) < len(best)):
+            best, most = loop, products
+    return best

@@ -1,0 +1,227 @@
+"""The decode kernel against the float64 reference, in the interpreter or on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.planner import DecodeTiles
+from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.attend.triton_decode import attend
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
+
+pytestmark = TIER
+SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1)
+# float16 operands and probabilities: eleven bits, summed over a context.
+TOLERANCE = 1e-3
+
+
+def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=SMALL, dtype=None,
+          tolerance=TOLERANCE):  # fmt: skip
+    q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = attend(q, layer, batch, params, tiles=tiles)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert relative(out, wanted) < tolerance
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_decode_reads_every_format(name):
+    given = FORMATS[name]
+    check(given.key, given.value, Step())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "none", "int8_static"])
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_decode_takes_every_head_dim(name, head_dim):
+    if not GPU and head_dim == 96:
+        pytest.skip("the interpreter's time is spent on 80")
+    given = FORMATS[name]
+    check(given.key, given.value, Step(head_dim=head_dim, contexts=(40, 5, 65)))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(group=1),
+        Step(group=7, queries=(3, 0, 2), contexts=(70, 0, 150)),
+        Step(group=16, queries=(2, 1, 5), contexts=(2, 64, 90)),
+        Step(group=4, queries=(16, 1, 7), contexts=(16, 33, 100), kv_heads=1),
+        Step(group=8, queries=(16, 4, 1), contexts=(100, 4, 31), kv_heads=1),
+        Step(value_dim=32),
+        Step(head_dim=32, value_dim=64),
+        Step(page_size=256, contexts=(70, 300, 1)),
+    ],
+    ids=str,
+)
+def test_decode_takes_groups_drafts_and_pages(step):
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "none", "fp8_static", "int4_static"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_windows_sinks_and_softcap(name, page_size):
+    given = FORMATS[name]
+    step = Step(queries=(3, 1, 2), contexts=(70, 33, 150), page_size=page_size)
+    check(given.key, given.value, step, CausalMask(window=20, sink_tokens=3), 5.0, sinks=True)
+    if GPU or name == "int8":
+        check(given.key, given.value, step, CausalMask(window=1))
+        check(given.key, given.value, step, CausalMask(window=64), sinks=True)
+
+
+def test_full_mask_and_empty_requests():
+    spec = FORMATS["int8"].key
+    step = Step(queries=(2, 0, 3, 0), contexts=(40, 0, 150, 64))
+    check(spec, spec, step, FullMask(), sinks=True)
+    check(spec, spec, replace(step, queries=(0, 0, 3, 0)), FullMask())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 3e3])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_values_of_any_size(name, scale):
+    given = FORMATS[name]
+    wide = torch.float32 if scale < 1e-3 else torch.float16
+    value = replace(given.value, scale_dtype=wide)
+    key = replace(given.key, scale_dtype=wide)
+    # A float32 query keeps the result from being rounded to float16's smallest numbers.
+    check(key, value, Step(scale=scale), dtype=torch.float32 if scale < 1e-3 else None)
+
+
+def test_queries_beyond_float16():
+    spec = FORMATS["int8"].key
+    q, layer, batch = make_step(spec, spec, Step(), CAUSAL)
+    q = q.float() * 1e6
+    params = AttendParams(q.shape[-1] ** -0.5 * 1e-6)
+    out, _ = attend(q, layer, batch, params, tiles=SMALL)
+    assert relative(out, reference(q.double(), layer, batch, params)[0]) < TOLERANCE
+
+
+def test_a_request_without_context_gives_nothing():
+    spec = FORMATS["int8"].key
+    q, layer, batch = make_step(spec, spec, Step(), CAUSAL)
+    lens = batch.context_lens.clone()
+    lens[1] = 0
+    out, lse = attend(q, layer, replace(batch, context_lens=lens), AttendParams(0.1), tiles=SMALL)
+    assert (out[1] == 0).all() and lse[1].isneginf().all()
+    assert out[0].isfinite().all() and out[2].isfinite().all()
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7])
+def test_any_grid_gives_the_same_result(programs):
+    spec = FORMATS["fp8"].key
+    check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs))
+    check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs, min_tiles=2))
+
+
+@pytest.mark.parametrize("key,value", [("int8", "int4"), ("none", "int8"), ("int4", "none")])
+def test_keys_and_values_of_different_codes(key, value):
+    check(QuantSpec(CODES[key]), QuantSpec(CODES[value]), Step())
+
+
+def test_static_scales_of_a_tensor_and_of_groups():
+    tensor = QuantSpec(CODES["fp8"], Granularity(per_head=False), dynamic=False)
+    check(tensor, tensor, Step())
+    groups = QuantSpec(CODES["int8"], Granularity(group=16), dynamic=False, zero_point=True)
+    check(groups, groups, Step(), sinks=True)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=30, sink_tokens=20)], ids=str)
+def test_segments_join_to_the_whole(page_size, mask):
+    from quantpage.ops.attend import attend as attend_op
+    from quantpage.ops.dispatch import Implementation
+
+    given = FORMATS["int4"]
+    step = Step(queries=(3, 1, 2), contexts=(70, 9, 130), page_size=page_size)
+    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
+    sinks = torch.randn(q.shape[1], device=DEVICE)
+    params = AttendParams(q.shape[-1] ** -0.5, mask, None, sinks)
+    ours = Implementation("triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [])
+    out, lse = attend_op(q, layer, batch, params, ours)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < TOLERANCE
+    assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+def test_pages_of_a_wider_cell():
+    """An engine may keep K and V codes of a (page, head) side by side."""
+    spec = FORMATS["int8"].key
+    q, layer, batch = make_step(spec, spec, Step(), CAUSAL)
+    params = AttendParams(0.1)
+    wanted, _ = attend(q, layer, batch, params, tiles=SMALL)
+    cell = torch.cat([layer.key.codes, layer.value.codes], 2)
+    k, v = cell.split(batch.page_size, 2)
+    moved = replace(layer, key=replace(layer.key, codes=k), value=replace(layer.value, codes=v))
+    assert torch.equal(attend(q, moved, batch, params, tiles=SMALL)[0], wanted)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_bfloat16_queries_and_pages():
+    for name in ("none", "int8", "fp8", "int4"):
+        given = FORMATS[name]
+        check(given.key, given.value, Step(head_dim=128), dtype=torch.bfloat16, tolerance=8e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_graph_replays_with_new_lengths():
+    given = FORMATS["int8"]
+    step = Step(queries=(1,) * 5, contexts=(700, 33, 150, 1, 512), head_dim=128, page_size=64)
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    attend(q, layer, batch, params)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(q, layer, batch, params)
+    for shorter in (0, 13, 0):
+        lens = [max(1, c - shorter) for c in step.contexts]
+        batch.context_lens.copy_(torch.tensor(lens))
+        q.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        now = replace(
+            batch, host_context_lens=tuple(lens), positions=(batch.context_lens - 1).long()
+        )
+        wanted, wanted_lse = reference(q.double(), layer, now, params)
+        assert relative(out, wanted) < TOLERANCE
+        assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_caches_beyond_two_to_the_31():
+    """Page offsets are int64: the pages in use lie past 2^31 elements."""
+    spec = QuantSpec(CODES["int8"])
+    step = Step(queries=(1,), contexts=(200,), head_dim=128, page_size=64)
+    q, layer, batch = make_step(spec, spec, step, CAUSAL)
+    params = AttendParams(0.1)
+    wanted, _ = attend(q, layer, batch, params)
+    pages = 2**31 // (step.kv_heads * 64 * 128) + 64
+    first = pages - layer.key.pages
+
+    def far(given):
+        codes = torch.empty(pages, *given.codes.shape[1:], dtype=torch.int8, device=DEVICE)
+        scale = torch.empty(pages, *given.scale.shape[1:], dtype=torch.float16, device=DEVICE)
+        codes[first:], scale[first:] = given.codes, given.scale
+        return replace(given, codes=codes, scale=scale)
+
+    moved = replace(layer, key=far(layer.key), value=far(layer.value))
+    table = replace(batch, page_table=batch.page_table + first)
+    assert torch.equal(attend(q, moved, table, params)[0], wanted)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("requests", [100, 700])
+def test_many_requests(requests):
+    torch.manual_seed(1)
+    contexts = tuple(torch.randint(1, 300, (requests,)).tolist())
+    spec = FORMATS["int8"].key
+    check(spec, spec, Step((1,) * requests, contexts, 64, 1, 4, 64), tiles=None)

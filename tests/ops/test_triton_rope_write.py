@@ -1,0 +1,189 @@
+"""The write kernel against the reference: codes, scales, queries and rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage.batch import plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.ops.rope_write import QKNorm, WriteParams
+from quantpage.ops.rope_write.reference import rope_write as reference
+from quantpage.ops.rope_write.triton_rope_write import rope_write
+from quantpage.rope import rope_table
+from tests.ops.triton_cases import DEVICE, GPU, TIER
+
+pytestmark = TIER
+KV_HEADS, GROUP, PAGE = 2, 3, 16
+
+
+def empty_pages(spec, width, pages=8):
+    """Pages full of what nobody wrote."""
+    if not spec.quantized:
+        full = torch.full((pages, KV_HEADS, PAGE, width), torch.nan, dtype=torch.float16)
+        return QuantizedPages(spec, full.to(DEVICE))
+    row = width // spec.code.values_per_byte
+    codes = torch.full((pages, KV_HEADS, PAGE, row), 0x7F, dtype=torch.uint8, device=DEVICE)
+    codes = codes.view(spec.code.storage)
+    groups = spec.granularity.groups(width)
+    if spec.dynamic:
+        scale = torch.full((pages, KV_HEADS, PAGE, groups), torch.nan, dtype=spec.scale_dtype)
+        zero = scale.clone()
+    else:
+        shape = spec.granularity.scale_shape(KV_HEADS, width)
+        scale = ((torch.rand(shape) + 0.5) * 4 / spec.code.qmax).to(spec.scale_dtype)
+        zero = (torch.randn(shape) * 0.1).to(spec.scale_dtype)
+    zero = zero.to(DEVICE) if spec.zero_point else None
+    return QuantizedPages(spec, codes, scale.to(DEVICE), zero)
+
+
+def copy_of(layer):
+    def own(pages):
+        planes = [None if p is None else p.clone() for p in (pages.scale, pages.zero)]
+        return QuantizedPages(pages.spec, pages.codes.clone(), *planes)
+
+    exact = [None if p is None else p.clone() for p in (layer.exact_key, layer.exact_value)]
+    return LayerKV(own(layer.key), own(layer.value), *exact)
+
+
+def same_codes(got, wanted, allowed):
+    """Equal, but for a few neighbours: sums in another order move a number over a rounding tie."""
+    a, b = got.codes, wanted.codes
+    if got.spec.quantized:
+        assert (a.view(torch.uint8) != b.view(torch.uint8)).sum() <= allowed
+    else:
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, equal_nan=True)
+    for name in ("scale", "zero"):
+        one, two = getattr(got, name), getattr(wanted, name)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3, equal_nan=True)
+
+
+def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True, change=None,
+        allowed=4):  # fmt: skip
+    torch.manual_seed(0)
+    contexts = tuple(n + 9 for n in queries)
+    tables = [[3, 1], [0, 6], [5, 2]]
+    near = [[0, 1], [2, 3], [4, 5]] if exact else None
+    batch = plan_batch(queries, contexts, tables, PAGE, DEVICE, near)
+    batch.slots[1] = -1
+    tokens = sum(queries)
+    # Q, K and V of one projection: rows are strided.
+    width = (GROUP * KV_HEADS + 2 * KV_HEADS) * head_dim
+    fused = torch.randn(tokens, width, device=DEVICE).half()
+    if change is not None:
+        change(fused)
+    parts = fused.unflatten(1, (-1, head_dim)).split((GROUP * KV_HEADS, KV_HEADS, KV_HEADS), 1)
+    layer = LayerKV(empty_pages(key, head_dim), empty_pages(value, head_dim))
+    if exact:
+        pages = torch.full((6, KV_HEADS, PAGE, head_dim), torch.nan, device=DEVICE).half()
+        layer = replace(layer, exact_key=pages, exact_value=pages.clone())
+    other = copy_of(layer)
+    given = (parts[0] if q else None, parts[1], parts[2])
+    wanted = reference(*given, other, batch, params)
+    got = rope_write(*given, layer, batch, params, shape=None if GPU else (4, 2))
+    same_codes(layer.key, other.key, allowed)
+    same_codes(layer.value, other.value, allowed)
+    if exact:
+        for one, two in (
+            (layer.exact_key, other.exact_key),
+            (layer.exact_value, other.exact_value),
+        ):
+            torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3, equal_nan=True)
+    for one, two in zip(got, wanted, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            assert one.dtype == two.dtype
+            # One code's step where a tie fell the other way.
+            off = (one.float() - two.float()).abs() > 4e-3 * two.float().abs() + 4e-3
+            assert off.sum() <= allowed
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format(name):
+    given = FORMATS[name]
+    table = rope_table(64, 64, device=DEVICE)
+    params = WriteParams(rope=table, return_rows=True)
+    run(given.key, given.value, params, exact=given.exact_pages is not None)
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize(
+    "rotary,interleaved", [(None, False), (None, True), (32, False), (16, True)]
+)
+def test_rotations(head_dim, rotary, interleaved):
+    table = rope_table(64, rotary or head_dim, interleaved=interleaved, device=DEVICE)
+    given = FORMATS["int8"]
+    run(given.key, given.value, WriteParams(rope=table), head_dim)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["none", "int8"])
+def test_norms_and_biases(name, after):
+    torch.manual_seed(1)
+    weights = [torch.rand(64, device=DEVICE).half() + 0.5 for _ in range(2)]
+    # float32 biases: the reference adds in the wider dtype, as the kernel does.
+    heads = (GROUP * KV_HEADS, KV_HEADS, KV_HEADS)
+    bias = tuple(torch.randn(h, 64, device=DEVICE) for h in heads)
+    given = FORMATS[name]
+    params = WriteParams(
+        rope_table(64, 64, device=DEVICE), QKNorm(*weights, after_rope=after), bias,
+        return_rows=True,
+    )  # fmt: skip
+    run(given.key, given.value, params, allowed=8)
+
+
+def test_groups_of_channels():
+    spec = QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True)
+    run(spec, spec, WriteParams(return_rows=True), head_dim=80)
+    run(QuantSpec(CODES["int8"], Granularity(group=32)), spec, WriteParams())
+
+
+def test_without_queries_or_rotation():
+    given = FORMATS["fp8"]
+    run(given.key, given.value, WriteParams(), q=False)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_hostile_rows_stay_inside(name):
+    def hostile(fused):
+        fused[0] = 0.0
+        fused[2, ::7] = torch.inf
+        fused[3, ::5] = torch.nan
+        fused[4] = 1e-7
+        fused[5] = 3.0
+
+    spec = replace(FORMATS[name].key, rotation="none")
+    run(spec, spec, WriteParams(return_rows=True), change=hostile)
+
+
+def test_checked_mode_refuses():
+    from quantpage.errors import NonFiniteInput
+
+    def hostile(fused):
+        fused[3, -1] = torch.nan
+
+    given = FORMATS["int8"]
+    with pytest.raises(NonFiniteInput, match="token 3"):
+        run(given.key, given.value, WriteParams(checked=True), change=hostile)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 64, 700, 5000])
+def test_many_tokens(tokens):
+    torch.manual_seed(0)
+    given = FORMATS["int8"]
+    pages = -(-tokens // PAGE)
+    batch = plan_batch((tokens,), (tokens,), [list(range(pages))], PAGE, DEVICE)
+    layer = LayerKV(*[empty_pages(given.key, 128, pages) for _ in range(2)])
+    other = copy_of(layer)
+    q = torch.randn(tokens, GROUP * KV_HEADS, 128, device=DEVICE).bfloat16()
+    k, v = (torch.randn(tokens, KV_HEADS, 128, device=DEVICE).bfloat16() for _ in range(2))
+    params = WriteParams(rope_table(tokens, 128, device=DEVICE), return_rows=True)
+    got = rope_write(q, k, v, layer, batch, params)
+    wanted = reference(q, k, v, other, batch, params)
+    same_codes(layer.key, other.key, tokens)
+    same_codes(layer.value, other.value, tokens)
+    for one, two in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=5e-2)

@@ -1,0 +1,135 @@
+"""Layers and steps for kernel tests: random pages, every slot outside the mask poisoned.
+
+Without a CUDA device the kernels run in Triton's interpreter: the same cases, another tier.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TIER = [
+    pytest.mark.gpu if GPU else pytest.mark.interpreted,
+    # The interpreter turns arrays of one element into scalars.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    # numpy says what the hardware does silently.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+if not GPU:
+    # Read when triton is first imported, which the imports below this one do.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from quantpage.batch import BatchPlan, plan_batch  # noqa: E402
+from quantpage.cache.views import LayerKV, QuantizedPages  # noqa: E402
+from quantpage.formats import QuantSpec, quantize, quantize_static  # noqa: E402
+from quantpage.masks import CausalMask, Mask  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Step:
+    """Shapes of one step."""
+
+    queries: tuple[int, ...] = (1, 1, 1)
+    contexts: tuple[int, ...] = (70, 33, 150)
+    page_size: int = 16
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 64
+    value_dim: int | None = None
+    scale: float = 1.0
+    """Typical size of values."""
+
+
+def make_pages(spec: QuantSpec, rows, keep, page_size: int, dtype) -> QuantizedPages:
+    """rows [slots, kv_heads, D] in float32 written into pages; slots not kept hold poison."""
+    _, heads, width = rows.shape
+    paged = rows.view(-1, page_size, heads, width).transpose(1, 2)
+    kept = keep.view(-1, page_size)[:, None, :, None]
+    if not spec.quantized:
+        codes = torch.where(kept, paged, torch.nan).to(dtype).contiguous()
+        return QuantizedPages(spec, codes)
+    if spec.dynamic:
+        made = quantize(paged, spec)
+        scale = torch.where(kept, made.scale, torch.nan)
+        zero = None if made.zero is None else torch.where(kept, made.zero, torch.nan)
+    else:
+        shape = spec.granularity.scale_shape(heads, width)
+        scale = ((torch.rand(shape) + 0.5) * rows.abs().max() / spec.code.qmax).to(spec.scale_dtype)
+        zero = (torch.randn(shape) * 0.1 * rows.std()).to(spec.scale_dtype)
+        zero = zero if spec.zero_point else None
+        made = quantize_static(paged.transpose(1, 2), scale, zero, spec)
+        made = made._replace(codes=made.codes.transpose(1, 2).contiguous())
+    codes = torch.where(kept, made.codes.view(torch.uint8), 0x7F).view(made.codes.dtype)
+    return QuantizedPages(spec, codes.contiguous(), scale, zero)
+
+
+def make_step(
+    key: QuantSpec, value: QuantSpec, step: Step, mask: Mask, dtype=torch.float16, seed: int = 0,
+    exact: bool = False,
+) -> tuple[torch.Tensor, LayerKV, BatchPlan]:  # fmt: skip
+    """q, pages and plan; pages are in random order and a few belong to nobody."""
+    torch.manual_seed(seed)
+    size, heads = step.page_size, step.kv_heads
+    needed = [-(-c // size) for c in step.contexts]
+    pages = sum(needed) + 3
+    order = iter(torch.randperm(pages).tolist())
+    tables = [[next(order) for _ in range(n)] for n in needed]
+    keep = torch.zeros(pages * size, dtype=torch.bool)
+    for table, new, context in zip(tables, step.queries, step.contexts, strict=True):
+        positions = torch.arange(context - new, context)
+        seen = mask.materialize(positions, context).any(0) if new else torch.zeros(context).bool()
+        slots = torch.tensor(table, dtype=torch.int64)[torch.arange(context) // size] * size
+        keep[(slots + torch.arange(context) % size)[seen]] = True
+    value_dim = step.value_dim or step.head_dim
+    k = torch.randn(pages * size, heads, step.head_dim)
+    v = torch.randn(pages * size, heads, value_dim) * step.scale
+    layer = LayerKV(make_pages(key, k, keep, size, dtype), make_pages(value, v, keep, size, dtype))
+    exact_tables = None
+    if exact:
+        # The reference lets page 0 stand in for pages that are not kept: it belongs to nobody.
+        k_near = [torch.zeros(size, heads, step.head_dim)]
+        v_near = [torch.zeros(size, heads, value_dim)]
+        exact_tables, kept_pages = [], 1
+        for table, new, context in zip(tables, step.queries, step.contexts, strict=True):
+            own = {0} | {p // size for p in range(context - new, context)}
+            row = []
+            for logical, page in enumerate(table):
+                row.append(kept_pages if logical in own else -1)
+                if logical in own:
+                    kept_pages += 1
+                    rows = slice(page * size, (page + 1) * size)
+                    live = keep[rows, None, None]
+                    k_near.append(torch.where(live, k[rows] + 0.1, torch.nan))
+                    v_near.append(torch.where(live, v[rows] + 0.1, torch.nan))
+            exact_tables.append(row)
+        layer = LayerKV(
+            layer.key, layer.value,
+            torch.stack(k_near).transpose(1, 2).to(dtype).contiguous(),
+            torch.stack(v_near).transpose(1, 2).to(dtype).contiguous(),
+        )  # fmt: skip
+    batch = plan_batch(step.queries, step.contexts, tables, size, DEVICE, exact_tables)
+    q = torch.randn(sum(step.queries), heads * step.group, step.head_dim).to(dtype)
+    return q.to(DEVICE), to_device(layer), batch
+
+
+def to_device(layer: LayerKV) -> LayerKV:
+    """The same layer where the kernels run."""
+
+    def moved(pages: QuantizedPages) -> QuantizedPages:
+        planes = [None if p is None else p.to(DEVICE) for p in (pages.scale, pages.zero)]
+        return QuantizedPages(pages.spec, pages.codes.to(DEVICE), *planes)
+
+    exact = [None if p is None else p.to(DEVICE) for p in (layer.exact_key, layer.exact_value)]
+    return LayerKV(moved(layer.key), moved(layer.value), *exact)
+
+
+CAUSAL = CausalMask()
+
+
+def relative(got, wanted) -> float:
+    """|got - wanted| / |wanted|; NaN where either is not finite and the other is."""
+    difference = got.double().cpu() - wanted.double().cpu()
+    return (difference.norm() / wanted.double().norm().clamp_min(1e-30)).item()
