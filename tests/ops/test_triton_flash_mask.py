@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.triton_cases import DEVICE, TIER, relative, to_device
+from tests.ops.triton_cases import DEVICE, GPU, TIER, relative, to_device
 
 # isort: split
 from quantpage import masks
@@ -21,7 +21,12 @@ from tests.ops.mask_cases import cached
 
 pytestmark = TIER
 
-TRITON = Implementation("triton", "quantpage.ops.attend.triton_flash_mask:attend", lambda c: [])
+TARGETS = ["triton_flash_mask"]
+if GPU and torch.cuda.get_device_capability()[0] == 9:
+    TARGETS.append("gluon_flash_mask")
+SERVING = [
+    Implementation(name, f"quantpage.ops.attend.{name}:attend", lambda c: []) for name in TARGETS
+]
 KINDS = sorted(every_kind(24))
 
 
@@ -42,14 +47,15 @@ def check(case, mask, chunks, sinks=None, softcap=None):
     wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
     if sinks is not None:
         params = replace(params, sinks=sinks.to(DEVICE))
-    out, lse = attend(q.to(DEVICE), to_device(case.layer), to_gpu(batch), params, TRITON)
-    same_rows = wanted_lse.isneginf()
-    assert torch.equal(lse.cpu().isneginf(), same_rows)
-    assert (out.cpu()[same_rows] == 0).all()
-    assert relative(out, wanted) < 2e-3
-    lse, wanted_lse = lse.cpu()[~same_rows], wanted_lse[~same_rows]
-    torch.testing.assert_close(lse.double(), wanted_lse, atol=4e-3, rtol=1e-3)
-    return out, lse
+    empty = wanted_lse.isneginf()
+    for each in SERVING:
+        out, lse = attend(q.to(DEVICE), to_device(case.layer), to_gpu(batch), params, each)
+        assert torch.equal(lse.cpu().isneginf(), empty)
+        assert (out.cpu()[empty] == 0).all()
+        assert relative(out, wanted) < 2e-3
+        torch.testing.assert_close(
+            lse.cpu()[~empty].double(), wanted_lse[~empty], atol=4e-3, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("segment", ["all", "body", "exact"])

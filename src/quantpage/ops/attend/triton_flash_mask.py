@@ -21,11 +21,10 @@ from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
 from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.triton_prefill import (
-    CODE_KINDS,
-    LOG2E,
     SEGMENTS,
-    _arguments,
+    _Half,
     _padded,
+    exponent_scale,
     pages_tile,
 )
 
@@ -89,12 +88,8 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
     head_dim, width = layer.key.head_dim, layer.value.head_dim
     padded, padded_v = _padded(head_dim), _padded(width)
     tile, warps = pages_tile(max(padded, padded_v), group * batch.max_query_len)
-    scale, cap = params.softmax_scale * LOG2E, 0.0
-    if params.softcap is not None:
-        # exp2(x * 2 log2e) is tanh's; the cap is per log2 from here on.
-        scale = 2 * params.softmax_scale / params.softcap * LOG2E
-        cap = params.softcap * LOG2E
-    key, value = _arguments(layer.key), _arguments(layer.value)
+    scale, cap = exponent_scale(params)
+    key, value = _Half(layer.key), _Half(layer.value)
     quantized = layer.key.spec.quantized or layer.value.spec.quantized
     operand = torch.float16 if quantized else layer.key.codes.dtype
     capability = device_info(q.device).capability
@@ -139,8 +134,8 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         BM=tile.rows,
         BN=tile.keys,
         PAGE=layer.page_size,
-        K_CODE=CODE_KINDS[layer.key.spec.code.name],
-        V_CODE=CODE_KINDS[layer.value.spec.code.name],
+        K_CODE=key.code,
+        V_CODE=value.code,
         K_SCALED=key.scaled,
         V_SCALED=value.scaled,
         K_ZERO=layer.key.spec.zero_point,
@@ -148,7 +143,7 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         K_GROUPS=key.groups,
         V_GROUPS=value.groups,
         VECTORS=given["tensor"].shape[2] if columns else 1,
-        CAUSAL=columns and form.causal,
+        CAUSAL=isinstance(form, ColumnIntervals) and form.causal,
         RANGES=0 if columns else given["tensor"].shape[3],
         PER_HEAD=given["heads"] > 1,
         SHARED=given["shared"],

@@ -1,0 +1,195 @@
+"""Interval masks in prefill on Hopper: a 16-bit workspace and the tiles that the planner listed.
+
+As gluon_prefill (read that first), for masks: pages are dequantized once into a workspace, the
+planner lists what each query tile visits, and the kernel visits it. When the workspace would exceed
+its cap, passes run over kv_heads. Exact pages are few keys a query and go to the portable kernel.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.hardware import device_info
+from quantpage.masks import ColumnIntervals, RowIntervals
+from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
+from quantpage.ops.attend.gluon_prefill import _descriptor, _padded, dense_tile
+from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.prefill_plan import WORKSPACE_BYTES
+from quantpage.ops.attend.triton_flash_mask import attend as portable
+from quantpage.ops.attend.triton_flash_mask import lowered
+from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
+from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
+from quantpage.ops.gather.triton_gather import gather_rows
+
+
+@dataclass(frozen=True, slots=True)
+class MaskStep:
+    """What a step's lengths decide: the workspace's rows and the work over it."""
+
+    group: int
+    rows: int
+    """Workspace rows a head."""
+    longest: int
+    spans: Tensor
+    """int32 [requests, 5] (gather): request, 0, rows to write, context, first row."""
+    work: Tensor
+    """int32 [items, 8]: see gluon_mask_kernel.WORK_FIELDS, in the order of the plan's items."""
+
+
+@lru_cache(maxsize=32)
+def mask_step(
+    query_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    group: int,
+    tile: MaskTile,
+    device: str,
+) -> MaskStep:
+    """The tables of one step on the device: every layer of a step shares them."""
+    starts = [0, *accumulate(query_lens)]
+    spans, work, row = [], [], 0
+    for request, (new, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        if not new:
+            continue
+        length = -(-context // tile.keys) * tile.keys
+        spans.append((request, 0, length, context, row))
+        work += [
+            (starts[request], new, context - new, first, row, request, context, 0)
+            for first in range(0, new * group, tile.rows)
+        ]
+        row += length
+    return MaskStep(
+        group,
+        row,
+        max(span[2] for span in spans),
+        torch.tensor(spans, dtype=torch.int32).to(device),
+        torch.tensor(work, dtype=torch.int32).to(device),
+    )
+
+
+def heads_a_pass(kv_heads: int, head_bytes: int) -> int:
+    """kv_heads whose K and V the workspace holds at once, in passes of about one size."""
+    most = max(1, min(kv_heads, WORKSPACE_BYTES // head_bytes))
+    return -(-kv_heads // -(-kv_heads // most))
+
+
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
+    tokens, q_heads, _ = q.shape
+    if segment == "exact" or tokens == 0:
+        return portable(q, layer, batch, params, segment)
+    width = layer.value.head_dim
+    out_dtype = q.dtype if segment == "all" else torch.float32
+    out = torch.empty(tokens, q_heads, width, dtype=out_dtype, device=q.device)
+    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
+    group = q_heads // layer.kv_heads
+    dense = dense_tile(max(_padded(layer.key.head_dim), _padded(width)))
+    tile = MaskTile(dense.rows, dense.keys)
+    step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
+    form = lowered(params.mask, q.device)
+    plan = plan_tiles(form, batch, group, tile, segment)
+    order = plan.counts.sum((1, 2)).argsort(descending=True).int()
+    dtype = workspace_dtype(layer, q.dtype)
+    row_bytes = (layer.key.head_dim + width) * dtype.itemsize
+    heads = heads_a_pass(layer.kv_heads, step.rows * row_bytes)
+    k = torch.empty(heads, step.rows, layer.key.head_dim, dtype=dtype, device=q.device)
+    v = torch.empty(heads, step.rows, width, dtype=dtype, device=q.device)
+    for head0 in range(0, layer.kv_heads, heads):
+        count = min(heads, layer.kv_heads - head0)
+        gather_rows(layer.key, batch.page_table, step.spans, step.longest, k[:count], head0)
+        gather_rows(layer.value, batch.page_table, step.spans, step.longest, v[:count], head0)
+        launch(
+            q,
+            (k[:count], v[:count]),
+            (out, lse),
+            params,
+            (step, plan, form, order),
+            head0,
+            body_page=batch.page_size if segment == "body" else 0,
+        )
+    return out, lse
+
+
+def launch(
+    q: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    params: AttendParams,
+    planned: tuple[MaskStep, MaskPlan, ColumnIntervals | RowIntervals, Tensor],
+    head0: int = 0,
+    body_page: int = 0,
+    persistent: bool = True,
+) -> None:
+    """One pass over the kv_heads that the workspace holds, from ``head0`` on."""
+    (k, v), (out, lse), (step, plan, form, order) = workspace, results, planned
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    heads, head_dim, width = k.shape[0], q.shape[2], v.shape[2]
+    padded, padded_v = _padded(head_dim), _padded(width)
+    tile = dense_tile(max(padded, padded_v))
+    scale, cap = exponent_scale(params)
+    items = len(step.work)
+    grid = items * heads
+    if persistent:
+        grid = min(grid, device_info(q.device).processors)
+    given = mask_arguments(form, q.device)
+    columns = isinstance(form, ColumnIntervals)
+    mask_kernel[(grid,)](
+        q,
+        _descriptor(k, tile.keys, padded),
+        _descriptor(v, tile.keys, padded_v),
+        out,
+        lse,
+        lse if params.sinks is None else params.sinks,
+        order,
+        step.work,
+        plan.tiles,
+        plan.counts,
+        given["tensor"],
+        given["spans"],
+        -(-items * heads // grid),
+        items,
+        heads,
+        head0,
+        step.rows,
+        q.shape[1],
+        q.stride(0),
+        q.stride(1),
+        scale,
+        cap,
+        given["tensor"].shape[-1] if columns else 0,
+        given["m_batch"],
+        given["m_head"],
+        plan.tiles.shape[-1],
+        given["heads"],
+        max(body_page, 1),
+        G=step.group,
+        D=head_dim,
+        DV=width,
+        BM=tile.rows,
+        BN=tile.keys,
+        DP=padded,
+        DVP=padded_v,
+        STAGES=tile.stages,
+        VECTORS=given["tensor"].shape[2] if columns else 0,
+        CAUSAL=isinstance(form, ColumnIntervals) and form.causal,
+        RANGES=0 if columns else given["tensor"].shape[3],
+        PER_HEAD=given["heads"] > 1,
+        SHARED=given["shared"],
+        BODY=body_page > 0,
+        SOFTCAP=params.softcap is not None,
+        SINKS=params.sinks is not None,
+        SHIFT=8 if k.dtype == torch.float16 else 0,
+        num_warps=4,
+    )

@@ -1,0 +1,645 @@
+"""Interval masks on Hopper: one TMA warp feeds two warpgroups of wgmma with the planned key tiles.
+
+The sibling of gluon_prefill_kernel (read that first: tiles, pipeline and softmax are its own). What
+differs is where key tiles come from: the planner's list of the query tile, partial tiles first, of
+which only those load the mask's integers. The TMA warp reads the list one entry ahead, so that
+scattered tiles cost no more than neighbours.
+
+Work is ordered by the planned visits, longest first, on the device: programs take turns through
+the order and back, which evens out what a static share can.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.gluon_compat import (
+    fence_async_shared,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+WORK_FIELDS = gl.constexpr(8)
+"""int32 a work item: token row, new tokens, position of the first, first packed row, workspace row,
+request, context, unused."""
+
+
+@gluon.jit
+def _tile_of(order, turn, items, heads):
+    """Item, head of the pass, and whether there is one: turns run through the order and back."""
+    pid = gl.program_id(0)
+    grid = gl.num_programs(0)
+    at = turn * grid + gl.where(turn % 2 == 0, pid, grid - 1 - pid)
+    real = at < items * heads
+    index = gl.load(order + gl.where(real, at // heads, 0))
+    return index, at % heads, real
+
+
+@gluon.jit
+def _visits(counts, tiles, index, head, capacity, mask_heads, PER_HEAD: gl.constexpr):
+    """Where the list of a work item is, and how many of its tiles are full and partial."""
+    at = index.to(gl.int64) * mask_heads
+    if PER_HEAD:
+        at += head
+    return tiles + at * capacity, gl.load(counts + at * 2), gl.load(counts + at * 2 + 1)
+
+
+@gluon.jit
+def _key_tile(visits, visit, full, partial, capacity):
+    """Partial tiles (the list's back), then full ones; tile 0 where the list is empty."""
+    at = gl.where(visit < partial, capacity - 1 - visit, visit - partial)
+    some = (full + partial > 0) & (visit < full + partial)
+    return gl.load(visits + at, mask=some, other=0)
+
+
+@gluon.jit
+def _producer(
+    k_desc,
+    v_desc,
+    order,
+    work,
+    tiles,
+    counts,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    rounds,
+    items,
+    heads,
+    head0,
+    head_rows,
+    capacity,
+    mask_heads,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    PER_HEAD: gl.constexpr,
+):
+    count = 0
+    for turn in range(rounds):
+        index, head, real = _tile_of(order, turn, items, heads)
+        if real:
+            visits, full, partial = _visits(
+                counts, tiles, index, head0 + head, capacity, mask_heads, PER_HEAD
+            )
+            row = head * head_rows + gl.load(work + index * WORK_FIELDS + 4)
+            after = _key_tile(visits, 0, full, partial, capacity)
+            # At least one tile, so that every barrier is used.
+            for visit in range(gl.maximum(full + partial, 1)):
+                at = row + after * BN
+                after = _key_tile(visits, visit + 1, full, partial, capacity)
+                stage = count % STAGES
+                phase = ((count // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma_load(k_desc, [at, 0], k_full.index(stage), k_smem.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, [at, 0], v_full.index(stage), v_smem.index(stage))
+                count += 1
+
+
+@gluon.jit
+def _masked(
+    s,
+    key0,
+    positions,
+    mask,
+    width,
+    described,
+    length,
+    context,
+    page_size,
+    s_layout: gl.constexpr,
+    BN: gl.constexpr,
+    VECTORS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    RANGES: gl.constexpr,
+    BODY: gl.constexpr,
+):
+    """Scores of invisible pairs become -inf; masks/columns and masks/rows say which those are."""
+    keys = key0 + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+    k = keys[None, :]
+    q = positions[:, None]
+    seen = k < context
+    if VECTORS == 4:
+        # A loop, so that the vectors of one interval at a time are in registers.
+        inside = keys < length
+        for pair in range(2):
+            start = gl.load(mask + 2 * pair * width + keys, mask=inside, other=0)
+            end = gl.load(mask + (2 * pair + 1) * width + keys, mask=inside, other=0)
+            end = gl.where(inside, end, keys * pair)
+            s = gl.where((q >= start[None, :]) & (q < end[None, :]), -float("inf"), s)
+    elif RANGES == 0:
+        inside = keys < length
+        lts = gl.load(mask + keys, mask=inside, other=2147483647)[None, :]
+        if CAUSAL:
+            seen = seen & (q >= k)
+            if VECTORS == 2:
+                lte = gl.load(mask + width + keys, mask=inside, other=0)[None, :]
+                seen = seen & ((q < lts) | (q >= lte))
+            else:
+                seen = seen & (q < lts)
+        else:
+            s = gl.where(q >= lts, -float("inf"), s)
+            ute = gl.load(mask + width + keys, mask=inside, other=0)
+            s = gl.where(q < gl.where(inside, ute, keys)[None, :], -float("inf"), s)
+    else:
+        end_of_rows = described + length
+        before = (positions < described) | (length == 0)
+        past = (positions >= end_of_rows) & (length > 0)
+        index = gl.maximum(gl.minimum(positions - described, length - 1), 0)
+        shown = past[:, None] & (k >= end_of_rows) & (k <= q)
+        for slot in gl.static_range(RANGES):
+            at = mask + (index.to(gl.int64) * RANGES + slot) * 2
+            start = gl.load(at)
+            end = gl.load(at + 1)
+            end = gl.where(past, gl.minimum(end, end_of_rows), end)
+            start = gl.where(before, 0, start)
+            end = gl.where(before, positions * (slot == 0) + (slot == 0), end)
+            shown = shown | ((k >= start[:, None]) & (k < end[:, None]))
+        seen = seen & shown
+    if BODY:
+        seen = seen & (k >= page_size) & (k // page_size != q // page_size)
+    return gl.where(seen, s, -float("inf"))
+
+
+@gluon.jit
+def _softmax(
+    s,
+    m,
+    mass,
+    scale,
+    cap,
+    masked,
+    key0,
+    positions,
+    mask,
+    width,
+    described,
+    length,
+    context,
+    page_size,
+    s_layout: gl.constexpr,
+    p_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    BN: gl.constexpr,
+    VECTORS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    RANGES: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SHIFT: gl.constexpr,
+):
+    """One tile of scores into the running maximum and sum; the scale is per log2."""
+    if SOFTCAP:
+        s = cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
+        scale = 1.0
+    if masked:
+        s = _masked(
+            s,
+            key0,
+            positions,
+            mask,
+            width,
+            described,
+            length,
+            context,
+            page_size,
+            s_layout,
+            BN,
+            VECTORS,
+            CAUSAL,
+            RANGES,
+            BODY,
+        )
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
+    p = gl.exp2(s * scale - shift[:, None])
+    alpha = gl.exp2(m - SHIFT - shift)
+    mass = mass * alpha + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+
+
+@gluon.jit
+def _consumer(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    order,
+    work,
+    tiles,
+    counts,
+    mask_ptr,
+    spans,
+    q_smem,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    rounds,
+    items,
+    heads,
+    head0,
+    q_heads,
+    q_token,
+    q_head,
+    scale,
+    cap,
+    width,
+    m_batch,
+    m_head,
+    capacity,
+    mask_heads,
+    page_size,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    DP: gl.constexpr,
+    DVP: gl.constexpr,
+    HALF: gl.constexpr,
+    STAGES: gl.constexpr,
+    VECTORS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    RANGES: gl.constexpr,
+    PER_HEAD: gl.constexpr,
+    SHARED: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    SHIFT: gl.constexpr,
+):
+    dtype: gl.constexpr = k_smem.dtype
+    ROWS: gl.constexpr = BM // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
+    q_half = q_smem.slice(HALF * ROWS, ROWS)
+    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    count = 0
+    for turn in range(rounds):
+        item_index, head, real = _tile_of(order, turn, items, heads)
+        if real:
+            visits, full, partial = _visits(
+                counts, tiles, item_index, head0 + head, capacity, mask_heads, PER_HEAD
+            )
+            total_visits = gl.maximum(full + partial, 1)
+            # An empty list visits tile 0 with a mask that shows none of it.
+            masked_visits = total_visits - full
+            item = work + item_index * WORK_FIELDS
+            token0 = gl.load(item)
+            new = gl.load(item + 1)
+            position = gl.load(item + 2)
+            row0 = gl.load(item + 3) + HALF * ROWS
+            request = gl.load(item + 5)
+            context = gl.load(item + 6)
+            span = spans + (0 if SHARED else request * 2)
+            described = gl.load(span)
+            length = gl.load(span + 1)
+            mask = mask_ptr + request.to(gl.int64) * m_batch
+            if PER_HEAD:
+                mask += (head0 + head) * m_head
+            first_head = (head0 + head) * G
+
+            # Queries, as they lie, into the operand's swizzled rows; rows past the request are 0.
+            packed = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+            channel = gl.arange(0, DP, gl.SliceLayout(0, q_layout))
+            at = (token0 + packed // G).to(gl.int64) * q_token + (first_head + packed % G) * q_head
+            keep = (packed < new * G)[:, None] & (channel < D)[None, :]
+            q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+            q_half.store(q.to(dtype))
+            fence_async_shared()
+
+            rows = row0 + gl.arange(0, ROWS, s_rows)
+            positions = position + rows // G
+            m = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
+            mass = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
+            if SINKS:
+                sink = gl.load(sinks_ptr + first_head + rows % G).to(gl.float32)
+                m = sink * 1.4426950408889634
+                mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, s_rows)
+            out_rows = row0 + gl.arange(0, ROWS, o_rows)
+            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
+            out_at = out_row[:, None] * DV + out_channel[None, :]
+            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
+            lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
+            stage = count % STAGES
+            phase = (count // STAGES) & 1
+            key0 = _key_tile(visits, 0, full, partial, capacity) * BN
+            mbarrier.wait(k_full.index(stage), phase)
+            k = k_smem.index(stage).permute((1, 0))
+            s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            p16, alpha, m, mass = _softmax(
+                s,
+                m,
+                mass,
+                scale,
+                cap,
+                masked_visits > 0,
+                key0,
+                positions,
+                mask,
+                width,
+                described,
+                length,
+                context,
+                page_size,
+                s_layout,
+                p_layout,
+                dtype,
+                BN,
+                VECTORS,
+                CAUSAL,
+                RANGES,
+                BODY,
+                SOFTCAP,
+                SHIFT,
+            )
+            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            after = (count + 1) % STAGES
+            after_phase = ((count + 1) // STAGES) & 1
+            mbarrier.wait(k_full.index(after), after_phase, pred=total_visits > 1)
+            for visit in range(1, total_visits):
+                key0 = 0
+                if visit < masked_visits:
+                    key0 = gl.load(visits + capacity - 1 - visit) * BN
+                k = k_smem.index(after).permute((1, 0))
+                s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), phase)
+                acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s_token,))
+                mbarrier.arrive(k_empty.index(after), count=1)
+                p16, alpha, m, mass = _softmax(
+                    s,
+                    m,
+                    mass,
+                    scale,
+                    cap,
+                    visit < masked_visits,
+                    key0,
+                    positions,
+                    mask,
+                    width,
+                    described,
+                    length,
+                    context,
+                    page_size,
+                    s_layout,
+                    p_layout,
+                    dtype,
+                    BN,
+                    VECTORS,
+                    CAUSAL,
+                    RANGES,
+                    BODY,
+                    SOFTCAP,
+                    SHIFT,
+                )
+                done = stage
+                count += 1
+                stage = after
+                phase = after_phase
+                after = (count + 1) % STAGES
+                after_phase = ((count + 1) // STAGES) & 1
+                # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
+                # wait for the values' product: assemblers move a bare wait up.
+                mbarrier.wait(k_full.index(after), after_phase, pred=visit + 1 < total_visits)
+                acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
+                mbarrier.arrive(v_empty.index(done), count=1)
+                acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            mbarrier.wait(v_full.index(stage), phase)
+            acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc_token,))
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            count += 1
+
+            total = gl.where(mass == 0.0, 1.0, mass)
+            lse = gl.where(mass == 0.0, -float("inf"), m - SHIFT + gl.log2(total))
+            o = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+            gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
+            gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=rows < new * G)
+
+
+@gluon.jit(
+    do_not_specialize=["rounds", "items", "heads", "head0", "head_rows", "width", "capacity"]
+)
+def mask_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    order,
+    work,
+    tiles,
+    counts,
+    mask_ptr,
+    spans,
+    rounds,
+    items,
+    heads,
+    head0,
+    head_rows,
+    q_heads,
+    q_token,
+    q_head,
+    scale,
+    cap,
+    width,
+    m_batch,
+    m_head,
+    capacity,
+    mask_heads,
+    page_size,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    DP: gl.constexpr,
+    DVP: gl.constexpr,
+    STAGES: gl.constexpr,
+    VECTORS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    RANGES: gl.constexpr,
+    PER_HEAD: gl.constexpr,
+    SHARED: gl.constexpr,
+    BODY: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    SHIFT: gl.constexpr,
+):
+    """One launch over all work items of one workspace; see the module."""
+    dtype: gl.constexpr = k_desc.dtype
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, DP], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [BM, DP], q_shared)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, DP], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, DVP], v_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    sinks_ptr,
+                    order,
+                    work,
+                    tiles,
+                    counts,
+                    mask_ptr,
+                    spans,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    rounds,
+                    items,
+                    heads,
+                    head0,
+                    q_heads,
+                    q_token,
+                    q_head,
+                    scale,
+                    cap,
+                    width,
+                    m_batch,
+                    m_head,
+                    capacity,
+                    mask_heads,
+                    page_size,
+                    G,
+                    D,
+                    DV,
+                    BM,
+                    BN,
+                    DP,
+                    DVP,
+                    0,
+                    STAGES,
+                    VECTORS,
+                    CAUSAL,
+                    RANGES,
+                    PER_HEAD,
+                    SHARED,
+                    BODY,
+                    SOFTCAP,
+                    SINKS,
+                    SHIFT,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    sinks_ptr,
+                    order,
+                    work,
+                    tiles,
+                    counts,
+                    mask_ptr,
+                    spans,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    rounds,
+                    items,
+                    heads,
+                    head0,
+                    q_heads,
+                    q_token,
+                    q_head,
+                    scale,
+                    cap,
+                    width,
+                    m_batch,
+                    m_head,
+                    capacity,
+                    mask_heads,
+                    page_size,
+                    G,
+                    D,
+                    DV,
+                    BM,
+                    BN,
+                    DP,
+                    DVP,
+                    1,
+                    STAGES,
+                    VECTORS,
+                    CAUSAL,
+                    RANGES,
+                    PER_HEAD,
+                    SHARED,
+                    BODY,
+                    SOFTCAP,
+                    SINKS,
+                    SHIFT,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    k_desc,
+                    v_desc,
+                    order,
+                    work,
+                    tiles,
+                    counts,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    rounds,
+                    items,
+                    heads,
+                    head0,
+                    head_rows,
+                    capacity,
+                    mask_heads,
+                    BN,
+                    STAGES,
+                    PER_HEAD,
+                ),
+            ),
+        ],
+        [4, 4],
+        [240, 24],
+    )
