@@ -1,9 +1,8 @@
 """Layers and steps for kernel tests: random pages, every slot outside the mask poisoned.
 
-Without a CUDA device the kernels run in Triton's interpreter: the same cases, another tier.
+Without a CUDA device the kernels run in Triton's interpreter: the same cases, another tier (tests/conftest.py).
 """
 
-import os
 from dataclasses import dataclass
 
 import pytest
@@ -18,14 +17,11 @@ TIER = [
     # numpy says what the hardware does silently.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
-if not GPU:
-    # Read when triton is first imported, which the imports below this one do.
-    os.environ["TRITON_INTERPRET"] = "1"
 
-from quantpage.batch import BatchPlan, plan_batch  # noqa: E402
-from quantpage.cache.views import LayerKV, QuantizedPages  # noqa: E402
-from quantpage.formats import QuantSpec, quantize, quantize_static  # noqa: E402
-from quantpage.masks import CausalMask, Mask  # noqa: E402
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import QuantSpec, quantize, quantize_static
+from quantpage.masks import CausalMask, Mask
 
 
 @dataclass(frozen=True)
