@@ -5,16 +5,36 @@ Layers may have different formats, heads and channels. Memory is zero-filled whe
 allocated: a code or scale that nobody wrote is a finite number.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantpage.cache.layout import CacheLayout
+from quantpage.cache.saved import SavedPages, read_pages, write_pages
 from quantpage.cache.sequence import PageCopy
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import CacheError
 from quantpage.formats import QuantSpec
+from quantpage.formats.scales import ScalePair
+
+
+@dataclass(frozen=True, slots=True)
+class HostPages:
+    """Pages of every layer, copied to the host."""
+
+    planes: dict[str, Tensor]
+    """By layer and plane: "3.key.codes"."""
+    pages: int
+    exact_pages: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        return sum(plane.nbytes for plane in self.planes.values())
 
 
 class PagedKVCache:
@@ -31,7 +51,7 @@ class PagedKVCache:
         self,
         index: int,
         layout: CacheLayout,
-        static: tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None,
+        static: tuple[ScalePair, ScalePair] | None = None,
     ) -> None:
         """Allocate layer ``index``.
 
@@ -76,6 +96,80 @@ class PagedKVCache:
                 for plane in _exact_planes(view) if copy.exact else _paged_planes(view):
                     plane[copy.target] = plane[copy.source]
 
+    def swap_out(self, pages: Sequence[int], exact_pages: Sequence[int] = ()) -> HostPages:
+        """Copy pages of every layer to the host; whoever holds the pages releases them."""
+        chosen = {"pages": list(pages), "exact_pages": list(exact_pages)}
+        planes = {}
+        for index, view in self._layers.items():
+            for group, ids in chosen.items():
+                for name, plane in _named_planes(view)[group].items():
+                    planes[f"{index}.{name}"] = plane[ids].cpu()
+        return HostPages(planes, len(chosen["pages"]), len(chosen["exact_pages"]))
+
+    def swap_in(
+        self, host: HostPages, pages: Sequence[int], exact_pages: Sequence[int] = ()
+    ) -> None:
+        """Copy ``host``'s pages to the pages given, in the order in which they were taken."""
+        for name, taken, given in (
+            ("pages", host.pages, len(pages)),
+            ("exact_pages", host.exact_pages, len(exact_pages)),
+        ):
+            if taken != given:
+                raise ValueError(f"{name}: expected {taken}, as were swapped out; got {given}")
+        chosen = {"pages": list(pages), "exact_pages": list(exact_pages)}
+        for index, view in self._layers.items():
+            for group, ids in chosen.items():
+                for name, plane in _named_planes(view)[group].items():
+                    plane[ids] = host.planes[f"{index}.{name}"].to(plane.device)
+
+    def save(
+        self,
+        path: Path | str,
+        pages: Sequence[int] | None = None,
+        exact_pages: Sequence[int] | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> None:
+        """Write pages of every layer to a file, whole or not at all (cache/saved).
+
+        pages, exact_pages: which, in the order in which ``load`` numbers them; None: all.
+        note: what to remember beside them (JSON), such as lengths and page tables.
+        """
+        host = self.swap_out(
+            range(self.pages) if pages is None else pages,
+            range(self.exact_pages) if exact_pages is None else exact_pages,
+        )
+        static = {
+            f"{index}.{name}": plane
+            for index, view in self._layers.items()
+            for name, plane in _named_planes(view)["static"].items()
+        }
+        sizes = {"pages": host.pages, "exact_pages": host.exact_pages, "user": note or {}}
+        write_pages(path, SavedPages(self.layouts, {**host.planes, **static}, sizes))
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        expected: Mapping[int, CacheLayout] | None = None,
+    ) -> tuple["PagedKVCache", dict[str, Any]]:
+        """A cache with the saved pages, numbered from 0, and the note saved with them.
+
+        expected: the layouts that the caller's model needs. Raises CorruptCache for a file that
+        is truncated, altered, or of another format.
+        """
+        saved = read_pages(path, expected)
+        cache = cls(saved.note["pages"], saved.note["exact_pages"], device)
+        for index, layout in saved.layouts.items():
+            pair = [
+                _static_pair(saved.planes, f"{index}.{half}", spec, device)
+                for half, spec in (("key", layout.format.key), ("value", layout.format.value))
+            ]
+            cache.add_layer(index, layout, (pair[0], pair[1]))
+        host = HostPages(saved.planes, cache.pages, cache.exact_pages)
+        cache.swap_in(host, range(cache.pages), range(cache.exact_pages))
+        return cache, saved.note["user"]
+
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated."""
@@ -108,17 +202,39 @@ class PagedKVCache:
 
 
 def _paged_planes(view: LayerKV) -> list[Tensor]:
-    """Every tensor of the layer whose first dimension is pages, as bytes."""
-    planes = []
-    for half in (view.key, view.value):
-        planes.append(half.codes)
-        if half.spec.quantized and half.spec.dynamic:
-            planes += [plane for plane in (half.scale, half.zero) if plane is not None]
-    return [_indexable(plane) for plane in planes]
+    """Every tensor of the layer whose first dimension is pages."""
+    return list(_named_planes(view)["pages"].values())
 
 
 def _exact_planes(view: LayerKV) -> list[Tensor]:
-    return [plane for plane in (view.exact_key, view.exact_value) if plane is not None]
+    return list(_named_planes(view)["exact_pages"].values())
+
+
+def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
+    """The layer's tensors by name, as torch can index them, in three groups by first dimension."""
+    found: dict[str, dict[str, Tensor]] = {"pages": {}, "exact_pages": {}, "static": {}}
+    for half, pages in (("key", view.key), ("value", view.value)):
+        found["pages"][f"{half}.codes"] = _indexable(pages.codes)
+        group = "pages" if pages.spec.dynamic else "static"
+        for name, plane in (("scale", pages.scale), ("zero", pages.zero)):
+            if plane is not None:
+                found[group][f"{half}.{name}"] = plane
+    for name, plane in (("exact_key", view.exact_key), ("exact_value", view.exact_value)):
+        if plane is not None:
+            found["exact_pages"][name] = plane
+    return found
+
+
+def _static_pair(
+    planes: Mapping[str, Tensor], name: str, spec: QuantSpec, device: torch.device | str
+) -> ScalePair:
+    if spec.dynamic:
+        return None, None
+    scale, zero = planes.get(f"{name}.scale"), planes.get(f"{name}.zero")
+    return (
+        None if scale is None else scale.to(device),
+        None if zero is None else zero.to(device),
+    )
 
 
 def _grown(half: QuantizedPages, pages: int) -> QuantizedPages:

@@ -17,7 +17,8 @@ from torch import Tensor
 from quantpage.errors import FormatError
 from quantpage.formats.spec import KVFormat, QuantSpec
 
-_Pair = tuple[Tensor | None, Tensor | None]
+ScalePair = tuple[Tensor | None, Tensor | None]
+"""A scale and its zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class LayerScales:
     value_zero: Tensor | None = None
 
     @property
-    def pairs(self) -> tuple[_Pair, _Pair]:
+    def pairs(self) -> tuple[ScalePair, ScalePair]:
         """((key scale, key zero), (value scale, value zero)), as ``add_layer`` takes them."""
         return (self.key_scale, self.key_zero), (self.value_scale, self.value_zero)
 
