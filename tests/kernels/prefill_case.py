@@ -1,0 +1,123 @@
+"""Prefill kernels as ahead-of-time compile cases.
+
+Run as a program it compiles every case and prints what each takes as JSON: kernels are compiled
+in a process of their own, as Triton decides at import whether it interprets.
+"""
+
+import dataclasses
+import json
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from quantpage.ops.attend.gluon_prefill import dense_tile
+from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
+from quantpage.ops.attend.triton_prefill import pages_tile
+from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
+from tests.kernels.aot import compile_kernel, resources
+
+CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+
+
+def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0):
+    """Keys and values of one code, a scale a token (and a zero for int4), 32/8 heads."""
+    tile, warps = pages_tile(head_dim, rows)
+    pointers = {"none": "*fp16", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
+    types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
+    for side in "kv":
+        types[f"{side}_codes"] = pointers[code]
+        types[f"{side}_scale"] = types[f"{side}_zero"] = "*fp16"
+    for name in ("page_table", "order", "work"):
+        types[name] = "*i32"
+    for name in ("scale", "cap"):
+        types[name] = "fp32"
+    for name in ("heads", "head0", "part_rows", "window", "sink_tokens", "table_row"):
+        types[name] = "i32"
+    for name in prefill_pages_kernel.arg_names:
+        if name not in types and name[0].islower():
+            types[name] = "i32:16"
+    fixed = {
+        "G": 4, "D": head_dim, "DV": head_dim, "DP": head_dim, "DVP": head_dim,
+        "BM": tile.rows, "BN": tile.keys,
+        "SLOTS": page, "PAGE": page, "K_CODE": CODE[code], "V_CODE": CODE[code],
+        "K_SCALED": int(code != "none"), "V_SCALED": int(code != "none"),
+        "K_ZERO": code == "int4", "V_ZERO": code == "int4", "K_GROUPS": 1, "V_GROUPS": 1,
+        "WINDOW": False,
+        "CAUSAL": True, "SEGMENT": segment, "SOFTCAP": False, "SINKS": False, "SHIFT": 8,
+        "OLD": capability < 89,
+        "STAGES": tile.stages, "OPERAND": tl.float16,
+    }  # fmt: skip
+    return types | fixed, warps
+
+
+def compile_dense(head_dim=128, dtype="fp16", **flags):
+    """The Hopper kernel, by default plain causal attention over a float16 workspace."""
+    tile = dense_tile(head_dim)
+    element = gl.float16 if dtype == "fp16" else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], element)
+    rows = f"tensordesc<{dtype}[{tile.keys}, {head_dim}],{layout!r}>"
+    types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16"}
+    types |= {"order": "*i32", "work": "*i32", "scale": "fp32", "cap": "fp32"}
+    for name in ("lse_ptr", "carry_ptr", "carry_lse_ptr", "sinks_ptr"):
+        types[name] = "*fp32"
+    fixed = {
+        "G": 4, "D": head_dim, "DV": head_dim, "BM": tile.rows, "BN": tile.keys,
+        "DP": head_dim, "DVP": head_dim,
+        "STAGES": tile.stages, "CAUSAL": True, "WINDOW": False, "BODY": False,
+        "SOFTCAP": False, "SINKS": False,
+        "CARRY": False, "SHIFT": 8 if dtype == "fp16" else 0,
+    }  # fmt: skip
+    fixed |= flags
+    signature, constants, aligned = {}, {}, {}
+    for at, name in enumerate(prefill_kernel.arg_names):
+        if name in fixed:
+            signature[name] = "constexpr"
+            constants[(at,)] = fixed[name]
+            continue
+        signature[name] = types.get(name, "i32")
+        if signature[name].startswith("*") or name in ("q_heads", "q_token", "q_head"):
+            aligned[(at,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(prefill_kernel, signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": 4})
+
+
+PAGES = {
+    "int8 sm_90": {},
+    "fp8 sm_90": {"code": "fp8"},
+    "int4 sm_90": {"code": "int4"},
+    "workspace sm_90": {"code": "none"},
+    "int8 sm_80": {"capability": 80},
+    "int8 sm_100": {"capability": 100},
+}
+DENSE = {
+    "dense 128": {},
+    "dense 64": {"head_dim": 64},
+    "dense 256": {"head_dim": 256},
+    "dense window, sinks": {"WINDOW": True, "SINKS": True},
+    "dense carried": {"CARRY": True},
+}
+
+
+def main() -> None:
+    found = {}
+    for name, given in PAGES.items():
+        arguments, warps = pages_arguments(**given)
+        capability = given.get("capability", 90)
+        found[name] = compile_kernel(prefill_pages_kernel, arguments, capability, num_warps=warps)
+    for name, given in DENSE.items():
+        found[name] = compile_dense(**given)
+    print(json.dumps({name: _plain(resources(k)) for name, k in found.items()}))
+
+
+def _plain(found) -> dict:
+    """A JSON object of it: counters are not."""
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return values | {"counts": dict(found.counts)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the prefill kernels compile to for GPUs that are not here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Name of a case -> its resources, compiled in a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.prefill_case"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(found, pattern):
+    return sum(n for name, n in found["counts"].items() if re.match(pattern, name))
+
+
+@pytest.mark.parametrize("name", ["int8 sm_90", "fp8 sm_90", "workspace sm_90", "int8 sm_100"])
+def test_pages_kernel_keeps_its_registers(compiled, name):
+    found = compiled[name]
+    assert found["stack"] == 0 and count(found, "LDL|STL") == 0
+    assert count(found, "HGMMA|UTCHMMA") > 0
+    # Codes are copied to shared memory 16 bytes at a time and never read from it one by one.
+    assert count(found, r"LDGSTS\.E\.BYPASS\.128") > 0
+    assert count(found, r"LDS\.U8") <= 1
+
+
+def test_int4_compiles_with_zero_points(compiled):
+    assert compiled["int4 sm_90"]["stack"] <= 64
+    assert count(compiled["int4 sm_90"], "HGMMA") > 0
+
+
+def test_int8_turns_four_codes_with_five_instructions(compiled):
+    found = compiled["int8 sm_90"]
+    # I2F is what Triton's own cast would be: one slow conversion a value.
+    assert count(found, "I2F") <= 4
+
+
+def test_ampere_uses_its_tensor_cores(compiled):
+    assert count(compiled["int8 sm_80"], "HMMA") > 0
+    assert count(compiled["int8 sm_80"], "LDL|STL") == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["dense 128", "dense 64", "dense 256", "dense window, sinks", "dense carried"]
+)
+def test_dense_kernel_is_wgmma_fed_by_tma(compiled, name):
+    found = compiled[name]
+    assert count(found, "HGMMA") > 0 and count(found, "UTMALDG") >= 2
+    # Serialized wgmma shows as one arrive each; here one a matrix product, in two consumers.
+    assert count(found, r"WARPGROUP\.ARRIVE") == 8
+    assert count(found, "USETMAXREG") >= 3
+    # Launch arguments may be parked once around the role switch; nothing of the loop is.
+    assert count(found, "LDL|STL") <= 24
+    assert found["shared"] <= 227 * 1024
+
+
+def test_softmax_runs_behind_the_product_of_values(compiled):
+    """A consumer waits for: first scores, then in its loop scores and values, then last values.
+
+    The loop's exponentials lie between its two waits; behind both, the tensor cores would idle.
+    """
+    loop = compiled["dense 128"]["loop"]
+    waits = [at for at, name in enumerate(loop) if name.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 8
+    for first, scores, values, last in (waits[:4], waits[4:]):
+        assert loop[first:scores].count("MUFU.EX2") >= 64
+        assert loop[scores:values].count("MUFU.EX2") >= 64
+        assert loop[values:last].count("MUFU.EX2") < 8

@@ -1,0 +1,153 @@
+"""The Hopper prefill against the float64 reference; needs a GPU of compute capability 9.0."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+# Decides, before triton is imported, whether kernels are interpreted.
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, Step, make_step, relative
+
+# isort: split
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import AttendParams, prefill
+from quantpage.ops.attend import attend as attend_segments
+from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.dispatch import Implementation
+
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
+if HOPPER:
+    from quantpage.ops.attend import gluon_prefill
+
+# Operands of 11 bits (float16) or 8 (bfloat16), and an output of as many.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+RAGGED = Step((200, 1, 0, 70, 33), (700, 300, 50, 70, 333), page_size=64, head_dim=128)
+
+
+@pytest.fixture(autouse=True)
+def _everything_through_the_workspace(monkeypatch):
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "gluon", 1)
+
+
+def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, dtype=torch.bfloat16):
+    q, layer, batch = make_step(key, value, step, mask, dtype)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = gluon_prefill.attend(q, layer, batch, params)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert relative(out, wanted) < TOLERANCE[dtype]
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format(name, dtype):
+    given = FORMATS[name]
+    check(given.key, given.value, RAGGED, dtype=dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_every_head_dim(head_dim):
+    given = FORMATS["int8"]
+    check(given.key, given.value, replace(RAGGED, head_dim=head_dim))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        replace(RAGGED, group=7),
+        replace(RAGGED, group=1, kv_heads=3, page_size=16),
+        replace(RAGGED, value_dim=64),
+        Step((512,), (576,), page_size=256, head_dim=128),
+        Step((3,) * 50, tuple(range(3, 53)), page_size=32, head_dim=128),
+    ],
+    ids=["group7", "mha-page16", "value64", "k-q", "many"],
+)
+def test_awkward_shapes(step):
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CausalMask(window=1),
+        CausalMask(window=100),
+        CausalMask(window=100, sink_tokens=4),
+        CausalMask(window=100, sink_tokens=130),
+        FullMask(),
+    ],
+    ids=["window1", "window100", "sink4", "sink130", "full"],
+)
+def test_masks_skip_poisoned_slots(mask):
+    check(FORMATS["fp8"].key, FORMATS["fp8"].value, RAGGED, mask)
+
+
+def test_softcap_and_sink_logits():
+    check(FORMATS["int8"].key, FORMATS["int8"].value, RAGGED, softcap=1.5)
+    check(FORMATS["int4"].key, FORMATS["int4"].value, RAGGED, sinks=True)
+
+
+def test_groups_of_channels():
+    spec = QuantSpec(CODES["int4"], Granularity(group=32), zero_point=True)
+    check(spec, spec, RAGGED)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=100, sink_tokens=70), FullMask()])
+def test_exact_pages_are_one_more_segment(mask):
+    given = FORMATS["int4"]
+    q, layer, batch = make_step(given.key, given.value, RAGGED, mask, torch.float16, exact=True)
+    params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
+    run = Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", lambda call: [])
+    out, lse = attend_segments(q, layer, batch, params, run)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < TOLERANCE[torch.float16]
+    assert (lse.cpu() - wanted_lse).abs().max() < 10 * TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("more", [{}, {"processors": 1}])
+def test_capped_workspace_goes_over_keys_or_heads(more, sinks, monkeypatch):
+    plain = gluon_prefill.workspace_shape
+    monkeypatch.setattr(
+        gluon_prefill,
+        "workspace_shape",
+        lambda *given: replace(plain(*given), cap=300_000, **more),
+    )
+    step = Step((200, 40), (1500, 600), page_size=64, head_dim=128)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step, sinks=sinks)
+
+
+def test_keys_split_into_parts_give_the_same_rows():
+    step = Step((40,), (9000,), page_size=64, head_dim=128, kv_heads=1)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, step, sinks=True)
+
+
+def test_a_mixed_step_is_its_requests(monkeypatch):
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "gluon", 256)
+    check(FORMATS["int8"].key, FORMATS["int8"].value, RAGGED)
+
+
+def test_chunks_give_what_the_whole_gives():
+    given = FORMATS["int8"]
+    whole = Step((700,), (700,), page_size=64, head_dim=128)
+    q, layer, batch = make_step(given.key, given.value, whole, CAUSAL, torch.bfloat16)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    all_at_once, _ = gluon_prefill.attend(q, layer, batch, params)
+    chunk = replace(
+        batch,
+        query_starts=torch.tensor([0, 333], dtype=torch.int32, device=DEVICE),
+        slots=batch.slots[-333:],
+        positions=batch.positions[-333:],
+        query_lens=(333,),
+    )
+    last, _ = gluon_prefill.attend(q[-333:], layer, chunk, params)
+    assert relative(last, all_at_once[-333:]) < TOLERANCE[torch.bfloat16]
