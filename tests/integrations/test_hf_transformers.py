@@ -131,8 +131,11 @@ def test_a_cache_continues_over_two_calls(kv_format):
     with quantpage.attach(model, kv_format=kv_format, page_size=16) as attached:
         cache = attached.new_cache()
         first = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
-            max_new_tokens=8, do_sample=False,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=8,
+            do_sample=False,
         )
         longer = torch.cat([first, tokens(1, 9, seed=9)], 1)
         ones = torch.ones_like(longer)

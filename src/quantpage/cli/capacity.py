@@ -1,14 +1,16 @@
 """`quantpage capacity`: how many tokens and requests fit in a memory, per format."""
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from quantpage.formats import FORMATS, KVFormat
-from quantpage.integrations.hf_transformers.model import ModelShape, load_config, model_shape
+
+if TYPE_CHECKING:
+    from quantpage.integrations.hf_transformers.model import ModelShape
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -21,6 +23,8 @@ def command(
     page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
 ) -> None:
     """Tokens and requests that fit, per format, from the layout that the cache allocates."""
+    from quantpage.integrations.hf_transformers.model import load_config, model_shape
+
     budget = parse_bytes(memory)
     if context < 1:
         raise ValueError(f"context: expected at least 1 token, got {context}")
@@ -52,7 +56,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
-def tokens_in(budget: int, shape: ModelShape, kv_format: KVFormat, page_size: int) -> int:
+def tokens_in(budget: int, shape: "ModelShape", kv_format: KVFormat, page_size: int) -> int:
     """Tokens of one request that fill ``budget``: whole pages, its exact pages counted."""
     layout = shape.layout(kv_format, page_size)
     left = budget // shape.layers - layout.exact_bytes_per_request()
@@ -60,7 +64,7 @@ def tokens_in(budget: int, shape: ModelShape, kv_format: KVFormat, page_size: in
 
 
 def requests_in(
-    budget: int, shape: ModelShape, kv_format: KVFormat, page_size: int, context: int
+    budget: int, shape: "ModelShape", kv_format: KVFormat, page_size: int, context: int
 ) -> int:
     """Requests of ``context`` tokens that fit, each with its own last page and exact pages."""
     layout = shape.layout(kv_format, page_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan, plan_batch
+from quantpage.batch import BatchPlan, ExactPlan, plan_batch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Sequence
 from quantpage.errors import CacheError
 
@@ -52,6 +52,8 @@ class Rows:
         """[rows, tokens] bool: False where a token was padding; None: never padding."""
         self._length = 0
         self._step: Step | None = None
+        self.frozen: Step | None = None
+        """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
         self._pool, self._exact_pool = PagePool(0), PagePool(0)
         self._store: PagedKVCache | None = None
 
@@ -82,6 +84,8 @@ class Rows:
         Asked by each layer; the first to ask reserves the pages. padding: [rows, start + new]
         bool, False for padding.
         """
+        if self.frozen is not None:
+            return self.frozen
         if self._step is not None and (self._step.start, self._step.new) == (start, new):
             return self._step
         self._settle()
@@ -98,6 +102,36 @@ class Rows:
             keep = kept.flatten().nonzero().flatten().to(self._store.device)
         self._step = Step(start, new, self._plan(lengths), keep)
         return self._step
+
+    def reserve_ahead(self, tokens: int) -> BatchPlan:
+        """Pages for ``tokens`` more in every row, and the plan of the first of them.
+
+        For CUDA graphs: the plan's host lengths are those of the last token, upper bounds for
+        all. The tokens count as cached from then on.
+        """
+        self._settle()
+        if self._kept is not None:
+            raise CacheError("reserve_ahead: expected rows without padding, got padded rows")
+        start = self._length
+        self._reserve([tokens] * self.count)
+        ahead = self._plan([tokens] * self.count)
+        firsts = torch.arange(self.count) * tokens
+        at = firsts.to(ahead.slots.device)
+        exact = ahead.exact
+        if exact is not None:
+            exact = ExactPlan(exact.page_table, exact.slots[at].clone())
+        self._step = Step(start, tokens, ahead, None)
+        return BatchPlan(
+            query_starts=torch.arange(self.count + 1, dtype=torch.int32, device=at.device),
+            context_lens=torch.full_like(ahead.context_lens, start + 1),
+            page_table=ahead.page_table,
+            slots=ahead.slots[at].clone(),
+            positions=ahead.positions[at].clone(),
+            page_size=self.page_size,
+            query_lens=(1,) * self.count,
+            host_context_lens=ahead.host_context_lens,
+            exact=exact,
+        )
 
     def tables(self, length: int) -> Iterator[tuple[Tensor, int, Tensor]]:
         """For each row: its page table, its tokens, and their places among ``length``."""
