@@ -1,0 +1,89 @@
+"""The Python blocks of README.md and docs/*.md run, print what is printed below them, and links
+lead somewhere.
+
+    ```python            runs; blocks of a file share their names, from the top down
+    ```python fragment   does not run: a piece of a file, or something that needs a GPU
+    ```text              directly after a block that runs: exactly what it prints
+"""
+
+import re
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parent.parent
+PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.is_file()]
+MODEL = "models/smollm2"
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_TOKENS = re.compile(r"max_new_tokens=\d+")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)[^)]*\)")
+
+
+@dataclass
+class Block:
+    line: int
+    code: str
+    prints: str | None
+    """What the block below it says; None: there is none."""
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks that run."""
+    found: list[Block] = []
+    end = -1
+    for match in _FENCE.finditer(text):
+        kind, body = match.groups()
+        if kind == "python":
+            found.append(Block(text[: match.start()].count("\n") + 2, body, None))
+            end = match.end()
+        elif kind == "text" and end >= 0 and not text[end : match.start()].strip():
+            found[-1].prints = body
+            end = -1
+    return found
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_blocks_run_and_print_what_they_say(path, tmp_path, monkeypatch):
+    blocks = blocks_of(path.read_text())
+    # What a block writes goes to a folder of its own; the model is found where it always is.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    names: dict = {"__name__": "docs"}
+    for block in blocks:
+        if MODEL in block.code and not (ROOT / MODEL / "config.json").is_file():
+            pytest.skip(f"{MODEL} is missing: scripts/demo.sh fetches it")
+        said = StringIO()
+        # Lines are counted from the top of the page, so that a traceback points into it.
+        # A few tokens show that a block with the model works; all of them take minutes on a CPU.
+        short = _TOKENS.sub("max_new_tokens=3", block.code)
+        code = compile("\n" * (block.line - 1) + short, str(path), "exec")
+        with redirect_stdout(said):
+            exec(code, names)
+        if block.prints is not None:
+            assert said.getvalue() == block.prints, f"{named(path)}, line {block.line}"
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.parent != ROOT], ids=named)
+def test_links_lead_somewhere(path):
+    missing = [to for to in _LINK.findall(path.read_text()) if not (path.parent / to).exists()]
+    assert missing == []
+
+
+def test_what_runs_and_what_does_not():
+    page = (
+        "```python\na = 1\n```\n\n```text\nb\n```\n"
+        "```python fragment\nc\n```\n```text\nd\n```\n```python\ne\n```\nwords\n```text\nf\n```\n"
+    )
+    assert [(block.line, block.code, block.prints) for block in blocks_of(page)] == [
+        (2, "a = 1\n", "b\n"),
+        (15, "e\n", None),
+    ]
