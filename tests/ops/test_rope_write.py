@@ -65,17 +65,32 @@ def inputs(tokens, head_dim=64, seed=0):
     )
 
 
-def same_codes(got: LayerKV, wanted: LayerKV):
-    """Equal save on ties: a code may differ by one where float32 rounding decided."""
+def same_pages(got: LayerKV, wanted: LayerKV):
     for mine, theirs in ((got.key, wanted.key), (got.value, wanted.value)):
         if not mine.spec.quantized:
             torch.testing.assert_close(mine.codes, theirs.codes, atol=2e-6, rtol=2e-6)
             continue
         a, b = (dequantize(x.codes, x.scale, x.zero, x.spec, torch.float64) for x in (mine, theirs))
-        steps = theirs.scale.double().amax() * (32 if mine.spec.code.name == "fp8" else 1)
-        different = (a != b) & ((a - b).abs() > 1e-3 * steps)
-        assert (a - b).abs().max() <= 1.01 * steps
-        assert different.float().mean() < 1e-3
+        same_save_ties(a, b, theirs.spec)
+
+
+def same_save_ties(got, wanted, spec):
+    """Numbers of two writers that differ by float32 rounding before they round to codes.
+
+    A number on a tie lands one code further: one step, and rarely. A scale or zero on a tie of its
+    16 bits moves by 2^-11 of itself and takes its whole row with it: with an error of a few
+    2^-24 before it, one row in a thousand or two, so at most 3 here and one in twenty.
+    """
+    got, wanted = got.double(), wanted.double()
+    reach = wanted.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    off = (got - wanted).abs() / reach
+    # Coarsest step of a code relative to the largest number of the row.
+    step = {"none": 2e-6, "int8": 1 / 127, "fp8": 1 / 14, "int4": 2 / 15}[spec.code.name]
+    assert off.max() <= 1.02 * step + 2**-9
+    moved = off > 1e-5
+    rows = moved.double().mean(-1) > 0.25
+    assert rows.sum() <= max(3, rows.numel() // 20)
+    assert moved[~rows].double().mean() < 2e-3
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
@@ -93,9 +108,7 @@ def test_pages_hold_what_the_reference_quantizer_makes(implementation, name, hea
     ):
         wanted = dequantize(*quantize(turn[spec.rotation](rows), spec), spec)
         held = gather_request(pages, batch.page_table[0], 20, torch.float32)
-        # A code may flip on a tie: one step of the largest scale, and rarely.
-        far = (held - wanted[:20]).abs() > 1e-5
-        assert far.float().mean() < 1e-3
+        same_save_ties(held, wanted[:20], spec)
     torch.testing.assert_close(written.q, turn[kv_format.key.rotation](q), atol=2e-6, rtol=2e-6)
     held = gather_request(layer.key, batch.page_table[0], 20, torch.float32)
     torch.testing.assert_close(written.k_rows[:20], held, atol=1e-6, rtol=1e-6)
@@ -121,7 +134,7 @@ def test_bias_norm_and_rope(implementation, name, after_rope, interleaved):
     got = write(q, k, v, mine, step(exact), params)
     wanted = reference.rope_write(q.double(), k.double(), v.double(), theirs, step(exact), params)
     torch.testing.assert_close(got.q.double(), wanted.q, atol=1e-5, rtol=1e-5)
-    same_codes(mine, theirs)
+    same_pages(mine, theirs)
 
 
 def test_rope_uses_absolute_positions(implementation):
