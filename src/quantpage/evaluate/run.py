@@ -103,6 +103,9 @@ def _score_all(
         for number, window in enumerate(windows, 1):
             where = f"window {number} of {len(windows)}"
             progress.update(task, description=f"{where}: unquantized")
+            if not progress.console.is_terminal:
+                # A bar is drawn on terminals only; a log gets a line a window.
+                progress.console.print(where)
             with unquantized(model) as new_cache:
                 exact = log_probabilities(model, window, new_cache, chunk)
             progress.advance(task)
