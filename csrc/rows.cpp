@@ -130,12 +130,15 @@ static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* sc
 static void encode(const Pages& p, const float* x, int64_t count, Affine by, float* codes) {
   const float top = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
   const float bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
-  const float magic = p.code == FP8 ? 0.f : 12582912.f;
   for (int64_t c = 0; c < count; c++) {
     float y = (p.zero ? x[c] - by.zero : x[c]) / by.scale;
     y = y > top ? top : y < bottom ? bottom : y;
-    codes[c] = (y + magic) - magic;
+    codes[c] = y;
   }
+  if (p.code == FP8) return;
+  // Half to even, as every sum of floats.
+  const float magic = 12582912.f;
+  for (int64_t c = 0; c < count; c++) codes[c] = (codes[c] + magic) - magic;
 }
 static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to) {
   if (code == INT8)

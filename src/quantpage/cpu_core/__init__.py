@@ -78,13 +78,15 @@ def _open() -> tuple[Core | None, str]:
     isa = library.quantpage_isa()
     if isa < 0:
         return None, "no compiled core for this machine: it needs SSE4.2 on x86."
-    functions = []
-    for name in ("attend", "write", "gather"):
-        function = getattr(library, f"quantpage_{name}")
-        function.argtypes = [ctypes.c_char_p]
-        function.restype = ctypes.c_int64
-        functions.append(function)
-    read = library.quantpage_read
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    read.restype = ctypes.c_int64
-    return Core(*functions, read, isa), ""
+    attend, write, gather = (
+        _function(library, name, ctypes.c_char_p) for name in ("attend", "write", "gather")
+    )
+    read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    return Core(attend, write, gather, read, isa), ""
+
+
+def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
+    function = getattr(library, f"quantpage_{name}")
+    function.argtypes = list(arguments)
+    function.restype = ctypes.c_int64
+    return function

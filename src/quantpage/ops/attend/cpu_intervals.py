@@ -14,7 +14,7 @@ _last: tuple[Mask, Tensor, int, Intervals] | None = None
 
 
 def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
-    """(starts, low, high): row r sees keys low[i] .. high[i] - 1, i in starts[r] .. starts[r+1] - 1.
+    """(starts, low, high): row r sees keys [low[i], high[i]), i from starts[r] to starts[r + 1].
 
     Rows are the step's tokens, for each kv_head in turn where the mask differs by head. The
     answer is kept for the other layers of the step.

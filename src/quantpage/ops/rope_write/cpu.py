@@ -43,9 +43,9 @@ def rope_write(
         wide = (k + k_bias).dtype
         q = None if q is None else (q + q_bias).to(wide)
         k, v = k + k_bias, (v + v_bias).to(wide)
-    q, k, v = _rows(q, k.dtype), _rows(k, k.dtype), _rows(v, k.dtype)
-    assert k is not None and v is not None
-    tokens, kv_heads, head_dim = k.shape
+    q = None if q is None else _rows(q, k.dtype)
+    k, v = _rows(k, k.dtype), _rows(v, k.dtype)
+    tokens, kv_heads, _ = k.shape
     q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype)
     k_rows = torch.empty(k.shape, dtype=k.dtype) if params.return_rows else None
     v_rows = torch.empty(v.shape, dtype=k.dtype) if params.return_rows else None
@@ -88,10 +88,8 @@ def rope_write(
     return Written(q_out, k_rows, v_rows)
 
 
-def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In the common dtype, channels contiguous."""
-    if x is None:
-        return None
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.stride(2) == 1 else x.contiguous()
 

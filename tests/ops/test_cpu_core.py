@@ -1,0 +1,65 @@
+"""Finding the compiled core, and what is said where there is none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage import cpu_core
+from quantpage.explain import example_call, explain
+from quantpage.formats import CODES, FORMATS, KVFormat, QuantSpec
+from quantpage.hardware import device_info
+from quantpage.ops import cpu_refusals
+from quantpage.ops.cpu_refusals import refusals
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def call():
+    return example_call(device_info("cpu"), FORMATS["int8"])
+
+
+def test_there_is_a_core_or_a_reason():
+    assert (cpu_core.find_core() is None) == bool(cpu_core.absence())
+
+
+def test_without_a_core_torch_answers(call, monkeypatch):
+    sentence = "no compiled core in this installation: it was made without a C++ compiler."
+    monkeypatch.setattr(cpu_refusals, "absence", lambda: sentence)
+    assert refusals(call) == [sentence]
+    for choice in explain(call):
+        assert choice.chosen == "torch"
+        assert ("cpu", sentence) in choice.refusals
+
+
+def test_another_version_of_the_library_is_refused(monkeypatch, tmp_path):
+    if cpu_core.find_core() is None:
+        pytest.skip("no compiled core in this installation")
+    cpu_core._open.cache_clear()
+    monkeypatch.setattr(cpu_core.records, "SIZES", (8, 8, 8))
+    try:
+        assert "expected one with records of (8, 8, 8) bytes" in cpu_core._open()[1]
+    finally:
+        cpu_core._open.cache_clear()
+
+
+def test_refusals_name_what_came(call, monkeypatch):
+    monkeypatch.setattr(cpu_refusals, "absence", lambda: "")
+    wide = QuantSpec(CODES["int8"], scale_dtype=torch.float64)
+    odd = replace(
+        call,
+        head_dim=40,
+        value_head_dim=1024,
+        dtype=torch.float64,
+        format=KVFormat("wide", wide, wide),
+    )
+    assert refusals(odd) == [
+        "head_dim must be a multiple of 16 up to 512, got 40.",
+        "value_head_dim must be a multiple of 16 up to 512, got 1024.",
+        "queries must have 16 or 32 bits, got torch.float64.",
+        "scales of keys must have 16 or 32 bits, got torch.float64.",
+        "scales of values must have 16 or 32 bits, got torch.float64.",
+    ]
+    cuda = replace(call, device=replace(call.device, kind="cuda"))
+    assert refusals(cuda) == ["needs a CPU, got cuda."]
