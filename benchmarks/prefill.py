@@ -1,0 +1,267 @@
+"""Prefill over quantized pages beside kernels that read dense bfloat16, in one run.
+
+    python benchmarks/prefill.py --out benchmarks/results/h200-prefill.csv
+
+Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
+order) into the workspace, and every pass. Peers get contiguous bfloat16 keys and values. Each row
+is checked against float64 first; a red check is written as such and not timed.
+
+A Hopper GPU under this load is held back by its power limit, and by how warm it is: implementations
+take turns, ``--rounds`` times, and a row is the median of its turns. TFLOP/s count
+4 * q_heads * head_dim operations a visible pair; cuDNN has no causal mask that ends at the last
+query, so that it runs chunks unmasked and is credited with the pairs it computes (``pairs``).
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from triton.testing import do_bench
+
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import FORMATS, QuantSpec
+from quantpage.ops.attend import AttendParams, gluon_prefill, triton_prefill
+
+PAGE = 64
+FIELDS = (
+    "case", "requests", "new", "context", "q_heads", "kv_heads", "head_dim", "implementation",
+    "format", "pairs", "microseconds", "tflops", "of_cudnn", "error", "device", "torch", "triton",
+    "commit",
+)  # fmt: skip
+ABSENT = {
+    "FlashAttention-3": "flash_attn_interface",
+    "FlashAttention-4": "flash_attn.cute",
+    "FlashInfer": "flashinfer",
+    "vLLM": "vllm",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: every request has ``new`` tokens at the end of ``context``."""
+
+    name: str
+    requests: int
+    new: int
+    context: int
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    ours: tuple[str, ...] = ("gluon int8", "gluon fp8", "gluon int4")
+
+    def operations(self, causal: bool) -> float:
+        """Of the visible pairs."""
+        hidden = self.new * (self.new - 1) / 2 if causal else 0
+        pairs = self.requests * (self.new * self.context - hidden)
+        return 4 * self.q_heads * self.head_dim * pairs
+
+
+ALL = ("gluon none", "gluon int8", "gluon fp8", "gluon int4", "triton int8", "triton int4")
+CASES = (
+    Case("4 x 4k", 4, 4096, 4096),
+    Case("1 x 16k", 1, 16384, 16384, ours=ALL),
+    Case("1 x 64k", 1, 65536, 65536),
+    Case("2k on 32k", 1, 2048, 32768, ours=ALL),
+    Case("512 on 32k", 1, 512, 32768),
+    Case("2k on 128k", 1, 2048, 131072, ours=("gluon int8",)),
+    Case("512 on 128k", 1, 512, 131072),
+    Case("1 x 16k, dim 64", 1, 16384, 16384, head_dim=64, ours=("gluon int8",)),
+    Case("1 x 16k, dim 256", 1, 16384, 16384, 16, 4, 256, ours=("gluon int8",)),
+)
+
+
+def make_half(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
+    """Codes that a standard normal would have, made where they are used."""
+    shape = (pages, case.kv_heads, PAGE, case.head_dim)
+    numbers = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    if not spec.quantized:
+        return QuantizedPages(spec, numbers)
+    scale = torch.empty(*shape[:3], 1, device="cuda", dtype=torch.float16)
+    zero = torch.zeros_like(scale) if spec.zero_point else None
+    if spec.code.name == "int4":
+        scale.fill_(6 / 15)
+        nibbles = (numbers.float() / scale).round().clamp(-8, 7).add(8).to(torch.uint8)
+        codes = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    elif spec.code.name == "fp8":
+        scale.fill_(4 / 448)
+        codes = (numbers.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        scale.fill_(4 / 127)
+        codes = (numbers.float() / scale).round().clamp(-127, 127).to(torch.int8)
+    return QuantizedPages(spec, codes, scale, zero)
+
+
+def make_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
+    """Pages of one format in random order."""
+    each = -(-case.context // PAGE)
+    order = torch.randperm(each * case.requests).tolist()
+    tables = [order[r * each : (r + 1) * each] for r in range(case.requests)]
+    given = FORMATS[name]
+    halves = [make_half(spec, len(order), case) for spec in (given.key, given.value)]
+    lens = (case.new,) * case.requests, (case.context,) * case.requests
+    return LayerKV(*halves), plan_batch(*lens, tables, PAGE, "cuda")
+
+
+def last_rows_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Relative error of request 0's last 32 queries in head 0, against float64."""
+    rows = 32
+    scores = q[-rows:].double() @ k.double().T * scale
+    keys = torch.arange(k.shape[0], device=q.device)
+    hidden = keys[None] > keys[-rows:, None]
+    wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v.double()
+    return ((out[-rows:].double() - wanted).norm() / wanted.norm()).item()
+
+
+def ours(name: str, case: Case, q: Tensor, params: AttendParams):
+    """The call, what it does wrong, and the operations it is credited with."""
+    kernel, format_name = name.split()
+    attend = (gluon_prefill if kernel == "gluon" else triton_prefill).attend
+    layer, batch = make_layer(format_name, case)
+    tokens = q.transpose(1, 2).reshape(-1, case.q_heads, case.head_dim).contiguous()
+
+    def call():
+        return attend(tokens, layer, batch, params)
+
+    from quantpage.ops.gather import gather_request
+
+    table = batch.page_table[0]
+    k, v = (
+        gather_request(half, table, case.context, torch.float32)[:, 0]
+        for half in (layer.key, layer.value)
+    )
+    out = call()[0][: case.new, 0]
+    error = last_rows_error(out, tokens[: case.new, 0], k, v, params.softmax_scale)
+    return call, error, case.operations(causal=True)
+
+
+def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool):
+    """Name -> (call, credited operations); keys and values are [requests, kv_heads, ...]."""
+    whole = case.new == case.context
+    causal = {"is_causal": True} if whole else {}
+
+    def cudnn():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal)
+
+    def flash():
+        bias = {} if whole else {"attn_mask": causal_lower_right(case.new, case.context)}
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal, **bias)
+
+    made = {
+        "cuDNN": (cudnn, case.operations(causal=whole)),
+        "FlashAttention-2": (flash, case.operations(causal=True)),
+    }
+    if flex:
+        past = case.context - case.new
+
+        def seen(b, h, i, j):
+            return j <= i + past
+
+        mask = create_block_mask(seen, None, None, case.new, case.context, device="cuda")
+        compiled = torch.compile(flex_attention)
+        made["FlexAttention"] = (
+            lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True),
+            case.operations(causal=True),
+        )
+    return made
+
+
+def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
+    """All implementations of one shape, taking turns."""
+    torch.manual_seed(0)
+    shape = (case.requests, case.kv_heads, case.context, case.head_dim)
+    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    size = (case.requests, case.q_heads, case.new, case.head_dim)
+    q = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    params = AttendParams(case.head_dim**-0.5)
+    calls = {}
+    for name, (call, operations) in peers(case, q, k, v, flex).items():
+        try:
+            out = call()[0, 0]
+        except RuntimeError as error:
+            print(f"{case.name}: {name} refuses: {str(error).splitlines()[0]}", flush=True)
+            continue
+        exact = name != "cuDNN" or case.new == case.context
+        wrong = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale)
+        calls[name, "bf16"] = (call, wrong if exact else float("nan"), operations)
+    for name in case.ours:
+        calls[tuple(name.split())] = ours(name, case, q, params)
+    times: dict = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, (call, error, _) in calls.items():
+            if not error > 0.01:
+                times[key].append(do_bench(call, warmup=10, rep=60, return_mode="median"))
+    rows = []
+    middle = {key: statistics.median(each) for key, each in times.items() if each}
+    base = calls["cuDNN", "bf16"][2] / middle["cuDNN", "bf16"]
+    for key, (_, error, operations) in calls.items():
+        ms = middle.get(key)
+        rows.append(
+            about
+            | {
+                "case": case.name, "requests": case.requests, "new": case.new,
+                "context": case.context, "q_heads": case.q_heads, "kv_heads": case.kv_heads,
+                "head_dim": case.head_dim, "implementation": key[0], "format": key[1],
+                "pairs": "causal" if operations == case.operations(True) else "all",
+                "microseconds": f"{ms * 1e3:.1f}" if ms else "wrong",
+                "tflops": f"{operations / ms / 1e9:.1f}" if ms else "",
+                "of_cudnn": f"{operations / ms / base:.3f}" if ms else "",
+                "error": "" if error != error else f"{error:.1e}",
+            }
+        )  # fmt: skip
+        row = rows[-1]
+        print(
+            f"{case.name:18} {key[0]:17} {key[1]:5} {row['microseconds']:>9} us "
+            f"{row['tflops']:>6} TFLOP/s {row['of_cudnn']:>6} of cuDNN, error {row['error']}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the rows after every case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--flex", default="1 x 16k", help="cases that FlexAttention runs too")
+    parser.add_argument("--commit", default="", help="where git is not at hand")
+    given = parser.parse_args()
+    for name, module in ABSENT.items():
+        if find_spec(module.split(".")[0]) is None:
+            print(f"absent: {name}")
+    commit = given.commit or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()  # fmt: skip
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": commit,
+    }  # fmt: skip
+    rows: list[dict] = []
+    wanted = given.cases.split(";") if given.cases else [case.name for case in CASES]
+    for case in CASES:
+        if case.name in wanted:
+            rows += measure(case, given.rounds, case.name in given.flex.split(";"), about)
+            torch.cuda.empty_cache()
+            if given.out:
+                with given.out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS)
+                    writer.writeheader()
+                    writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
