@@ -38,6 +38,8 @@ from quantpage.ops.gather.triton_gather import gather_rows
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
 GROUP = Q_HEADS // KV_HEADS
+LONG = 32768
+"""Past this many tokens only three kinds are measured, unless --kinds names them."""
 FIELDS = (
     *("device", "torch", "triton", "commit", "kind", "tokens", "q_heads", "kv_heads", "head_dim"),
     *("cache", "implementation", "part", "microseconds", "visible_pairs", "tflops"),
@@ -206,7 +208,7 @@ def measure(n: int, names: list[str], with_flex: bool, write, persistent: list[b
 
         def planner(form=form):
             plan = triton_mask_plan.plan_tiles(form, batch, GROUP, tile)
-            return plan, plan.counts.sum((1, 2)).argsort(descending=True).int()
+            return plan, triton_mask_plan.visit_order(plan)
 
         # In a graph: what it takes on the device, as in a step whose launches run ahead.
         planner()
@@ -281,8 +283,13 @@ def main() -> None:
         made = make_layer(1800)
         for name, mask in kinds(1800).items():
             check(name, mask, 1800, made)
+    # Every kind is a closure of its own, which Dynamo counts as a recompilation.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
     for size in map(int, given.sizes.split(",")):
         names = given.kinds.split(",") if given.kinds else list(kinds(size))
+        if size > LONG and not given.kinds:
+            names = ["causal", "causal_document", "sliding_window"]
         measure(
             size, names, not given.no_flex, write, [True, False] if given.both_grids else [True]
         )

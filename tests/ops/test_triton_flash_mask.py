@@ -77,6 +77,16 @@ def test_device_plan_is_the_torch_plan(kind, segment):
         assert torch.equal(mine[end - partial :], theirs[end - partial :])
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_order_is_by_visits_longest_first(heads):
+    noise = torch.Generator().manual_seed(heads)
+    counts = torch.randint(0, 9, (150, heads, 2), generator=noise, dtype=torch.int32).to(DEVICE)
+    plan = mask_plan.MaskPlan(counts, counts, counts)
+    order = triton_mask_plan.visit_order(plan).cpu().long()
+    wanted = counts.cpu().sum((1, 2)).argsort(descending=True, stable=True)
+    assert torch.equal(order, wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_in_a_ragged_batch(kind):
     mask = every_kind(100)[kind]

@@ -24,7 +24,7 @@ from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill_plan import WORKSPACE_BYTES
 from quantpage.ops.attend.triton_flash_mask import attend as portable
 from quantpage.ops.attend.triton_flash_mask import lowered
-from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
+from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles, visit_order
 from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
 from quantpage.ops.gather.triton_gather import gather_rows
 
@@ -100,7 +100,7 @@ def attend(
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
     form = lowered(params.mask, q.device)
     plan = plan_tiles(form, batch, group, tile, segment)
-    order = plan.counts.sum((1, 2)).argsort(descending=True).int()
+    order = visit_order(plan)
     dtype = workspace_dtype(layer, q.dtype)
     row_bytes = (layer.key.head_dim + width) * dtype.itemsize
     heads = heads_a_pass(layer.kv_heads, step.rows * row_bytes)

@@ -200,6 +200,37 @@ def _plan_kernel(
     tl.store(at + 1, partial_count)
 
 
+@triton.jit
+def _order_kernel(counts, order, items, heads, TILE: tl.constexpr):
+    """The rank of TILE items by their visits: how many have more, or as many and come before."""
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    cost = tl.zeros([TILE], tl.int32)
+    for at in range(2 * heads):
+        cost += tl.load(counts + own * 2 * heads + at, own < items, 0)
+    rank = tl.zeros([TILE], tl.int32)
+    for start in range(0, items, TILE):
+        other = start + tl.arange(0, TILE)
+        theirs = tl.zeros([TILE], tl.int32)
+        for at in range(2 * heads):
+            theirs += tl.load(counts + other * 2 * heads + at, other < items, -1)
+        first = (theirs[None, :] > cost[:, None]) | (
+            (theirs[None, :] == cost[:, None]) & (other[None, :] < own[:, None])
+        )
+        rank += tl.sum(first.to(tl.int32), 1)
+    tl.store(order + rank, own, own < items)
+
+
+def visit_order(plan: MaskPlan) -> Tensor:
+    """Query tiles by their visits over all mask heads, most first; int32, one launch."""
+    items, heads, _ = plan.counts.shape
+    order = torch.empty(items, dtype=torch.int32, device=plan.counts.device)
+    if items:
+        _order_kernel[(triton.cdiv(items, 64),)](
+            plan.counts, order, items, heads, TILE=64, num_warps=4
+        )
+    return order
+
+
 @lru_cache(maxsize=64)
 def query_tiles_on(query_lens: tuple[int, ...], group: int, rows: int, device: str) -> Tensor:
     """``query_tiles`` on the device; every layer of a step shares them."""
