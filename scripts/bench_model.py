@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--formats", default="none,int8,fp8,int4")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--commit", default="", help="where git is not at hand")
     arguments = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False)
     model = build(arguments.layers)
     rows = []
     for name in arguments.formats.split(","):
@@ -105,7 +107,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "commit": head.stdout.strip(),
+            "commit": arguments.commit or head.stdout.strip(),
         }
         rows.append(row)
         print(row, flush=True)

@@ -9,10 +9,9 @@ triton nor transformers.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("quantpage")
+__version__ = "0.1.0"
 
 _PUBLIC = {
     "AttendParams": "quantpage.ops.attend",

@@ -242,6 +242,11 @@ class QuantPageCache(Cache):
         for stock in self._stock():
             stock.crop(tokens_to_remove)
 
+    def set_length(self, length: int) -> None:
+        """What Transformers is told to be cached (CUDA graphs count on the device)."""
+        for layer in self._paged():
+            layer.length = length
+
     def used_bytes(self) -> int:
         """Bytes of the pages in use, scales, zeros and exact pages counted."""
         return self.rows.used_bytes()

@@ -81,8 +81,7 @@ class DecodeGraph:
             past_key_values=self._cache,
             use_cache=True,
         )
-        for layer in self._cache.layers:
-            layer.length = self._start
+        self._cache.set_length(self._start)
         self._token.copy_(out.logits[:, -1:].argmax(-1))
         self._position += 1
         self._plan.positions.add_(1)
