@@ -143,3 +143,28 @@ def test_misuse_is_an_error():
     sequence.commit()
     with pytest.raises(OutOfPages, match="got 1 of 2"):
         sequence.reserve(12)
+
+
+def test_what_fits_exactly_fits():
+    pool, exact_pool = PagePool(7), PagePool(7)
+    sequence = Sequence(pool, PAGE, exact_pool)
+    sequence.reserve(26)
+    sequence.commit()
+    assert (pool.free, sequence.pages_needed(2)) == (0, (0, 0))
+    assert sequence.reserve(2) == [], "the page in progress has room"
+    sequence.commit()
+    with pytest.raises(OutOfPages, match="expected 1 free pages, got 0 of 7"):
+        sequence.reserve(1)
+
+
+def test_a_fork_needs_a_page_for_its_copy():
+    pool = PagePool(2)
+    sequence = Sequence(pool, PAGE)
+    sequence.reserve(6)
+    sequence.commit()
+    other = sequence.fork()
+    assert other.pages_needed(1) == (1, 0)
+    with pytest.raises(OutOfPages):
+        other.reserve(1)
+    other.free()
+    assert sequence.reserve(1) == []

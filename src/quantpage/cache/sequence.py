@@ -48,12 +48,15 @@ class Sequence:
         """Logical page -> exact page or -1; empty where the format keeps none."""
 
     def pages_needed(self, tokens: int) -> tuple[int, int]:
-        """(pages, exact pages) that ``reserve(tokens)`` would acquire at most."""
+        """(pages, exact pages) that ``reserve(tokens)`` would acquire now."""
         if tokens == 0:
             return 0, 0
         last = -(-(self.length + tokens) // self.page_size)
-        touched = last - self.length // self.page_size
-        return last - len(self.pages) + 1, touched + 1 if self._exact_pool is not None else 0
+        need = last - len(self.pages) + self._shares_last(self.pages, self._pool)
+        if self._exact_pool is None:
+            return need, 0
+        shared = self._shares_last(self.exact_pages, self._exact_pool)
+        return need, last - len(self.exact_pages) + shared
 
     def reserve(self, tokens: int) -> list[PageCopy]:
         """Make room for ``tokens`` more; the copies to make before they are written.
@@ -146,12 +149,16 @@ class Sequence:
 
     def _own(self, pages: list[int], pool: PagePool, exact: bool) -> list[PageCopy]:
         """Copy on write: the partly filled last page, if another request holds it too."""
-        if not self.length % self.page_size or pool.references(pages[-1]) == 1:
+        if not self._shares_last(pages, pool):
             return []
         source, target = pages[-1], pool.acquire()
         pool.release(source)
         pages[-1] = target
         return [PageCopy(source, target, exact)]
+
+    def _shares_last(self, pages: list[int], pool: PagePool) -> bool:
+        """The last page is partly filled, and another request holds it too."""
+        return self.length % self.page_size > 0 and pool.references(pages[-1]) > 1
 
     def _trim_exact(self) -> None:
         if self._exact_pool is None:
