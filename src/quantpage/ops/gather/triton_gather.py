@@ -1,7 +1,7 @@
 """Pages to dense 16-bit rows, one launch for many spans of many requests.
 
-Prefill reads a dequantized workspace instead of pages (facts: a workspace costs 300 / (chunk * group)
-of the attention that follows). Spans let a capped workspace be looped: each names a request, a
+Prefill reads a dequantized workspace instead of pages (it costs about 300 / (chunk * group) of the
+attention that follows). Spans let a capped workspace be looped: each names a request, a
 range of its keys and the row of the workspace where they go.
 """
 
@@ -12,20 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
+from quantpage.ops.attend.triton_codes import to_float16
 
 KEYS_A_TILE = 32
 
 
-@triton.jit
-def _e4m3_number(byte):
-    # The exponent's bias is 7 in e4m3 and 15 in float16: move the bits, multiply by 2^8. Exact, and
-    # sm_80 has no conversion of its own.
-    bits = (byte.to(tl.int16) & 0x7F) << 7
-    size = bits.to(tl.float16, bitcast=True) * 256.0
-    return tl.where(byte < 128, size, -size)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "first_head"])
 def _gather_kernel(
     codes,
     scale,
@@ -50,6 +42,7 @@ def _gather_kernel(
     ZERO: tl.constexpr,
     LIMIT: tl.constexpr,
     TILE: tl.constexpr,
+    OLD: tl.constexpr,
 ):
     span = spans + tl.program_id(0) * 5
     request = tl.load(span)
@@ -73,15 +66,14 @@ def _gather_kernel(
             pair = tl.arange(0, WIDTH // 2)
             rows = codes + page * code_page + from_head * code_head + slot * (HEAD_DIM // 2)
             mask = seen[:, None] & (pair < HEAD_DIM // 2)[None, :]
-            packed = tl.load(rows[:, None] + pair[None, :], mask, 0).to(tl.int32)
-            number = tl.interleave((packed & 15) - 8, (packed >> 4) - 8).to(tl.float32)
+            number = tl.load(rows[:, None] + pair[None, :], mask, 0)
         else:
             rows = codes + page * code_page + from_head * code_head + slot * HEAD_DIM
             mask = seen[:, None] & inside[None, :]
             number = tl.load(rows[:, None] + channel[None, :], mask, 0)
-            if CODE == 2:
-                number = _e4m3_number(number)
-            number = number.to(tl.float32)
+        if CODE != 0:
+            number = to_float16(number, CODE, OLD)
+        number = number.to(tl.float32)
         if CODE != 0:
             group = channel // (HEAD_DIM // GROUPS)
             if DYNAMIC:
@@ -99,8 +91,11 @@ def _gather_kernel(
             if ZERO:
                 number += tl.load(zero + own, mask, 0.0).to(tl.float32)
         # A key that a mask hides may be a freed page's NaN, which a weight of 0 would spread.
-        number = tl.where(seen[:, None] & (number == number), number, 0.0)
-        number = tl.where(number > LIMIT, LIMIT, tl.where(number < -LIMIT, -LIMIT, number))
+        number = tl.where(number == number, number, 0.0)
+        if not DYNAMIC:
+            # Dynamic scales and zeros of keys that are not seen were loaded as 0.
+            number = tl.where(seen[:, None], number, 0.0)
+        number = tl.minimum(tl.maximum(number, -LIMIT), LIMIT)
         row = (to_row + offset).to(tl.int64) * out_row + head.to(tl.int64) * out_head
         written = (offset < count)[:, None] & inside[None, :]
         tl.store(out + row[:, None] + channel[None, :], number.to(out.dtype.element_ty), written)
@@ -163,6 +158,7 @@ def gather_rows(
         ZERO=zero is not None,
         LIMIT=limit,
         TILE=KEYS_A_TILE,
+        OLD=out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 9),
         num_warps=4,
     )
 
