@@ -1,0 +1,140 @@
+"""A request on its way: cold, warm, chunked, forked, swapped and reloaded give the same numbers."""
+
+import pytest
+import torch
+
+from quantpage.attention import build, find_backend
+from quantpage.batch import plan_batch
+from quantpage.cache import CacheLayout, PagedKVCache, PagePool, PrefixCache, Sequence
+from quantpage.formats import FORMATS
+from quantpage.hardware import device_info
+from quantpage.masks import CausalMask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import Call
+from quantpage.ops.rope_write import WriteParams
+from quantpage.rope import rope_table
+from tests.tolerances import attention_atol
+
+pytestmark = pytest.mark.cpu
+
+PAGE, WIDTH, TOKENS = 16, 32, 75
+DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
+
+
+class Engine:
+    """One layer, one pool, requests that bring prompts of the same random numbers."""
+
+    def __init__(self, name: str):
+        layout = CacheLayout(2, WIDTH, FORMATS[name], PAGE, torch.float32)
+        self.cache = PagedKVCache(40, 40)
+        self.cache.add_layer(0, layout)
+        self.pool, self.exact_pool = PagePool(40), None
+        if layout.format.exact_pages is not None:
+            self.exact_pool = PagePool(40)
+        call = Call(device_info("cpu"), layout.format, torch.float32, 4, 2, WIDTH, WIDTH, PAGE)
+        self.layer = build(find_backend("flash"), CausalMask(), call)
+        noise = torch.Generator().manual_seed(1)
+        self.q, self.k, self.v = (
+            torch.randn(TOKENS, heads, WIDTH, generator=noise) for heads in (4, 2, 2)
+        )
+        self.rope = rope_table(128, WIDTH)
+
+    def request(self) -> Sequence:
+        return Sequence(self.pool, PAGE, self.exact_pool)
+
+    def step(self, sequence: Sequence, tokens: int) -> torch.Tensor:
+        """The next ``tokens`` of the prompt through the layer."""
+        first = sequence.length
+        rows = slice(first, first + tokens)
+        self.cache.copy_pages(sequence.reserve(tokens))
+        exact = [sequence.exact_pages] if self.exact_pool is not None else None
+        batch = plan_batch([tokens], [first + tokens], [sequence.pages], PAGE, exact_tables=exact)
+        done = self.layer(
+            *(x[rows] for x in (self.q, self.k, self.v)),
+            self.cache.layer(0),
+            batch,
+            WriteParams(rope=self.rope),
+            AttendParams(WIDTH**-0.5),
+        )
+        sequence.commit()
+        return done.out
+
+
+@pytest.fixture(params=DYNAMIC)
+def engine(request):
+    return Engine(request.param)
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, atol=attention_atol(WIDTH, TOKENS), rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 64])
+def test_chunked_is_whole(engine, size):
+    whole = engine.step(engine.request(), TOKENS)
+    request = engine.request()
+    parts = [engine.step(request, min(size, TOKENS - first)) for first in range(0, TOKENS, size)]
+    close(torch.cat(parts), whole)
+
+
+def test_warm_is_cold(engine):
+    prompt = list(range(TOKENS))
+    remembered = PrefixCache(engine.pool, PAGE, b"seed", engine.exact_pool)
+    donor = engine.request()
+    cold = engine.step(donor, TOKENS)
+    remembered.insert(prompt, donor)
+    donor.free()
+    warm = engine.request()
+    warm.adopt(remembered.acquire(prompt[:-1]))
+    assert warm.length == 64, "four full pages are known"
+    close(engine.step(warm, TOKENS - 64), cold[64:])
+
+
+def test_a_fork_leaves_its_sibling_alone(engine):
+    whole = engine.step(engine.request(), TOKENS)
+    first = engine.request()
+    engine.step(first, 40)
+    second = first.fork()
+    # The fork writes other tokens into the page that both were in.
+    kept = engine.k
+    engine.k = torch.randn_like(kept)
+    engine.step(second, 20)
+    engine.k = kept
+    close(engine.step(first, TOKENS - 40), whole[40:])
+
+
+def test_a_rejected_draft_leaves_no_trace(engine):
+    whole = engine.step(engine.request(), TOKENS)
+    request = engine.request()
+    engine.step(request, 50)
+    kept = engine.k
+    engine.k = torch.randn_like(kept) * 9
+    engine.step(request, 6)
+    request.crop(50)
+    engine.k = kept
+    close(engine.step(request, TOKENS - 50), whole[50:])
+
+
+def test_swapped_out_and_in_again(engine):
+    whole = engine.step(engine.request(), TOKENS)
+    request = engine.request()
+    engine.step(request, 40)
+    held = [page for page in request.exact_pages if page >= 0]
+    host = engine.cache.swap_out(request.pages, held)
+    for page in request.pages:
+        engine.pool.release(page)
+    other = engine.request()
+    engine.step(other, 60)
+    request.pages = [engine.pool.acquire() for _ in request.pages]
+    engine.cache.swap_in(host, request.pages, held)
+    close(engine.step(request, TOKENS - 40), whole[40:])
+
+
+def test_saved_and_continued(engine, tmp_path):
+    whole = engine.step(engine.request(), TOKENS)
+    request = engine.request()
+    engine.step(request, 40)
+    engine.cache.save(tmp_path / "pages", note={"length": request.length})
+    engine.cache, note = PagedKVCache.load(tmp_path / "pages", expected=engine.cache.layouts)
+    assert note == {"length": 40}
+    close(engine.step(request, TOKENS - 40), whole[40:])
