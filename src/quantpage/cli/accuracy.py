@@ -17,7 +17,7 @@ def command(
         typer.Option(help="Names, comma separated; default: all dynamic ones and the peers found."),
     ] = "",
     windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1536,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1024,
     scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 512,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

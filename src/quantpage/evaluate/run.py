@@ -39,7 +39,7 @@ class EvaluateRequest:
     formats: tuple[str, ...] = ()
     """Names of FORMATS and PEERS; empty: every dynamic format and every peer that is installed."""
     windows: int = 4
-    prompt: int = 1536
+    prompt: int = 1024
     """Tokens read before the first scored one, in each window."""
     scored: int = 512
     """Tokens scored in each window."""

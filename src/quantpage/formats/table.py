@@ -4,7 +4,7 @@ To add a format, add a line here (docs/adding-a-format.md). The tests, the bench
 matrix and `quantpage explain` iterate over this table.
 
 The recipes were chosen by measurement (SmolLM2-135M, head_dim 64, Austen, 3,072 scored tokens;
-mean KL divergence to the unquantized cache; scripts/ and `quantpage evaluate` measure again):
+mean KL divergence to the unquantized cache; scripts/compare_recipes.py measures again):
 
     keys / values                    bits          KL      with exact pages
     int8, one scale                  8.25          5.1e-4  5.9e-5
