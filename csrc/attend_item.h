@@ -10,6 +10,8 @@ namespace CONCAT(isa_, SUFFIX) {
 // Where things lie in the scratch memory of a thread; every part starts on a cache line.
 struct Scratch {
   int64_t rows, padded, key_dim, value_dim, width;
+  // Bytes of a run's values over the products of one run's keys.
+  int64_t value_step;
   bool key_words, value_words;
   int16_t* query16;
   float *query32, *query_unit, *query_sum, *lift_keys, *constant;
@@ -41,6 +43,7 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   s.padded = (rows + 3) / 4 * 4;
   s.key_dim = a.key.head_dim;
   s.value_dim = a.value.head_dim;
+  s.value_step = (VW == 16 ? 64 : 32) * a.value.row_stride / s.key_dim;
   s.key_words = integer_path(a.key);
   s.value_words = integer_path(a.value);
   s.width = s.value_words ? value_width(a.value.code, s.value_dim) : s.value_dim;
@@ -176,19 +179,27 @@ static inline void load_plane(const Pages& p, const uint8_t* from, int64_t row_s
   for (int64_t i = 0; i < RUN; i++) to[i] = i < count ? number(from + i * row_stride, p.scale_type, 0) : 0.f;
 }
 
-static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 3);
-}
-
-template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, const Pages& key) {
-  const int64_t bytes = row_bytes(CODE, s.key_dim);
-  for (int64_t j = 0; j < RUN; j++) {
-    const int64_t row = j < run.count ? j : run.count - 1;
-    if (next) prefetch_row(next + j * key.row_stride, bytes);
-    const uint8_t* from = run.k + row * key.row_stride;
-    if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, s.key_dim, s.words + j * s.key_dim);
-    else key_floats<CODE>(from, s.key_dim, s.floats + j * s.key_dim);
+template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
+  const int64_t dim = DIM ? DIM : s.key_dim, bytes = row_bytes(CODE, dim);
+  if (next)
+    for (int64_t b = 0; b < RUN * bytes; b += 64) __builtin_prefetch(next + b, 0, 3);
+  if (CODE == INT8 && run.count == RUN && stride == bytes) {
+    // Rows without gaps are one long row.
+    key_words<INT8>(run.k, RUN * dim, s.words);
+    return;
   }
+  const uint8_t* from = run.k;
+  for (int64_t j = 0; j < RUN; j++) {
+    if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, dim, s.words + j * dim);
+    else key_floats<CODE>(from, dim, s.floats + j * dim);
+    // Rows past the end of a short run repeat its last one.
+    if (j + 1 < run.count) from += stride;
+  }
+}
+template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
+  if (s.key_dim == 128) keys_of_run<CODE, 128>(s, run, next, stride);
+  else if (s.key_dim == 64) keys_of_run<CODE, 64>(s, run, next, stride);
+  else keys_of_run<CODE, 0>(s, run, next, stride);
 }
 
 // `next`: keys to fetch meanwhile, where there are.
@@ -203,17 +214,17 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
     }
   } else {
     switch (key.code) {
-      case F32: keys_of_run<F32>(s, run, ahead, key); break;
-      case BF16: keys_of_run<BF16>(s, run, ahead, key); break;
-      case F16: keys_of_run<F16>(s, run, ahead, key); break;
-      case INT8: keys_of_run<INT8>(s, run, ahead, key); break;
-      case INT4: keys_of_run<INT4>(s, run, ahead, key); break;
-      default: keys_of_run<FP8>(s, run, ahead, key);
+      case F32: keys_of_run<F32>(s, run, ahead, key.row_stride); break;
+      case BF16: keys_of_run<BF16>(s, run, ahead, key.row_stride); break;
+      case F16: keys_of_run<F16>(s, run, ahead, key.row_stride); break;
+      case INT8: keys_of_run<INT8>(s, run, ahead, key.row_stride); break;
+      case INT4: keys_of_run<INT4>(s, run, ahead, key.row_stride); break;
+      default: keys_of_run<FP8>(s, run, ahead, key.row_stride);
     }
   }
   if (s.key_words) {
     // The run's values are wanted after the tile's keys: fetched a little with every product.
-    const Ahead values = {run.v, run.count * value.row_stride / (2 * RUN / 8 * s.key_dim / 8)};
+    const Ahead values = {run.v, s.value_step};
     float* to = s.scores + lane;
     if (s.key_dim == 128) integer_scores<128>(s.words, 128, s.query16, s.query_unit, s.rows, to, values);
     else if (s.key_dim == 64) integer_scores<64>(s.words, 64, s.query16, s.query_unit, s.rows, to, values);

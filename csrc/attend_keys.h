@@ -43,8 +43,9 @@ template <int64_t CODE> INLINE void key_words(const uint8_t* row, int64_t dim, i
 #elif defined(__SSE4_1__)
     for (; c + 8 <= dim; c += 8)
       _mm_storeu_si128((__m128i*)(out + c), _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)(row + c))));
-#endif
+#else
     for (; c < dim; c++) out[c] = (int8_t)row[c];
+#endif
   } else {
     const int64_t bytes = dim / 2;
     for (int64_t b = 0; b < bytes;) {
