@@ -241,6 +241,7 @@ def measure(n: int, names: list[str], with_flex: bool, write, persistent: list[b
             error = ((theirs.float() - mine[0].float()).norm() / mine[0].float().norm()).item()
             assert error < 1.5e-2, (name, "FlexAttention", error)
             write(name, n, "FlexAttention bf16", "attend", time_us(run), pairs, "")
+            torch._dynamo.reset()
 
 
 def main() -> None:
@@ -252,6 +253,10 @@ def main() -> None:
     flags.add_argument("--commit", default="")
     flags.add_argument("--no-flex", action="store_true")
     flags.add_argument("--no-check", action="store_true")
+    flags.add_argument("--only-check", action="store_true")
+    flags.add_argument(
+        "--only-compile", action="store_true", help="fill FlexAttention's compile cache"
+    )
     flags.add_argument("--both-grids", action="store_true")
     given = flags.parse_args()
     commit = (
@@ -279,13 +284,21 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
 
+    # Every kind is a closure of its own, which Dynamo counts as a recompilation.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
+    if given.only_compile:
+        for size in map(int, given.sizes.split(",")):
+            made, every = make_layer(size), kinds(size)
+            for name in given.kinds.split(","):
+                flex(every[name], size, made, flex_form(name, every[name]))()
+        return
     if not given.no_check:
         made = make_layer(1800)
         for name, mask in kinds(1800).items():
             check(name, mask, 1800, made)
-    # Every kind is a closure of its own, which Dynamo counts as a recompilation.
-    torch._dynamo.config.recompile_limit = 1000
-    torch._dynamo.config.accumulated_recompile_limit = 1000
+    if given.only_check:
+        return
     for size in map(int, given.sizes.split(",")):
         names = given.kinds.split(",") if given.kinds else list(kinds(size))
         if size > LONG and not given.kinds:
