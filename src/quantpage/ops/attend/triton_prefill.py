@@ -30,7 +30,7 @@ from quantpage.ops.attend.prefill_plan import (
 )
 from quantpage.ops.attend.triton_merge import merge_partials
 from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
-from quantpage.ops.gather.triton_gather import gather_rows
+from quantpage.ops.gather.triton_gather import gather_layer
 
 LOG2E = 1.4426950408889634
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
@@ -107,14 +107,11 @@ def fill_workspace(
     each: DensePass, spans: Tensor, layer: LayerKV, page_table: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """[heads, rows, head_dim] of K and of V; torch's allocator keeps the memory between layers."""
-    made = []
-    for pages in (layer.key, layer.value):
-        rows = torch.empty(
-            each.heads, each.rows, pages.head_dim, dtype=dtype, device=page_table.device
-        )
-        gather_rows(pages, page_table, spans, each.max_span, rows, each.head0)
-        made.append(rows)
-    return made[0], made[1]
+    heads, rows, device = each.heads, each.rows, page_table.device
+    k = torch.empty(heads, rows, layer.key.head_dim, dtype=dtype, device=device)
+    v = torch.empty(heads, rows, layer.value.head_dim, dtype=dtype, device=device)
+    gather_layer(layer, page_table, spans, each.max_span, (k, v), each.head0)
+    return k, v
 
 
 def exponent_scale(params: AttendParams) -> tuple[float, float]:

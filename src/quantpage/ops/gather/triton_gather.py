@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quantpage.cache.views import QuantizedPages
+from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.ops.attend.triton_codes import to_float16
 
 KEYS_A_TILE = 32
@@ -22,9 +22,13 @@ def _gather_kernel(
     codes,
     scale,
     zero,
+    out,
+    codes_too,
+    scale_too,
+    zero_too,
+    out_too,
     page_table,
     spans,
-    out,
     code_page,
     code_head,
     scale_page,
@@ -43,6 +47,7 @@ def _gather_kernel(
     LIMIT: tl.constexpr,
     TILE: tl.constexpr,
     OLD: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     span = spans + tl.program_id(0) * 5
     request = tl.load(span)
@@ -50,7 +55,9 @@ def _gather_kernel(
     count = tl.load(span + 2)
     visible_end = tl.load(span + 3)
     to_row = tl.load(span + 4)
-    head = tl.program_id(2)
+    head = tl.program_id(2) // HALVES
+    if HALVES == 2 and tl.program_id(2) % 2 == 1:
+        codes, scale, zero, out = codes_too, scale_too, zero_too, out_too
     offset = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if (request >= 0) & (tl.program_id(1) * TILE < count):
         key = first_key + offset
@@ -120,28 +127,68 @@ def gather_rows(
     (-1), become 0. max_span_keys: host bound of keys_to_write. Heads first_head .. are written.
     Numbers saturate at the finite range of ``out``.
     """
+    _launch(pages, None, page_table, spans, max_span_keys, (out, None), first_head)
+
+
+def gather_layer(
+    layer: LayerKV,
+    page_table: Int[Tensor, "requests max_pages"],
+    spans: Int[Tensor, "spans 5"],
+    max_span_keys: int,
+    outs: tuple[Tensor, Tensor],
+    first_head: int = 0,
+) -> None:
+    """``gather_rows`` of keys and of values, in one launch where both are alike."""
+    halves = (layer.key, layer.value)
+    if _alike(halves, outs):
+        _launch(*halves, page_table, spans, max_span_keys, outs, first_head)
+        return
+    for half, out in zip(halves, outs, strict=True):
+        _launch(half, None, page_table, spans, max_span_keys, (out, None), first_head)
+
+
+def _alike(halves: tuple[QuantizedPages, QuantizedPages], outs: tuple[Tensor, Tensor]) -> bool:
+    """Whether one set of strides and codes serves both halves."""
+
+    def facts(pages: QuantizedPages, out: Tensor):
+        planes = (pages.codes, pages.scale, pages.zero, out)
+        shapes = [None if p is None else (p.dtype, p.shape, p.stride()) for p in planes]
+        # Addresses that differ in their alignment would be compiled apart.
+        return pages.spec, shapes, [p is not None and p.data_ptr() % 16 == 0 for p in planes]
+
+    return facts(halves[0], outs[0]) == facts(halves[1], outs[1])
+
+
+def _launch(
+    pages: QuantizedPages,
+    too: QuantizedPages | None,
+    page_table: Tensor,
+    spans: Tensor,
+    max_span_keys: int,
+    outs: tuple[Tensor, Tensor | None],
+    first_head: int,
+) -> None:
+    """too: the other half, alike in everything but its addresses."""
     if spans.shape[0] == 0 or max_span_keys <= 0:
         return
-    spec, width = pages.spec, pages.head_dim
-    scale, zero = pages.scale, pages.zero
+    out = outs[0]
+    spec, width, scale = pages.spec, pages.head_dim, pages.scale
     dynamic = spec.quantized and spec.dynamic
-    groups = 1 if scale is None else scale.shape[-1]
     if scale is None:
         strides = (0, 0)
     elif dynamic:
         strides = (scale.stride(0), scale.stride(1))
     else:
         strides = (0, 0 if scale.shape[0] == 1 else scale.stride(0))
-    limit = torch.finfo(out.dtype).max
-    grid = (spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), out.shape[0])
-    codes = pages.codes
-    _gather_kernel[grid](
-        codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes,
-        scale,
-        zero,
+    halves = 1 if too is None else 2
+    heads = out.shape[0] * halves
+    _gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), heads)](
+        *_planes(pages),
+        out,
+        *(_planes(pages) if too is None else _planes(too)),
+        out if outs[1] is None else outs[1],
         page_table,
         spans,
-        out,
         pages.codes.stride(0),
         pages.codes.stride(1),
         *strides,
@@ -153,14 +200,22 @@ def gather_rows(
         HEAD_DIM=width,
         WIDTH=triton.next_power_of_2(width),
         PAGE=pages.page_size,
-        GROUPS=groups,
+        GROUPS=1 if scale is None else scale.shape[-1],
         DYNAMIC=dynamic,
-        ZERO=zero is not None,
-        LIMIT=limit,
+        ZERO=pages.zero is not None,
+        LIMIT=torch.finfo(out.dtype).max,
         TILE=KEYS_A_TILE,
         OLD=out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 9),
+        HALVES=halves,
         num_warps=4,
     )
+
+
+def _planes(pages: QuantizedPages) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes as bytes where Triton has no type for them, scales, zeros."""
+    codes = pages.codes
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    return codes.view(torch.uint8) if fp8 else codes, pages.scale, pages.zero
 
 
 def gather_request(
