@@ -1,6 +1,6 @@
 """What attention computes, apart from whom it computes it for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxtyping import Float
@@ -22,7 +22,7 @@ class AttendParams:
     """softmax(softcap(q . k * softmax_scale) + mask) over keys and sink logits, times v."""
 
     softmax_scale: float
-    mask: Mask = CausalMask()
+    mask: Mask = field(default_factory=CausalMask)
     softcap: float | None = None
     """s -> softcap * tanh(s / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
     sinks: Float[Tensor, " q_heads"] | None = None
