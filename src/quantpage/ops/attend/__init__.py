@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
@@ -29,6 +30,7 @@ def _torch_refusals(call: Call) -> list[str]:
 
 
 CANDIDATES: list[Implementation] = [
+    *MASK_CANDIDATES,
     *DECODE_CANDIDATES,
     Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
     Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),

@@ -28,6 +28,10 @@ from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles, vi
 from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
 from quantpage.ops.gather.triton_gather import gather_rows
 
+FEW_ROWS = 256
+"""Packed rows a request up to which pages are read directly: a workspace would be written for two
+query tiles at most. Not tuned: a bound below which the gather cannot pay."""
+
 
 @dataclass(frozen=True, slots=True)
 class MaskStep:
@@ -88,13 +92,12 @@ def attend(
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
     tokens, q_heads, _ = q.shape
-    if segment == "exact" or tokens == 0:
+    width, group = layer.value.head_dim, q_heads // layer.kv_heads
+    if segment == "exact" or group * batch.max_query_len <= FEW_ROWS:
         return portable(q, layer, batch, params, segment)
-    width = layer.value.head_dim
     out_dtype = q.dtype if segment == "all" else torch.float32
     out = torch.empty(tokens, q_heads, width, dtype=out_dtype, device=q.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
-    group = q_heads // layer.kv_heads
     dense = dense_tile(max(_padded(layer.key.head_dim), _padded(width)))
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
