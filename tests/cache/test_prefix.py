@@ -175,3 +175,19 @@ def test_the_seed_knows_model_formats_and_scales():
 
     seeds = {seed(), seed(model="b"), seed(name="int4"), seed(page_size=16), seed(scales=b"x")}
     assert len(seeds) == 5 and seed() == seed()
+
+
+def test_a_page_goes_only_after_those_that_follow_it():
+    # Two requests computed the same first page at once; the second one's own tail follows the
+    # first one's page, which nobody but the cache holds any more.
+    pool = PagePool(8)
+    cache = PrefixCache(pool, PAGE, b"seed")
+    first, second = filled(pool, range(4)), filled(pool, range(8))
+    cache.insert(range(4), first)
+    cache.insert(range(8), second)
+    first.free()
+    assert cache.evict(8) == 0
+    cache.check()
+    assert len(cache.find(range(8)).pages) == 2
+    second.free()
+    assert cache.evict(8) == 2 and pool.used == 0
