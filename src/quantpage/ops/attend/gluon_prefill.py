@@ -29,7 +29,6 @@ from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import choose_ways
 from quantpage.ops.attend.prefill_plan import DensePass, DenseShape, DenseTile, plan_passes
-from quantpage.ops.attend.triton_merge import merge_partials
 
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -77,8 +76,7 @@ def _attend_workspace(results, q, layer, batch, params, segment, members) -> Non
             part_out = torch.empty(*parts, v.shape[2], dtype=torch.float32, device=q.device)
             part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
             launch(q, (k, v), (part_out, part_lse, None), params, planned, body_page)
-            partials = list(part_out.unbind()), list(part_lse.unbind())
-            merge_partials(*partials, params.sinks, out=out, lse=lse)
+            triton_prefill.merge_parts(part_out, part_lse, params.sinks, results)
             continue
         if carried is None and not each.final:
             carried = torch.empty(out.shape, dtype=torch.float32, device=q.device)

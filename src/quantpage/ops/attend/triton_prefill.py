@@ -114,6 +114,18 @@ def fill_workspace(
     return k, v
 
 
+def merge_parts(
+    part_out: Tensor, part_lse: Tensor, sinks: Tensor | None, results: tuple[Tensor, Tensor]
+) -> None:
+    """Parts [parts, tokens, ...] in float32 into ``results``; the parts are used up."""
+    outs, lses = list(part_out.unbind()), list(part_lse.unbind())
+    if len(outs) > 2:
+        # All but the last into the first, so that nothing between is rounded to 16 bits.
+        merge_partials(outs[:-1], lses[:-1], out=outs[0], lse=lses[0])
+    ends = [outs[0], outs[-1]], [lses[0], lses[-1]]
+    merge_partials(*ends, sinks, out=results[0], lse=results[1])
+
+
 def exponent_scale(params: AttendParams) -> tuple[float, float]:
     """What scores are multiplied by for exp2, and the cap per log2."""
     if params.softcap is None:
@@ -206,8 +218,7 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         num_warps=warps,
     )
     if parts > 1:
-        partials = list(target.unbind()), list(target_lse.unbind())
-        merge_partials(*partials, params.sinks, out=out, lse=lse)
+        merge_parts(target, target_lse, params.sinks, results)
 
 
 class _Half:
