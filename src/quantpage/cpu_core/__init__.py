@@ -56,11 +56,24 @@ def core() -> Core:
     return found
 
 
+def use_library(path: str | Path) -> None:
+    """Open this file from now on, instead of the one in the installation (sanitizer builds)."""
+    global _chosen
+    _chosen = Path(path)
+    for cached in (_open, find_core, absence):
+        cached.cache_clear()
+
+
+_chosen: Path | None = None
+
+
 @lru_cache
 def _open() -> tuple[Core | None, str]:
     # An editable installation has two folders; the checkout's own is the one that is rebuilt.
     folders = [Path(__file__).parent, *map(Path, __path__)]
     found = [path for folder in folders for path in sorted(folder.glob(_PATTERN))]
+    if _chosen is not None:
+        found = [_chosen]
     if not found:
         return None, "no compiled core in this installation: it was made without a C++ compiler."
     try:

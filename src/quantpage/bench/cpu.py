@@ -1,0 +1,247 @@
+"""Attention on the CPU: the compiled core against dense SDPA and against reading the bytes.
+
+    python -m quantpage.bench.cpu --threads 2 --out benchmarks/results/cpu-attend.csv
+
+Rows of one case are interleaved in one process. A sample during which the system took a core away
+(an involuntary context switch) is dropped; the median of the others is written, with their number.
+Layers are rotated so that most of the cache is not in a core's own caches. Nothing is timed
+before its result agrees with plain torch.
+"""
+
+import argparse
+import csv
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.cpu_core import ISAS, core
+from quantpage.formats import FORMATS, QuantSpec
+from quantpage.hardware import device_info
+from quantpage.ops.attend import AttendParams, cpu, torch_blockwise
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+ROTATED_BYTES = 1 << 27
+"""Of codes that one case's layers have together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape; ``new`` 1 is decode, ``new`` == ``context`` a whole prompt."""
+
+    name: str
+    requests: int
+    new: int
+    context: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 64
+
+
+LLAMA, SMOL = (32, 8, 128), (9, 3, 64)
+CASES = [
+    Case("8 x 4k", 8, 1, 4096, *LLAMA, page_size=16),
+    Case("8 x 16k", 8, 1, 16384, *LLAMA, page_size=16),
+    *(Case(f"SmolLM2 {n}", 1, 1, n, *SMOL) for n in (512, 2048, 8192)),
+    *(Case(f"prompt {n}", 1, n, n, *LLAMA) for n in (1024, 2048)),
+    *(Case(f"SmolLM2 prompt {n}", 1, n, n, *SMOL) for n in (1024, 4096)),
+]
+DECODE_FORMATS = ("int8", "int4", "k8v4", "fp8", "none")
+PROMPT_FORMATS = ("int8", "int4", "fp8", "none")
+
+
+def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
+    """Codes that no number was quantized to, which take the same time."""
+    shape = (pages, case.kv_heads, case.page_size)
+    if not spec.quantized:
+        return QuantizedPages(spec, torch.randn(*shape, case.head_dim, dtype=torch.bfloat16))
+    row = case.head_dim // spec.code.values_per_byte
+    codes = torch.randint(0, 256, (*shape, row), dtype=torch.uint8)
+    if spec.code.name == "fp8":
+        # Not NaN.
+        codes &= 0xBF
+    assert spec.code.storage is not None
+    scale = (torch.rand(*shape, 1) * 0.01 + 0.01).to(spec.scale_dtype)
+    zero = torch.randn(*shape, 1).to(spec.scale_dtype) if spec.zero_point else None
+    return QuantizedPages(spec, codes.view(spec.code.storage), scale, zero)
+
+
+def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
+    """A layer and the step over it, pages in random order."""
+    pages = -(-case.context // case.page_size)
+    order = torch.randperm(case.requests * pages).view(case.requests, pages).tolist()
+    key, value = (
+        random_pages(spec, case.requests * pages, case)
+        for spec in (FORMATS[name].key, FORMATS[name].value)
+    )
+    lens = [case.new] * case.requests, [case.context] * case.requests
+    return LayerKV(key, value), plan_batch(*lens, order, case.page_size)
+
+
+def gate(name: str, case: Case) -> None:
+    """AssertionError unless the core agrees with plain torch on a short version of the case."""
+    context = min(case.context, 300)
+    small = Case(
+        case.name, 2, min(case.new, context), context, *LLAMA[:2], case.head_dim, case.page_size
+    )
+    layer, batch = random_layer(name, small)
+    q = torch.randn(2 * small.new, small.q_heads, small.head_dim) / 8
+    params = AttendParams(small.head_dim**-0.5)
+    want, _ = torch_blockwise.attend(q, layer, batch, params)
+    for isa in range(core().isa + 1):
+        got, _ = cpu.attend(q, layer, batch, params, isa=isa)
+        error = ((got - want).abs().amax() / want.abs().amax()).item()
+        assert error < 1e-3, f"{name}, {ISAS[isa]}: {error:.1e} off plain torch"
+
+
+def contenders(case: Case) -> dict[str, Callable[[int], object]]:
+    """What is timed, by name; each takes the number of the sample."""
+    decode = case.new == 1
+    codes = case.requests * case.context * case.kv_heads * case.head_dim * 2
+    layers = max(1, min(16, ROTATED_BYTES // codes)) if decode else 1
+    q = torch.randn(case.requests * case.new, case.q_heads, case.head_dim, dtype=torch.bfloat16)
+    params = AttendParams(case.head_dim**-0.5)
+    found: dict[str, Callable[[int], object]] = {}
+    dense = (case.requests, case.kv_heads, case.context, case.head_dim)
+    kv = [torch.randn(2, *dense, dtype=torch.bfloat16) for _ in range(layers)]
+    if decode:
+        grouped = q.view(case.requests, case.kv_heads, -1, case.head_dim)
+        found["sdpa bf16"] = lambda i: sdpa(grouped, kv[i % layers][0], kv[i % layers][1])
+    else:
+        rows = q.transpose(0, 1)[None].contiguous()
+        for label, dtype in (("sdpa bf16", torch.bfloat16), ("sdpa fp32", torch.float32)):
+            tensors = [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])]
+            found[label] = partial(_prompt_sdpa, tensors)
+    library, threads = core(), torch.get_num_threads()
+    for name in DECODE_FORMATS if decode else PROMPT_FORMATS:
+        made = [random_layer(name, case) for _ in range(layers)]
+
+        def run(i: int, made: list = made, isa: int = library.isa) -> object:
+            layer, batch = made[i % layers]
+            return cpu.attend(q, layer, batch, params, isa=isa)
+
+        found[f"{name} {ISAS[library.isa]}"] = run
+        if name == "int8":
+            for isa in range(library.isa):
+                found[f"{name} {ISAS[isa]}"] = partial(run, isa=isa)
+        if decode and name in ("int8", "int4"):
+
+            def read(i: int, made: list = made) -> None:
+                for side in (made[i % layers][0].key, made[i % layers][0].value):
+                    library.read(side.codes.data_ptr(), side.codes.nbytes, threads)
+
+            found[f"read {name}"] = read
+    return found
+
+
+def _prompt_sdpa(tensors: list[torch.Tensor], sample: int) -> torch.Tensor:
+    q, k, v = tensors
+    return sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[str, tuple]:
+    """(median microseconds, samples kept, samples) of each."""
+    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in found}
+    repeats = {}
+    for name, run in found.items():
+        run(0)
+        start = time.perf_counter()
+        run(1)
+        repeats[name] = max(1, min(50, int(0.004 / (time.perf_counter() - start))))
+    end = time.perf_counter() + seconds
+    sample = 0
+    while sample < 5 or (time.perf_counter() < end and sample < 200):
+        for name, run in found.items():
+            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            start = time.perf_counter()
+            for repeat in range(repeats[name]):
+                run(sample + repeat)
+            taken = (time.perf_counter() - start) / repeats[name]
+            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
+            samples[name].append((taken * 1e6, switches))
+        sample += 1
+    answer = {}
+    for name, found_times in samples.items():
+        quiet = [time for time, switches in found_times if switches == 0]
+        kept = quiet if len(quiet) >= 3 else sorted(time for time, _ in found_times)[:3]
+        answer[name] = (statistics.median(kept), len(quiet), len(found_times))
+    return answer
+
+
+def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
+    """CSV rows of one case, after the gate."""
+    for name in DECODE_FORMATS if case.new == 1 else PROMPT_FORMATS:
+        gate(name, case)
+    measured = measure(contenders(case), seconds)
+    device = device_info("cpu").name
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    rows = []
+    for name, (microseconds, quiet, samples) in measured.items():
+        limit = measured.get("read " + name.split()[0])
+        rows.append(
+            {
+                "case": case.name,
+                "requests": case.requests,
+                "new": case.new,
+                "context": case.context,
+                "q_heads": case.q_heads,
+                "kv_heads": case.kv_heads,
+                "head_dim": case.head_dim,
+                "page_size": case.page_size,
+                "threads": torch.get_num_threads(),
+                "what": name,
+                "microseconds": f"{microseconds:.1f}",
+                "times_sdpa_bf16": f"{measured['sdpa bf16'][0] / microseconds:.2f}",
+                "of_read_limit": "" if limit is None else f"{limit[0] / microseconds:.2f}",
+                "undisturbed": quiet,
+                "samples": samples,
+                "device": device,
+                "torch": torch.__version__,
+                "commit": commit,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure every case and write the CSV."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each case, about")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows: list[dict[str, object]] = []
+    for case in CASES:
+        if given.only in case.name:
+            fresh = rows_of(case, given.seconds)
+            rows += fresh
+            for row in fresh:
+                print(
+                    f"{row['case']:>20} {row['what']:>16} {row['microseconds']:>10} us "
+                    f"{row['times_sdpa_bf16']:>6} x sdpa bf16 {row['of_read_limit']:>5} of read "
+                    f"({row['undisturbed']}/{row['samples']})",
+                    flush=True,
+                )
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with given.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
