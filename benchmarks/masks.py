@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import triton
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from triton.testing import do_bench

@@ -1,0 +1,49 @@
+"""What the mask kernels compile to for a GPU that is not here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Name of a case -> its resources, compiled in a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.mask_case"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(found, pattern):
+    return sum(n for name, n in found["counts"].items() if re.match(pattern, name))
+
+
+@pytest.mark.parametrize("form", ["causal 1", "causal 2", "both 2", "both 4", "rows 1"])
+def test_hopper_kernel_spills_under_no_form(compiled, form):
+    found = compiled[f"dense {form}"]
+    assert found["stack"] == 0 and count(found, "LDL|STL") == 0
+    assert count(found, "HGMMA") > 0 and count(found, "USETMAXREG") > 0
+
+
+@pytest.mark.parametrize("case", ["group 1", "256"])
+def test_hopper_kernel_fits_shared_memory(compiled, case):
+    found = compiled[f"dense causal 1, {case}"]
+    assert found["stack"] <= 64
+    assert found["shared"] <= 227 * 1024
+
+
+def test_portable_kernel_keeps_its_registers(compiled):
+    for name in ("pages both 4", "pages rows 1, decode"):
+        assert count(compiled[name], "LDL|STL") <= 16, name
+        assert count(compiled[name], "H?MMA|HGMMA") > 0
