@@ -35,14 +35,19 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """``x @ weight.T + bias`` in the input's dtype, computed from bf16."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        # A model that is cast afterwards casts its buffers too.
-        scale = self.scale.to(torch.bfloat16)
+        rows, scale = x.reshape(-1, self.in_features), self.scale
+        # Asked, not converted in any case: a decode step comes here some two hundred times.
+        if rows.dtype != torch.bfloat16:
+            rows = rows.to(torch.bfloat16)
+        if scale.dtype != torch.bfloat16:
+            scale = scale.to(torch.bfloat16)
         if rows.shape[0] < PROMPT_TOKENS:
-            out = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, scale)
+            out = torch.ops.aten._weight_int8pack_mm.default(rows.contiguous(), self.weight, scale)
         else:
             out = nn.functional.linear(rows, self.weight.to(torch.bfloat16)) * scale
-        out = out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        out = out.view(*x.shape[:-1], self.out_features)
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
