@@ -12,7 +12,7 @@ import torch
 from quantpage.formats import FORMATS
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, merge_partials, reference
 from quantpage.ops.dispatch import Call
 from tests.ops.mask_cases import Cached, cached
 from tests.tolerances import attention_atol, lse_atol
@@ -175,6 +175,37 @@ def test_garbage_outside_the_mask_cannot_be_seen(implementation, name):
                 plane.view(torch.uint8)[hidden] = 0xFF
     poisoned = _run(implementation, case, [(99, 100)], mask)
     assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4", "k8v4"])
+def test_garbage_inside_a_page_that_is_read_cannot_be_seen(implementation, name):
+    # Sink tokens 0..2 and the window 74..99: keys 3..73 are hidden, pages 0 and 4 are both.
+    case = cached(name, [100], page_size=16)
+    mask = CausalMask(window=26, sink_tokens=3)
+    skip_if_refused(implementation, case, name, "decode", mask)
+    clean = _run(implementation, case, [(99, 100)], mask)
+    for position in range(3, 74):
+        page, offset = case.tables[0][position // 16], position % 16
+        for half in (case.layer.key, case.layer.value):
+            for plane in (half.codes, half.scale, half.zero):
+                if plane is not None and plane.ndim == 4:
+                    plane.view(torch.uint8)[page, :, offset] = 0xFF
+        for plane in (case.layer.exact_key, case.layer.exact_value):
+            if plane is not None:
+                plane.view(torch.uint8)[page, :, offset] = 0xFF
+    assert torch.equal(clean, _run(implementation, case, [(99, 100)], mask))
+
+
+def test_merging_selects_and_never_multiplies_an_empty_partial():
+    out, other = torch.randn(3, 2, 8), torch.full((3, 2, 8), torch.nan)
+    lse, empty = torch.randn(3, 2), torch.full((3, 2), -torch.inf)
+    merged, total = merge_partials([out, other], [lse, empty])
+    torch.testing.assert_close(merged, out)
+    torch.testing.assert_close(total, lse)
+    nothing, none = merge_partials([other, other], [empty, empty])
+    assert (nothing == 0).all() and none.isneginf().all()
+    sunk, _ = merge_partials([out, other], [lse, empty], sinks=lse[0])
+    torch.testing.assert_close(sunk[0], out[0] / 2)
 
 
 def test_constant_and_zero_rows(implementation):
