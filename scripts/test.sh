@@ -13,6 +13,7 @@ fi
 .venv/bin/ruff format --check --quiet .
 .venv/bin/mypy
 .venv/bin/lint-imports
+.venv/bin/python scripts/structure.py --check
 # One thread a process: the tests are many and small.
 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
 scripts/test_transformers_range.sh
