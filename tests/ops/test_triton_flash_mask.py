@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.ops.triton_cases import DEVICE, GPU, TIER, relative, to_device
 
@@ -16,7 +18,7 @@ from quantpage.ops.attend import AttendParams, attend, mask_plan, reference, tri
 from quantpage.ops.attend.mask_plan import MaskTile, lower
 from quantpage.ops.attend.triton_flash_mask import attend as triton_attend
 from quantpage.ops.dispatch import Implementation
-from tests.masks.drawn import every_kind
+from tests.masks.drawn import any_mask, every_kind
 from tests.ops.mask_cases import cached
 
 pytestmark = TIER
@@ -75,6 +77,25 @@ def test_device_plan_is_the_torch_plan(kind, segment):
         assert torch.equal(mine[:full], theirs[:full])
         end = len(theirs)
         assert torch.equal(mine[end - partial :], theirs[end - partial :])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_device_plan_of_any_mask(data):
+    contexts = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=2))
+    heads = data.draw(st.sampled_from([1, 2]))
+    mask = data.draw(any_mask(max(contexts), batch=len(contexts), heads=heads))
+    new = [data.draw(st.integers(0, context)) for context in contexts]
+    _, batch = cached("int8", contexts).step(
+        [(context - n, context) for context, n in zip(contexts, new, strict=True)]
+    )
+    tile = MaskTile(data.draw(st.sampled_from([8, 16])), data.draw(st.sampled_from([8, 16])))
+    group = data.draw(st.integers(1, 3))
+    wanted = mask_plan.plan_tiles(mask, batch, group, tile)
+    found = triton_mask_plan.plan_tiles(mask.to(DEVICE), to_gpu(batch), group, tile)
+    assert torch.equal(found.counts.cpu(), wanted.counts)
+    listed = wanted.tiles >= 0
+    assert torch.equal(found.tiles.cpu()[listed], wanted.tiles[listed])
 
 
 @pytest.mark.parametrize("heads", [1, 3])
