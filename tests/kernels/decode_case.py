@@ -5,7 +5,7 @@ from quantpage.ops.attend.triton_decode_kernel import decode_kernel
 CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
-def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=16,
+def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
                      segment=0, sinks=False, softcap=False):  # fmt: skip
     types = {}
@@ -31,7 +31,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1, "TILE": tile, "FULL": False,
         "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap, "SINKS": sinks, "CHUNK": 128, "STAGES": stages,
-        "OLD": capability < 89, "PAIRS": True,
+        "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
     }  # fmt: skip
     return types | fixed
 

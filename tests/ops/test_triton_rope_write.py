@@ -82,7 +82,7 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
     other = copy_of(layer)
     given = (parts[0] if q else None, parts[1], parts[2])
     wanted = reference(*given, other, batch, params)
-    got = rope_write(*given, layer, batch, params, shape=None if GPU else (4, 2))
+    got = rope_write(*given, layer, batch, params, shape=None if GPU else (4, 2, 1))
     same_codes(layer.key, other.key, allowed)
     same_codes(layer.value, other.value, allowed)
     if exact:

@@ -5,6 +5,7 @@ the workspace of partial results belongs to the device and the stream and is kep
 """
 
 import torch
+import triton
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
+
+OVERLAP = True
+"""Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
 _workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
 
@@ -47,15 +51,22 @@ def attend(
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    if tiles is None:
-        tiles = decode_tiles(
-            layer.key.spec, layer.value.spec, max(width, value_width), batch.page_size
-        )
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+    if tiles is None:
+        tiles = decode_tiles(layer.key.spec, layer.value.spec, max(width, value_width), rows)
     processors = device_info(q.device).processors if q.is_cuda else 3
     programs = processors * tiles.programs_per_processor
-    part_out, part_lse, cuts = _workspace(q.device, programs, rows * value_width, rows)
+    all_rows = batch.num_requests * kv_heads * tiles_of_rows
+    part_out, part_lse, cuts = _workspace(
+        q.device, (2 * programs * rows * value_width, 2 * programs * rows, 2 * all_rows)
+    )
     window = mask.window if isinstance(mask, CausalMask) else None
+    sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
+    mask_numbers = (window or 0, sink_tokens)
+    # Pieces that a row can be cut into, which the merge takes at once if they are few.
+    pieces = programs // all_rows + 2
+    parts = min(128, max(16, triton.next_power_of_2(pieces)))
+    overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     q = q if q.stride(-1) == 1 else q.contiguous()
     k, k_fixed = _operand(layer.key)
     v, v_fixed = _operand(layer.value)
@@ -81,8 +92,7 @@ def attend(
         batch.num_requests,
         kv_heads,
         tiles.min_tiles,
-        window or 0,
-        mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0,
+        *mask_numbers,
         q.stride(0),
         q.stride(1),
         *k["strides"][:2],
@@ -110,10 +120,14 @@ def attend(
         STAGES=tiles.stages,
         OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
         PAIRS=_paired(layer.key) and _paired(layer.value),
+        OVERLAP=overlap,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
+        launch_pdl=overlap,
     )
-    merge_cuts_kernel[(programs, min(rows, group * batch.max_query_len))](
+    # Few rows are spread over programs, one query row each.
+    spread = min(rows, group * batch.max_query_len) if all_rows < processors else 1
+    merge_cuts_kernel[(all_rows, spread)](
         cuts,
         part_out,
         part_lse,
@@ -123,6 +137,7 @@ def attend(
         out,
         lse,
         kv_heads,
+        *mask_numbers,
         out.stride(0),
         out.stride(1),
         VALUE_DIM=value_width,
@@ -130,8 +145,14 @@ def attend(
         ROWS=rows,
         ROW_TILES=tiles_of_rows,
         SINKS=params.sinks is not None and segment == "all",
-        PARTS=16,
-        num_warps=4,
+        PARTS=parts,
+        PAGE=batch.page_size,
+        FULL=isinstance(mask, FullMask),
+        WINDOW=window is not None,
+        SEGMENT=SEGMENTS[segment],
+        OVERLAP=overlap,
+        num_warps=8 if parts > 64 else 4,
+        launch_pdl=overlap,
     )
     return out, lse
 
@@ -181,14 +202,14 @@ def _paired(pages: QuantizedPages) -> bool:
     )
 
 
-def _workspace(device: torch.device, programs: int, out_row: int, lse_row: int):
-    """Two pieces a program: the end of a row that began before, the beginning of one that goes on."""
+def _workspace(device: torch.device, sizes: tuple[int, int, int]):
+    """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
+    the beginning of one that goes on), and where each row's pieces are.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     kept = _workspaces.setdefault((device.index, stream), [])
-    sizes = (2 * programs * out_row, 2 * programs * lse_row, 4 * programs)
     if not kept or any(t.numel() < n for t, n in zip(kept[-3:], sizes, strict=True)):
         # Smaller workspaces stay: a captured graph may still write to them.
-        kept.append(torch.empty(sizes[0], dtype=torch.float32, device=device))
-        kept.append(torch.empty(sizes[1], dtype=torch.float32, device=device))
-        kept.append(torch.empty(sizes[2], dtype=torch.int32, device=device))
+        dtypes = (torch.float32, torch.float32, torch.int32)
+        kept += [torch.empty(n, dtype=d, device=device) for n, d in zip(sizes, dtypes, strict=True)]
     return kept[-3], kept[-2], kept[-1]

@@ -31,18 +31,18 @@ def _query_part(
     """One strided part of the queries with static scales folded in, its largest element, and its
     share of the row's sums.
     """
-    mask = real[:, None] & (channel < HEAD_DIM)[None, :]
-    part = tl.load(q + q_rows[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    mask = real[None, :] & (channel < HEAD_DIM)[:, None]
+    part = tl.load(q + q_rows[None, :] + channel[:, None], mask, 0.0).to(tl.float32)
     if STATIC_ZERO:
         zero = tl.load(k_zero + channel // SHARED, channel < HEAD_DIM, 0.0).to(tl.float32)
-        total = tl.sum(part * zero[None, :], 1)
+        total = tl.sum(part * zero[:, None], 0)
     else:
-        total = tl.sum(part, 1)
+        total = tl.sum(part, 0)
     if STATIC:
         scale = tl.load(k_scale + channel // SHARED, channel < HEAD_DIM, 0.0).to(tl.float32)
-        part = part * scale[None, :]
+        part = part * scale[:, None]
     size = tl.abs(part)
-    return part, tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0), total
+    return part, tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 0), 0), total
 
 
 @triton.jit
@@ -52,16 +52,16 @@ def _store_part(
 ):  # fmt: skip
     """One strided part of the output, finished and stored."""
     inside = channel < VALUE_DIM
-    out = acc * ratio[:, None]
+    out = acc * ratio[None, :]
     if STATIC:
         scale = tl.load(v_scale + channel // SHARED, inside, 0.0).to(tl.float32)
-        out = out * scale[None, :]
+        out = out * scale[:, None]
     if STATIC_ZERO:
         zero = tl.load(v_zero + channel // SHARED, inside, 0.0).to(tl.float32)
-        out += mass[:, None] * zero[None, :]
-    out += extra[:, None]
-    at = at[:, None] + channel[None, :]
-    tl.store(at, out.to(at.dtype.element_ty), real[:, None] & inside[None, :])
+        out += mass[None, :] * zero[:, None]
+    out += extra[None, :]
+    at = at[None, :] + channel[:, None]
+    tl.store(at, out.to(at.dtype.element_ty), real[None, :] & inside[:, None])
 
 
 @triton.jit
@@ -78,7 +78,10 @@ def _shown(
     return shown
 
 
-@triton.jit
+# Numbers that change from step to step or from model to model compile no kernel of their own.
+@triton.jit(
+    do_not_specialize=["requests", "kv_heads", "min_tiles", "window", "sink_tokens", "table_row"]
+)
 def decode_kernel(
     q,
     k_codes,
@@ -140,10 +143,16 @@ def decode_kernel(
     STAGES: tl.constexpr,
     OLD: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: 0 none, 1 int8, 2 fp8,
     3 int4. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a tile.
     """
+    if OVERLAP:
+        # The launches before and after overlap with this one: wait for what the first wrote, let
+        # the next one be set up.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     start, end, share, request, begins = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window, sink_tokens,
@@ -170,33 +179,6 @@ def decode_kernel(
     v_word4 = tl.arange(0, V_WIDTH4)
     v_word8 = tl.arange(0, V_WIDTH8)
 
-    # Requests in which no tile is seen have no share: their rows are written here.
-    for empty in range(program, requests, tl.num_programs(0)):
-        q_start = tl.load(query_starts + empty)
-        q_len = tl.load(query_starts + empty + 1) - q_start
-        context = tl.load(context_lens + empty)
-        a_low, a_high, b_low, b_high = key_ranges(
-            context, tl.minimum(q_len, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-        )
-        if (a_high <= a_low) & (b_high <= b_low):
-            heads = kv_heads * GROUP
-            for at in range(0, q_len * heads):
-                token = (q_start + at // heads).to(tl.int64)
-                head = at % heads
-                nothing = float("-inf")
-                if SINKS:
-                    nothing = tl.load(sinks + head).to(tl.float32)
-                tl.store(lse + token * heads + head, nothing)
-                channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
-                zeros = tl.zeros([triton.next_power_of_2(VALUE_DIM)], out.dtype.element_ty)
-                tl.store(
-                    out + token * out_token + head * out_head + channel, zeros, channel < VALUE_DIM
-                )
-
-    cut_request = -1
-    cut_item = 0
-    cut_slot = 0
-    cut_last = 0
     position = start
     while position < end:
         context = tl.load(context_lens + request)
@@ -282,16 +264,16 @@ def decode_kernel(
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         # Summed over columns once, at the end: a sum across warps in every tile costs two barriers.
-        weights = tl.zeros([ROWS, TILE], tl.float32)
-        offsets = tl.zeros([ROWS, TILE], tl.float32)
-        acc0 = tl.zeros([ROWS, V_WIDTH], tl.float32)
-        acc1 = tl.zeros([ROWS, V_WIDTH4], tl.float32)
-        acc2 = tl.zeros([ROWS, V_WIDTH4], tl.float32)
-        acc3 = tl.zeros([ROWS, V_WIDTH4], tl.float32)
-        acc4 = tl.zeros([ROWS, V_WIDTH8], tl.float32)
-        acc5 = tl.zeros([ROWS, V_WIDTH8], tl.float32)
-        acc6 = tl.zeros([ROWS, V_WIDTH8], tl.float32)
-        acc7 = tl.zeros([ROWS, V_WIDTH8], tl.float32)
+        weights = tl.zeros([TILE, ROWS], tl.float32)
+        offsets = tl.zeros([TILE, ROWS], tl.float32)
+        acc0 = tl.zeros([V_WIDTH, ROWS], tl.float32)
+        acc1 = tl.zeros([V_WIDTH4, ROWS], tl.float32)
+        acc2 = tl.zeros([V_WIDTH4, ROWS], tl.float32)
+        acc3 = tl.zeros([V_WIDTH4, ROWS], tl.float32)
+        acc4 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
+        acc5 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
+        acc6 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
+        acc7 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
 
         # Keys that every query of this request sees: tiles inside need no mask by row.
         first_seat = context - q_len
@@ -322,14 +304,14 @@ def decode_kernel(
                 page = tl.load(table + key_start // PAGE).to(tl.int64)
                 slot = key_start % PAGE + lane
                 k_rows = k_base + page * k_page + slot[:, None] * K_WORDS
-                v_rows = v_base + page * v_page + slot[:, None] * V_WORDS
+                v_rows = v_base + page * v_page + slot[None, :] * V_WORDS
                 pair_slot = key_start % PAGE + 2 * pair
                 pair_page = page
             else:
                 page = tl.load(table + key // PAGE, shown, 0).to(tl.int64)
                 slot = key % PAGE
                 k_rows = k_base + (page * k_page + slot * K_WORDS)[:, None]
-                v_rows = v_base + (page * v_page + slot * V_WORDS)[:, None]
+                v_rows = v_base + (page * v_page + slot * V_WORDS)[None, :]
                 if PAIRS:
                     pair_key = key_start + 2 * pair
                     pair_shown = _shown(
@@ -343,42 +325,42 @@ def decode_kernel(
                     pair_slot = pair_key % PAGE
             # Scores are selected and integer codes are finite: only floats need the mask.
             k_mask = (k_word < K_WORDS)[None, :]
-            v_mask = (v_word < V_WORDS)[None, :]
+            v_mask = (v_word < V_WORDS)[:, None]
             if V_CODE == 0 or V_CODE == 2:
-                v_mask = v_mask & shown[:, None]
-            k = tl.trans(tl.load(k_rows + k_word[None, :], k_mask, 0))
+                v_mask = v_mask & shown[None, :]
+            k = tl.load(k_rows + k_word[None, :], k_mask, 0)
             if K_PARTS == 1:
-                score = tl.dot(q0, k)
+                score = tl.dot(k, q0)
             elif K_PARTS == 4:
                 k0, k1, k2, k3 = unpack4(k, K_CODE, OLD)
-                score = tl.dot(q0, k0)
-                score = tl.dot(q1, k1, score)
-                score = tl.dot(q2, k2, score)
-                score = tl.dot(q3, k3, score)
+                score = tl.dot(k0, q0)
+                score = tl.dot(k1, q1, score)
+                score = tl.dot(k2, q2, score)
+                score = tl.dot(k3, q3, score)
             else:
                 k0, k1, k2, k3, k4, k5, k6, k7 = unpack8(k)
-                score = tl.dot(q0, k0)
-                score = tl.dot(q1, k1, score)
-                score = tl.dot(q2, k2, score)
-                score = tl.dot(q3, k3, score)
-                score = tl.dot(q4, k4, score)
-                score = tl.dot(q5, k5, score)
-                score = tl.dot(q6, k6, score)
-                score = tl.dot(q7, k7, score)
+                score = tl.dot(k0, q0)
+                score = tl.dot(k1, q1, score)
+                score = tl.dot(k2, q2, score)
+                score = tl.dot(k3, q3, score)
+                score = tl.dot(k4, q4, score)
+                score = tl.dot(k5, q5, score)
+                score = tl.dot(k6, q6, score)
+                score = tl.dot(k7, q7, score)
             if K_SCALES == 1:
                 ks_page = page * k_scale_page + head * k_scale_head
                 ks_pair = 0
                 if PAIRS:
                     ks_pair = (pair_page * k_scale_page + head * k_scale_head + pair_slot) // 2
                 ks = load_plane(k_scale, ks_page, slot, ks_pair, shown, PAIRS)
-                score = score * (ks * score_scale)[None, :]
+                score = score * (ks * score_scale)[:, None]
                 if K_ZERO:
                     kz = load_plane(k_zero, ks_page, slot, ks_pair, shown, PAIRS)
-                    score += q_sum[:, None] * kz[None, :]
+                    score += q_sum[None, :] * kz[:, None]
             else:
                 score = score * score_scale
                 if K_ZERO:
-                    score += q_sum[:, None]
+                    score += q_sum[None, :]
             if SOFTCAP:
                 # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
                 bent = tl.exp2(score * (2.0 * LOG2E / softcap))
@@ -392,15 +374,15 @@ def decode_kernel(
                 if V_ZERO:
                     vz = load_plane(v_zero, vs_page, slot, vs_pair, shown, PAIRS)
             if (key_start < all_low) | (key_start + TILE > all_high):
-                seen = shown[None, :]
+                seen = shown[:, None]
                 if not FULL:
-                    seen = seen & (key[None, :] <= seat[:, None])
+                    seen = seen & (key[:, None] <= seat[None, :])
                 if WINDOW:
-                    near = (key[None, :] > seat[:, None] - window) | (key < sink_tokens)[None, :]
+                    near = (key[:, None] > seat[None, :] - window) | (key < sink_tokens)[:, None]
                     seen = seen & near
                 if SEGMENT != 0:
-                    own = (key // PAGE)[None, :] == (seat // PAGE)[:, None]
-                    own = own | (key < PAGE)[None, :]
+                    own = (key // PAGE)[:, None] == (seat // PAGE)[None, :]
+                    own = own | (key < PAGE)[:, None]
                     seen = seen & (own if SEGMENT == 2 else ~own)
                 score = tl.where(seen, score, float("-inf"))
                 if V_SCALES == 1:
@@ -410,41 +392,41 @@ def decode_kernel(
             heavy = score
             if V_SCALES == 1:
                 # The row's peak is the peak of p * v_scale, so that this product is at most 2^SHIFT.
-                heavy = score + log2_fast(tl.maximum(vs, 1e-30))[None, :]
-            new_top = tl.maximum(top, tl.max(heavy, 1))
+                heavy = score + log2_fast(tl.maximum(vs, 1e-30))[:, None]
+            new_top = tl.maximum(top, tl.max(heavy, 0))
             anchor = tl.where(new_top == float("-inf"), 0.0, new_top - SHIFT)
             shrink = tl.exp2(top - SHIFT - anchor)
-            p = tl.exp2(score - anchor[:, None])
-            weights = weights * shrink[:, None] + p
+            p = tl.exp2(score - anchor[None, :])
+            weights = weights * shrink[None, :] + p
             if V_SCALES == 1:
                 if V_ZERO:
-                    offsets = offsets * shrink[:, None] + p * vz[None, :]
-                p = p * vs[None, :]
+                    offsets = offsets * shrink[None, :] + p * vz[:, None]
+                p = p * vs[:, None]
             p = p.to(V_NUMBER)
             top = new_top
-            v = tl.load(v_rows + v_word[None, :], v_mask, 0)
+            v = tl.load(v_rows + v_word[:, None], v_mask, 0)
             if V_PARTS == 1:
-                acc0 = tl.dot(p, v, acc0 * shrink[:, None])
+                acc0 = tl.dot(v, p, acc0 * shrink[None, :])
             elif V_PARTS == 4:
                 v0, v1, v2, v3 = unpack4(v, V_CODE, OLD)
-                acc0 = tl.dot(p, v0, acc0 * shrink[:, None])
-                acc1 = tl.dot(p, v1, acc1 * shrink[:, None])
-                acc2 = tl.dot(p, v2, acc2 * shrink[:, None])
-                acc3 = tl.dot(p, v3, acc3 * shrink[:, None])
+                acc0 = tl.dot(v0, p, acc0 * shrink[None, :])
+                acc1 = tl.dot(v1, p, acc1 * shrink[None, :])
+                acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
+                acc3 = tl.dot(v3, p, acc3 * shrink[None, :])
             else:
                 v0, v1, v2, v3, v4, v5, v6, v7 = unpack8(v)
-                acc0 = tl.dot(p, v0, acc0 * shrink[:, None])
-                acc1 = tl.dot(p, v1, acc1 * shrink[:, None])
-                acc2 = tl.dot(p, v2, acc2 * shrink[:, None])
-                acc3 = tl.dot(p, v3, acc3 * shrink[:, None])
-                acc4 = tl.dot(p, v4, acc4 * shrink[:, None])
-                acc5 = tl.dot(p, v5, acc5 * shrink[:, None])
-                acc6 = tl.dot(p, v6, acc6 * shrink[:, None])
-                acc7 = tl.dot(p, v7, acc7 * shrink[:, None])
+                acc0 = tl.dot(v0, p, acc0 * shrink[None, :])
+                acc1 = tl.dot(v1, p, acc1 * shrink[None, :])
+                acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
+                acc3 = tl.dot(v3, p, acc3 * shrink[None, :])
+                acc4 = tl.dot(v4, p, acc4 * shrink[None, :])
+                acc5 = tl.dot(v5, p, acc5 * shrink[None, :])
+                acc6 = tl.dot(v6, p, acc6 * shrink[None, :])
+                acc7 = tl.dot(v7, p, acc7 * shrink[None, :])
 
         if last_tile > first_tile:
             complete = (first_tile == 0) & (last_tile == tiles)
-            total = tl.sum(weights, 1)
+            total = tl.sum(weights, 0)
             some = total != 0
             log_total = tl.log2(tl.where(some, total, 1.0))
             row_lse = tl.where(some, top - SHIFT + log_total, float("-inf"))
@@ -464,12 +446,13 @@ def decode_kernel(
             else:
                 part_at = slot_id.to(tl.int64) * ROWS + row
                 tl.store(part_lse + part_at, row_lse, real)
-                if first_tile == 0:
-                    cut_request = request
-                    cut_item = item
-                    cut_slot = slot_id
-                    cut_last = (position + tiles - 1) // share
-            extra = tl.sum(offsets, 1) * ratio
+            if first_tile == 0:
+                # Where the row's pieces are, for the merge: the first one's slot, -1 for none, and
+                # the program that holds the last.
+                cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
+                tl.store(cut, tl.where(complete, -1, slot_id))
+                tl.store(cut + 1, (position + tiles - 1) // share)
+            extra = tl.sum(offsets, 0) * ratio
             # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
             mass = total * ratio
             vs_static = v_scale + head * v_scale_head
@@ -495,11 +478,6 @@ def decode_kernel(
         if position - begins >= tiles * kv_heads * ROW_TILES:
             request += 1
             begins = position
-    cut = cuts + program * 4
-    tl.store(cut, cut_request)
-    tl.store(cut + 1, cut_item)
-    tl.store(cut + 2, cut_slot)
-    tl.store(cut + 3, cut_last)
 
 
 @triton.jit

@@ -6,11 +6,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from quantpage.ops.attend.triton_plan import key_ranges
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])
 def merge_cuts_kernel(
     cuts,
     part_out,
@@ -21,6 +23,8 @@ def merge_cuts_kernel(
     out,
     lse,
     kv_heads,
+    window,
+    sink_tokens,
     out_token,
     out_head,
     VALUE_DIM: tl.constexpr,
@@ -29,25 +33,42 @@ def merge_cuts_kernel(
     ROW_TILES: tl.constexpr,
     SINKS: tl.constexpr,
     PARTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    FULL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """The row that begins in decode program c and was cut: one query row of it a program."""
-    c = tl.program_id(0)
-    row = tl.program_id(1)
-    cut = cuts + c * 4
-    request = tl.load(cut)
-    if request >= 0:
-        item = tl.load(cut + 1)
-        slot = tl.load(cut + 2)
-        parts = tl.load(cut + 3) - c + 1
-        q_start = tl.load(query_starts + request)
-        q_len = tl.load(query_starts + request + 1) - q_start
-        q_len = tl.minimum(q_len, tl.load(context_lens + request))
-        row_at = (item % ROW_TILES) * ROWS + row
-        token = row_at // GROUP
-        if token < q_len:
-            head = (item // ROW_TILES) * GROUP + row_at % GROUP
-            channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
-            inside = channel < VALUE_DIM
+    """A row (request, kv_head, tile of query rows) that was cut, or that has no tile at all.
+
+    Rows that one program finished are left as they are.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_id = tl.program_id(0)
+    request = row_id // (kv_heads * ROW_TILES)
+    item = row_id % (kv_heads * ROW_TILES)
+    slot = tl.load(cuts + row_id * 2)
+    last = tl.load(cuts + row_id * 2 + 1)
+    q_start = tl.load(query_starts + request)
+    q_len = tl.load(query_starts + request + 1) - q_start
+    context = tl.load(context_lens + request)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, tl.minimum(q_len, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    nothing = (a_high <= a_low) & (b_high <= b_low)
+    # The slot says nothing about a row that no program came by.
+    if nothing | (slot >= 0):
+        first_program = slot // 2
+        parts = tl.where(nothing, 0, last - first_program + 1)
+        channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
+        inside = channel < VALUE_DIM
+        row_first = (item % ROW_TILES) * ROWS
+        row_last = tl.minimum(ROWS, q_len * GROUP - row_first)
+        for row in range(tl.program_id(1), row_last, tl.num_programs(1)):
+            token = (row_first + row) // GROUP
+            head = (item // ROW_TILES) * GROUP + (row_first + row) % GROUP
             top = float("-inf")
             total = 0.0
             acc = tl.zeros([triton.next_power_of_2(VALUE_DIM)], tl.float32)
@@ -55,15 +76,17 @@ def merge_cuts_kernel(
                 part = first + tl.arange(0, PARTS)
                 real = part < parts
                 # Later programs hold their piece of this row in their first slot.
-                at = (tl.where(part == 0, slot, 2 * (c + part)) * ROWS + row).to(tl.int64)
+                at = tl.where(part == 0, slot, 2 * (first_program + part)) * ROWS + row
+                at = at.to(tl.int64)
                 own = tl.load(part_lse + at, real, float("-inf"))
                 new_top = tl.maximum(top, tl.max(own, 0))
                 anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
                 weight = tl.exp2(own - anchor)
                 shrink = tl.exp2(top - anchor)
-                # Select: a piece that saw nothing was not promised to be finite.
-                mask = (real & (own != float("-inf")))[:, None] & inside[None, :]
+                mask = real[:, None] & inside[None, :]
                 piece = tl.load(part_out + at[:, None] * VALUE_DIM + channel[None, :], mask, 0.0)
+                # Select: a piece that saw nothing was not promised to be finite.
+                piece = tl.where((own != float("-inf"))[:, None], piece, 0.0)
                 acc = acc * shrink + tl.sum(piece * weight[:, None], 0)
                 total = total * shrink + tl.sum(weight, 0)
                 top = new_top
@@ -82,7 +105,7 @@ def merge_cuts_kernel(
             tl.store(lse + token_at * (kv_heads * GROUP) + head, row_lse * LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _merge_two_kernel(
     a,
     b,
@@ -99,18 +122,19 @@ def _merge_two_kernel(
 ):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = row < rows
-    one = tl.load(a_lse + row, real, float("-inf")) * LOG2E
-    two = tl.load(b_lse + row, real, float("-inf")) * LOG2E
+    one = tl.load(a_lse + row, real, float("-inf"))
+    two = tl.load(b_lse + row, real, float("-inf"))
     top = tl.maximum(one, two)
     if SINKS:
-        sink = tl.load(sinks + row % heads, real, 0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + row % heads, real, 0.0).to(tl.float32)
         top = tl.maximum(top, sink)
     anchor = tl.where(top == float("-inf"), 0.0, top)
-    weight_one = tl.exp2(one - anchor)
-    weight_two = tl.exp2(two - anchor)
+    # The difference first: large logarithms would lose it to a change of base.
+    weight_one = tl.exp2((one - anchor) * LOG2E)
+    weight_two = tl.exp2((two - anchor) * LOG2E)
     total = weight_one + weight_two
     if SINKS:
-        total += tl.exp2(sink - anchor)
+        total += tl.exp2((sink - anchor) * LOG2E)
     safe = tl.where(total != 0, total, 1.0)
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
     inside = (channel < VALUE_DIM)[None, :]
@@ -120,8 +144,8 @@ def _merge_two_kernel(
     first = tl.load(a + at, has_one, 0.0).to(tl.float32) * (weight_one / safe)[:, None]
     second = tl.load(b + at, has_two, 0.0).to(tl.float32) * (weight_two / safe)[:, None]
     tl.store(out + at, (first + second).to(out.dtype.element_ty), real[:, None] & inside)
-    row_lse = tl.where(total != 0, anchor + tl.log2(safe), float("-inf"))
-    tl.store(lse + row, row_lse * LN2, real)
+    row_lse = tl.where(total != 0, anchor + tl.log2(safe) * LN2, float("-inf"))
+    tl.store(lse + row, row_lse, real)
 
 
 def merge_partials(

@@ -64,7 +64,7 @@ def _turned(
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "q_heads", "kv_heads", "heads_a_program"])
 def _write_kernel(
     q, k, v, q_out, k_seen, v_seen,
     k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_exact, v_exact,
@@ -81,6 +81,7 @@ def _write_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = token < tokens
@@ -114,7 +115,9 @@ def _write_kernel(
             sine = tl.load(sin + where[:, None] + angle[None, :], mask, 0.0).to(tl.float32)
         if part < q_parts:
             first = part * heads_a_program
-            for head in range(first, tl.minimum(first + heads_a_program, q_heads)):
+            for head in tl.range(
+                first, tl.minimum(first + heads_a_program, q_heads), num_stages=STAGES
+            ):
                 row = _turned(
                     q, wide * q_token + head * q_head, channel, partner, sign, cosine, sine,
                     q_bias + head * HEAD_DIM, q_weight, eps, real,
@@ -125,7 +128,9 @@ def _write_kernel(
                 tl.store(to[:, None] + channel[None, :], row.to(q_out.dtype.element_ty), mask)
         else:
             first = (part - q_parts) * heads_a_program
-            for head in range(first, tl.minimum(first + heads_a_program, kv_heads)):
+            for head in tl.range(
+                first, tl.minimum(first + heads_a_program, kv_heads), num_stages=STAGES
+            ):
                 row = _turned(
                     k, wide * k_token + head * k_head, channel, partner, sign, cosine, sine,
                     k_bias + head * HEAD_DIM, k_weight, eps, real,
@@ -147,7 +152,9 @@ def _write_kernel(
         channel = tl.arange(0, V_WIDTH)
         first = (part - q_parts - kv_parts) * heads_a_program
         ones = tl.full([ROWS], 1.0, tl.float32)
-        for head in range(first, tl.minimum(first + heads_a_program, kv_heads)):
+        for head in tl.range(
+            first, tl.minimum(first + heads_a_program, kv_heads), num_stages=STAGES
+        ):
             row = _row_part(
                 v, wide * v_token + head * v_head, channel, v_bias + head * VALUE_DIM, v_bias,
                 real, ones, VALUE_DIM, BIAS, False,
@@ -168,13 +175,13 @@ def _write_kernel(
                 )  # fmt: skip
 
 
-def launch_shape(tokens: int) -> tuple[int, int]:
-    """Tokens and heads a program: few of each while that alone fills the device."""
+def launch_shape(tokens: int) -> tuple[int, int, int]:
+    """Tokens and heads a program, and heads read ahead: few while that alone fills the device."""
     if tokens <= 64:
-        return 4, 1
+        return 4, 1, 1
     if tokens <= 1024:
-        return 8, 2
-    return 16, 8
+        return 8, 2, 2
+    return 16, 8, 2
 
 
 def rope_write(
@@ -184,11 +191,11 @@ def rope_write(
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> Written:
     """As ops/rope_write/reference.rope_write, in one launch; strides of tokens and heads are free.
 
-    shape: tokens and heads a program; None: ``launch_shape``.
+    shape: tokens, heads and heads read ahead a program; None: ``launch_shape``.
     """
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
@@ -205,10 +212,8 @@ def rope_write(
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm = params.rope, params.norm
-    bias = params.bias or (k, k, k)
-    if params.bias is not None:
-        bias = tuple(b.contiguous() for b in params.bias)
-    rows, heads = shape or launch_shape(tokens)
+    bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
+    rows, heads, stages = shape or launch_shape(tokens)
     key, key_fixed = _half(layer.key, width)
     value, value_fixed = _half(layer.value, value_width)
     near_key, _ = (key, None) if exact is None else _half(exact.key, width)
@@ -262,6 +267,7 @@ def rope_write(
         EXACT=exact is not None,
         RETURN=params.return_rows,
         ROWS=rows,
+        STAGES=stages,
         num_warps=4,
     )
     return Written(q_out, k_seen, v_seen)

@@ -16,11 +16,12 @@ _FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """formats/rotate: butterflies of neighbours 1, 2, 4, ... BLOCK / 2 channels apart."""
     STAGES: tl.constexpr = BLOCK.bit_length() - 1
+    # (a, b) -> (a + b, a - b) as (sum, sum - 2 b): a sum over two neighbours needs no change of
+    # layout, so that a stage is a shuffle and two additions.
+    side = tl.where(tl.arange(0, 2) == 0, 0.0, -2.0)[None, None, :, None]
     for i in tl.static_range(STAGES):
         y = tl.reshape(x, [ROWS, WIDTH // (2 << i), 2, 1 << i])
-        low, high = tl.split(tl.permute(y, [0, 1, 3, 2]))
-        y = tl.permute(tl.join(low + high, low - high), [0, 1, 3, 2])
-        x = tl.reshape(y, [ROWS, WIDTH])
+        x = tl.reshape(tl.sum(y, 2, keep_dims=True) + y * side, [ROWS, WIDTH])
     return x * (1.0 / (BLOCK**0.5))
 
 
@@ -125,6 +126,9 @@ def write_rows(
             tl.store(scale + plane, step.to(scale.dtype.element_ty), mask)
             if ZERO:
                 tl.store(zero + plane, base.to(zero.dtype.element_ty), mask)
+            inverse = tl.math.div_rn(step * 0.0 + 1.0, step)
+            inverse = tl.broadcast_to(inverse[:, :, None], [ROWS, GROUPS, SHARED])
+            inverse = tl.reshape(inverse, [ROWS, WIDTH])
             step = tl.broadcast_to(step[:, :, None], [ROWS, GROUPS, SHARED])
             step = tl.reshape(step, [ROWS, WIDTH])
             base = tl.broadcast_to(base[:, :, None], [ROWS, GROUPS, SHARED])
@@ -132,6 +136,7 @@ def write_rows(
         else:
             plane = head * scale_head + channel // SHARED
             step = tl.load(scale + plane, channel < HEAD_DIM, 1.0).to(tl.float32)[None, :]
+            inverse = tl.broadcast_to(tl.math.div_rn(step * 0.0 + 1.0, step), [ROWS, WIDTH])
             step = tl.broadcast_to(step, [ROWS, WIDTH])
             base = step * 0.0
             if ZERO:
@@ -139,14 +144,20 @@ def write_rows(
                 base = tl.broadcast_to(base, [ROWS, WIDTH])
         if ZERO:
             x = x - base
-        scaled = tl.math.div_rn(x, step)
+        # x / step, correctly rounded as by a division, from one division a group; a number that
+        # is clipped anyway needs no correction, and might not be finite in it.
+        scaled = x * inverse
+        fixed = tl.math.fma(tl.math.fma(-scaled, step, x), inverse, scaled)
+        scaled = tl.where(tl.abs(scaled) < 1024.0, fixed, scaled)
         # Clipping to whole numbers first changes no code, and keeps the rounding in its range.
         scaled = tl.where(scaled > QMAX, QMAX, tl.where(scaled < LOW, LOW, scaled))
         if CODE == 2:
             byte, number = _e4m3(scaled)
         else:
-            number = (scaled + _ROUND) - _ROUND
-            byte = number.to(tl.int32)
+            shifted = scaled + _ROUND
+            number = shifted - _ROUND
+            # The integer stands in the low mantissa bits.
+            byte = shifted.to(tl.int32, bitcast=True) - 0x4B400000
         if CODE == 3:
             low_half, high_half = tl.split(tl.reshape(byte + 8, [ROWS, WIDTH // 2, 2]))
             pair = tl.arange(0, WIDTH // 2)

@@ -1,0 +1,80 @@
+"""`python -m quantpage.bench decode|write --out rows.csv`: kernels on this CUDA device."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from quantpage.bench import decode, write
+from quantpage.bench.measure import Row, copy_bandwidth, write_rows
+
+ABSENT = {
+    "FlashInfer": "flashinfer",
+    "FlashAttention-3": "flash_attn_interface",
+    "FlashAttention-4": "flash_attn.cute",
+    "vLLM": "vllm",
+}
+
+
+def main(
+    op: str, out: Path | None = None, check_only: bool = False, part: str = "0/1", flex: bool = True
+) -> list[Row]:
+    """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
+
+    check_only: compile and check, time nothing; processes that each take a ``part`` ('2/8') of the
+    cases warm the compiler's cache together. A check that fails raises: no speed on red.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("bench: expected a CUDA device, found none")
+    copy = 1.0 if check_only else copy_bandwidth()
+    rows: list[Row] = []
+    print(f"copy {copy:.2f} TB/s" if not check_only else f"checking part {part}", flush=True)
+    for number, (kind, case, name) in enumerate(_jobs(op)):
+        mine, parts = map(int, part.split("/"))
+        if number % parts != mine or (check_only and kind == "peers"):
+            continue
+        if kind == "peers":
+            made = decode.peers(case, copy, flex)
+        elif op == "decode":
+            made = decode.measure(case, name, copy, not check_only)
+        else:
+            made = write.measure(case, name, copy, not check_only)
+        for row in made:
+            rows.append(row)
+            print(
+                f"{row.case:12} {row.new:5} {row.head_dim:4} {row.q_heads}/{row.kv_heads} "
+                f"{row.page_size:4} {row.implementation:28} {row.format:12} "
+                f"{row.microseconds:9.1f} us {row.tb_per_s:6.3f} TB/s {row.of_copy:.2f} "
+                f"{row.error:.0e}",
+                flush=True,
+            )
+        torch.cuda.empty_cache()
+    for name, module in ABSENT.items():
+        if not check_only and find_spec(module.split(".")[0]) is None:
+            print(f"absent: {name}")
+    if out is not None and rows:
+        write_rows(rows, out)
+    return rows
+
+
+def _jobs(op: str) -> list:
+    if op == "write":
+        return [("ours", tokens, name) for tokens in write.TOKENS for name in write.FORMATS_TIMED]
+    jobs: list = []
+    for case in decode.CASES:
+        jobs += [("ours", case, name) for name in case.formats]
+        if case.peers:
+            jobs.append(("peers", case, ""))
+    return jobs
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("op", choices=("decode", "write"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on")
+    parser.add_argument("--no-flex", action="store_true", help="FlexAttention compiles for long")
+    given = parser.parse_args()
+    main(given.op, given.out, given.check_only, given.part, not given.no_flex)

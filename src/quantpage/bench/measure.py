@@ -1,0 +1,121 @@
+"""How a kernel is timed: many layers in one CUDA graph, each with its own cache.
+
+The layers together are larger than the second-level cache, so that each one is read from memory;
+one graph holds them all, so that the timer's own cost is divided among them.
+"""
+
+import csv
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+COLD_BYTES = 400_000_000
+"""What the layers of a graph read together: several times an H200's 60 MB of L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement."""
+
+    op: str
+    case: str
+    implementation: str
+    format: str
+    requests: int
+    new: int
+    context: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    microseconds: float
+    """Of one layer, everything it launches included."""
+    bytes: int
+    """Codes and scales that must be read (decode), or all that must be read and written."""
+    tb_per_s: float
+    of_copy: float
+    """Share of the copy bandwidth measured in the same run."""
+    error: float
+    """|out - exact| / |exact| against float64 over the same cache."""
+    timing: str
+    device: str
+    torch: str
+    triton: str
+    commit: str
+
+
+def environment() -> dict[str, str]:
+    """What a row says of the machine and the software."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "-"
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": done.stdout.strip() or "-",
+    }
+
+
+def graph_microseconds(run: Callable[[], None], repeats: int = 9) -> float:
+    """Median time of a graph replay of ``run``; compiled and captured first."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """TB/s, bytes read and written, of a large copy on this device."""
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
+        target.copy_(source)
+
+    run()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * 2 * source.nbytes / (statistics.median(times) * 1e-3) / 1e12
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """A new CSV file of ``rows``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|got - wanted| / |wanted| in float64."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()

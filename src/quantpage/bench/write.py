@@ -1,0 +1,112 @@
+"""The fused write beside the copy bandwidth, and beside a plain engine's separate steps."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from quantpage.batch import plan_batch
+from quantpage.bench.decode import Case, cache_bytes, make_layer
+from quantpage.bench.measure import COLD_BYTES, Row, environment, graph_microseconds
+from quantpage.cache.views import LayerKV
+from quantpage.formats import FORMATS
+from quantpage.hardware import device_info
+from quantpage.ops import rope_write as write_op
+from quantpage.ops.dispatch import Call, choose
+from quantpage.ops.rope_write import WriteParams
+from quantpage.ops.rope_write.reference import rope_write as reference
+from quantpage.rope import RopeTable, rope_table
+
+TOKENS = (64, 4096, 16384)
+FORMATS_TIMED = ("none", "int8", "fp8", "int4", "k8v4", "int8_static")
+CODES_OFF = 1e-3
+"""Share of codes that may differ from the reference: numbers a rounding away from a tie."""
+
+
+def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
+    """One launch from a fused QKV projection into random pages."""
+    case = Case(1, tokens, (name,))
+    given = FORMATS[name]
+    layer, other = make_layer(case, name), make_layer(case, name)
+    pages = torch.randperm(layer.key.pages).tolist()
+    batch = plan_batch((tokens,), (tokens,), [pages], case.page_size, "cuda")
+    heads = (case.q_heads, case.kv_heads, case.kv_heads)
+    width = sum(heads) * case.head_dim
+    count = max(2, min(16, -(-COLD_BYTES // (tokens * width * 2)))) if timed else 1
+    fused = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    steps = [t.unflatten(1, (-1, case.head_dim)).split(heads, 1) for t in fused]
+    table = rope_table(tokens, case.head_dim, device="cuda")
+    params = WriteParams(table)
+    call = Call(
+        device_info("cuda"), given, torch.bfloat16, *heads[:2], case.head_dim, case.head_dim,
+        case.page_size,
+    )  # fmt: skip
+    chosen = choose(write_op.CANDIDATES, call)
+    write = chosen.load()
+    q, k, v = steps[0]
+    got = write(q, k, v, layer, batch, params)
+    wanted = reference(q, k, v, other, batch, params)
+    error = _codes_that_differ(layer, other, name)
+    torch.testing.assert_close(got.q, wanted.q, rtol=2e-2, atol=2e-2)
+    if not error <= CODES_OFF:
+        raise ValueError(
+            f"write {tokens} {name}: expected at most {CODES_OFF} of the codes to differ from the "
+            f"reference, got {error:.1e}"
+        )
+    if not timed:
+        return
+    rows = cache_bytes(layer) // (layer.key.pages * case.page_size) * tokens
+    if not given.dynamic:
+        rows = tokens * case.kv_heads * case.head_dim * 2
+    moved = tokens * width * 2 + tokens * case.q_heads * case.head_dim * 2 + rows
+
+    def run() -> None:
+        for step in steps:
+            write(*step, layer, batch, params)
+
+    time = graph_microseconds(run) / count
+    yield _row(case, f"quantpage {chosen.name}", name, time, moved, copy, error)
+    if name == "none":
+        plain = _plain(layer, batch.slots, batch.positions, table)
+
+        def separate() -> None:
+            for step in steps:
+                plain(*step)
+
+        time = graph_microseconds(separate) / count
+        yield _row(case, "torch, a kernel a step", "bf16 pages", time, moved, copy, 0.0)
+
+
+def _row(case: Case, implementation: str, name: str, time, moved, copy, error) -> Row:
+    speed = moved / time / 1e6
+    return Row(
+        "write", f"{case.context} tokens", implementation, name, 1, case.context, case.context,
+        case.q_heads, case.kv_heads, case.head_dim, case.page_size, round(time, 2), moved,
+        round(speed, 3), round(speed / copy, 3), float(f"{error:.1e}"), "graph, cold L2",
+        **environment(),
+    )  # fmt: skip
+
+
+def _codes_that_differ(one: LayerKV, two: LayerKV, name: str) -> float:
+    if not FORMATS[name].quantized:
+        close = torch.isclose(one.key.codes, two.key.codes, rtol=2e-2, atol=2e-2)
+        return 1.0 - close.float().mean().item()
+    first, second = (half.key.codes.view(torch.uint8) for half in (one, two))
+    return (first != second).float().mean().item()
+
+
+def _plain(layer: LayerKV, slots: Tensor, positions: Tensor, table: RopeTable) -> Callable:
+    """Rotate, then scatter, in bfloat16: what an engine does that fuses neither."""
+    cos, sin = (t[positions].bfloat16()[:, None] for t in (table.cos, table.sin))
+    size = layer.page_size
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer.key.codes[slots // size, :, slots % size] = turned(k)
+        layer.value.codes[slots // size, :, slots % size] = v
+        return turned(q)
+
+    return run
