@@ -1,4 +1,4 @@
-"""A whole model on a CPU: decode tokens per second through each cache, beside Transformers' default.
+"""A whole model on a CPU: decode tokens a second through each cache, Transformers' default beside.
 
 Caches take turns in one process, so that a disturbance hits all of them; a figure is the median of
 its turns. Random tokens, batch 1, bfloat16 weights unless --weights int8.
