@@ -20,7 +20,7 @@ struct Scratch {
   float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
   int32_t *weights, *value_pairs;
   float* value_floats;
-  float *acc, *peak, *total, *zero_sum, *lift, *unit;
+  float *acc, *peak, *total, *zero_sum, *lift, *unit, *top;
   const uint8_t **value_rows, **ahead;
   int64_t bytes;
 };
@@ -50,7 +50,7 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   take(s.query16, s.padded * s.key_dim);
   take(s.query32, s.padded * s.key_dim);
   for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.total,
-                       &s.zero_sum, &s.lift, &s.unit})
+                       &s.zero_sum, &s.lift, &s.unit, &s.top})
     take(*each, s.padded);
   take(s.words, s.key_words ? RUN * s.key_dim : 0);
   take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
@@ -247,40 +247,45 @@ static inline vi lanes_seen(uint32_t bits, int shift) {
   return -(((splati((int32_t)bits) >> (iota() + splati(shift))) & splati(1)));
 }
 
-// Scores of one row to weights: scale, cap, mask, online softmax. Fills `weights` (integers) or
-// leaves the weights in `scores` (floats).
-static void soften_row(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
-                       int64_t first_run) {
+// Scores of one row: scale, cap, mask; returns the highest. The three steps from scores to weights
+// run over all rows one after the other, so that the waits of one row are filled by the next.
+static float finish_scores(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
+                           int64_t first_run) {
   const Attend& a = *item.call;
-  const Pages &key = a.key, &value = a.value;
-  const int64_t group = a.q_heads / a.kv_heads, lanes = num_runs * RUN;
-  const bool scaled = key.scale && key.dynamic && !grouped(key);
-  const float times = key.code == FP8 && scaled ? 256.f : 1.f;
+  const Pages& key = a.key;
+  const int64_t token = row / (a.q_heads / a.kv_heads);
+  const bool scaled = key.scale && key.dynamic && !grouped(key), zeroed = scaled && key.zero;
+  const vf times = splat(key.code == FP8 && scaled ? 256.f : 1.f);
   float* x = s.scores + row * TILE;
-  const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]);
+  const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]), sum = splat(s.query_sum[row]);
+  const vf cap = splat((float)a.softcap), per_cap = splat(a.softcap > 0 ? (float)(1 / a.softcap) : 0.f);
   vf highest = splat(-__builtin_inff());
   for (int64_t r = 0; r < num_runs; r++) {
     uint32_t bits = (1u << runs[r].count) - 1;
-    if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + row / group];
+    if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + token];
     for (int j = 0; j < RUN; j += VW) {
       const int64_t i = r * RUN + j;
       vf v = loadf(x + i) + lift;
-      if (scaled) v = v * (loadf(s.key_scale + i) * splat(times));
-      if (scaled && key.zero) v = v + loadf(s.key_zero + i) * splat(s.query_sum[row]);
+      if (scaled) v = v * (loadf(s.key_scale + i) * times);
+      if (zeroed) v = v + loadf(s.key_zero + i) * sum;
       v = v + constant;
-      if (a.softcap > 0) v = vtanh(v * splat((float)(1 / a.softcap))) * splat((float)a.softcap);
+      if (a.softcap > 0) v = vtanh(v * per_cap) * cap;
       if (bits != 0xffff) v = select(lanes_seen(bits, j), v, splat(-__builtin_inff()));
       highest = vmax(highest, v);
       storef(x + i, v);
     }
   }
-  int16_t* weights = (int16_t*)(s.weights + row * (TILE / 2));
-  const float top = hmax(highest);
-  s.unit[row] = 0;
+  return hmax(highest);
+}
+
+// The online softmax: weights take the scores' place; returns the largest, 0 where the row sees
+// nothing of the tile.
+static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t lanes, float top) {
+  const Pages& value = item.call->value;
+  float* x = s.scores + row * TILE;
   if (top == -__builtin_inff()) {
     memset(x, 0, 4 * lanes);
-    memset(weights, 0, 2 * lanes);
-    return;
+    return 0;
   }
   if (top > s.peak[row]) {
     if (s.total[row] != 0) {
@@ -294,8 +299,8 @@ static void soften_row(const Item& item, const Scratch& s, int64_t row, const Ru
     s.peak[row] = top;
   }
   const vf peak = splat(s.peak[row]);
-  const bool weighed = value.scale && value.dynamic && !grouped(value);
-  const float worth = value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f;
+  const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
+  const vf worth = splat(value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f);
   vf total = splat(0.f), zero_sum = splat(0.f), most = splat(0.f);
   for (int64_t i = 0; i < lanes; i += VW) {
     vf e = vexp(loadf(x + i) - peak);
@@ -303,17 +308,23 @@ static void soften_row(const Item& item, const Scratch& s, int64_t row, const Ru
     if (weighed) {
       // Select, do not multiply by zero: scales of keys that the row does not see may be NaN.
       const vi none = e == splat(0.f);
-      if (value.zero) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
+      if (zeroed) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
       e = select(none, splat(0.f), e * loadf(s.value_scale + i));
     }
-    e = e * splat(worth);
+    e = e * worth;
     most = vmax(most, e);
     storef(x + i, e);
   }
   s.total[row] += hsum(total);
-  s.zero_sum[row] += hsum(zero_sum);
-  if (!s.value_words) return;
-  const float largest = hmax(most);
+  if (zeroed) s.zero_sum[row] += hsum(zero_sum);
+  return s.value_words ? hmax(most) : 0;
+}
+
+// Weights as words of 15 bits of the largest.
+static void round_weights(const Scratch& s, int64_t row, int64_t lanes, float largest) {
+  const float* x = s.scores + row * TILE;
+  int16_t* weights = (int16_t*)(s.weights + row * (TILE / 2));
+  s.unit[row] = 0;
   if (!(largest > 1e-30f)) {
     memset(weights, 0, 2 * lanes);
     return;
@@ -330,9 +341,16 @@ static void soften_row(const Item& item, const Scratch& s, int64_t row, const Ru
 #endif
   }
   s.unit[row] = largest / 32767.f;
-  int64_t sum = 0;
-  for (int j = 0; j < VW; j++) sum += rounded[j];
-  s.lift[row] += s.unit[row] * (float)sum;
+  s.lift[row] += s.unit[row] * hsum(__builtin_convertvector(rounded, vf));
+}
+
+static void soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run) {
+  const int64_t lanes = num_runs * RUN;
+  for (int64_t row = 0; row < s.rows; row++)
+    s.top[row] = finish_scores(item, s, row, runs, num_runs, first_run);
+  for (int64_t row = 0; row < s.rows; row++) s.top[row] = weigh_row(item, s, row, lanes, s.top[row]);
+  if (!s.value_words) return;
+  for (int64_t row = 0; row < s.rows; row++) round_weights(s, row, lanes, s.top[row]);
 }
 
 // Both keys of a pair in turn; rows past the end stand for the last one, with weight 0.
@@ -466,7 +484,7 @@ static void attend_item(const Item* item, const Partial* out, uint8_t* memory) {
     // values are; only the first tile's keys have to fetch each other.
     for (int64_t r = 0; r < n; r++)
       score_run(*item, s, runs[r], at == 0 && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
-    for (int64_t row = 0; row < s.rows; row++) soften_row(*item, s, row, runs, n, at);
+    soften(*item, s, runs, n, at);
     list_rows(runs, n, &Run::v, a.value.row_stride, s.value_rows);
     const bool more = rest >= 2 * n;
     if (more) list_rows(runs + RUNS, n, &Run::k, a.key.row_stride, s.ahead);
