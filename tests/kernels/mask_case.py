@@ -11,6 +11,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
 from quantpage.ops.attend.gluon_prefill import dense_tile
 from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
+from quantpage.ops.attend.triton_mask_plan import _order_kernel
 from quantpage.ops.attend.triton_prefill import pages_tile
 from tests.kernels.aot import compile_kernel, resources
 
@@ -84,6 +85,8 @@ def main() -> None:
     made["dense causal 1, 256"] = compile_dense(head_dim=256, **FORMS["causal 1"])
     made["pages both 4"] = compile_pages(512, FORMS["both 4"])
     made["pages rows 1, decode"] = compile_pages(4, FORMS["rows 1"])
+    order = {"counts": "*i32", "order": "*i32", "items": "i32", "heads": "i32", "TILE": 64}
+    made["order"] = compile_kernel(_order_kernel, order, 90, num_warps=4)
     found = {}
     for name, compiled in made.items():
         each = resources(compiled)

