@@ -64,5 +64,12 @@ def attend(
     bare = replace(params, sinks=None)
     body = run(q, replace(layer, exact_key=None, exact_value=None), batch, bare, segment="body")
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
-    out, lse = merge_partials([body[0], near[0]], [body[1], near[1]], params.sinks)
+    partials = [body[0], near[0]], [body[1], near[1]]
+    if implementation.name in ("triton", "gluon"):
+        from quantpage.ops.attend import triton_merge
+
+        return triton_merge.merge_partials(
+            *partials, params.sinks, out=body[0].new_empty(body[0].shape, dtype=q.dtype)
+        )
+    out, lse = merge_partials(*partials, params.sinks)
     return out.to(q.dtype), lse
