@@ -1,6 +1,10 @@
 """Decode kernels as ahead-of-time compile cases."""
 
+import json
+import sys
+
 from quantpage.ops.attend.triton_decode_kernel import decode_kernel
+from tests.kernels.aot import compile_kernel, resources
 
 CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
@@ -29,8 +33,9 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_CODE": CODE[key], "V_CODE": CODE[value],
         "K_SCALES": scales if key != "none" else 0, "V_SCALES": scales if value != "none" else 0,
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
-        "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1, "TILE": tile, "FULL": False,
-        "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap, "SINKS": sinks, "CHUNK": 128, "STAGES": stages,
+        "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
+        "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
+        "SINKS": sinks, "CHUNK": 128, "STAGES": stages,
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
     }  # fmt: skip
     return types | fixed
@@ -40,3 +45,79 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
     """Bytes of codes and 16-bit scales of one tile."""
     size = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
     return tile * head_dim * (size[key] + size[value])
+
+
+def write_arguments(code=1, block=128, zero=False):
+    from quantpage.ops.rope_write.triton_rope_write import _write_kernel as kernel
+
+    types = dict.fromkeys(
+        ("q", "k", "v", "q_out", "k_seen", "v_seen", "k_exact", "v_exact", "q_weight", "k_weight",
+         "q_bias", "k_bias", "v_bias"), "*bf16",
+    )  # fmt: skip
+    types |= dict.fromkeys(("k_codes", "v_codes"), "*u8" if code in (2, 3) else "*i8")
+    types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "*fp16")
+    types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
+    types |= dict.fromkeys(("cos", "sin"), "*fp32")
+    types |= dict.fromkeys(("tokens", "q_heads", "kv_heads", "heads_a_program"), "i32")
+    types["eps"] = "fp32"
+    for name in kernel.arg_names:
+        if name not in types and name[0].islower():
+            types[name] = "i32:16"
+    fixed = {
+        "HEAD_DIM": 128, "WIDTH": 128, "VALUE_DIM": 128, "V_WIDTH": 128, "ROTARY": 128,
+        "INTERLEAVED": False, "NORM": 0, "BIAS": False, "PAGE": 64, "EXACT": False,
+        "RETURN": False, "ROWS": 8, "STAGES": 1,
+    }  # fmt: skip
+    for side in "KV":
+        fixed |= {
+            f"{side}_CODE": code, f"{side}_SCALES": 1, f"{side}_ZERO": zero,
+            f"{side}_SHARED": 128, f"{side}_LIMIT": 65504.0, f"{side}_BLOCK": block,
+        }  # fmt: skip
+    return kernel, types | fixed
+
+
+def summary(kernel, arguments, capability: int, warps: int, code_bytes: float = 0.0) -> dict:
+    """What the tests ask, as plain numbers."""
+    found = resources(compile_kernel(kernel, arguments, capability, num_warps=warps))
+    registers = -(-found.registers // 8) * 8
+    copies = found.in_loop(r"LDGSTS\.E\.BYPASS\.128")
+    return {
+        "spills": found.in_loop("LDL|STL") if code_bytes else found.find("LDL|STL"),
+        "stack": found.stack,
+        "byte_loads": found.find(r"LDS\.[US]8"),
+        "wide_copies": copies,
+        # Scales and page ids are words; codes never are.
+        "narrow_code_copies": max(0, found.in_loop(r"LDGSTS\.E$") - 12),
+        "products": found.find("HMMA|HGMMA|UTCHMMA"),
+        "slow_conversions": found.in_loop(r"I2F\.|F2F\."),
+        "instructions_a_byte": len(found.loop) * warps / code_bytes if code_bytes else 0.0,
+        "programs": min(65536 // (registers * 32 * warps), 232448 // (found.shared + 1024)),
+    }
+
+
+def main() -> None:
+    from tests.kernels.test_decode_aot import SHAPES
+
+    found = {}
+    for part in sys.argv[1].split():
+        if part == "others":
+            for code in (0, 1, 2, 3):
+                found[f"write {code}"] = summary(
+                    *write_arguments(code, 128 * (code > 0) or 1), 90, 4
+                )
+            continue
+        capability = int(part)
+        for code, (tile, warps, stages) in SHAPES.items():
+            zero = (code == "int4",) * 2
+            given = decode_arguments(
+                code, code, tile=tile, stages=stages, zero=zero, capability=capability
+            )
+            size = packed_bytes(code, code, 128, tile)
+            found[f"decode {code} {capability}"] = summary(
+                decode_kernel, given, capability, warps, size
+            )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

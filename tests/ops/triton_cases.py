@@ -1,12 +1,18 @@
 """Layers and steps for kernel tests: random pages, every slot outside the mask poisoned.
 
-Without a CUDA device the kernels run in Triton's interpreter: the same cases, another tier (tests/conftest.py).
+Without a CUDA device the kernels run in Triton's interpreter: the same cases, another tier
+(tests/conftest.py).
 """
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import QuantSpec, quantize, quantize_static
+from quantpage.masks import CausalMask, Mask
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -17,11 +23,6 @@ TIER = [
     # numpy says what the hardware does silently.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
-
-from quantpage.batch import BatchPlan, plan_batch
-from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import QuantSpec, quantize, quantize_static
-from quantpage.masks import CausalMask, Mask
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The fused write beside the copy bandwidth, and beside a plain engine's separate steps."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,12 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     """One launch from a fused QKV projection into random pages."""
     case = Case(1, tokens, (name,))
     given = FORMATS[name]
-    layer, other = make_layer(case, name), make_layer(case, name)
+    layer = make_layer(case, name)
+    other = replace(
+        layer,
+        key=replace(layer.key, codes=layer.key.codes.clone()),
+        value=replace(layer.value, codes=layer.value.codes.clone()),
+    )
     pages = torch.randperm(layer.key.pages).tolist()
     batch = plan_batch((tokens,), (tokens,), [pages], case.page_size, "cuda")
     heads = (case.q_heads, case.kv_heads, case.kv_heads)

@@ -61,7 +61,7 @@ def write_refusals(call: Call) -> list[str]:
     for spec in (call.format.key, call.format.value):
         if spec.quantized and spec.dynamic and not _power_of_two(spec):
             reasons.append(
-                f"groups of 16, 32, 64 .. channels for dynamic scales, got {spec.granularity.group}."
+                f"groups of 16, 32, 64 .. channels with a scale, got {spec.granularity.group}."
             )
     return reasons
 

@@ -11,6 +11,9 @@ from quantpage.formats import QuantSpec
 MAX_ROWS = 64
 """Query rows (tokens x group) that one tile multiplies at once."""
 
+SMALL = 40_000
+"""Keys of all requests and kv_heads up to which a step is bound by latency."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
@@ -29,8 +32,9 @@ class DecodeTiles:
     """Smallest share of a program: a piece costs a partial result."""
 
 
-def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int) -> DecodeTiles:
-    """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile.
+def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int) -> DecodeTiles:
+    """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile. ``keys``:
+    keys of all requests and kv_heads, an upper bound.
 
     One warp a program needs no barrier between warps, and eight programs hide each other's
     beginnings and ends. Measured on an H200, TB/s of int8 at 16 x 32k / 64 x 4k / 8 x 8k, head_dim
@@ -42,8 +46,8 @@ def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int) -> Dec
         tile 32, 1 warp, 16 programs    3.65  3.55  2.23    128 registers
         tile 64, 1 warp,  9 programs    3.22  3.42  2.23
 
-    and of int4: tile 64, 1 warp, 8 programs 3.61, 3.00, 2.06; tile 32, 12 programs 2.76, 2.55, 1.48.
-    16-bit pages read 4.3 with any; four warps win at 1 x 4k (12.8 against 16.4 us).
+    and of int4: tile 64, 8 programs 3.61, 3.00, 2.06; tile 32, 12 programs 2.76, 2.55, 1.48.
+    16-bit pages read 4.3 with any; four warps win at 1 x 4k (int8: 11.2 against 12.8 us).
     """
     if rows > 32:
         return DecodeTiles(64, 4, 5, 2) if width <= 128 else DecodeTiles(32, 4, 4, 2)
@@ -51,10 +55,12 @@ def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int) -> Dec
         return DecodeTiles(64, 4, 4, 3) if width <= 128 else DecodeTiles(32, 4, 4, 3)
     if rows > 16:
         return DecodeTiles(32, 2, 5, 4)
+    if keys <= SMALL and width <= 128:
+        return DecodeTiles(64, 4, 4, 2)
     four_bits = key.code.name == "int4" and value.code.name == "int4"
     if width <= 64 or (four_bits and width <= 128):
-        return DecodeTiles(64, 1, 5, 8)
-    return DecodeTiles(32, 1, 5, 8) if width <= 128 else DecodeTiles(32, 1, 5, 6)
+        return DecodeTiles(64, 1, 5, 8, min_tiles=2)
+    return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2)
 
 
 def row_tiles(group: int, query_len: int) -> tuple[int, int]:

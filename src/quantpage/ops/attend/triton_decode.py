@@ -1,7 +1,7 @@
 """The decode path's host side: views in, two launches, nothing read back.
 
-Launch arguments are host integers that do not depend on the lengths (upper bounds under CUDA graphs);
-the workspace of partial results belongs to the device and the stream and is kept.
+Launch arguments are host integers that do not depend on the lengths (upper bounds under CUDA
+graphs); the workspace of partial results belongs to the device and the stream and is kept.
 """
 
 import torch
@@ -53,7 +53,8 @@ def attend(
         return out, lse
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
     if tiles is None:
-        tiles = decode_tiles(layer.key.spec, layer.value.spec, max(width, value_width), rows)
+        keys = kv_heads * sum(batch.host_context_lens)
+        tiles = decode_tiles(layer.key.spec, layer.value.spec, max(width, value_width), rows, keys)
     processors = device_info(q.device).processors if q.is_cuda else 3
     programs = processors * tiles.programs_per_processor
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
@@ -125,8 +126,9 @@ def attend(
         maxnreg=tiles.registers,
         launch_pdl=overlap,
     )
-    # Few rows are spread over programs, one query row each.
-    spread = min(rows, group * batch.max_query_len) if all_rows < processors else 1
+    # A program a query row, unless there are so many rows that few can be cut.
+    query_rows = min(rows, group * batch.max_query_len)
+    spread = query_rows if all_rows * query_rows <= 4096 else 1
     merge_cuts_kernel[(all_rows, spread)](
         cuts,
         part_out,

@@ -1,16 +1,21 @@
 """Decode: split-KV attention over quantized pages for 1 to 16 query tokens a request.
 
-One launch of a fixed grid walks equal shares of all tiles (triton_plan) and a second merges the rows
-that were cut (triton_merge). Codes are read as 32-bit words (triton_words) and multiplied in float16,
-in which every code is exact; scales never touch a code:
+One launch of a fixed grid walks equal shares of all tiles (triton_plan) and a second merges the
+rows that were cut (triton_merge). Codes are read as 32-bit words (triton_words) and multiplied in
+float16, in which every code is exact; scales never touch a code:
 
     S = (q . k_code) * k_scale[token] + sum(q) * k_zero[token]
     O = sum (p * v_scale[token]) v_code + sum(p * v_zero[token])
 
-Static scales belong to channels, so they are folded into q before and into O after. Queries are scaled
-so that their largest element is 2^14, and p so that the largest p * v_scale of a row is 2^12: float16
-neither overflows nor flushes whatever the cache holds. Slots outside the mask are not loaded, so that
-what they hold cannot reach the result.
+Both products are turned over, keys by queries: the tensor cores' tiles have sixteen rows and eight
+columns, and a group of four queries wastes half of eight columns where it would waste twelve of
+sixteen rows, in the products and in all of the softmax.
+
+Static scales belong to channels, so they are folded into q before and into O after. Queries are
+scaled so that their largest element is 2^14, and p so that the largest p * v_scale of a row is
+2^12: float16 neither overflows nor flushes whatever the cache holds. What slots outside the mask
+hold is not loaded, or selected away: scores, scales and floating point values; integer codes are
+finite and meet a p of 0.
 """
 
 import triton
@@ -391,7 +396,7 @@ def decode_kernel(
                         vz = tl.where(shown, vz, 0.0)
             heavy = score
             if V_SCALES == 1:
-                # The row's peak is the peak of p * v_scale, so that this product is at most 2^SHIFT.
+                # The row's peak is that of p * v_scale: the product is at most 2^SHIFT.
                 heavy = score + log2_fast(tl.maximum(vs, 1e-30))[:, None]
             new_top = tl.maximum(top, tl.max(heavy, 0))
             anchor = tl.where(new_top == float("-inf"), 0.0, new_top - SHIFT)
@@ -470,7 +475,8 @@ def decode_kernel(
             else:
                 to_part = part_out + (slot_id.to(tl.int64) * ROWS + row) * VALUE_DIM
                 _store_parts(
-                    to_part, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra,
+                    to_part, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass,
+                    extra,
                     vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS, static,
                     static_zero, V_SHARED,
                 )  # fmt: skip

@@ -1,15 +1,15 @@
 """Codes read as 32-bit words and turned into float16 operands of the tensor cores.
 
 Triton loads an 8-bit operand of a 16-row product byte by byte from shared memory, which stalls on
-instructions long before the memory is busy (facts: 0.20 to 0.45 warp instructions a KV byte). A word
-of four codes loads sixteen bytes at a time; here two words (two tokens, or two neighbours along the
+instructions long before the memory is busy (0.20 to 0.45 warp instructions a KV byte). Words of
+four codes load sixteen bytes at a time; here two words (two tokens, or two neighbours along the
 product's inner dimension) become the halves of four or eight registers:
 
     words a, b  ->  (a.0, b.0) (a.1, b.1) (a.2, b.2) (a.3, b.3)     as float16 pairs
 
 Output r holds channels r, 4 + r, 8 + r, ... (8-bit) or r, 8 + r, ... (4-bit): the product over
-channels is a sum of four or eight products with queries that are strided the same way. Every code is
-exact in float16. Inline PTX is the fast way; the interpreter runs the same arithmetic as shifts.
+channels is a sum of four or eight products with queries that are strided the same way. Every code
+is exact in float16. Inline PTX is the fast way; the interpreter runs the same arithmetic as shifts.
 """
 
 import triton

@@ -180,8 +180,8 @@ def launch_shape(tokens: int) -> tuple[int, int, int]:
     if tokens <= 64:
         return 4, 1, 1
     if tokens <= 1024:
-        return 8, 2, 2
-    return 16, 8, 2
+        return 8, 2, 1
+    return 8, 8, 1
 
 
 def rope_write(

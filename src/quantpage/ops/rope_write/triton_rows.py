@@ -1,8 +1,8 @@
 """What the write kernel does to a tile of rows: finite, Hadamard, quantize, scatter.
 
-The arithmetic is that of formats/quantize in float32, operation by operation, so that codes are equal:
-exact division, rounding half to even (adding 1.5 * 2^23 leaves no fraction bits), e4m3 by its
-own rounding of the float32 bits (no device before sm_89 converts it).
+The arithmetic is that of formats/quantize in float32, operation by operation, so that codes are
+equal: division to the last bit, rounding half to even (adding 1.5 * 2^23 leaves no fraction bits),
+e4m3 by its own rounding of the float32 bits (no device before sm_89 converts it).
 """
 
 import triton

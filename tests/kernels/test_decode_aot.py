@@ -1,0 +1,62 @@
+"""Decode and write kernels compiled for real GPUs, without one: what they take."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+# Instructions of the loop (its masked branch included) a byte of codes, warps counted: issue stops
+# at 4 / this bytes a clock and multiprocessor, and an H200's memory delivers 18.
+BUDGET = {"int8": 0.125, "fp8": 0.13, "int4": 0.185, "none": 0.05}
+SHAPES = {"int8": (32, 1, 5), "fp8": (32, 1, 5), "int4": (64, 1, 5), "none": (64, 4, 4)}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Both processes compile with the interpreter off, which this one may have on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    parts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.decode_case", part],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for part in ("90", "80 100 others")
+    ]  # fmt: skip
+    found = {}
+    for part in parts:
+        said, _ = part.communicate(timeout=300)
+        assert part.returncode == 0
+        found.update(json.loads(said))
+    return found
+
+
+def test_nothing_spills_and_no_byte_is_loaded_alone(compiled):
+    for name, takes in compiled.items():
+        # Decode kernels may spill a word around the loop, never inside.
+        assert takes["spills"] == 0 and takes["stack"] <= 32, name
+        assert takes["byte_loads"] == 0, name
+
+
+@pytest.mark.parametrize("code", list(BUDGET))
+def test_hopper_decode_stays_in_its_budget(compiled, code):
+    takes = compiled[f"decode {code} 90"]
+    assert takes["wide_copies"] > 0
+    assert takes["narrow_code_copies"] == 0
+    assert takes["products"] > 0
+    assert takes["slow_conversions"] == 0
+    assert takes["instructions_a_byte"] <= BUDGET[code]
+
+
+def test_as_many_programs_fit_as_the_grid_has(compiled):
+    for code, wanted in (("int8", 8), ("fp8", 8), ("int4", 8), ("none", 3)):
+        assert compiled[f"decode {code} 90"]["programs"] >= wanted
+
+
+def test_every_target_compiles(compiled):
+    for capability in (80, 90, 100):
+        for code in BUDGET:
+            assert f"decode {code} {capability}" in compiled
