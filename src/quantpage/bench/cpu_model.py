@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
@@ -44,7 +43,8 @@ class Stepper:
         self.token = torch.zeros(1, 1, dtype=torch.int64)
         self.cache: Any
         if kv_format is None:
-            self.attached, self.cache = None, DynamicCache(config=model.config)
+            # The cache that the model makes for itself, one token in it.
+            self.attached, self.cache = None, model(self.token, use_cache=True).past_key_values
         else:
             self.attached = attach(model, kv_format=kv_format)
             self.cache = self.attached.new_cache()
