@@ -180,15 +180,21 @@ def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[s
     return answer
 
 
+def current_commit() -> str:
+    """Short hash of the checkout, empty outside one."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
 def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
     """CSV rows of one case, after the gate."""
     for name in DECODE_FORMATS if case.new == 1 else PROMPT_FORMATS:
         gate(name, case)
     measured = measure(contenders(case), seconds)
     device = device_info("cpu").name
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = current_commit()
     rows = []
     for name, (microseconds, quiet, samples) in measured.items():
         limit = measured.get("read " + name.split()[0])

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from quantpage.bench.cpu import current_commit
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import load_model, model_shape
@@ -122,6 +123,7 @@ def main() -> None:
                     "undisturbed": quiet,
                     "device": device_info("cpu").name,
                     "torch": torch.__version__,
+                    "commit": current_commit(),
                 }
             )
             print(" ".join(map(str, list(rows[-1].values())[:10])), flush=True)
