@@ -109,6 +109,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def refuse_non_finite(rows: Tensor, name: str, layer: int) -> None:
+    """Raise NonFiniteInput that names layer, tensor and the first bad token."""
+    """Raise NonFiniteInput that names the first bad token; reads back from the device."""
     bad = ~torch.isfinite(rows).flatten(1).all(1)
     if bad.any():
         token = int(bad.nonzero()[0])
