@@ -71,16 +71,25 @@ static void rope_row(float* x, const float* cos, const float* sin, int64_t half,
     x[i + half] = b * cos[i] + a * sin[i];
   }
 }
+// Lane i becomes lane i ^ h.
+static inline vf partners(vf v, int h) {
+#ifdef __clang__
+  vf other;
+  for (int i = 0; i < VW; i++) other[i] = v[i ^ h];
+  return other;
+#else
+  return __builtin_shuffle(v, iota() ^ splati(h));
+#endif
+}
 // Hadamard of each largest power-of-two piece, orthonormal (formats/rotate).
 static void rotate_row(float* x, int64_t dim) {
   const int64_t block = dim & -dim;
   const float norm = 1.f / sqrtf((float)block);
   for (int h = 1; h < VW && h < block; h *= 2) {
-    const vi other = iota() ^ splati(h);
     const vf sign = select((iota() & splati(h)) != splati(0), splat(-1.f), splat(1.f));
     for (int64_t c = 0; c < dim; c += VW) {
       const vf v = loadf(x + c);
-      storef(x + c, __builtin_shuffle(v, other) + v * sign);
+      storef(x + c, partners(v, h) + v * sign);
     }
   }
   for (int64_t h = VW; h < block; h *= 2)

@@ -24,6 +24,13 @@ typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef int16_t vh __attribute__((vector_size(VW * 4)));
 typedef uint16_t vuh __attribute__((vector_size(VW * 4)));
 
+// Lanes of two vectors by constant indices; GCC has the second spelling from 12 on only.
+#ifdef __clang__
+#define SHUFFLE(a, b, type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, type, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#endif
+
 template <class T> static inline T load(const void* p) {
   T v;
   memcpy(&v, p, sizeof v);
@@ -129,8 +136,8 @@ static inline void interleave(vuh a, vuh b, vuh& low, vuh& high) {
   low = (vuh)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
   high = (vuh)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
 #else
-  low = __builtin_shuffle(a, b, (vuh){0, 8, 1, 9, 2, 10, 3, 11});
-  high = __builtin_shuffle(a, b, (vuh){4, 12, 5, 13, 6, 14, 7, 15});
+  low = SHUFFLE(a, b, vuh, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = SHUFFLE(a, b, vuh, 4, 12, 5, 13, 6, 14, 7, 15);
 #endif
 }
 // Sums of the four dwords of each 128-bit lane: lane L of the result holds those of a, b, c, d.
@@ -148,9 +155,9 @@ static inline vi reduce4(vi a, vi b, vi c, vi d) {
   return (vi)_mm256_unpacklo_epi64((__m256i)x, (__m256i)y) +
          (vi)_mm256_unpackhi_epi64((__m256i)x, (__m256i)y);
 #else
-  const vi x = __builtin_shuffle(a, b, (vi){0, 4, 1, 5}) + __builtin_shuffle(a, b, (vi){2, 6, 3, 7});
-  const vi y = __builtin_shuffle(c, d, (vi){0, 4, 1, 5}) + __builtin_shuffle(c, d, (vi){2, 6, 3, 7});
-  return __builtin_shuffle(x, y, (vi){0, 1, 4, 5}) + __builtin_shuffle(x, y, (vi){2, 3, 6, 7});
+  const vi x = SHUFFLE(a, b, vi, 0, 4, 1, 5) + SHUFFLE(a, b, vi, 2, 6, 3, 7);
+  const vi y = SHUFFLE(c, d, vi, 0, 4, 1, 5) + SHUFFLE(c, d, vi, 2, 6, 3, 7);
+  return SHUFFLE(x, y, vi, 0, 1, 4, 5) + SHUFFLE(x, y, vi, 2, 3, 6, 7);
 #endif
 }
 // The first `left` bytes of p (a multiple of 8), zeros after them; all of a vector at most.
