@@ -47,11 +47,17 @@ def test_decode_reads_every_format(name):
     check(given.key, given.value, Step())
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "none", "int8_static"])
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+# The interpreter takes a second a case: it gets the awkward width, and the widest once.
+WIDTHS = [
+    (name, width)
+    for name in ("int8", "int4", "none", "int8_static")
+    for width in (80, 96, 128, 256)
+    if GPU or width == 80 or (name, width) == ("int8", 256)
+]
+
+
+@pytest.mark.parametrize("name,head_dim", WIDTHS)
 def test_decode_takes_every_head_dim(name, head_dim):
-    if not GPU and head_dim == 96:
-        pytest.skip("the interpreter's time is spent on 80")
     given = FORMATS[name]
     check(given.key, given.value, Step(head_dim=head_dim, contexts=(40, 5, 65)))
 
@@ -74,13 +80,16 @@ def test_decode_takes_groups_drafts_and_pages(step):
     check(FORMATS["int8"].key, FORMATS["int8"].value, step)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "none", "fp8_static", "int4_static"])
+MASKED = ["int8", "fp8", "int4", "none", "fp8_static", "int4_static"] if GPU else ["int8", "int4"]
+
+
+@pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_windows_sinks_and_softcap(name, page_size):
     given = FORMATS[name]
     step = Step(queries=(3, 1, 2), contexts=(70, 33, 150), page_size=page_size)
     check(given.key, given.value, step, CausalMask(window=20, sink_tokens=3), 5.0, sinks=True)
-    if GPU or name == "int8":
+    if GPU or (name, page_size) == ("int8", 16):
         check(given.key, given.value, step, CausalMask(window=1))
         check(given.key, given.value, step, CausalMask(window=64), sinks=True)
 
@@ -122,7 +131,7 @@ def test_a_request_without_context_gives_nothing():
     assert out[0].isfinite().all() and out[2].isfinite().all()
 
 
-@pytest.mark.parametrize("programs", [1, 2, 7])
+@pytest.mark.parametrize("programs", [1, 5])
 def test_any_grid_gives_the_same_result(programs):
     spec = FORMATS["fp8"].key
     check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs))
