@@ -1,0 +1,68 @@
+"""The decode plan's pure parts: row tiles, launch shapes, and who is refused why."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
+from quantpage.hardware import DeviceInfo
+from quantpage.ops.attend.planner import MAX_ROWS, decode_tiles, row_tiles
+from quantpage.ops.dispatch import Call
+from quantpage.ops.gpu_candidates import decode_refusals, gather_refusals, write_refusals
+
+pytestmark = pytest.mark.pure
+H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
+CALL = Call(H200, FORMATS["int8"], torch.bfloat16, 32, 8, 128, 128, 64, "decode")
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 16])
+@pytest.mark.parametrize("new", [1, 2, 8, 16])
+def test_row_tiles_cover_all_query_rows(group, new):
+    rows, tiles = row_tiles(group, new)
+    assert 8 <= rows <= MAX_ROWS and rows & (rows - 1) == 0
+    assert rows * tiles >= group * new > rows * (tiles - 1)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+def test_every_call_has_a_launch(name, width, rows):
+    given = FORMATS[name]
+    for keys in (1000, 10**7):
+        tiles = decode_tiles(given.key, given.value, width, rows, keys)
+        # Pages of 16 tokens and tiles of whole pages, or pages of whole tiles.
+        assert tiles.tile in (32, 64) and tiles.programs_per_processor * tiles.warps <= 16
+
+
+def test_the_kernels_serve_every_named_format():
+    for given in FORMATS.values():
+        call = replace(CALL, format=given)
+        for refusals in (decode_refusals, write_refusals, gather_refusals):
+            assert refusals(call) == []
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"phase": "prefill"}, "serves decode (at most 16 new tokens a request), got prefill."),
+        ({"mask": "interval"}, "serves causal and full masks, got interval."),
+        ({"head_dim": 512}, "head_dim up to 256, got 512."),
+        ({"dtype": torch.float64}, "got torch.float64."),
+        ({"device": DeviceInfo("cpu", "a CPU", None, 2, 0)}, "needs a CUDA device, got cpu."),
+        ({"device": replace(H200, capability=(7, 5))}, "8.0 or later, got (7, 5)."),
+        (
+            {"format": KVFormat("g", *[QuantSpec(CODES["int8"], Granularity(group=32))] * 2)},
+            "one dynamic scale a token and kv_head, got 4 for a key.",
+        ),
+    ],
+)
+def test_decode_says_why_it_refuses(change, said):
+    reasons = decode_refusals(replace(CALL, **change))
+    assert any(said in reason for reason in reasons)
+
+
+def test_writes_of_uneven_groups_are_refused():
+    odd = QuantSpec(CODES["int8"], Granularity(group=48))
+    reasons = write_refusals(replace(CALL, format=KVFormat("g", odd, odd), head_dim=96))
+    assert reasons and "got 48" in reasons[0]
