@@ -11,45 +11,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from quantpage.bench.plots import COLOURS, draw_roofline
+
 RESULTS, IMAGES = Path("benchmarks/results"), Path("docs/images")
-COLOURS = {"none": "#888888", "int8": "#1f77b4", "fp8": "#2ca02c", "int4": "#d62728"}
-LABELS = {"none": "none (bf16)"}
 
 
 def read(name: str) -> list[dict[str, str]]:
     with (RESULTS / name).open() as file:
         return list(csv.DictReader(file))
-
-
-def decode() -> None:
-    """Time against the bytes that must be read: one line a format, the copy as the limit."""
-    rows = [row for row in read("h200-decode-sweep.csv") if row["op"] == "decode"]
-    figure, axis = plt.subplots(figsize=(7.2, 4.6))
-    best: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in rows:
-        point = float(row["megabytes"]), float(row["microseconds"])
-        case = best.setdefault(row["format"], {})
-        if row["case"] not in case or point[1] < case[row["case"]][1]:
-            case[row["case"]] = point
-    copy = float(rows[0]["copy_tb_per_s"])
-    span = [5, 3000]
-    axis.plot(span, [x / copy for x in span], "k--", lw=1, label=f"copy, {copy:.2f} TB/s")
-    for name, cases in best.items():
-        points = sorted(cases.values())
-        axis.plot(
-            *zip(*points, strict=True), "o-", color=COLOURS[name], label=LABELS.get(name, name)
-        )
-    for case, (x, y) in best["int8"].items():
-        axis.annotate(case, (x, y), xytext=(6, -10), textcoords="offset points", fontsize=8)
-    axis.set(
-        xscale="log", yscale="log", xlabel="codes and scales that must be read, MB",
-        ylabel="microseconds a layer, merge included",
-        title="Decode, 32 query heads, 8 kv_heads, head_dim 128, page_size 64 (H200)",
-    )  # fmt: skip
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(IMAGES / "h200-decode.png", dpi=130)
 
 
 def prefill() -> None:
@@ -79,5 +48,5 @@ def prefill() -> None:
 
 
 if __name__ == "__main__":
-    decode()
+    draw_roofline(RESULTS / "h200-decode.csv", IMAGES / "h200-decode.png")
     prefill()
