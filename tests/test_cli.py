@@ -74,6 +74,8 @@ def test_memory_sizes(text, size):
         (["capacity", "--model", ".", "--memory", "lots"], "memory: expected a number"),
         (["explain", "--mask", "some"], "mask: expected causal, full or interval"),
         (["formats", "--wrong-flag"], "No such option"),
+        (["bench", "swim"], "op: expected one of decode, write; got 'swim'"),
+        (["bench", "decode", "--plot", "x.png"], "out: expected the CSV to draw from"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):

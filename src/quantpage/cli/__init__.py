@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from quantpage.cli import accuracy, capacity, explain, formats, generate
+from quantpage.cli import accuracy, bench, capacity, explain, formats, generate
 from quantpage.errors import QuantPageError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("evaluate")(accuracy.command)
 app.command("capacity")(capacity.command)
 app.command("formats")(formats.command)
 app.command("explain")(explain.command)
+app.command("bench")(bench.command)
 
 
 def main() -> None:
