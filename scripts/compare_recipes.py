@@ -143,10 +143,11 @@ def main() -> None:
     head_dim = model.config.head_dim
     columns = "keys_and_values,bits_key,bits_value,exact_recent_pages,kl_mean,kl_p99,top1,"
     columns += "perplexity,tokens,page_size,head_dim,model,text,dtype,torch"
+    measured = measure(model, windows, found)
     with chosen.csv.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns.split(","))
-        for recipe, scores in zip(found, measure(model, windows, found), strict=True):
+        for recipe, scores in zip(found, measured, strict=True):
             bits = [each.bits_per_value(head_dim) for each in (recipe.key, recipe.value)]
             figures = (scores.mean_divergence, scores.p99_divergence, scores.top1)
             writer.writerow(
