@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from quantpage.cpu_core import absence
+from quantpage.explain import support_matrix
+
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parent.parent
@@ -72,10 +75,16 @@ def test_blocks_run_and_print_what_they_say(path, tmp_path, monkeypatch):
             assert said.getvalue() == block.prints, f"{named(path)}, line {block.line}"
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.parent != ROOT], ids=named)
+@pytest.mark.parametrize("path", PAGES, ids=named)
 def test_links_lead_somewhere(path):
     missing = [to for to in _LINK.findall(path.read_text()) if not (path.parent / to).exists()]
     assert missing == []
+
+
+def test_the_support_matrix_is_what_dispatch_says():
+    if absence():
+        pytest.skip(absence())
+    assert support_matrix() in (ROOT / "README.md").read_text()
 
 
 def test_what_runs_and_what_does_not():
