@@ -3,21 +3,24 @@
 To add a format, add a line here (docs/adding-a-format.md). The tests, the bench cases, the support
 matrix and `quantpage explain` iterate over this table.
 
-The recipes were chosen by measurement (SmolLM2-135M, head_dim 64, Austen, 3,072 scored tokens;
-mean KL divergence to the unquantized cache; scripts/compare_recipes.py measures again):
+The recipes were chosen by measurement: mean KL divergence to the unquantized cache, SmolLM2-135M,
+head_dim 64, 2,048 scored tokens of Austen, dense fake quantization (scripts/compare_recipes.py,
+benchmarks/results/recipes-smollm2.csv; `quantpage evaluate` measures FORMATS through the cache):
 
-    keys / values                    bits          KL      with exact pages
-    int8, one scale                  8.25          5.1e-4  5.9e-5
-    int8, rotated                    8.25          1.4e-4  1.8e-5   int8, int8_exact
-    int8, rotated, zero point        8.5           1.1e-4  1.7e-5   a fifth better, 3 % more bytes
-    int8, rotated, groups of 32      8.5           1.1e-4  1.5e-5
-    int8 rotated / int4 rotated, zero  8.25, 4.5   4.3e-3  3.9e-4   k8v4
-    int4, rotated, zero point        4.5           -       4.8e-3   int4
-    int4, zero point                 4.5           -       1.1e-2
-    int4, rotated, groups of 32      4.5           -       6.2e-3
+    keys / values                  bits         KL      with exact pages
+    int8, one scale                8.25         5.0e-4  -
+    int8, rotated                  8.25         1.5e-4  1.8e-5   int8, int8_exact
+    int8, rotated, zero point      8.5          1.2e-4  -        a fifth better, 3 % more bytes
+    int8, rotated, groups of 32    8.5          1.2e-4  -
+    int8 / int4, rotated, zero     8.25, 4.5    4.7e-3  3.8e-4   k8v4
+    int4, rotated, zero point      4.5          -       4.6e-3   int4
+    int4, rotated, groups of 32    4.5          -       5.6e-3
+    int4, rotated                  4.25         -       7.0e-3
+    int4, zero point               4.5          -       9.9e-3
 
-Keys lose ten times what values lose, recent keys most of it: exact pages buy more than any finer
-scale. ``int8`` does without them, because it is the format for engines that own their pages.
+Exact pages buy more than any finer scale: what is recent decides. ``int8`` does without them,
+because it is the format for engines that own their pages. A query that saw the page before its
+own exactly as well would bring int4 to 2.0e-3 and k8v4 to 2.0e-4.
 """
 
 from quantpage.errors import FormatError
