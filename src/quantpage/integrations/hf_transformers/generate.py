@@ -173,7 +173,7 @@ def _teacher_forced(model: Any, prompt: torch.Tensor, answer: torch.Tensor) -> t
 def _table(runs: list[Run], prompt_tokens: int, exact: torch.Tensor | None) -> Table:
     table = Table(title=f"{prompt_tokens} prompt tokens", title_justify="left")
     for column in ("cache", "bytes", "of 16 bit", "prefill tok/s", "decode tok/s", "agreement"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+        table.add_column(column, justify="left" if column == "cache" else "right", overflow="fold")
     for each in runs:
         new = each.answer.shape[0]
         decode = f"{(new - 1) / each.decode_seconds:.1f}" if new > 1 else "-"
