@@ -1,32 +1,16 @@
 """What the mask kernels compile to for a GPU that is not here."""
 
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.kernels.apart import compile_apart, count
+
 pytestmark = pytest.mark.cpu
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Name of a case -> its resources, compiled in a process that does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.mask_case"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def count(found, pattern):
-    return sum(n for name, n in found["counts"].items() if re.match(pattern, name))
+    """Name of a case -> its resources."""
+    return compile_apart("tests.kernels.mask_case")
 
 
 # Bytes of stack a thread: the mask's integers of a partial tile beside scores and output. Full

@@ -1,32 +1,16 @@
 """What the prefill kernels compile to for GPUs that are not here."""
 
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.kernels.apart import compile_apart, count
+
 pytestmark = pytest.mark.cpu
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Name of a case -> its resources, compiled in a process that does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.prefill_case"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def count(found, pattern):
-    return sum(n for name, n in found["counts"].items() if re.match(pattern, name))
+    """Name of a case -> its resources."""
+    return compile_apart("tests.kernels.prefill_case")
 
 
 @pytest.mark.parametrize("name", ["int8 sm_90", "fp8 sm_90", "workspace sm_90", "int8 sm_100"])

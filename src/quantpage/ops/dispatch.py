@@ -66,6 +66,11 @@ def _load(target: str) -> Callable[..., Any]:
     return getattr(import_module(module), function)
 
 
+def refuse_nothing(call: Call) -> list[str]:
+    """The refusals of plain torch, which serves every call."""
+    return []
+
+
 def choose(
     candidates: Sequence[Implementation], call: Call, wanted: str | None = None
 ) -> Implementation:

@@ -6,7 +6,7 @@ padding is never written, so that a left-padded row equals the same row alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class PagedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
         if self._cache.options.mask is not None and params.mask == CausalMask():
-            params = _with_mask(params, self._cache.options.mask)
+            params = replace(params, mask=self._cache.options.mask)
         rows, q_heads, new, _ = query.shape
         serving = self._serving(query, params.mask)
         step = self._cache.rows.step(self.length - new, new, padding)
@@ -267,7 +267,3 @@ class QuantPageCache(Cache):
 
     def _stock(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
-
-
-def _with_mask(params: AttendParams, mask: Mask) -> AttendParams:
-    return AttendParams(params.softmax_scale, mask, params.softcap, params.sinks)

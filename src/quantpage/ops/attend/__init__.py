@@ -19,14 +19,10 @@ from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
 from quantpage.ops.cpu_refusals import refusals as cpu_refusals
-from quantpage.ops.dispatch import Call, Implementation
+from quantpage.ops.dispatch import Implementation, refuse_nothing
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
-
-
-def _torch_refusals(call: Call) -> list[str]:
-    return []
 
 
 CANDIDATES: list[Implementation] = [
@@ -35,7 +31,7 @@ CANDIDATES: list[Implementation] = [
     Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
     Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),
     Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals),
-    Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", _torch_refusals),
+    Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refuse_nothing),
 ]
 """In order of preference."""
 

@@ -15,9 +15,7 @@ from quantpage.cpu_core import core
 from quantpage.cpu_core.records import ATTEND, CODES, float32_statics, pages_fields
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.cpu_intervals import intervals_of
-from quantpage.ops.attend.params import AttendParams, Segment
-
-_SEGMENTS = {"all": 0, "body": 1, "exact": 2}
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 
 
 def attend(
@@ -79,7 +77,7 @@ def attend(
         kind,
         window,
         sink_tokens,
-        _SEGMENTS[segment],
+        SEGMENTS[segment],
         torch.get_num_threads(),
         library.isa if isa is None else isa,
         params.softmax_scale,

@@ -16,6 +16,9 @@ all is both. Body is read from the codes, exact from the exact pages, and the tw
 are merged by log-sum-exp (ops/attend/merge).
 """
 
+SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
+"""What a kernel is told: its SEGMENT argument."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttendParams:

@@ -13,13 +13,12 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.planner import DecodeTiles, decode_tiles, row_tiles
 from quantpage.ops.attend.triton_decode_kernel import decode_kernel
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
-SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
 
 OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""

@@ -17,11 +17,10 @@ from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 from quantpage.ops.attend.mask_plan import MaskTile, lower
 from quantpage.ops.attend.merge import merge_partials
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
 from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.triton_prefill import (
-    SEGMENTS,
     _Half,
     _padded,
     exponent_scale,

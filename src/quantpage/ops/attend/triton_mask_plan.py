@@ -18,9 +18,8 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile, query_tiles
-from quantpage.ops.attend.params import Segment
+from quantpage.ops.attend.params import SEGMENTS, Segment
 
-SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
 END: tl.constexpr = tl.constexpr(2**31 - 1)
 LANES = 128
 """Key tiles judged at once."""

@@ -19,7 +19,7 @@ from quantpage.formats import CODES, QuantSpec
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import triton_decode
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.prefill import Ways, choose_ways, take_requests
 from quantpage.ops.attend.prefill_plan import (
     DensePass,
@@ -34,7 +34,6 @@ from quantpage.ops.gather.triton_gather import gather_layer
 
 LOG2E = 1.4426950408889634
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
-SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _UNQUANTIZED = QuantSpec(CODES["none"])
 
