@@ -59,18 +59,20 @@ void add(std::vector<Interval>& to, int64_t low, int64_t high, int64_t from, int
   if (low < high) to.push_back({low, high});
 }
 
-// Keys of the segment (ops/attend/params.py) within [low, high).
+// Keys of the segment (ops/attend/params.py) within [low, high). Exact are the first page, the page
+// that the query stands in and the one before it: [0, page) and [near, past).
 void add_segment(const Attend& a, std::vector<Interval>& to, int64_t position, int64_t low, int64_t high,
                  const Work& w) {
   const int64_t page = a.page_size, own = position / page * page;
+  const int64_t near = std::max(own - page, page), past = own + page;
   if (a.segment == ALL) {
     add(to, low, high, w.low, w.high);
   } else if (a.segment == BODY) {
-    add(to, std::max(low, page), std::min(high, own), w.low, w.high);
-    add(to, std::max(low, std::max(page, own + page)), high, w.low, w.high);
+    add(to, std::max(low, page), std::min(high, near), w.low, w.high);
+    add(to, std::max(low, past), high, w.low, w.high);
   } else {
     add(to, low, std::min(high, page), w.low, w.high);
-    if (own > 0) add(to, std::max(low, own), std::min(high, own + page), w.low, w.high);
+    add(to, std::max(low, near), std::min(high, past), w.low, w.high);
   }
 }
 
