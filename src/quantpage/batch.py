@@ -27,7 +27,7 @@ class ExactPlan:
 
     page_table: Int[Tensor, "requests max_pages"]
     """Logical page -> exact page, -1 where the page is not kept. Every page that a new token
-    stands in is present, and so is each request's first page."""
+    stands in is present, and so are the page before the first of them and each request's first."""
     slots: Int[Tensor, " tokens"]
     """Exact page * page_size + offset of each new token."""
 

@@ -25,6 +25,7 @@ class Prompts(RuleBasedStateMachine):
         self.cache = PrefixCache(self.pool, PAGE, b"seed", self.exact_pool)
         self.requests: list[tuple[Sequence, list[int]]] = []
         self.written: dict[int, tuple[int, ...]] = {}
+        self.written_exact: dict[int, tuple[int, ...]] = {}
 
     @precondition(lambda self: len(self.requests) < 4)
     @rule(tokens=PROMPTS, remember=st.booleans())
@@ -33,6 +34,8 @@ class Prompts(RuleBasedStateMachine):
         sequence.adopt(self.cache.acquire(tokens[:-1]))
         for index, page in enumerate(sequence.pages):
             assert self.written[page] == tuple(tokens[: (index + 1) * PAGE]), "not these tokens"
+            if (exact := sequence.exact_pages[index]) >= 0:
+                assert self.written_exact[exact] == self.written[page]
         rest = len(tokens) - sequence.length
         need, _ = sequence.pages_needed(rest)
         if need > self.pool.free:
@@ -46,6 +49,8 @@ class Prompts(RuleBasedStateMachine):
         self.requests.append((sequence, tokens))
         for index, page in enumerate(sequence.pages):
             self.written[page] = tuple(tokens[: (index + 1) * PAGE])
+            if (exact := sequence.exact_pages[index]) >= 0:
+                self.written_exact[exact] = self.written[page]
         if remember:
             self.cache.insert(tokens, sequence)
             assert len(self.cache.find(tokens).pages) == len(tokens) // PAGE
@@ -62,6 +67,12 @@ class Prompts(RuleBasedStateMachine):
         freed = self.cache.evict(pages)
         assert self.pool.free == before + freed
 
+    @rule(pages=st.integers(0, 3))
+    def evict_exact(self, pages):
+        before = self.exact_pool.free
+        freed = self.cache.evict_exact(pages)
+        assert self.exact_pool.free == before + freed
+
     @invariant()
     def everything_agrees(self):
         self.pool.check()
@@ -70,6 +81,10 @@ class Prompts(RuleBasedStateMachine):
         used = {page for sequence, _ in self.requests for page in sequence.pages}
         held = {entry.page for entry in self.cache._entries.values()}
         assert self.pool.used == len(used | held)
+        entries = self.cache._entries.values()
+        used = {page for sequence, _ in self.requests for page in sequence.exact_pages}
+        held = {entry.exact_page for entry in entries}
+        assert self.exact_pool.used == len((used | held) - {-1})
 
     def teardown(self):
         self.cache.clear()
@@ -153,20 +168,47 @@ def test_writing_after_a_rollback_leaves_the_remembered_page():
     assert copy.source == cache.find(range(8)).pages[1] != sequence.pages[1]
 
 
-def test_the_first_page_stays_exact_for_a_reader():
+def test_the_first_and_last_page_stay_exact_for_a_reader():
     pool, exact_pool = PagePool(8), PagePool(8)
     cache = PrefixCache(pool, PAGE, b"seed", exact_pool)
     first = filled(pool, range(12), exact_pool)
     cache.insert(range(12), first)
-    page = first.exact_pages[0]
+    ends = first.exact_pages[0], first.exact_pages[2]
     first.free()
     second = Sequence(pool, PAGE, exact_pool)
     second.adopt(cache.acquire(range(12)))
-    assert second.exact_pages == [page, -1, -1]
+    assert second.exact_pages == [ends[0], -1, ends[1]]
     second.reserve(1)
     assert second.exact_pages[3] >= 0
     with pytest.raises(CacheError, match="adopt: expected an empty sequence"):
         second.adopt(cache.find(range(12)))
+
+
+def test_a_hit_ends_where_a_page_is_exact():
+    pool, exact_pool = PagePool(32), PagePool(32)
+    cache = PrefixCache(pool, PAGE, b"seed", exact_pool)
+    prompt = range(6 * PAGE)
+    cache.insert(prompt, filled(pool, prompt, exact_pool))
+
+    def hits():
+        return [len(cache.find(prompt[: pages * PAGE]).pages) for pages in range(1, 7)]
+
+    assert hits() == [1, 1, 1, 4, 5, 6], "the donor has let go of pages 1 and 2"
+    cache.insert(prompt[: 3 * PAGE], filled(pool, prompt[: 3 * PAGE], exact_pool))
+    assert hits() == [1, 2, 3, 4, 5, 6], "remembered pages become exact later, too"
+    cache.check()
+
+
+def test_exact_pages_go_alone():
+    pool, exact_pool = PagePool(8), PagePool(8)
+    cache = PrefixCache(pool, PAGE, b"seed", exact_pool)
+    donor = filled(pool, range(3 * PAGE), exact_pool)
+    cache.insert(range(3 * PAGE), donor)
+    assert cache.evict_exact(1) == 0, "the donor still reads them"
+    donor.free()
+    assert (cache.evict_exact(1), exact_pool.used, len(cache)) == (1, 2, 3)
+    assert len(cache.find(range(3 * PAGE)).pages) == 2, "the last of the prompt went first"
+    assert PrefixCache(pool, PAGE, b"seed").evict_exact(1) == 0
 
 
 def test_the_seed_knows_model_formats_and_scales():

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from quantpage.cache import PageCopy, PagePool, Sequence
 from quantpage.errors import CacheError, OutOfPages
+from quantpage.formats.spec import ExactPages
 
 pytestmark = pytest.mark.pure
 PAGE = 4
@@ -44,6 +45,9 @@ class Sequences(RuleBasedStateMachine):
                 source = (copy.exact, copy.source, offset)
                 if source in self.written:
                     self.written[copy.exact, copy.target, offset] = self.written[source]
+        if tokens and sequence.exact_pages:
+            before_first = max(sequence.length // PAGE - 1, 0)
+            assert min(sequence.exact_pages[before_first:]) >= 0, "queries see these pages exactly"
         for position in range(sequence.length, sequence.length + tokens):
             self.fresh += 1
             contents.append(self.fresh)
@@ -70,7 +74,9 @@ class Sequences(RuleBasedStateMachine):
         try:
             sequence.crop(length)
         except CacheError:
-            assert length % PAGE and sequence.exact_pages[length // PAGE] < 0
+            assert sequence.length - length > PAGE, "a draft of a page can be rolled back"
+            next_sees = sequence.exact_pages[max(length // PAGE - 1, 0) : -(-length // PAGE)]
+            assert -1 in next_sees
             return
         del contents[length:]
 
@@ -103,7 +109,8 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def exact_pages_stay_few(self):
         for sequence, _ in self.requests:
-            assert sum(page >= 0 for page in sequence.exact_pages) <= 3
+            kept = ExactPages().kept_pages
+            assert sum(page >= 0 for page in sequence.exact_pages) <= kept
 
 
 TestSequences = Sequences.TestCase
@@ -125,10 +132,16 @@ def test_rolling_back_too_far_is_an_error_for_exact_pages():
     sequence = Sequence(PagePool(8), PAGE, PagePool(8))
     sequence.reserve(18)
     sequence.commit()
-    with pytest.raises(CacheError, match="still kept exact, got length 6 in page 1"):
-        sequence.crop(6)
+    for length, missing in ((6, 1), (11, 1), (8, 1)):
+        with pytest.raises(CacheError, match=f"got {length}, for which page {missing} is not"):
+            sequence.crop(length)
     sequence.crop(13)
     assert sequence.length == 13
+    sequence.crop(12)
+    with pytest.raises(CacheError, match="got 11, for which page 1 is not"):
+        sequence.crop(11)
+    sequence.crop(3)
+    assert sequence.length == 3, "the first page is always there"
 
 
 def test_misuse_is_an_error():

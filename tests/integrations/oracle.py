@@ -31,7 +31,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     new, total = query.shape[2], key.shape[2]
     positions = torch.arange(total - new, total)
     pages = torch.arange(total) // page
-    near = (pages[None] == 0) | (pages[None] == positions[:, None] // page)
+    own = positions[:, None] // page
+    near = (pages[None] == 0) | (pages[None] == own) | (pages[None] == own - 1)
     if kv_format.exact_pages is None:
         near = torch.zeros_like(near)
     half = [x.repeat_interleave(group, 1) for x in (key, value)]

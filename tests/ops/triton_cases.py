@@ -91,7 +91,7 @@ def make_step(
         v_near = [torch.zeros(size, heads, value_dim)]
         exact_tables, kept_pages = [], 1
         for table, new, context in zip(tables, step.queries, step.contexts, strict=True):
-            own = {0} | {p // size for p in range(context - new, context)}
+            own = {0} | {p // size - d for p in range(context - new, context) for d in (0, 1)}
             row = []
             for logical, page in enumerate(table):
                 row.append(kept_pages if logical in own else -1)

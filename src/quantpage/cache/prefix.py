@@ -10,8 +10,15 @@ A hash only proposes: on a hit the tokens themselves are compared, so that a col
 and never a wrong answer. The cache holds each of its pages once in the pool; a request that uses
 one holds it once more.
 
-Formats with exact pages need only the first page exact besides the codes: a hit ends on a page
-border, and the page that the next token stands in is new.
+A hit ends on a page border, so that the page that the next token stands in is new. Formats with
+exact pages need two pages exact besides the codes: the first, and the last of the hit, which the
+next queries still see so. Only those that the donor keeps when it is inserted are remembered, the
+last few of its prompt, so a hit ends there and not everywhere:
+
+    donor inserted after its prompt of 6 pages     x - - x x x      hits of 6, 5 or 4 pages, or 1
+    and after its first chunk of 3 pages, too      x x x x x x      any hit
+
+Insert a system prompt when it, and nothing after it, has been computed (or after each chunk).
 """
 
 from collections import OrderedDict
@@ -31,8 +38,8 @@ class _Entry:
     parent: bytes
     tokens: tuple[int, ...]
     page: int
-    exact_page: int
-    """Of the first page, for formats that keep some; -1 otherwise."""
+    exact_page: int = -1
+    """-1: not remembered."""
     children: int = 0
 
 
@@ -66,23 +73,21 @@ class PrefixCache:
 
     def find(self, tokens: Tokens[int]) -> Prefix:
         """The longest known beginning of ``tokens``; changes nothing."""
-        found = [entry for _, entry in self._walk(tokens)]
-        if not found:
-            return Prefix((), -1)
-        return Prefix(tuple(entry.page for entry in found), found[0].exact_page)
+        return self._prefix([entry for _, entry in self._usable(tokens)])
 
     def acquire(self, tokens: Tokens[int]) -> Prefix:
         """``find``, held for the caller (``Sequence.adopt``) and counted as used now.
 
         Give all but the last token of a prompt: at least one has to be computed for its logits.
         """
-        chain = list(self._walk(tokens))
+        chain = self._usable(tokens)
         for key, entry in reversed(chain):
             self._pool.share(entry.page)
             self._entries.move_to_end(key)
-        prefix = self.find(tokens)
-        if prefix.exact_page >= 0 and self._exact_pool is not None:
-            self._exact_pool.share(prefix.exact_page)
+        prefix = self._prefix([entry for _, entry in chain])
+        for page in prefix.exact_pages:
+            if page >= 0 and self._exact_pool is not None:
+                self._exact_pool.share(page)
         return prefix
 
     def insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
@@ -96,17 +101,17 @@ class PrefixCache:
             key = _chained(parent, own)
             entry = self._entries.get(key)
             if entry is None:
-                exact = -1
-                if index == 0 and self._exact_pool is not None:
-                    exact = self._exact_pool.share(sequence.exact_pages[0])
                 page = self._pool.share(sequence.pages[index])
-                entry = self._entries[key] = _Entry(parent, own, page, exact)
+                entry = self._entries[key] = _Entry(parent, own, page)
                 if index:
                     self._entries[parent].children += 1
                 added += 1
             elif entry.tokens != own or entry.parent != parent:
                 # Another page has this hash: it stays, and this chain ends here.
                 break
+            if self._exact_pool is not None and entry.exact_page < 0:
+                exact = sequence.exact_pages[index]
+                entry.exact_page = exact if exact < 0 else self._exact_pool.share(exact)
             chain.append(key)
             parent = key
         for key in reversed(chain):
@@ -125,6 +130,23 @@ class PrefixCache:
                 break
             self._drop(key)
             freed += 1
+        return freed
+
+    def evict_exact(self, pages: int) -> int:
+        """Let go of up to ``pages`` exact pages that only this cache holds; how many became free.
+
+        Least recently used first. Codes stay; a hit ends earlier until a donor is inserted again.
+        """
+        if self._exact_pool is None:
+            return 0
+        freed = 0
+        for entry in self._entries.values():
+            if freed == pages:
+                break
+            if entry.exact_page >= 0 and self._exact_pool.references(entry.exact_page) == 1:
+                self._exact_pool.release(entry.exact_page)
+                entry.exact_page = -1
+                freed += 1
         return freed
 
     def clear(self) -> None:
@@ -159,6 +181,23 @@ class PrefixCache:
                 return
             yield key, entry
             parent = key
+
+    def _usable(self, tokens: Tokens[int]) -> list[tuple[bytes, _Entry]]:
+        """The known pages of ``tokens``, as far as their last one is exact where that is asked."""
+        chain = list(self._walk(tokens))
+        if self._exact_pool is None:
+            return chain
+        while chain and min(chain[0][1].exact_page, chain[-1][1].exact_page) < 0:
+            chain.pop()
+        return chain
+
+    def _prefix(self, found: list[_Entry]) -> Prefix:
+        pages = tuple(entry.page for entry in found)
+        if self._exact_pool is None:
+            return Prefix(pages)
+        ends = 0, len(found) - 1
+        exact = [entry.exact_page if at in ends else -1 for at, entry in enumerate(found)]
+        return Prefix(pages, tuple(exact))
 
     def _page_tokens(self, tokens: Tokens[int], index: int) -> tuple[int, ...]:
         return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])

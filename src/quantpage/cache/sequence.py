@@ -4,9 +4,9 @@ A step is ``reserve(n)`` (pages for n more tokens; copies that the owner of the 
 first), the writes of all layers, and ``commit()``. Pages are shared between forks and copied when
 one of them writes into a page that both hold.
 
-    kept exact      page:   0    1    2    3    4
-    between steps           x              x    x      first, the one before, the current
-    during a step           x         x    x    x      and every page that a new token stands in
+    kept exact      page:   0    1    2    3    4    5
+    between steps           x              x    x    x      first, the two before, the current
+    during a step           x         x    x    x    x      and every page that a new token stands in
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ class Prefix:
     """Full pages that hold the beginning of a prompt (cache/prefix)."""
 
     pages: tuple[int, ...]
-    exact_page: int = -1
-    """The first page's exact page; -1 where the format keeps none."""
+    exact_pages: tuple[int, ...] = ()
+    """Logical page -> exact page or -1, the first and the last present; empty where the format
+    keeps none."""
 
 
 class Sequence:
@@ -96,9 +97,12 @@ class Sequence:
         self.pages = list(prefix.pages)
         self.length = len(self.pages) * self.page_size
         if self._exact_pool is not None and self.pages:
-            if prefix.exact_page < 0:
-                raise CacheError("adopt: expected the first page's exact page, got none")
-            self.exact_pages = [prefix.exact_page, *[-1] * (len(self.pages) - 1)]
+            exact = list(prefix.exact_pages)
+            if len(exact) != len(self.pages) or exact[0] < 0 or exact[-1] < 0:
+                raise CacheError(
+                    f"adopt: expected the first and the last page's exact page, got {exact}"
+                )
+            self.exact_pages = exact
 
     def fork(self) -> "Sequence":
         """Another request with the same tokens, sharing every page."""
@@ -123,11 +127,13 @@ class Sequence:
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0..{self.length}, got {length}")
         keep = -(-length // self.page_size)
-        inside = self._exact_pool is not None and length % self.page_size
-        if inside and self.exact_pages[keep - 1] < 0:
+        # The next query reads its own page, where that holds tokens, and the one before it.
+        seen = range(max(length // self.page_size - 1, 0), keep)
+        gone = [page for page in seen if self.exact_pages and self.exact_pages[page] < 0]
+        if gone:
             raise CacheError(
-                f"crop: expected a multiple of page_size {self.page_size} or a page that is "
-                f"still kept exact, got length {length} in page {keep - 1}"
+                f"crop: expected a length whose last pages are still kept exact, got {length}, "
+                f"for which page {gone[0]} is not"
             )
         while len(self.pages) > keep:
             self._pool.release(self.pages.pop())
@@ -163,7 +169,7 @@ class Sequence:
     def _trim_exact(self) -> None:
         if self._exact_pool is None:
             return
-        for index in range(1, len(self.exact_pages) - 2):
+        for index in range(1, len(self.exact_pages) - 3):
             page = self.exact_pages[index]
             if page >= 0:
                 self._exact_pool.release(page)

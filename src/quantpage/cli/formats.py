@@ -39,7 +39,7 @@ def command(
     for name, each in FORMATS.items():
         if each.exact_pages is not None:
             console.print(
-                f"{name}: a query sees the first page and its own page unquantized; "
+                f"{name}: a query sees the first page, its own and the one before unquantized; "
                 f"{each.exact_pages.kept_pages} pages a request are kept so, in 16 bits."
             )
     for name in FORMATS:

@@ -129,15 +129,16 @@ class QuantSpec:
 class ExactPages:
     """Keys and values that a query sees unquantized, by position alone.
 
-    Query i sees the first page of its request and the page that i itself stands in as they were
-    computed; every other page through its codes. The rule knows no chunk and no batch, so
-    results do not depend on how the work was cut. It costs at most ``kept_pages`` 16-bit pages a
-    request beside the codes.
+    Query i sees the first page of its request, the page that i itself stands in and the page
+    before that one as they were computed; every other page through its codes. So the last page's
+    worth of tokens is always exact. The rule (``exact_pairs`` in ops/attend/params) knows no chunk
+    and no batch, so results do not depend on how the work was cut. It costs at most
+    ``kept_pages`` 16-bit pages a request beside the codes.
     """
 
-    kept_pages: int = 3
-    """First page, the page in progress, and the one before it (so that a rejected draft of up to
-    a page of tokens can be rolled back)."""
+    kept_pages: int = 4
+    """First page, the page in progress, and the two before it (one that its queries see, and one
+    more so that a rejected draft of up to a page of tokens can be rolled back)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,8 +116,8 @@ def segment_kinds(
         return kinds
     starts = torch.arange(len(kinds)) * tile
     ends = starts + tile
-    own = queries[0] // page_size * page_size, ((queries[1] - 1) // page_size + 1) * page_size
-    near = (starts < page_size) | ((starts < own[1]) & (ends > own[0]))
+    low, high = exact_band(queries[0], queries[1] - 1, page_size)
+    near = (starts < page_size) | ((starts < high) & (ends > low))
     if segment == "exact":
         return torch.where(near, kinds.clamp(max=PARTIAL), EMPTY)
     kinds = torch.where(near, kinds.clamp(max=PARTIAL), kinds)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quantpage.masks import CausalMask, Mask
@@ -11,13 +11,31 @@ from quantpage.masks import CausalMask, Mask
 Segment = Literal["all", "body", "exact"]
 """Which of the keys that the mask shows take part (formats with exact pages only).
 
-With P the page size, query i and key j: exact is ``j < P or j // P == i // P``, body is the rest,
-all is both. Body is read from the codes, exact from the exact pages, and the two partial results
-are merged by log-sum-exp (ops/attend/merge).
+Exact is ``exact_pairs``, body is the rest, all is both. Body is read from the codes, exact from the
+exact pages, and the two partial results are merged by log-sum-exp (ops/attend/merge).
 """
 
 SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
 """What a kernel is told: its SEGMENT argument."""
+
+
+def exact_pairs(
+    queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"], page_size: int
+) -> Bool[Tensor, "queries keys"]:
+    """Which keys a query sees exactly: those of the first page, of its own and of the one before.
+
+    The one statement of the rule; kernels spell it out again. Keys in pages after the query's own
+    (masks that look ahead) are body.
+    """
+    pages = keys[None] // page_size
+    behind = queries[:, None] // page_size - pages
+    return (pages == 0) | ((behind >= 0) & (behind <= 1))
+
+
+def exact_band(first: int, last: int, page_size: int) -> tuple[int, int]:
+    """Half-open key range that holds, with the first page, all that queries first..last (inclusive)
+    see exactly."""
+    return max(first // page_size - 1, 0) * page_size, (last // page_size + 1) * page_size
 
 
 @dataclass(frozen=True, slots=True)

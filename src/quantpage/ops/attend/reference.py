@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
-from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.attend.params import AttendParams, exact_pairs
 from quantpage.ops.gather.reference import gather_request
 
 
@@ -52,7 +52,7 @@ def attend(
             shown = seen.any(0)[:, None]
             out[rows, head] = weights @ torch.where(shown, v[0], 0.0)
             if exact is not None:
-                near = _exact_pairs(positions, context, batch.page_size)
+                near = exact_pairs(positions, torch.arange(context), batch.page_size)
                 out[rows, head] = torch.where(near, 0.0, weights) @ torch.where(
                     shown, v[0], 0.0
                 ) + torch.where(near, weights, 0.0) @ torch.where(shown, v[1], 0.0)
@@ -78,11 +78,5 @@ def _scores(q, positions, k, exact, page_size):
     scores = q @ k[0].T
     if exact is None:
         return scores
-    near = _exact_pairs(positions, k[0].shape[0], page_size)
+    near = exact_pairs(positions, torch.arange(k[0].shape[0]), page_size)
     return torch.where(near, q @ k[1].T, scores)
-
-
-def _exact_pairs(positions: Tensor, keys: int, page_size: int) -> Tensor:
-    """Which keys a query sees exactly: first page, and the page it stands in."""
-    pages = torch.arange(keys)[None] // page_size
-    return (pages == 0) | (pages == positions[:, None] // page_size)

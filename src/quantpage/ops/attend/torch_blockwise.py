@@ -16,7 +16,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.mask_plan import EMPTY, FULL, tile_kinds
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact_pairs
 from quantpage.ops.gather.reference import gather_request
 
 QUERY_TILE = 256
@@ -133,15 +133,15 @@ def segment_ranges(
     segment: Segment, page_size: int, first: int, last: int, context: int
 ) -> list[tuple[int, int]]:
     """Key ranges that hold every key of ``segment`` for queries first..last (inclusive)."""
-    first_page, last_page = first // page_size * page_size, last // page_size * page_size
     if segment == "all":
         return [(0, context)]
     # A mask may show keys after the query: body pages exist on both sides of the query's page.
     if segment == "body":
         return [(page_size, context)]
-    if first_page == 0:
-        return [(0, min(last_page + page_size, context))]
-    return [(0, min(page_size, context)), (first_page, min(last_page + page_size, context))]
+    low, high = exact_band(first, last, page_size)
+    if low <= page_size:
+        return [(0, min(high, context))]
+    return [(0, min(page_size, context)), (low, min(high, context))]
 
 
 def _visible(params, segment, page_size, queries, keys, request, kv_heads) -> Tensor:
@@ -150,8 +150,7 @@ def _visible(params, segment, page_size, queries, keys, request, kv_heads) -> Te
     seen = torch.stack([params.mask.visible(queries, keys, request, head) for head in heads])
     if segment == "all":
         return seen
-    pages, own = keys[None] // page_size, queries[:, None] // page_size
-    near = (pages == 0) | (pages == own)
+    near = exact_pairs(queries, keys, page_size)
     return seen & (near if segment == "exact" else ~near)
 
 
