@@ -6,7 +6,7 @@ one of them writes into a page that both hold.
 
     kept exact      page:   0    1    2    3    4    5
     between steps           x              x    x    x      first, the two before, the current
-    during a step           x         x    x    x    x      and every page that a new token stands in
+    during a step           x         x    x    x    x      and all that new tokens stand in
 """
 
 from dataclasses import dataclass

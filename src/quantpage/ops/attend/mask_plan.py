@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.masks import END, ColumnIntervals, Mask, RowIntervals, TreeMask
-from quantpage.ops.attend.params import Segment
+from quantpage.ops.attend.params import Segment, exact_band
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
