@@ -14,13 +14,13 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.errors import NoImplementation
-from quantpage.formats import rotate
 from quantpage.masks import Mask
 from quantpage.ops import attend as attend_op
 from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
 from quantpage.ops.rope_write import WriteParams, Written
+from quantpage.ops.rotate_output import rotate_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class LayerAttention:
         chosen = self.decode if decoding else self.prefill
         out, lse = attend_op.attend(q, layer, batch, params, chosen)
         if layer.value.spec.rotation == "hadamard":
-            out = rotate(out)
+            out = rotate_output(out)
         return Attended(out, lse)
 
     def __call__(

@@ -15,7 +15,8 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import rotation_block
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
-from quantpage.ops.rope_write.triton_rows import hadamard, write_rows
+from quantpage.ops.rope_write.triton_rows import write_rows
+from quantpage.ops.triton_hadamard import hadamard
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 

@@ -13,19 +13,6 @@ _FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """formats/rotate: butterflies of neighbours 1, 2, 4, ... BLOCK / 2 channels apart."""
-    STAGES: tl.constexpr = BLOCK.bit_length() - 1
-    # (a, b) -> (a + b, a - b) as (sum, sum - 2 b): a sum over two neighbours needs no change of
-    # layout, so that a stage is a shuffle and two additions.
-    side = tl.where(tl.arange(0, 2) == 0, 0.0, -2.0)[None, None, :, None]
-    for i in tl.static_range(STAGES):
-        y = tl.reshape(x, [ROWS, WIDTH // (2 << i), 2, 1 << i])
-        x = tl.reshape(tl.sum(y, 2, keep_dims=True) + y * side, [ROWS, WIDTH])
-    return x * (1.0 / (BLOCK**0.5))
-
-
-@triton.jit
 def _finite(x):
     x = tl.where(x == x, x, 0.0)
     return tl.where(x > _FLOAT_MAX, _FLOAT_MAX, tl.where(x < -_FLOAT_MAX, -_FLOAT_MAX, x))
