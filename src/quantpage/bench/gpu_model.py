@@ -1,0 +1,156 @@
+"""A whole model's steps on a GPU: decode through each cache format, every step one CUDA graph.
+
+    python -m quantpage.bench.gpu_model --batch 16 --context 16384 --out rows.csv
+
+An 8B-shaped Llama with random weights (32 layers, 32 query heads on 8 kv_heads of 128); all formats
+in one process. Caches are filled with random numbers (a step's time does not depend on them). The
+prompt's speed is that of one row's prompt of ``--context`` tokens, the second time it is run.
+"""
+
+import argparse
+import csv
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from quantpage.bench.cpu import current_commit
+from quantpage.integrations.hf_transformers import attach
+from quantpage.integrations.hf_transformers.graph import DecodeGraph
+from quantpage.integrations.hf_transformers.model import model_shape
+
+DTYPE = torch.bfloat16
+ROUNDS = 4
+
+
+def build(layers: int) -> Any:
+    """The model, random, in bfloat16 on the GPU."""
+    config: Any = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        initializer_range=0.02,
+    )
+    torch.set_default_dtype(DTYPE)
+    with torch.device("cuda"):
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def filled_cache(model: Any, attached: Any, batch: int, context: int) -> Any:
+    """A cache that holds ``context`` random tokens a row."""
+    shape, cache = model_shape(model.config), attached.new_cache()
+    for layer in range(shape.layers):
+        size = (batch, shape.kv_heads, context, shape.head_dim)
+        k, v = (torch.randn(size, dtype=DTYPE, device="cuda") for _ in range(2))
+        cache.update(k, v, layer)
+        cache.layers[layer].flush(None)
+    return cache
+
+
+def milliseconds(run: Any) -> float:
+    """Of one call, by the device's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def prompt_speed(model: Any, attached: Any, context: int) -> float:
+    """Tokens a second of one row's prompt; the first run compiles and is not counted."""
+    ids = torch.randint(0, 128000, (1, context), device="cuda")
+    times = [
+        milliseconds(lambda: model(ids, past_key_values=attached.new_cache(), logits_to_keep=1))
+        for _ in range(3)
+    ]
+    return context / min(times[1:]) * 1e3
+
+
+def profile(graph: DecodeGraph, steps: int) -> None:
+    """Print where a step's time goes, kernel by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    with recorded(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+        graph.run(steps)
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in record.events():
+        spent[event.name] += event.device_time
+        calls[event.name] += 1
+    for name, total in spent.most_common(24):
+        print(f"    {total / steps:9.1f} us  {calls[name] / steps:5.0f} x  {name[:100]}")
+
+
+def measure(model: Any, kv_format: str, given: argparse.Namespace) -> dict[str, object]:
+    """One row of the CSV."""
+    with attach(model, kv_format=kv_format, page_size=64) as attached:
+        prompt = prompt_speed(model, attached, given.context)
+        torch.cuda.empty_cache()
+        cache = filled_cache(model, attached, given.batch, given.context)
+        first = torch.zeros(given.batch, dtype=torch.int64, device="cuda")
+        graph = DecodeGraph(model, cache, first, 8 + ROUNDS * given.steps + 4)
+        graph.run(8)
+        times = [milliseconds(lambda: graph.run(given.steps)) for _ in range(ROUNDS)]
+        if given.profile:
+            profile(graph, 4)
+        used = cache.used_bytes()
+    step = statistics.median(times) / given.steps
+    return {
+        "kv_format": kv_format,
+        "batch": given.batch,
+        "context": given.context,
+        "layers": given.layers,
+        "prompt_tokens_per_s": round(prompt, 1),
+        "decode_ms": round(step, 3),
+        "decode_tokens_per_s": round(given.batch / step * 1e3, 1),
+        "cache_gib": round(used / 2**30, 3),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": given.commit or current_commit(),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=16, help="decode steps a round")
+    parser.add_argument("--formats", default="none,int8,fp8,k8v4,int4", help="comma-separated")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
+    parser.add_argument("--out", type=Path, help="write a CSV row a format here")
+    parser.add_argument("--commit", default="", help="where git is not at hand")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
+    model = build(given.layers)
+    rows = []
+    for name in given.formats.split(","):
+        rows.append(measure(model, name, given))
+        torch.cuda.empty_cache()
+        print(rows[-1], flush=True)
+        if given.out:
+            with given.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
