@@ -36,7 +36,7 @@ def build(layers: int) -> Any:
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         initializer_range=0.02,
     )
     torch.set_default_dtype(DTYPE)
