@@ -1,13 +1,14 @@
 """The commands as a user runs them: on a small model made here, and with wrong flags."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from quantpage import cli
 from quantpage.cli.capacity import parse_bytes, requests_in, tokens_in
-from quantpage.formats import FORMATS
+from quantpage.formats import FORMATS, Granularity
 from quantpage.integrations.hf_transformers.model import load_config, model_shape
 from tests.integrations.tiny_models import tiny
 
@@ -51,6 +52,25 @@ def test_capacity_is_what_the_layout_says(folder):
     assert tokens == (1 << 20) // 3 // (64 * 2 * 2 * 18) * 64
     assert f"{tokens:,}" in said
     assert requests_in(1 << 20, shape, FORMATS["int8"], 64, 100) == (1 << 20) // (3 * 2 * 64 * 72)
+
+
+def test_a_format_that_does_not_fit_a_model_is_said_in_its_row(folder, monkeypatch):
+    wide = replace(FORMATS["int8"].key, granularity=Granularity(48))
+    monkeypatch.setitem(FORMATS, "int8_g48", replace(FORMATS["int8"], key=wide, name="int8_g48"))
+    for command in (["formats"], ["capacity", "--memory", "1MiB"]):
+        said = run(*command, "--model", folder)
+        assert "int8_g48: not for this head_dim. group: expected a divisor of head_dim 16" in said
+        assert "int4_static" in said, "the others are listed as always"
+
+
+def test_explain_takes_the_heads_of_a_model(folder):
+    said = run("explain", "--device", "cpu", "--kv-format", "int8", "--model", folder)
+    assert "attend decode" in said
+    odd = tiny("llama")
+    odd.config.head_dim = 40
+    odd.config.save_pretrained(folder / "odd")
+    said = run("explain", "--device", "cpu", "--kv-format", "int8", "--model", folder / "odd")
+    assert "head_dim must be a multiple of 16 up to 512, got 40" in said
 
 
 @pytest.mark.parametrize(

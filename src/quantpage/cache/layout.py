@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantpage.errors import FormatError
 from quantpage.formats import KVFormat, QuantSpec
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -37,7 +38,9 @@ class CacheLayout:
         for spec, width in ((self.format.key, self.head_dim), (self.format.value, self.v_dim)):
             spec.granularity.groups(width)
             if width % spec.code.values_per_byte:
-                raise ValueError(f"head_dim: expected an even number for {spec.code.name} codes")
+                raise FormatError(
+                    f"head_dim: expected an even number for {spec.code.name} codes, got {width}"
+                )
 
     @property
     def v_dim(self) -> int:

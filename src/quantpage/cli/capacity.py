@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from quantpage.errors import FormatError
 from quantpage.formats import FORMATS, KVFormat
 
 if TYPE_CHECKING:
@@ -37,13 +38,22 @@ def command(
     for column in ("format", "bytes a token", "tokens", f"requests of {context:,}", "against none"):
         table.add_column(column, justify="left" if column == "format" else "right")
     baseline = tokens_in(budget, shape, FORMATS["none"], page_size)
+    refused = []
     for name, each in FORMATS.items():
+        try:
+            per_token = shape.layers * shape.layout(each, page_size).bytes_per_token()
+        except FormatError as error:
+            table.add_row(name)
+            refused.append(f"{name}: not for this head_dim. {error}")
+            continue
         tokens = tokens_in(budget, shape, each, page_size)
         requests = requests_in(budget, shape, each, page_size, context)
-        per_token = shape.layers * shape.layout(each, page_size).bytes_per_token()
         ratio = f"{tokens / baseline:.2f}x" if baseline else "-"
         table.add_row(name, f"{per_token:,}", f"{tokens:,}", f"{requests:,}", ratio)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for reason in refused:
+        console.print(reason)
 
 
 def parse_bytes(text: str) -> int:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from quantpage.errors import FormatError
 from quantpage.formats import ALIASES, FORMATS, KVFormat, QuantSpec
 
 
@@ -28,14 +29,20 @@ def command(
         table.add_column(column)
     if shape is not None:
         table.add_column("bytes a token", justify="right")
+    refused = []
     for name, each in FORMATS.items():
-        row = [name]
-        row += [_of_both(each, describe, head_dim) for describe in _COLUMNS]
-        if shape is not None:
-            row.append(f"{shape.layers * shape.layout(each, 64).bytes_per_token():,}")
-        table.add_row(*row)
+        try:
+            row = [_of_both(each, describe, head_dim) for describe in _COLUMNS]
+            if shape is not None:
+                row.append(f"{shape.layers * shape.layout(each, 64).bytes_per_token():,}")
+        except FormatError as error:
+            row = []
+            refused.append(f"{name}: not for this head_dim. {error}")
+        table.add_row(name, *row)
     console = Console()
     console.print(table)
+    for reason in refused:
+        console.print(reason)
     for name, each in FORMATS.items():
         if each.exact_pages is not None:
             console.print(
