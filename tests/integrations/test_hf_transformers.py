@@ -1,5 +1,7 @@
 """attach(): real Transformers models over quantized pages, against their own attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -225,3 +227,16 @@ def test_without_a_cache_attention_is_transformers_own():
     with quantpage.attach(model, kv_format="int4"):
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8", "int4"])
+def test_foreign_attention_reads_through_dispatch(kv_format):
+    model, ids = tiny("llama").float(), tokens(2, 70)
+    with quantpage.attach(model, kv_format) as attached:
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+    halves = [(layer, which) for layer in cache.layers for which in ("key", "value")]
+    got = [layer.dequantized(which) for layer, which in halves]
+    cache.options = replace(cache.options, implementation="torch")
+    wanted = [layer.dequantized(which) for layer, which in halves]
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)

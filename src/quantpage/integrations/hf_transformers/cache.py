@@ -22,9 +22,9 @@ from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.lazy import LazyKV
 from quantpage.integrations.hf_transformers.rows import Rows, Step
 from quantpage.masks import CausalMask, Mask
+from quantpage.ops import gather
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.dispatch import Call
-from quantpage.ops.gather import gather_request
+from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.rope_write import WriteParams
 
 _STOCK = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -123,6 +123,10 @@ class PagedLayer(CacheLayerMixin):
         view = self._view()
         pages = view.key if which == "key" else view.value
         rows = self._cache.rows
+        wanted = self._cache.options.implementation
+        known = wanted in {each.name for each in gather.CANDIDATES}
+        call = self._call(self.layout.kv_heads, self.dtype)
+        gather_request = choose(gather.CANDIDATES, call, wanted if known else None).load()
         dense = torch.zeros(
             rows.count,
             self.length,
@@ -178,20 +182,24 @@ class PagedLayer(CacheLayerMixin):
     def _serving(self, query: Tensor, mask: Mask) -> LayerAttention:
         found = self._chosen.get(mask.kind)
         if found is None:
-            call = Call(
-                device=device_info(query.device),
-                format=self.layout.format,
-                dtype=query.dtype,
-                q_heads=query.shape[1],
-                kv_heads=self.layout.kv_heads,
-                head_dim=self.layout.head_dim,
-                value_head_dim=self.layout.v_dim,
-                page_size=self.layout.page_size,
-            )
+            call = self._call(query.shape[1], query.dtype)
             options = self._cache.options
             found = build(options.backend, mask, call, options.implementation)
             self._chosen[mask.kind] = found
         return found
+
+    def _call(self, q_heads: int, dtype: torch.dtype) -> Call:
+        """What dispatch is asked about this layer."""
+        return Call(
+            device=device_info(self.device),
+            format=self.layout.format,
+            dtype=dtype,
+            q_heads=q_heads,
+            kv_heads=self.layout.kv_heads,
+            head_dim=self.layout.head_dim,
+            value_head_dim=self.layout.v_dim,
+            page_size=self.layout.page_size,
+        )
 
 
 class QuantPageCache(Cache):
