@@ -20,6 +20,7 @@ from quantpage.formats import rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.lazy import LazyKV
+from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.rows import Rows, Step
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops import gather
@@ -211,9 +212,8 @@ class QuantPageCache(Cache):
         stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
-        self.rows = Rows(
-            options.page_size, any(each.exact_pages is not None for each in self.formats)
-        )
+        exact = any(each.exact_pages is not None for each in self.formats)
+        self.rows = Rows(Memory(options.page_size, exact))
         super().__init__(
             layers=[
                 PagedLayer(index, each.is_sliding, self) if type(each) in _STOCK else each

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, ExactPlan, plan_batch
-from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Sequence
+from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, Sequence
 from quantpage.errors import CacheError
+from quantpage.integrations.hf_transformers.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,10 @@ class Step:
 
 
 class Rows:
-    """The rows of a batch, grown on demand."""
+    """The rows of a batch, in a memory that other caches may share."""
 
-    def __init__(self, page_size: int, exact: bool) -> None:
-        self.page_size = page_size
-        self._exact = exact
-        """Some layer's format keeps exact pages."""
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.page_size = memory, memory.page_size
         self.sequences: list[Sequence] = []
         self._kept: Tensor | None = None
         """[rows, tokens] bool: False where a token was padding; None: never padding."""
@@ -54,8 +53,6 @@ class Rows:
         self._step: Step | None = None
         self.frozen: Step | None = None
         """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
-        self._pool, self._exact_pool = PagePool(0), PagePool(0)
-        self._store: PagedKVCache | None = None
 
     @property
     def count(self) -> int:
@@ -64,19 +61,18 @@ class Rows:
 
     def add_layer(self, index: int, layout: CacheLayout, like: Tensor) -> None:
         """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
-        if self._store is None:
-            self._store = PagedKVCache(device=like.device)
+        self.memory.add_layer(index, layout, like.device)
         if not self.sequences:
-            exact = self._exact_pool if self._exact else None
-            self.sequences = [
-                Sequence(self._pool, self.page_size, exact) for _ in range(like.shape[0])
-            ]
-        self._store.add_layer(index, layout)
+            self.sequences = [self.memory.new_sequence() for _ in range(like.shape[0])]
 
     def layer(self, index: int) -> LayerKV:
         """The pages of one layer."""
-        assert self._store is not None
         return self._store.layer(index)
+
+    @property
+    def _store(self) -> PagedKVCache:
+        assert self.memory.store is not None
+        return self.memory.store
 
     def step(self, start: int, new: int, padding: Tensor | None) -> Step:
         """The step that brings tokens ``start`` .. ``start + new`` of every row.
@@ -98,7 +94,6 @@ class Rows:
         self._reserve(lengths)
         keep = None
         if kept is not None:
-            assert self._store is not None
             keep = kept.flatten().nonzero().flatten().to(self._store.device)
         self._step = Step(start, new, self._plan(lengths), keep)
         return self._step
@@ -135,7 +130,6 @@ class Rows:
 
     def tables(self, length: int) -> Iterator[tuple[Tensor, int, Tensor]]:
         """For each row: its page table, its tokens, and their places among ``length``."""
-        assert self._store is not None
         for row, sequence in enumerate(self.sequences):
             tokens = sequence.length + sequence.reserved
             if self._kept is None:
@@ -172,19 +166,15 @@ class Rows:
         self._step, self._kept, self._length = None, None, 0
 
     def used_bytes(self) -> int:
-        """Bytes of the pages that are held."""
-        if self._store is None:
-            return 0
-        return self._store.used_bytes(self._pool.used, self._exact_pool.used)
+        """Bytes of the pages that are held, by other caches in the same memory too."""
+        return self.memory.used_bytes()
 
     def sixteen_bit_bytes(self) -> int:
         """What the tokens of all rows would take in 16 bits."""
-        if self._store is None:
-            return 0
         tokens = sum(each.length + each.reserved for each in self.sequences)
         return tokens * sum(
             2 * layout.kv_heads * (layout.head_dim + layout.v_dim)
-            for layout in self._store.layouts.values()
+            for layout in self.memory.layouts.values()
         )
 
     def _settle(self) -> None:
@@ -197,30 +187,24 @@ class Rows:
         self._step = None
 
     def _reserve(self, lengths: list[int]) -> None:
-        assert self._store is not None
         needs = [
             sequence.pages_needed(tokens)
             for sequence, tokens in zip(self.sequences, lengths, strict=True)
         ]
         need, exact_need = (sum(column) for column in zip(*needs, strict=True))
-        more = _growth(self._pool, need)
-        more_exact = _growth(self._exact_pool, exact_need)
-        if more or more_exact:
-            self._store.grow(more, more_exact)
-            self._pool.grow(more)
-            self._exact_pool.grow(more_exact)
+        self.memory.make_room(need, exact_need)
         for sequence, tokens in zip(self.sequences, lengths, strict=True):
             self._store.copy_pages(sequence.reserve(tokens))
 
     def _plan(self, lengths: list[int]) -> BatchPlan:
-        assert self._store is not None
+        exact = self.memory.exact_pool is not None
         return plan_batch(
             lengths,
             [each.length + each.reserved for each in self.sequences],
             [each.pages for each in self.sequences],
             self.page_size,
             self._store.device,
-            [each.exact_pages for each in self.sequences] if self._exact else None,
+            [each.exact_pages for each in self.sequences] if exact else None,
         )
 
     def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
@@ -244,10 +228,3 @@ class Rows:
             now = padding[:, start : start + new]
         self._kept = torch.cat([before, now], 1)
         return now
-
-
-def _growth(pool: PagePool, need: int) -> int:
-    """Pages to add so that ``need`` are free: half as many again as there are, at least 16."""
-    if need <= pool.free:
-        return 0
-    return max(need - pool.free, pool.capacity // 2, 16)
