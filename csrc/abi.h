@@ -9,7 +9,6 @@
 
 enum Code : int64_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, FP8 = 5 };
 enum MaskKind : int64_t { CAUSAL = 0, FULL = 1, INTERVALS = 2 };
-enum Segment : int64_t { ALL = 0, BODY = 1, EXACT = 2 };
 
 // K pages or V pages of one layer. Strides are in bytes, of page, head and token.
 struct Pages {
@@ -31,18 +30,37 @@ struct Pages {
   int64_t rotated;
 };
 
-struct Attend {
+// One layer's pages.
+struct Layer {
   Pages key, value;
+  // Numbers kept as they are; codes null where the format keeps none.
+  Pages exact_key, exact_value;
+};
+
+// One step's requests, the same for every layer.
+struct Step {
+  const int32_t* page_table;
+  int64_t table_stride;
+  // Null for formats without exact pages.
+  const int32_t* exact_table;
+  int64_t exact_stride;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int64_t* slots;
+  const int64_t* exact_slots;
+  const int64_t* positions;
+  int64_t requests, page_size;
+};
+
+struct Attend {
+  Layer layer;
+  Step step;
   const uint8_t* q;
   int64_t q_type, q_token, q_head;
   // [tokens, q_heads, value_dim] contiguous, and [tokens, q_heads].
   uint8_t* out;
   int64_t out_type;
   float* lse;
-  const int32_t* page_table;
-  int64_t table_stride;
-  const int32_t* query_starts;
-  const int32_t* context_lens;
   const float* sinks;
   // INTERVALS: row r = (head *) tokens + token sees keys [low[i], high[i]) for i in
   // starts[r] .. starts[r + 1]; sorted and disjoint.
@@ -50,30 +68,28 @@ struct Attend {
   const int32_t* low;
   const int32_t* high;
   int64_t per_head;
-  int64_t requests, tokens, q_heads, kv_heads, page_size;
-  int64_t mask, window, sink_tokens, segment;
+  int64_t tokens, q_heads, kv_heads;
+  int64_t mask, window, sink_tokens;
+  // Outputs in the model's basis where values are cached rotated.
+  int64_t model_basis;
   int64_t threads, isa;
   double softmax_scale, softcap;
 };
 
 struct Write {
-  Pages key, value;
-  // Numbers kept as they are; unused where exact_slots is null.
-  Pages exact_key, exact_value;
+  Layer layer;
+  Step step;
   // Inputs [tokens, heads, head_dim], channels contiguous; strides in elements of `type`.
   const uint8_t *q, *k, *v;
   int64_t type;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;
   uint8_t *q_out, *k_rows, *v_rows;
-  const int64_t* slots;
-  const int64_t* exact_slots;
-  const int64_t* positions;
   const float *cos, *sin;
   int64_t half_rotary, interleaved;
   // Null: no norm.
   const float *q_norm, *k_norm;
   int64_t norm_after;
-  int64_t tokens, q_heads, kv_heads, page_size;
+  int64_t tokens, q_heads, kv_heads;
   int64_t threads, isa;
   double eps;
 };

@@ -3,12 +3,9 @@
 // How a row's keys are cut depends on its request alone, never on threads or on the rest of the
 // batch, so that results do not either.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#include "convert.h"
 #include "library.h"
 #include "threads.h"
 
@@ -22,6 +19,15 @@ struct Interval {
   int64_t low, high;
 };
 
+// Which of the keys that the mask shows come from a source (ops/attend/params.py).
+enum Part { ALL, BODY, EXACT };
+struct Source {
+  const Pages *key, *value;
+  const int32_t* table;
+  int64_t stride;
+  Part part;
+};
+
 // Rows of one kv_head over one stretch of keys.
 struct Work {
   int64_t request, head, first, tokens, low, high;
@@ -33,21 +39,26 @@ struct Group {
   int64_t begin, end;
 };
 
+// Bytes on a cache line, kept from call to call.
+struct Buffer {
+  std::unique_ptr<uint8_t[]> bytes;
+  int64_t size = 0;
+  uint8_t* take(int64_t wanted) {
+    if (wanted > size) {
+      bytes.reset(new uint8_t[wanted + 64]);
+      size = wanted;
+    }
+    return (uint8_t*)(((uintptr_t)bytes.get() + 63) / 64 * 64);
+  }
+};
 struct Memory {
   std::vector<Interval> seen, all;
   // Token t sees seen[bounds[t], bounds[t + 1]); cursor[t] is the first that may reach the run.
   std::vector<int64_t> bounds, cursor;
   std::vector<Run> runs;
   std::vector<uint16_t> bits;
-  std::unique_ptr<uint8_t[]> scratch;
-  int64_t scratch_size = 0;
-  uint8_t* take(int64_t bytes) {
-    if (bytes > scratch_size) {
-      scratch.reset(new uint8_t[bytes + 64]);
-      scratch_size = bytes;
-    }
-    return (uint8_t*)(((uintptr_t)scratch.get() + 63) / 64 * 64);
-  }
+  std::vector<Partial> parts;
+  Buffer scratch, results;
 };
 thread_local Memory memory;
 
@@ -59,15 +70,15 @@ void add(std::vector<Interval>& to, int64_t low, int64_t high, int64_t from, int
   if (low < high) to.push_back({low, high});
 }
 
-// Keys of the segment (ops/attend/params.py) within [low, high). Exact are the first page, the page
+// Keys of the source within [low, high). Exact are the first page, the page
 // that the query stands in and the one before it: [0, page) and [near, past).
-void add_segment(const Attend& a, std::vector<Interval>& to, int64_t position, int64_t low, int64_t high,
-                 const Work& w) {
-  const int64_t page = a.page_size, own = position / page * page;
+void add_part(const Attend& a, Part part, std::vector<Interval>& to, int64_t position, int64_t low, int64_t high,
+              const Work& w) {
+  const int64_t page = a.step.page_size, own = position / page * page;
   const int64_t near = std::max(own - page, page), past = own + page;
-  if (a.segment == ALL) {
+  if (part == ALL) {
     add(to, low, high, w.low, w.high);
-  } else if (a.segment == BODY) {
+  } else if (part == BODY) {
     add(to, std::max(low, page), std::min(high, near), w.low, w.high);
     add(to, std::max(low, past), high, w.low, w.high);
   } else {
@@ -77,28 +88,29 @@ void add_segment(const Attend& a, std::vector<Interval>& to, int64_t position, i
 }
 
 // What one query sees of [w.low, w.high), sorted and disjoint.
-void add_seen(const Attend& a, std::vector<Interval>& to, const Work& w, int64_t token, int64_t context) {
-  const int64_t position = context - (a.query_starts[w.request + 1] - token);
+void add_seen(const Attend& a, Part part, std::vector<Interval>& to, const Work& w, int64_t token, int64_t context) {
+  const int64_t position = context - (a.step.query_starts[w.request + 1] - token);
   if (a.mask == FULL) {
-    add_segment(a, to, position, 0, context, w);
+    add_part(a, part, to, position, 0, context, w);
   } else if (a.mask == CAUSAL) {
     const int64_t end = position + 1, start = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0;
     const int64_t sinks = std::min(a.sink_tokens, start);
-    if (sinks > 0) add_segment(a, to, position, 0, sinks, w);
-    add_segment(a, to, position, start, end, w);
+    if (sinks > 0) add_part(a, part, to, position, 0, sinks, w);
+    add_part(a, part, to, position, start, end, w);
   } else {
     const int64_t row = (a.per_head ? w.head * a.tokens : 0) + token;
     for (int64_t i = a.starts[row]; i < a.starts[row + 1]; i++)
-      add_segment(a, to, position, a.low[i], std::min<int64_t>(a.high[i], context), w);
+      add_part(a, part, to, position, a.low[i], std::min<int64_t>(a.high[i], context), w);
   }
 }
 
 // Runs over the union of what the rows see, and who sees what where they differ.
-void list_runs(const Attend& a, const Work& w, int64_t context, Memory& m) {
+void list_runs(const Attend& a, const Source& from, const Work& w, Memory& m) {
+  const int64_t context = a.step.context_lens[w.request];
   m.seen.clear();
   m.bounds.assign(1, 0);
   for (int64_t t = 0; t < w.tokens; t++) {
-    add_seen(a, m.seen, w, w.first + t, context);
+    add_seen(a, from.part, m.seen, w, w.first + t, context);
     m.bounds.push_back((int64_t)m.seen.size());
   }
   m.all = m.seen;
@@ -111,15 +123,15 @@ void list_runs(const Attend& a, const Work& w, int64_t context, Memory& m) {
   m.all.resize(kept);
   m.runs.clear();
   m.bits.clear();
-  const int64_t page = a.page_size;
+  const int64_t page = a.step.page_size;
   m.cursor.assign(m.bounds.begin(), m.bounds.end() - 1);
   for (const Interval& part : m.all) {
     for (int64_t at = part.low; at < part.high;) {
       const int64_t slot = at % page;
       const int64_t count = std::min({part.high - at, page - slot, (int64_t)RUN});
-      const int64_t id = a.page_table[w.request * a.table_stride + at / page];
+      const int64_t id = from.table[w.request * from.stride + at / page];
       Run run;
-      const Pages &k = a.key, &v = a.value;
+      const Pages &k = *from.key, &v = *from.value;
       run.k = k.codes + id * k.page_stride + w.head * k.head_stride + slot * k.row_stride;
       run.v = v.codes + id * v.page_stride + w.head * v.head_stride + slot * v.row_stride;
       auto plane = [&](const uint8_t* base, int64_t by_page, int64_t by_head, int64_t by_row) {
@@ -150,39 +162,29 @@ void list_runs(const Attend& a, const Work& w, int64_t context, Memory& m) {
   }
 }
 
-void store_row(const Attend& a, int64_t token, int64_t head, const float* acc, float peak, float total) {
-  const int64_t dim = a.value.head_dim, row = token * a.q_heads + head;
-  const float times = total == 0 ? 0.f : 1.f / total;
-  a.lse[row] = total == 0 ? -INFINITY : peak + std::log(total);
-  if (a.out_type == F32) {
-    float* to = (float*)a.out + row * dim;
-    for (int64_t c = 0; c < dim; c++) to[c] = total == 0 ? 0.f : acc[c] * times;
-    return;
-  }
-  uint16_t* to = (uint16_t*)a.out + row * dim;
-  for (int64_t c = 0; c < dim; c++) {
-    const float x = total == 0 ? 0.f : acc[c] * times;
-    to[c] = a.out_type == BF16 ? float_to_bf16(x) : float_to_half(x);
-  }
-}
-
-struct Step {
+struct Plan {
   const Attend& a;
   const Kernels& kernels;
+  std::vector<Source> sources;
   std::vector<Work> work;
   std::vector<Group> groups;
   int64_t partial_floats = 0;
   std::unique_ptr<float[]> partials;
   int64_t group, dim;
 
-  Step(const Attend& call, const Kernels& with)
-      : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(call.value.head_dim) {}
+  Plan(const Attend& call, const Kernels& with)
+      : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(call.layer.value.head_dim) {
+    const Layer& l = a.layer;
+    const bool near = l.exact_key.codes != nullptr;
+    sources.push_back({&l.key, &l.value, a.step.page_table, a.step.table_stride, near ? BODY : ALL});
+    if (near) sources.push_back({&l.exact_key, &l.exact_value, a.step.exact_table, a.step.exact_stride, EXACT});
+  }
 
   int64_t size(const Work& w) const { return w.tokens * group * (dim + 2); }
 
   void cut() {
-    for (int64_t r = 0; r < a.requests; r++) {
-      const int64_t start = a.query_starts[r], end = a.query_starts[r + 1], context = a.context_lens[r];
+    for (int64_t r = 0; r < a.step.requests; r++) {
+      const int64_t start = a.step.query_starts[r], end = a.step.query_starts[r + 1], context = a.step.context_lens[r];
       const int64_t fit = std::max<int64_t>(1, ROWS / group);
       // Late queries see most: they go first.
       for (int64_t tile = (end - start + fit - 1) / fit; tile-- > 0;) {
@@ -192,9 +194,9 @@ struct Step {
     }
   }
   void cut_tile(int64_t r, int64_t first, int64_t tokens, int64_t fresh, int64_t context) {
-    const int64_t position = context - (a.query_starts[r + 1] - first), last = position + tokens - 1;
+    const int64_t position = context - (a.step.query_starts[r + 1] - first), last = position + tokens - 1;
     int64_t low = 0, high = a.mask == CAUSAL ? last + 1 : context;
-    if (a.mask == CAUSAL && a.window > 0 && a.sink_tokens == 0 && a.segment != EXACT)
+    if (a.mask == CAUSAL && a.window > 0 && a.sink_tokens == 0)
       low = std::max<int64_t>(0, position + 1 - a.window);
     const int64_t part = fresh > FEW_TOKENS ? context + 1 : split_size(context);
     for (int64_t h = 0; h < a.kv_heads; h++) {
@@ -213,47 +215,47 @@ struct Step {
       groups.push_back({begin, begin + count});
     }
   }
+  // The numerator first: its rows stay on cache lines.
   Partial place(const Work& w, float* from) const {
     const int64_t rows = w.tokens * group;
-    return {from, from + rows, from + 2 * rows};
+    return {from + rows * dim, from + rows * dim + rows, from};
   }
-  void run(int64_t index) {
+  Partial place(const Work& w) const { return place(w, partials.get() + w.partial); }
+
+  void attend(const Source& from, const Work& w, const Partial& out) const {
+    Memory& m = memory;
+    const Item item = {&a, from.key, from.value, w.head, w.first, w.tokens, m.runs.data(), (int64_t)m.runs.size(),
+                       m.bits.data()};
+    const int64_t wanted = kernels.attend(&item, &out, m.scratch.take(0), m.scratch.size);
+    if (wanted) kernels.attend(&item, &out, m.scratch.take(wanted), wanted);
+  }
+  void run(int64_t index) const {
     const Work& w = work[index];
     Memory& m = memory;
-    list_runs(a, w, a.context_lens[w.request], m);
-    const int64_t rows = w.tokens * group, own = kernels.scratch_bytes(&a, rows);
-    uint8_t* scratch = m.take(own + 4 * size(w));
-    const Partial out = place(w, w.partial < 0 ? (float*)(scratch + own) : partials.get() + w.partial);
-    const Item item = {&a, w.head, w.first, w.tokens, m.runs.data(), (int64_t)m.runs.size(), m.bits.data()};
-    if (m.runs.empty()) {
-      std::fill(out.peak, out.peak + rows, -INFINITY);
+    const int64_t rows = w.tokens * group;
+    float* own = (float*)m.results.take(2 * 4 * size(w) + 64);
+    const Partial out = w.partial < 0 ? place(w, own) : place(w), more = place(w, own + (size(w) + 15) / 16 * 16);
+    bool any = false;
+    for (const Source& from : sources) {
+      list_runs(a, from, w, m);
+      if (m.runs.empty()) continue;
+      attend(from, w, any ? more : out);
+      if (any) kernels.join(rows, dim, &out, &more);
+      any = true;
+    }
+    if (!any) {
+      std::fill(out.peak, out.peak + rows, -__builtin_inff());
       std::fill(out.total, out.total + rows, 0.f);
-    } else {
-      kernels.attend(&item, &out, scratch);
     }
-    if (w.partial < 0) finish(w, &w, 1, out);
+    if (w.partial < 0) kernels.finish(&a, w.head, w.first, w.tokens, &out, 1);
   }
-  // Merges the parts of the same rows (ops/attend/merge.py) and a sink logit.
-  void finish(const Work& w, const Work* parts, int64_t count, const Partial& only) {
-    std::vector<float> acc(dim);
-    for (int64_t row = 0; row < w.tokens * group; row++) {
-      const int64_t head = w.head * group + row % group;
-      float peak = a.sinks ? a.sinks[head] : -INFINITY;
-      auto part = [&](int64_t i) { return count == 1 ? only : place(parts[i], partials.get() + parts[i].partial); };
-      for (int64_t i = 0; i < count; i++) peak = std::max(peak, part(i).peak[row]);
-      float total = a.sinks ? std::exp(a.sinks[head] - peak) : 0.f;
-      std::fill(acc.begin(), acc.end(), 0.f);
-      for (int64_t i = 0; i < count; i++) {
-        const Partial p = part(i);
-        // Select, never multiply, an empty part.
-        if (p.total[row] == 0) continue;
-        const float weight = std::exp(p.peak[row] - peak);
-        total += weight * p.total[row];
-        const float* from = p.acc + row * dim;
-        for (int64_t c = 0; c < dim; c++) acc[c] += weight * from[c];
-      }
-      store_row(a, w.first + row / group, head, acc.data(), peak, total);
-    }
+  void merge(const Group& g) const {
+    if (g.end - g.begin == 1) return;
+    const Work& w = work[g.begin];
+    std::vector<Partial>& parts = memory.parts;
+    parts.clear();
+    for (int64_t i = g.begin; i < g.end; i++) parts.push_back(place(work[i]));
+    kernels.finish(&a, w.head, w.first, w.tokens, parts.data(), g.end - g.begin);
   }
 };
 
@@ -262,16 +264,11 @@ struct Step {
 EXPORT int64_t quantpage_attend(const Attend* call) {
   const Kernels* kernels = find_kernels(call->isa);
   if (!kernels) return 1;
-  Step step(*call, *kernels);
-  step.cut();
-  step.partials.reset(new float[step.partial_floats + 1]);
-  parallel((int64_t)step.work.size(), call->threads, 1, [&](int64_t i) { step.run(i); });
-  if (step.partial_floats == 0) return 0;
-  parallel((int64_t)step.groups.size(), call->threads, 8, [&](int64_t i) {
-    const Group& g = step.groups[i];
-    if (g.end - g.begin == 1) return;
-    const Work& w = step.work[g.begin];
-    step.finish(w, &w, g.end - g.begin, {});
-  });
+  Plan plan(*call, *kernels);
+  plan.cut();
+  plan.partials.reset(new float[plan.partial_floats + 1]);
+  parallel((int64_t)plan.work.size(), call->threads, 1, [&](int64_t i) { plan.run(i); });
+  if (plan.partial_floats == 0) return 0;
+  parallel((int64_t)plan.groups.size(), call->threads, 8, [&](int64_t i) { plan.merge(plan.groups[i]); });
   return 0;
 }

@@ -32,7 +32,7 @@ static bool grouped(const Pages& p) {
   return p.scale && !integer_path(p) && p.dynamic && (p.groups > 1 || p.zero || p.code != FP8);
 }
 
-static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
+static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t rows, uint8_t* base) {
   Scratch s;
   int64_t at = 0;
   auto take = [&](auto*& to, int64_t count) {
@@ -41,12 +41,12 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   };
   s.rows = rows;
   s.padded = (rows + 3) / 4 * 4;
-  s.key_dim = a.key.head_dim;
-  s.value_dim = a.value.head_dim;
-  s.value_step = (VW == 16 ? 64 : 32) * a.value.row_stride / s.key_dim;
-  s.key_words = integer_path(a.key);
-  s.value_words = integer_path(a.value);
-  s.width = s.value_words ? value_width(a.value.code, s.value_dim) : s.value_dim;
+  s.key_dim = key.head_dim;
+  s.value_dim = value.head_dim;
+  s.value_step = (VW == 16 ? 64 : 32) * value.row_stride / s.key_dim;
+  s.key_words = integer_path(key);
+  s.value_words = integer_path(value);
+  s.width = s.value_words ? value_width(value.code, s.value_dim) : s.value_dim;
   take(s.query16, s.padded * s.key_dim);
   take(s.query32, s.padded * s.key_dim);
   for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.total,
@@ -58,7 +58,7 @@ static Scratch plan_scratch(const Attend& a, int64_t rows, uint8_t* base) {
   for (float** each : {&s.key_scale, &s.key_zero, &s.value_scale, &s.value_zero}) take(*each, TILE);
   take(s.weights, s.padded * TILE / 2);
   take(s.value_pairs, s.value_words && rows > 4 ? TILE / 2 * s.width : 0);
-  take(s.value_floats, !s.value_words && (rows > 4 || grouped(a.value)) ? TILE * s.value_dim : 0);
+  take(s.value_floats, !s.value_words && (rows > 4 || grouped(value)) ? TILE * s.value_dim : 0);
   take(s.acc, s.padded * s.width);
   take(s.value_rows, TILE);
   take(s.ahead, TILE);
@@ -71,16 +71,16 @@ struct Orders {
   int64_t key_code = -1, key_dim = 0, value_code = -1, value_dim = 0;
   int32_t key[512], value[1024];
 };
-static const Orders& orders_of(const Scratch& s, const Attend& a) {
+static const Orders& orders_of(const Scratch& s, const Pages& key, const Pages& value) {
   static thread_local Orders kept;
-  if (s.key_words && (kept.key_code != a.key.code || kept.key_dim != s.key_dim)) {
-    key_order(a.key.code, s.key_dim, kept.key);
-    kept.key_code = a.key.code;
+  if (s.key_words && (kept.key_code != key.code || kept.key_dim != s.key_dim)) {
+    key_order(key.code, s.key_dim, kept.key);
+    kept.key_code = key.code;
     kept.key_dim = s.key_dim;
   }
-  if (s.value_words && (kept.value_code != a.value.code || kept.value_dim != s.value_dim)) {
-    value_order(a.value.code, s.value_dim, kept.value);
-    kept.value_code = a.value.code;
+  if (s.value_words && (kept.value_code != value.code || kept.value_dim != s.value_dim)) {
+    value_order(value.code, s.value_dim, kept.value);
+    kept.value_code = value.code;
     kept.value_dim = s.value_dim;
   }
   return kept;
@@ -138,7 +138,7 @@ static void round_query(const Scratch& s, int64_t r, int64_t code, const int32_t
 
 static void prepare_rows(const Item& item, const Scratch& s, const Orders& orders) {
   const Attend& a = *item.call;
-  const Pages& key = a.key;
+  const Pages& key = *item.key;
   const int64_t group = a.q_heads / a.kv_heads, dim = s.key_dim;
   const int64_t item_size = a.q_type == F32 ? 4 : 2;
   memset(s.acc, 0, 4 * s.padded * s.width);
@@ -204,7 +204,7 @@ template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run
 
 // `next`: keys to fetch meanwhile, where there are.
 static void score_run(const Item& item, const Scratch& s, const Run& run, const Run* next, int64_t lane) {
-  const Pages &key = item.call->key, &value = item.call->value;
+  const Pages &key = *item.key, &value = *item.value;
   const uint8_t* ahead = next && next->count == RUN ? next->k : nullptr;
   if (grouped(key)) {
     for (int64_t j = 0; j < RUN; j++) {
@@ -252,7 +252,7 @@ static inline vi lanes_seen(uint32_t bits, int shift) {
 static float finish_scores(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
                            int64_t first_run) {
   const Attend& a = *item.call;
-  const Pages& key = a.key;
+  const Pages& key = *item.key;
   const int64_t token = row / (a.q_heads / a.kv_heads);
   const bool scaled = key.scale && key.dynamic && !grouped(key), zeroed = scaled && key.zero;
   const vf times = splat(key.code == FP8 && scaled ? 256.f : 1.f);
@@ -281,7 +281,7 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
 // The online softmax: weights take the scores' place; returns the largest, 0 where the row sees
 // nothing of the tile.
 static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t lanes, float top) {
-  const Pages& value = item.call->value;
+  const Pages& value = *item.value;
   float* x = s.scores + row * TILE;
   if (top == -__builtin_inff()) {
     memset(x, 0, 4 * lanes);
@@ -406,7 +406,7 @@ static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lan
 
 // `lines` of each row in s.ahead, the next tile's keys, are fetched meanwhile.
 static void add_values(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t lines) {
-  const Pages& value = item.call->value;
+  const Pages& value = *item.value;
   const int64_t lanes = num_runs * RUN;
   if (s.value_words) {
     if (s.rows <= 4) {
@@ -448,7 +448,7 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
 
 // ---- after the last tile ---------------------------------------------------------------------------
 static void hand_back(const Item& item, const Scratch& s, const Partial& out, const Orders& orders) {
-  const Pages& value = item.call->value;
+  const Pages& value = *item.value;
   for (int64_t r = 0; r < s.rows; r++) {
     out.peak[r] = s.peak[r];
     out.total[r] = s.total[r];
@@ -471,11 +471,12 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out, co
   }
 }
 
-static void attend_item(const Item* item, const Partial* out, uint8_t* memory) {
-  const Attend& a = *item->call;
-  const int64_t group = a.q_heads / a.kv_heads;
-  const Scratch s = plan_scratch(a, item->tokens * group, memory);
-  const Orders& orders = orders_of(s, a);
+static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory, int64_t size) {
+  const Pages &key = *item->key, &value = *item->value;
+  const int64_t group = item->call->q_heads / item->call->kv_heads;
+  const Scratch s = plan_scratch(key, value, item->tokens * group, memory);
+  if (s.bytes > size) return s.bytes;
+  const Orders& orders = orders_of(s, key, value);
   prepare_rows(*item, s, orders);
   for (int64_t at = 0; at < item->num_runs; at += RUNS) {
     const int64_t rest = item->num_runs - at, n = rest < RUNS ? rest : RUNS;
@@ -485,14 +486,13 @@ static void attend_item(const Item* item, const Partial* out, uint8_t* memory) {
     for (int64_t r = 0; r < n; r++)
       score_run(*item, s, runs[r], at == 0 && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
     soften(*item, s, runs, n, at);
-    list_rows(runs, n, &Run::v, a.value.row_stride, s.value_rows);
+    list_rows(runs, n, &Run::v, value.row_stride, s.value_rows);
     const bool more = rest >= 2 * n;
-    if (more) list_rows(runs + RUNS, n, &Run::k, a.key.row_stride, s.ahead);
-    add_values(*item, s, runs, n, more ? (row_bytes(a.key.code, s.key_dim) + 63) / 64 : 0);
+    if (more) list_rows(runs + RUNS, n, &Run::k, key.row_stride, s.ahead);
+    add_values(*item, s, runs, n, more ? (row_bytes(key.code, s.key_dim) + 63) / 64 : 0);
   }
   hand_back(*item, s, *out, orders);
+  return 0;
 }
-
-static int64_t scratch_bytes(const Attend* a, int64_t rows) { return plan_scratch(*a, rows, nullptr).bytes; }
 
 }  // namespace

@@ -18,6 +18,8 @@ struct Run {
 
 struct Item {
   const Attend* call;
+  // Of the codes, or exact ones.
+  const Pages *key, *value;
   int64_t kv_head;
   // First query row and the number of tokens; rows are (token, head of the group), token major.
   int64_t first, tokens;
@@ -32,10 +34,13 @@ struct Partial {
   float *peak, *total, *acc;
 };
 
-
 struct Kernels {
-  int64_t (*scratch_bytes)(const Attend*, int64_t rows);
-  void (*attend)(const Item*, const Partial*, uint8_t* scratch);
+  // 0; or the bytes of scratch it needs, where `size` is less.
+  int64_t (*attend)(const Item*, const Partial*, uint8_t* scratch, int64_t size);
+  // The first part becomes both: the same rows over disjoint keys.
+  void (*join)(int64_t rows, int64_t dim, const Partial* into, const Partial* from);
+  // Output and log-sum-exp of tokens from `first` on and the heads of one kv_head, from their parts.
+  void (*finish)(const Attend*, int64_t kv_head, int64_t first, int64_t tokens, const Partial* parts, int64_t count);
   // Rows of one run of tokens to [count, head_dim] of out_type, out_row elements apart.
   void (*dequantize)(const Pages*, int64_t kv_head, const uint8_t* codes, const uint8_t* scale,
                      const uint8_t* zero, int64_t count, uint8_t* out, int64_t out_type,

@@ -1,6 +1,7 @@
 // One instruction set's attention. Compiled once a set, -DVW=<float lanes> -DSUFFIX=<name>.
 #include <initializer_list>
 
+#include "attend_finish.h"
 #include "attend_item.h"
 
 namespace CONCAT(isa_, SUFFIX) {
@@ -10,7 +11,7 @@ void dequantize(const Pages*, int64_t, const uint8_t*, const uint8_t*, const uin
                 int64_t, int64_t);
 void write_token(const Write*, int64_t);
 
-static const Kernels kernels = {scratch_bytes, attend_item, dequantize, write_token};
+static const Kernels kernels = {attend_item, join, finish, dequantize, write_token};
 
 }  // namespace
 

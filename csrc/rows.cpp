@@ -3,7 +3,6 @@
 // after every operation.
 #include <cmath>
 
-#include "convert.h"
 #include "item.h"
 #include "rows.h"
 
@@ -21,13 +20,6 @@ static inline uint8_t float_to_fp8(float x) {
   return sign | (uint8_t)(bits < (121u << 23) ? small : large);
 }
 
-static void write_numbers(const float* row, int64_t dim, uint8_t* out, int64_t type) {
-  if (type == F32) memcpy(out, row, 4 * dim);
-  else if (type == BF16)
-    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_bf16(row[c]));
-  else
-    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_half(row[c]));
-}
 static void read_numbers(const uint8_t* from, int64_t type, int64_t dim, float* to) {
   if (type == F32) memcpy(to, from, 4 * dim);
   else if (type == BF16)
@@ -71,37 +63,6 @@ static void rope_row(float* x, const float* cos, const float* sin, int64_t half,
     x[i + half] = b * cos[i] + a * sin[i];
   }
 }
-// Lane i becomes lane i ^ h.
-static inline vf partners(vf v, int h) {
-#ifdef __clang__
-  vf other;
-  for (int i = 0; i < VW; i++) other[i] = v[i ^ h];
-  return other;
-#else
-  return __builtin_shuffle(v, iota() ^ splati(h));
-#endif
-}
-// Hadamard of each largest power-of-two piece, orthonormal (formats/rotate).
-static void rotate_row(float* x, int64_t dim) {
-  const int64_t block = dim & -dim;
-  const float norm = 1.f / sqrtf((float)block);
-  for (int h = 1; h < VW && h < block; h *= 2) {
-    const vf sign = select((iota() & splati(h)) != splati(0), splat(-1.f), splat(1.f));
-    for (int64_t c = 0; c < dim; c += VW) {
-      const vf v = loadf(x + c);
-      storef(x + c, partners(v, h) + v * sign);
-    }
-  }
-  for (int64_t h = VW; h < block; h *= 2)
-    for (int64_t i = 0; i < dim; i += 2 * h)
-      for (int64_t j = i; j < i + h; j += VW) {
-        const vf a = loadf(x + j), b = loadf(x + j + h);
-        storef(x + j, a + b);
-        storef(x + j + h, a - b);
-      }
-  for (int64_t c = 0; c < dim; c += VW) storef(x + c, loadf(x + c) * splat(norm));
-}
-
 static inline float clip(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 // Rounded to the plane's dtype and stored; the number that was stored.
 static float put_rounded(uint8_t* to, int64_t type, float x) {
@@ -212,7 +173,7 @@ static void read_row(const Write& w, const Input& in, int64_t token, int64_t hea
   read_numbers(in.from + (token * in.token_stride + head * in.head_stride) * size, w.type, in.dim, x);
   if (in.norm && !w.norm_after) norm_row(x, in.norm, in.dim, (float)w.eps);
   if (in.turn) {
-    const int64_t at = w.positions[token] * w.half_rotary;
+    const int64_t at = w.step.positions[token] * w.half_rotary;
     rope_row(x, w.cos + at, w.sin + at, w.half_rotary, w.interleaved);
   }
   if (in.norm && w.norm_after) norm_row(x, in.norm, in.dim, (float)w.eps);
@@ -220,33 +181,33 @@ static void read_row(const Write& w, const Input& in, int64_t token, int64_t hea
 }
 static void write_side(const Write& w, const Pages& p, const Pages& exact, const Input& in, int64_t token, uint8_t* rows) {
   alignas(64) float x[512], seen[512];
-  const int64_t slot = w.slots[token], near = w.exact_slots ? w.exact_slots[token] : -1;
+  const int64_t slot = w.step.slots[token], near = w.step.exact_slots ? w.step.exact_slots[token] : -1;
   const int64_t size = w.type == F32 ? 4 : 2;
   if (slot < 0 && near < 0 && !rows) return;
   for (int64_t h = 0; h < in.heads; h++) {
     read_row(w, in, token, h, x);
-    if (slot >= 0) write_row(p, h, slot / w.page_size, slot % w.page_size, x, rows ? seen : nullptr);
+    if (slot >= 0) write_row(p, h, slot / w.step.page_size, slot % w.step.page_size, x, rows ? seen : nullptr);
     else if (rows) round_trip(p, h, x, seen);
-    if (near >= 0) write_row(exact, h, near / w.page_size, near % w.page_size, x, nullptr);
+    if (near >= 0) write_row(exact, h, near / w.step.page_size, near % w.step.page_size, x, nullptr);
     if (rows) write_numbers(seen, in.dim, rows + (token * in.heads + h) * in.dim * size, w.type);
   }
 }
 void write_token(const Write* call, int64_t token) {
   const Write& w = *call;
-  const int64_t size = w.type == F32 ? 4 : 2, dim = w.key.head_dim;
+  const int64_t size = w.type == F32 ? 4 : 2, dim = w.layer.key.head_dim;
   const bool turn = w.cos != nullptr;
   if (w.q) {
     alignas(64) float x[512];
-    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, w.key.rotated != 0};
+    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, w.layer.key.rotated != 0};
     for (int64_t h = 0; h < w.q_heads; h++) {
       read_row(w, in, token, h, x);
       write_numbers(x, dim, w.q_out + (token * w.q_heads + h) * dim * size, w.type);
     }
   }
-  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, w.key.rotated != 0};
-  write_side(w, w.key, w.exact_key, key, token, w.k_rows);
-  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.value.head_dim, nullptr, false, w.value.rotated != 0};
-  write_side(w, w.value, w.exact_value, value, token, w.v_rows);
+  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, w.layer.key.rotated != 0};
+  write_side(w, w.layer.key, w.layer.exact_key, key, token, w.k_rows);
+  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0};
+  write_side(w, w.layer.value, w.layer.exact_value, value, token, w.v_rows);
 }
 
 }  // namespace

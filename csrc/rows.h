@@ -1,5 +1,6 @@
-// Rows of codes as numbers.
+// Rows of codes as numbers, and rows of numbers stored and rotated.
 #pragma once
+#include "convert.h"
 #include "simd.h"
 
 namespace CONCAT(isa_, SUFFIX) {
@@ -42,5 +43,43 @@ static void dequantize_row(const Pages& p, int64_t head, const uint8_t* row, con
   }
 }
 
+static void write_numbers(const float* row, int64_t dim, uint8_t* out, int64_t type) {
+  if (type == F32) memcpy(out, row, 4 * dim);
+  else if (type == BF16)
+    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_bf16(row[c]));
+  else
+    for (int64_t c = 0; c < dim; c++) store(out + 2 * c, float_to_half(row[c]));
+}
+
+// Lane i becomes lane i ^ h.
+static inline vf partners(vf v, int h) {
+#ifdef __clang__
+  vf other;
+  for (int i = 0; i < VW; i++) other[i] = v[i ^ h];
+  return other;
+#else
+  return __builtin_shuffle(v, iota() ^ splati(h));
+#endif
+}
+// Hadamard of each largest power-of-two piece, orthonormal (formats/rotate).
+static void rotate_row(float* x, int64_t dim) {
+  const int64_t block = dim & -dim;
+  const float norm = 1.f / __builtin_sqrtf((float)block);
+  for (int h = 1; h < VW && h < block; h *= 2) {
+    const vf sign = select((iota() & splati(h)) != splati(0), splat(-1.f), splat(1.f));
+    for (int64_t c = 0; c < dim; c += VW) {
+      const vf v = loadf(x + c);
+      storef(x + c, partners(v, h) + v * sign);
+    }
+  }
+  for (int64_t h = VW; h < block; h *= 2)
+    for (int64_t i = 0; i < dim; i += 2 * h)
+      for (int64_t j = i; j < i + h; j += VW) {
+        const vf a = loadf(x + j), b = loadf(x + j + h);
+        storef(x + j, a + b);
+        storef(x + j + h, a - b);
+      }
+  for (int64_t c = 0; c < dim; c += VW) storef(x + c, loadf(x + c) * splat(norm));
+}
 
 }  // namespace

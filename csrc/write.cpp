@@ -8,7 +8,7 @@ EXPORT int64_t quantpage_write(const Write* call) {
   const Kernels* kernels = find_kernels(call->isa);
   if (!kernels) return 1;
   // Waking threads costs more than a few tokens.
-  const int64_t numbers = call->tokens * (call->q_heads + 2 * call->kv_heads) * call->key.head_dim;
+  const int64_t numbers = call->tokens * (call->q_heads + 2 * call->kv_heads) * call->layer.key.head_dim;
   parallel(call->tokens, numbers < 16384 ? 1 : call->threads, 1, [&](int64_t t) { kernels->write(call, t); });
   return 0;
 }

@@ -1,8 +1,7 @@
 """Attention backends: a write op, an attend op, and the masks that they accept.
 
-``build`` chooses the implementations of one layer once; the result is called at every step. It owns
-the basis change: queries and keys go into the cache's basis when they are written, outputs
-leave it here.
+``build`` chooses the implementations of one layer once; the result is called at every step. Queries
+and keys go into the basis of the cache when they are written, and outputs leave it in attend.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
 from quantpage.ops.rope_write import WriteParams, Written
-from quantpage.ops.rotate_output import rotate_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +86,7 @@ class LayerAttention:
         """Attend to what the pages hold; ``q`` as ``write_step`` handed it back."""
         decoding = batch.max_query_len <= DECODE_TOKENS
         chosen = self.decode if decoding else self.prefill
-        out, lse = attend_op.attend(q, layer, batch, params, chosen)
-        if layer.value.spec.rotation == "hadamard":
-            out = rotate_output(out)
-        return Attended(out, lse)
+        return Attended(*attend_op.attend(q, layer, batch, params, chosen, model_basis=True))
 
     def __call__(
         self,

@@ -32,7 +32,7 @@ class ExactPlan:
     """Exact page * page_size + offset of each new token."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class BatchPlan:
     """One step's requests; see the module's example."""
 

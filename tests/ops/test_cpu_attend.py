@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
+from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, rotate
+from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask, RowIntervals, causal_document
-from quantpage.ops.attend import AttendParams, attend, cpu, reference
-from quantpage.ops.attend.torch_blockwise import attend as torch_attend
-from quantpage.ops.dispatch import Implementation
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, cpu, reference
+from quantpage.ops.dispatch import Call, choose
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case, poison
 
 pytestmark = [
@@ -50,7 +50,7 @@ def check(out, lse, expected, tolerance=TOLERANCE):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape.head_dim}")
 def test_every_format(name, shape):
     torch.manual_seed(0)
-    kv_format = replace(FORMATS[name], exact_pages=None)
+    kv_format = FORMATS[name]
     q, layer, batch = make_case(kv_format, shape)
     params = AttendParams(shape.head_dim**-0.5)
     check_all(q, layer, batch, params)
@@ -136,18 +136,32 @@ def test_exact_pages(name, mask):
     kv_format = replace(FORMATS[name], exact_pages=FORMATS["int4"].exact_pages)
     q, layer, batch = make_case(kv_format, shape)
     params = AttendParams(0.125, mask, sinks=torch.randn(4))
-    whole = Implementation("cpu", "quantpage.ops.attend.cpu:attend", lambda call: [])
-    check(*attend(q, layer, batch, params, whole), reference.attend(q, layer, batch, params))
-    for segment in ("body", "exact"):
-        bare = AttendParams(0.125, mask)
-        part = (
-            layer.exact()
-            if segment == "exact"
-            else replace(layer, exact_key=None, exact_value=None)
-        )
-        want = torch_attend(q.double(), part, batch, bare, segment)
-        for isa in AVAILABLE:
-            check(*cpu.attend(q, part, batch, bare, segment, isa), want)
+    expected = reference.attend(q, layer, batch, params)
+    for isa in AVAILABLE:
+        check(*cpu.attend(q, layer, batch, params, isa=isa), expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "none", "fp8"])
+@pytest.mark.parametrize("value_dim", [128, 80, 16])
+def test_outputs_in_the_models_basis(name, value_dim):
+    """Turned back in the core as by torch, whatever the row's largest power of two."""
+    torch.manual_seed(9)
+    shape = Shape(64, 4, 2, 16, (1, 2), (700, 50), value_dim=value_dim)
+    q, layer, batch = make_case(FORMATS[name], shape)
+    params = AttendParams(0.125, sinks=torch.randn(4))
+    want, want_lse = reference.attend(q, layer, batch, params)
+    if FORMATS[name].value.rotation == "hadamard":
+        want = rotate(want)
+    chosen = choose(CANDIDATES, call_of(FORMATS[name], shape), "cpu")
+    check(*attend(q, layer, batch, params, chosen, model_basis=True), (want, want_lse))
+    for isa in AVAILABLE:
+        check(*cpu.attend(q, layer, batch, params, True, isa), (want, want_lse))
+
+
+def call_of(kv_format, shape):
+    width = shape.value_dim or shape.head_dim
+    heads = shape.q_heads, shape.kv_heads, shape.head_dim, width
+    return Call(device_info("cpu"), kv_format, torch.float32, *heads, shape.page_size)
 
 
 def test_odd_pages():
@@ -249,7 +263,7 @@ def cases(draw):
 def test_fuzz(case, name, seed):
     shape, params = case
     extra = {each.name: each for each in (GROUPED, ZERO_INT8, GROUPED_FP8)}
-    kv_format = replace(FORMATS.get(name) or extra[name], exact_pages=None)
+    kv_format = FORMATS.get(name) or extra[name]
     for spec, width in ((kv_format.key, shape.head_dim), (kv_format.value, shape.value_dim)):
         if spec.granularity.group and (width or shape.head_dim) % spec.granularity.group:
             return

@@ -80,7 +80,7 @@ class QuantizedPages:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LayerKV:
     """Both halves of one layer, and its exact pages where the format keeps some."""
 

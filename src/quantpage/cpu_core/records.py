@@ -1,15 +1,20 @@
 """Packing calls for the compiled core: the records of csrc/abi.h, field by field.
 
-Every field is 64 bits wide. ``struct`` packs a whole call at once, which is what keeps a step's
-Python below ten microseconds.
+Every field is 64 bits wide. What a layer or a step is told at every call is packed once, for as
+long as its view lives; ``struct`` packs the rest at once. That keeps a call's Python below ten
+microseconds.
 """
 
 import struct
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantpage.cache.views import QuantizedPages
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
 
 CODES = {
     torch.float32: 0,
@@ -22,11 +27,15 @@ CODES = {
 """Storage dtype -> csrc/abi.h's Code."""
 
 _PAGES = 18
-ATTEND = struct.Struct(f"={2 * _PAGES}q 27q 2d")
-WRITE = struct.Struct(f"={4 * _PAGES}q 29q 1d")
+_NO_PAGES = (0,) * _PAGES
+_LAYER = struct.Struct(f"={4 * _PAGES}q")
+_STEP = struct.Struct("=11q")
+ATTEND = struct.Struct("=21q 2d")
+"""What follows layer and step in the record of a call."""
+WRITE = struct.Struct("=25q 1d")
 GATHER = struct.Struct(f"={_PAGES}q 8q")
-SIZES = (ATTEND.size, WRITE.size, GATHER.size)
-NO_PAGES = (0,) * _PAGES
+_SHARED = _LAYER.size + _STEP.size
+SIZES = (_SHARED + ATTEND.size, _SHARED + WRITE.size, GATHER.size)
 
 
 def pages_fields(pages: QuantizedPages) -> tuple[int, ...]:
@@ -70,3 +79,54 @@ def float32_statics(pages: QuantizedPages) -> QuantizedPages:
         return pages
     zero = None if pages.zero is None else pages.zero.float()
     return QuantizedPages(pages.spec, pages.codes, pages.scale.float(), zero)
+
+
+def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
+    halves = float32_statics(layer.key), float32_statics(layer.value)
+    exact = layer.exact() if layer.exact_key is not None else None
+    near = (
+        2 * _NO_PAGES if exact is None else (*pages_fields(exact.key), *pages_fields(exact.value))
+    )
+    # Static scales that were converted live as long as the addresses.
+    return _LAYER.pack(*pages_fields(halves[0]), *pages_fields(halves[1]), *near), halves
+
+
+def _pack_step(batch: BatchPlan) -> tuple[bytes, object]:
+    exact, page_table = batch.exact, batch.page_table
+    record = _STEP.pack(
+        page_table.data_ptr(),
+        page_table.stride(0),
+        0 if exact is None else exact.page_table.data_ptr(),
+        0 if exact is None else exact.page_table.stride(0),
+        batch.query_starts.data_ptr(),
+        batch.context_lens.data_ptr(),
+        batch.slots.data_ptr(),
+        0 if exact is None else exact.slots.data_ptr(),
+        batch.positions.data_ptr(),
+        len(batch.query_lens),
+        batch.page_size,
+    )
+    return record, None
+
+
+class _PackedOnce:
+    """``pack(view)``, kept while the view lives."""
+
+    def __init__(self, pack: Callable[[Any], tuple[bytes, object]]) -> None:
+        self._pack = pack
+        self._kept: dict[int, tuple[bytes, object, object]] = {}
+
+    def __call__(self, view: Any) -> bytes:
+        """The record's part."""
+        number = id(view)
+        found = self._kept.get(number)
+        if found is None:
+            gone = weakref.ref(view, lambda _: self._kept.pop(number, None))
+            found = self._kept[number] = (*self._pack(view), gone)
+        return found[0]
+
+
+layer_record = _PackedOnce(_pack_layer)
+"""Layer of csrc/abi.h."""
+step_record = _PackedOnce(_pack_step)
+"""Step of csrc/abi.h."""

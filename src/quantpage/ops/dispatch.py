@@ -54,6 +54,8 @@ class Implementation:
     imports no triton."""
     refusals: Callable[[Call], list[str]]
     """Sentences, each with the got and the wanted value; empty: can serve the call."""
+    whole: bool = False
+    """Of attend: reads exact pages and turns outputs back itself, in one call."""
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""

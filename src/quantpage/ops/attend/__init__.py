@@ -1,10 +1,11 @@
 """Attention over quantized pages.
 
 ``attend`` reads the codes of a layer's pages directly. Queries come in the basis of the cache
-(``rope_write`` hands them back so) and outputs leave in it; quantpage.attention turns them back.
+(``rope_write`` hands them back so) and outputs leave in it, or in the model's where that is asked.
 
 Formats with exact pages are two calls over disjoint keys, body from the codes and exact from the
-16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them.
+16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them. A whole
+implementation does all of it in one call.
 """
 
 from dataclasses import replace
@@ -21,6 +22,7 @@ from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
 from quantpage.ops.cpu_refusals import refusals as cpu_refusals
 from quantpage.ops.dispatch import Implementation, refuse_nothing
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
+from quantpage.ops.rotate_output import rotate_output
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 
@@ -30,7 +32,7 @@ CANDIDATES: list[Implementation] = [
     *DECODE_CANDIDATES,
     Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
     Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),
-    Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals),
+    Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals, whole=True),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refuse_nothing),
 ]
 """In order of preference."""
@@ -42,17 +44,33 @@ def attend(
     batch: BatchPlan,
     params: AttendParams,
     implementation: Implementation,
+    model_basis: bool = False,
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output in the query's dtype and natural log-sum-exp in at least float32.
 
-    ``implementation`` comes from ``dispatch.choose``; it computes one segment.
+    ``implementation`` comes from ``dispatch.choose``. model_basis: turn the output back where
+    values are cached rotated.
     """
+    if layer.exact_key is not None and batch.exact is None:
+        raise ValueError("batch.exact: expected a plan, as the format keeps exact pages; got None")
     run = implementation.load()
+    if implementation.whole:
+        return run(q, layer, batch, params, model_basis)
     if layer.exact_key is None:
         out, lse = run(q, layer, batch, params)
-        return out.to(q.dtype), lse
-    if batch.exact is None:
-        raise ValueError("batch.exact: expected a plan, as the format keeps exact pages; got None")
+    else:
+        out, lse = _attend_segments(q, layer, batch, params, implementation)
+    if model_basis and layer.value.spec.rotation == "hadamard":
+        out = rotate_output(out)
+    return out.to(q.dtype), lse
+
+
+def _attend_segments(
+    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Implementation
+) -> tuple[Tensor, Tensor]:
+    """Body and exact pages, each by a call, and their merge."""
+    assert batch.exact is not None
+    run = by.load()
     exact_batch = replace(
         batch, page_table=batch.exact.page_table, slots=batch.exact.slots, exact=None
     )
@@ -61,11 +79,10 @@ def attend(
     body = run(q, replace(layer, exact_key=None, exact_value=None), batch, bare, segment="body")
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
     partials = [body[0], near[0]], [body[1], near[1]]
-    if implementation.name in ("triton", "gluon"):
+    if by.name in ("triton", "gluon"):
         from quantpage.ops.attend import triton_merge
 
         return triton_merge.merge_partials(
             *partials, params.sinks, out=body[0].new_empty(body[0].shape, dtype=q.dtype)
         )
-    out, lse = merge_partials(*partials, params.sinks)
-    return out.to(q.dtype), lse
+    return merge_partials(*partials, params.sinks)

@@ -12,10 +12,10 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import ATTEND, CODES, float32_statics, pages_fields
+from quantpage.cpu_core.records import ATTEND, CODES, layer_record, step_record
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.cpu_intervals import intervals_of
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
+from quantpage.ops.attend.params import AttendParams
 
 
 def attend(
@@ -23,22 +23,23 @@ def attend(
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
-    segment: Segment = "all",
+    model_basis: bool = False,
     isa: int | None = None,
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
-    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32.
+    """Output in the query's dtype and natural log-sum-exp in float32.
 
-    isa: an index of cpu_core.ISAS that the machine runs; None: the widest.
+    Exact pages take part where the layer has some. model_basis: turn the output back where values
+    are cached rotated. isa: an index of cpu_core.ISAS that the machine runs; None: the widest.
     """
     library = core()
     if q.stride(2) != 1:
         q = q.contiguous()
     tokens, q_heads, _ = q.shape
-    key, value = float32_statics(layer.key), float32_statics(layer.value)
-    out_dtype = q.dtype if segment == "all" else torch.float32
-    out = torch.empty(tokens, q_heads, value.head_dim, dtype=out_dtype)
+    by_token, by_head, _ = q.stride()
+    dtype = CODES[q.dtype]
+    out = q.new_empty(tokens, q_heads, layer.value.head_dim)
     lse = torch.empty(tokens, q_heads)
-    mask = params.mask
+    mask, sinks = params.mask, params.sinks
     intervals: tuple[Tensor, ...] = ()
     kind, window, sink_tokens = 0, 0, 0
     if isinstance(mask, CausalMask):
@@ -47,42 +48,31 @@ def attend(
         kind = 1
     else:
         kind, intervals = 2, intervals_of(mask, batch, layer.kv_heads)
-    sinks = params.sinks
     if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
         sinks = sinks.float().contiguous()
-    page_table = batch.page_table
-    q_strides = q.stride()
-    record = ATTEND.pack(
-        *pages_fields(key),
-        *pages_fields(value),
+    call = ATTEND.pack(
         q.data_ptr(),
-        CODES[q.dtype],
-        q_strides[0],
-        q_strides[1],
+        dtype,
+        by_token,
+        by_head,
         out.data_ptr(),
-        CODES[out_dtype],
+        dtype,
         lse.data_ptr(),
-        page_table.data_ptr(),
-        page_table.stride(0),
-        batch.query_starts.data_ptr(),
-        batch.context_lens.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         *((each.data_ptr() for each in intervals) if intervals else (0, 0, 0)),
-        int(mask.per_head),
-        len(batch.query_lens),
+        mask.per_head,
         tokens,
         q_heads,
         layer.kv_heads,
-        batch.page_size,
         kind,
         window,
         sink_tokens,
-        SEGMENTS[segment],
+        model_basis,
         torch.get_num_threads(),
         library.isa if isa is None else isa,
         params.softmax_scale,
         params.softcap or 0.0,
     )
-    if library.attend(record):
+    if library.attend(layer_record(layer) + step_record(batch) + call):
         raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
     return out, lse

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import CODES, NO_PAGES, WRITE, float32_statics, pages_fields
+from quantpage.cpu_core.records import CODES, WRITE, layer_record, step_record
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
 
@@ -49,14 +49,7 @@ def rope_write(
     q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype)
     k_rows = torch.empty(k.shape, dtype=k.dtype) if params.return_rows else None
     v_rows = torch.empty(v.shape, dtype=k.dtype) if params.return_rows else None
-    key, value = float32_statics(layer.key), float32_statics(layer.value)
-    exact = batch.exact if layer.exact_key is not None else None
-    near = layer.exact() if exact is not None else None
-    record = WRITE.pack(
-        *pages_fields(key),
-        *pages_fields(value),
-        *(NO_PAGES if near is None else pages_fields(near.key)),
-        *(NO_PAGES if near is None else pages_fields(near.value)),
+    call = WRITE.pack(
         0 if q is None else q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -67,20 +60,16 @@ def rope_write(
         _address(q_out),
         _address(k_rows),
         _address(v_rows),
-        batch.slots.data_ptr(),
-        0 if exact is None else exact.slots.data_ptr(),
-        batch.positions.data_ptr(),
         *_rope_fields(params, kept),
         *_norm_fields(params, kept),
         tokens,
         0 if q is None else q.shape[1],
         kv_heads,
-        layer.page_size,
         torch.get_num_threads(),
         library.isa if isa is None else isa,
         0.0 if params.norm is None else params.norm.eps,
     )
-    if library.write(record):
+    if library.write(layer_record(layer) + step_record(batch) + call):
         raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
     if params.bias is not None and dtype != k.dtype:
         narrow = [None if each is None else each.to(dtype) for each in (q_out, k_rows, v_rows)]
