@@ -150,7 +150,7 @@ class KVFormat:
     value: QuantSpec
     exact_pages: ExactPages | None = None
     """Positions kept in 16 bits as well; None: every query reads codes only."""
-    summary: str = ""
+    summary: str = field(default="", compare=False)
     """One line for `quantpage formats`."""
 
     def __post_init__(self) -> None:

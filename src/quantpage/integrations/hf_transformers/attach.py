@@ -1,6 +1,7 @@
 """Attaching quantized pages to a Transformers model, and taking them off again."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,9 @@ from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.cache import CacheOptions, QuantPageCache
+from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import refuse_unsupported, text_config
+from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
 from quantpage.masks import Mask
 
 
@@ -29,9 +32,24 @@ class Attached:
         """The cache format of each layer."""
         return self.options.formats
 
-    def new_cache(self) -> QuantPageCache:
-        """An empty cache, for ``generate(past_key_values=...)`` over several calls."""
-        return QuantPageCache(text_config(self.model.config), self.options)
+    def new_cache(self, memory: Memory | None = None) -> QuantPageCache:
+        """An empty cache, for ``generate(past_key_values=...)`` over several calls.
+
+        memory: where its pages go; None: a memory of its own.
+        """
+        return QuantPageCache(text_config(self.model.config), self.options, memory)
+
+    def prompts(self, max_pages: int | None = None) -> Prompts:
+        """Beginnings of prompts that are computed once and found again by their tokens."""
+        return Prompts(self, max_pages)
+
+    def save_cache(self, cache: QuantPageCache, path: Path | str) -> None:
+        """Write what ``cache`` holds to a file."""
+        save_cache(self, cache, path)
+
+    def load_cache(self, path: Path | str) -> QuantPageCache:
+        """The cache that ``save_cache`` wrote; CorruptCache for another model or format."""
+        return load_cache(self, path)
 
     def detach(self) -> None:
         """Restore the model exactly; calling it again changes nothing."""

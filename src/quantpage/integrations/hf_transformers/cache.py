@@ -6,6 +6,7 @@ padding is never written, so that a left-padded row equals the same row alone.
 """
 
 from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from quantpage.attention import AttentionBackend, LayerAttention, build
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV
-from quantpage.formats import rotate
+from quantpage.formats import KVFormat, rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.lazy import LazyKV
@@ -54,29 +55,31 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, sliding: bool, cache: "QuantPageCache") -> None:
+    def __init__(
+        self, index: int, sliding: bool, kv_format: KVFormat, options: CacheOptions, rows: Rows
+    ) -> None:
         super().__init__()
         self.index = index
         self.is_sliding = sliding
         self.length = 0
         """Tokens a row as Transformers counts them, padding included."""
-        self._cache = cache
+        self._format, self._options, self._rows = kv_format, options, rows
         self._pending: tuple[Tensor, Tensor] | None = None
         self._chosen: dict[str, LayerAttention] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Lay out the pages; heads and channels are known only now (tensor parallelism)."""
-        options = self._cache.options
+        options = self._options
         self.dtype, self.device = key_states.dtype, key_states.device
         self.layout = CacheLayout(
             kv_heads=key_states.shape[1],
             head_dim=key_states.shape[-1],
-            format=self._cache.formats[self.index],
+            format=self._format,
             page_size=options.page_size,
             dtype=key_states.dtype,
             value_head_dim=value_states.shape[-1],
         )
-        self._cache.rows.add_layer(self.index, self.layout, key_states)
+        self._rows.add_layer(self.index, self.layout, key_states)
         self.is_initialized = True
 
     def update(
@@ -95,11 +98,11 @@ class PagedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
-        if self._cache.options.mask is not None and params.mask == CausalMask():
-            params = replace(params, mask=self._cache.options.mask)
+        if self._options.mask is not None and params.mask == CausalMask():
+            params = replace(params, mask=self._options.mask)
         rows, q_heads, new, _ = query.shape
         serving = self._serving(query, params.mask)
-        step = self._cache.rows.step(self.length - new, new, padding)
+        step = self._rows.step(self.length - new, new, padding)
         packed = step.pack(query)
         written = self._write(packed, step, serving)
         assert written is not None
@@ -111,7 +114,7 @@ class PagedLayer(CacheLayerMixin):
         if self._pending is None:
             return
         new = self._pending[0].shape[2]
-        step = self._cache.rows.step(self.length - new, new, padding)
+        step = self._rows.step(self.length - new, new, padding)
         self._write(None, step, self._serving(self._pending[0], CausalMask()))
 
     def dequantized(self, which: str) -> Tensor:
@@ -123,8 +126,8 @@ class PagedLayer(CacheLayerMixin):
         self.flush(None)
         view = self._view()
         pages = view.key if which == "key" else view.value
-        rows = self._cache.rows
-        wanted = self._cache.options.implementation
+        rows = self._rows
+        wanted = self._options.implementation
         known = wanted in {each.name for each in gather.CANDIDATES}
         call = self._call(self.layout.kv_heads, self.dtype)
         gather_request = choose(gather.CANDIDATES, call, wanted if known else None).load()
@@ -142,6 +145,12 @@ class PagedLayer(CacheLayerMixin):
                 found = rotate(found)
             dense[row, kept] = found.to(self.dtype)
         return dense.transpose(1, 2)
+
+    def fork(self, rows: Rows) -> "PagedLayer":
+        """The same layer over other rows."""
+        made = copy(self)
+        made._rows = rows
+        return made
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask has to cover, and the position of the first."""
@@ -162,7 +171,7 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._pending, self.length = None, 0
-        self._cache.rows.clear()
+        self._rows.clear()
 
     def _write(self, q: Tensor | None, step: Step, serving: LayerAttention) -> Tensor | None:
         """Write what waits, and bring the query into the basis of the cache."""
@@ -170,7 +179,7 @@ class PagedLayer(CacheLayerMixin):
             turned = self.layout.format.key.rotation == "hadamard"
             return rotate(q) if turned and q is not None else q
         k, v = self._pending
-        params = WriteParams(checked=self._cache.options.checked, layer=self.index)
+        params = WriteParams(checked=self._options.checked, layer=self.index)
         written = serving.write_step(
             q, step.pack(k), step.pack(v), self._view(), step.batch, params
         )
@@ -178,13 +187,13 @@ class PagedLayer(CacheLayerMixin):
         return written.q
 
     def _view(self) -> LayerKV:
-        return self._cache.rows.layer(self.index)
+        return self._rows.layer(self.index)
 
     def _serving(self, query: Tensor, mask: Mask) -> LayerAttention:
         found = self._chosen.get(mask.kind)
         if found is None:
             call = self._call(query.shape[1], query.dtype)
-            options = self._cache.options
+            options = self._options
             found = build(options.backend, mask, call, options.implementation)
             self._chosen[mask.kind] = found
         return found
@@ -206,20 +215,52 @@ class PagedLayer(CacheLayerMixin):
 class QuantPageCache(Cache):
     """What ``generate`` and ``forward`` get as ``past_key_values`` while a model is attached."""
 
-    def __init__(self, config: object, options: CacheOptions) -> None:
+    def __init__(self, config: object, options: CacheOptions, memory: Memory | None = None) -> None:
         # What Transformers would build; layers with another state than keys and values (linear
         # attention, convolutions) stay as they are.
         stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
-        exact = any(each.exact_pages is not None for each in self.formats)
-        self.rows = Rows(Memory(options.page_size, exact))
+        if memory is None:
+            exact = any(each.exact_pages is not None for each in self.formats)
+            memory = Memory(options.page_size, exact)
+        self.rows = Rows(memory)
         super().__init__(
             layers=[
-                PagedLayer(index, each.is_sliding, self) if type(each) in _STOCK else each
+                PagedLayer(index, each.is_sliding, self.formats[index], options, self.rows)
+                if type(each) in _STOCK
+                else each
                 for index, each in enumerate(stock)
             ]
         )
+
+    def fork(self) -> "QuantPageCache":
+        """Another cache with the same tokens; pages are shared until one of the two writes.
+
+        ``copy.deepcopy``, which Transformers' documentation uses for this, does the same.
+        """
+        self.flush()
+        return self.over(self.rows.fork())
+
+    def over(self, rows: Rows) -> "QuantPageCache":
+        """The same cache over other rows, in any memory."""
+        made = copy(self)
+        made.rows = rows
+        made.layers = [
+            each.fork(rows) if isinstance(each, PagedLayer) else deepcopy(each)
+            for each in self.layers
+        ]
+        return made
+
+    def flush(self) -> None:
+        """Write keys and values that wait, and count them: the pages hold every token."""
+        for layer in self._paged():
+            layer.flush(None)
+        self.rows.settle()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "QuantPageCache":
+        """``fork``."""
+        return self.fork()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes a copy of row ``beam_idx[i]``; pages are shared."""
@@ -251,7 +292,7 @@ class QuantPageCache(Cache):
             stock.crop(tokens_to_remove)
 
     def set_length(self, length: int) -> None:
-        """What Transformers is told to be cached (CUDA graphs count on the device)."""
+        """What Transformers is told to be cached (graphs count on the device; kept prompts)."""
         for layer in self._paged():
             layer.length = length
 
@@ -264,8 +305,7 @@ class QuantPageCache(Cache):
         return self.rows.sixteen_bit_bytes()
 
     def _select(self, rows: list[int], apply: Callable[[Any], object]) -> None:
-        for layer in self._paged():
-            layer.flush(None)
+        self.flush()
         self.rows.select(rows)
         for each in self._stock():
             apply(each)

@@ -46,6 +46,13 @@ class Memory:
             if self.exact_pool is not None:
                 self.exact_pool.grow(more_exact)
 
+    def fill(self, store: PagedKVCache) -> None:
+        """Take over pages that nobody holds yet, such as those of a file."""
+        self.store = store
+        self.pool.grow(store.pages)
+        if self.exact_pool is not None:
+            self.exact_pool.grow(store.exact_pages)
+
     def used_bytes(self) -> int:
         """Bytes of the pages that are held."""
         if self.store is None:

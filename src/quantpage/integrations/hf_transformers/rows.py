@@ -5,13 +5,16 @@ out, one ``BatchPlan``) serves them all.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, ExactPlan, plan_batch
-from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, Sequence
+from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Prefix, Sequence
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.memory import Memory
 
@@ -84,7 +87,7 @@ class Rows:
             return self.frozen
         if self._step is not None and (self._step.start, self._step.new) == (start, new):
             return self._step
-        self._settle()
+        self.settle()
         if start != self._length:
             raise CacheError(
                 f"step: expected it to start after {self._length} cached tokens, got {start}"
@@ -104,7 +107,7 @@ class Rows:
         For CUDA graphs: the plan's host lengths are those of the last token, upper bounds for
         all. The tokens count as cached from then on.
         """
-        self._settle()
+        self.settle()
         if self._kept is not None:
             raise CacheError("reserve_ahead: expected rows without padding, got padded rows")
         start = self._length
@@ -141,7 +144,7 @@ class Rows:
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; pages are shared, not copied."""
-        self._settle()
+        self.settle()
         forked = [self.sequences[row].fork() for row in rows]
         for sequence in self.sequences:
             sequence.free()
@@ -149,9 +152,67 @@ class Rows:
         if self._kept is not None:
             self._kept = self._kept[rows]
 
+    def fork(self) -> "Rows":
+        """The same rows again, in the same memory; pages are shared, not copied."""
+        self.settle()
+        made = copy(self)
+        made.sequences = [each.fork() for each in self.sequences]
+        return made
+
+    def adopt(self, prefix: Prefix) -> None:
+        """Begin a single row with pages that another cache in this memory wrote."""
+        sequence = self.memory.new_sequence()
+        sequence.adopt(prefix)
+        self.sequences, self._length = [sequence], sequence.length
+
+    def save(self, path: Path | str, note: dict[str, Any]) -> None:
+        """Write the rows and the pages that they hold to a file (cache/saved)."""
+        self.settle()
+        held = [
+            sorted({page for each in self.sequences for page in getattr(each, name)} - {-1})
+            for name in ("pages", "exact_pages")
+        ]
+        number, exact_number = ({page: at for at, page in enumerate(each)} for each in held)
+        rows = [
+            {
+                "length": each.length,
+                "pages": [number[page] for page in each.pages],
+                "exact_pages": [exact_number.get(page, -1) for page in each.exact_pages],
+            }
+            for each in self.sequences
+        ]
+        kept = None if self._kept is None else self._kept.int().tolist()
+        note = {**note, "length": self._length, "rows": rows, "kept": kept}
+        self._store.save(path, held[0], held[1], note)
+
+    @classmethod
+    def of_saved(cls, memory: Memory, note: dict[str, Any]) -> "Rows":
+        """The rows that ``save`` described, in a memory that holds their pages alone."""
+        made = cls(memory)
+        pools = [("pages", memory.pool), ("exact_pages", memory.exact_pool or PagePool(0))]
+        made.sequences = [memory.new_sequence() for _ in note["rows"]]
+        for name, pool in pools:
+            # Every page of the file is held by some row: all are taken, shared, and let go once.
+            held = [pool.acquire() for _ in range(pool.free)]
+            for sequence, row in zip(made.sequences, note["rows"], strict=True):
+                sequence.length = row["length"]
+                pages = [page if page < 0 else pool.share(page) for page in row[name]]
+                setattr(sequence, name, pages)
+            for page in held:
+                pool.release(page)
+        if note["kept"] is not None:
+            made._kept = torch.tensor(note["kept"], dtype=torch.bool)
+        made._length = note["length"]
+        return made
+
+    def __del__(self) -> None:
+        """Pages of a cache that nobody uses any more go back to a memory that others share."""
+        for sequence in self.sequences:
+            sequence.free()
+
     def crop(self, length: int) -> None:
         """Forget tokens from ``length`` (padding counted) on, in every row."""
-        self._settle()
+        self.settle()
         for row, sequence in enumerate(self.sequences):
             tokens = length if self._kept is None else int(self._kept[row, :length].sum())
             sequence.crop(tokens)
@@ -177,7 +238,7 @@ class Rows:
             for layout in self.memory.layouts.values()
         )
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Commit the step under way."""
         if self._step is None:
             return
