@@ -184,5 +184,20 @@ def test_state_that_is_not_in_pages_is_refused():
         attached.prompts()
 
 
+def test_a_cache_for_one_row_refuses_more_until_it_is_repeated(model):
+    with quantpage.attach(model, "int4", page_size=PAGE) as attached:
+        prompts = attached.prompts()
+        prompts.learn(SYSTEM)
+        cache = prompts.new_cache(SYSTEM)
+        more = tokens(3, 8)
+        with pytest.raises(ValueError, match="past_key_values: expected 1 rows"):
+            model(more, past_key_values=cache)
+        cache = prompts.new_cache(SYSTEM)
+        cache.batch_repeat_interleave(3)
+        got = model(more, past_key_values=cache).logits
+        wanted = model(torch.cat([SYSTEM[:, : 5 * PAGE].expand(3, -1), more], 1)).logits[:, -8:]
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+
+
 def test_a_summary_is_no_part_of_a_format():
     assert replace(FORMATS["int8"], summary="other words") == FORMATS["int8"]

@@ -88,6 +88,11 @@ class PagedLayer(CacheLayerMixin):
         """Take [rows, kv_heads, new, head_dim] keys and values; hand back lazy ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self._rows.count:
+            raise ValueError(
+                f"past_key_values: expected {self._rows.count} rows, as the cache holds, got "
+                f"{key_states.shape[0]} (batch_repeat_interleave makes more of one)"
+            )
         self.flush(None)
         self._pending = (key_states, value_states)
         self.length += key_states.shape[2]

@@ -7,7 +7,11 @@ from quantpage.errors import CacheError
 
 
 class Memory:
-    """Pages of every layer with their pools, grown on demand."""
+    """Pages of every layer with their pools, grown on demand.
+
+    Pages are allocated outside of inference mode, whoever asks, so that a cache may be continued
+    inside and outside of it.
+    """
 
     def __init__(self, page_size: int, exact: bool) -> None:
         self.page_size = page_size
@@ -21,6 +25,7 @@ class Memory:
         """Of the layers that are there so far."""
         return {} if self.store is None else self.store.layouts
 
+    @torch.inference_mode(False)
     def add_layer(self, index: int, layout: CacheLayout, device: torch.device) -> None:
         """Allocate a layer, unless another cache has; CacheError where its layout was another."""
         if self.store is None:
@@ -35,6 +40,7 @@ class Memory:
         """A request without tokens."""
         return Sequence(self.pool, self.page_size, self.exact_pool)
 
+    @torch.inference_mode(False)
     def make_room(self, pages: int, exact_pages: int) -> None:
         """Grow until so many pages are free."""
         assert self.store is not None
