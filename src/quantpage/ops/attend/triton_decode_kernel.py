@@ -290,7 +290,7 @@ def decode_kernel(
             all_low = tl.maximum(context - window, 0)
         if SEGMENT == 1:
             all_low = tl.maximum(all_low, PAGE)
-            all_high = tl.minimum(all_high, first_seat // PAGE * PAGE)
+            all_high = tl.minimum(all_high, (first_seat // PAGE - 1) * PAGE)
         if SEGMENT == 2:
             all_high = 0
         table = page_table + request.to(tl.int64) * table_row
@@ -386,9 +386,9 @@ def decode_kernel(
                     near = (key[:, None] > seat[None, :] - window) | (key < sink_tokens)[:, None]
                     seen = seen & near
                 if SEGMENT != 0:
-                    own = (key // PAGE)[:, None] == (seat // PAGE)[None, :]
-                    own = own | (key < PAGE)[:, None]
-                    seen = seen & (own if SEGMENT == 2 else ~own)
+                    behind = (seat // PAGE)[None, :] - (key // PAGE)[:, None]
+                    exact = ((behind >= 0) & (behind <= 1)) | (key < PAGE)[:, None]
+                    seen = seen & (exact if SEGMENT == 2 else ~exact)
                 score = tl.where(seen, score, float("-inf"))
                 if V_SCALES == 1:
                     vs = tl.where(shown, vs, 0.0)

@@ -45,13 +45,13 @@ def key_ranges(
         a_low = a_low + PAGE
         b_low = tl.maximum(low, PAGE)
         if not FULL:
-            b_high = (context - 1) // PAGE * PAGE
+            b_high = ((context - 1) // PAGE - 1) * PAGE
         a_high = tl.minimum(a_high, b_high)
     if SEGMENT == 2:
         if WINDOW:
             a_low = tl.where(sink_tokens > 0, 0, low)
         a_high = tl.minimum(context, PAGE)
-        b_low = tl.maximum(first // PAGE * PAGE, PAGE)
+        b_low = tl.maximum((first // PAGE - 1) * PAGE, PAGE)
         if WINDOW:
             b_low = tl.where(sink_tokens > 0, b_low, tl.maximum(b_low, low))
     a_high = tl.maximum(a_low, a_high)
