@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the answers as JSON")
     parser.add_argument("--against", type=Path, help="answers of another device")
@@ -73,7 +74,7 @@ def main() -> None:
     model = model.to(chosen.device).eval()
     other = json.loads(chosen.against.read_text()) if chosen.against else None
     found = {}
-    for kv_format in FORMATS:
+    for kv_format in chosen.formats.split(","):
         found[kv_format] = answers(model, tokenizer, kv_format, chosen.new_tokens)
         if other:
             compare(kv_format, found[kv_format], other[kv_format], tokenizer)
