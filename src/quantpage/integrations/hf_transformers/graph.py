@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
+from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.rows import Step
 
@@ -39,6 +40,7 @@ class DecodeGraph:
         self._token = last_tokens.reshape(-1, 1).clone()
         self._position = self._plan.positions.clone()
         self._graph = torch.cuda.CUDAGraph()
+        self._pages = cache.rows.memory.size
         self._capture()
 
     @torch.inference_mode()
@@ -46,6 +48,8 @@ class DecodeGraph:
         """Replay ``tokens`` steps; [rows, tokens]. Nothing is read back from the device."""
         if not 0 < tokens <= self._left:
             raise ValueError(f"tokens: expected 1..{self._left}, got {tokens}")
+        if self._cache.rows.memory.size != self._pages:
+            raise CacheError("run: its pages moved when another cache in their memory grew")
         made = []
         for _ in range(tokens):
             self._graph.replay()

@@ -36,6 +36,11 @@ class Memory:
         elif found != layout:
             raise CacheError(f"layer {index}: expected pages of {found}, got {layout}")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pages and exact pages that are allocated; another size means that tensors moved."""
+        return (0, 0) if self.store is None else (self.store.pages, self.store.exact_pages)
+
     def new_sequence(self) -> Sequence:
         """A request without tokens."""
         return Sequence(self.pool, self.page_size, self.exact_pool)
