@@ -30,8 +30,8 @@ class Sequences(RuleBasedStateMachine):
         self.requests.append((made, []))
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), tokens=st.integers(0, 9))
-    def step(self, data, tokens):
+    @rule(data=st.data(), tokens=st.integers(0, 19), rejected=st.integers(0, 19))
+    def step(self, data, tokens, rejected):
         sequence, contents = data.draw(st.sampled_from(self.requests))
         before = (sequence.length, list(sequence.pages), list(sequence.exact_pages))
         try:
@@ -58,7 +58,9 @@ class Sequences(RuleBasedStateMachine):
                     pool = self.exact_pool if exact else self.pool
                     assert pool.references(page) == 1, "never write into a shared page"
                     self.written[exact, page, position % PAGE] = self.fresh
-        sequence.commit()
+        accepted = max(tokens - rejected, 0)
+        del contents[sequence.length + accepted :]
+        sequence.commit(accepted)
 
     @precondition(lambda self: 0 < len(self.requests) < 5)
     @rule(data=st.data())
@@ -181,3 +183,15 @@ def test_a_fork_needs_a_page_for_its_copy():
         other.reserve(1)
     other.free()
     assert sequence.reserve(1) == []
+
+
+def test_a_long_draft_is_rejected_when_the_step_ends():
+    sequence = Sequence(PagePool(16), PAGE, PagePool(16))
+    sequence.reserve(18)
+    sequence.commit()
+    sequence.reserve(40)
+    with pytest.raises(ValueError, match=r"tokens: expected 0..40, got 41"):
+        sequence.commit(41)
+    sequence.commit(1)
+    assert (sequence.length, len(sequence.pages)) == (19, 5)
+    assert min(sequence.exact_pages[3:]) >= 0, "what the next query sees exactly is there"

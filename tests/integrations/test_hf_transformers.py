@@ -116,14 +116,15 @@ def test_generate_equals_the_dense_control(kv_format, arguments):
     assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("draft", [6, 48])
 @pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
-def test_prompt_lookup_equals_greedy(kv_format):
+def test_prompt_lookup_equals_greedy(kv_format, draft):
     model = tiny("llama")
     ids = tokens(1, 12).repeat(1, 5)
     arguments = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     with quantpage.attach(model, kv_format=kv_format, page_size=16):
         greedy = model.generate(ids, **arguments)
-        looked_up = model.generate(ids, prompt_lookup_num_tokens=6, **arguments)
+        looked_up = model.generate(ids, prompt_lookup_num_tokens=draft, **arguments)
     assert looked_up.tolist() == greedy.tolist()
 
 

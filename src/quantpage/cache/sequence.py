@@ -84,10 +84,18 @@ class Sequence:
         self.reserved = tokens
         return copies
 
-    def commit(self) -> None:
-        """The step is written: count its tokens, let go of exact pages no query will see."""
-        self.length += self.reserved
+    def commit(self, tokens: int | None = None) -> None:
+        """The step is written: count its tokens, let go of exact pages no query will see.
+
+        tokens: how many of them count, from the first; None: all. The rest of a draft that is
+        rejected here may be of any length (``crop`` comes too late for a long one).
+        """
+        accepted = self.reserved if tokens is None else tokens
+        if not 0 <= accepted <= self.reserved:
+            raise ValueError(f"tokens: expected 0..{self.reserved}, got {tokens}")
+        self.length += accepted
         self.reserved = 0
+        self._cut()
         self._trim_exact()
 
     def adopt(self, prefix: Prefix) -> None:
@@ -135,13 +143,8 @@ class Sequence:
                 f"crop: expected a length whose last pages are still kept exact, got {length}, "
                 f"for which page {gone[0]} is not"
             )
-        while len(self.pages) > keep:
-            self._pool.release(self.pages.pop())
-        while len(self.exact_pages) > keep:
-            page = self.exact_pages.pop()
-            if page >= 0 and self._exact_pool is not None:
-                self._exact_pool.release(page)
         self.length = length
+        self._cut()
 
     def free(self) -> None:
         """Let go of everything."""
@@ -165,6 +168,16 @@ class Sequence:
     def _shares_last(self, pages: list[int], pool: PagePool) -> bool:
         """The last page is partly filled, and another request holds it too."""
         return self.length % self.page_size > 0 and pool.references(pages[-1]) > 1
+
+    def _cut(self) -> None:
+        """Let go of the pages after the last token."""
+        keep = -(-self.length // self.page_size)
+        while len(self.pages) > keep:
+            self._pool.release(self.pages.pop())
+        while len(self.exact_pages) > keep:
+            page = self.exact_pages.pop()
+            if page >= 0 and self._exact_pool is not None:
+                self._exact_pool.release(page)
 
     def _trim_exact(self) -> None:
         if self._exact_pool is None:

@@ -212,9 +212,12 @@ class Rows:
 
     def crop(self, length: int) -> None:
         """Forget tokens from ``length`` (padding counted) on, in every row."""
-        self.settle()
+        step, self._step = self._step, None
         for row, sequence in enumerate(self.sequences):
             tokens = length if self._kept is None else int(self._kept[row, :length].sum())
+            if step is not None:
+                # Never counted, so that a draft may be longer than the pages that are kept exact.
+                sequence.commit(min(max(tokens - sequence.length, 0), sequence.reserved))
             sequence.crop(tokens)
         if self._kept is not None:
             self._kept = self._kept[:, :length]
