@@ -43,6 +43,7 @@ def test_formats_lists_all(folder):
 def test_explain_says_what_runs_and_why_not():
     said = run("explain", "--device", "cpu", "--kv-format", "block_wise_fp8")
     assert "attend decode" in said and "triton: needs a CUDA device" in said and "fp8" in said
+    assert "triton (decode): needs" in said and "gluon (prefill): Runs" in said, "told apart"
 
 
 def test_capacity_is_what_the_layout_says(folder):

@@ -28,7 +28,7 @@ class Choice:
     chosen: str | None
     """None: nobody can."""
     refusals: tuple[tuple[str, str], ...]
-    """(implementation, its sentences)."""
+    """(implementation, its sentences); a name that several have is told apart."""
 
 
 def example_call(device: DeviceInfo, kv_format: KVFormat, mask: str = "causal") -> Call:
@@ -51,11 +51,19 @@ def explain(call: Call) -> list[Choice]:
     rows = []
     for op, candidates in OPS.items():
         asked = replace(call, phase="decode" if op.endswith("decode") else "prefill")
-        said = [(each.name, " ".join(each.refusals(asked))) for each in candidates]
-        chosen = next((name for name, reason in said if not reason), None)
-        refusals = tuple((name, reason) for name, reason in said if reason)
+        said = [(each, " ".join(each.refusals(asked))) for each in candidates]
+        chosen = next((each.name for each, reason in said if not reason), None)
+        refusals = tuple((_label(each, candidates), reason) for each, reason in said if reason)
         rows.append(Choice(op, call.format.name, chosen, refusals))
     return rows
+
+
+def _label(found: Implementation, candidates: list[Implementation]) -> str:
+    """Its name; where others have the same, also what its module is about."""
+    if sum(each.name == found.name for each in candidates) == 1:
+        return found.name
+    module = found.target.partition(":")[0].rpartition(".")[2].removeprefix(f"{found.name}_")
+    return f"{found.name} ({module})"
 
 
 DEVICES: dict[str, DeviceInfo] = {
