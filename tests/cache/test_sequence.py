@@ -172,6 +172,13 @@ def test_what_fits_exactly_fits():
         sequence.reserve(1)
 
 
+def test_it_is_said_which_pool_is_out():
+    sequence = Sequence(PagePool(8), PAGE, PagePool(2))
+    with pytest.raises(OutOfPages, match="^exact_pool: expected 3 free pages, got 2 of 2"):
+        sequence.reserve(9)
+    assert sequence.pages == []
+
+
 def test_a_fork_needs_a_page_for_its_copy():
     pool = PagePool(2)
     sequence = Sequence(pool, PAGE)

@@ -68,9 +68,9 @@ class Sequence:
             raise CacheError("reserve: expected the last step to be committed first")
         need, exact_need = self.pages_needed(tokens)
         if need > self._pool.free:
-            self._pool_is_out(self._pool, need)
+            self._pool_is_out("pool", self._pool, need)
         if self._exact_pool is not None and exact_need > self._exact_pool.free:
-            self._pool_is_out(self._exact_pool, exact_need)
+            self._pool_is_out("exact_pool", self._exact_pool, exact_need)
         if tokens == 0:
             return []
         copies = self._own(self.pages, self._pool, exact=False)
@@ -189,5 +189,5 @@ class Sequence:
                 self.exact_pages[index] = -1
 
     @staticmethod
-    def _pool_is_out(pool: PagePool, need: int) -> None:
-        raise OutOfPages(f"pool: expected {need} free pages, got {pool.free} of {pool.capacity}")
+    def _pool_is_out(name: str, pool: PagePool, need: int) -> None:
+        raise OutOfPages(f"{name}: expected {need} free pages, got {pool.free} of {pool.capacity}")
