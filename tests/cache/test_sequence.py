@@ -174,7 +174,7 @@ def test_what_fits_exactly_fits():
 
 def test_it_is_said_which_pool_is_out():
     sequence = Sequence(PagePool(8), PAGE, PagePool(2))
-    with pytest.raises(OutOfPages, match="^exact_pool: expected 3 free pages, got 2 of 2"):
+    with pytest.raises(OutOfPages, match=r"^exact_pool: expected 3 free pages, got 2 of 2"):
         sequence.reserve(9)
     assert sequence.pages == []
 
