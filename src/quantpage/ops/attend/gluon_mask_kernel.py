@@ -134,7 +134,8 @@ def _masked(
             shown = shown | ((k >= start[:, None]) & (k < end[:, None]))
         seen = seen & shown
     if BODY:
-        seen = seen & (k >= page_size) & (k // page_size != q // page_size)
+        behind = q // page_size - k // page_size
+        seen = seen & (k >= page_size) & ((behind < 0) | (behind > 1))
     return gl.where(seen, s, -float("inf"))
 
 

@@ -44,7 +44,9 @@ def _key_tiles(
     last = position + gl.minimum(row + BM - 1, new * G - 1) // G
     high = end
     if CAUSAL:
-        high = gl.minimum(last // page_size * page_size if BODY else last + 1, end)
+        # Exact pages: a query's own and the one before (attend/params.exact_pairs).
+        body_high = gl.maximum(last // page_size - 1, 0) * page_size
+        high = gl.minimum(body_high if BODY else last + 1, end)
     low = 0
     if WINDOW:
         low = first - window + 1
@@ -183,8 +185,9 @@ def _consumer(
             first_limit = end
             if CAUSAL:
                 if BODY:
-                    limit = gl.minimum(at_position // page_size * page_size, end)
-                    first_limit = gl.minimum(first // page_size * page_size, end)
+                    limit = gl.minimum(gl.maximum(at_position // page_size - 1, 0) * page_size, end)
+                    first_limit = gl.maximum(first // page_size - 1, 0) * page_size
+                    first_limit = gl.minimum(first_limit, end)
                 else:
                     limit = gl.minimum(at_position + 1, end)
                     first_limit = gl.minimum(first + 1, end)

@@ -131,9 +131,8 @@ def _visit(
             page = tl.maximum(page, 0)
             seen = _seen(mask, width, described, length, positions, keys, VECTORS, CAUSAL, RANGES)
             seen &= shown[None, :] & valid[:, None]
-            near = (keys < PAGE)[None, :] | (
-                (keys // PAGE)[None, :] == (positions // PAGE)[:, None]
-            )
+            behind = (positions // PAGE)[:, None] - (keys // PAGE)[None, :]
+            near = (keys < PAGE)[None, :] | ((behind >= 0) & (behind <= 1))
             if SEGMENT == 1:
                 seen &= ~near
             if SEGMENT == 2:

@@ -177,7 +177,7 @@ def _plan_kernel(
             seen = (seen | full) & real
             full &= real
         if SEGMENT != 0:
-            own_low = first // PAGE * PAGE
+            own_low = tl.maximum(first // PAGE - 1, 0) * PAGE
             own_high = ((end - 1) // PAGE + 1) * PAGE
             near = (low < PAGE) | ((low < own_high) & (low + BN > own_low))
             if SEGMENT == 2:

@@ -189,9 +189,11 @@ def _tiles(
             if WINDOW:
                 seen &= (column >= low[:, None]) | (column < sink_tokens)
             if SEGMENT == 2:
-                seen &= (column < PAGE) | (column // PAGE == (positions // PAGE)[:, None])
+                behind = (positions // PAGE)[:, None] - column // PAGE
+                seen &= (column < PAGE) | ((behind >= 0) & (behind <= 1))
             if SEGMENT == 1 and not CAUSAL:
-                seen &= column // PAGE != (positions // PAGE)[:, None]
+                behind = (positions // PAGE)[:, None] - column // PAGE
+                seen &= (behind < 0) | (behind > 1)
             s = tl.where(seen, s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * rest)
         shift = m_new - SHIFT
@@ -335,9 +337,10 @@ def prefill_pages_kernel(
     high = context
     if CAUSAL:
         if SEGMENT == 1:
-            limit = tl.minimum(limit, positions // PAGE * PAGE)
-            first_limit = tl.minimum(context, first // PAGE * PAGE)
-            high = tl.minimum(context, last // PAGE * PAGE)
+            # Exact pages: a query's own and the one before (attend/params.exact_pairs).
+            limit = tl.minimum(limit, tl.maximum(positions // PAGE - 1, 0) * PAGE)
+            first_limit = tl.minimum(context, tl.maximum(first // PAGE - 1, 0) * PAGE)
+            high = tl.minimum(context, tl.maximum(last // PAGE - 1, 0) * PAGE)
         else:
             limit = tl.minimum(limit, positions + 1)
             first_limit = tl.minimum(context, first + 1)
@@ -357,7 +360,7 @@ def prefill_pages_kernel(
         whole_from = tl.maximum(whole_from, PAGE)
     if SEGMENT == 2:
         near_high = tl.minimum(PAGE, high)
-        from_key = tl.maximum(from_key, first // PAGE * PAGE)
+        from_key = tl.maximum(from_key, tl.maximum(first // PAGE - 1, 0) * PAGE)
         high = tl.minimum(high, (last // PAGE + 1) * PAGE)
     from_key = tl.maximum(from_key, near_high)
     if not WINDOW:
