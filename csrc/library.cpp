@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "products.h"
 #include "threads.h"
 
 static bool supported(int64_t isa) {
@@ -30,6 +31,17 @@ const Kernels* find_kernels(int64_t isa) {
   return isa == 0 ? quantpage_kernels_base() : nullptr;
 }
 
+const Products* find_products(int64_t isa) {
+  if (!supported(isa)) return nullptr;
+#ifdef HAVE_AVX512
+  if (isa == 2) return quantpage_products_avx512();
+#endif
+#ifdef HAVE_AVX2
+  if (isa == 1) return quantpage_products_avx2();
+#endif
+  return isa == 0 ? quantpage_products_base() : nullptr;
+}
+
 // The widest instruction set of this machine that is in this build; -1: none.
 EXPORT int64_t quantpage_isa() {
   for (int64_t isa = 2; isa >= 0; isa--)
@@ -42,6 +54,8 @@ EXPORT void quantpage_abi(int64_t* sizes) {
   sizes[0] = sizeof(Attend);
   sizes[1] = sizeof(Write);
   sizes[2] = sizeof(Gather);
+  sizes[3] = sizeof(Project);
+  sizes[4] = sizeof(Finish);
 }
 
 // Reads bytes in order, for the read limit that the bench compares with; 64-byte aligned.

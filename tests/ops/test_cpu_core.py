@@ -37,9 +37,9 @@ def test_another_version_of_the_library_is_refused(monkeypatch, tmp_path):
     if cpu_core.find_core() is None:
         pytest.skip("no compiled core in this installation")
     cpu_core._open.cache_clear()
-    monkeypatch.setattr(cpu_core.records, "SIZES", (8, 8, 8))
+    monkeypatch.setattr(cpu_core.records, "SIZES", (8,) * 5)
     try:
-        assert "expected one with records of (8, 8, 8) bytes" in cpu_core._open()[1]
+        assert "expected one with records of (8, 8, 8, 8, 8) bytes" in cpu_core._open()[1]
     finally:
         cpu_core._open.cache_clear()
 

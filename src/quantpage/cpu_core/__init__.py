@@ -30,6 +30,8 @@ class Core:
     attend: Any
     write: Any
     gather: Any
+    project: Any
+    finish: Any
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
@@ -80,7 +82,7 @@ def _open() -> tuple[Core | None, str]:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return None, f"no compiled core in this installation: {error}."
-    sizes = (ctypes.c_int64 * 3)()
+    sizes = (ctypes.c_int64 * len(records.SIZES))()
     library.quantpage_abi(sizes)
     if tuple(sizes) != records.SIZES:
         return None, (
@@ -91,11 +93,12 @@ def _open() -> tuple[Core | None, str]:
     isa = library.quantpage_isa()
     if isa < 0:
         return None, "no compiled core for this machine: it needs SSE4.2 on x86."
-    attend, write, gather = (
-        _function(library, name, ctypes.c_char_p) for name in ("attend", "write", "gather")
-    )
+    calls = {
+        name: _function(library, name, ctypes.c_char_p)
+        for name in ("attend", "write", "gather", "project", "finish")
+    }
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return Core(attend, write, gather, read, isa), ""
+    return Core(**calls, read=read, isa=isa), ""
 
 
 def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:

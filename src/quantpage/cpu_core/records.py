@@ -34,8 +34,10 @@ ATTEND = struct.Struct("=21q 2d")
 """What follows layer and step in the record of a call."""
 WRITE = struct.Struct("=25q 1d")
 GATHER = struct.Struct(f"={_PAGES}q 8q")
+PROJECT = struct.Struct("=25q 1d")
+FINISH = struct.Struct("=27q 1d")
 _SHARED = _LAYER.size + _STEP.size
-SIZES = (_SHARED + ATTEND.size, _SHARED + WRITE.size, GATHER.size)
+SIZES = (_SHARED + ATTEND.size, _SHARED + WRITE.size, GATHER.size, PROJECT.size, FINISH.size)
 
 
 def pages_fields(pages: QuantizedPages) -> tuple[int, ...]:

@@ -1,0 +1,68 @@
+// Products of weights with a few rows of numbers: what a decode step does between two attentions.
+//
+// src/quantpage/cpu_core/products.py packs the records.
+#pragma once
+#include "abi.h"
+
+// Rows of one type, as nn.Linear holds them.
+struct Weight {
+  const uint8_t* numbers;
+  int64_t rows;
+  // BF16, a row of INT8 each; null for the other types.
+  const uint8_t* scale;
+  // Of the activations' type; null: none.
+  const uint8_t* bias;
+};
+
+// out[t] = W norm(x[t]) for up to three weights, their rows one after the other.
+struct Project {
+  // [tokens, width] of `type`; weights are of `code`.
+  const uint8_t* x;
+  int64_t type, code, tokens, width;
+  // Of an RMS norm, in `type`; null: none.
+  const uint8_t* norm;
+  Weight weights[3];
+  // [tokens, rows of all weights] of `type`.
+  uint8_t* out;
+  // Rotary embedding, half-split, of the first `rotated` heads: [tokens, head_dim] of `type`, or null.
+  const uint8_t *cos, *sin;
+  int64_t head_dim, rotated;
+  int64_t threads, isa;
+  double eps;
+};
+
+// The second half of a block: y = residual + O a, out = y + D (silu(G n) * U n) with n = norm(y).
+struct Finish {
+  // [tokens, attended_width], [tokens, width] and [tokens, width] of `type`.
+  const uint8_t *attended, *residual;
+  uint8_t* out;
+  int64_t type, code, tokens, attended_width, width;
+  const uint8_t* norm;
+  Weight output, gate, up, down;
+  int64_t threads, isa;
+  double eps;
+};
+
+// Results are the same bits whatever the number of threads and of tokens.
+struct Products {
+  // [tokens, width] as floats: read, RMS norm, or silu(gate) * up of floats side by side.
+  void (*read)(const uint8_t* x, int64_t type, int64_t count, float* to);
+  void (*norm)(float* x, const uint8_t* weight, int64_t type, int64_t tokens, int64_t width, float eps);
+  void (*gate)(const float* both, int64_t tokens, int64_t width, float* to);
+  // The order of channels that `multiply` wants, in place.
+  void (*arrange)(float* x, int64_t code, int64_t tokens, int64_t width);
+  // Rows first .. first + count of one weight, to out[t * out_stride + row].
+  void (*multiply)(const Weight*, int64_t code, int64_t type, int64_t width, const float* x, int64_t tokens,
+                   int64_t first, int64_t count, float* out, int64_t out_stride);
+  void (*rotate)(float* head, const uint8_t* cos, const uint8_t* sin, int64_t type, int64_t head_dim);
+  void (*write)(const float* x, int64_t type, int64_t count, uint8_t* out);
+};
+
+// isa as in library.h.
+const Products* find_products(int64_t isa);
+
+extern "C" {
+const Products* quantpage_products_base();
+const Products* quantpage_products_avx2();
+const Products* quantpage_products_avx512();
+}

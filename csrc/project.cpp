@@ -1,0 +1,139 @@
+// Projections and the second half of a block over threads. All of a call runs in one parallel
+// region: waking threads for each product would cost as much as a small one takes.
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+#include <vector>
+
+#include "library.h"
+#include "products.h"
+#include "threads.h"
+
+// Rows of a weight and numbers of a result that a thread takes at once.
+constexpr int64_t ROWS = 32, NUMBERS = 2048;
+
+// The threads of one call. Every thread comes to the same sequence of products and barriers.
+struct Team {
+  int64_t id, threads;
+  std::atomic<int64_t>* counters;
+
+  void wait() const {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+  // body(first, count) for `step` of all at a time, by whichever thread is free.
+  template <class Body> void share(int counter, int64_t all, int64_t step, const Body& body) const {
+    for (;;) {
+      const int64_t first = counters[counter].fetch_add(step, std::memory_order_relaxed);
+      if (first >= all) return;
+      body(first, std::min(step, all - first));
+    }
+  }
+};
+
+template <class Body> static void in_team(int64_t threads, const Body& body) {
+  std::atomic<int64_t> counters[8] = {};
+#ifdef _OPENMP
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads((int)threads)
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), counters});
+    return;
+  }
+#endif
+  body(Team{0, 1, counters});
+}
+
+// Floats that live until the same thread asks again for the same slot.
+static float* scratch(int slot, int64_t count) {
+  static thread_local std::vector<float> kept[3];
+  if ((int64_t)kept[slot].size() < count) kept[slot].resize(count);
+  return kept[slot].data();
+}
+
+// Products of x with weights whose rows stand side by side in out [tokens, all rows].
+struct Work {
+  const Products* kernels;
+  int64_t code, type, tokens;
+
+  void multiply(const Team& team, int counter, std::initializer_list<Weight> weights, const float* x, int64_t width,
+                float* out) const {
+    int64_t all = 0;
+    for (const Weight& each : weights) all += each.rows;
+    team.share(counter, all, ROWS, [&](int64_t first, int64_t count) {
+      int64_t begin = 0;
+      for (const Weight& each : weights) {
+        const int64_t low = std::max(first, begin), high = std::min(first + count, begin + each.rows);
+        if (low < high)
+          kernels->multiply(&each, code, type, width, x, tokens, low - begin, high - low, out + low, all);
+        begin += each.rows;
+      }
+    });
+  }
+};
+
+static int64_t size_of(int64_t type) { return type == F32 ? 4 : 2; }
+
+EXPORT int64_t quantpage_project(const Project* call) {
+  const Project& p = *call;
+  const Products* k = find_products(p.isa);
+  if (!k) return 1;
+  const int64_t rows = p.weights[0].rows + p.weights[1].rows + p.weights[2].rows, size = size_of(p.type);
+  float* out = scratch(0, p.tokens * rows);
+  in_team(p.threads, [&](const Team& team) {
+    float* x = scratch(1, p.tokens * p.width);
+    k->read(p.x, p.type, p.tokens * p.width, x);
+    if (p.norm) k->norm(x, p.norm, p.type, p.tokens, p.width, (float)p.eps);
+    k->arrange(x, p.code, p.tokens, p.width);
+    Work{k, p.code, p.type, p.tokens}.multiply(team, 0, {p.weights[0], p.weights[1], p.weights[2]}, x, p.width, out);
+    team.wait();
+    const int64_t heads = p.cos ? p.rotated : 0;
+    team.share(1, p.tokens * heads, 1, [&](int64_t first, int64_t count) {
+      for (int64_t i = first; i < first + count; i++) {
+        const int64_t at = i / heads * p.head_dim * size;
+        k->rotate(out + i / heads * rows + i % heads * p.head_dim, p.cos + at, p.sin + at, p.type, p.head_dim);
+      }
+    });
+    if (heads) team.wait();
+    team.share(2, p.tokens * rows, NUMBERS, [&](int64_t first, int64_t count) {
+      k->write(out + first, p.type, count, p.out + first * size);
+    });
+  });
+  return 0;
+}
+
+EXPORT int64_t quantpage_finish(const Finish* call) {
+  const Finish& f = *call;
+  const Products* k = find_products(f.isa);
+  if (!k) return 1;
+  const int64_t inner = f.gate.rows, size = size_of(f.type), tokens = f.tokens;
+  float* shared = scratch(0, tokens * (2 * f.width + 2 * inner));
+  float *y = shared, *both = y + tokens * f.width, *out = both + tokens * 2 * inner;
+  const Work work = {k, f.code, f.type, tokens};
+  in_team(f.threads, [&](const Team& team) {
+    float* x = scratch(1, tokens * std::max({f.attended_width, f.width, inner}));
+    k->read(f.attended, f.type, tokens * f.attended_width, x);
+    k->arrange(x, f.code, tokens, f.attended_width);
+    work.multiply(team, 0, {f.output}, x, f.attended_width, y);
+    team.wait();
+    float* sum = scratch(2, tokens * f.width);
+    k->read(f.residual, f.type, tokens * f.width, sum);
+    for (int64_t i = 0; i < tokens * f.width; i++) sum[i] += y[i];
+    std::copy(sum, sum + tokens * f.width, x);
+    k->norm(x, f.norm, f.type, tokens, f.width, (float)f.eps);
+    k->arrange(x, f.code, tokens, f.width);
+    work.multiply(team, 1, {f.gate, f.up}, x, f.width, both);
+    team.wait();
+    k->gate(both, tokens, inner, x);
+    k->arrange(x, f.code, tokens, inner);
+    work.multiply(team, 2, {f.down}, x, inner, out);
+    team.wait();
+    team.share(3, tokens * f.width, NUMBERS, [&](int64_t first, int64_t count) {
+      for (int64_t i = first; i < first + count; i++) sum[i] += out[i];
+      k->write(sum + first, f.type, count, f.out + first * size);
+    });
+  });
+  return 0;
+}

@@ -1,0 +1,187 @@
+"""Products of weights with a few tokens in the compiled core (csrc/products.h, project.cpp).
+
+A decode step reads every weight once, so that its time is what reading them takes; torch's product
+of one bf16 row reaches a third of that on a CPU without AMX. Sums are float32 whatever the types,
+and the same bits for any number of threads and of tokens beside.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.cpu_core import core
+from quantpage.cpu_core.records import CODES, FINISH, PROJECT
+
+MAX_TOKENS = 8
+"""More are served better by a matrix product that keeps the weights in the cache for all."""
+MULTIPLE = 32
+"""Of what a width has to be."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Matrix(NamedTuple):
+    """What a linear layer multiplies by."""
+
+    weight: Tensor
+    """[rows, width] in the activations' dtype, or int8 with a scale."""
+    scale: Tensor | None = None
+    """[rows] bfloat16, of int8 rows."""
+    bias: Tensor | None = None
+    """[rows] in the activations' dtype."""
+
+
+class Norm(NamedTuple):
+    """An RMS norm."""
+
+    weight: Tensor
+    """[width] in the activations' dtype."""
+    eps: float
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding of the first heads of a product, half-split."""
+
+    cos: Tensor
+    """[tokens, head_dim] in the activations' dtype, contiguous."""
+    sin: Tensor
+    heads: int
+    """Heads that are turned."""
+
+
+class _Packed:
+    """Addresses of weights and norms, read again when a tensor's memory has moved."""
+
+    def __init__(self, matrices: Sequence[Matrix], norm: Norm | None) -> None:
+        self._matrices, self._norm = tuple(matrices), norm
+        parts = [part for each in matrices for part in each if part is not None]
+        self._tensors = parts if norm is None else [*parts, norm.weight]
+        self._addresses: list[int] = []
+        self._dtype: torch.dtype | None = None
+        self.fields: tuple[int, ...] = ()
+        """Norm, then four fields a weight."""
+        self.eps = 0.0 if norm is None else norm.eps
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the core multiplies activations of this dtype by these."""
+        addresses = [each.data_ptr() for each in self._tensors]
+        if addresses != self._addresses or dtype != self._dtype:
+            self._addresses, self._dtype = addresses, None
+            if all(_serves(each, self._matrices[0], dtype) for each in self._matrices) and (
+                self._norm is None or _plain(self._norm.weight, dtype)
+            ):
+                self._dtype = dtype
+                self._pack()
+        return self._dtype == dtype
+
+    def _pack(self) -> None:
+        self.code = CODES[self._matrices[0].weight.dtype]
+        self.rows = [each.weight.shape[0] for each in self._matrices]
+        fields = [0 if self._norm is None else self._norm.weight.data_ptr()]
+        for each in self._matrices:
+            scale = 0 if each.scale is None else each.scale.data_ptr()
+            bias = 0 if each.bias is None else each.bias.data_ptr()
+            fields += [each.weight.data_ptr(), each.weight.shape[0], scale, bias]
+        self.fields = tuple(fields)
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and x.is_contiguous() and x.device.type == "cpu"
+
+
+def _serves(matrix: Matrix, first: Matrix, dtype: torch.dtype) -> bool:
+    weight, scale, bias = matrix
+    return (
+        dtype in _DTYPES
+        and weight.ndim == 2
+        and weight.shape[1] % MULTIPLE == 0
+        and weight.dtype == first.weight.dtype
+        and _plain(weight, dtype if scale is None else torch.int8)
+        and (scale is None or _plain(scale, torch.bfloat16))
+        and (bias is None or _plain(bias, dtype))
+    )
+
+
+class Projection:
+    """Up to three weights of one input, after an RMS norm and before a rotary embedding."""
+
+    def __init__(self, matrices: Sequence[Matrix], norm: Norm | None = None) -> None:
+        if not 1 <= len(matrices) <= 3:
+            raise ValueError(f"matrices: expected one to three, got {len(matrices)}")
+        self._packed = _Packed(matrices, norm)
+        self._absent = (0, 0, 0, 0) * (3 - len(matrices))
+        self.serves = self._packed.serves
+
+    def __call__(
+        self,
+        x: Float[Tensor, "tokens width"],
+        rotary: Rotary | None = None,
+        isa: int | None = None,
+    ) -> Float[Tensor, "tokens rows"]:
+        """The products' rows side by side, in x's dtype; ask ``serves(x.dtype)`` before.
+
+        isa: an index of cpu_core.ISAS that the machine runs; None: the widest.
+        """
+        library, packed = core(), self._packed
+        x = x if x.is_contiguous() else x.contiguous()
+        tokens, width = x.shape
+        out = x.new_empty(tokens, sum(packed.rows))
+        turn = (0, 0, 0, 0)
+        if rotary is not None:
+            cos, sin, heads = rotary
+            turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1], heads)
+        call = PROJECT.pack(
+            x.data_ptr(),
+            CODES[x.dtype],
+            packed.code,
+            tokens,
+            width,
+            *packed.fields,
+            *self._absent,
+            out.data_ptr(),
+            *turn,
+            torch.get_num_threads(),
+            library.isa if isa is None else isa,
+            packed.eps,
+        )
+        if library.project(call):
+            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+        return out
+
+
+class SecondHalf:
+    """What follows attention in a block: y = residual + O a; y + D (silu(G norm y) * U norm y)."""
+
+    def __init__(self, output: Matrix, gate: Matrix, up: Matrix, down: Matrix, norm: Norm) -> None:
+        self._packed = _Packed((output, gate, up, down), norm)
+        self.serves = self._packed.serves
+
+    def __call__(
+        self,
+        attended: Float[Tensor, "tokens attended"],
+        residual: Float[Tensor, "tokens width"],
+        isa: int | None = None,
+    ) -> Float[Tensor, "tokens width"]:
+        """In the residual's dtype; both contiguous. Ask ``serves(residual.dtype)`` before."""
+        library, packed = core(), self._packed
+        tokens, width = residual.shape
+        out = torch.empty_like(residual)
+        call = FINISH.pack(
+            attended.data_ptr(),
+            residual.data_ptr(),
+            out.data_ptr(),
+            CODES[residual.dtype],
+            packed.code,
+            tokens,
+            attended.shape[1],
+            width,
+            *packed.fields,
+            torch.get_num_threads(),
+            library.isa if isa is None else isa,
+            packed.eps,
+        )
+        if library.finish(call):
+            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+        return out
