@@ -104,60 +104,84 @@ void add_seen(const Attend& a, Part part, std::vector<Interval>& to, const Work&
   }
 }
 
-// Runs over the union of what the rows see, and who sees what where they differ.
-void list_runs(const Attend& a, const Source& from, const Work& w, Memory& m) {
-  const int64_t context = a.step.context_lens[w.request];
+// What each row sees, and the union of it in m.all.
+void unite_seen(const Attend& a, const Source& from, const Work& w, Memory& m) {
   m.seen.clear();
   m.bounds.assign(1, 0);
   for (int64_t t = 0; t < w.tokens; t++) {
-    add_seen(a, from.part, m.seen, w, w.first + t, context);
+    add_seen(a, from.part, m.seen, w, w.first + t, a.step.context_lens[w.request]);
     m.bounds.push_back((int64_t)m.seen.size());
   }
   m.all = m.seen;
   std::sort(m.all.begin(), m.all.end(), [](const Interval& x, const Interval& y) { return x.low < y.low; });
   size_t kept = 0;
-  for (size_t i = 0; i < m.all.size(); i++) {
-    if (kept && m.all[i].low <= m.all[kept - 1].high) m.all[kept - 1].high = std::max(m.all[kept - 1].high, m.all[i].high);
-    else m.all[kept++] = m.all[i];
+  for (const Interval next : m.all) {
+    if (kept && next.low <= m.all[kept - 1].high) m.all[kept - 1].high = std::max(m.all[kept - 1].high, next.high);
+    else m.all[kept++] = next;
   }
   m.all.resize(kept);
+}
+
+// Who sees what of the keys [at, at + count): a bit a key for each row; whether all see all.
+bool mark_seen(int64_t at, int64_t count, int64_t tokens, Memory& m) {
+  const uint32_t full = (1u << count) - 1;
+  bool all = true;
+  for (int64_t t = 0; t < tokens; t++) {
+    while (m.cursor[t] < m.bounds[t + 1] && m.seen[m.cursor[t]].high <= at) m.cursor[t]++;
+    uint32_t bits = 0;
+    for (int64_t i = m.cursor[t]; i < m.bounds[t + 1] && m.seen[i].low < at + count; i++) {
+      const int64_t low = std::max(m.seen[i].low, at) - at, high = std::min(m.seen[i].high, at + count) - at;
+      bits |= ((1u << high) - 1) & ~((1u << low) - 1);
+    }
+    all &= bits == full;
+    m.bits.push_back((uint16_t)bits);
+  }
+  return all;
+}
+
+// Where a slot of a page lies in every plane.
+Run find_slot(const Source& from, int64_t id, int64_t head, int64_t slot) {
+  auto at = [&](const uint8_t* plane, int64_t by_page, int64_t by_head, int64_t by_row) {
+    return plane ? plane + id * by_page + head * by_head + slot * by_row : nullptr;
+  };
+  auto scale = [&](const Pages& p) { return at(p.scale, p.scale_page, p.scale_head, p.scale_row); };
+  auto zero = [&](const Pages& p) { return at(p.zero, p.zero_page, p.zero_head, p.zero_row); };
+  const Pages &k = *from.key, &v = *from.value;
+  const uint8_t* key = at(k.codes, k.page_stride, k.head_stride, k.row_stride);
+  const uint8_t* value = at(v.codes, v.page_stride, v.head_stride, v.row_stride);
+  return {key, value, scale(k), zero(k), scale(v), zero(v), 0, 1};
+}
+// The same, `rows` later in the page.
+void advance(Run& run, const Source& from, int64_t rows) {
+  auto step = [&](const uint8_t*& plane, int64_t by_row) { plane += plane ? rows * by_row : 0; };
+  const Pages &k = *from.key, &v = *from.value;
+  step(run.k, k.row_stride);
+  step(run.v, v.row_stride);
+  step(run.k_scale, k.scale_row);
+  step(run.k_zero, k.zero_row);
+  step(run.v_scale, v.scale_row);
+  step(run.v_zero, v.zero_row);
+}
+
+// Runs over the union of what the rows see, and who sees what where they differ.
+void list_runs(const Attend& a, const Source& from, const Work& w, Memory& m) {
+  unite_seen(a, from, w, m);
   m.runs.clear();
   m.bits.clear();
-  const int64_t page = a.step.page_size;
   m.cursor.assign(m.bounds.begin(), m.bounds.end() - 1);
+  const int64_t page = a.step.page_size;
   for (const Interval& part : m.all) {
     for (int64_t at = part.low; at < part.high;) {
-      const int64_t slot = at % page;
-      const int64_t count = std::min({part.high - at, page - slot, (int64_t)RUN});
-      const int64_t id = from.table[w.request * from.stride + at / page];
-      Run run;
-      const Pages &k = *from.key, &v = *from.value;
-      run.k = k.codes + id * k.page_stride + w.head * k.head_stride + slot * k.row_stride;
-      run.v = v.codes + id * v.page_stride + w.head * v.head_stride + slot * v.row_stride;
-      auto plane = [&](const uint8_t* base, int64_t by_page, int64_t by_head, int64_t by_row) {
-        return base ? base + id * by_page + w.head * by_head + slot * by_row : nullptr;
-      };
-      run.k_scale = plane(k.scale, k.scale_page, k.scale_head, k.scale_row);
-      run.k_zero = plane(k.zero, k.zero_page, k.zero_head, k.zero_row);
-      run.v_scale = plane(v.scale, v.scale_page, v.scale_head, v.scale_row);
-      run.v_zero = plane(v.zero, v.zero_page, v.zero_head, v.zero_row);
-      run.count = (int32_t)count;
-      run.all = 1;
-      if (w.tokens > 1) {
-        const uint32_t full = (1u << count) - 1;
-        for (int64_t t = 0; t < w.tokens; t++) {
-          while (m.cursor[t] < m.bounds[t + 1] && m.seen[m.cursor[t]].high <= at) m.cursor[t]++;
-          uint32_t bits = 0;
-          for (int64_t i = m.cursor[t]; i < m.bounds[t + 1] && m.seen[i].low < at + count; i++) {
-            const int64_t low = std::max(m.seen[i].low, at) - at, high = std::min(m.seen[i].high, at + count) - at;
-            bits |= ((1u << high) - 1) & ~((1u << low) - 1);
-          }
-          run.all &= bits == full;
-          m.bits.push_back((uint16_t)bits);
-        }
+      const int64_t slot = at % page, end = std::min(part.high, at + page - slot);
+      Run run = find_slot(from, from.table[w.request * from.stride + at / page], w.head, slot);
+      while (true) {
+        run.count = (int32_t)std::min<int64_t>(end - at, RUN);
+        run.all = w.tokens == 1 || mark_seen(at, run.count, w.tokens, m);
+        m.runs.push_back(run);
+        at += run.count;
+        if (at == end) break;
+        advance(run, from, RUN);
       }
-      m.runs.push_back(run);
-      at += count;
     }
   }
 }

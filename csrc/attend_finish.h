@@ -26,7 +26,8 @@ static void join(int64_t rows, int64_t dim, const Partial* into, const Partial* 
   }
 }
 
-static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_row, const Partial* parts, int64_t count) {
+static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_row, const Partial* parts,
+                       int64_t count) {
   const int64_t dim = a.layer.value.head_dim;
   alignas(64) float acc[512];
   float peak = a.sinks ? a.sinks[head] : -__builtin_inff();
@@ -39,7 +40,8 @@ static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_r
     if (p.total[row] == 0) continue;
     const float weight = __builtin_expf(p.peak[row] - peak);
     total += weight * p.total[row];
-    for (int64_t c = 0; c < dim; c += VW) storef(acc + c, loadf(acc + c) + splat(weight) * loadf(p.acc + row * dim + c));
+    const float* from = p.acc + row * dim;
+    for (int64_t c = 0; c < dim; c += VW) storef(acc + c, loadf(acc + c) + splat(weight) * loadf(from + c));
   }
   a.lse[out_row] = total == 0 ? -__builtin_inff() : peak + __builtin_logf(total);
   // Nothing seen: acc is 0 and stays so.
@@ -49,7 +51,8 @@ static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_r
   write_numbers(acc, dim, a.out + out_row * dim * (a.out_type == F32 ? 4 : 2), a.out_type);
 }
 
-static void finish(const Attend* a, int64_t kv_head, int64_t first, int64_t tokens, const Partial* parts, int64_t count) {
+static void finish(const Attend* a, int64_t kv_head, int64_t first, int64_t tokens, const Partial* parts,
+                   int64_t count) {
   const int64_t group = a->q_heads / a->kv_heads;
   for (int64_t row = 0; row < tokens * group; row++) {
     const int64_t head = kv_head * group + row % group;

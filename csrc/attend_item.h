@@ -12,7 +12,7 @@ struct Scratch {
   int64_t rows, padded, key_dim, value_dim, width;
   // Bytes of a run's values over the products of one run's keys.
   int64_t value_step;
-  bool key_words, value_words;
+  bool key_words, value_words, halves;
   int16_t* query16;
   float *query32, *query_unit, *query_sum, *lift_keys, *constant;
   int16_t* words;
@@ -20,7 +20,9 @@ struct Scratch {
   float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
   int32_t *weights, *value_pairs;
   float* value_floats;
-  float *acc, *peak, *total, *zero_sum, *lift, *unit, *top;
+  float *acc, *peak, *unit, *top;
+  // Sums over lanes that are added up at the end, a vector a row.
+  float *total, *zero_sum, *lift;
   const uint8_t **value_rows, **ahead;
   int64_t bytes;
 };
@@ -43,15 +45,16 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t rows, 
   s.padded = (rows + 3) / 4 * 4;
   s.key_dim = key.head_dim;
   s.value_dim = value.head_dim;
-  s.value_step = (VW == 16 ? 64 : 32) * value.row_stride / s.key_dim;
+  s.value_step = STEP * 8 * value.row_stride / s.key_dim;
   s.key_words = integer_path(key);
   s.value_words = integer_path(value);
+  s.halves = in_halves(value.code, s.value_dim);
   s.width = s.value_words ? value_width(value.code, s.value_dim) : s.value_dim;
   take(s.query16, s.padded * s.key_dim);
   take(s.query32, s.padded * s.key_dim);
-  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.total,
-                       &s.zero_sum, &s.lift, &s.unit, &s.top})
+  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top})
     take(*each, s.padded);
+  for (float** each : {&s.total, &s.zero_sum, &s.lift}) take(*each, s.padded * VW);
   take(s.words, s.key_words ? RUN * s.key_dim : 0);
   take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
   take(s.scores, s.padded * TILE);
@@ -64,26 +67,6 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t rows, 
   take(s.ahead, TILE);
   s.bytes = at;
   return s;
-}
-
-// The orders of the last call's codes; a step's layers have the same.
-struct Orders {
-  int64_t key_code = -1, key_dim = 0, value_code = -1, value_dim = 0;
-  int32_t key[512], value[1024];
-};
-static const Orders& orders_of(const Scratch& s, const Pages& key, const Pages& value) {
-  static thread_local Orders kept;
-  if (s.key_words && (kept.key_code != key.code || kept.key_dim != s.key_dim)) {
-    key_order(key.code, s.key_dim, kept.key);
-    kept.key_code = key.code;
-    kept.key_dim = s.key_dim;
-  }
-  if (s.value_words && (kept.value_code != value.code || kept.value_dim != s.value_dim)) {
-    value_order(value.code, s.value_dim, kept.value);
-    kept.value_code = value.code;
-    kept.value_dim = s.value_dim;
-  }
-  return kept;
 }
 
 // ---- before the first tile -----------------------------------------------------------------------
@@ -105,7 +88,7 @@ static float fold_static(const Pages& key, int64_t head, float* q) {
 }
 
 // The query's channels as 15-bit words, eight of a row in each lane.
-static void round_query(const Scratch& s, int64_t r, int64_t code, const int32_t* order) {
+static void round_query(const Scratch& s, int64_t r, int64_t code) {
   const int64_t dim = s.key_dim;
   const float* q = s.query32 + r * dim;
   vf most = splat(0.f), sum = splat(0.f);
@@ -119,16 +102,16 @@ static void round_query(const Scratch& s, int64_t r, int64_t code, const int32_t
   const float unit = largest / 32767.f + 0.f * hsum(sum);
   const vf inverse = splat(largest > 1e-30f ? 32767.f / largest : 0.f);
   vi rounded = {};
-  alignas(64) int32_t words[512];
+  alignas(64) int16_t words[512], ordered[512];
   for (int64_t c = 0; c < dim; c += VW) {
     const vf magic = splat(12582912.f);
     const vi w = (vi)(loadf(q + c) * inverse + magic) - (vi)magic;
     rounded += w;
-    store(words + c, w);
+    store_words(words + c, w);
   }
+  order_query(code, dim, words, ordered);
   int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
-  for (int64_t i = 0; i < dim; i += 8)
-    for (int64_t j = 0; j < 8; j++) to[i * LANES + j] = (int16_t)words[order[i + j]];
+  for (int64_t i = 0; i < dim; i += 8) memcpy(to + i * LANES, ordered + i, 16);
   s.query_unit[r] = unit;
   if (code != INT4) return;
   int64_t total = 0;
@@ -136,7 +119,7 @@ static void round_query(const Scratch& s, int64_t r, int64_t code, const int32_t
   s.lift_keys[r] = -8.f * unit * (float)total;
 }
 
-static void prepare_rows(const Item& item, const Scratch& s, const Orders& orders) {
+static void prepare_rows(const Item& item, const Scratch& s) {
   const Attend& a = *item.call;
   const Pages& key = *item.key;
   const int64_t group = a.q_heads / a.kv_heads, dim = s.key_dim;
@@ -145,8 +128,8 @@ static void prepare_rows(const Item& item, const Scratch& s, const Orders& order
   if (s.key_words) memset(s.query16, 0, 2 * s.padded * dim);
   for (int64_t r = 0; r < s.padded; r++) {
     s.peak[r] = -__builtin_inff();
-    s.total[r] = s.zero_sum[r] = s.lift[r] = s.unit[r] = 0;
-    s.query_sum[r] = s.lift_keys[r] = s.constant[r] = s.query_unit[r] = 0;
+    for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + r * VW, splat(0.f));
+    s.unit[r] = s.query_sum[r] = s.lift_keys[r] = s.constant[r] = s.query_unit[r] = 0;
     if (r >= s.rows) continue;
     const int64_t head = item.kv_head * group + r % group;
     float* q = s.query32 + r * dim;
@@ -158,7 +141,7 @@ static void prepare_rows(const Item& item, const Scratch& s, const Orders& order
       s.query_sum[r] = hsum(sum);
     }
     if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
-    if (s.key_words) round_query(s, r, key.code, orders.key);
+    if (s.key_words) round_query(s, r, key.code);
   }
   // Weights of rows that only pad a group of four stay 0.
   for (int64_t r = s.rows; r < s.padded; r++) {
@@ -288,11 +271,9 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
     return 0;
   }
   if (top > s.peak[row]) {
-    if (s.total[row] != 0) {
+    if (s.peak[row] != -__builtin_inff()) {
       const vf shrink = vexp(splat(s.peak[row] - top));
-      s.total[row] *= shrink[0];
-      s.zero_sum[row] *= shrink[0];
-      s.lift[row] *= shrink[0];
+      for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + row * VW, loadf(sums + row * VW) * shrink);
       float* acc = s.acc + row * s.width;
       for (int64_t c = 0; c < s.width; c += VW) storef(acc + c, loadf(acc + c) * shrink);
     }
@@ -301,7 +282,7 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   const vf peak = splat(s.peak[row]);
   const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
   const vf worth = splat(value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f);
-  vf total = splat(0.f), zero_sum = splat(0.f), most = splat(0.f);
+  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f);
   for (int64_t i = 0; i < lanes; i += VW) {
     vf e = vexp(loadf(x + i) - peak);
     total += e;
@@ -315,8 +296,8 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
     most = vmax(most, e);
     storef(x + i, e);
   }
-  s.total[row] += hsum(total);
-  if (zeroed) s.zero_sum[row] += hsum(zero_sum);
+  storef(s.total + row * VW, total);
+  storef(s.zero_sum + row * VW, zero_sum);
   return s.value_words ? hmax(most) : 0;
 }
 
@@ -334,14 +315,10 @@ static void round_weights(const Scratch& s, int64_t row, int64_t lanes, float la
   for (int64_t i = 0; i < lanes; i += VW) {
     const vi w = __builtin_convertvector(loadf(x + i) * inverse + splat(0.5f), vi);
     rounded += w;
-#if VW == 16
-    _mm256_storeu_si256((__m256i*)(weights + i), _mm512_cvtepi32_epi16((__m512i)w));
-#else
-    for (int j = 0; j < VW; j++) weights[i + j] = (int16_t)w[j];
-#endif
+    store_words(weights + i, w);
   }
   s.unit[row] = largest / 32767.f;
-  s.lift[row] += s.unit[row] * hsum(__builtin_convertvector(rounded, vf));
+  storef(s.lift + row * VW, loadf(s.lift + row * VW) + __builtin_convertvector(rounded, vf) * splat(s.unit[row]));
 }
 
 static void soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run) {
@@ -356,39 +333,54 @@ static void soften(const Item& item, const Scratch& s, const Run* runs, int64_t 
 // Both keys of a pair in turn; rows past the end stand for the last one, with weight 0.
 static void list_rows(const Run* runs, int64_t num_runs, const uint8_t* Run::*side, int64_t row_stride,
                       const uint8_t** rows) {
-  for (int64_t r = 0; r < num_runs; r++)
-    for (int64_t j = 0; j < RUN; j++)
-      rows[r * RUN + j] = runs[r].*side + (j < runs[r].count ? j : runs[r].count - 1) * row_stride;
+  for (int64_t r = 0; r < num_runs; r++) {
+    const uint8_t* first = runs[r].*side;
+    for (int64_t j = 0; j < RUN; j++) rows[r * RUN + j] = first + j * row_stride;
+    for (int64_t j = runs[r].count; j < RUN; j++) rows[r * RUN + j] = first + (runs[r].count - 1) * row_stride;
+  }
 }
 
-template <int64_t CODE> static void add_few_integers(const Scratch& s, int64_t lanes, int64_t lines) {
+template <int N> struct Rows {
+  static constexpr int value = N;
+};
+
+template <int64_t CODE, bool HALVES> static void add_few_integers(const Scratch& s, int64_t lanes, int64_t lines) {
   const int64_t bytes = row_bytes(CODE, s.value_dim), width = s.width;
   const int64_t pieces = (bytes + VW * 4 - 1) / (VW * 4);
   float* acc = s.acc;
   for (int64_t byte = 0; byte < bytes; byte += VW * 4, acc += vectors<CODE>() * VW) {
     const int64_t left = bytes - byte, piece = byte / (VW * 4);
     const AheadRows next = {s.ahead, piece * lines / pieces, (piece + 1) * lines / pieces};
+    auto add = [&](auto rows) {
+      integer_piece<CODE, decltype(rows)::value, HALVES>(s.value_rows, lanes, byte, left, s.weights, s.unit, acc, width,
+                                                         next);
+    };
     switch (s.rows) {
-      case 1: integer_piece<CODE, 1>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
-      case 2: integer_piece<CODE, 2>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
-      case 3: integer_piece<CODE, 3>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next); break;
-      default: integer_piece<CODE, 4>(s.value_rows, lanes / 2, byte, left, s.weights, s.unit, acc, width, next);
+      case 1: add(Rows<1>()); break;
+      case 2: add(Rows<2>()); break;
+      case 3: add(Rows<3>()); break;
+      default: add(Rows<4>());
     }
   }
 }
-template <int64_t CODE> static void add_many_integers(const Scratch& s, int64_t lanes) {
+template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch& s, int64_t lanes) {
+  constexpr int64_t KEYS = HALVES ? 4 : 2;
   const int64_t bytes = row_bytes(CODE, s.value_dim);
   // 64 keys at a time: their words stay in the first-level cache while all rows use them.
   for (int64_t base = 0; base < lanes; base += 64) {
-    const int64_t pairs = (lanes - base < 64 ? lanes - base : 64) / 2;
-    for (int64_t i = 0; i < pairs; i++)
+    const int64_t steps = (lanes - base < 64 ? lanes - base : 64) / KEYS;
+    for (int64_t i = 0; i < steps; i++)
       for (int64_t byte = 0; byte < bytes; byte += VW * 4)
-        pair_words<CODE>(s.value_rows[base + 2 * i] + byte, s.value_rows[base + 2 * i + 1] + byte, bytes - byte,
-                         (vh*)(s.value_pairs + i * s.width + byte / (VW * 4) * vectors<CODE>() * VW));
+        row_words<CODE, HALVES>(s.value_rows + base + KEYS * i, byte, bytes - byte,
+                                (vh*)(s.value_pairs + i * s.width + byte / (VW * 4) * vectors<CODE>() * VW));
     for (int64_t r = 0; r < s.rows; r += 4)
-      integer_words<4>(s.value_pairs, pairs, s.width, s.weights + r * (TILE / 2) + base / 2, s.unit + r,
-                       s.acc + r * s.width);
+      integer_words<CODE, 4, HALVES>(s.value_pairs, steps, s.width, s.weights + r * (TILE / 2) + base / 2,
+                                     s.unit + r, s.acc + r * s.width);
   }
+}
+template <int64_t CODE, bool HALVES> static void add_integers(const Scratch& s, int64_t lanes, int64_t lines) {
+  if (s.rows <= 4) add_few_integers<CODE, HALVES>(s, lanes, lines);
+  else add_many_integers<CODE, HALVES>(s, lanes);
 }
 template <int64_t CODE>
 static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count,
@@ -409,11 +401,9 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
   const Pages& value = *item.value;
   const int64_t lanes = num_runs * RUN;
   if (s.value_words) {
-    if (s.rows <= 4) {
-      if (value.code == INT8) add_few_integers<INT8>(s, lanes, lines);
-      else add_few_integers<INT4>(s, lanes, lines);
-    } else if (value.code == INT8) add_many_integers<INT8>(s, lanes);
-    else add_many_integers<INT4>(s, lanes);
+    auto add = s.halves ? add_integers<INT8, true> : add_integers<INT8, false>;
+    if (value.code == INT4) add = s.halves ? add_integers<INT4, true> : add_integers<INT4, false>;
+    add(s, lanes, lines);
     return;
   }
   int64_t code = value.code;
@@ -447,26 +437,22 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
 }
 
 // ---- after the last tile ---------------------------------------------------------------------------
-static void hand_back(const Item& item, const Scratch& s, const Partial& out, const Orders& orders) {
+static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
   const Pages& value = *item.value;
   for (int64_t r = 0; r < s.rows; r++) {
     out.peak[r] = s.peak[r];
-    out.total[r] = s.total[r];
+    out.total[r] = hsum(loadf(s.total + r * VW));
     float* to = out.acc + r * s.value_dim;
-    float* acc = s.acc + r * s.width;
-    const vf zero = splat(s.zero_sum[r]);
-    for (int64_t i = 0; i < s.width; i += VW) {
-      const float lift = s.value_words ? s.lift[r] * offset_of(value.code, i / VW) : 0.f;
-      storef(acc + i, loadf(acc + i) + (zero - splat(lift)));
-    }
-    if (!s.value_words) memcpy(to, acc, 4 * s.value_dim);
-    else
-      for (int64_t i = 0; i < s.width; i++)
-        if (orders.value[i] >= 0) to[orders.value[i]] = acc[i];
+    const float* acc = s.acc + r * s.width;
+    const float zero = hsum(loadf(s.zero_sum + r * VW)), lift = hsum(loadf(s.lift + r * VW));
+    if (!s.value_words)
+      for (int64_t c = 0; c < s.value_dim; c += VW) storef(to + c, loadf(acc + c) + splat(zero));
+    else if (value.code == INT8) put_back<INT8>(acc, s.value_dim, s.halves, zero, lift, to);
+    else put_back<INT4>(acc, s.value_dim, s.halves, zero, lift, to);
     if (!value.scale || value.dynamic) continue;
     for (int64_t c = 0; c < s.value_dim; c++) {
       to[c] *= static_number(value, value.scale, value.scale_head, item.kv_head, c);
-      if (value.zero) to[c] += s.total[r] * static_number(value, value.zero, value.zero_head, item.kv_head, c);
+      if (value.zero) to[c] += out.total[r] * static_number(value, value.zero, value.zero_head, item.kv_head, c);
     }
   }
 }
@@ -476,8 +462,7 @@ static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory
   const int64_t group = item->call->q_heads / item->call->kv_heads;
   const Scratch s = plan_scratch(key, value, item->tokens * group, memory);
   if (s.bytes > size) return s.bytes;
-  const Orders& orders = orders_of(s, key, value);
-  prepare_rows(*item, s, orders);
+  prepare_rows(*item, s);
   for (int64_t at = 0; at < item->num_runs; at += RUNS) {
     const int64_t rest = item->num_runs - at, n = rest < RUNS ? rest : RUNS;
     const Run* runs = item->runs + at;
@@ -491,7 +476,7 @@ static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory
     if (more) list_rows(runs + RUNS, n, &Run::k, key.row_stride, s.ahead);
     add_values(*item, s, runs, n, more ? (row_bytes(key.code, s.key_dim) + 63) / 64 : 0);
   }
-  hand_back(*item, s, *out, orders);
+  hand_back(*item, s, *out);
   return 0;
 }
 

@@ -13,7 +13,7 @@ namespace CONCAT(isa_, SUFFIX) {
 constexpr int LANES = VW / 4;
 
 // Codes of a key row as words. int4: every fourth nibble of a piece beside the other, see
-// `key_order`, so that no shuffle is needed.
+// `order_query`, so that no shuffle is needed.
 template <int B> static inline void spread_nibbles(const uint8_t* p, int16_t* out) {
   typedef uint16_t words __attribute__((vector_size(B)));
   words x;
@@ -62,17 +62,17 @@ template <int64_t CODE> INLINE void key_words(const uint8_t* row, int64_t dim, i
     }
   }
 }
-// order[i]: the channel of word i.
-static void key_order(int64_t code, int64_t dim, int32_t* order) {
+// A query's words in the order of a key's.
+static void order_query(int64_t code, int64_t dim, const int16_t* words, int16_t* out) {
   if (code != INT4) {
-    for (int64_t i = 0; i < dim; i++) order[i] = (int32_t)i;
+    memcpy(out, words, 2 * dim);
     return;
   }
   for (int64_t b = 0; b < dim / 2;) {
-    const int64_t size = piece(dim / 2 - b);
+    const int64_t size = piece(dim / 2 - b), fours = size / 2;
     for (int64_t k = 0; k < 4; k++)
-      for (int64_t w = 0; w < size / 2; w++)
-        order[2 * b + k * (size / 2) + w] = (int32_t)(2 * b + 4 * w + k);
+      for (int64_t w = 0; w < fours; w++)
+        out[2 * b + k * fours + w] = (int16_t)(load<uint64_t>(words + 2 * b + 4 * w) >> (16 * k));
     b += size;
   }
 }
@@ -83,9 +83,11 @@ struct Ahead {
   int64_t step;
 };
 static inline void fetch(Ahead& ahead) {
-  __builtin_prefetch(ahead.at, 0, 3);
+  for (int64_t b = 0; b < ahead.step; b += 64) __builtin_prefetch(ahead.at + b, 0, 3);
   ahead.at += ahead.step;
 }
+// Keys whose products are summed side by side, as many as there are registers for.
+constexpr int STEP = VW == 16 ? RUN : 4;
 
 // words: [RUN][dim]; query: [ceil(rows / LANES)][dim / 8][LANES][8] words; scale: its unit, [rows
 // padded]. scores: [rows padded][TILE], from lane `at`.
@@ -98,7 +100,6 @@ static inline void integer_scores(const int16_t* words, int64_t any_dim, const i
     const int16_t* q = query + first * dim;
     vf unit;
     for (int i = 0; i < VW; i++) unit[i] = scale[first + i / 4];
-    constexpr int STEP = VW == 16 ? 8 : 4;
     NO_UNROLL for (int t = 0; t < RUN; t += STEP) {
       vi acc[STEP];
       UNROLL for (int j = 0; j < STEP; j++) acc[j] = (vi){};

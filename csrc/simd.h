@@ -140,24 +140,53 @@ static inline void interleave(vuh a, vuh b, vuh& low, vuh& high) {
   high = SHUFFLE(a, b, vuh, 4, 12, 5, 13, 6, 14, 7, 15);
 #endif
 }
+// Dwords of a and b in turn, within each 128-bit lane: the lower and the upper half of the lane.
+template <class V> static inline void interleave32(V a, V b, V& low, V& high) {
+#if VW == 16
+  low = (V)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b);
+  high = (V)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b);
+#elif VW == 8
+  low = (V)_mm256_unpacklo_epi32((__m256i)a, (__m256i)b);
+  high = (V)_mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
+#else
+  low = SHUFFLE(a, b, vi, 0, 4, 1, 5);
+  high = SHUFFLE(a, b, vi, 2, 6, 3, 7);
+#endif
+}
+template <class V> static inline void interleave64(V a, V b, V& low, V& high) {
+#if VW == 16
+  low = (V)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+  high = (V)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+#elif VW == 8
+  low = (V)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+  high = (V)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+  low = SHUFFLE(a, b, vi, 0, 1, 4, 5);
+  high = SHUFFLE(a, b, vi, 2, 3, 6, 7);
+#endif
+}
 // Sums of the four dwords of each 128-bit lane: lane L of the result holds those of a, b, c, d.
 static inline vi reduce4(vi a, vi b, vi c, vi d) {
+  interleave32(vi(a), vi(b), a, b);
+  interleave32(vi(c), vi(d), c, d);
+  vi low, high;
+  interleave64(a + b, c + d, low, high);
+  return low + high;
+}
+// v[x] becomes the x-th dwords of v[0], v[1], v[2], v[3], lane by lane.
+static inline void transpose4(vf* v) {
+  vf low, high, low2, high2;
+  interleave32(v[0], v[1], low, high);
+  interleave32(v[2], v[3], low2, high2);
+  interleave64(low, low2, v[0], v[1]);
+  interleave64(high, high2, v[2], v[3]);
+}
+// Dwords that fit in 16 bits.
+static inline void store_words(int16_t* to, vi v) {
 #if VW == 16
-#define LOW32(x, y) _mm512_unpacklo_epi32((__m512i)x, (__m512i)y)
-#define HIGH32(x, y) _mm512_unpackhi_epi32((__m512i)x, (__m512i)y)
-  const vi x = (vi)LOW32(a, b) + (vi)HIGH32(a, b), y = (vi)LOW32(c, d) + (vi)HIGH32(c, d);
-  return (vi)_mm512_unpacklo_epi64((__m512i)x, (__m512i)y) +
-         (vi)_mm512_unpackhi_epi64((__m512i)x, (__m512i)y);
-#elif VW == 8
-#define LOW32(x, y) _mm256_unpacklo_epi32((__m256i)x, (__m256i)y)
-#define HIGH32(x, y) _mm256_unpackhi_epi32((__m256i)x, (__m256i)y)
-  const vi x = (vi)LOW32(a, b) + (vi)HIGH32(a, b), y = (vi)LOW32(c, d) + (vi)HIGH32(c, d);
-  return (vi)_mm256_unpacklo_epi64((__m256i)x, (__m256i)y) +
-         (vi)_mm256_unpackhi_epi64((__m256i)x, (__m256i)y);
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)v));
 #else
-  const vi x = SHUFFLE(a, b, vi, 0, 4, 1, 5) + SHUFFLE(a, b, vi, 2, 6, 3, 7);
-  const vi y = SHUFFLE(c, d, vi, 0, 4, 1, 5) + SHUFFLE(c, d, vi, 2, 6, 3, 7);
-  return SHUFFLE(x, y, vi, 0, 1, 4, 5) + SHUFFLE(x, y, vi, 2, 3, 6, 7);
+  for (int j = 0; j < VW; j++) to[j] = (int16_t)v[j];
 #endif
 }
 // The first `left` bytes of p (a multiple of 8), zeros after them; all of a vector at most.
@@ -169,6 +198,37 @@ static inline vuh load_bytes(const uint8_t* p, int64_t left) {
   vuh v = {};
   for (int64_t i = 0; i + 8 <= left; i += 8) memcpy((char*)&v + i, p + i, 8);
   return v;
+#endif
+}
+// Half a vector at p, half at q.
+static inline vuh load_halves(const uint8_t* p, const uint8_t* q) {
+#if VW == 16
+  return (vuh)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)),
+                                 _mm256_loadu_si256((const __m256i*)q), 1);
+#else
+  vuh v;
+  memcpy(&v, p, VW * 2);
+  memcpy((char*)&v + VW * 2, q, VW * 2);
+  return v;
+#endif
+}
+// a in the lower half of the lanes, b in the upper.
+static inline vi halves_of(int32_t a, int32_t b) {
+#if VW == 16
+  return (vi)_mm512_mask_set1_epi32(_mm512_set1_epi32(a), 0xff00, b);
+#else
+  const vi upper = iota() >= splati(VW / 2);
+  return (splati(a) & ~upper) | (splati(b) & upper);
+#endif
+}
+// The upper half of the lanes added to the lower.
+static inline vf fold_halves(vf v) {
+#if VW == 16
+  return v + (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xee);
+#else
+  vf other = {};
+  memcpy(&other, (const char*)&v + VW * 2, VW * 2);
+  return v + other;
 #endif
 }
 
