@@ -27,9 +27,11 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
 from quantpage.formats import FORMATS, QuantSpec
 from quantpage.hardware import device_info
-from quantpage.ops.attend import AttendParams, cpu, torch_blockwise
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, cpu
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
+
+_TORCH = next(each for each in CANDIDATES if each.name == "torch")
 
 ROTATED_BYTES = 1 << 27
 """Of codes that one case's layers have together."""
@@ -78,15 +80,34 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
 
 
 def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
-    """A layer and the step over it, pages in random order."""
+    """A layer and the step over it, pages in random order, exact ones where the format has some."""
     pages = -(-case.context // case.page_size)
     order = torch.randperm(case.requests * pages).view(case.requests, pages).tolist()
     key, value = (
         random_pages(spec, case.requests * pages, case)
         for spec in (FORMATS[name].key, FORMATS[name].value)
     )
+    exact, exact_key, exact_value = None, None, None
+    if FORMATS[name].exact_pages is not None:
+        # The first page, those of the new tokens, and the one before.
+        first = (case.context - case.new) // case.page_size - 1
+        count = sum(page == 0 or page >= first for page in range(pages))
+        exact = [_exact_table(pages, first, request * count) for request in range(case.requests)]
+        shape = (case.requests * count, case.kv_heads, case.page_size, case.head_dim)
+        exact_key, exact_value = torch.randn(2, *shape, dtype=torch.bfloat16)
     lens = [case.new] * case.requests, [case.context] * case.requests
-    return LayerKV(key, value), plan_batch(*lens, order, case.page_size)
+    batch = plan_batch(*lens, order, case.page_size, exact_tables=exact)
+    return LayerKV(key, value, exact_key, exact_value), batch
+
+
+def _exact_table(pages: int, first: int, number: int) -> list[int]:
+    """Logical page -> exact page, numbered from ``number``, -1 where none is kept."""
+    table = []
+    for page in range(pages):
+        kept = page == 0 or page >= first
+        table.append(number if kept else -1)
+        number += kept
+    return table
 
 
 def gate(name: str, case: Case) -> None:
@@ -98,7 +119,7 @@ def gate(name: str, case: Case) -> None:
     layer, batch = random_layer(name, small)
     q = torch.randn(2 * small.new, small.q_heads, small.head_dim) / 8
     params = AttendParams(small.head_dim**-0.5)
-    want, _ = torch_blockwise.attend(q, layer, batch, params)
+    want, _ = attend(q, layer, batch, params, _TORCH)
     for isa in range(core().isa + 1):
         got, _ = cpu.attend(q, layer, batch, params, isa=isa)
         error = ((got - want).abs().amax() / want.abs().amax()).item()
