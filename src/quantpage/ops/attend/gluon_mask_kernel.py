@@ -3,7 +3,9 @@
 The sibling of gluon_prefill_kernel (read that first: tiles, pipeline and softmax are its own). What
 differs is where key tiles come from: the planner's list of the query tile, partial tiles first, of
 which only those load the mask's integers. The TMA warp reads the list one entry ahead, so that
-scattered tiles cost no more than neighbours.
+scattered tiles cost no more than neighbours. Each thread reads the bounds of one key, before the
+scores are there, and makes of them a word with a bit for every token of the tile: a pair then costs
+two instructions, whatever the mask.
 
 Work is ordered by the planned visits, longest first, on the device: programs take turns through
 the order and back, which evens out what a static share can.
@@ -86,53 +88,82 @@ def _producer(
 
 
 @gluon.jit
-def _masked(
-    s, key0, positions, mask, width, described, length, context, page_size, s_layout: gl.constexpr,
-    BN: gl.constexpr, VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr,
-    BODY: gl.constexpr,
+def _bounds(
+    mask, width, length, key0, wanted, BN: gl.constexpr, VECTORS: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
-    """Scores of invisible pairs become -inf; masks/columns and masks/rows say which those are."""
-    keys = key0 + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
-    k = keys[None, :]
-    q = positions[:, None]
-    seen = k < context
+    """lts, lte, uts, ute of a tile's keys (masks/columns), a key a thread: asked for early."""
+    keys = key0 + gl.arange(0, BN, gl.BlockedLayout([1], [32], [4], [0]))
+    inside = keys < length
+    asked = inside & wanted
+    lts = keys * 0 + 2147483647
+    lte = gl.where(inside, 2147483647, 0)
+    uts = keys * 0
+    ute = keys
+    if VECTORS > 0:
+        lts = gl.load(mask + keys, mask=asked, other=2147483647)
+    if VECTORS == 4 or (VECTORS == 2 and CAUSAL):
+        lte = gl.load(mask + width + keys, mask=asked, other=0)
     if VECTORS == 4:
-        # A loop, so that the vectors of one interval at a time are in registers.
-        inside = keys < length
-        for pair in range(2):
-            start = gl.load(mask + 2 * pair * width + keys, mask=inside, other=0)
-            end = gl.load(mask + (2 * pair + 1) * width + keys, mask=inside, other=0)
-            end = gl.where(inside, end, keys * pair)
-            s = gl.where((q >= start[None, :]) & (q < end[None, :]), -float("inf"), s)
-    elif RANGES == 0:
-        inside = keys < length
-        lts = gl.load(mask + keys, mask=inside, other=2147483647)[None, :]
-        if CAUSAL:
-            seen = seen & (q >= k)
-            if VECTORS == 2:
-                lte = gl.load(mask + width + keys, mask=inside, other=0)[None, :]
-                seen = seen & ((q < lts) | (q >= lte))
-            else:
-                seen = seen & (q < lts)
-        else:
-            s = gl.where(q >= lts, -float("inf"), s)
-            ute = gl.load(mask + width + keys, mask=inside, other=0)
-            s = gl.where(q < gl.where(inside, ute, keys)[None, :], -float("inf"), s)
+        uts = gl.load(mask + 2 * width + keys, mask=asked, other=0)
+    if VECTORS > 1 and not CAUSAL:
+        ute = gl.load(mask + (VECTORS - 1) * width + keys, mask=asked, other=0)
+        ute = gl.where(inside, ute, keys)
+    return lts, lte, uts, ute
+
+
+@gluon.jit
+def _below(row, base, WIDE: gl.constexpr):
+    """A word with a bit for each of the tile's tokens that stands before position ``row``."""
+    bits = gl.minimum(gl.maximum(row - base, 0), 64 if WIDE else 32)
+    if WIDE:
+        one = gl.full_like(bits, 1).to(gl.int64)
+        return gl.where(bits >= 64, -one, (one << gl.minimum(bits, 63).to(gl.int64)) - one)
     else:
-        end_of_rows = described + length
-        before = (positions < described) | (length == 0)
-        past = (positions >= end_of_rows) & (length > 0)
-        index = gl.maximum(gl.minimum(positions - described, length - 1), 0)
-        shown = past[:, None] & (k >= end_of_rows) & (k <= q)
-        for slot in gl.static_range(RANGES):
-            at = mask + (index.to(gl.int64) * RANGES + slot) * 2
-            start = gl.load(at)
-            end = gl.load(at + 1)
-            end = gl.where(past, gl.minimum(end, end_of_rows), end)
-            start = gl.where(before, 0, start)
-            end = gl.where(before, positions * (slot == 0) + (slot == 0), end)
-            shown = shown | ((k >= start[:, None]) & (k < end[:, None]))
-        seen = seen & shown
+        return gl.where(bits >= 32, -1, (1 << gl.minimum(bits, 31)) - 1)
+
+
+@gluon.jit
+def _column_words(
+    key0, base, lts, lte, uts, ute, context, page_size, BN: gl.constexpr, BODY: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """A word a key: bit t says that the tile's token t, at position base + t, sees the key."""
+    keys = key0 + gl.arange(0, BN, gl.BlockedLayout([1], [32], [4], [0]))
+    hidden = _below(lte, base, WIDE) & ~_below(lts, base, WIDE)
+    hidden = hidden | (_below(ute, base, WIDE) & ~_below(uts, base, WIDE))
+    gone = keys >= context
+    if BODY:
+        gone = gone | (keys < page_size)
+        own = keys // page_size * page_size
+        # Exact for queries of its own page and of the next (attend/params.exact_pairs).
+        near = _below(own + 2 * page_size, base, WIDE) & ~_below(own, base, WIDE)
+        hidden = hidden | near
+    return ~gl.where(gone, hidden * 0 - 1, hidden)
+
+
+@gluon.jit
+def _masked_rows(
+    s, key0, positions, mask, described, length, context, page_size, s_layout: gl.constexpr,
+    BN: gl.constexpr, RANGES: gl.constexpr, BODY: gl.constexpr,
+):
+    """Scores of pairs that a row mask hides become -inf (masks/rows)."""
+    k = (key0 + gl.arange(0, BN, gl.SliceLayout(0, s_layout)))[None, :]
+    q = positions[:, None]
+    end_of_rows = described + length
+    before = (positions < described) | (length == 0)
+    past = (positions >= end_of_rows) & (length > 0)
+    index = gl.maximum(gl.minimum(positions - described, length - 1), 0)
+    seen = past[:, None] & (k >= end_of_rows) & (k <= q)
+    for slot in gl.static_range(RANGES):
+        at = mask + (index.to(gl.int64) * RANGES + slot) * 2
+        start = gl.load(at)
+        end = gl.load(at + 1)
+        end = gl.where(past, gl.minimum(end, end_of_rows), end)
+        start = gl.where(before, 0, start)
+        end = gl.where(before, positions * (slot == 0) + (slot == 0), end)
+        seen = seen | ((k >= start[:, None]) & (k < end[:, None]))
+    seen = seen & (k < context)
     if BODY:
         behind = q // page_size - k // page_size
         seen = seen & (k >= page_size) & ((behind < 0) | (behind > 1))
@@ -141,9 +172,9 @@ def _masked(
 
 @gluon.jit
 def _softmax(
-    s, m, mass, scale, cap, masked, key0, positions, mask, width, described, length, context,
-    page_size, s_layout: gl.constexpr, p_layout: gl.constexpr, dtype: gl.constexpr,
-    BN: gl.constexpr, VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr,
+    s, m, mass, scale, cap, masked, key0, base, lts, lte, uts, ute, positions, mask, described,
+    length, context, page_size, s_layout: gl.constexpr, p_layout: gl.constexpr,
+    dtype: gl.constexpr, BN: gl.constexpr, RANGES: gl.constexpr, WIDE: gl.constexpr,
     BODY: gl.constexpr, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
 ):
     """One tile of scores into the running maximum and sum; the scale is per log2."""
@@ -151,10 +182,20 @@ def _softmax(
         s = cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
         scale = 1.0
     if masked:
-        s = _masked(
-            s, key0, positions, mask, width, described, length, context, page_size, s_layout, BN,
-            VECTORS, CAUSAL, RANGES, BODY,
-        )
+        if RANGES == 0:
+            words = _column_words(
+                key0, base, lts, lte, uts, ute, context, page_size, BN, BODY, WIDE
+            )
+            words = gl.convert_layout(words, gl.SliceLayout(0, s_layout))[None, :]
+            token = positions - base
+            one = gl.full_like(token, 1).to(words.dtype)
+            own = (one << token.to(words.dtype))[:, None]
+            s = gl.where((words & own) != 0, s, -float("inf"))
+        else:
+            s = _masked_rows(
+                s, key0, positions, mask, described, length, context, page_size, s_layout, BN,
+                RANGES, BODY,
+            )
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
     p = gl.exp2(s * scale - shift[:, None])
@@ -220,6 +261,8 @@ def _consumer(
 
             rows = row0 + gl.arange(0, ROWS, s_rows)
             positions = position + rows // G
+            # The first token of this half: a half spans at most 32 tokens, 64 where G is 1.
+            base = position + row0 // G
             m = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
             mass = gl.full([ROWS], 0.0, gl.float32, s_rows)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
@@ -236,24 +279,30 @@ def _consumer(
             stage = count % STAGES
             phase = (count // STAGES) & 1
             key0 = _key_tile(visits, 0, full, partial, capacity) * BN
+            lts, lte, uts, ute = _bounds(
+                mask, width, length, key0, masked_visits > 0, BN, VECTORS, CAUSAL
+            )
+            next_key0 = _key_tile(visits, 1, full, partial, capacity) * BN
             mbarrier.wait(k_full.index(stage), phase)
             k = k_smem.index(stage).permute((1, 0))
             s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             p16, alpha, m, mass = _softmax(
-                s, m, mass, scale, cap, masked_visits > 0, key0, positions, mask, width, described,
-                length, context, page_size, s_layout, p_layout, dtype, BN, VECTORS, CAUSAL, RANGES,
-                BODY, SOFTCAP, SHIFT,
+                s, m, mass, scale, cap, masked_visits > 0, key0, base, lts, lte, uts, ute,
+                positions, mask, described, length, context, page_size, s_layout, p_layout, dtype,
+                BN, RANGES, G == 1, BODY, SOFTCAP, SHIFT,
             )
             acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
             after = (count + 1) % STAGES
             after_phase = ((count + 1) // STAGES) & 1
             mbarrier.wait(k_full.index(after), after_phase, pred=total_visits > 1)
             for visit in range(1, total_visits):
-                key0 = 0
-                if visit < masked_visits:
-                    key0 = gl.load(visits + capacity - 1 - visit) * BN
+                key0 = next_key0
+                lts, lte, uts, ute = _bounds(
+                    mask, width, length, key0, visit < masked_visits, BN, VECTORS, CAUSAL
+                )
+                next_key0 = _key_tile(visits, visit + 1, full, partial, capacity) * BN
                 k = k_smem.index(after).permute((1, 0))
                 s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage), phase)
@@ -261,9 +310,9 @@ def _consumer(
                 s = warpgroup_mma_wait(1, deps=(s_token,))
                 mbarrier.arrive(k_empty.index(after), count=1)
                 p16, alpha, m, mass = _softmax(
-                    s, m, mass, scale, cap, visit < masked_visits, key0, positions, mask, width,
-                    described, length, context, page_size, s_layout, p_layout, dtype, BN, VECTORS,
-                    CAUSAL, RANGES, BODY, SOFTCAP, SHIFT,
+                    s, m, mass, scale, cap, visit < masked_visits, key0, base, lts, lte, uts, ute,
+                    positions, mask, described, length, context, page_size, s_layout, p_layout,
+                    dtype, BN, RANGES, G == 1, BODY, SOFTCAP, SHIFT,
                 )
                 done = stage
                 count += 1
