@@ -62,7 +62,7 @@ template <int64_t CODE> constexpr int64_t bytes() { return CODE == F32 ? 4 : COD
 // ROWS x TOKENS products; sums are formed in the same order for every such shape.
 template <int64_t CODE, int ROWS, int TOKENS>
 static void tile(const uint8_t* w, int64_t stride, const float* x, int64_t width, float* out, int64_t out_stride) {
-  vf even[ROWS][TOKENS] = {}, odd[ROWS][TOKENS] = {};
+  vf sums[ROWS][TOKENS] = {};
   for (int64_t c = 0; c < width; c += 2 * VW) {
     UNROLL for (int r = 0; r < ROWS; r++) {
       const uint8_t* row = w + r * stride;
@@ -70,13 +70,13 @@ static void tile(const uint8_t* w, int64_t stride, const float* x, int64_t width
       two_vectors<CODE>(row, c, a, b);
       __builtin_prefetch(row + c * bytes<CODE>() + AHEAD);
       UNROLL for (int t = 0; t < TOKENS; t++) {
-        even[r][t] += a * loadf(x + t * width + c);
-        odd[r][t] += b * loadf(x + t * width + c + VW);
+        sums[r][t] += a * loadf(x + t * width + c);
+        sums[r][t] += b * loadf(x + t * width + c + VW);
       }
     }
   }
   UNROLL for (int r = 0; r < ROWS; r++)
-    UNROLL for (int t = 0; t < TOKENS; t++) out[t * out_stride + r] = hsum(even[r][t] + odd[r][t]);
+    UNROLL for (int t = 0; t < TOKENS; t++) out[t * out_stride + r] = hsum(sums[r][t]);
 }
 
 template <int64_t CODE, int ROWS, int TOKENS>
@@ -88,7 +88,7 @@ static void rows_of(const uint8_t* w, int64_t stride, const float* x, int64_t wi
 }
 
 // As many accumulators as there are registers for.
-constexpr int MANY = VW == 16 ? 4 : 2, FEW = VW == 16 ? 2 : 1;
+constexpr int MANY = 4, FEW = VW == 16 ? 4 : 2;
 
 template <int64_t CODE>
 static void multiply_code(const uint8_t* w, int64_t stride, const float* x, int64_t width, int64_t tokens,

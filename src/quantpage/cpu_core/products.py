@@ -15,7 +15,7 @@ from torch import Tensor
 from quantpage.cpu_core import core
 from quantpage.cpu_core.records import CODES, FINISH, PROJECT
 
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 """More are served better by a matrix product that keeps the weights in the cache for all."""
 MULTIPLE = 32
 """Of what a width has to be."""
@@ -112,7 +112,10 @@ class Projection:
             raise ValueError(f"matrices: expected one to three, got {len(matrices)}")
         self._packed = _Packed(matrices, norm)
         self._absent = (0, 0, 0, 0) * (3 - len(matrices))
-        self.serves = self._packed.serves
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the core multiplies activations of this dtype by these."""
+        return self._packed.serves(dtype)
 
     def __call__(
         self,
@@ -156,7 +159,10 @@ class SecondHalf:
 
     def __init__(self, output: Matrix, gate: Matrix, up: Matrix, down: Matrix, norm: Norm) -> None:
         self._packed = _Packed((output, gate, up, down), norm)
-        self.serves = self._packed.serves
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the core multiplies activations of this dtype by these."""
+        return self._packed.serves(dtype)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpage.attention import find_backend
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers import functions
+from quantpage.integrations.hf_transformers import cpu_step, functions
 from quantpage.integrations.hf_transformers.cache import CacheOptions, QuantPageCache
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import refuse_unsupported, text_config
@@ -104,6 +104,8 @@ def attach(
     attached.new_cache()
     functions.register()
     _use_our_attention(model, attached._undo)
+    if implementation in (None, "cpu"):
+        cpu_step.install(model, attached._undo)
     hook = model.register_forward_pre_hook(_supply_cache(attached), with_kwargs=True)
     attached._undo.append(hook.remove)
     return attached

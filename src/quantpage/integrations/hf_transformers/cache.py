@@ -65,6 +65,7 @@ class PagedLayer(CacheLayerMixin):
         """Tokens a row as Transformers counts them, padding included."""
         self._format, self._options, self._rows = kv_format, options, rows
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._write_params = WriteParams(checked=options.checked, layer=index)
         self._chosen: dict[str, LayerAttention] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,16 +104,36 @@ class PagedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
-        if self._options.mask is not None and params.mask == CausalMask():
-            params = replace(params, mask=self._options.mask)
         rows, q_heads, new, _ = query.shape
-        serving = self._serving(query, params.mask)
+        params = self._own_mask(params)
+        serving = self._serving(q_heads, query.dtype, params.mask)
         step = self._rows.step(self.length - new, new, padding)
-        packed = step.pack(query)
-        written = self._write(packed, step, serving)
+        written = self._write(step.pack(query), step, serving)
         assert written is not None
         out = serving.attend_step(written, self._view(), step.batch, params).out
         return step.unpack(out).view(rows, new, q_heads, -1)
+
+    def attend_packed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: int,
+        params: AttendParams,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """``update`` and ``attend`` of [rows * new, heads, head_dim], padding included."""
+        self.flush(None)
+        params = self._own_mask(params)
+        serving = self._serving(q.shape[1], q.dtype, params.mask)
+        step = self._rows.step(self.length, new, padding)
+        self.length += new
+        if step.keep is not None:
+            q, k, v = q[step.keep], k[step.keep], v[step.keep]
+        view, batch = self._view(), step.batch
+        written = serving.write_step(q, k, v, view, batch, self._write_params)
+        assert written.q is not None
+        return step.unpack(serving.attend_step(written.q, view, batch, params).out)
 
     def flush(self, padding: Tensor | None) -> None:
         """Write what waits, for a reader other than our attention function."""
@@ -120,7 +141,8 @@ class PagedLayer(CacheLayerMixin):
             return
         new = self._pending[0].shape[2]
         step = self._rows.step(self.length - new, new, padding)
-        self._write(None, step, self._serving(self._pending[0], CausalMask()))
+        key = self._pending[0]
+        self._write(None, step, self._serving(key.shape[1], key.dtype, CausalMask()))
 
     def dequantized(self, which: str) -> Tensor:
         """What the pages hold as [rows, kv_heads, length, head_dim], for foreign attention.
@@ -184,9 +206,8 @@ class PagedLayer(CacheLayerMixin):
             turned = self.layout.format.key.rotation == "hadamard"
             return rotate(q) if turned and q is not None else q
         k, v = self._pending
-        params = WriteParams(checked=self._options.checked, layer=self.index)
         written = serving.write_step(
-            q, step.pack(k), step.pack(v), self._view(), step.batch, params
+            q, step.pack(k), step.pack(v), self._view(), step.batch, self._write_params
         )
         self._pending = None
         return written.q
@@ -194,10 +215,16 @@ class PagedLayer(CacheLayerMixin):
     def _view(self) -> LayerKV:
         return self._rows.layer(self.index)
 
-    def _serving(self, query: Tensor, mask: Mask) -> LayerAttention:
+    def _own_mask(self, params: AttendParams) -> AttendParams:
+        """The mask that ``attach`` was given, in place of the model's causal rule."""
+        if self._options.mask is None or params.mask != CausalMask():
+            return params
+        return replace(params, mask=self._options.mask)
+
+    def _serving(self, q_heads: int, dtype: torch.dtype, mask: Mask) -> LayerAttention:
         found = self._chosen.get(mask.kind)
         if found is None:
-            call = self._call(query.shape[1], query.dtype)
+            call = self._call(q_heads, dtype)
             options = self._options
             found = build(options.backend, mask, call, options.implementation)
             self._chosen[mask.kind] = found

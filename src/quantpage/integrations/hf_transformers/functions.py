@@ -7,7 +7,8 @@ for. Where a model lays anything else over the causal rule, it answers with the 
 Transformers and attention runs densely over the dequantized cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from quantpage.ops.attend import AttendParams
 NAME = "quantpage"
 """What ``model.config._attn_implementation`` says while a model is attached."""
 
-_FOREIGN = ("indices", "block_indices", "sinks")
+_FOREIGN = {"indices", "block_indices", "sinks"}
 """Arguments of models that choose their keys by other means than a mask."""
 
 
@@ -91,25 +92,33 @@ def attention_function(
     """
     lazy = isinstance(key, LazyKV) and isinstance(value, LazyKV)
     known = attention_mask is None or attention_mask.ndim == 2
-    plain = kwargs.get("position_bias") is None and not any(name in kwargs for name in _FOREIGN)
+    plain = kwargs.get("position_bias") is None and _FOREIGN.isdisjoint(kwargs)
     if not (lazy and known and plain):
         return _dense(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    facts = _facts(attention_mask, kwargs.get("sliding_window"))
+    facts = facts_of(attention_mask, kwargs.get("sliding_window"))
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    mask: Mask = CausalMask(window=facts.window) if causal else FullMask()
-    params = AttendParams(
-        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=mask,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    params = params_of(scale, facts.window, causal, kwargs.get("softcap"))
+    sinks = kwargs.get("s_aux")
+    if sinks is not None:
+        params = replace(params, sinks=sinks)
     assert isinstance(key, LazyKV)
     return key.layer.attend(query, params, facts.padding), None
 
 
-def _facts(attention_mask: Tensor | None, sliding_window: int | None) -> MaskFacts:
+@lru_cache(maxsize=256)
+def params_of(
+    scale: float, window: int | None, causal: bool = True, softcap: float | None = None
+) -> AttendParams:
+    """Made once: a decode step asks for the same in every layer."""
+    mask: Mask = CausalMask(window=window) if causal else FullMask()
+    return AttendParams(softmax_scale=scale, mask=mask, softcap=softcap)
+
+
+def facts_of(attention_mask: Tensor | None, sliding_window: int | None) -> MaskFacts:
+    """What the mask function said about a mask; ``sliding_window``: the model's own word."""
     found = getattr(attention_mask, "quantpage", None)
     if found is not None:
         return found
@@ -127,7 +136,7 @@ def _dense(module, query, key, value, attention_mask, scaling, dropout, kwargs):
     window = kwargs.pop("sliding_window", None)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     if attention_mask is None or attention_mask.ndim == 2:
-        facts = _facts(attention_mask, window)
+        facts = facts_of(attention_mask, window)
         new, total = query.shape[2], key.shape[2]
         rule: Mask = CausalMask(window=facts.window) if causal else FullMask()
         positions = torch.arange(total - new, total, device=query.device)

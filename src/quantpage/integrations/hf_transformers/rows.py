@@ -32,7 +32,8 @@ class Step:
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
-        flat = x.transpose(1, 2).flatten(0, 1)
+        # Of a single token as one operation: a decode step comes here three times a layer.
+        flat = x.squeeze(2) if self.new == 1 else x.transpose(1, 2).flatten(0, 1)
         return flat if self.keep is None else flat[self.keep]
 
     def unpack(self, x: Tensor) -> Tensor:
