@@ -26,7 +26,7 @@ from quantpage.ops.attend.triton_flash_mask import attend as portable
 from quantpage.ops.attend.triton_flash_mask import lowered
 from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles, visit_order
 from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
-from quantpage.ops.gather.triton_gather import gather_rows
+from quantpage.ops.gather.triton_gather import gather_layer
 
 FEW_ROWS = 256
 """Packed rows a request up to which pages are read directly: a workspace would be written for two
@@ -111,11 +111,11 @@ def attend(
     v = torch.empty(heads, step.rows, width, dtype=dtype, device=q.device)
     for head0 in range(0, layer.kv_heads, heads):
         count = min(heads, layer.kv_heads - head0)
-        gather_rows(layer.key, batch.page_table, step.spans, step.longest, k[:count], head0)
-        gather_rows(layer.value, batch.page_table, step.spans, step.longest, v[:count], head0)
+        rows = (k[:count], v[:count])
+        gather_layer(layer, batch.page_table, step.spans, step.longest, rows, head0)
         launch(
             q,
-            (k[:count], v[:count]),
+            rows,
             (out, lse),
             params,
             (step, plan, form, order),
