@@ -2,9 +2,12 @@
 
 import csv
 import sys
+from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -105,3 +108,18 @@ def test_csv_keeps_small_figures(folder):
     (read,) = csv.DictReader(report.to_csv([row]).splitlines())
     assert float(read["kl_mean"]) == pytest.approx(row.kl_mean, rel=1e-5)
     assert set(read) == set(type(row).__slots__)
+
+
+def test_the_terminals_table_cuts_no_figure(folder):
+    (row,) = evaluate(small(folder, formats=("int8_exact",), windows=1))
+    wide = [
+        replace(
+            row, cache="hf-quanto4", bytes_per_token=123456, sixteen_bit_tokens="prefill, <= 128"
+        )
+    ]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(report.to_table([row, *wide], "title"))
+    said = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    for figure in ("int8_exact", "123,456", "prefill,", f"{row.kl_p99:.1e}", f"{row.top1:.1%}"):
+        assert figure in said

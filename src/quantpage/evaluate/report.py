@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 
@@ -56,13 +57,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 
 def to_table(rows: Sequence[Row], title: str) -> Table:
-    """For the terminal."""
-    table = Table(title=title, title_justify="left")
+    """For the terminal. Headings and words are broken, so that 80 columns hold every figure."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for name, _ in _COLUMNS:
         left = name == "cache"
-        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+        heading = name.replace("/", "/\n").replace(" ", "\n")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(show(row) for _, show in _COLUMNS))
+        table.add_row(*(show(row).replace(", ", ",\n") for _, show in _COLUMNS))
     return table
 
 
