@@ -14,6 +14,7 @@ fi
 .venv/bin/mypy
 .venv/bin/lint-imports
 .venv/bin/python scripts/structure.py --check
+.venv/bin/python scripts/figures.py --check
 # One thread a process: the tests are many and small.
 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
 scripts/test_transformers_range.sh

@@ -1,0 +1,182 @@
+"""Fill the tables of measured figures in the pages from benchmarks/results, so that none is typed.
+
+python scripts/figures.py           rewrite the tables
+python scripts/figures.py --check   exit 1 where one is out of date
+
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "decode.md", ROOT / "docs" / "prefill.md")
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+SHAPES = ("16 x 32k", "64 x 4k", "128 x 1k", "8 x 8k", "1 x 32k", "1 x 4k")
+MISSING = "-"
+
+Rows = list[dict[str, str]]
+
+
+def read(name: str) -> Rows:
+    with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def accuracy() -> str:
+    """What each cache format costs on real text."""
+    names = {
+        "hf-quanto4": "Transformers, quanto 4 bit",
+        "hf-hqq4": "Transformers, HQQ 4 bit",
+        "hf-hqq8": "Transformers, HQQ 8 bit",
+    }
+
+    def line(row: dict[str, str]) -> list[str]:
+        kl = [float(row[k]) for k in ("kl_mean", "kl_p99")]
+        return [
+            names.get(row["cache"], f"`{row['cache']}`"),
+            f"{float(row['bits_per_value']):g}",
+            f"{int(row['bytes_per_token']):,}",
+            row["sixteen_bit_tokens"],
+            f"{float(row['perplexity']):.3f}",
+            *("0" if each < 1e-9 else f"{each:.1e}" for each in kl),
+            f"{float(row['top1']):.1%}",
+        ]
+
+    head = ("cache", "bits a value", "bytes a token", "tokens in 16 bit", "perplexity")
+    return table([*head, "KL, mean", "KL, 99 %", "top-1"], map(line, read("accuracy-smollm2.csv")))
+
+
+def decode() -> str:
+    """Microseconds and TB/s of the main shape, a column a format; dense peers in one column."""
+    rows = [
+        row
+        for row in read("h200-decode.csv")
+        if (row["q_heads"], row["head_dim"], row["page_size"]) == ("32", "128", "64")
+        and row["new"] == "1"
+    ]
+    formats = ("none", "fp8", "int8", "k8v4", "int4")
+
+    def cell(case: str, name: str) -> str:
+        for row in rows:
+            ours = row["implementation"].startswith("quantpage")
+            if ours and (row["case"], row["format"]) == (case, name):
+                return f"{float(row['microseconds']):.1f} us, {float(row['tb_per_s']):.2f} TB/s"
+        return MISSING
+
+    def peer(case: str) -> str:
+        dense = [row for row in rows if row["case"] == case and row["format"] == "bf16 dense"]
+        if not dense:
+            return MISSING
+        best = min(dense, key=lambda row: float(row["microseconds"]))
+        return f"{float(best['microseconds']):.1f} us ({best['implementation'].split()[-1]})"
+
+    head = ["batch x context", "best of torch, dense bf16", *(f"`{name}`" for name in formats)]
+    return table(head, ([s, peer(s), *(cell(s, name) for name in formats)] for s in SHAPES))
+
+
+def prefill() -> str:
+    """TFLOP/s, and the share of cuDNN in the same turns."""
+    rows = read("h200-prefill.csv")
+    cases = ("4 x 4k", "1 x 16k", "1 x 64k", "2k on 32k", "512 on 32k", "2k on 128k", "512 on 128k")
+    lines = (
+        ("cuDNN, bf16", "cuDNN", "bf16"),
+        ("FlashAttention-2, bf16", "FlashAttention-2", "bf16"),
+        ("QuantPage (Gluon), `none`", "gluon", "none"),
+        ("QuantPage (Gluon), `int8`", "gluon", "int8"),
+        ("QuantPage (Gluon), `fp8`", "gluon", "fp8"),
+        ("QuantPage (Gluon), `int4` codes", "gluon", "int4"),
+        ("QuantPage (portable Triton), `int8`", "triton", "int8"),
+    )
+
+    def cell(case: str, implementation: str, name: str) -> str:
+        for row in rows:
+            if (row["case"], row["implementation"], row["format"]) == (case, implementation, name):
+                share = "" if implementation == "cuDNN" else f" ({float(row['of_cudnn']):.2f})"
+                return f"{float(row['tflops']):.0f}{share}"
+        return MISSING
+
+    return table(
+        ["", *cases], ([label, *(cell(c, *which) for c in cases)] for label, *which in lines)
+    )
+
+
+def gpu_model() -> str:
+    """The 8B-shaped model, a row a cache format."""
+    rows = read("h200-model.csv")
+    base = float(rows[0]["decode_tokens_per_s"])
+
+    def line(row: dict[str, str]) -> list[str]:
+        speed = float(row["decode_tokens_per_s"])
+        return [
+            f"`{row['kv_format']}`",
+            f"{float(row['cache_gib']):.1f} GiB",
+            f"{float(row['decode_ms']):.2f} ms",
+            f"{speed:,.0f} ({speed / base:.2f}x)",
+            f"{float(row['prompt_tokens_per_s']):,.0f}",
+        ]
+
+    head = ("cache", "size", "decode step", "decode tokens/s", "prompt tokens/s")
+    return table(head, map(line, rows))
+
+
+def cpu_model() -> str:
+    """SmolLM2 on two threads, tokens a second, a row a context."""
+    rows = read("cpu-model-2-threads.csv")
+    kinds = list(dict.fromkeys((row["cache"], row["weights"]) for row in rows))
+
+    def label(cache: str, weights: str) -> str:
+        name = "Transformers, bf16 cache" if cache == "transformers" else f"`{cache}`"
+        return name if weights == "bf16" else f"{name}, `--weights {weights}`"
+
+    def cell(context: str, kind: tuple[str, str]) -> str:
+        for row in rows:
+            if (row["context"], row["cache"], row["weights"]) == (context, *kind):
+                times = "" if kind[0] == "transformers" else f" ({row['times_transformers']}x)"
+                return f"{float(row['decode_tokens_per_s']):.1f}{times}"
+        return MISSING
+
+    contexts = dict.fromkeys(row["context"] for row in rows)
+    return table(
+        ["context", *(label(*kind) for kind in kinds)],
+        ([f"{int(c):,}", *(cell(c, kind) for kind in kinds)] for c in contexts),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "decode": decode,
+    "prefill": prefill,
+    "gpu-model": gpu_model,
+    "cpu-model": cpu_model,
+}
+
+
+def main() -> int:
+    """Rewrite or check; the exit status."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        wanted = MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+        if text != wanted:
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(wanted)
+    if stale and "--check" in sys.argv[1:]:
+        names = ", ".join(page.name for page in stale)
+        print(f"{names}: figures differ from benchmarks/results; run scripts/figures.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
