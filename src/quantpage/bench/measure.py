@@ -7,7 +7,7 @@ one graph holds them all, so that the timer's own cost is divided among them.
 import csv
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,11 +109,18 @@ def copy_bandwidth() -> float:
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """A new CSV file of ``rows``."""
+    write_table([asdict(row) for row in rows], path, [f.name for f in fields(Row)])
+
+
+def write_table(
+    rows: Sequence[Mapping[str, object]], path: Path, columns: Sequence[str] | None = None
+) -> None:
+    """A new CSV file of records that have the same keys, or a subset of ``columns``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """Prefill over quantized pages beside kernels that read dense bfloat16, in one run.
 
-    python benchmarks/prefill.py --out benchmarks/results/h200-prefill.csv
+    python -m quantpage.bench.prefill --out benchmarks/results/h200-prefill.csv
 
 Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
 order) into the workspace, and every pass. Peers get contiguous bfloat16 keys and values. Each row
@@ -13,12 +13,12 @@ query, so that it runs chunks unmasked and is credited with the pairs it compute
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,17 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from quantpage.batch import BatchPlan, plan_batch
+from quantpage.bench.cpu import current_commit
+from quantpage.bench.measure import write_table
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
 from quantpage.ops.attend import AttendParams, gluon_prefill, triton_prefill
+from quantpage.ops.gather import gather_request
+
+Call = tuple[Callable[[], Any], float, float]
+"""What is timed, its error, and the operations it is credited with."""
 
 PAGE = 64
-FIELDS = (
-    "case", "requests", "new", "context", "q_heads", "kv_heads", "head_dim", "implementation",
-    "format", "pairs", "microseconds", "tflops", "of_cudnn", "error", "device", "torch", "triton",
-    "commit",
-)  # fmt: skip
 ABSENT = {
     "FlashAttention-3": "flash_attn_interface",
     "FlashAttention-4": "flash_attn.cute",
@@ -109,9 +110,9 @@ def make_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     order = torch.randperm(each * case.requests).tolist()
     tables = [order[r * each : (r + 1) * each] for r in range(case.requests)]
     given = FORMATS[name]
-    halves = [make_half(spec, len(order), case) for spec in (given.key, given.value)]
+    key, value = (make_half(spec, len(order), case) for spec in (given.key, given.value))
     lens = (case.new,) * case.requests, (case.context,) * case.requests
-    return LayerKV(*halves), plan_batch(*lens, tables, PAGE, "cuda")
+    return LayerKV(key, value), plan_batch(*lens, tables, PAGE, "cuda")
 
 
 def last_rows_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
@@ -124,8 +125,8 @@ def last_rows_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) 
     return ((out[-rows:].double() - wanted).norm() / wanted.norm()).item()
 
 
-def ours(name: str, case: Case, q: Tensor, params: AttendParams):
-    """The call, what it does wrong, and the operations it is credited with."""
+def ours(name: str, case: Case, q: Tensor, params: AttendParams) -> Call:
+    """Our attention over pages of one format; name: 'gluon int8'."""
     kernel, format_name = name.split()
     attend = (gluon_prefill if kernel == "gluon" else triton_prefill).attend
     layer, batch = make_layer(format_name, case)
@@ -133,8 +134,6 @@ def ours(name: str, case: Case, q: Tensor, params: AttendParams):
 
     def call():
         return attend(tokens, layer, batch, params)
-
-    from quantpage.ops.gather import gather_request
 
     table = batch.page_table[0]
     k, v = (
@@ -146,21 +145,25 @@ def ours(name: str, case: Case, q: Tensor, params: AttendParams):
     return call, error, case.operations(causal=True)
 
 
-def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool):
+def peers(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool
+) -> dict[str, tuple[Callable[[], Any], float]]:
     """Name -> (call, credited operations); keys and values are [requests, kv_heads, ...]."""
     whole = case.new == case.context
-    causal = {"is_causal": True} if whole else {}
+    causal: dict[str, Any] = {"is_causal": True} if whole else {}
 
     def cudnn():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal)
 
     def flash():
-        bias = {} if whole else {"attn_mask": causal_lower_right(case.new, case.context)}
+        bias: dict[str, Any] = {}
+        if not whole:
+            bias["attn_mask"] = causal_lower_right(case.new, case.context)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal, **bias)
 
-    made = {
+    made: dict[str, tuple[Callable[[], Any], float]] = {
         "cuDNN": (cudnn, case.operations(causal=whole)),
         "FlashAttention-2": (flash, case.operations(causal=True)),
     }
@@ -179,50 +182,54 @@ def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool):
     return made
 
 
-def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
-    """All implementations of one shape, taking turns."""
+def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
+    """(implementation, format) -> what runs this shape; peers that refuse it are named and left."""
     torch.manual_seed(0)
     shape = (case.requests, case.kv_heads, case.context, case.head_dim)
     k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     size = (case.requests, case.q_heads, case.new, case.head_dim)
     q = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     params = AttendParams(case.head_dim**-0.5)
-    calls = {}
+    calls: dict[tuple[str, str], Call] = {}
     for name, (call, operations) in peers(case, q, k, v, flex).items():
         try:
             out = call()[0, 0]
-        except RuntimeError as error:
-            print(f"{case.name}: {name} refuses: {str(error).splitlines()[0]}", flush=True)
+        except RuntimeError as refusal:
+            print(f"{case.name}: {name} refuses: {str(refusal).splitlines()[0]}", flush=True)
             continue
         exact = name != "cuDNN" or case.new == case.context
         wrong = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale)
         calls[name, "bf16"] = (call, wrong if exact else float("nan"), operations)
     for name in case.ours:
-        calls[tuple(name.split())] = ours(name, case, q, params)
+        kernel, kv_format = name.split()
+        calls[kernel, kv_format] = ours(name, case, q, params)
+    return calls
+
+
+def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
+    """All implementations of one shape, taking turns."""
+    calls = calls_of(case, flex)
     times: dict = {key: [] for key in calls}
     for _ in range(rounds):
         for key, (call, error, _) in calls.items():
             if not error > 0.01:
                 times[key].append(do_bench(call, warmup=10, rep=60, return_mode="median"))
-    rows = []
     middle = {key: statistics.median(each) for key, each in times.items() if each}
     base = calls["cuDNN", "bf16"][2] / middle["cuDNN", "bf16"]
+    rows = []
     for key, (_, error, operations) in calls.items():
         ms = middle.get(key)
-        rows.append(
-            about
-            | {
-                "case": case.name, "requests": case.requests, "new": case.new,
-                "context": case.context, "q_heads": case.q_heads, "kv_heads": case.kv_heads,
-                "head_dim": case.head_dim, "implementation": key[0], "format": key[1],
-                "pairs": "causal" if operations == case.operations(True) else "all",
-                "microseconds": f"{ms * 1e3:.1f}" if ms else "wrong",
-                "tflops": f"{operations / ms / 1e9:.1f}" if ms else "",
-                "of_cudnn": f"{operations / ms / base:.3f}" if ms else "",
-                "error": "" if error != error else f"{error:.1e}",
-            }
-        )  # fmt: skip
-        row = rows[-1]
+        row = {
+            "case": case.name, "requests": case.requests, "new": case.new,
+            "context": case.context, "q_heads": case.q_heads, "kv_heads": case.kv_heads,
+            "head_dim": case.head_dim, "implementation": key[0], "format": key[1],
+            "pairs": "causal" if operations == case.operations(True) else "all",
+            "microseconds": f"{ms * 1e3:.1f}" if ms else "wrong",
+            "tflops": f"{operations / ms / 1e9:.1f}" if ms else "",
+            "of_cudnn": f"{operations / ms / base:.3f}" if ms else "",
+            "error": "" if error != error else f"{error:.1e}",
+        } | about  # fmt: skip
+        rows.append(row)
         print(
             f"{case.name:18} {key[0]:17} {key[1]:5} {row['microseconds']:>9} us "
             f"{row['tflops']:>6} TFLOP/s {row['of_cudnn']:>6} of cuDNN, error {row['error']}",
@@ -240,15 +247,14 @@ def main() -> None:
     parser.add_argument("--flex", default="1 x 16k", help="cases that FlexAttention runs too")
     parser.add_argument("--commit", default="", help="where git is not at hand")
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
     for name, module in ABSENT.items():
         if find_spec(module.split(".")[0]) is None:
             print(f"absent: {name}")
-    commit = given.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()  # fmt: skip
     about = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit,
+        "triton": triton.__version__, "commit": given.commit or current_commit(),
     }  # fmt: skip
     rows: list[dict] = []
     wanted = given.cases.split(";") if given.cases else [case.name for case in CASES]
@@ -257,10 +263,7 @@ def main() -> None:
             rows += measure(case, given.rounds, case.name in given.flex.split(";"), about)
             torch.cuda.empty_cache()
             if given.out:
-                with given.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_table(rows, given.out)
 
 
 if __name__ == "__main__":
