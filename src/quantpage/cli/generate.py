@@ -1,5 +1,6 @@
 """`quantpage generate`: a model answers through a quantized cache, streaming."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ def command(
     model: Annotated[str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.")],
     prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from a file; with --prompt, both.")
+        Path | None,
+        typer.Option(help="Read the prompt from a file (-: stdin); with --prompt, both."),
     ] = None,
     kv_format: Annotated[
         str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
@@ -33,18 +35,15 @@ def command(
 ) -> None:
     """Generate text through a quantized, paged cache and report what it took and what it cost.
 
-    Greedy, so that runs compare. --compare teacher-forces the same answer through an unquantized
-    cache and counts where the most likely token is the same.
+    Greedy, so that runs compare. --compare teacher-forces the same answer
+    through an unquantized cache and counts where the most likely token is
+    the same.
     """
     from quantpage.integrations.hf_transformers.generate import GenerateRequest, run
 
     if prompt is None and file is None:
         raise ValueError("prompt: expected --prompt or --file, got neither")
-    if file is not None and not file.is_file():
-        raise FileNotFoundError(f"file: expected a text file, got {file}")
-    text = "\n\n".join(
-        part for part in (file.read_text() if file is not None else None, prompt) if part
-    )
+    text = "\n\n".join(part for part in (None if file is None else _read(file), prompt) if part)
     run(
         GenerateRequest(
             model=model,
@@ -59,3 +58,11 @@ def command(
             raw=raw,
         )
     )
+
+
+def _read(file: Path) -> str:
+    """The text of a file, a pipe or (-) standard input."""
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"file: expected a text file in UTF-8, got {file} ({error})") from error

@@ -86,8 +86,10 @@ def run(request: GenerateRequest) -> None:
             f"{request.max_new_tokens} new ones, as the model has {limit} positions; "
             f"got {prompt.shape[1]}"
         )
-    streamer = _Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    quantized = generate_once(model, prompt, request, request.kv_format, streamer)
+    waiting = _status(f"reading {prompt.shape[1]:,} tokens")
+    streamer = _Clock(tokenizer, waiting, skip_prompt=True, skip_special_tokens=True)
+    with waiting:
+        quantized = generate_once(model, prompt, request, request.kv_format, streamer)
     runs = [quantized]
     if request.compare and request.kv_format != "none":
         with _status("running the same prompt with an unquantized cache"):
@@ -143,10 +145,14 @@ def generate_once(
 
 
 class _Clock(TextStreamer):
-    """Prints as TextStreamer does and notes when the first token came; silent without tokenizer."""
+    """Prints as TextStreamer does and notes when the first token came; silent without tokenizer.
 
-    def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
+    waiting: a spinner that ends with the first token.
+    """
+
+    def __init__(self, tokenizer: Any, waiting: Any = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
+        self._waiting = waiting
         self.first_token: float | None = None
         self._calls = 0
 
@@ -154,6 +160,8 @@ class _Clock(TextStreamer):
         self._calls += 1
         if self._calls == 2:
             self.first_token = time.perf_counter()
+            if self._waiting is not None:
+                self._waiting.stop()
         if self.tokenizer is not None:
             super().put(value)
 
