@@ -9,6 +9,9 @@
 #include "products.h"
 #include "threads.h"
 
+EXPORT int64_t quantpage_write(const Write*);
+EXPORT int64_t quantpage_attend(const Attend*);
+
 // Rows of a weight and numbers of a result that a thread takes at once.
 constexpr int64_t ROWS = 32, NUMBERS = 2048;
 
@@ -135,5 +138,23 @@ EXPORT int64_t quantpage_finish(const Finish* call) {
       k->write(sum + first, f.type, count, f.out + first * size);
     });
   });
+  return 0;
+}
+
+// Calls one after the other: each is its kind and size in bytes, then the record.
+EXPORT int64_t quantpage_run(const uint8_t* program, int64_t size) {
+  for (int64_t at = 0; at < size;) {
+    const int64_t* head = (const int64_t*)(program + at);
+    const void* record = head + 2;
+    int64_t failed = 1;
+    switch (head[0]) {
+      case 0: failed = quantpage_project((const Project*)record); break;
+      case 1: failed = quantpage_write((const Write*)record); break;
+      case 2: failed = quantpage_attend((const Attend*)record); break;
+      case 3: failed = quantpage_finish((const Finish*)record); break;
+    }
+    if (failed) return failed;
+    at += 16 + head[1];
+  }
   return 0;
 }

@@ -32,6 +32,8 @@ class Core:
     gather: Any
     project: Any
     finish: Any
+    run: Any
+    """(program, bytes): records of the four above in turn, each after its kind and size."""
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
@@ -97,8 +99,9 @@ def _open() -> tuple[Core | None, str]:
         name: _function(library, name, ctypes.c_char_p)
         for name in ("attend", "write", "gather", "project", "finish")
     }
+    run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return Core(**calls, read=read, isa=isa), ""
+    return Core(**calls, run=run, read=read, isa=isa), ""
 
 
 def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:

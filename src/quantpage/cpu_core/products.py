@@ -117,6 +117,16 @@ class Projection:
         """Whether the core multiplies activations of this dtype by these."""
         return self._packed.serves(dtype)
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one after the weights have moved."""
+        return self._packed.fields
+
+    @property
+    def rows(self) -> int:
+        """Of all weights together."""
+        return sum(self._packed.rows)
+
     def __call__(
         self,
         x: Float[Tensor, "tokens width"],
@@ -127,15 +137,23 @@ class Projection:
 
         isa: an index of cpu_core.ISAS that the machine runs; None: the widest.
         """
-        library, packed = core(), self._packed
         x = x if x.is_contiguous() else x.contiguous()
+        out = x.new_empty(x.shape[0], self.rows)
+        if core().project(self.record(x, out, rotary, isa)):
+            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+        return out
+
+    def record(
+        self, x: Tensor, out: Tensor, rotary: Rotary | None = None, isa: int | None = None
+    ) -> bytes:
+        """Project of csrc/products.h; the tensors must outlive the call."""
+        packed = self._packed
         tokens, width = x.shape
-        out = x.new_empty(tokens, sum(packed.rows))
         turn = (0, 0, 0, 0)
         if rotary is not None:
             cos, sin, heads = rotary
             turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1], heads)
-        call = PROJECT.pack(
+        return PROJECT.pack(
             x.data_ptr(),
             CODES[x.dtype],
             packed.code,
@@ -146,23 +164,26 @@ class Projection:
             out.data_ptr(),
             *turn,
             torch.get_num_threads(),
-            library.isa if isa is None else isa,
+            core().isa if isa is None else isa,
             packed.eps,
         )
-        if library.project(call):
-            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
-        return out
 
 
 class SecondHalf:
     """What follows attention in a block: y = residual + O a; y + D (silu(G norm y) * U norm y)."""
 
-    def __init__(self, output: Matrix, gate: Matrix, up: Matrix, down: Matrix, norm: Norm) -> None:
-        self._packed = _Packed((output, gate, up, down), norm)
+    def __init__(self, matrices: tuple[Matrix, Matrix, Matrix, Matrix], norm: Norm) -> None:
+        """matrices: output, gate, up, down."""
+        self._packed = _Packed(matrices, norm)
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core multiplies activations of this dtype by these."""
         return self._packed.serves(dtype)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one after the weights have moved."""
+        return self._packed.fields
 
     def __call__(
         self,
@@ -171,10 +192,18 @@ class SecondHalf:
         isa: int | None = None,
     ) -> Float[Tensor, "tokens width"]:
         """In the residual's dtype; both contiguous. Ask ``serves(residual.dtype)`` before."""
-        library, packed = core(), self._packed
-        tokens, width = residual.shape
         out = torch.empty_like(residual)
-        call = FINISH.pack(
+        if core().finish(self.record(attended, residual, out, isa)):
+            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
+        return out
+
+    def record(
+        self, attended: Tensor, residual: Tensor, out: Tensor, isa: int | None = None
+    ) -> bytes:
+        """Finish of csrc/products.h; ``out`` may be ``residual``. They must outlive the call."""
+        packed = self._packed
+        tokens, width = residual.shape
+        return FINISH.pack(
             attended.data_ptr(),
             residual.data_ptr(),
             out.data_ptr(),
@@ -185,9 +214,6 @@ class SecondHalf:
             width,
             *packed.fields,
             torch.get_num_threads(),
-            library.isa if isa is None else isa,
+            core().isa if isa is None else isa,
             packed.eps,
         )
-        if library.finish(call):
-            raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
-        return out

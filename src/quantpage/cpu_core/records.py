@@ -36,7 +36,8 @@ WRITE = struct.Struct("=25q 1d")
 GATHER = struct.Struct(f"={_PAGES}q 8q")
 PROJECT = struct.Struct("=25q 1d")
 FINISH = struct.Struct("=27q 1d")
-_SHARED = _LAYER.size + _STEP.size
+LAYER_BYTES, STEP_BYTES = _LAYER.size, _STEP.size
+_SHARED = LAYER_BYTES + STEP_BYTES
 SIZES = (_SHARED + ATTEND.size, _SHARED + WRITE.size, GATHER.size, PROJECT.size, FINISH.size)
 
 

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpage.attention import AttentionBackend, LayerAttention, build
+from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV
 from quantpage.formats import KVFormat, rotate
 from quantpage.formats.per_layer import LayerFormats
@@ -173,6 +174,13 @@ class PagedLayer(CacheLayerMixin):
             dense[row, kept] = found.to(self.dtype)
         return dense.transpose(1, 2)
 
+    def in_core(self, q_heads: int, dtype: torch.dtype) -> bool:
+        """Whether the compiled core both writes and attends, under no mask but the model's own."""
+        if not self.is_initialized or self._options.mask is not None or self._options.checked:
+            return False
+        serving = self._serving(q_heads, dtype, CausalMask())
+        return serving.write.name == serving.decode.name == "cpu" and self.dtype == dtype
+
     def fork(self, rows: Rows) -> "PagedLayer":
         """The same layer over other rows."""
         made = copy(self)
@@ -257,6 +265,8 @@ class QuantPageCache(Cache):
             exact = any(each.exact_pages is not None for each in self.formats)
             memory = Memory(options.page_size, exact)
         self.rows = Rows(memory)
+        self._in_core = False
+        """Known to be served by the compiled core, every layer."""
         super().__init__(
             layers=[
                 PagedLayer(index, each.is_sliding, self.formats[index], options, self.rows)
@@ -265,6 +275,30 @@ class QuantPageCache(Cache):
                 for index, each in enumerate(stock)
             ]
         )
+
+    def begin_step(
+        self, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
+    ) -> tuple[list[LayerKV], BatchPlan] | None:
+        """Count ``new`` tokens of every row, for a caller who lets the core write them.
+
+        Returns the pages of every layer and the step's plan; None where that is not possible.
+        """
+        if not self._in_core:
+            self._in_core = all(
+                isinstance(each, PagedLayer) and each.in_core(q_heads, dtype)
+                for each in self.layers
+            )
+            if not self._in_core:
+                return None
+        layers = self._paged()
+        for layer in layers:
+            layer.flush(None)
+        step = self.rows.step(layers[0].length, new, padding)
+        if step.keep is not None and step.keep.numel() != self.rows.count * new:
+            return None
+        for layer in layers:
+            layer.length += new
+        return [self.rows.layer(layer.index) for layer in layers], step.batch
 
     def fork(self) -> "QuantPageCache":
         """Another cache with the same tokens; pages are shared until one of the two writes.

@@ -1,25 +1,20 @@
-"""A decode step on a CPU: linear layers and whole blocks by the compiled core.
+"""A decode step on a CPU: linear layers, blocks and whole decoders by the compiled core.
 
 ``nn.Linear`` of a few tokens is bound by reading its weights, which torch does at a third of the
-memory's speed. Every linear layer of an attached model asks the core instead, and a block whose
-code is Llama's (Mistral, Qwen 2, Ministral, SmolLM ..) becomes four calls of it: projections with
-norm and rotary embedding, the write, attention, and all the rest. Prompts, training and whatever
-the core does not know run the model's own code, which is untouched.
+memory's speed. Every linear layer of an attached model asks the core instead. A block whose code is
+Llama's is four calls: projections with norm and rotary embedding, the write, attention, and the
+rest; and where all blocks of a decoder are (Llama, Mistral, Qwen 2), they are one call together.
+Prompts, training and whatever the core does not know run the model's own code.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from quantpage.cpu_core import find_core
+from quantpage.cpu_core.decoder import Block, Decoder
 from quantpage.cpu_core.products import (
     MAX_TOKENS,
     Matrix,
@@ -30,7 +25,12 @@ from quantpage.cpu_core.products import (
 )
 from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
-from quantpage.integrations.int8_weights import Int8Linear
+from quantpage.integrations.hf_transformers.llama_like import (
+    LINEARS,
+    is_llama_block,
+    is_llama_model,
+    window_of,
+)
 
 
 def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
@@ -44,13 +44,15 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
         if "forward" in vars(module):
             # Somebody else's (accelerate moves weights there), which ours would pass by.
             continue
-        if type(module) in _LINEARS:
+        if type(module) in LINEARS:
             _replace(module, _Linear(module), undo)
-        elif _is_llama_block(module):
+        elif is_llama_block(module):
             _replace(module, _Block(module), undo)
-
-
-_LINEARS = (nn.Linear, Int8Linear)
+    for module in model.modules():
+        if is_llama_model(module):
+            chain = _Chain(module)
+            hook = module.register_forward_pre_hook(chain.begin)
+            undo.append(hook.remove)
 
 
 def _replace(module: nn.Module, forward: Any, undo: list[Callable[[], None]]) -> None:
@@ -135,10 +137,21 @@ class _Block:
             [matrix_of(each) for each in heads], Norm(before.weight, before.variance_epsilon)
         )
         self._finish = SecondHalf(
-            *(matrix_of(each) for each in rest), Norm(after.weight, after.variance_epsilon)
+            tuple(matrix_of(each) for each in rest),  # type: ignore[arg-type]
+            Norm(after.weight, after.variance_epsilon),
         )
-        self._weight = before.weight
+        self.weight = before.weight
         self._sizes = [each.out_features // attention.head_dim for each in heads]
+        self._window = window_of(attention)
+        self.chain: _Chain | None = None
+        """Of all blocks of the decoder, where they may run in one call."""
+
+    def block(self) -> Block:
+        """What the core is told about it."""
+        attention = self._module.self_attn
+        q_heads, kv_heads, _ = self._sizes
+        dim, scale = attention.head_dim, attention.scaling
+        return Block(self._project, self._finish, q_heads, kv_heads, dim, scale, self._window)
 
     def __call__(
         self,
@@ -149,6 +162,16 @@ class _Block:
         **kwargs: Any,
     ) -> Tensor:
         """The block's output, [rows, new, width]."""
+        if (
+            self.chain is not None
+            and position_embeddings is not None
+            and kwargs.keys() <= _HARMLESS
+        ):
+            out = self.chain.run(
+                self, hidden_states, attention_mask, past_key_values, position_embeddings
+            )
+            if out is not None:
+                return out
         pages = self._pages(hidden_states, past_key_values, attention_mask, kwargs)
         if pages is None or position_embeddings is None:
             return type(self._module).forward(
@@ -165,7 +188,7 @@ class _Block:
         rotary = _rotary(position_embeddings, rows, sizes[0] + sizes[1])
         mixed = self._project(x, rotary).view(rows * new, -1, attention.head_dim)
         q, k, v = mixed.split_with_sizes(sizes, 1)
-        facts = functions.facts_of(attention_mask, getattr(attention, "sliding_window", None))
+        facts = functions.facts_of(attention_mask, self._window)
         params = functions.params_of(attention.scaling, facts.window)
         out = pages.attend_packed(q, k, v, new, params, facts.padding)
         return self._finish(out.view(rows * new, -1), x).view(rows, new, width)
@@ -177,7 +200,7 @@ class _Block:
         module = self._module
         if (
             type(cache) is not QuantPageCache
-            or not _served_here(x, self._weight)
+            or not _served_here(x, self.weight)
             or (mask is not None and mask.ndim != 2)
             or not kwargs.keys() <= _HARMLESS
             or module.training
@@ -210,46 +233,65 @@ def _rotary(embeddings: tuple[Tensor, Tensor], rows: int, heads: int) -> Rotary:
     return Rotary(cos.flatten(0, 1).contiguous(), sin.flatten(0, 1).contiguous(), heads)
 
 
-@lru_cache
-def _code(function: Any) -> tuple[Any, ...]:
-    """What a function does: its instructions, names and constants other than texts."""
-    code = inspect.unwrap(function).__code__
-    constants = tuple(each for each in code.co_consts if not isinstance(each, str))
-    return code.co_code, code.co_names, code.co_varnames, constants
+class _Chain:
+    """All blocks of a decoder in one call, made when the first of them is asked."""
 
+    def __init__(self, model: Any) -> None:
+        self._model, self._parts = model, _Parts(model)
+        self._blocks: list[_Block] = [vars(each)["forward"] for each in model.layers]
+        self._decoder = Decoder([each.block() for each in self._blocks])
+        self._q_heads = self._blocks[0].block().q_heads
+        self._ready = False
+        self._out: Tensor | None = None
+        for each in self._blocks:
+            each.chain = self
 
-def _like(module: Any, *models: type) -> bool:
-    """Whether a module's forward is word for word one of these.
+    def begin(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Before a forward of the decoder: whether nobody looks into it or has changed it."""
+        layers = module.layers
+        self._out = None
+        self._ready = (
+            not module.training
+            and len(layers) == len(self._blocks) == module.config.num_hidden_layers
+            and self._parts.same()
+            and not self._parts.watched()
+            and all(
+                vars(layer).get("forward") is block
+                for layer, block in zip(layers, self._blocks, strict=True)
+            )
+        )
 
-    Transformers' models are written out in full, one file each; most are copies of Llama's.
-    """
-    forward = getattr(type(module), "forward", None)
-    return forward is not None and _code(forward) in {_code(each.forward) for each in models}
+    def run(
+        self,
+        block: _Block,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor | None:
+        """What the last block makes of it; None where blocks run one by one."""
+        if not self._ready:
+            return None
+        if self._out is None and block is self._blocks[0]:
+            self._out = self._run(x, mask, cache, embeddings)
+            self._ready = self._out is not None
+            return self._out
+        return x if x is self._out else None
 
-
-def _is_llama_block(module: Any) -> bool:
-    """Whether a module computes what Llama's decoder layer does, every part of it."""
-    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    if attention is None or mlp is None or not _like(module, llama.LlamaDecoderLayer):
-        return False
-    norms = module.input_layernorm, module.post_attention_layernorm
-    if not (
-        _like(attention, llama.LlamaAttention, MistralAttention, Qwen2Attention)
-        and _like(mlp, llama.LlamaMLP)
-        and all(_like(each, llama.LlamaRMSNorm) for each in norms)
-        and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
-        and attention.is_causal
-    ):
-        return False
-    # The rotary embedding is a function of the module's file, half-split or interleaved.
-    names = vars(inspect.getmodule(type(attention)))
-    turns = [names.get(name) for name in ("apply_rotary_pos_emb", "rotate_half")]
-    llamas = [llama.apply_rotary_pos_emb, llama.rotate_half]
-    if not all(
-        turn and _code(turn) == _code(other) for turn, other in zip(turns, llamas, strict=True)
-    ):
-        return False
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return all(
-        type(each) in _LINEARS for each in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    )
+    def _run(
+        self, x: Tensor, mask: Tensor | None, cache: Any, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        if (
+            type(cache) is not QuantPageCache
+            or not _served_here(x, self._blocks[0].weight)
+            or (mask is not None and mask.ndim != 2)
+            or not self._decoder.serves(x.dtype)
+        ):
+            return None
+        rows, new, width = x.shape
+        padding = functions.facts_of(mask, None).padding
+        begun = cache.begin_step(new, padding, self._q_heads, x.dtype)
+        if begun is None:
+            return None
+        cos, sin = (each.expand(rows, -1, -1).reshape(rows * new, -1) for each in embeddings)
+        return self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)

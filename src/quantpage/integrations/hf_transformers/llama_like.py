@@ -1,0 +1,78 @@
+"""Which modules of Transformers compute what Llama's do.
+
+Its models are written out in full, a file each, and most are copies: a module whose forward is
+word for word Llama's is Llama's, whatever it is called.
+"""
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+from quantpage.integrations.int8_weights import Int8Linear
+
+LINEARS = (nn.Linear, Int8Linear)
+"""Layers that the core multiplies."""
+
+_ATTENTION = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
+_MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
+
+
+@lru_cache
+def _code(function: Any) -> tuple[Any, ...]:
+    """What a function does: its instructions, names and constants other than texts."""
+    code = inspect.unwrap(function).__code__
+    constants = tuple(each for each in code.co_consts if not isinstance(each, str))
+    return code.co_code, code.co_names, code.co_varnames, constants
+
+
+def _like(module: Any, *models: Any) -> bool:
+    """Whether a module's forward is word for word one of these."""
+    forward = getattr(type(module), "forward", None)
+    return forward is not None and _code(forward) in {_code(each.forward) for each in models}
+
+
+def is_llama_block(module: Any) -> bool:
+    """Whether a module computes what Llama's decoder layer does, every part of it."""
+    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+    if attention is None or mlp is None or not _like(module, llama.LlamaDecoderLayer):
+        return False
+    norms = module.input_layernorm, module.post_attention_layernorm
+    if not (
+        _like(attention, *_ATTENTION)
+        and _like(mlp, llama.LlamaMLP)
+        and all(_like(each, llama.LlamaRMSNorm) for each in norms)
+        and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+        and attention.is_causal
+    ):
+        return False
+    # The rotary embedding is a function of the module's file, half-split or interleaved.
+    file = inspect.getmodule(type(attention))
+    names = {} if file is None else vars(file)
+    turns = [names.get(name) for name in ("apply_rotary_pos_emb", "rotate_half")]
+    llamas = [llama.apply_rotary_pos_emb, llama.rotate_half]
+    if not all(
+        turn and _code(turn) == _code(other) for turn, other in zip(turns, llamas, strict=True)
+    ):
+        return False
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return all(
+        type(each) in LINEARS for each in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    )
+
+
+def is_llama_model(module: Any) -> bool:
+    """Whether a module runs its blocks one after the other and does nothing between them."""
+    return _like(module, *_MODELS) and all(is_llama_block(each) for each in module.layers)
+
+
+def window_of(attention: Any) -> int | None:
+    """Keys that a block's query sees, itself included; None: all before it."""
+    if _like(attention, mistral.MistralAttention):
+        return getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)
