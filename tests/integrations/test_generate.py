@@ -3,26 +3,17 @@
 import re
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantpage import cli
-from tests.integrations.tiny_models import COMMON, tiny
+from tests.integrations.tiny_models import COMMON, save_tiny
 
 pytestmark = pytest.mark.cpu
-
-WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, COMMON["vocab_size"]))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny("llama").float().save_pretrained(path)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 def run(folder, *arguments, **kwargs):

@@ -4,8 +4,11 @@ Transformers' default initialization (0.02) leaves attention nearly uniform, so 
 proves nothing; these are drawn wide.
 """
 
+from pathlib import Path
+
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 COMMON = {
     "vocab_size": 128,
@@ -70,3 +73,13 @@ def tokens(rows: int = 2, length: int = 100, seed: int = 1) -> torch.Tensor:
     """Random tokens that are no special token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 128, (rows, length), generator=generator)
+
+
+def save_tiny(path: Path) -> Path:
+    """A folder with the llama, and a tokenizer whose words are w3 .. w127."""
+    tiny("llama").float().save_pretrained(path)
+    names = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, COMMON["vocab_size"]))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(path)
+    return path

@@ -1,11 +1,14 @@
-"""A whole model's decode steps on the CPU: Transformers' own cache against quantized pages.
+"""A whole model on the CPU: Transformers' own cache against quantized pages.
 
     python -m quantpage.bench.cpu_model --model models/smollm2 --threads 2 \
-        --out benchmarks/results/cpu-model.csv
+        --out benchmarks/results/cpu-model-2-threads.csv
+    python -m quantpage.bench.cpu_model --model models/smollm2 --threads 2 --prompts \
+        --contexts 1024,4096 --steps 3 --out benchmarks/results/cpu-model-prompts-2-threads.csv
 
-Batch 1. Caches are filled with random numbers (a step's time does not depend on them) and step in
-turn, so that a busy machine slows all of them alike. With one thread the clock is the process's own
-CPU time; with more it is the wall's, and samples with an involuntary context switch are dropped.
+Batch 1. Decode steps: caches are filled with random numbers (a step's time does not depend on
+them). Prompts: tokens into an empty cache, the logits of the last one. All runs take turns,
+so that a busy machine slows all of them alike. With one thread the clock is the process's own CPU
+time; with more it is the wall's, and samples with an involuntary context switch are dropped.
 """
 
 import argparse
@@ -62,19 +65,37 @@ class Stepper:
         self.token = out.logits[:, -1:].argmax(-1)
 
 
+class Prompt:
+    """One model and one prompt, into an empty cache each time."""
+
+    def __init__(self, model: Any, kv_format: str | None, tokens: int) -> None:
+        self.model = model
+        self.ids = torch.arange(tokens)[None] * 7919 % model.config.vocab_size
+        self.attached = None if kv_format is None else attach(model, kv_format=kv_format)
+        self.read(self.ids[:, :256])
+
+    def step(self) -> None:
+        """The whole prompt."""
+        self.read(self.ids)
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Tokens into an empty cache."""
+        self.model(ids, use_cache=True, logits_to_keep=1)
+
+
 def measure(
-    steps: dict[Any, Callable[[], None]], count: int, clock: Callable[[], float]
-) -> dict[Any, tuple]:
+    steps: dict[Any, Callable[[], None]], warmup: int, count: int, clock: Callable[[], float]
+) -> dict[Any, tuple[float, float, int]]:
     """(best, median milliseconds, undisturbed samples), in turn."""
     samples: dict[Any, list[tuple[float, int]]] = {key: [] for key in steps}
-    for number in range(count + 2):
+    for number in range(count + warmup):
         for key, step in steps.items():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
             start = clock()
             step()
             taken = (clock() - start) * 1e3
             lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
-            if number >= 2:
+            if number >= warmup:
                 samples[key].append((taken, 0 if clock is time.process_time else lost))
     answer = {}
     for key, found in samples.items():
@@ -84,6 +105,17 @@ def measure(
     return answer
 
 
+def prepare(plain: Any, prompts: bool, context: int) -> dict[tuple[str, str], Any]:
+    """What takes its turn, by cache and weights, each with a model of its own."""
+    ready: dict[tuple[str, str], Any] = {}
+    for name, kv_format, weights in RUNS:
+        model = copy.deepcopy(plain)
+        if weights == "int8":
+            quantize_weights(model)
+        ready[name, weights] = (Prompt if prompts else Stepper)(model, kv_format, context)
+    return ready
+
+
 @torch.inference_mode()
 def main() -> None:
     """Measure every context and write the CSV."""
@@ -91,6 +123,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--contexts", default="512,2048,8192")
+    parser.add_argument("--prompts", action="store_true", help="prompts, not decode steps")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -99,14 +132,12 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     clock = time.process_time if given.threads == 1 else time.perf_counter
     rows = []
+    kind, warmup = ("prompt", 0) if given.prompts else ("decode", 2)
     for context in map(int, given.contexts.split(",")):
-        ready = {}
-        for name, kv_format, weights in RUNS:
-            model = copy.deepcopy(plain)
-            if weights == "int8":
-                quantize_weights(model)
-            ready[name, weights] = Stepper(model, kv_format, context)
-        measured = measure({key: each.step for key, each in ready.items()}, given.steps, clock)
+        ready = prepare(plain, given.prompts, context)
+        steps = {key: each.step for key, each in ready.items()}
+        measured = measure(steps, warmup, given.steps, clock)
+        tokens = context if given.prompts else 1
         base = measured["transformers", "bf16"][1]
         for (name, weights), (best, median, quiet) in measured.items():
             rows.append(
@@ -115,9 +146,9 @@ def main() -> None:
                     "cache": name,
                     "weights": weights,
                     "threads": given.threads,
-                    "decode_ms_median": f"{median:.2f}",
-                    "decode_ms_best": f"{best:.2f}",
-                    "decode_tokens_per_s": f"{1e3 / median:.1f}",
+                    f"{kind}_ms_median": f"{median:.2f}",
+                    f"{kind}_ms_best": f"{best:.2f}",
+                    f"{kind}_tokens_per_s": f"{tokens * 1e3 / median:.1f}",
                     "times_transformers": f"{base / median:.2f}",
                     "clock": "cpu" if given.threads == 1 else "wall",
                     "undisturbed": quiet,
