@@ -240,7 +240,9 @@ def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
 
 def main() -> None:
     """Measure, print, and write the rows after every case."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
     parser.add_argument("--rounds", type=int, default=3)

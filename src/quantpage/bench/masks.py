@@ -1,0 +1,316 @@
+"""Interval masks beside FlexAttention: one row a measurement in a CSV.
+
+    python -m quantpage.bench.masks --sizes 8192,32768 --out benchmarks/results/h200-masks.csv
+
+Each kind is first checked against dense attention in float32; a red check stops the run. One
+request of ``size`` tokens, all of them new, over an int8 cache in pages of 64 in random order.
+FlexAttention gets the numbers that the cache holds, in bfloat16, dense and contiguous; its block
+mask is built from our planner's tiles of 128 x 128 and its mask_mod is the kind's column form.
+
+Times are medians of CUDA graph replays, L2 cleared in between. TFLOP/s count
+4 * q_heads * head_dim operations a visible pair; ``against_causal`` compares the attention kernel's
+time a visible pair, ``a_tile`` a visited tile, with the causal mask's in the same run.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from quantpage.bench import mask_flex
+from quantpage.bench.cpu import current_commit
+from quantpage.bench.mask_kinds import (
+    GROUP,
+    HEAD_DIM,
+    KV_HEADS,
+    PAGE,
+    Q_HEADS,
+    SCALE,
+    Made,
+    dense_attention,
+    distance,
+    kinds,
+    make,
+    visible_pairs,
+)
+from quantpage.bench.measure import write_table
+from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
+from quantpage.ops.attend import (
+    AttendParams,
+    gluon_flash_mask,
+    gluon_prefill,
+    triton_decode,
+    triton_flash_mask,
+    triton_mask_plan,
+)
+from quantpage.ops.attend.mask_plan import MaskTile
+from quantpage.ops.gather.triton_gather import gather_layer
+
+GATE, FLEX_GATE = 8e-3, 1.5e-2
+LONG = 65536
+"""Past this many tokens only three kinds are measured, unless --kinds names them."""
+CHECKED = 1800
+DECODE = (16, 8192)
+"""Requests and context of a decode or verification step."""
+TREE = (-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7)
+"""A draft tree: what each of its nodes continues."""
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement."""
+
+    kind: str
+    tokens: int
+    requests: int
+    new: int
+    implementation: str
+    part: str
+    microseconds: float
+    visible_pairs: int
+    tflops: float
+    visited_tiles: int | str = ""
+    """Tiles of 128 packed rows x 128 keys a kv_head that the planner lists."""
+    partial_tiles: int | str = ""
+    all_tiles: int | str = ""
+    against_causal: float | str = ""
+    a_tile: float | str = ""
+
+
+def row_of(kind: str, made: Made, who: tuple[str, str], us: float, pairs: int, **more: Any) -> Row:
+    """A row of one step; who: implementation and part."""
+    lens, contexts = made.batch.query_lens, made.batch.host_context_lens
+    tflops = round(4 * Q_HEADS * HEAD_DIM * pairs / us / 1e6, 1)
+    shape = (contexts[0], len(lens), lens[0])
+    return Row(kind, *shape, *who, round(us, 1), pairs, tflops, **more)
+
+
+def graph_us(run: Callable[[], object]) -> float:
+    """Median time of a CUDA graph of ``run``, L2 cleared before each; at least three of them."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    ms = do_bench(graph.replay, warmup=15, rep=60, return_mode="median")
+    if ms > 20:
+        ms = do_bench(graph.replay, warmup=0, rep=int(3.5 * ms), return_mode="median")
+    return ms * 1e3
+
+
+def check(name: str, mask: ColumnIntervals, made: Made) -> None:
+    """Both implementations against dense attention, whole and for the last 333 queries."""
+    n = made.q.shape[0]
+    wanted = dense_attention(made, mask.materialize(torch.arange(n), n).cuda())
+    params = AttendParams(SCALE, mask)
+    new = min(n, 333)
+    starts = torch.tensor([0, new], dtype=torch.int32, device="cuda")
+    tail = replace(made.batch, query_starts=starts, query_lens=(new,))
+    for attend in (gluon_flash_mask.attend, triton_flash_mask.attend):
+        for first, step in ((0, made.batch), (n - new, tail)):
+            out, _ = attend(made.q[first:], made.layer, step, params)
+            error = distance(out, wanted[first:])
+            print(f"check {name} {attend.__module__.rsplit('.')[-1]} {first}: {error:.1e}")
+            if not error < GATE:
+                raise ValueError(f"{name}: expected an error below {GATE}, got {error:.1e}")
+
+
+def causal_rows(made: Made, n: int) -> Iterator[Row]:
+    """What the kinds are compared with: the flash backend, and the gather that both begin with."""
+    params = AttendParams(SCALE, CausalMask())
+    us = graph_us(lambda: gluon_prefill.attend(made.q, made.layer, made.batch, params))
+    yield row_of("causal", made, ("flash", "attend"), us, n * (n + 1) // 2)
+    span = torch.tensor([[0, 0, n, n, 0]], dtype=torch.int32, device="cuda")
+    rows = [torch.empty(KV_HEADS, n, HEAD_DIM, device="cuda").half() for _ in "kv"]
+    table, outs = made.batch.page_table, (rows[0], rows[1])
+    us = graph_us(lambda: gather_layer(made.layer, table, span, n, outs))
+    yield row_of("any", made, ("flash_mask", "gather"), us, 0)
+
+
+def kind_rows(
+    name: str, mask: ColumnIntervals, made: Made, n: int, causal: Row | None
+) -> Iterator[Row]:
+    """The planner, the attention kernel and the whole call of one kind.
+
+    causal: the kernel's row of the causal mask, whose times a pair and a tile are 1.
+    """
+    pairs, tile = visible_pairs(mask, n), MaskTile(128, 128)
+    form = triton_flash_mask.lowered(mask, made.q.device)
+
+    def plan() -> tuple:
+        planned = triton_mask_plan.plan_tiles(form, made.batch, GROUP, tile)
+        return planned, triton_mask_plan.visit_order(planned)
+
+    yield row_of(name, made, ("flash_mask", "planner"), graph_us(plan), pairs)
+    planned, order = plan()
+    full, partial = planned.counts.sum((0, 1)).tolist()
+    us = graph_us(_kernel(made, n, AttendParams(SCALE, mask), (planned, form, order)))
+    row = row_of(
+        name, made, ("flash_mask", "kernel"), us, pairs, visited_tiles=full + partial,
+        partial_tiles=partial, all_tiles=planned.tiles.numel(),
+    )  # fmt: skip
+    base = row if causal is None else causal
+    yield replace(
+        row,
+        against_causal=_ratio(us, pairs, base.microseconds, base.visible_pairs),
+        a_tile=_ratio(us, full + partial, base.microseconds, int(base.visited_tiles)),
+    )
+    params = AttendParams(SCALE, mask)
+    us = graph_us(lambda: gluon_flash_mask.attend(made.q, made.layer, made.batch, params))
+    yield row_of(name, made, ("flash_mask", "attend"), us, pairs)
+
+
+def _ratio(us: float, work: int, base_us: float, base_work: int) -> float:
+    return round(us / work / (base_us / base_work), 3)
+
+
+def _kernel(made: Made, n: int, params: AttendParams, planned: tuple) -> Callable[[], None]:
+    """The attention kernel alone, over a workspace that is not filled again."""
+    tile = MaskTile(128, 128)
+    lens = (made.batch.query_lens, made.batch.host_context_lens)
+    step = gluon_flash_mask.mask_step(*lens, GROUP, tile, "cuda:0")
+    heads = gluon_flash_mask.heads_a_pass(KV_HEADS, step.rows * HEAD_DIM * 4)
+    k, v = (torch.randn(heads, step.rows, HEAD_DIM, device="cuda").half() for _ in "kv")
+    results = torch.empty_like(made.q), torch.empty(n, Q_HEADS, device="cuda")
+
+    def run() -> None:
+        for head in range(0, KV_HEADS, heads):
+            count = min(heads, KV_HEADS - head)
+            rows = (k[:count], v[:count])
+            gluon_flash_mask.launch(made.q, rows, results, params, (step, *planned), head)
+
+    return run
+
+
+def flex_row(name: str, mask: ColumnIntervals, made: Made, n: int) -> Row:
+    """FlexAttention on the same mask, after its result was compared with ours."""
+    run = mask_flex.runner(mask, made, n)
+    ours, _ = gluon_flash_mask.attend(made.q, made.layer, made.batch, AttendParams(SCALE, mask))
+    error = distance(run()[0].transpose(0, 1), ours)
+    if not error < FLEX_GATE:
+        raise ValueError(f"{name}: expected FlexAttention within {FLEX_GATE}, got {error:.1e}")
+    return row_of(
+        name, made, ("FlexAttention bf16", "attend"), graph_us(run), visible_pairs(mask, n)
+    )
+
+
+def size_rows(n: int, names: list[str], flex: bool) -> Iterator[Row]:
+    """Every part of every kind at one size."""
+    made, every, causal = make(n), kinds(n), None
+    yield from causal_rows(made, n)
+    for name in names:
+        for row in kind_rows(name, every[name], made, n, causal):
+            if causal is None and row.part == "kernel":
+                causal = row
+            yield row
+        if flex:
+            yield flex_row(name, every[name], made, n)
+
+
+def step_rows() -> Iterator[Row]:
+    """Decode and verification of draft trees: the flash backend's kernel, then masks."""
+    requests, context = DECODE
+    for new, part in ((1, "decode"), (len(TREE), "verification")):
+        made = make(context, new, requests)
+        named: dict[str, Mask] = {"causal": CausalMask()}
+        if new == 1:
+            wanted = ("causal", "sliding_window", "causal_document", "random_eviction")
+            every = kinds(context)
+            named |= {f"{name} columns": every[name] for name in wanted}
+        else:
+            named["tree"] = tree_verification(context - new, TREE)
+        for name, mask in named.items():
+            seen = mask.materialize(torch.arange(context - new, context), context).cuda()
+            module: Any = triton_decode if name == "causal" else triton_flash_mask
+            params = AttendParams(SCALE, mask)
+            out, _ = module.attend(made.q, made.layer, made.batch, params)
+            error = distance(out[:new], dense_attention(made, seen))
+            if not error < GATE:
+                raise ValueError(f"{part} {name}: expected {GATE}, got {error:.1e}")
+
+            def run(module: Any = module, made: Made = made, params: Any = params) -> Result:
+                return module.attend(made.q, made.layer, made.batch, params)
+
+            who = ("flash" if name == "causal" else "flash_mask", part)
+            yield row_of(name, made, who, graph_us(run), int(seen.sum()) * requests)
+
+
+def compile_flex(sizes: list[int], part: str) -> None:
+    """Fill FlexAttention's compile cache; part 'i/n': every n-th (form, size) from the i-th on."""
+    first, stride = map(int, part.split("/"))
+    jobs = []
+    for n in sizes:
+        by_form = {mask_flex.form_of(mask): (n, mask) for mask in kinds(n).values()}
+        jobs += list(by_form.values())
+    for n, mask in jobs[first::stride]:
+        mask_flex.runner(mask, make(n), n)()
+
+
+def measured(given: argparse.Namespace, sizes: list[int]) -> Iterator[Row]:
+    """Every row that the flags ask for."""
+    if not given.no_check:
+        made = make(CHECKED)
+        for name, mask in kinds(CHECKED).items():
+            check(name, mask, made)
+    if given.only_check:
+        return
+    for n in sizes:
+        names = given.kinds.split(",") if given.kinds else list(kinds(1024))
+        if n > LONG and not given.kinds:
+            names = ["causal", "causal_document", "sliding_window"]
+        yield from size_rows(n, names, not given.no_flex and n <= LONG)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if given.steps:
+        yield from step_rows()
+
+
+def main() -> None:
+    """Flags in, CSV out."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--sizes", default="8192,32768")
+    flags.add_argument("--kinds", default="", help="comma-separated, causal first; default: all")
+    flags.add_argument("--steps", action="store_true", help="decode and verification too")
+    flags.add_argument("--out", type=Path)
+    flags.add_argument("--commit", default="", help="where git is not at hand")
+    flags.add_argument("--no-flex", action="store_true")
+    flags.add_argument("--no-check", action="store_true")
+    flags.add_argument("--only-check", action="store_true")
+    flags.add_argument("--compile-flex", metavar="I/N", help="only fill its compile cache, a part")
+    given = flags.parse_args()
+    if not torch.cuda.is_available():
+        flags.error("expected a CUDA device, found none")
+    sizes = [int(each) for each in given.sizes.split(",")]
+    if given.compile_flex:
+        compile_flex(sizes, given.compile_flex)
+        return
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": given.commit or current_commit(),
+        "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE,
+    }  # fmt: skip
+    rows: list[dict] = []
+    for row in measured(given, sizes):
+        cache = "bf16" if row.implementation.startswith("Flex") else "int8"
+        values = {name: getattr(row, name) for name in Row.__slots__}
+        rows.append(about | {"cache": cache} | values)
+        print(
+            f"{row.kind:24} {row.tokens:6} {row.implementation:18} {row.part:12} "
+            f"{row.microseconds:9.1f} us {row.tflops:6.1f} TFLOP/s {row.against_causal} "
+            f"{row.a_tile}",
+            flush=True,
+        )
+        if given.out:
+            write_table(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()
