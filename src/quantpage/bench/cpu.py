@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
 from quantpage.formats import FORMATS, QuantSpec
@@ -63,11 +64,16 @@ DECODE_FORMATS = ("int8", "int4", "k8v4", "fp8", "none")
 PROMPT_FORMATS = ("int8", "int4", "fp8", "none")
 
 
+def as_cached(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory as the cache allocates it."""
+    return zero_plane(x.shape, x.dtype, x.device).copy_(x)
+
+
 def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
     """Codes that no number was quantized to, which take the same time."""
     shape = (pages, case.kv_heads, case.page_size)
     if not spec.quantized:
-        return QuantizedPages(spec, torch.randn(*shape, case.head_dim, dtype=torch.bfloat16))
+        return QuantizedPages(spec, as_cached(torch.randn(*shape, case.head_dim).bfloat16()))
     row = case.head_dim // spec.code.values_per_byte
     codes = torch.randint(0, 256, (*shape, row), dtype=torch.uint8)
     if spec.code.name == "fp8":
@@ -76,7 +82,8 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
     assert spec.code.storage is not None
     scale = (torch.rand(*shape, 1) * 0.01 + 0.01).to(spec.scale_dtype)
     zero = torch.randn(*shape, 1).to(spec.scale_dtype) if spec.zero_point else None
-    return QuantizedPages(spec, codes.view(spec.code.storage), scale, zero)
+    zero = None if zero is None else as_cached(zero)
+    return QuantizedPages(spec, as_cached(codes).view(spec.code.storage), as_cached(scale), zero)
 
 
 def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
@@ -135,7 +142,7 @@ def contenders(case: Case) -> dict[str, Callable[[int], object]]:
     params = AttendParams(case.head_dim**-0.5)
     found: dict[str, Callable[[int], object]] = {}
     dense = (case.requests, case.kv_heads, case.context, case.head_dim)
-    kv = [torch.randn(2, *dense, dtype=torch.bfloat16) for _ in range(layers)]
+    kv = [as_cached(torch.randn(2, *dense, dtype=torch.bfloat16)) for _ in range(layers)]
     if decode:
         grouped = q.view(case.requests, case.kv_heads, -1, case.head_dim)
         found["sdpa bf16"] = lambda i: sdpa(grouped, kv[i % layers][0], kv[i % layers][1])
@@ -159,7 +166,7 @@ def contenders(case: Case) -> dict[str, Callable[[int], object]]:
         if decode and name in ("int8", "int4"):
             # Bytes of their own: what attention has just read would come from a cache.
             count = sum(side.codes.nbytes for side in (made[0][0].key, made[0][0].value))
-            plain = [torch.ones(count, dtype=torch.uint8) for _ in range(layers)]
+            plain = [as_cached(torch.ones(count, dtype=torch.uint8)) for _ in range(layers)]
 
             def read(i: int, plain: list = plain, count: int = count) -> None:
                 library.read(plain[i % layers].data_ptr(), count, threads)

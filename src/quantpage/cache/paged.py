@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantpage.cache.layout import CacheLayout
+from quantpage.cache.memory import zero_plane
 from quantpage.cache.saved import SavedPages, read_pages, write_pages
 from quantpage.cache.sequence import PageCopy
 from quantpage.cache.views import LayerKV, QuantizedPages
@@ -183,22 +184,18 @@ class PagedKVCache:
         )
 
     def _allocate(self, layout, spec: QuantSpec, width: int, static) -> QuantizedPages:
-        codes = torch.zeros(
-            layout.codes_shape(spec, width, self.pages),
-            dtype=spec.code.storage or layout.dtype,
-            device=self.device,
-        )
+        shape = layout.codes_shape(spec, width, self.pages)
+        codes = zero_plane(shape, spec.code.storage or layout.dtype, self.device)
         if not spec.quantized or not spec.dynamic:
             return QuantizedPages(spec, codes, *static)
         shape = layout.scale_shape(spec, width, self.pages)
-        scale = torch.zeros(shape, dtype=spec.scale_dtype, device=self.device)
-        return QuantizedPages(
-            spec, codes, scale, torch.zeros_like(scale) if spec.zero_point else None
-        )
+        scale = zero_plane(shape, spec.scale_dtype, self.device)
+        zero = zero_plane(shape, spec.scale_dtype, self.device) if spec.zero_point else None
+        return QuantizedPages(spec, codes, scale, zero)
 
     def _exact_plane(self, layout: CacheLayout, width: int) -> Tensor:
         shape = (self.exact_pages, layout.kv_heads, layout.page_size, width)
-        return torch.zeros(shape, dtype=layout.dtype, device=self.device)
+        return zero_plane(shape, layout.dtype, self.device)
 
 
 def _paged_planes(view: LayerKV) -> list[Tensor]:
@@ -249,7 +246,7 @@ def _grown(half: QuantizedPages, pages: int) -> QuantizedPages:
 
 def _longer(plane: Tensor, pages: int) -> Tensor:
     old = _indexable(plane)
-    new = old.new_zeros((old.shape[0] + pages, *old.shape[1:]))
+    new = zero_plane((old.shape[0] + pages, *old.shape[1:]), old.dtype, old.device)
     new[: old.shape[0]] = old
     return new.view(plane.dtype)
 
