@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from quantpage import cli
@@ -95,9 +96,16 @@ def test_memory_sizes(text, size):
         (["capacity", "--model", ".", "--memory", "lots"], "memory: expected a number"),
         (["explain", "--mask", "some"], "mask: expected causal, full or interval"),
         (["formats", "--wrong-flag"], "No such option"),
-        (["bench", "swim"], "op: expected one of decode, write; got 'swim'"),
+        (["bench", "swim"], "No such command 'swim'"),
+        (["bench", "cpu-model"], "the following arguments are required: --model"),
         (["bench", "decode", "--plot", "x.png"], "out: expected the CSV to draw from"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):
     assert message in run(*arguments, code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@pytest.mark.parametrize("op", ["decode", "write", "prefill", "masks", "gpu-model"])
+def test_benches_of_a_gpu_say_that_there_is_none(op):
+    assert "expected a CUDA device, found none" in run("bench", op, code=2)

@@ -21,7 +21,7 @@ app.command("evaluate")(accuracy.command)
 app.command("capacity")(capacity.command)
 app.command("formats")(formats.command)
 app.command("explain")(explain.command)
-app.command("bench")(bench.command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
