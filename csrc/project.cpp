@@ -14,11 +14,17 @@ EXPORT int64_t quantpage_attend(const Attend*);
 
 // Rows of a weight and numbers of a result that a thread takes at once.
 constexpr int64_t ROWS = 32, NUMBERS = 2048;
+// Bytes of a thread's next weights that are asked for before it may begin with them.
+constexpr int64_t AHEAD = 8192;
+
+struct alignas(64) Counter {
+  std::atomic<int64_t> next{0};
+};
 
 // The threads of one call. Every thread comes to the same sequence of products and barriers.
 struct Team {
   int64_t id, threads;
-  std::atomic<int64_t>* counters;
+  Counter* counters;
 
   void wait() const {
 #ifdef _OPENMP
@@ -27,25 +33,34 @@ struct Team {
     }
 #endif
   }
-  // body(first, count) for `step` of all at a time, by whichever thread is free.
-  template <class Body> void share(int counter, int64_t all, int64_t step, const Body& body) const {
-    for (;;) {
-      const int64_t first = counters[counter].fetch_add(step, std::memory_order_relaxed);
-      if (first >= all) return;
-      body(first, std::min(step, all - first));
+  // The first of all that is the thread's own, so that it reads memory in order.
+  int64_t begin_of(int64_t thread, int64_t all) const { return all * thread / threads / 4 * 4; }
+  // body(first, count) for `step` of all at a time: a thread's own, then what others have left.
+  template <class Body> void share(int stage, int64_t all, int64_t step, const Body& body) const {
+    for (int64_t i = 0; i < threads; i++) {
+      const int64_t owner = (id + i) % threads, begin = begin_of(owner, all);
+      const int64_t end = owner + 1 == threads ? all : begin_of(owner + 1, all);
+      Counter& counter = counters[stage * threads + owner];
+      for (;;) {
+        const int64_t first = begin + counter.next.fetch_add(step, std::memory_order_relaxed);
+        if (first >= end) break;
+        body(first, std::min(step, end - first));
+      }
     }
   }
 };
 
 template <class Body> static void in_team(int64_t threads, const Body& body) {
-  std::atomic<int64_t> counters[8] = {};
+  constexpr int64_t STAGES = 4;
 #ifdef _OPENMP
   if (threads > 1 && !omp_in_parallel()) {
+    std::vector<Counter> counters(STAGES * threads);
 #pragma omp parallel num_threads((int)threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads(), counters});
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), counters.data()});
     return;
   }
 #endif
+  Counter counters[STAGES];
   body(Team{0, 1, counters});
 }
 
@@ -61,11 +76,25 @@ struct Work {
   const Products* kernels;
   int64_t code, type, tokens;
 
-  void multiply(const Team& team, int counter, std::initializer_list<Weight> weights, const float* x, int64_t width,
+  // Ask for the thread's first rows of weights that it will multiply after the next barrier.
+  void fetch(const Team& team, std::initializer_list<Weight> weights, int64_t width) const {
+    int64_t all = 0;
+    for (const Weight& each : weights) all += each.rows;
+    int64_t first = team.begin_of(team.id, all);
+    for (const Weight& each : weights) {
+      if (first < each.rows) {
+        const uint8_t* from = each.numbers + first * width * (code == F32 ? 4 : code == INT8 ? 1 : 2);
+        for (int64_t i = 0; i < AHEAD; i += 64) __builtin_prefetch(from + i);
+        return;
+      }
+      first -= each.rows;
+    }
+  }
+  void multiply(const Team& team, int stage, std::initializer_list<Weight> weights, const float* x, int64_t width,
                 float* out) const {
     int64_t all = 0;
     for (const Weight& each : weights) all += each.rows;
-    team.share(counter, all, ROWS, [&](int64_t first, int64_t count) {
+    team.share(stage, all, ROWS, [&](int64_t first, int64_t count) {
       int64_t begin = 0;
       for (const Weight& each : weights) {
         const int64_t low = std::max(first, begin), high = std::min(first + count, begin + each.rows);
@@ -85,12 +114,14 @@ EXPORT int64_t quantpage_project(const Project* call) {
   if (!k) return 1;
   const int64_t rows = p.weights[0].rows + p.weights[1].rows + p.weights[2].rows, size = size_of(p.type);
   float* out = scratch(0, p.tokens * rows);
+  const Work work = {k, p.code, p.type, p.tokens};
   in_team(p.threads, [&](const Team& team) {
+    work.fetch(team, {p.weights[0], p.weights[1], p.weights[2]}, p.width);
     float* x = scratch(1, p.tokens * p.width);
     k->read(p.x, p.type, p.tokens * p.width, x);
     if (p.norm) k->norm(x, p.norm, p.type, p.tokens, p.width, (float)p.eps);
     k->arrange(x, p.code, p.tokens, p.width);
-    Work{k, p.code, p.type, p.tokens}.multiply(team, 0, {p.weights[0], p.weights[1], p.weights[2]}, x, p.width, out);
+    work.multiply(team, 0, {p.weights[0], p.weights[1], p.weights[2]}, x, p.width, out);
     team.wait();
     const int64_t heads = p.cos ? p.rotated : 0;
     team.share(1, p.tokens * heads, 1, [&](int64_t first, int64_t count) {
@@ -116,10 +147,12 @@ EXPORT int64_t quantpage_finish(const Finish* call) {
   float *y = shared, *both = y + tokens * f.width, *out = both + tokens * 2 * inner;
   const Work work = {k, f.code, f.type, tokens};
   in_team(f.threads, [&](const Team& team) {
+    work.fetch(team, {f.output}, f.attended_width);
     float* x = scratch(1, tokens * std::max({f.attended_width, f.width, inner}));
     k->read(f.attended, f.type, tokens * f.attended_width, x);
     k->arrange(x, f.code, tokens, f.attended_width);
     work.multiply(team, 0, {f.output}, x, f.attended_width, y);
+    work.fetch(team, {f.gate, f.up}, f.width);
     team.wait();
     float* sum = scratch(2, tokens * f.width);
     k->read(f.residual, f.type, tokens * f.width, sum);
@@ -128,6 +161,7 @@ EXPORT int64_t quantpage_finish(const Finish* call) {
     k->norm(x, f.norm, f.type, tokens, f.width, (float)f.eps);
     k->arrange(x, f.code, tokens, f.width);
     work.multiply(team, 1, {f.gate, f.up}, x, f.width, both);
+    work.fetch(team, {f.down}, inner);
     team.wait();
     k->gate(both, tokens, inner, x);
     k->arrange(x, f.code, tokens, inner);

@@ -57,7 +57,6 @@ class _Buffers(NamedTuple):
     pieces: list[tuple[bytes, bytes, bytes]]
     """A block: up to the write's layer, from its step's end to attention's layer, and the end."""
     held: list[Tensor]
-    version: tuple[object, ...]
 
 
 class Decoder:
@@ -67,13 +66,24 @@ class Decoder:
         if len({each[2:5] for each in blocks}) != 1:
             raise ValueError("blocks: expected the same heads and head_dim in all of them")
         self._blocks = list(blocks)
+        self._tensors = [
+            part for each in blocks for part in (*each.project.tensors, *each.finish.tensors)
+        ]
+        self._addresses: list[int] = []
+        self._dtype: torch.dtype | None = None
         self._buffers: dict[tuple[object, ...], _Buffers] = {}
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core runs all blocks in this dtype."""
-        return all(
-            each.project.serves(dtype) and each.finish.serves(dtype) for each in self._blocks
-        )
+        # One look at all of them: a step has no time to ask each.
+        addresses = [each.data_ptr() for each in self._tensors]
+        if addresses != self._addresses or dtype != self._dtype:
+            self._buffers.clear()
+            served = all(
+                each.project.serves(dtype) and each.finish.serves(dtype) for each in self._blocks
+            )
+            self._addresses, self._dtype = addresses, dtype if served else None
+        return self._dtype == dtype
 
     def __call__(
         self,
@@ -101,16 +111,13 @@ class Decoder:
         """Buffers of this thread for a step of this shape, and the records that name them."""
         key = (threading.get_ident(), x.shape[0], x.dtype, torch.get_num_threads())
         found = self._buffers.get(key)
-        version = tuple(
-            part for each in self._blocks for part in (each.project.version, each.finish.version)
-        )
-        if found is None or found.version != version:
-            while len(self._buffers) >= _KEPT:
-                self._buffers.pop(next(iter(self._buffers)))
-            found = self._buffers[key] = self._build(x, version)
+        if found is None:
+            if len(self._buffers) >= _KEPT:
+                self._buffers.clear()
+            found = self._buffers[key] = self._build(x)
         return found
 
-    def _build(self, like: Tensor, version: tuple[object, ...]) -> _Buffers:
+    def _build(self, like: Tensor) -> _Buffers:
         tokens = like.shape[0]
         first = self._blocks[0]
         dim, heads = first.head_dim, first.q_heads
@@ -133,7 +140,7 @@ class Decoder:
                     ends[1] + _head("finish", FINISH.size) + each.finish.record(attended, x, x),
                 )
             )
-        return _Buffers(x, cos, sin, pieces, [mixed, q, attended, lse], version)
+        return _Buffers(x, cos, sin, pieces, [mixed, q, attended, lse])
 
 
 def _head(kind: str, size: int) -> bytes:

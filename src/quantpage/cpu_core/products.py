@@ -57,7 +57,7 @@ class _Packed:
     def __init__(self, matrices: Sequence[Matrix], norm: Norm | None) -> None:
         self._matrices, self._norm = tuple(matrices), norm
         parts = [part for each in matrices for part in each if part is not None]
-        self._tensors = parts if norm is None else [*parts, norm.weight]
+        self.tensors = parts if norm is None else [*parts, norm.weight]
         self._addresses: list[int] = []
         self._dtype: torch.dtype | None = None
         self.fields: tuple[int, ...] = ()
@@ -66,7 +66,7 @@ class _Packed:
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core multiplies activations of this dtype by these."""
-        addresses = [each.data_ptr() for each in self._tensors]
+        addresses = [each.data_ptr() for each in self.tensors]
         if addresses != self._addresses or dtype != self._dtype:
             self._addresses, self._dtype = addresses, None
             if all(_serves(each, self._matrices[0], dtype) for each in self._matrices) and (
@@ -118,9 +118,9 @@ class Projection:
         return self._packed.serves(dtype)
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """Another one after the weights have moved."""
-        return self._packed.fields
+    def tensors(self) -> list[Tensor]:
+        """What the records name: when one of them moves, records of before are stale."""
+        return self._packed.tensors
 
     @property
     def rows(self) -> int:
@@ -181,9 +181,9 @@ class SecondHalf:
         return self._packed.serves(dtype)
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """Another one after the weights have moved."""
-        return self._packed.fields
+    def tensors(self) -> list[Tensor]:
+        """What the records name: when one of them moves, records of before are stale."""
+        return self._packed.tensors
 
     def __call__(
         self,

@@ -265,8 +265,8 @@ class QuantPageCache(Cache):
             exact = any(each.exact_pages is not None for each in self.formats)
             memory = Memory(options.page_size, exact)
         self.rows = Rows(memory)
-        self._in_core = False
-        """Known to be served by the compiled core, every layer."""
+        self._in_core: list[PagedLayer] | None = None
+        """All layers, once it is known that the compiled core serves them."""
         super().__init__(
             layers=[
                 PagedLayer(index, each.is_sliding, self.formats[index], options, self.rows)
@@ -283,22 +283,20 @@ class QuantPageCache(Cache):
 
         Returns the pages of every layer and the step's plan; None where that is not possible.
         """
-        if not self._in_core:
-            self._in_core = all(
-                isinstance(each, PagedLayer) and each.in_core(q_heads, dtype)
-                for each in self.layers
-            )
-            if not self._in_core:
+        if self._in_core is None:
+            layers = [each for each in self._paged() if each.in_core(q_heads, dtype)]
+            if len(layers) != len(self.layers):
                 return None
-        layers = self._paged()
+            self._in_core = layers
+        layers, rows = self._in_core, self.rows
         for layer in layers:
             layer.flush(None)
-        step = self.rows.step(layers[0].length, new, padding)
-        if step.keep is not None and step.keep.numel() != self.rows.count * new:
+        step = rows.step(layers[0].length, new, padding)
+        if step.keep is not None and step.keep.numel() != rows.count * new:
             return None
         for layer in layers:
             layer.length += new
-        return [self.rows.layer(layer.index) for layer in layers], step.batch
+        return [rows.layer(layer.index) for layer in layers], step.batch
 
     def fork(self) -> "QuantPageCache":
         """Another cache with the same tokens; pages are shared until one of the two writes.
@@ -311,7 +309,7 @@ class QuantPageCache(Cache):
     def over(self, rows: Rows) -> "QuantPageCache":
         """The same cache over other rows, in any memory."""
         made = copy(self)
-        made.rows = rows
+        made.rows, made._in_core = rows, None
         made.layers = [
             each.fork(rows) if isinstance(each, PagedLayer) else deepcopy(each)
             for each in self.layers

@@ -8,6 +8,8 @@ Prompts, training and whatever the core does not know run the model's own code.
 """
 
 from collections.abc import Callable
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,8 +52,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             _replace(module, _Block(module), undo)
     for module in model.modules():
         if is_llama_model(module):
-            chain = _Chain(module)
-            hook = module.register_forward_pre_hook(chain.begin)
+            hook = module.register_forward_pre_hook(_Chain(module).begin)
             undo.append(hook.remove)
 
 
@@ -65,22 +66,16 @@ class _Parts:
 
     def __init__(self, module: nn.Module) -> None:
         each = list(module.modules())
-        self._held = [
-            (place, name, part)
-            for owner in each
-            for place in (owner._modules, owner._parameters, owner._buffers)
-            for name, part in place.items()
-        ]
-        self._hooks = [
-            hooks
-            for inner in each
-            if inner is not module
-            for hooks in (inner._forward_hooks, inner._forward_pre_hooks)
-        ]
+        inner = [one for one in each if one is not module]
+        places = (p for one in each for p in (one._modules, one._parameters, one._buffers))
+        self._places = [place for place in places if place]
+        self._held = [part for place in self._places for part in place.values()]
+        self._hooks = [p for one in inner for p in (one._forward_hooks, one._forward_pre_hooks)]
 
     def same(self) -> bool:
         """Whether all of it is still there."""
-        return all(place.get(name) is part for place, name, part in self._held)
+        # In C throughout: a decoder has a thousand parts, and is asked at every step.
+        return all(map(is_, chain.from_iterable(map(dict.values, self._places)), self._held))
 
     def watched(self) -> bool:
         """Whether a hook waits for a call of some inner module."""
