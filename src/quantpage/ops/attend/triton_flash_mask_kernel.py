@@ -5,17 +5,14 @@ planner listed for them: full ones run without mask code, partial ones load the 
 tiles on no list are not read. Short steps (decode, verification) cut each list into ``splits``
 programs, whose results are merged by log-sum-exp.
 
-Codes and scales enter as in triton_prefill_kernel, which this shares its tile loads with.
+triton_flash_parts says how codes and scales enter.
 """
 
 import triton
 import triton.language as tl
 
+from quantpage.ops.attend.triton_flash_parts import LOG2E, accumulate, finish, load_queries, scores
 from quantpage.ops.attend.triton_mask_plan import hidden_rows, visible_range
-from quantpage.ops.attend.triton_prefill_kernel import _column, _rows_of
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -139,65 +136,18 @@ def _visit(
                 seen &= near
             # A slot that no row sees may hold NaN: it is not loaded.
             shown = tl.max(seen.to(tl.int32), 0) > 0
-        k = _rows_of(
-            k_codes,
-            k_scale,
-            k_zero,
-            page * k_page + slot * K_ROW,
-            page * ks_page + slot * K_GROUPS,
-            shown,
-            D,
-            DP,
-            K_CODE,
-            K_SCALED,
-            K_ZERO,
-            K_GROUPS,
-            MASKED,
-            OLD,
-        )
-        s = tl.dot(q, k.T, input_precision="ieee")
-        if K_SCALED == 1:
-            s *= (_column(k_scale, page * ks_page + slot, shown, MASKED) * scale)[None, :]
-            if K_ZERO:
-                own = _column(k_zero, page * ks_page + slot, shown, MASKED) * scale
-                s += own[None, :] * q_sum[:, None]
-        elif K_SCALED == 2 and K_ZERO:
-            s = (s + q_sum[:, None]) * scale
-        else:
-            s *= scale
-        if SOFTCAP:
-            s = cap - 2.0 * cap / (1.0 + tl.exp2(s))
+        s, rest = scores(
+            q, q_sum, k_codes, k_scale, k_zero, page * k_page + slot * K_ROW,
+            page * ks_page + slot * K_GROUPS, shown, scale, cap, D, DP, K_CODE, K_SCALED, K_ZERO,
+            K_GROUPS, MASKED, SOFTCAP, OLD,
+        )  # fmt: skip
         if MASKED:
             s = tl.where(seen, s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
-        p = tl.exp2(s - shift[:, None])
-        alpha = tl.exp2(m - SHIFT - shift)
-        mass = mass * alpha + tl.sum(p, 1)
-        m = m_new
-        acc *= alpha[:, None]
-        v = _rows_of(
-            v_codes,
-            v_scale,
-            v_zero,
-            page * v_page + slot * V_ROW,
-            page * vs_page + slot * V_GROUPS,
-            shown,
-            DV,
-            DVP,
-            V_CODE,
-            V_SCALED,
-            V_ZERO,
-            V_GROUPS,
-            MASKED,
-            OLD,
-        )
-        if V_SCALED == 1:
-            if V_ZERO:
-                own = _column(v_zero, page * vs_page + slot, shown, MASKED)
-                zeros = zeros * alpha + tl.sum(p * own[None, :], 1)
-            p *= _column(v_scale, page * vs_page + slot, shown, MASKED)[None, :]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc, m, mass, zeros = accumulate(
+            acc, m, mass, zeros, s, rest, v_codes, v_scale, v_zero, page * v_page + slot * V_ROW,
+            page * vs_page + slot * V_GROUPS, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO, V_GROUPS,
+            MASKED, SHIFT, OLD,
+        )  # fmt: skip
     return acc, m, mass, zeros
 
 
@@ -304,28 +254,13 @@ def flash_mask_kernel(
     positions = context - new + rows // G
     token = token0 + rows // G
     q_index = head * G + rows % G
-    channel = tl.arange(0, DP)
-    at = token.to(tl.int64) * q_token + q_index * q_head
-    q = tl.load(
-        q_ptr + at[:, None] + channel[None, :], valid[:, None] & (channel < D)[None, :], 0.0
-    )
-    q_sum = tl.zeros([BM], tl.float32)
-    if K_SCALED == 2:
-        own = channel // (D // K_GROUPS)
-        inside = channel < D
-        q = q.to(tl.float32)
-        if K_ZERO:
-            q_sum = tl.sum(q * tl.load(k_zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
-        q *= tl.load(k_scale + own, inside, 0.0).to(tl.float32)[None, :]
-    q = q.to(OPERAND)
-    if K_SCALED == 1 and K_ZERO:
-        q_sum = tl.sum(q.to(tl.float32), 1)
+    at = q_ptr + token.to(tl.int64) * q_token + q_index * q_head
+    q, q_sum = load_queries(at, valid, k_scale, k_zero, D, DP, K_SCALED, K_ZERO, K_GROUPS, OPERAND)
 
     m = tl.full([BM], -float("inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     zeros = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DVP], tl.float32)
-    sink = m
     if SINKS:
         # One key of the softmax: it enters one split.
         sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
@@ -393,21 +328,14 @@ def flash_mask_kernel(
             STAGES if masked == 0 else 1,
         )
 
-    total = tl.where(mass == 0.0, 1.0, mass)
-    lse = tl.where(mass == 0.0, -float("inf"), (m - SHIFT + tl.log2(total)) * LN2)
-    acc = (acc + zeros[:, None]) / total[:, None]
+    sink_mass = mass * 0.0
+    if SINKS:
+        sink_mass = tl.where(split == 0, tl.exp2(sink - m + SHIFT), 0.0)
+    acc, lse = finish(
+        acc, m, mass, zeros, sink_mass, v_scale, v_zero, DV, DVP, V_SCALED, V_ZERO, V_GROUPS, SHIFT
+    )
     channel = tl.arange(0, DVP)
-    inside = channel < DV
-    if V_SCALED == 2:
-        own = channel // (DV // V_GROUPS)
-        acc *= tl.load(v_scale + own, inside, 0.0).to(tl.float32)[None, :]
-        if V_ZERO:
-            # A sink logit has no value: the zero belongs to what the keys alone weigh.
-            weight = tl.where(mass == 0.0, 0.0, 1.0)
-            if SINKS:
-                weight -= tl.where(split == 0, tl.exp2(sink - m + SHIFT) / total, 0.0)
-            acc += weight[:, None] * tl.load(v_zero + own, inside, 0.0).to(tl.float32)[None, :]
     at = split.to(tl.int64) * part + token.to(tl.int64) * (kv_heads * G) + q_index
     to = out_ptr + at[:, None] * DV + channel[None, :]
-    tl.store(to, acc.to(out_ptr.dtype.element_ty), valid[:, None] & inside[None, :])
+    tl.store(to, acc.to(out_ptr.dtype.element_ty), valid[:, None] & (channel < DV)[None, :])
     tl.store(lse_ptr + at, lse, valid)

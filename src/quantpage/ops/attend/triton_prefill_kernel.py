@@ -1,11 +1,7 @@
 """Prefill straight from pages in portable Triton: codes are dequantized in registers, tile by tile.
 
 A program takes BM rows of (token, query head of one kv_head) pairs and walks the keys that they may
-see. Codes become float16 exactly; what they are multiplied by enters where it costs least:
-
-    key scale, zero      a token and kv_head: the column of scores; a channel: the query, beforehand
-    value scale, zero    a token and kv_head: the probability; a channel: the output, afterwards
-    several a row        on the numbers themselves, in float32
+see; triton_flash_parts says how codes and scales enter.
 
 Keys come in two ranges, near the request's start (sink tokens, the first exact page) and up to the
 query; tiles that every row sees whole are computed without a mask.
@@ -14,68 +10,11 @@ query; tiles that every row sees whole are computed without a mask.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_codes import to_float16
+from quantpage.ops.attend.triton_flash_parts import LOG2E, accumulate, finish, load_queries, scores
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 WORK_FIELDS: tl.constexpr = tl.constexpr(9)
 """int32 a work item: prefill_plan.WORK_FIELDS names them."""
-# SEGMENT: 0 all, 1 body, 2 exact.
-# K_SCALED, V_SCALED: 0 no scale, 1 one a token, 2 one a channel (static), 3 several a row.
-
-
-@triton.jit
-def _rows_of(
-    codes,
-    scale,
-    zero,
-    code_at,
-    scale_at,
-    shown,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    CODE: tl.constexpr,
-    SCALED: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUPS: tl.constexpr,
-    MASKED: tl.constexpr,
-    OLD: tl.constexpr,
-):
-    """A tile of numbers [BN, DP], float16 or the cache's own dtype; hidden rows are 0."""
-    W: tl.constexpr = DP // 2 if CODE == 3 else DP
-    FULL: tl.constexpr = D // 2 if CODE == 3 else D
-    channel = tl.arange(0, W)
-    at = codes + code_at[:, None] + channel[None, :]
-    # A nibble of 8 is the number 0.
-    other: tl.constexpr = 0x88 if CODE == 3 else 0
-    if MASKED and FULL < W:
-        number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
-    elif MASKED:
-        number = tl.load(at, shown[:, None], other)
-    elif FULL < W:
-        number = tl.load(at, (channel < FULL)[None, :], other)
-    else:
-        number = tl.load(at)
-    if CODE != 0:
-        number = to_float16(number, CODE, OLD)
-    if SCALED == 3:
-        channel = tl.arange(0, DP)
-        keep = shown[:, None] & (channel < D)[None, :]
-        own = scale_at[:, None] + (channel // (D // GROUPS))[None, :]
-        number = number.to(tl.float32) * tl.load(scale + own, keep, 0.0).to(tl.float32)
-        if ZERO:
-            number += tl.load(zero + own, keep, 0.0).to(tl.float32)
-        number = number.to(tl.float16)
-    return number
-
-
-@triton.jit
-def _column(plane, at, shown, MASKED: tl.constexpr):
-    """One scale or zero a key, float32; 0 for hidden keys."""
-    if MASKED:
-        return tl.load(plane + at, shown, 0.0).to(tl.float32)
-    else:
-        return tl.load(plane + at).to(tl.float32)
+# SEGMENT: 0 all, 1 body, 2 exact. K_SCALED, V_SCALED: triton_flash_parts.
 
 
 @triton.jit
@@ -153,36 +92,11 @@ def _tiles(
             # -1: an exact page that is not kept.
             shown = shown & (page >= 0)
             page = tl.maximum(page, 0)
-        k = _rows_of(
-            k_codes,
-            k_scale,
-            k_zero,
-            page * k_page + slot * K_ROW,
-            page * ks_page + slot * K_GROUPS,
-            shown,
-            D,
-            DP,
-            K_CODE,
-            K_SCALED,
-            K_ZERO,
-            K_GROUPS,
-            MASKED,
-            OLD,
-        )
-        s = tl.dot(q, k.T, input_precision="ieee")
-        # What is left of the scale goes into the exponent's multiply-add.
-        rest = scale
-        if K_SCALED == 1:
-            s *= (_column(k_scale, page * ks_page + slot, shown, MASKED) * scale)[None, :]
-            if K_ZERO:
-                own = _column(k_zero, page * ks_page + slot, shown, MASKED) * scale
-                s += own[None, :] * q_sum[:, None]
-            rest = 1.0
-        elif K_SCALED == 2 and K_ZERO:
-            s += q_sum[:, None]
-        if SOFTCAP:
-            s = cap - 2.0 * cap / (1.0 + tl.exp2(s * rest))
-            rest = 1.0
+        s, rest = scores(
+            q, q_sum, k_codes, k_scale, k_zero, page * k_page + slot * K_ROW,
+            page * ks_page + slot * K_GROUPS, shown, scale, cap, D, DP, K_CODE, K_SCALED, K_ZERO,
+            K_GROUPS, MASKED, SOFTCAP, OLD,
+        )  # fmt: skip
         if MASKED:
             column = keys[None, :]
             seen = (column < limit[:, None]) & shown[None, :]
@@ -195,37 +109,11 @@ def _tiles(
                 behind = (positions // PAGE)[:, None] - column // PAGE
                 seen &= (behind < 0) | (behind > 1)
             s = tl.where(seen, s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * rest)
-        shift = m_new - SHIFT
-        if MASKED:
-            shift = tl.where(m_new == -float("inf"), 0.0, shift)
-        p = tl.exp2(s * rest - shift[:, None])
-        alpha = tl.exp2(m - SHIFT - shift)
-        mass = mass * alpha + tl.sum(p, 1)
-        m = m_new
-        acc *= alpha[:, None]
-        v = _rows_of(
-            v_codes,
-            v_scale,
-            v_zero,
-            page * v_page + slot * V_ROW,
-            page * vs_page + slot * V_GROUPS,
-            shown,
-            DV,
-            DVP,
-            V_CODE,
-            V_SCALED,
-            V_ZERO,
-            V_GROUPS,
-            MASKED,
-            OLD,
-        )
-        if V_SCALED == 1:
-            if V_ZERO:
-                own = _column(v_zero, page * vs_page + slot, shown, MASKED)
-                zeros = zeros * alpha + tl.sum(p * own[None, :], 1)
-            p *= _column(v_scale, page * vs_page + slot, shown, MASKED)[None, :]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc, m, mass, zeros = accumulate(
+            acc, m, mass, zeros, s, rest, v_codes, v_scale, v_zero, page * v_page + slot * V_ROW,
+            page * vs_page + slot * V_GROUPS, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO, V_GROUPS,
+            MASKED, SHIFT, OLD,
+        )  # fmt: skip
     return acc, m, mass, zeros
 
 
@@ -313,21 +201,10 @@ def prefill_pages_kernel(
     rows = row0 + tl.arange(0, BM)
     token = token0 + rows // G
     q_index = (head0 + head) * G + rows % G
-    channel = tl.arange(0, DP)
-    keep = (rows < new * G)[:, None] & (channel < D)[None, :]
-    at = token.to(tl.int64) * q_token + q_index * q_head
-    q = tl.load(q_ptr + at[:, None] + channel[None, :], keep, 0.0)
-    q_sum = tl.zeros([BM], tl.float32)
-    if K_SCALED == 2:
-        own = channel // (D // K_GROUPS)
-        inside = channel < D
-        q = q.to(tl.float32)
-        if K_ZERO:
-            q_sum = tl.sum(q * tl.load(k_zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
-        q *= tl.load(k_scale + own, inside, 0.0).to(tl.float32)[None, :]
-    q = q.to(OPERAND)
-    if K_SCALED == 1 and K_ZERO:
-        q_sum = tl.sum(q.to(tl.float32), 1)
+    at = q_ptr + token.to(tl.int64) * q_token + q_index * q_head
+    q, q_sum = load_queries(
+        at, rows < new * G, k_scale, k_zero, D, DP, K_SCALED, K_ZERO, K_GROUPS, OPERAND
+    )
 
     positions = position + rows // G
     first = position + row0 // G
@@ -448,22 +325,15 @@ def prefill_pages_kernel(
                 STAGES if part == 2 else 1,
             )
 
-    total = tl.where(mass == 0.0, 1.0, mass)
-    lse = tl.where(mass == 0.0, -float("inf"), (m - SHIFT + tl.log2(total)) * LN2)
-    acc = (acc + zeros[:, None]) / total[:, None]
+    sink_mass = mass * 0.0
+    if SINKS:
+        sink_mass = tl.exp2(sink - m + SHIFT)
+    acc, lse = finish(
+        acc, m, mass, zeros, sink_mass, v_scale, v_zero, DV, DVP, V_SCALED, V_ZERO, V_GROUPS, SHIFT
+    )
     channel = tl.arange(0, DVP)
-    inside = channel < DV
-    if V_SCALED == 2:
-        own = channel // (DV // V_GROUPS)
-        acc *= tl.load(v_scale + own, inside, 0.0).to(tl.float32)[None, :]
-        if V_ZERO:
-            # A sink logit has no value: the zero belongs to what the keys alone weigh.
-            weight = tl.where(mass == 0.0, 0.0, 1.0)
-            if SINKS:
-                weight = 1.0 - tl.exp2(sink - m + SHIFT) / total
-            acc += weight[:, None] * tl.load(v_zero + own, inside, 0.0).to(tl.float32)[None, :]
     at = token.to(tl.int64) * q_heads + q_index + part_at
     keep = rows < new * G
     to = out_ptr + at[:, None] * DV + channel[None, :]
-    tl.store(to, acc.to(out_ptr.dtype.element_ty), keep[:, None] & inside[None, :])
+    tl.store(to, acc.to(out_ptr.dtype.element_ty), keep[:, None] & (channel < DV)[None, :])
     tl.store(lse_ptr + at, lse, keep)
