@@ -42,16 +42,15 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     """
     if find_core() is None:
         return
+    # Somebody else's forward (accelerate moves weights in it) is kept, and so is what holds it.
+    kept = {each for each in model.modules() if "forward" in vars(each)}
     for module in model.modules():
-        if "forward" in vars(module):
-            # Somebody else's (accelerate moves weights there), which ours would pass by.
-            continue
-        if type(module) in LINEARS:
+        if type(module) in LINEARS and module not in kept:
             _replace(module, _Linear(module), undo)
-        elif is_llama_block(module):
+        elif is_llama_block(module) and kept.isdisjoint(module.modules()):
             _replace(module, _Block(module), undo)
     for module in model.modules():
-        if is_llama_model(module):
+        if is_llama_model(module) and kept.isdisjoint(module.modules()):
             hook = module.register_forward_pre_hook(_Chain(module).begin)
             undo.append(hook.remove)
 
@@ -68,7 +67,7 @@ class _Parts:
         each = list(module.modules())
         inner = [one for one in each if one is not module]
         places = (p for one in each for p in (one._modules, one._parameters, one._buffers))
-        self._places = [place for place in places if place]
+        self._places: list[dict[str, Any]] = [place for place in places if place]
         self._held = [part for place in self._places for part in place.values()]
         self._hooks = [p for one in inner for p in (one._forward_hooks, one._forward_pre_hooks)]
 
