@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "decode.md", ROOT / "docs" / "prefill.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "decode.md",
+    ROOT / "docs" / "prefill.md",
+    ROOT / "docs" / "masks.md",
+)
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 SHAPES = ("16 x 32k", "64 x 4k", "128 x 1k", "8 x 8k", "1 x 32k", "1 x 4k")
 MISSING = "-"
@@ -84,29 +89,89 @@ def decode() -> str:
     return table(head, ([s, peer(s), *(cell(s, name) for name in formats)] for s in SHAPES))
 
 
+PREFILL = {
+    "cuDNN, bf16": ("cuDNN", "bf16"),
+    "FlashAttention-2, bf16": ("FlashAttention-2", "bf16"),
+    "QuantPage (Gluon), `none`": ("gluon", "none"),
+    "QuantPage (Gluon), `int8`": ("gluon", "int8"),
+    "QuantPage (Gluon), `fp8`": ("gluon", "fp8"),
+    "QuantPage (Gluon), `int4` codes": ("gluon", "int4"),
+    "QuantPage (portable Triton), `int8`": ("triton", "int8"),
+}
+
+
 def prefill() -> str:
-    """TFLOP/s, and the share of cuDNN in the same turns."""
-    rows = read("h200-prefill.csv")
+    """TFLOP/s, and the share of cuDNN in the same turns: a row an implementation."""
     cases = ("4 x 4k", "1 x 16k", "1 x 64k", "2k on 32k", "512 on 32k", "2k on 128k", "512 on 128k")
-    lines = (
-        ("cuDNN, bf16", "cuDNN", "bf16"),
-        ("FlashAttention-2, bf16", "FlashAttention-2", "bf16"),
-        ("QuantPage (Gluon), `none`", "gluon", "none"),
-        ("QuantPage (Gluon), `int8`", "gluon", "int8"),
-        ("QuantPage (Gluon), `fp8`", "gluon", "fp8"),
-        ("QuantPage (Gluon), `int4` codes", "gluon", "int4"),
-        ("QuantPage (portable Triton), `int8`", "triton", "int8"),
+    speeds = prefill_speeds()
+    return table(
+        ["", *cases],
+        (
+            [label, *(speeds.get((c, *which), MISSING) for c in cases)]
+            for label, which in PREFILL.items()
+        ),
     )
 
-    def cell(case: str, implementation: str, name: str) -> str:
-        for row in rows:
-            if (row["case"], row["implementation"], row["format"]) == (case, implementation, name):
-                share = "" if implementation == "cuDNN" else f" ({float(row['of_cudnn']):.2f})"
-                return f"{float(row['tflops']):.0f}{share}"
-        return MISSING
 
+def prefill_cases() -> str:
+    """The same and every other case: a row a case."""
+    speeds = prefill_speeds()
+    cases = dict.fromkeys(case for case, *_ in speeds)
     return table(
-        ["", *cases], ([label, *(cell(c, *which) for c in cases)] for label, *which in lines)
+        ["causal", *PREFILL],
+        ([c, *(speeds.get((c, *which), MISSING) for which in PREFILL.values())] for c in cases),
+    )
+
+
+def prefill_speeds() -> dict[tuple[str, str, str], str]:
+    """(case, implementation, format) -> TFLOP/s and, in brackets, the share of cuDNN."""
+    return {
+        (row["case"], row["implementation"], row["format"]): f"{float(row['tflops']):.0f}"
+        + ("" if row["implementation"] == "cuDNN" else f" ({float(row['of_cudnn']):.2f})")
+        for row in read("h200-prefill.csv")
+        if row["tflops"]
+    }
+
+
+COSTS = {"against_causal": "a pair", "a_tile": "a tile"}
+
+
+def masks() -> str:
+    """TFLOP/s of visible pairs of the whole call and how many times FlexAttention's; what costs."""
+    sizes = {"8192": "8k", "32768": "32k", "65536": "64k", "131072": "128k"}
+    found = {
+        (row["kind"], row["tokens"], row["implementation"], row["part"]): row
+        for row in read("h200-masks.csv")
+        if row.get("new", row["tokens"]) == row["tokens"]
+    }
+    kinds = dict.fromkeys(k for k, _, who, part in found if (who, part) == ("flash_mask", "attend"))
+
+    def speed(kind: str, size: str) -> str:
+        mine = found.get((kind, size, "flash_mask", "attend"))
+        peer = found.get((kind, size, "FlexAttention bf16", "attend"))
+        if mine is None:
+            return MISSING
+        times = (
+            f" ({float(peer['microseconds']) / float(mine['microseconds']):.2f}x)" if peer else ""
+        )
+        return f"{float(mine['tflops']):.0f}{times}"
+
+    def line(kind: str) -> list[str]:
+        parts = [found[kind, "32768", "flash_mask", p] for p in ("attend", "kernel", "planner")]
+        (whole, kernel, planner), pairs = parts, int(parts[0]["visible_pairs"])
+        return [
+            f"`{kind}`",
+            f"{pairs / 32768**2:.0%}",
+            *(speed(kind, size) for size in sizes),
+            f"{float(whole['microseconds']) / 1e3:.1f} ms",
+            *(f"{float(kernel[key]):.2f}" if kernel.get(key) else MISSING for key in COSTS),
+            f"{float(planner['microseconds']) / float(whole['microseconds']):.1%}",
+        ]
+
+    names = (f"{name}: TFLOP/s" for name in sizes.values())
+    head = ["kind", "visible", *names, "32k", *COSTS.values(), "planner"]
+    return table(
+        head, (line(kind) for kind in kinds if (kind, "32768", "flash_mask", "attend") in found)
     )
 
 
@@ -156,6 +221,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "decode": decode,
     "prefill": prefill,
+    "prefill-cases": prefill_cases,
+    "masks": masks,
     "gpu-model": gpu_model,
     "cpu-model": cpu_model,
 }
