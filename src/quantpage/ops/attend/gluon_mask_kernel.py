@@ -21,6 +21,15 @@ from quantpage.ops.attend.gluon_compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from quantpage.ops.attend.gluon_flash_parts import (
+    LN2,
+    capped,
+    finish,
+    load_queries,
+    online_softmax,
+    start_barriers,
+    start_rows,
+)
 
 # Argument lists stay in rows.
 # fmt: off
@@ -177,9 +186,9 @@ def _softmax(
     dtype: gl.constexpr, BN: gl.constexpr, RANGES: gl.constexpr, WIDE: gl.constexpr,
     BODY: gl.constexpr, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
 ):
-    """One tile of scores into the running maximum and sum; the scale is per log2."""
+    """One tile of scores into the running maximum and sum."""
     if SOFTCAP:
-        s = cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
+        s = capped(s, scale, cap)
         scale = 1.0
     if masked:
         if RANGES == 0:
@@ -196,12 +205,7 @@ def _softmax(
                 s, key0, positions, mask, described, length, context, page_size, s_layout, BN,
                 RANGES, BODY,
             )
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
-    p = gl.exp2(s * scale - shift[:, None])
-    alpha = gl.exp2(m - SHIFT - shift)
-    mass = mass * alpha + gl.sum(p, 1)
-    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)
 
 
 @gluon.jit
@@ -222,7 +226,6 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
     q_half = q_smem.slice(HALF * ROWS, ROWS)
     zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
     count = 0
@@ -250,12 +253,8 @@ def _consumer(
                 mask += (head0 + head) * m_head
             first_head = (head0 + head) * G
 
-            # Queries, as they lie, into the operand's swizzled rows; rows past the request are 0.
-            packed = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-            channel = gl.arange(0, DP, gl.SliceLayout(0, q_layout))
-            at = (token0 + packed // G).to(gl.int64) * q_token + (first_head + packed % G) * q_head
-            keep = (packed < new * G)[:, None] & (channel < D)[None, :]
-            q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+            # Into the operand's swizzled rows.
+            q = load_queries(q_ptr, item, first_head, q_token, q_head, G, D, DP, ROWS, HALF)
             q_half.store(q.to(dtype))
             fence_async_shared()
 
@@ -263,13 +262,8 @@ def _consumer(
             positions = position + rows // G
             # The first token of this half: a half spans at most 32 tokens, 64 where G is 1.
             base = position + row0 // G
-            m = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
-            mass = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            m, mass = start_rows(sinks_ptr, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
-            if SINKS:
-                sink = gl.load(sinks_ptr + first_head + rows % G).to(gl.float32)
-                m = sink * 1.4426950408889634
-                mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, s_rows)
             out_rows = row0 + gl.arange(0, ROWS, o_rows)
             out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
             out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
@@ -332,11 +326,9 @@ def _consumer(
             mbarrier.arrive(v_empty.index(stage), count=1)
             count += 1
 
-            total = gl.where(mass == 0.0, 1.0, mass)
-            lse = gl.where(mass == 0.0, -float("inf"), m - SHIFT + gl.log2(total))
-            o = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+            o, lse = finish(acc, m, mass, o_rows, SHIFT)
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
-            gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=rows < new * G)
+            gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
 
 
 @gluon.jit(
@@ -361,11 +353,8 @@ def mask_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    start_barriers(k_full, k_empty, STAGES)
+    start_barriers(v_full, v_empty, STAGES)
     gl.warp_specialize(
         [
             (

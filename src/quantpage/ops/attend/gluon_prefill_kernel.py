@@ -8,10 +8,8 @@ Order inside a consumer, one key tile t at a time: the scores of t+1 are issued 
 of t are multiplied, and the softmax of t+1 runs while they are (FlashAttention-3, arXiv 2407.08608
 section 3.2). The two consumers drift apart by themselves, so that one's softmax hides behind the
 other's matrix products. Tried on an H200 and left out, as no faster: turns between the consumers by
-barriers, and keys from the last to the first.
-
-A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
-of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
+barriers, keys from the last to the first, and asking for the next tile's queries behind the last
+product of this one (4 to 7 % slower).
 """
 
 from triton.experimental import gluon
@@ -23,6 +21,16 @@ from quantpage.ops.attend.gluon_compat import (
     tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
+)
+from quantpage.ops.attend.gluon_flash_parts import (
+    LN2,
+    LOG2E,
+    capped,
+    finish,
+    load_queries,
+    online_softmax,
+    start_barriers,
+    start_rows,
 )
 
 WORK_FIELDS = gl.constexpr(9)
@@ -111,19 +119,13 @@ def _softmax(
     s_layout: gl.constexpr, p_layout: gl.constexpr, dtype: gl.constexpr, BN: gl.constexpr,
     WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """One tile of scores into the running maximum and sum; the scale is per log2."""
+    """One tile of scores into the running maximum and sum."""
     if SOFTCAP:
-        # cap * tanh(x), tanh from exp2 (accurate; tanh.approx would cost cap * 5e-4 in the logit).
-        s = cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
+        s = capped(s, scale, cap)
         scale = 1.0
     if masked:
         s = _masked(s, key0, limit, low, end, sink_tokens, page_size, s_layout, BN, WINDOW, BODY)
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
-    p = gl.exp2(s * scale - shift[:, None])
-    alpha = gl.exp2(m - SHIFT - shift)
-    mass = mass * alpha + gl.sum(p, 1)
-    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)
 
 
 @gluon.jit
@@ -143,7 +145,6 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
     grid = gl.num_programs(0)
     pid = gl.program_id(0)
     q_half = q_smem.slice(HALF * ROWS, ROWS)
@@ -167,14 +168,11 @@ def _consumer(
             first = position + row0 // G
             last = position + gl.minimum(row0 + BM - 1, new * G - 1) // G
             row0 += HALF * ROWS
+
             first_head = (head0 + head) * G
 
-            # Queries, as they lie, into the operand's swizzled rows; rows past the request are 0.
-            packed = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-            channel = gl.arange(0, DP, gl.SliceLayout(0, q_layout))
-            at = (token0 + packed // G).to(gl.int64) * q_token + (first_head + packed % G) * q_head
-            keep = (packed < new * G)[:, None] & (channel < D)[None, :]
-            q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+            # Into the operand's swizzled rows.
+            q = load_queries(q_ptr, item, first_head, q_token, q_head, G, D, DP, ROWS, HALF)
             q_half.store(q.to(dtype))
             fence_async_shared()
 
@@ -198,13 +196,8 @@ def _consumer(
             if BODY:
                 last_low = gl.maximum(last_low, page_size)
 
-            m = gl.full([ROWS], -float("inf"), gl.float32, s_rows)
-            mass = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            m, mass = start_rows(sinks_ptr, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
-            if SINKS:
-                sink = gl.load(sinks_ptr + first_head + rows % G).to(gl.float32)
-                m = sink * 1.4426950408889634
-                mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, s_rows)
             out_rows = row0 + gl.arange(0, ROWS, o_rows)
             out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
             out_row += part.to(gl.int64) * part_rows
@@ -261,12 +254,10 @@ def _consumer(
             mbarrier.arrive(v_empty.index(stage), count=1)
             count += 1
 
-            total = gl.where(mass == 0.0, 1.0, mass)
-            lse = gl.where(mass == 0.0, -float("inf"), m - SHIFT + gl.log2(total))
-            o = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+            o, lse = finish(acc, m, mass, o_rows, SHIFT)
             if CARRY:
                 before = gl.load(carry_lse_ptr + lse_at, mask=rows < new * G, other=-float("inf"))
-                before = before * 1.4426950408889634
+                before = before * LOG2E
                 top = gl.maximum(before, lse)
                 top = gl.where(top == -float("inf"), 0.0, top)
                 both = gl.exp2(before - top) + gl.exp2(lse - top)
@@ -278,7 +269,7 @@ def _consumer(
                 )
                 none = (before == -float("inf")) & (lse == -float("inf"))
                 lse = gl.where(none, -float("inf"), top + gl.log2(both))
-            lse = lse * 0.6931471805599453
+            lse = lse * LN2
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
             gl.store(lse_ptr + lse_at, lse, mask=rows < new * G)
 
@@ -313,11 +304,8 @@ def prefill_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    start_barriers(k_full, k_empty, STAGES)
+    start_barriers(v_full, v_empty, STAGES)
     gl.warp_specialize(
         [
             (_consumer, (

@@ -1,0 +1,83 @@
+"""What the two Hopper kernels share: queries to registers, the running softmax, its end, barriers.
+
+A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
+of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.gluon_compat import mbarrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def load_queries(
+    q_ptr, item, first_head, q_token, q_head, G: gl.constexpr, D: gl.constexpr, DP: gl.constexpr,
+    ROWS: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """A consumer's half of a work item's queries as they lie, [ROWS, DP]; 0 past the request.
+
+    item: its token row, new tokens and first packed row at 0, 1 and 3.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
+    packed = gl.load(item + 3) + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    channel = gl.arange(0, DP, gl.SliceLayout(0, layout))
+    token = gl.load(item) + packed // G
+    at = token.to(gl.int64) * q_token + (first_head + packed % G) * q_head
+    keep = (packed < gl.load(item + 1) * G)[:, None] & (channel < D)[None, :]
+    return gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+
+
+@gluon.jit
+def start_rows(
+    sinks_ptr, heads, ROWS: gl.constexpr, layout: gl.constexpr, SINKS: gl.constexpr,
+    SHIFT: gl.constexpr,
+):  # fmt: skip
+    """Maximum and mass of rows before their first key; heads: each row's query head."""
+    m = gl.full([ROWS], -float("inf"), gl.float32, layout)
+    mass = gl.full([ROWS], 0.0, gl.float32, layout)
+    if SINKS:
+        m = gl.load(sinks_ptr + heads).to(gl.float32) * LOG2E
+        mass = gl.full([ROWS], 2.0**SHIFT, gl.float32, layout)
+    return m, mass
+
+
+@gluon.jit
+def capped(s, scale, cap):
+    """cap * tanh(x), tanh from exp2 (accurate; tanh.approx would cost cap * 5e-4 in the logit)."""
+    return cap - 2.0 * cap / (1.0 + gl.exp2(s * scale))
+
+
+@gluon.jit
+def online_softmax(
+    s, m, mass, scale, p_layout: gl.constexpr, dtype: gl.constexpr, SHIFT: gl.constexpr
+):
+    """One tile of scores into the running maximum and sum; the scale is per log2.
+
+    Returns probabilities as an operand, what the output so far is multiplied by, maximum, mass.
+    """
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
+    p = gl.exp2(s * scale - shift[:, None])
+    alpha = gl.exp2(m - SHIFT - shift)
+    mass = mass * alpha + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+
+
+@gluon.jit
+def finish(acc, m, mass, layout: gl.constexpr, SHIFT: gl.constexpr):
+    """Output and log2-sum-exp2; layout: of the output's rows."""
+    total = gl.where(mass == 0.0, 1.0, mass)
+    lse = gl.where(mass == 0.0, -float("inf"), m - SHIFT + gl.log2(total))
+    return acc * gl.convert_layout(1.0 / total, layout)[:, None], lse
+
+
+@gluon.jit
+def start_barriers(full, empty, STAGES: gl.constexpr):
+    """A stage is filled by one producer and emptied by two consumers."""
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
