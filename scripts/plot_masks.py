@@ -13,42 +13,45 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OURS, THEIRS = ("flash_mask", "attend"), ("FlexAttention bf16", "attend")
+OURS, THEIRS = "flash_mask", "FlexAttention bf16"
+COLOURS = {OURS: "#2c7bb6", THEIRS: "#fdae61"}
+LABELS = {
+    OURS: "flash_mask, int8 pages, gather and planner included",
+    THEIRS: "FlexAttention, bf16",
+}
 
 
 def main() -> None:
     source = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/h200-masks.csv")
     target = Path(sys.argv[2] if len(sys.argv) > 2 else "docs/images/h200-masks.png")
-    with source.open() as file:
-        rows = list(csv.DictReader(file))
+    with source.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "attend"]
     found = {
-        (row["implementation"], row["part"], row["kind"], int(row["tokens"])): float(row["tflops"])
+        (row["implementation"], int(row["tokens"]), row["kind"]): float(row["tflops"])
         for row in rows
+        if row["implementation"] in COLOURS
     }
-    sizes = sorted({n for each, part, _, n in found if (each, part) == OURS and n <= 32768})
-    figure, axes = plt.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 4.6), sharey=True)
-    for axis, size in zip([axes] if len(sizes) == 1 else axes, sizes, strict=True):
-        kinds = [k for each, part, k, n in found if (each, part, n) == (*OURS, size)][::-1]
-        at = range(len(kinds))
-        ours = [found[(*OURS, kind, size)] for kind in kinds]
-        theirs = [found.get((*THEIRS, kind, size)) for kind in kinds]
-        both = all(each is not None for each in theirs)
-        axis.barh(
-            [y + 0.2 * both for y in at],
-            ours,
-            0.4 if both else 0.7,
-            color="#2c7bb6",
-            label="flash_mask, int8 pages",
-        )
-        if both:
-            axis.barh(
-                [y - 0.2 for y in at], theirs, 0.4, color="#fdae61", label="FlexAttention, bf16"
-            )
-        axis.set_yticks(list(at), kinds)
-        axis.set_xlabel("TFLOP/s of visible pairs")
-        axis.set_title(f"{size} tokens, {rows[0]['device']}")
+    kinds = list(dict.fromkeys(kind for *_, kind in found))[::-1]
+    # Only some kinds are measured at the longest size.
+    sizes = sorted({n for _, n, _ in found if all((OURS, n, kind) in found for kind in kinds)})
+    width = 2 + 4 * len(sizes)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(width, 4.6), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        drawn = [who for who in COLOURS if any((who, size, kind) in found for kind in kinds)]
+        height = 0.8 / len(drawn)
+        for at, who in enumerate(drawn):
+            places = [y + 0.4 - (at + 0.5) * height for y in range(len(kinds))]
+            speeds = [found.get((who, size, kind), 0.0) for kind in kinds]
+            axis.barh(places, speeds, height, color=COLOURS[who], label=LABELS[who])
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.set(xlabel="TFLOP/s of visible pairs", title=f"{size:,} tokens, {rows[0]['device']}")
         axis.grid(axis="x", alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
+    named = {
+        label: bars
+        for axis in axes[0]
+        for bars, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named, loc="lower center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(target, dpi=110)
     print(target)
