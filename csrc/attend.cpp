@@ -62,7 +62,12 @@ struct Memory {
 };
 thread_local Memory memory;
 
-int64_t split_size(int64_t context) { return context <= 1024 ? 256 : context <= 8192 ? 512 : 1024; }
+// Keys of an item: about 32 items a request, and none too short to be worth its beginning.
+int64_t split_size(int64_t context, int64_t kv_heads) {
+  int64_t size = 256;
+  while (size < 2048 && size * 32 < context * kv_heads) size *= 2;
+  return size;
+}
 
 void add(std::vector<Interval>& to, int64_t low, int64_t high, int64_t from, int64_t until) {
   low = std::max(low, from);
@@ -222,7 +227,7 @@ struct Plan {
     int64_t low = 0, high = a.mask == CAUSAL ? last + 1 : context;
     if (a.mask == CAUSAL && a.window > 0 && a.sink_tokens == 0)
       low = std::max<int64_t>(0, position + 1 - a.window);
-    const int64_t part = fresh > FEW_TOKENS ? context + 1 : split_size(context);
+    const int64_t part = fresh > FEW_TOKENS ? context + 1 : split_size(context, a.kv_heads);
     for (int64_t h = 0; h < a.kv_heads; h++) {
       const int64_t begin = (int64_t)work.size();
       int64_t at = low / part * part;

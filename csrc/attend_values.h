@@ -65,7 +65,7 @@ struct AheadRows {
   int64_t begin, end;
 };
 static inline void fetch(const AheadRows& ahead, int64_t row) {
-  for (int64_t line = ahead.begin; line < ahead.end; line++) __builtin_prefetch(ahead.rows[row] + 64 * line, 0, 3);
+  for (int64_t line = ahead.begin; line < ahead.end; line++) __builtin_prefetch(ahead.rows[row] + 64 * line, 0, 2);
 }
 
 // acc[r][c..] += unit[r] * sum over keys of words; R rows, one piece of the row, codes read as
