@@ -64,9 +64,9 @@ def write_arguments(code=1, block=128, zero=False):
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     fixed = {
-        "HEAD_DIM": 128, "WIDTH": 128, "VALUE_DIM": 128, "V_WIDTH": 128, "ROTARY": 128,
+        "HEAD_DIM": 128, "PIECE": 32, "VALUE_DIM": 128, "V_PIECE": 32, "ROTARY": 128,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "PAGE": 64, "EXACT": False,
-        "RETURN": False, "ROWS": 8, "STAGES": 1,
+        "RETURN": False, "ROWS": 8, "HARDWARE": True,
     }  # fmt: skip
     for side in "KV":
         fixed |= {
@@ -103,7 +103,7 @@ def main() -> None:
         if part == "others":
             for code in (0, 1, 2, 3):
                 found[f"write {code}"] = summary(
-                    *write_arguments(code, 128 * (code > 0) or 1), 90, 4
+                    *write_arguments(code, 128 * (code > 0) or 1), 90, 1
                 )
             continue
         capability = int(part)

@@ -48,10 +48,19 @@ def copy_of(layer):
 
 
 def same_codes(got, wanted, allowed):
-    """Equal, but for a few neighbours: sums in another order move a number over a rounding tie."""
+    """Equal, but for a few neighbours: sums in another order move a number over a rounding tie.
+
+    A scale may be such a number, seldom: its row's codes are then those of the neighbouring scale.
+    """
     a, b = got.codes, wanted.codes
     if got.spec.quantized:
-        assert (a.view(torch.uint8) != b.view(torch.uint8)).sum() <= allowed
+        differ = a.view(torch.uint8) != b.view(torch.uint8)
+        if got.spec.dynamic:
+            moved = (got.scale != wanted.scale) & ~wanted.scale.isnan()
+            moved = moved.any(-1)
+            assert moved.sum() <= max(1, moved.numel() // 200)
+            differ = differ & ~moved[..., None]
+        assert differ.sum() <= allowed
     else:
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, equal_nan=True)
     for name in ("scale", "zero"):
@@ -61,7 +70,7 @@ def same_codes(got, wanted, allowed):
 
 
 def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True, change=None,
-        allowed=4):  # fmt: skip
+        allowed=4, shape=None):  # fmt: skip
     torch.manual_seed(0)
     contexts = tuple(n + 9 for n in queries)
     tables = [[3, 1], [0, 6], [5, 2]]
@@ -82,7 +91,7 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
     other = copy_of(layer)
     given = (parts[0] if q else None, parts[1], parts[2])
     wanted = reference(*given, other, batch, params)
-    got = rope_write(*given, layer, batch, params, shape=None if GPU else (4, 2, 1))
+    got = rope_write(*given, layer, batch, params, shape=shape or (None if GPU else (4, 2, 32, 1)))
     same_codes(layer.key, other.key, allowed)
     same_codes(layer.value, other.value, allowed)
     if exact:
@@ -140,6 +149,16 @@ def test_groups_of_channels():
     run(QuantSpec(CODES["int8"], Granularity(group=32)), spec, WriteParams())
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "head_dim,shape", [(128, (4, 2, 16, 1)), (64, (8, 1, 64, 2)), (128, (2, 3, 128, 1))]
+)
+def test_pieces_of_every_size(name, head_dim, shape):
+    given = FORMATS[name]
+    params = WriteParams(rope_table(64, head_dim, device=DEVICE), return_rows=True)
+    run(given.key, given.value, params, head_dim, shape=shape, allowed=8)
+
+
 def test_without_queries_or_rotation():
     given = FORMATS["fp8"]
     run(given.key, given.value, WriteParams(), q=False)
@@ -170,10 +189,11 @@ def test_checked_mode_refuses():
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 64, 700, 5000])
-def test_many_tokens(tokens):
+def test_many_tokens(tokens, name):
     torch.manual_seed(0)
-    given = FORMATS["int8"]
+    given = FORMATS[name]
     pages = -(-tokens // PAGE)
     batch = plan_batch((tokens,), (tokens,), [list(range(pages))], PAGE, DEVICE)
     layer = LayerKV(*[empty_pages(given.key, 128, pages) for _ in range(2)])
@@ -186,4 +206,5 @@ def test_many_tokens(tokens):
     same_codes(layer.key, other.key, tokens)
     same_codes(layer.value, other.value, tokens)
     for one, two in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, two, rtol=2e-2, atol=5e-2)
+        off = (one.float() - two.float()).abs() > 2e-2 * two.float().abs() + 5e-2
+        assert off.sum() <= tokens

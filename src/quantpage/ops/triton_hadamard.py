@@ -1,5 +1,9 @@
 """The Hadamard rotation of formats/rotate on a GPU: rows in registers, and whole outputs."""
 
+# Kernels grow tuples by +: the compiler knows no unpacking, and each length is a type of its own.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -9,16 +13,45 @@ from quantpage.formats.rotate import rotation_block
 
 
 @triton.jit
-def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """formats/rotate: butterflies of neighbours 1, 2, 4, ... BLOCK / 2 channels apart."""
+def _butterflies(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Unscaled, of one tensor: neighbours 1, 2, 4, ... BLOCK / 2 channels apart."""
     STAGES: tl.constexpr = BLOCK.bit_length() - 1
     # (a, b) -> (a + b, a - b) as (sum, sum - 2 b): a sum over two neighbours needs no change of
-    # layout, so that a stage is a shuffle and two additions.
-    side = tl.where(tl.arange(0, 2) == 0, 0.0, -2.0)[None, None, :, None]
+    # layout, so that a stage is additions, and a shuffle where another thread has the neighbour.
+    second = (tl.arange(0, 2) == 1)[None, None, :, None]
+    side = tl.where(second, -2.0, 0.0)
     for i in tl.static_range(STAGES):
         y = tl.reshape(x, [ROWS, WIDTH // (2 << i), 2, 1 << i])
-        x = tl.reshape(tl.sum(y, 2, keep_dims=True) + y * side, [ROWS, WIDTH])
-    return x * (1.0 / (BLOCK**0.5))
+        both = tl.sum(y, 2, keep_dims=True)
+        if i < 3:
+            # A thread holds eight neighbours: the choice is made at compile time.
+            x = tl.reshape(tl.where(second, both - 2.0 * y, both), [ROWS, WIDTH])
+        else:
+            x = tl.reshape(both + y * side, [ROWS, WIDTH])
+    return x
+
+
+@triton.jit
+def hadamard(parts, ROWS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """formats/rotate, unscaled, of rows cut into pieces: a tuple of [ROWS, PIECE].
+
+    Stages between pieces are additions of a thread's own registers.
+    """
+    INSIDE: tl.constexpr = min(BLOCK, PIECE)
+    BETWEEN: tl.constexpr = (BLOCK // INSIDE).bit_length() - 1
+    turned = ()
+    for i in tl.static_range(len(parts)):
+        turned = turned + (_butterflies(parts[i], ROWS, PIECE, INSIDE),)
+    for stage in tl.static_range(BETWEEN):
+        mixed = ()
+        for i in tl.static_range(len(parts)):
+            other = turned[i ^ (1 << stage)]
+            if (i >> stage) % 2 == 0:
+                mixed = mixed + (turned[i] + other,)
+            else:
+                mixed = mixed + (other - turned[i],)
+        turned = mixed
+    return turned
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -29,8 +62,8 @@ def _rotate_kernel(
     channel = tl.arange(0, WIDTH)
     at = x + row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
     mask = (row < rows)[:, None] & (channel < HEAD_DIM)[None, :]
-    turned = hadamard(tl.load(at, mask, 0.0).to(tl.float32), TILE, WIDTH, BLOCK)
-    tl.store(at, turned.to(x.dtype.element_ty), mask)
+    turned = hadamard((tl.load(at, mask, 0.0).to(tl.float32),), TILE, WIDTH, BLOCK)
+    tl.store(at, (turned[0] * (1.0 / (BLOCK**0.5))).to(x.dtype.element_ty), mask)
 
 
 def rotate_in_place(x: Float[Tensor, "*rows head_dim"]) -> Float[Tensor, "*rows head_dim"]:

@@ -1,8 +1,14 @@
 """The write of a step in one launch: bias, norm, rotation, Hadamard, quantize, scatter.
 
 A program takes a few tokens and a few heads of Q, K or V; the angles of its tokens are read once
-for all its heads. Everything stays in float32 registers between the projection and the code.
+for all its heads. Everything stays in float32 registers between the projection and the code. Rows
+are cut into pieces, so that a thread holds a few neighbours of each: the pairs of a rotation, and
+most neighbours of the Hadamard stages, are then its own registers.
 """
+
+# Kernels grow tuples by +: the compiler knows no unpacking, and each length is a type of its own.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
 
 import torch
 import triton
@@ -12,57 +18,155 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import rotation_block
+from quantpage.formats import QuantSpec, rotation_block
+from quantpage.hardware import device_info
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
-from quantpage.ops.rope_write.triton_rows import write_rows
+from quantpage.ops.rope_write.triton_rows import store_parts, write_exact, write_rows
 from quantpage.ops.triton_hadamard import hadamard
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
 @triton.jit
-def _row_part(
-    x, at, channel, bias, weight, real, ratio, HEAD_DIM: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHT: tl.constexpr,
+def _loaded(
+    x, at, bias, real, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Channels of rows, with bias, normalized by ``ratio`` and the norm's weight."""
-    inside = channel < HEAD_DIM
-    row = tl.load(x + at[:, None] + channel[None, :], real[:, None] & inside[None, :], 0.0)
-    row = row.to(tl.float32)
-    if BIAS:
-        row += tl.load(bias + channel, inside, 0.0).to(tl.float32)[None, :]
-    if WEIGHT:
-        row = row * ratio[:, None] * tl.load(weight + channel, inside, 0.0).to(tl.float32)[None, :]
-    return row
+    """Rows in float32, with bias, as a tuple of pieces [ROWS, PIECE]."""
+    parts = ()
+    for i in tl.static_range((HEAD_DIM + PIECE - 1) // PIECE):
+        channel = i * PIECE + tl.arange(0, PIECE)
+        mask = real[:, None]
+        if (i + 1) * PIECE > HEAD_DIM:
+            mask = mask & (channel < HEAD_DIM)[None, :]
+        row = tl.load(x + at[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+        if BIAS:
+            row += tl.load(bias + channel, channel < HEAD_DIM, 0.0).to(tl.float32)[None, :]
+        parts = parts + (row,)
+    return parts
+
+
+@triton.jit
+def _ratio(parts, eps, HEAD_DIM: tl.constexpr):
+    """1 / root mean square of rows: [ROWS]."""
+    squares = parts[0] * parts[0]
+    for i in tl.static_range(1, len(parts)):
+        squares += parts[i] * parts[i]
+    mean = tl.sum(squares, 1) / HEAD_DIM
+    return tl.math.div_rn(mean * 0.0 + 1.0, tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
+def _normalized(parts, ratio, weight, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr):
+    done = ()
+    for i in tl.static_range(len(parts)):
+        channel = i * PIECE + tl.arange(0, PIECE)
+        gain = tl.load(weight + channel, channel < HEAD_DIM, 0.0).to(tl.float32)
+        done = done + (parts[i] * ratio[:, None] * gain[None, :],)
+    return done
+
+
+@triton.jit
+def _partner(channel, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The other channel of each pair, the pair's angle, and the sign of the other in the sum."""
+    HALF: tl.constexpr = ROTARY // 2
+    if INTERLEAVED:
+        other = channel ^ 1
+        angle = channel // 2
+        sign = tl.where(channel % 2 == 0, -1.0, 1.0)
+    else:
+        other = tl.where(channel < HALF, channel + HALF, channel - HALF)
+        angle = tl.where(channel < HALF, channel, channel - HALF)
+        sign = tl.where(channel < HALF, -1.0, 1.0)
+    return tl.where(channel < ROTARY, other, channel), angle, sign
+
+
+@triton.jit
+def _angles(
+    cos, sin, where, real, gain: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of the pieces, times ``gain``; PAIRED: of the first half of them."""
+    cosine = ()
+    sine = ()
+    PARTS: tl.constexpr = (HEAD_DIM + PIECE - 1) // PIECE
+    for i in tl.static_range(PARTS // 2 if PAIRED else PARTS):
+        channel = i * PIECE + tl.arange(0, PIECE)
+        if PAIRED:
+            at = where[:, None] + channel[None, :]
+            cosine = cosine + (tl.load(cos + at, real[:, None], 0.0).to(tl.float32) * gain,)
+            sine = sine + (tl.load(sin + at, real[:, None], 0.0).to(tl.float32) * gain,)
+        else:
+            _, angle, sign = _partner(channel, ROTARY, INTERLEAVED)
+            at = where[:, None] + angle[None, :]
+            mask = real[:, None] & (channel < ROTARY)[None, :]
+            cosine = cosine + (tl.load(cos + at, mask, 1.0).to(tl.float32) * gain,)
+            sign = (sign * gain)[None, :]
+            sine = sine + (tl.load(sin + at, mask, 0.0).to(tl.float32) * sign,)
+    return cosine, sine
+
+
+@triton.jit
+def _pairs_turned(parts, cosine, sine):
+    """Half-split pairs of whole rows: both channels of a pair are in one thread."""
+    HALF: tl.constexpr = len(parts) // 2
+    turned = ()
+    for i in tl.static_range(HALF):
+        turned = turned + (parts[i] * cosine[i] - parts[i + HALF] * sine[i],)
+    for i in tl.static_range(HALF):
+        turned = turned + (parts[i + HALF] * cosine[i] + parts[i] * sine[i],)
+    return turned
 
 
 @triton.jit
 def _turned(
-    x, at, channel, partner, sign, cosine, sine, bias, weight, eps, real,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr,
+    x, at, cosine, sine, bias, weight, eps, real,
+    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of Q or K in the basis of the cache. NORM: 0 none, 1 before the rotation, 2 after."""
-    ones = tl.full([ROWS], 1.0, tl.float32)
-    row = _row_part(x, at, channel, bias, weight, real, ones, HEAD_DIM, BIAS, False)
-    ratio = ones
-    inside = channel < HEAD_DIM
+    """Rows of Q or K in the basis of the cache. NORM: 0 none, 1 before the rotation, 2 after.
+
+    With a rotation and no norm after it, the angles carry the Hadamard matrix's factor.
+    """
+    parts = _loaded(x, at, bias, real, HEAD_DIM, PIECE, BIAS)
+    ratio = eps
     if NORM == 1:
-        ratio = tl.math.div_rn(ones, tl.sqrt_rn(tl.sum(row * row, 1) / HEAD_DIM + eps))
-        gain = tl.load(weight + channel, inside, 0.0).to(tl.float32)
-        row = row * ratio[:, None] * gain[None, :]
-    if ROPE:
-        # The other channel of each pair, from the cache of this multiprocessor.
-        other = _row_part(x, at, partner, bias, weight, real, ratio, HEAD_DIM, BIAS, NORM == 1)
-        row = row * cosine + other * sign[None, :] * sine
+        ratio = _ratio(parts, eps, HEAD_DIM)
+        parts = _normalized(parts, ratio, weight, HEAD_DIM, PIECE)
+    if PAIRED:
+        parts = _pairs_turned(parts, cosine, sine)
+    elif ROTARY > 0:
+        turned = ()
+        for i in tl.static_range(len(parts)):
+            channel = i * PIECE + tl.arange(0, PIECE)
+            # The other channel of each pair, from the cache of this multiprocessor.
+            partner, _, _ = _partner(channel, ROTARY, INTERLEAVED)
+            inside = channel < HEAD_DIM
+            mask = real[:, None] & inside[None, :]
+            other = tl.load(x + at[:, None] + partner[None, :], mask, 0.0).to(tl.float32)
+            if BIAS:
+                other += tl.load(bias + partner, inside, 0.0).to(tl.float32)[None, :]
+            if NORM == 1:
+                gain = tl.load(weight + partner, inside, 0.0).to(tl.float32)
+                other = other * ratio[:, None] * gain[None, :]
+            turned = turned + (parts[i] * cosine[i] + other * sine[i],)
+        parts = turned
     if NORM == 2:
-        ratio = tl.math.div_rn(ones, tl.sqrt_rn(tl.sum(row * row, 1) / HEAD_DIM + eps))
-        gain = tl.load(weight + channel, inside, 0.0).to(tl.float32)
-        row = row * ratio[:, None] * gain[None, :]
+        parts = _normalized(parts, _ratio(parts, eps, HEAD_DIM), weight, HEAD_DIM, PIECE)
     if BLOCK > 1:
-        row = hadamard(row, ROWS, WIDTH, BLOCK)
-    return row
+        parts = hadamard(parts, ROWS, PIECE, BLOCK)
+        if ROTARY == 0 or NORM == 2:
+            parts = _scaled(parts, 1.0 / (BLOCK**0.5))
+    return parts
+
+
+@triton.jit
+def _scaled(parts, factor: tl.constexpr):
+    done = ()
+    for i in tl.static_range(len(parts)):
+        done = done + (parts[i] * factor,)
+    return done
 
 
 @triton.jit(do_not_specialize=["tokens", "q_heads", "kv_heads", "heads_a_program"])
@@ -79,110 +183,109 @@ def _write_kernel(
     K_LIMIT: tl.constexpr, K_BLOCK: tl.constexpr,
     V_CODE: tl.constexpr, V_SCALES: tl.constexpr, V_ZERO: tl.constexpr, V_SHARED: tl.constexpr,
     V_LIMIT: tl.constexpr, V_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, VALUE_DIM: tl.constexpr, V_PIECE: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = token < tokens
     wide = token.to(tl.int64)
     part = tl.program_id(1)
-    q_parts = tl.cdiv(q_heads, heads_a_program)
     kv_parts = tl.cdiv(kv_heads, heads_a_program)
+    # K and V take longest and start first.
+    if part < kv_parts or part >= 2 * kv_parts:
+        PAIRED: tl.constexpr = (
+            ROTARY == HEAD_DIM and HEAD_DIM % (2 * PIECE) == 0 and not INTERLEAVED
+        )
+        # Factors of a rotation commute with it, of a norm after it do not.
+        GAIN: tl.constexpr = 1.0 / (K_BLOCK**0.5) if NORM != 2 else 1.0
+        cosine = ()
+        sine = ()
+        if ROTARY > 0:
+            where = tl.load(positions + token, real, 0).to(tl.int64) * angle_row
+            cosine, sine = _angles(
+                cos, sin, where, real, GAIN, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED
+            )
+        if part >= 2 * kv_parts:
+            first = (part - 2 * kv_parts) * heads_a_program
+            for head in tl.range(first, tl.minimum(first + heads_a_program, q_heads)):
+                parts = _turned(
+                    q, wide * q_token + head * q_head, cosine, sine, q_bias + head * HEAD_DIM,
+                    q_weight, eps, real,
+                    HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
+                )  # fmt: skip
+                to = q_out + (wide * q_heads + head) * HEAD_DIM
+                store_parts(to, parts, real, HEAD_DIM, PIECE)
+        else:
+            slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
+            first = part * heads_a_program
+            for head in tl.range(first, tl.minimum(first + heads_a_program, kv_heads)):
+                parts = _turned(
+                    k, wide * k_token + head * k_head, cosine, sine, k_bias + head * HEAD_DIM,
+                    k_weight, eps, real,
+                    HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
+                )  # fmt: skip
+                to = k_seen + (wide * kv_heads + head) * HEAD_DIM
+                if EXACT:
+                    write_exact(
+                        parts, near, head, k_exact, k_exact_page, k_exact_head, HEAD_DIM, PIECE,
+                        PAGE,
+                    )  # fmt: skip
+                write_rows(
+                    parts, real, slot, head, k_codes, k_scale, k_zero, k_page, k_page_head,
+                    k_scale_page, k_scale_head, to, K_CODE, K_SCALES, K_ZERO, K_SHARED,
+                    HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE, RETURN,
+                )  # fmt: skip
+    else:
+        slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
+        first = (part - kv_parts) * heads_a_program
+        for head in tl.range(first, tl.minimum(first + heads_a_program, kv_heads)):
+            parts = _loaded(
+                v, wide * v_token + head * v_head, v_bias + head * VALUE_DIM, real, VALUE_DIM,
+                V_PIECE, BIAS,
+            )  # fmt: skip
+            if V_BLOCK > 1:
+                parts = _scaled(hadamard(parts, ROWS, V_PIECE, V_BLOCK), 1.0 / (V_BLOCK**0.5))
+            to = v_seen + (wide * kv_heads + head) * VALUE_DIM
+            if EXACT:
+                write_exact(
+                    parts, near, head, v_exact, v_exact_page, v_exact_head, VALUE_DIM, V_PIECE,
+                    PAGE,
+                )  # fmt: skip
+            write_rows(
+                parts, real, slot, head, v_codes, v_scale, v_zero, v_page, v_page_head,
+                v_scale_page, v_scale_head, to, V_CODE, V_SCALES, V_ZERO, V_SHARED,
+                VALUE_DIM, V_PIECE, PAGE, ROWS, V_LIMIT, HARDWARE, RETURN,
+            )  # fmt: skip
+
+
+@triton.jit
+def _slots_of(slots, exact_slots, token, real, EXACT: tl.constexpr):
     slot = tl.load(slots + token, real, -1)
     near = slot
     if EXACT:
         near = tl.load(exact_slots + token, real, -1)
-    if part < q_parts + kv_parts:
-        channel = tl.arange(0, WIDTH)
-        HALF: tl.constexpr = ROTARY // 2
-        if INTERLEAVED:
-            partner = channel ^ 1
-            angle = channel // 2
-            sign = tl.where(channel % 2 == 0, -1.0, 1.0)
-        else:
-            partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
-            angle = tl.where(channel < HALF, channel, channel - HALF)
-            sign = tl.where(channel < HALF, -1.0, 1.0)
-        cosine = tl.full([ROWS, WIDTH], 1.0, tl.float32)
-        sine = tl.zeros([ROWS, WIDTH], tl.float32)
-        if ROTARY > 0:
-            turns = channel < ROTARY
-            partner = tl.where(turns, partner, channel)
-            where = tl.load(positions + token, real, 0).to(tl.int64) * angle_row
-            mask = real[:, None] & turns[None, :]
-            cosine = tl.load(cos + where[:, None] + angle[None, :], mask, 1.0).to(tl.float32)
-            sine = tl.load(sin + where[:, None] + angle[None, :], mask, 0.0).to(tl.float32)
-        if part < q_parts:
-            first = part * heads_a_program
-            for head in tl.range(
-                first, tl.minimum(first + heads_a_program, q_heads), num_stages=STAGES
-            ):
-                row = _turned(
-                    q, wide * q_token + head * q_head, channel, partner, sign, cosine, sine,
-                    q_bias + head * HEAD_DIM, q_weight, eps, real,
-                    HEAD_DIM, WIDTH, ROWS, BIAS, NORM, ROTARY > 0, K_BLOCK,
-                )  # fmt: skip
-                to = q_out + (wide * q_heads + head) * HEAD_DIM
-                mask = real[:, None] & (channel < HEAD_DIM)[None, :]
-                tl.store(to[:, None] + channel[None, :], row.to(q_out.dtype.element_ty), mask)
-        else:
-            first = (part - q_parts) * heads_a_program
-            for head in tl.range(
-                first, tl.minimum(first + heads_a_program, kv_heads), num_stages=STAGES
-            ):
-                row = _turned(
-                    k, wide * k_token + head * k_head, channel, partner, sign, cosine, sine,
-                    k_bias + head * HEAD_DIM, k_weight, eps, real,
-                    HEAD_DIM, WIDTH, ROWS, BIAS, NORM, ROTARY > 0, K_BLOCK,
-                )  # fmt: skip
-                to = k_seen + (wide * kv_heads + head) * HEAD_DIM
-                write_rows(
-                    row, real, slot, head, channel, k_codes, k_scale, k_zero, k_page, k_page_head,
-                    k_scale_page, k_scale_head, to, K_CODE, K_SCALES, K_ZERO, K_SHARED,
-                    HEAD_DIM, WIDTH, PAGE, ROWS, K_LIMIT, RETURN,
-                )  # fmt: skip
-                if EXACT:
-                    write_rows(
-                        row, real, near, head, channel, k_exact, k_scale, k_zero, k_exact_page,
-                        k_exact_head, 0, 0, to, 0, 0, False, 1,
-                        HEAD_DIM, WIDTH, PAGE, ROWS, K_LIMIT, False,
-                    )  # fmt: skip
-    else:
-        channel = tl.arange(0, V_WIDTH)
-        first = (part - q_parts - kv_parts) * heads_a_program
-        ones = tl.full([ROWS], 1.0, tl.float32)
-        for head in tl.range(
-            first, tl.minimum(first + heads_a_program, kv_heads), num_stages=STAGES
-        ):
-            row = _row_part(
-                v, wide * v_token + head * v_head, channel, v_bias + head * VALUE_DIM, v_bias,
-                real, ones, VALUE_DIM, BIAS, False,
-            )  # fmt: skip
-            if V_BLOCK > 1:
-                row = hadamard(row, ROWS, V_WIDTH, V_BLOCK)
-            to = v_seen + (wide * kv_heads + head) * VALUE_DIM
-            write_rows(
-                row, real, slot, head, channel, v_codes, v_scale, v_zero, v_page, v_page_head,
-                v_scale_page, v_scale_head, to, V_CODE, V_SCALES, V_ZERO, V_SHARED,
-                VALUE_DIM, V_WIDTH, PAGE, ROWS, V_LIMIT, RETURN,
-            )  # fmt: skip
-            if EXACT:
-                write_rows(
-                    row, real, near, head, channel, v_exact, v_scale, v_zero, v_exact_page,
-                    v_exact_head, 0, 0, to, 0, 0, False, 1,
-                    VALUE_DIM, V_WIDTH, PAGE, ROWS, V_LIMIT, False,
-                )  # fmt: skip
+    return slot, near
 
 
-def launch_shape(tokens: int) -> tuple[int, int, int]:
-    """Tokens and heads a program, and heads read ahead: few while that alone fills the device."""
+def launch_shape(tokens: int, width: int) -> tuple[int, int, int, int]:
+    """Tokens and heads a program, channels a piece and warps, for rows of ``width`` channels.
+
+    Few tokens: small programs fill the device. Many: a thread has about 32 channels of a row,
+    which leaves two shuffles for a rotation of 128.
+    """
     if tokens <= 64:
-        return 4, 1, 1
-    if tokens <= 1024:
-        return 8, 2, 1
-    return 8, 8, 1
+        return 4, 1, 128, 4
+    warps = max(1, triton.next_power_of_2(width) // 128)
+    return 8, 2 if tokens <= 1024 else 4, 32 * warps, warps
+
+
+def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
+    """Channels a piece: at most ``wanted``, all of a row where scales are of its parts."""
+    whole = triton.next_power_of_2(width)
+    grouped = spec.quantized and spec.dynamic and spec.granularity.groups(width) > 1
+    return whole if grouped else min(wanted, whole)
 
 
 def rope_write(
@@ -192,11 +295,11 @@ def rope_write(
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, int, int, int] | None = None,
 ) -> Written:
     """As ops/rope_write/reference.rope_write, in one launch; strides of tokens and heads are free.
 
-    shape: tokens, heads and heads read ahead a program; None: ``launch_shape``.
+    shape: tokens and heads a program, channels a piece, warps; None: ``launch_shape``.
     """
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
@@ -214,7 +317,7 @@ def rope_write(
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm = params.rope, params.norm
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
-    rows, heads, stages = shape or launch_shape(tokens)
+    rows, heads, piece, warps = shape or launch_shape(tokens, max(width, value_width))
     key, key_fixed = _half(layer.key, width)
     value, value_fixed = _half(layer.value, value_width)
     near_key, _ = (key, None) if exact is None else _half(exact.key, width)
@@ -257,9 +360,9 @@ def rope_write(
         **{f"K_{name}": fixed for name, fixed in key_fixed.items()},
         **{f"V_{name}": fixed for name, fixed in value_fixed.items()},
         HEAD_DIM=width,
-        WIDTH=triton.next_power_of_2(width),
+        PIECE=_piece(layer.key.spec, width, piece),
         VALUE_DIM=value_width,
-        V_WIDTH=triton.next_power_of_2(value_width),
+        V_PIECE=_piece(layer.value.spec, value_width, piece),
         ROTARY=0 if rope is None else rope.rotary_dim,
         INTERLEAVED=rope is not None and rope.interleaved,
         NORM=0 if norm is None else (2 if norm.after_rope else 1),
@@ -267,9 +370,9 @@ def rope_write(
         PAGE=batch.page_size,
         EXACT=exact is not None,
         RETURN=params.return_rows,
+        HARDWARE=k.is_cuda and (device_info(k.device).capability or (0,)) >= (8, 9),
         ROWS=rows,
-        STAGES=stages,
-        num_warps=4,
+        num_warps=warps,
     )
     return Written(q_out, k_seen, v_seen)
 
