@@ -20,7 +20,8 @@ assert cpu_core.find_core() is not None, cpu_core.absence()
 
 import pytest
 
-tests = ["tests/ops/test_cpu_attend.py", "tests/ops/test_cpu_rope_write.py"]
+names = ("attend", "rope_write", "products")
+tests = [f"tests/ops/test_cpu_{name}.py" for name in names]
 quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 sys.exit(pytest.main([*tests, *quiet, *sys.argv[2:]]))
 PYTHON

@@ -86,10 +86,10 @@ def _open() -> tuple[Core | None, str]:
         return None, f"no compiled core in this installation: {error}."
     sizes = (ctypes.c_int64 * len(records.SIZES))()
     library.quantpage_abi(sizes)
-    if tuple(sizes) != records.SIZES:
+    if tuple(sizes) != records.SIZES or not hasattr(library, "quantpage_run"):
         return None, (
             "no compiled core in this installation: expected one with records of "
-            f"{records.SIZES} bytes, got {tuple(sizes)}; install the package again."
+            f"{records.SIZES} bytes, got an older one of {tuple(sizes)}; install the package again."
         )
     library.quantpage_isa.restype = ctypes.c_int64
     isa = library.quantpage_isa()

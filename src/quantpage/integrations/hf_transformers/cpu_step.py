@@ -40,7 +40,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
 
     undo: is given what takes each of them back.
     """
-    if find_core() is None:
+    if find_core() is None or any(not each.is_cpu for each in model.parameters()):
         return
     # Somebody else's forward (accelerate moves weights in it) is kept, and so is what holds it.
     kept = {each for each in model.modules() if "forward" in vars(each)}
@@ -51,8 +51,11 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             _replace(module, _Block(module), undo)
     for module in model.modules():
         if is_llama_model(module) and kept.isdisjoint(module.modules()):
-            hook = module.register_forward_pre_hook(_Chain(module).begin)
-            undo.append(hook.remove)
+            layers: Any = module.layers
+            blocks = [vars(each)["forward"] for each in layers]
+            if len({each.block()[2:5] for each in blocks}) == 1:
+                hook = module.register_forward_pre_hook(_Chain(module, blocks).begin)
+                undo.append(hook.remove)
 
 
 def _replace(module: nn.Module, forward: Any, undo: list[Callable[[], None]]) -> None:
@@ -85,6 +88,7 @@ def _served_here(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a step of a few tokens, of which nobody wants gradients or a graph."""
     return (
         type(x) is Tensor
+        and x.is_cpu
         and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and not torch.compiler.is_compiling()
@@ -230,11 +234,10 @@ def _rotary(embeddings: tuple[Tensor, Tensor], rows: int, heads: int) -> Rotary:
 class _Chain:
     """All blocks of a decoder in one call, made when the first of them is asked."""
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._parts = model, _Parts(model)
-        self._blocks: list[_Block] = [vars(each)["forward"] for each in model.layers]
-        self._decoder = Decoder([each.block() for each in self._blocks])
-        self._q_heads = self._blocks[0].block().q_heads
+    def __init__(self, model: nn.Module, blocks: list[_Block]) -> None:
+        self._parts, self._blocks = _Parts(model), blocks
+        self._decoder = Decoder([each.block() for each in blocks])
+        self._q_heads = blocks[0].block().q_heads
         self._ready = False
         self._out: Tensor | None = None
         for each in self._blocks:
