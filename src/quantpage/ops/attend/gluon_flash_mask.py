@@ -18,7 +18,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
-from quantpage.ops.attend.gluon_prefill import _descriptor, _padded, dense_tile
+from quantpage.ops.attend.gluon_prefill import dense_tile, descriptor, padded_width
 from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill_plan import WORKSPACE_BYTES
@@ -98,7 +98,7 @@ def attend(
     out_dtype = q.dtype if segment == "all" else torch.float32
     out = torch.empty(tokens, q_heads, width, dtype=out_dtype, device=q.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
-    dense = dense_tile(max(_padded(layer.key.head_dim), _padded(width)))
+    dense = dense_tile(max(padded_width(layer.key.head_dim), padded_width(width)))
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
     form = lowered(params.mask, q.device)
@@ -139,7 +139,7 @@ def launch(
     (k, v), (out, lse), (step, plan, form, order) = workspace, results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
     heads, head_dim, width = k.shape[0], q.shape[2], v.shape[2]
-    padded, padded_v = _padded(head_dim), _padded(width)
+    padded, padded_v = padded_width(head_dim), padded_width(width)
     tile = dense_tile(max(padded, padded_v))
     scale, cap = exponent_scale(params)
     items = len(step.work)
@@ -150,8 +150,8 @@ def launch(
     columns = isinstance(form, ColumnIntervals)
     mask_kernel[(grid,)](
         q,
-        _descriptor(k, tile.keys, padded),
-        _descriptor(v, tile.keys, padded_v),
+        descriptor(k, tile.keys, padded),
+        descriptor(v, tile.keys, padded_v),
         out,
         lse,
         lse if params.sinks is None else params.sinks,

@@ -93,15 +93,15 @@ def launch(q, workspace, results, params: AttendParams, planned, body_page: int 
     (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
     head_dim, width = q.shape[2], v.shape[2]
-    padded, padded_v = _padded(head_dim), _padded(width)
+    padded, padded_v = padded_width(head_dim), padded_width(width)
     # A sink logit enters a row once: in the first pass, or when parts are merged.
     sinks = params.sinks is not None and not each.carried and each.work.parts == 1
     scale, cap = triton_prefill.exponent_scale(params)
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
-        _descriptor(k, tile.keys, padded),
-        _descriptor(v, tile.keys, padded_v),
+        descriptor(k, tile.keys, padded),
+        descriptor(v, tile.keys, padded_v),
         out,
         lse,
         carried if each.carried else lse,
@@ -149,7 +149,7 @@ def workspace_shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseSha
         kv_heads=layer.kv_heads,
         group=q.shape[1] // layer.kv_heads,
         row_bytes=2 * (layer.key.head_dim + layer.value.head_dim),
-        tile=dense_tile(max(_padded(layer.key.head_dim), _padded(layer.value.head_dim))),
+        tile=dense_tile(max(padded_width(layer.key.head_dim), padded_width(layer.value.head_dim))),
         window=mask.window if isinstance(mask, CausalMask) else None,
         sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
         processors=device_info(q.device).processors,
@@ -176,12 +176,13 @@ def _device_passes(
     )
 
 
-def _descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:
+def descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:
     """TMA over all heads' rows; channels past head_dim read as 0."""
     flat = rows.flatten(0, 1)
     layout = gl.NVMMASharedLayout.get_default_for([keys, padded], _GLUON_DTYPES[rows.dtype])
     return TensorDescriptor.from_tensor(flat, [keys, padded], layout)
 
 
-def _padded(head_dim: int) -> int:
+def padded_width(head_dim: int) -> int:
+    """Channels of a tile: wgmma and the swizzle want at least 64."""
     return max(64, 1 << (head_dim - 1).bit_length())

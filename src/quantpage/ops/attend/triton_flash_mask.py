@@ -7,7 +7,6 @@ into splits. Nothing is read back, shapes depend on host integers only: the call
 from functools import lru_cache
 
 import torch
-import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,16 +20,16 @@ from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
 from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.triton_prefill import (
-    _Half,
-    _padded,
+    OPERANDS,
+    PagesHalf,
     exponent_scale,
+    padded_width,
     pages_tile,
 )
 
 MIN_SPLIT_TILES = 4
 """Smallest share of a split: a partial result costs a write and a merge."""
 MAX_SPLITS = 32
-_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @lru_cache(maxsize=16)
@@ -57,7 +56,7 @@ def attend(
     if tokens == 0:
         return q.new_empty(0, q_heads, width, dtype=dtype), q.new_empty(0, q_heads).float()
     group = q_heads // layer.kv_heads
-    widest = max(_padded(layer.key.head_dim), _padded(width))
+    widest = max(padded_width(layer.key.head_dim), padded_width(width))
     tile, _ = pages_tile(widest, group * batch.max_query_len)
     form = lowered(params.mask, q.device)
     plan = plan_tiles(form, batch, group, MaskTile(tile.rows, tile.keys), segment)
@@ -85,10 +84,10 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
-    padded, padded_v = _padded(head_dim), _padded(width)
+    padded, padded_v = padded_width(head_dim), padded_width(width)
     tile, warps = pages_tile(max(padded, padded_v), group * batch.max_query_len)
     scale, cap = exponent_scale(params)
-    key, value = _Half(layer.key), _Half(layer.value)
+    key, value = PagesHalf(layer.key), PagesHalf(layer.value)
     quantized = layer.key.spec.quantized or layer.value.spec.quantized
     operand = torch.float16 if quantized else layer.key.codes.dtype
     capability = device_info(q.device).capability
@@ -152,6 +151,6 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         SHIFT=8 if quantized else 0,
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
-        OPERAND=_OPERANDS[operand],
+        OPERAND=OPERANDS[operand],
         num_warps=warps,
     )

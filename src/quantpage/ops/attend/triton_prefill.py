@@ -34,7 +34,7 @@ from quantpage.ops.gather.triton_gather import gather_layer
 
 LOG2E = 1.4426950408889634
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
-_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _UNQUANTIZED = QuantSpec(CODES["none"])
 
 
@@ -157,7 +157,7 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         target = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(parts, tokens, q_heads, dtype=torch.float32, device=q.device)
     sinks = params.sinks is not None and parts == 1
-    key, value = _Half(layer.key), _Half(layer.value)
+    key, value = PagesHalf(layer.key), PagesHalf(layer.value)
     quantized = key.code != 0 or value.code != 0
     operand = torch.float16 if quantized else layer.key.codes.dtype
     capability = device_info(q.device).capability
@@ -191,8 +191,8 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         G=shape.group,
         D=layer.key.head_dim,
         DV=layer.value.head_dim,
-        DP=_padded(layer.key.head_dim),
-        DVP=_padded(layer.value.head_dim),
+        DP=padded_width(layer.key.head_dim),
+        DVP=padded_width(layer.value.head_dim),
         BM=tile.rows,
         BN=tile.keys,
         SLOTS=layer.page_size,
@@ -213,14 +213,14 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         SHIFT=8 if operand == torch.float16 else 0,
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
-        OPERAND=_OPERANDS[operand],
+        OPERAND=OPERANDS[operand],
         num_warps=warps,
     )
     if parts > 1:
         merge_parts(target, target_lse, params.sinks, results)
 
 
-class _Half:
+class PagesHalf:
     """One half of a layer as the kernel's arguments."""
 
     __slots__ = ("code", "codes_strides", "groups", "planes", "scale_strides", "scaled")
@@ -249,7 +249,7 @@ def _pages_shape(
 ) -> tuple[DenseShape, int]:
     mask, group = params.mask, q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
-    tile, warps = pages_tile(max(_padded(head_dim), _padded(width)), longest * group)
+    tile, warps = pages_tile(max(padded_width(head_dim), padded_width(width)), longest * group)
     shape = DenseShape(
         kv_heads=layer.kv_heads,
         group=group,
@@ -307,5 +307,6 @@ def _on_device(table: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(table).to(device)
 
 
-def _padded(head_dim: int) -> int:
+def padded_width(head_dim: int) -> int:
+    """Channels of a tile: a power of two, at least a matrix product's 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
