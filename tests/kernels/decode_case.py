@@ -20,7 +20,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         types[f"{side}_scale"] = types[f"{side}_zero"] = "*fp16"
     for name in ("page_table", "query_starts", "context_lens", "cuts"):
         types[name] = "*i32"
-    for name in ("sinks", "lse", "part_out", "part_lse"):
+    for name in ("sinks", "earlier_out", "earlier_lse", "lse", "part_out", "part_lse"):
         types[name] = "*fp32"
     for name in ("softmax_scale", "softcap"):
         types[name] = "fp32"
@@ -35,8 +35,9 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
         "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
-        "SINKS": sinks, "CHUNK": 128, "STAGES": stages,
+        "SINKS": sinks, "EARLIER": False, "CHUNK": 128, "STAGES": stages,
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
+        "GATHER": 16, "WHOLE": False,
     }  # fmt: skip
     return types | fixed
 

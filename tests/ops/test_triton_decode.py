@@ -8,7 +8,7 @@ import torch
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend import AttendParams, triton_decode
 from quantpage.ops.attend.planner import DecodeTiles
 from quantpage.ops.attend.reference import attend as reference
 from quantpage.ops.attend.triton_decode import attend
@@ -17,7 +17,7 @@ from quantpage.ops.gpu_candidates import decode_refusals
 from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
 
 pytestmark = TIER
-SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1)
+SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1, gather=16)
 # float16 operands and probabilities: eleven bits, summed over a context.
 TOLERANCE = 1e-3
 
@@ -98,6 +98,7 @@ def test_full_mask_and_empty_requests():
     spec = FORMATS["int8"].key
     step = Step(queries=(2, 0, 3, 0), contexts=(40, 0, 150, 64))
     check(spec, spec, step, FullMask(), sinks=True)
+    check(spec, spec, step, FullMask(), sinks=True, tiles=replace(SMALL, whole=True))
     check(spec, spec, replace(step, queries=(0, 0, 3, 0)), FullMask())
 
 
@@ -134,8 +135,21 @@ def test_a_request_without_context_gives_nothing():
 @pytest.mark.parametrize("programs", [1, 5])
 def test_any_grid_gives_the_same_result(programs):
     spec = FORMATS["fp8"].key
+    check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs, whole=True))
     check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs))
     check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs, min_tiles=2))
+    check(spec, spec, Step(), tiles=replace(SMALL, programs_per_processor=programs, gather=0))
+
+
+@pytest.mark.parametrize("queries", [(1,), (1, 1), (3, 1, 0)], ids=str)
+def test_rows_of_many_pieces_are_joined_in_groups(queries):
+    spec = FORMATS["int8"].key
+    step = Step(queries, (300, 170, 9)[: len(queries)], kv_heads=1)
+    tiles = replace(SMALL, tile=16, programs_per_processor=5, gather=4)
+    for gather in (2, 4, 0):
+        check(spec, spec, step, tiles=replace(tiles, gather=gather))
+        # The next launch, or a replayed graph, counts from where this one began.
+        assert not any(kept.any() for each in triton_decode._counters.values() for kept in each)
 
 
 @pytest.mark.parametrize("key,value", [("int8", "int4"), ("none", "int8"), ("int4", "none")])
@@ -152,7 +166,8 @@ def test_static_scales_of_a_tensor_and_of_groups():
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=30, sink_tokens=20)], ids=str)
-def test_segments_join_to_the_whole(page_size, mask):
+@pytest.mark.parametrize("joins", [False, True])
+def test_segments_join_to_the_whole(page_size, mask, joins):
     from quantpage.ops.attend import attend as attend_op
     from quantpage.ops.dispatch import Implementation
 
@@ -161,7 +176,9 @@ def test_segments_join_to_the_whole(page_size, mask):
     q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
     sinks = torch.randn(q.shape[1], device=DEVICE)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, sinks)
-    ours = Implementation("triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [])
+    ours = Implementation(
+        "triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [], joins=joins
+    )
     out, lse = attend_op(q, layer, batch, params, ours)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE

@@ -1,6 +1,7 @@
 """`python -m quantpage.bench decode|write --out rows.csv`: kernels on this CUDA device."""
 
 import argparse
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,12 +19,18 @@ ABSENT = {
 
 
 def main(
-    op: str, out: Path | None = None, check_only: bool = False, part: str = "0/1", flex: bool = True
+    op: str,
+    out: Path | None = None,
+    check_only: bool = False,
+    part: str = "0/1",
+    flex: bool = True,
+    commit: str | None = None,
 ) -> list[Row]:
     """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
 
     check_only: compile and check, time nothing; processes that each take a ``part`` ('2/8') of the
-    cases warm the compiler's cache together. A check that fails raises: no speed on red.
+    cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
+    A check that fails raises: no speed on red.
     """
     if not torch.cuda.is_available():
         raise ValueError("bench: expected a CUDA device, found none")
@@ -41,7 +48,7 @@ def main(
         else:
             made = write.measure(case, name, copy, not check_only)
         for row in made:
-            rows.append(row)
+            rows.append(row if commit is None else replace(row, commit=commit))
             print(
                 f"{row.case:12} {row.new:5} {row.head_dim:4} {row.q_heads}/{row.kv_heads} "
                 f"{row.page_size:4} {row.implementation:28} {row.format:12} "
@@ -76,5 +83,6 @@ if __name__ == "__main__":
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on")
     parser.add_argument("--no-flex", action="store_true", help="FlexAttention compiles for long")
+    parser.add_argument("--commit", help="of this copy, where it has no history")
     given = parser.parse_args()
-    main(given.op, given.out, given.check_only, given.part, not given.no_flex)
+    main(given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit)

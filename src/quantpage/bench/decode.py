@@ -83,7 +83,7 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
 
 
 def make_batch(case: Case, exact: bool) -> BatchPlan:
-    """Random page order; with ``exact``, each request's first and last page kept."""
+    """Random page order; with ``exact``, each request's first and last two pages kept."""
     pages = -(-case.context // case.page_size)
     table = torch.randperm(case.requests * pages, device="cuda").to(torch.int32)
     starts = torch.arange(case.requests + 1, device="cuda", dtype=torch.int32) * case.new
@@ -93,8 +93,8 @@ def make_batch(case: Case, exact: bool) -> BatchPlan:
     near = None
     if exact:
         kept = torch.full((case.requests, pages), -1, dtype=torch.int32, device="cuda")
-        kept[:, 0] = torch.arange(case.requests, device="cuda")
-        kept[:, -1] = torch.arange(case.requests, device="cuda") + case.requests
+        for nth, page in enumerate((0, -2, -1)):
+            kept[:, page] = torch.arange(case.requests, device="cuda") + nth * case.requests
         near = ExactPlan(kept, slots)
     return BatchPlan(
         starts, lens, table.view(case.requests, pages), slots, late.repeat(case.requests),
@@ -109,7 +109,7 @@ def make_layer(case: Case, name: str) -> LayerKV:
     layer = LayerKV(random_pages(given.key, pages, case), random_pages(given.value, pages, case))
     if given.exact_pages is None:
         return layer
-    shape = (2 * case.requests, case.kv_heads, case.page_size, case.head_dim)
+    shape = (3 * case.requests, case.kv_heads, case.page_size, case.head_dim)
     near = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     return replace(layer, exact_key=near[0], exact_value=near[1])
 
@@ -138,8 +138,9 @@ def exact_output(q: Tensor, layer: LayerKV, batch: BatchPlan, scale: float) -> T
         for rows, pages in ((keys, near.key), (values, near.value)):
             exact = gather_request(pages, table, context, torch.float64)
             rows[:size] = exact[:size]
-            last = (context - 1) // size * size
-            rows[last:] = exact[last:]
+            # Every new token stands in the last page.
+            late = ((context - 1) // size - 1) * size
+            rows[late:] = exact[late:]
     group = q.shape[1] // keys.shape[1]
     asked = q[-case_new:].double().unflatten(1, (keys.shape[1], group))
     scores = torch.einsum("thgd,khd->thgk", asked, keys) * scale

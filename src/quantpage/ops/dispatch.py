@@ -56,6 +56,8 @@ class Implementation:
     """Sentences, each with the got and the wanted value; empty: can serve the call."""
     whole: bool = False
     """Of attend: reads exact pages and turns outputs back itself, in one call."""
+    joins: bool = False
+    """Of attend: the call for the exact pages takes the body's result in (``earlier``)."""
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""

@@ -77,7 +77,9 @@ def _power_of_two(spec: QuantSpec) -> bool:
 
 
 DECODE_CANDIDATES = [
-    Implementation("triton", "quantpage.ops.attend.triton_decode:attend", decode_refusals)
+    Implementation(
+        "triton", "quantpage.ops.attend.triton_decode:attend", decode_refusals, joins=True
+    )
 ]
 WRITE_CANDIDATES = [
     Implementation(

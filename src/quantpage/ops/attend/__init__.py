@@ -68,7 +68,7 @@ def attend(
 def _attend_segments(
     q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Implementation
 ) -> tuple[Tensor, Tensor]:
-    """Body and exact pages, each by a call, and their merge."""
+    """Body and exact pages, each by a call, and their merge unless the second call does it."""
     assert batch.exact is not None
     run = by.load()
     exact_batch = replace(
@@ -77,6 +77,8 @@ def _attend_segments(
     # The sink is one key of the softmax: it enters once, in the merge.
     bare = replace(params, sinks=None)
     body = run(q, replace(layer, exact_key=None, exact_value=None), batch, bare, segment="body")
+    if by.joins:
+        return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
     partials = [body[0], near[0]], [body[1], near[1]]
     if by.name in ("triton", "gluon"):

@@ -14,6 +14,9 @@ MAX_ROWS = 64
 SMALL = 40_000
 """Keys of all requests and kv_heads up to which a step is bound by latency."""
 
+JOINED = 44
+"""Parts of a step from which the last program at a row joins its pieces: no more than 24, then."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
@@ -30,11 +33,18 @@ class DecodeTiles:
     """Cap a thread, so that as many programs as the grid has fit; None: the compiler's choice."""
     min_tiles: int = 1
     """Smallest share of a program: a piece costs a partial result."""
+    whole: bool = False
+    """Programs take whole rows: nothing is cut, nothing is joined."""
+    gather: int = 0
+    """Pieces of a row that one program joins at once; 0: a launch of its own joins them."""
 
 
-def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int) -> DecodeTiles:
+def decode_tiles(
+    key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int, parts: int = 1
+) -> DecodeTiles:
     """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile. ``keys``:
-    keys of all requests and kv_heads, an upper bound.
+    keys of all requests and kv_heads, an upper bound. ``parts``: (request, kv_head, tile of query
+    rows) of the step.
 
     One warp a program needs no barrier between warps, and eight programs hide each other's
     beginnings and ends. Measured on an H200, TB/s of int8 at 16 x 32k / 64 x 4k / 8 x 8k, head_dim
@@ -60,7 +70,8 @@ def decode_tiles(key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: 
     four_bits = key.code.name == "int4" and value.code.name == "int4"
     if width <= 64 or (four_bits and width <= 128):
         return DecodeTiles(64, 1, 5, 8, min_tiles=2)
-    return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2)
+    gather = 16 if rows <= 8 and parts >= JOINED and not four_bits else 0
+    return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
 
 
 def row_tiles(group: int, query_len: int) -> tuple[int, int]:

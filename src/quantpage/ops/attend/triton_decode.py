@@ -1,8 +1,10 @@
-"""The decode path's host side: views in, two launches, nothing read back.
+"""The decode path's host side: views in, one launch or two, nothing read back.
 
 Launch arguments are host integers that do not depend on the lengths (upper bounds under CUDA
 graphs); the workspace of partial results belongs to the device and the stream and is kept.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,6 +25,11 @@ CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
+COUNTERS = 2**20
+"""Counters of a device's pool (4 MB), of which each stream takes its part."""
+
+_counters: dict[tuple[int | None, int], list[Tensor]] = {}
+_pools: dict[int | None, Tensor] = {}
 _workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
 
 
@@ -33,9 +40,11 @@ def attend(
     params: AttendParams,
     segment: Segment = "all",
     tiles: DecodeTiles | None = None,
+    earlier: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output and natural log-sum-exp. Segments keep float32, to be merged; 'all' is in q's dtype.
 
+    earlier: the body's result, contiguous, which the exact segment's call makes whole.
     tiles: the launch's shape; None: the planner's choice. Calls on one stream share a workspace, so
     two graphs captured on one stream must not be replayed at the same time.
     """
@@ -45,21 +54,32 @@ def attend(
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
     group = q_heads // kv_heads
-    out_dtype = q.dtype if segment == "all" else torch.float32
+    final = segment == "all" or earlier is not None
+    assert earlier is None or not layer.value.spec.quantized
+    out_dtype = q.dtype if final else torch.float32
     out = torch.empty(tokens, q_heads, value_width, dtype=out_dtype, device=q.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+    all_rows = batch.num_requests * kv_heads * tiles_of_rows
     if tiles is None:
+        specs = (layer.key.spec, layer.value.spec)
         keys = kv_heads * sum(batch.host_context_lens)
-        tiles = decode_tiles(layer.key.spec, layer.value.spec, max(width, value_width), rows, keys)
+        tiles = decode_tiles(*specs, max(width, value_width), rows, keys, all_rows)
+        if segment == "exact":
+            # Three pages a query: a program reads them all.
+            tiles = replace(tiles, whole=True, gather=0)
     processors = device_info(q.device).processors if q.is_cuda else 3
     programs = processors * tiles.programs_per_processor
-    all_rows = batch.num_requests * kv_heads * tiles_of_rows
+    programs = min(programs, all_rows) if tiles.whole else programs
     part_out, part_lse, cuts = _workspace(
         q.device, (2 * programs * rows * value_width, 2 * programs * rows, 2 * all_rows)
     )
+    gather = tiles.gather
+    if gather:
+        groups = -(-programs // gather)
+        cuts = _counters_of(q.device, all_rows + 2 * groups)
     window = mask.window if isinstance(mask, CausalMask) else None
     sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
     mask_numbers = (window or 0, sink_tokens)
@@ -81,7 +101,8 @@ def attend(
         batch.page_table,
         batch.query_starts,
         batch.context_lens,
-        params.sinks if segment == "all" else None,
+        params.sinks if final else None,
+        *((None, None) if earlier is None else earlier),
         out,
         lse,
         part_out,
@@ -115,16 +136,21 @@ def attend(
         WINDOW=window is not None,
         SEGMENT=SEGMENTS[segment],
         SOFTCAP=params.softcap is not None,
-        SINKS=params.sinks is not None and segment == "all",
+        SINKS=params.sinks is not None and final,
+        EARLIER=earlier is not None,
         CHUNK=_chunk(batch.num_requests),
         STAGES=tiles.stages,
         OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
         PAIRS=_paired(layer.key) and _paired(layer.value),
         OVERLAP=overlap,
+        GATHER=gather,
+        WHOLE=tiles.whole,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
         launch_pdl=overlap,
     )
+    if gather or tiles.whole:
+        return out, lse
     # A program a query row, unless there are so many rows that few can be cut.
     query_rows = min(rows, group * batch.max_query_len)
     spread = query_rows if all_rows * query_rows <= 4096 else 1
@@ -134,7 +160,7 @@ def attend(
         part_lse,
         batch.query_starts,
         batch.context_lens,
-        params.sinks if segment == "all" else None,
+        params.sinks if final else None,
         out,
         lse,
         kv_heads,
@@ -145,7 +171,7 @@ def attend(
         GROUP=group,
         ROWS=rows,
         ROW_TILES=tiles_of_rows,
-        SINKS=params.sinks is not None and segment == "all",
+        SINKS=params.sinks is not None and final,
         PARTS=parts,
         PAGE=batch.page_size,
         FULL=isinstance(mask, FullMask),
@@ -201,6 +227,32 @@ def _paired(pages: QuantizedPages) -> bool:
         and p.stride(1) % 2 == 0
         for p in planes
     )
+
+
+def _counters_of(device: torch.device, count: int) -> Tensor:
+    """Zeros that every launch leaves as zeros, this stream's own.
+
+    They come from a pool that is filled outside of any graph: a graph that was captured with them
+    may be replayed before any other. A launch that dies midway, as the device's context does with
+    it, is the only one that leaves them otherwise.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _counters.setdefault((device.index, stream), [])
+    if kept and kept[-1].numel() >= count:
+        return kept[-1]
+    size = max(2**14, triton.next_power_of_2(count))
+    pool = _pools.get(device.index)
+    if pool is None or pool.numel() < size:
+        pool = torch.zeros(max(COUNTERS, size), dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # Filled by the graph itself, and so of use to this call alone.
+                return pool
+            torch.cuda.synchronize(device)
+    # Smaller ones stay: a captured graph may still count in them.
+    kept.append(pool[:size])
+    _pools[device.index] = pool[size:]
+    return kept[-1]
 
 
 def _workspace(device: torch.device, sizes: tuple[int, int, int]):

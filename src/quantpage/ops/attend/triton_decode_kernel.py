@@ -1,8 +1,8 @@
 """Decode: split-KV attention over quantized pages for 1 to 16 query tokens a request.
 
-One launch of a fixed grid walks equal shares of all tiles (triton_plan) and a second merges the
-rows that were cut (triton_merge). Codes are read as 32-bit words (triton_words) and multiplied in
-float16, in which every code is exact; scales never touch a code:
+One launch of a fixed grid walks equal shares of all tiles (triton_plan); rows that were cut are
+joined by it (triton_pieces) or by a second (triton_merge). Codes are read as 32-bit words
+(triton_words) and multiplied in float16, in which every code is exact; scales never touch a code:
 
     S = (q . k_code) * k_scale[token] + sum(q) * k_zero[token]
     O = sum (p * v_scale[token]) v_code + sum(p * v_zero[token])
@@ -15,72 +15,27 @@ Static scales belong to channels, so they are folded into q before and into O af
 scaled so that their largest element is 2^14, and p so that the largest p * v_scale of a row is
 2^12: float16 neither overflows nor flushes whatever the cache holds. What slots outside the mask
 hold is not loaded, or selected away: scores, scales and floating point values; integer codes are
-finite and meet a p of 0.
+finite and meet a p of 0. Keys of 4 bits are multiplied as they lie, a thousand too large, and the
+query's sum takes that off again.
 """
 
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_plan import key_ranges, my_share, tile_ranges
+from quantpage.ops.attend.triton_decode_parts import query_part, store_parts
+from quantpage.ops.attend.triton_pieces import finish_empty, join_cut
+from quantpage.ops.attend.triton_plan import (
+    key_ranges,
+    keys_of_all,
+    my_share,
+    request_tiles,
+    shown_keys,
+    tile_ranges,
+)
 from quantpage.ops.attend.triton_words import load_plane, log2_fast, unpack4, unpack8
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _query_part(
-    q, channel, q_rows, real, k_scale, k_zero, HEAD_DIM: tl.constexpr,
-    STATIC: tl.constexpr, STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """One strided part of the queries with static scales folded in, its largest element, and its
-    share of the row's sums.
-    """
-    mask = real[None, :] & (channel < HEAD_DIM)[:, None]
-    part = tl.load(q + q_rows[None, :] + channel[:, None], mask, 0.0).to(tl.float32)
-    if STATIC_ZERO:
-        zero = tl.load(k_zero + channel // SHARED, channel < HEAD_DIM, 0.0).to(tl.float32)
-        total = tl.sum(part * zero[:, None], 0)
-    else:
-        total = tl.sum(part, 0)
-    if STATIC:
-        scale = tl.load(k_scale + channel // SHARED, channel < HEAD_DIM, 0.0).to(tl.float32)
-        part = part * scale[:, None]
-    size = tl.abs(part)
-    return part, tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 0), 0), total
-
-
-@triton.jit
-def _store_part(
-    at, acc, channel, real, ratio, mass, extra, v_scale, v_zero, VALUE_DIM: tl.constexpr,
-    STATIC: tl.constexpr, STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """One strided part of the output, finished and stored."""
-    inside = channel < VALUE_DIM
-    out = acc * ratio[None, :]
-    if STATIC:
-        scale = tl.load(v_scale + channel // SHARED, inside, 0.0).to(tl.float32)
-        out = out * scale[:, None]
-    if STATIC_ZERO:
-        zero = tl.load(v_zero + channel // SHARED, inside, 0.0).to(tl.float32)
-        out += mass[None, :] * zero[:, None]
-    out += extra[None, :]
-    at = at[None, :] + channel[:, None]
-    tl.store(at, out.to(at.dtype.element_ty), real[None, :] & inside[:, None])
-
-
-@triton.jit
-def _shown(
-    key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens, WINDOW: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Keys that some query of the request sees."""
-    shown = key < b_high
-    if WINDOW or SEGMENT != 0:
-        shown = ((key >= a_low) & (key < a_high)) | ((key >= b_low) & shown)
-    if WINDOW and SEGMENT == 2:
-        shown &= (key >= first_seat - window + 1) | (key < sink_tokens)
-    return shown
 
 
 # Numbers that change from step to step or from model to model compile no kernel of their own.
@@ -99,6 +54,8 @@ def decode_kernel(
     query_starts,
     context_lens,
     sinks,
+    earlier_out,
+    earlier_lse,
     out,
     lse,
     part_out,
@@ -144,25 +101,34 @@ def decode_kernel(
     SEGMENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    EARLIER: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     OLD: tl.constexpr,
     PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GATHER: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: 0 none, 1 int8, 2 fp8,
     3 int4. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a tile.
+    EARLIER: float32 results of other keys enter, beside 16-bit values. GATHER: pieces that
+    are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
     """
+    program = tl.program_id(0)
     if OVERLAP:
         # The launches before and after overlap with this one: wait for what the first wrote, let
         # the next one be set up.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    start, end, share, request, begins = my_share(
-        query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window, sink_tokens,
-        PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
-    )  # fmt: skip
+    if WHOLE:
+        start, end, share, request, begins = program, requests * kv_heads * ROW_TILES, 1, program, 0
+    else:
+        start, end, share, request, begins = my_share(
+            query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
+            sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+        )  # fmt: skip
+    BIASED: tl.constexpr = K_CODE == 3
     K_PARTS: tl.constexpr = 1 if K_CODE == 0 else (8 if K_CODE == 3 else 4)
     V_PARTS: tl.constexpr = 1 if V_CODE == 0 else (8 if V_CODE == 3 else 4)
     K_WORDS: tl.constexpr = HEAD_DIM // K_PARTS
@@ -186,6 +152,8 @@ def decode_kernel(
 
     position = start
     while position < end:
+        if WHOLE:
+            request = position // (kv_heads * ROW_TILES)
         context = tl.load(context_lens + request)
         q_start = tl.load(query_starts + request)
         q_len = tl.minimum(tl.load(query_starts + request + 1) - q_start, context)
@@ -194,9 +162,14 @@ def decode_kernel(
         )
         a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
         tiles = a_tiles + b_tiles
-        item = (position - begins) // tl.maximum(tiles, 1)
-        first_tile = position - begins - item * tiles
-        last_tile = tl.minimum(tiles, first_tile + end - position)
+        if WHOLE:
+            item = position % (kv_heads * ROW_TILES)
+            first_tile = 0
+            last_tile = tiles
+        else:
+            item = (position - begins) // tl.maximum(tiles, 1)
+            first_tile = position - begins - item * tiles
+            last_tile = tl.minimum(tiles, first_tile + end - position)
         head = (item // ROW_TILES).to(tl.int64)
 
         row_at = (item % ROW_TILES) * ROWS + row
@@ -210,58 +183,66 @@ def decode_kernel(
         # The queries, in the parts that the words of K come in.
         k_static = k_scale + head * k_scale_head
         kz_static = k_zero + head * k_scale_head
-        q0, peak, q_sum = _query_part(
+        q0, peak, q_sum = query_part(
             q, k_word * K_PARTS, q_rows, real, k_static, kz_static, HEAD_DIM,
             K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
         )  # fmt: skip
         q1, q2, q3, q4, q5, q6, q7 = q0, q0, q0, q0, q0, q0, q0
         if K_PARTS > 1:
-            q1, peak1, sum1 = _query_part(
+            q1, peak1, sum1 = query_part(
                 q, k_word * K_PARTS + 1, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
-            q2, peak2, sum2 = _query_part(
+            q2, peak2, sum2 = query_part(
                 q, k_word * K_PARTS + 2, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
-            q3, peak3, sum3 = _query_part(
+            q3, peak3, sum3 = query_part(
                 q, k_word * K_PARTS + 3, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
             peak = tl.maximum(tl.maximum(peak, peak1), tl.maximum(peak2, peak3))
             q_sum += sum1 + sum2 + sum3
         if K_PARTS > 4:
-            q4, peak4, sum4 = _query_part(
+            q4, peak4, sum4 = query_part(
                 q, k_word * K_PARTS + 4, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
-            q5, peak5, sum5 = _query_part(
+            q5, peak5, sum5 = query_part(
                 q, k_word * K_PARTS + 5, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
-            q6, peak6, sum6 = _query_part(
+            q6, peak6, sum6 = query_part(
                 q, k_word * K_PARTS + 6, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
-            q7, peak7, sum7 = _query_part(
+            q7, peak7, sum7 = query_part(
                 q, k_word * K_PARTS + 7, q_rows, real, k_static, kz_static, HEAD_DIM,
                 K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
             )  # fmt: skip
             peak = tl.maximum(peak, tl.maximum(tl.maximum(peak4, peak5), tl.maximum(peak6, peak7)))
             q_sum += sum4 + sum5 + sum6 + sum7
         unit = 1.0
+        q_sum = tl.sum(q_sum, 0)
         if K_CODE != 0:
+            peak = tl.max(peak)
             unit = tl.where(peak > 1e-30, 16384.0 / tl.maximum(peak, 1e-30), 1.0)
+        odd: tl.constexpr = 0.0625 if BIASED else 1.0
         q0 = (q0 * unit).to(K_NUMBER)
         if K_PARTS > 1:
-            q1 = (q1 * unit).to(K_NUMBER)
+            q1 = (q1 * (unit * odd)).to(K_NUMBER)
             q2 = (q2 * unit).to(K_NUMBER)
-            q3 = (q3 * unit).to(K_NUMBER)
+            q3 = (q3 * (unit * odd)).to(K_NUMBER)
         if K_PARTS > 4:
             q4 = (q4 * unit).to(K_NUMBER)
-            q5 = (q5 * unit).to(K_NUMBER)
+            q5 = (q5 * (unit * odd)).to(K_NUMBER)
             q6 = (q6 * unit).to(K_NUMBER)
-            q7 = (q7 * unit).to(K_NUMBER)
+            q7 = (q7 * (unit * odd)).to(K_NUMBER)
+        if BIASED:
+            # Even codes come as 1032 + code, odd ones as 16 (72 + code), for a sixteenth of q.
+            even_sum = q0.to(tl.float32) + q2.to(tl.float32) + q4.to(tl.float32) + q6.to(tl.float32)
+            odd_sum = q1.to(tl.float32) + q3.to(tl.float32) + q5.to(tl.float32) + q7.to(tl.float32)
+            bias = tl.sum(even_sum * 1032.0 + odd_sum * 1152.0, 0)
         # Scores leave the product in the unit of the softmax: log2, or natural before a softcap.
         natural: tl.constexpr = 1.0 if SOFTCAP else LOG2E
         score_scale = softmax_scale * natural / unit
@@ -280,19 +261,22 @@ def decode_kernel(
         acc6 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
         acc7 = tl.zeros([V_WIDTH8, ROWS], tl.float32)
 
+        if EARLIER:
+            # What other keys gave is one key that the row's first piece begins with.
+            begun = real & (first_tile == 0)
+            earlier_at = token_at * (kv_heads * GROUP) + q_head_at
+            top = tl.load(earlier_lse + earlier_at, begun, float("-inf")) * LOG2E
+            begun = begun & (top != float("-inf"))
+            SHARE: tl.constexpr = 4096.0 if SHIFT > 0 else 1.0
+            weights = tl.where((lane == 0)[:, None] & begun[None, :], SHARE, 0.0)
+            acc0 = SHARE * tl.load(
+                earlier_out + earlier_at[None, :] * VALUE_DIM + v_word[:, None],
+                begun[None, :] & (v_word < VALUE_DIM)[:, None], 0.0,
+            )  # fmt: skip
+
         # Keys that every query of this request sees: tiles inside need no mask by row.
         first_seat = context - q_len
-        all_low = 0
-        all_high = first_seat + 1
-        if FULL:
-            all_high = context
-        if WINDOW:
-            all_low = tl.maximum(context - window, 0)
-        if SEGMENT == 1:
-            all_low = tl.maximum(all_low, PAGE)
-            all_high = tl.minimum(all_high, (first_seat // PAGE - 1) * PAGE)
-        if SEGMENT == 2:
-            all_high = 0
+        all_low, all_high = keys_of_all(context, first_seat, window, PAGE, FULL, WINDOW, SEGMENT)
         table = page_table + request.to(tl.int64) * table_row
         k_base = k_codes + head * k_head
         v_base = v_codes + head * v_head
@@ -302,7 +286,7 @@ def decode_kernel(
                 tile = tl.where(t < a_tiles, a_first + t, b_first + t - a_tiles)
             key_start = tile * TILE
             key = key_start + lane
-            shown = _shown(
+            shown = shown_keys(
                 key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens, WINDOW, SEGMENT
             )
             if PAGE >= TILE:
@@ -319,10 +303,10 @@ def decode_kernel(
                 v_rows = v_base + (page * v_page + slot * V_WORDS)[None, :]
                 if PAIRS:
                     pair_key = key_start + 2 * pair
-                    pair_shown = _shown(
+                    pair_shown = shown_keys(
                         pair_key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
                         WINDOW, SEGMENT,
-                    ) | _shown(
+                    ) | shown_keys(
                         pair_key + 1, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
                         WINDOW, SEGMENT,
                     )  # fmt: skip
@@ -343,8 +327,12 @@ def decode_kernel(
                 score = tl.dot(k2, q2, score)
                 score = tl.dot(k3, q3, score)
             else:
-                k0, k1, k2, k3, k4, k5, k6, k7 = unpack8(k)
-                score = tl.dot(k0, q0)
+                k0, k1, k2, k3, k4, k5, k6, k7 = unpack8(k, BIASED)
+                if BIASED:
+                    score = tl.broadcast_to(-bias[None, :], [TILE, ROWS])
+                    score = tl.dot(k0, q0, score)
+                else:
+                    score = tl.dot(k0, q0)
                 score = tl.dot(k1, q1, score)
                 score = tl.dot(k2, q2, score)
                 score = tl.dot(k3, q3, score)
@@ -419,7 +407,7 @@ def decode_kernel(
                 acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
                 acc3 = tl.dot(v3, p, acc3 * shrink[None, :])
             else:
-                v0, v1, v2, v3, v4, v5, v6, v7 = unpack8(v)
+                v0, v1, v2, v3, v4, v5, v6, v7 = unpack8(v, False)
                 acc0 = tl.dot(v0, p, acc0 * shrink[None, :])
                 acc1 = tl.dot(v1, p, acc1 * shrink[None, :])
                 acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
@@ -451,7 +439,7 @@ def decode_kernel(
             else:
                 part_at = slot_id.to(tl.int64) * ROWS + row
                 tl.store(part_lse + part_at, row_lse, real)
-            if first_tile == 0:
+            if GATHER == 0 and not WHOLE and first_tile == 0:
                 # Where the row's pieces are, for the merge: the first one's slot, -1 for none, and
                 # the program that holds the last.
                 cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
@@ -467,46 +455,42 @@ def decode_kernel(
             # Two destinations of two types: the result, or a float32 partial.
             if complete:
                 to = out + token_at * out_token + q_head_at * out_head
-                _store_parts(
+                store_parts(
                     to, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra,
                     vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS, static,
                     static_zero, V_SHARED,
                 )  # fmt: skip
             else:
                 to_part = part_out + (slot_id.to(tl.int64) * ROWS + row) * VALUE_DIM
-                _store_parts(
+                store_parts(
                     to_part, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass,
-                    extra,
-                    vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS, static,
-                    static_zero, V_SHARED,
+                    extra, vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS,
+                    static, static_zero, V_SHARED,
                 )  # fmt: skip
-        position += last_tile - first_tile
-        if position - begins >= tiles * kv_heads * ROW_TILES:
-            request += 1
-            begins = position
-
-
-@triton.jit
-def _store_parts(
-    to, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra, v_scale, v_zero,
-    v_word, v_word4, v_word8, VALUE_DIM: tl.constexpr, PARTS: tl.constexpr, STATIC: tl.constexpr,
-    STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    _store_part(to, acc0, v_word * PARTS, real, ratio, mass, extra, v_scale, v_zero,
-                VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-    if PARTS > 1:
-        _store_part(to, acc1, v_word4 * PARTS + 1, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-        _store_part(to, acc2, v_word4 * PARTS + 2, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-        _store_part(to, acc3, v_word4 * PARTS + 3, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-    if PARTS > 4:
-        _store_part(to, acc4, v_word8 * PARTS + 4, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-        _store_part(to, acc5, v_word8 * PARTS + 5, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-        _store_part(to, acc6, v_word8 * PARTS + 6, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
-        _store_part(to, acc7, v_word8 * PARTS + 7, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
+                if GATHER > 0:
+                    row_first = (item % ROW_TILES) * ROWS
+                    join_cut(
+                        cuts, part_out, part_lse, sinks, out, lse, program,
+                        request * kv_heads * ROW_TILES + item, position - first_tile, tiles, share,
+                        requests * kv_heads * ROW_TILES,
+                        tl.minimum(ROWS, q_len * GROUP - row_first), row_first, item // ROW_TILES,
+                        q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS,
+                        GATHER,
+                    )  # fmt: skip
+        if WHOLE:
+            position += tl.num_programs(0)
+        else:
+            position += last_tile - first_tile
+            if position - begins >= tiles * kv_heads * ROW_TILES:
+                request += 1
+                begins = position
+    if GATHER > 0 or WHOLE:
+        for empty in range(program, requests, tl.num_programs(0)):
+            if request_tiles(
+                query_starts, context_lens, empty, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
+                SEGMENT,
+            ) == 0:  # fmt: skip
+                finish_empty(
+                    empty, query_starts, part_out, part_lse, sinks, out, lse, kv_heads, out_token,
+                    out_head, GROUP, ROWS, VALUE_DIM, SINKS,
+                )  # fmt: skip

@@ -61,6 +61,40 @@ def key_ranges(
 
 
 @triton.jit
+def shown_keys(
+    key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens, WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Keys that some query of the request sees."""
+    shown = key < b_high
+    if WINDOW or SEGMENT != 0:
+        shown = ((key >= a_low) & (key < a_high)) | ((key >= b_low) & shown)
+    if WINDOW and SEGMENT == 2:
+        shown &= (key >= first_seat - window + 1) | (key < sink_tokens)
+    return shown
+
+
+@triton.jit
+def keys_of_all(
+    context, first_seat, window, PAGE: tl.constexpr, FULL: tl.constexpr, WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Half-open range of keys that every query of the request sees."""
+    low = 0
+    high = first_seat + 1
+    if FULL:
+        high = context
+    if WINDOW:
+        low = tl.maximum(context - window, 0)
+    if SEGMENT == 1:
+        low = tl.maximum(low, PAGE)
+        high = tl.minimum(high, (first_seat // PAGE - 1) * PAGE)
+    if SEGMENT == 2:
+        high = 0
+    return low, high
+
+
+@triton.jit
 def tile_ranges(a_low, a_high, b_low, b_high, TILE: tl.constexpr):
     """First tile and number of tiles of each key range; a tile belongs to one of them."""
     a_first = a_low // TILE
@@ -95,6 +129,22 @@ def _tiles_of(
     )
     _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
     return tl.where(real, a_tiles + b_tiles, 0)
+
+
+@triton.jit
+def request_tiles(
+    query_starts, context_lens, request, window, sink_tokens, PAGE: tl.constexpr,
+    TILE: tl.constexpr, FULL: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of one request, of each of its kv_heads."""
+    context = tl.load(context_lens + request)
+    new = tl.load(query_starts + request + 1) - tl.load(query_starts + request)
+    new = tl.minimum(new, context)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return a_tiles + b_tiles
 
 
 @triton.jit

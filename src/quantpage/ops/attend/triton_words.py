@@ -72,6 +72,23 @@ _INT4: tl.constexpr = tl.constexpr("""{
  lop3.b32 t, hi, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $7, t, s, d;
 }""")
 
+# As stored: 1024 + n for low nibbles, 1024 + 16 n for high ones.
+_INT4_BIASED: tl.constexpr = tl.constexpr("""{
+ .reg .b32 lo, hi;
+ prmt.b32 lo, $8, $9, 0x5410;
+ prmt.b32 hi, $8, $9, 0x7632;
+ lop3.b32 $0, lo, 0x000f000f, 0x64006400, 0xea;
+ lop3.b32 $1, lo, 0x00f000f0, 0x64006400, 0xea;
+ shr.u32 lo, lo, 8;
+ lop3.b32 $2, lo, 0x000f000f, 0x64006400, 0xea;
+ lop3.b32 $3, lo, 0x00f000f0, 0x64006400, 0xea;
+ lop3.b32 $4, hi, 0x000f000f, 0x64006400, 0xea;
+ lop3.b32 $5, hi, 0x00f000f0, 0x64006400, 0xea;
+ shr.u32 hi, hi, 8;
+ lop3.b32 $6, hi, 0x000f000f, 0x64006400, 0xea;
+ lop3.b32 $7, hi, 0x00f000f0, 0x64006400, 0xea;
+}""")
+
 
 @triton.jit
 def _fp8_number(word, SHIFT: tl.constexpr):
@@ -109,21 +126,28 @@ def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr):
 
 
 @triton.jit
-def _nibble(words, SHIFT: tl.constexpr):
-    return (((words >> SHIFT) & 15) - 8).to(tl.float16)
+def _nibble(words, SHIFT: tl.constexpr, BIASED: tl.constexpr):
+    n = (words >> SHIFT) & 15
+    n = 1024 + n * (16 if SHIFT % 8 == 4 else 1) if BIASED else n - 8
+    return n.to(tl.float16)
 
 
 @triton.jit
-def unpack8(words):
-    """int32 words of eight 4-bit codes, stored + 8 -> eight float16 tensors of the same shape."""
+def unpack8(words, BIASED: tl.constexpr):
+    """int32 words of eight 4-bit codes, stored as n = code + 8 -> eight float16 tensors.
+
+    BIASED: 1024 + n for even ones and 1024 + 16 n for odd ones, which takes 12 instructions for
+    sixteen codes where the codes themselves take 20.
+    """
     if INTERPRETED:
-        r0, r1 = _nibble(words, 0), _nibble(words, 4)
-        r2, r3 = _nibble(words, 8), _nibble(words, 12)
-        r4, r5 = _nibble(words, 16), _nibble(words, 20)
-        r6, r7 = _nibble(words, 24), _nibble(words, 28)
+        r0, r1 = _nibble(words, 0, BIASED), _nibble(words, 4, BIASED)
+        r2, r3 = _nibble(words, 8, BIASED), _nibble(words, 12, BIASED)
+        r4, r5 = _nibble(words, 16, BIASED), _nibble(words, 20, BIASED)
+        r6, r7 = _nibble(words, 24, BIASED), _nibble(words, 28, BIASED)
     else:
+        asm: tl.constexpr = _INT4_BIASED if BIASED else _INT4
         r0, r1, r2, r3, r4, r5, r6, r7 = tl.inline_asm_elementwise(
-            _INT4,
+            asm,
             "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
             [words],
             dtype=(tl.float16,) * 8,
