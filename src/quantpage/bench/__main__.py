@@ -57,11 +57,11 @@ def main(
                 flush=True,
             )
         torch.cuda.empty_cache()
+        if out is not None and rows:
+            write_rows(rows, out)
     for name, module in ABSENT.items():
         if not check_only and find_spec(module.split(".")[0]) is None:
             print(f"absent: {name}")
-    if out is not None and rows:
-        write_rows(rows, out)
     return rows
 
 
