@@ -15,7 +15,7 @@ def test_the_fastest_launch_of_a_case_is_drawn():
     keys = [(r["case"], r["implementation"], r["format"]) for r in rows]
     assert len(keys) == len(set(keys))
     (one,) = [r for r in rows if r["case"] == "8 x 8k" and r["format"] == "int8"]
-    assert float(one["microseconds"]) == 44.0
+    assert float(one["microseconds"]) == 45.61
 
 
 def test_a_file_without_rows_is_refused():
