@@ -272,13 +272,13 @@ def _slots_of(slots, exact_slots, token, real, EXACT: tl.constexpr):
 def launch_shape(tokens: int, width: int) -> tuple[int, int, int, int]:
     """Tokens and heads a program, channels a piece and warps, for rows of ``width`` channels.
 
-    Few tokens: small programs fill the device. Many: a thread has about 32 channels of a row,
-    which leaves two shuffles for a rotation of 128.
+    Many tokens: four pieces a row and 32 channels a thread leave two shuffles for a rotation of
+    128. Few are spread over more threads.
     """
+    whole = triton.next_power_of_2(width)
     if tokens <= 64:
-        return 4, 1, 128, 4
-    warps = max(1, triton.next_power_of_2(width) // 128)
-    return 8, 2 if tokens <= 1024 else 4, 32 * warps, warps
+        return 4, 1, max(32, whole // 2), max(1, whole // 64)
+    return 8, 2 if tokens <= 1024 else 4, max(32, whole // 4), max(1, whole // 128)
 
 
 def _piece(spec: QuantSpec, width: int, wanted: int) -> int:

@@ -150,7 +150,7 @@ def _code_of(
     x, step, inverse, base, CODE: tl.constexpr, ZERO: tl.constexpr, QMAX: tl.constexpr,
     LOW: tl.constexpr, TAME: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes in the low byte of integers (or as e4m3), and the numbers they stand for.
+    """Codes in the low byte of integers, and the numbers they stand for; HARDWARE: not those.
 
     TAME: the scale was computed from these rows and is of 16 bits, so that x / step is finite.
     """
@@ -166,8 +166,9 @@ def _code_of(
     scaled = tl.minimum(tl.maximum(scaled, LOW), QMAX)
     if CODE == 2:
         if HARDWARE:
-            code = scaled.to(tl.float8e4nv)
-            return code.to(tl.uint8, bitcast=True), code.to(tl.float32)
+            # Reading the converted pair back is miscompiled by ptxas 12.8: within a loop it gives
+            # the pair of the iteration before. So whoever wants numbers rounds by hand.
+            return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True), scaled
         else:
             return _e4m3(scaled)
     else:
@@ -218,7 +219,8 @@ def write_rows(
     else:
         numbers = _write_codes(
             parts, slots, head, codes, scale, zero, page_stride, head_stride, scale_page,
-            scale_head, CODE, SCALES, ZERO, SHARED, HEAD_DIM, PIECE, PAGE, ROWS, LIMIT, HARDWARE,
+            scale_head, CODE, SCALES, ZERO, SHARED, HEAD_DIM, PIECE, PAGE, ROWS, LIMIT,
+            HARDWARE and not RETURN,
         )  # fmt: skip
     if RETURN:
         store_parts(seen, numbers, real, HEAD_DIM, PIECE)
