@@ -276,9 +276,10 @@ def launch_shape(tokens: int, width: int) -> tuple[int, int, int, int]:
     128. Few are spread over more threads.
     """
     whole = triton.next_power_of_2(width)
-    if tokens <= 64:
-        return 4, 1, max(32, whole // 2), max(1, whole // 64)
-    return 8, 2 if tokens <= 1024 else 4, max(32, whole // 4), max(1, whole // 128)
+    if tokens <= 256:
+        warps = whole // 64 if tokens <= 64 else whole // 128
+        return 4, 1, max(32, whole // 2), max(1, warps)
+    return 8, 2, max(32, whole // 4), max(1, whole // 128)
 
 
 def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
