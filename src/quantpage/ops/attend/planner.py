@@ -57,16 +57,23 @@ def decode_tiles(
         tile 64, 1 warp,  9 programs    3.22  3.42  2.23
 
     and of int4: tile 64, 8 programs 3.61, 3.00, 2.06; tile 32, 12 programs 2.76, 2.55, 1.48.
-    16-bit pages read 4.3 with any; four warps win at 1 x 4k (int8: 11.2 against 12.8 us).
+    16-bit pages read 4.3 with any; four warps win at 1 x 4k (int8: 11.2 against 12.8 us). Drafts of
+    int8 at 16 x 8k, us (one token: 83):
+
+        8 tokens, 32 rows: tile 64, 2 warps 131    tile 32, 2 warps 153    tile 64, 4 warps 175
+        4 tokens, 16 rows: tile 64, 2 warps 89     tile 32, 1 warp 95      tile 32, 2 warps 116
     """
     if rows > 32:
         return DecodeTiles(64, 4, 5, 2) if width <= 128 else DecodeTiles(32, 4, 4, 2)
     if not key.quantized and not value.quantized:
         return DecodeTiles(64, 4, 4, 3) if width <= 128 else DecodeTiles(32, 4, 4, 3)
+    bytes_each = {key.code.name, value.code.name} <= {"int8", "fp8"}
     if rows > 16:
-        return DecodeTiles(32, 2, 5, 4)
+        return DecodeTiles(64, 2, 4, 4) if bytes_each and width <= 128 else DecodeTiles(32, 2, 5, 4)
     if keys <= SMALL and width <= 128:
         return DecodeTiles(64, 4, 4, 2)
+    if rows > 8 and bytes_each and width <= 128:
+        return DecodeTiles(64, 2, 5, 4)
     four_bits = key.code.name == "int4" and value.code.name == "int4"
     if width <= 64 or (four_bits and width <= 128):
         return DecodeTiles(64, 1, 5, 8, min_tiles=2)
