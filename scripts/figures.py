@@ -61,32 +61,66 @@ def accuracy() -> str:
     return table([*head, "KL, mean", "KL, 99 %", "top-1"], map(line, read("accuracy-smollm2.csv")))
 
 
+def _decode_rows() -> Rows:
+    """One query a request at the main shape."""
+    main = {"new": "1", "q_heads": "32", "head_dim": "128", "page_size": "64"}
+    rows = read("h200-decode.csv")
+    return [row for row in rows if all(row[key] == value for key, value in main.items())]
+
+
+def _best_dense(rows: Rows, case: str) -> dict[str, str] | None:
+    """The fastest of torch's kernels over contiguous bfloat16."""
+    dense = [row for row in rows if row["case"] == case and row["format"] == "bf16 dense"]
+    return min(dense, key=lambda row: float(row["microseconds"]), default=None)
+
+
 def decode() -> str:
     """Microseconds and TB/s of the main shape, a column a format; dense peers in one column."""
-    rows = [
-        row
-        for row in read("h200-decode.csv")
-        if (row["q_heads"], row["head_dim"], row["page_size"]) == ("32", "128", "64")
-        and row["new"] == "1"
-    ]
+    rows = _decode_rows()
     formats = ("none", "fp8", "int8", "k8v4", "int4")
 
     def cell(case: str, name: str) -> str:
         for row in rows:
-            ours = row["implementation"].startswith("quantpage")
-            if ours and (row["case"], row["format"]) == (case, name):
+            if (row["case"], row["format"]) == (case, name):
                 return f"{float(row['microseconds']):.1f} us, {float(row['tb_per_s']):.2f} TB/s"
         return MISSING
 
     def peer(case: str) -> str:
-        dense = [row for row in rows if row["case"] == case and row["format"] == "bf16 dense"]
-        if not dense:
+        best = _best_dense(rows, case)
+        if best is None:
             return MISSING
-        best = min(dense, key=lambda row: float(row["microseconds"]))
         return f"{float(best['microseconds']):.1f} us ({best['implementation'].split()[-1]})"
 
     head = ["batch x context", "best of torch, dense bf16", *(f"`{name}`" for name in formats)]
     return table(head, ([s, peer(s), *(cell(s, name) for name in formats)] for s in SHAPES))
+
+
+def decode_shares() -> str:
+    """TB/s and its share of the copy bandwidth, a row a format; the smallest step in us."""
+    rows = _decode_rows()
+    lines = (
+        ("int8", "int8"),
+        ("fp8", "fp8"),
+        ("int8_static", "int8_static"),
+        ("int4 with its exact pages", "int4"),
+        ("k8v4 with its exact pages", "k8v4"),
+        ("none (bf16)", "none"),
+        ("best of torch, dense bf16", None),
+    )
+
+    def cell(case: str, name: str | None) -> str:
+        found = _best_dense(rows, case) if name is None else None
+        for row in rows:
+            if name is not None and (row["case"], row["format"]) == (case, name):
+                found = row
+        if found is None:
+            return MISSING
+        if case == "1 x 4k":
+            return f"{float(found['microseconds']):.1f} us"
+        return f"{float(found['tb_per_s']):.2f} ({float(found['of_copy']):.0%})"
+
+    head = ["TB/s of codes and scales (share of copy)", *SHAPES]
+    return table(head, ([label, *(cell(s, name) for s in SHAPES)] for label, name in lines))
 
 
 PREFILL = {
@@ -220,6 +254,7 @@ def cpu_model() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "decode": decode,
+    "decode-shares": decode_shares,
     "prefill": prefill,
     "prefill-cases": prefill_cases,
     "masks": masks,
