@@ -117,6 +117,12 @@ def test_a_cut_leaves_no_query_with_a_later_key(data):
     assert mask.next_cut(start, N) == good[0]
 
 
+def test_a_range_past_the_last_key_hinders_no_cut():
+    mask = RowIntervals(torch.tensor([[5, 9], [0, 3], [1, 3]]).view(1, 1, 3, 1, 2))
+    assert mask.next_cut(1, 3) == 1
+    assert mask.next_cut(1, 9) == 9
+
+
 def test_cuts_of_the_kinds():
     kinds = every_kind(24)
     assert kinds["image_spans"].next_cut(3, 24) == 8

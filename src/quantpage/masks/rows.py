@@ -134,7 +134,8 @@ class RowIntervals(Mask):
         queries = torch.arange(length, device=self.intervals.device)
         good = torch.ones(length + 1, dtype=torch.bool, device=queries.device)
         for head in range(self.intervals.shape[1]):
-            ranges = self.visible_ranges(queries, request, head)
+            # A range past the last key holds nothing.
+            ranges = self.visible_ranges(queries, request, head).clamp(max=length)
             ends = torch.where(ranges[..., 0] < ranges[..., 1], ranges[..., 1], 0).amax(1)
             good[1:length] &= ends.cummax(0).values[: length - 1] <= queries[1:]
         return int(good[position:].nonzero()[0]) + position if position < length else length
