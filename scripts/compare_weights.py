@@ -6,13 +6,12 @@ The text and the scores are those of `quantpage evaluate` (models/austen.txt); s
 read 16 at a time, as many as a decode step may have.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import torch
 
-from quantpage.bench.cpu import current_commit
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.evaluate.caches import ours, unquantized
 from quantpage.evaluate.score import Scores, cut_windows, log_probabilities
 from quantpage.evaluate.text import obtain
@@ -53,10 +52,7 @@ def main() -> None:
         }
         for (cache, weights), found in scores.items()
     ]
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(rows, out)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ before its result agrees with plain torch.
 """
 
 import argparse
-import csv
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 import torch
 
 from quantpage.batch import BatchPlan, plan_batch
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
@@ -210,14 +209,6 @@ def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[s
     return answer
 
 
-def current_commit() -> str:
-    """Short hash of the checkout, empty outside one."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
-
-
 def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
     """CSV rows of one case, after the gate."""
     for name in DECODE_FORMATS if case.new == 1 else PROMPT_FORMATS:
@@ -263,23 +254,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    cases = [case for case in CASES if given.only in case.name]
+    if not cases:
+        names = ", ".join(case.name for case in CASES)
+        parser.error(f"only: expected a part of one of {names}; got {given.only!r}")
     rows: list[dict[str, object]] = []
-    for case in CASES:
-        if given.only in case.name:
-            fresh = rows_of(case, given.seconds)
-            rows += fresh
-            for row in fresh:
-                print(
-                    f"{row['case']:>20} {row['what']:>16} {row['microseconds']:>10} us "
-                    f"{row['times_sdpa_bf16']:>6} x sdpa bf16 {row['of_read_limit']:>5} of read "
-                    f"({row['undisturbed']}/{row['samples']})",
-                    flush=True,
-                )
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    for case in cases:
+        fresh = rows_of(case, given.seconds)
+        rows += fresh
+        for row in fresh:
+            print(
+                f"{row['case']:>20} {row['what']:>16} {row['microseconds']:>10} us "
+                f"{row['times_sdpa_bf16']:>6} x sdpa bf16 {row['of_read_limit']:>5} of read "
+                f"({row['undisturbed']}/{row['samples']})",
+                flush=True,
+            )
+    write_table(rows, given.out)
 
 
 if __name__ == "__main__":

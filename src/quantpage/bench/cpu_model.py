@@ -13,7 +13,6 @@ time; with more it is the wall's, and samples with an involuntary context switch
 
 import argparse
 import copy
-import csv
 import resource
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from quantpage.bench.cpu import current_commit
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import load_model, model_shape
@@ -129,7 +128,6 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     plain, _ = load_model(given.model, torch.bfloat16)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     clock = time.process_time if given.threads == 1 else time.perf_counter
     rows = []
     kind, warmup = ("prompt", 0) if given.prompts else ("decode", 2)
@@ -158,10 +156,7 @@ def main() -> None:
                 }
             )
             print(" ".join(map(str, list(rows[-1].values())[:10])), flush=True)
-        with given.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(rows, given.out)
 
 
 if __name__ == "__main__":

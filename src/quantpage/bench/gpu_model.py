@@ -8,7 +8,6 @@ prompt's speed is that of one row's prompt of ``--context`` tokens, the second t
 """
 
 import argparse
-import csv
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from quantpage.bench.cpu import current_commit
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.graph import DecodeGraph
 from quantpage.integrations.hf_transformers.model import model_shape
@@ -146,10 +145,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(rows[-1], flush=True)
         if given.out:
-            with given.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_table(rows, given.out)
 
 
 if __name__ == "__main__":

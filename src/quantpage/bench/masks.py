@@ -24,7 +24,6 @@ import torch
 import triton
 
 from quantpage.bench import mask_flex
-from quantpage.bench.cpu import current_commit
 from quantpage.bench.mask_kinds import (
     GROUP,
     HEAD_DIM,
@@ -39,7 +38,7 @@ from quantpage.bench.mask_kinds import (
     make,
     visible_pairs,
 )
-from quantpage.bench.measure import write_table
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
 from quantpage.ops.attend import (
     AttendParams,

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,20 +50,26 @@ class Row:
     commit: str
 
 
+@cache
+def current_commit() -> str:
+    """Short hash of the checkout, empty outside one."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
 def environment() -> dict[str, str]:
     """What a row says of the machine and the software."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "-"
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": done.stdout.strip() or "-",
+        "commit": current_commit() or "-",
     }
 
 

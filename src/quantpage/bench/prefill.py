@@ -30,8 +30,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.cpu import current_commit
-from quantpage.bench.measure import write_table
+from quantpage.bench.measure import current_commit, write_table
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
 from quantpage.ops.attend import AttendParams, gluon_prefill, triton_prefill
