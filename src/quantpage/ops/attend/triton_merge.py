@@ -6,10 +6,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from quantpage.ops.attend.triton_pieces import LN2, LOG2E, join_row
 from quantpage.ops.attend.triton_plan import key_ranges
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])
@@ -62,47 +60,14 @@ def merge_cuts_kernel(
     if nothing | (slot >= 0):
         first_program = slot // 2
         parts = tl.where(nothing, 0, last - first_program + 1)
-        channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
-        inside = channel < VALUE_DIM
         row_first = (item % ROW_TILES) * ROWS
-        row_last = tl.minimum(ROWS, q_len * GROUP - row_first)
-        for row in range(tl.program_id(1), row_last, tl.num_programs(1)):
-            token = (row_first + row) // GROUP
-            head = (item // ROW_TILES) * GROUP + (row_first + row) % GROUP
-            top = float("-inf")
-            total = 0.0
-            acc = tl.zeros([triton.next_power_of_2(VALUE_DIM)], tl.float32)
-            for first in range(0, parts, PARTS):
-                part = first + tl.arange(0, PARTS)
-                real = part < parts
-                # Later programs hold their piece of this row in their first slot.
-                at = tl.where(part == 0, slot, 2 * (first_program + part)) * ROWS + row
-                at = at.to(tl.int64)
-                own = tl.load(part_lse + at, real, float("-inf"))
-                new_top = tl.maximum(top, tl.max(own, 0))
-                anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-                weight = tl.exp2(own - anchor)
-                shrink = tl.exp2(top - anchor)
-                mask = real[:, None] & inside[None, :]
-                piece = tl.load(part_out + at[:, None] * VALUE_DIM + channel[None, :], mask, 0.0)
-                # Select: a piece that saw nothing was not promised to be finite.
-                piece = tl.where((own != float("-inf"))[:, None], piece, 0.0)
-                acc = acc * shrink + tl.sum(piece * weight[:, None], 0)
-                total = total * shrink + tl.sum(weight, 0)
-                top = new_top
-            if SINKS:
-                sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-                new_top = tl.maximum(top, sink)
-                shrink = tl.exp2(top - new_top)
-                acc = acc * shrink
-                total = total * shrink + tl.exp2(sink - new_top)
-                top = new_top
-            safe = tl.where(total != 0, total, 1.0)
-            row_lse = tl.where(total != 0, top + tl.log2(safe), float("-inf"))
-            token_at = (q_start + token).to(tl.int64)
-            to = out + token_at * out_token + head.to(tl.int64) * out_head + channel
-            tl.store(to, (acc / safe).to(out.dtype.element_ty), inside)
-            tl.store(lse + token_at * (kv_heads * GROUP) + head, row_lse * LN2)
+        rows = tl.minimum(ROWS, q_len * GROUP - row_first)
+        # Later programs hold their piece of this row in their first slot.
+        join_row(
+            part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,
+            item // ROW_TILES, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
+            SINKS, PARTS, tl.program_id(1), tl.num_programs(1),
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])

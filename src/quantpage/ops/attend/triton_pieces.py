@@ -1,5 +1,7 @@
 """Rows that were cut, joined by the program that arrives last; see triton_plan for who has what.
 
+triton_merge's launch of its own joins them by the same arithmetic (``join_row``).
+
 A row's pieces lie in the workspace, normalized, each with its log2-sum-exp. Every program that
 stored one counts itself in; the last one joins them. A row of more than GATHER pieces is joined
 twice: first the pieces of programs that share program // GATHER, into the place of the first of
@@ -84,11 +86,14 @@ def join_group(
 def join_row(
     part_out, part_lse, sinks, out, lse, slot, base, count, step, rows, row_first, kv_head, q_start,
     kv_heads, out_token, out_head, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr, begin=0, by=1,
 ):  # fmt: skip
-    """The result of ``rows`` query rows from their pieces; of none: 0 and -inf, or the sink's."""
+    """The result of query rows begin, begin + by .. below ``rows`` from their pieces.
+
+    Of no piece: 0 and -inf, or the sink's.
+    """
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
-    for row in range(rows):
+    for row in range(begin, rows, by):
         top, total, acc = _join(
             part_out, part_lse, slot, base, count, step, row, ROWS, VALUE_DIM, PARTS
         )
