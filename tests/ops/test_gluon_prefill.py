@@ -14,7 +14,6 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams, prefill
 from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.reference import attend as reference
-from quantpage.ops.dispatch import Implementation
 
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -48,7 +47,7 @@ def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, dtype=torch.
     assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format(name, dtype):
     given = FORMATS[name]
@@ -106,7 +105,7 @@ def test_exact_pages_are_one_more_segment(mask):
     given = FORMATS["int4"]
     q, layer, batch = make_step(given.key, given.value, RAGGED, mask, torch.float16, exact=True)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
-    run = Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", lambda call: [])
+    run = next(each for each in prefill.PREFILL_CANDIDATES if each.name == "gluon")
     out, lse = attend_segments(q, layer, batch, params, run)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE[torch.float16]

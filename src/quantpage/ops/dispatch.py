@@ -58,10 +58,16 @@ class Implementation:
     """Of attend: reads exact pages and turns outputs back itself, in one call."""
     joins: bool = False
     """Of attend: the call for the exact pages takes the body's result in (``earlier``)."""
+    merge: str = "quantpage.ops.attend.merge:merge_partials"
+    """Of attend, where it does not join: what merges the results of the two calls."""
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
         return _load(self.target)
+
+    def load_merge(self) -> Callable[..., Any]:
+        """The function that ``merge`` names."""
+        return _load(self.merge)
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
+from quantpage.ops.attend.prefill import PREFILL_CANDIDATES
 from quantpage.ops.cpu_refusals import refusals as cpu_refusals
 from quantpage.ops.dispatch import Implementation, refuse_nothing
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
@@ -30,8 +30,7 @@ __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 CANDIDATES: list[Implementation] = [
     *MASK_CANDIDATES,
     *DECODE_CANDIDATES,
-    Implementation("gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals),
-    Implementation("triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals),
+    *PREFILL_CANDIDATES,
     Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals, whole=True),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refuse_nothing),
 ]
@@ -80,11 +79,5 @@ def _attend_segments(
     if by.joins:
         return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
-    partials = [body[0], near[0]], [body[1], near[1]]
-    if by.name in ("triton", "gluon"):
-        from quantpage.ops.attend import triton_merge
-
-        return triton_merge.merge_partials(
-            *partials, params.sinks, out=body[0].new_empty(body[0].shape, dtype=q.dtype)
-        )
-    return merge_partials(*partials, params.sinks)
+    out = body[0].new_empty(body[0].shape, dtype=q.dtype)
+    return by.load_merge()([body[0], near[0]], [body[1], near[1]], params.sinks, out=out)

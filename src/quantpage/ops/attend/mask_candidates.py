@@ -5,7 +5,7 @@ Imports no triton: dispatch asks for refusals on any machine.
 
 from dataclasses import replace
 
-from quantpage.ops.attend.prefill import gluon_refusals, triton_refusals
+from quantpage.ops.attend.prefill import TRITON_MERGE, gluon_refusals, triton_refusals
 from quantpage.ops.dispatch import Call, Implementation
 
 
@@ -27,7 +27,17 @@ def _mask_refusals(call: Call) -> list[str]:
 
 
 MASK_CANDIDATES: list[Implementation] = [
-    Implementation("gluon", "quantpage.ops.attend.gluon_flash_mask:attend", gluon_mask_refusals),
-    Implementation("triton", "quantpage.ops.attend.triton_flash_mask:attend", triton_mask_refusals),
+    Implementation(
+        "gluon",
+        "quantpage.ops.attend.gluon_flash_mask:attend",
+        gluon_mask_refusals,
+        merge=TRITON_MERGE,
+    ),
+    Implementation(
+        "triton",
+        "quantpage.ops.attend.triton_flash_mask:attend",
+        triton_mask_refusals,
+        merge=TRITON_MERGE,
+    ),
 ]
 """In order of preference."""

@@ -16,8 +16,12 @@ def merge_partials(
     outs: list[Float[Tensor, "tokens q_heads value_dim"]],
     lses: list[Float[Tensor, "tokens q_heads"]],
     sinks: Float[Tensor, " q_heads"] | None = None,
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
-    """Merge; where every partial is empty and there is no sink, output 0 and lse -inf."""
+    """Merge; where every partial is empty and there is no sink, output 0 and lse -inf.
+
+    out: where the output goes; None: new, at least float32.
+    """
     stacked = torch.stack(lses)
     if sinks is not None:
         sink = sinks.to(stacked.dtype).expand(1, *stacked.shape[1:])
@@ -25,8 +29,8 @@ def merge_partials(
     else:
         lse = torch.logsumexp(stacked, 0)
     anchor = lse.nan_to_num(neginf=0.0)
-    out = torch.zeros_like(outs[0], dtype=torch.promote_types(outs[0].dtype, torch.float32))
+    total = torch.zeros_like(outs[0], dtype=torch.promote_types(outs[0].dtype, torch.float32))
     for partial, own in zip(outs, lses, strict=True):
-        weight = torch.exp(own - anchor).unsqueeze(-1).to(out.dtype)
-        out += torch.where(own.isneginf().unsqueeze(-1), 0.0, partial * weight)
-    return out, lse
+        weight = torch.exp(own - anchor).unsqueeze(-1).to(total.dtype)
+        total += torch.where(own.isneginf().unsqueeze(-1), 0.0, partial * weight)
+    return total if out is None else out.copy_(total), lse

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.ops.dispatch import DECODE_TOKENS, Call
+from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation
 
 WORKSPACE_ROWS = {"gluon": 256, "triton": 384}
 """Least rows of a request that are worth a workspace, by the kernel that reads it."""
@@ -106,6 +106,18 @@ def _shared_refusals(call: Call) -> list[str]:
 
 def _version(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
+
+
+TRITON_MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
+PREFILL_CANDIDATES = [
+    Implementation(
+        "gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals, merge=TRITON_MERGE
+    ),
+    Implementation(
+        "triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals, merge=TRITON_MERGE
+    ),
+]
+"""In order of preference."""
 
 
 def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan, Tensor]:
