@@ -246,7 +246,7 @@ def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure every case and write the CSV."""
+    """Measure, print, and write the rows after every case."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=8.0, help="of each case, about")
@@ -269,7 +269,8 @@ def main() -> None:
                 f"({row['undisturbed']}/{row['samples']})",
                 flush=True,
             )
-    write_table(rows, given.out)
+        # After every case: what was measured stays when a later one is interrupted.
+        write_table(rows, given.out)
 
 
 if __name__ == "__main__":
