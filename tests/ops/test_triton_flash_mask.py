@@ -14,22 +14,39 @@ from quantpage import masks
 from quantpage.batch import BatchPlan
 from quantpage.formats import FORMATS
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend import AttendParams, attend, mask_plan, reference, triton_mask_plan
+from quantpage.ops.attend import (
+    AttendParams,
+    attend,
+    mask_plan,
+    reference,
+    triton_flash_mask,
+    triton_mask_plan,
+)
+from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
 from quantpage.ops.attend.mask_plan import MaskTile, lower
 from quantpage.ops.attend.triton_flash_mask import attend as triton_attend
-from quantpage.ops.dispatch import Implementation
+from quantpage.ops.attend.triton_flash_mask import lowered
 from tests.masks.drawn import any_mask, every_kind
 from tests.ops.mask_cases import cached
 
 pytestmark = TIER
 
-TARGETS = ["triton_flash_mask"]
-if GPU and torch.cuda.get_device_capability()[0] == 9:
-    TARGETS.append("gluon_flash_mask")
-SERVING = [
-    Implementation(name, f"quantpage.ops.attend.{name}:attend", lambda c: []) for name in TARGETS
-]
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 KINDS = sorted(every_kind(24))
+
+
+@pytest.fixture(params=["portable", "hopper"] if HOPPER else ["portable"])
+def kernel(request, monkeypatch):
+    """What serves the step, short as it is."""
+    name = "triton_flash_mask"
+    if request.param == "hopper":
+        from quantpage.ops.attend import gluon_flash_mask
+
+        name = "gluon_flash_mask"
+        # So few rows would go to the portable kernel.
+        monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
+    target = f"quantpage.ops.attend.{name}:attend"
+    return next(each for each in MASK_CANDIDATES if each.target == target)
 
 
 def to_gpu(batch: BatchPlan) -> BatchPlan:
@@ -43,21 +60,18 @@ def to_gpu(batch: BatchPlan) -> BatchPlan:
     return replace(batch, **moved, exact=exact)
 
 
-def check(case, mask, chunks, sinks=None, softcap=None):
+def check(kernel, case, mask, chunks, sinks=None, softcap=None):
     q, batch = case.step(chunks)
     params = AttendParams(case.layer.key.head_dim**-0.5, mask, softcap, sinks)
     wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
     if sinks is not None:
         params = replace(params, sinks=sinks.to(DEVICE))
     empty = wanted_lse.isneginf()
-    for each in SERVING:
-        out, lse = attend(q.to(DEVICE), to_device(case.layer), to_gpu(batch), params, each)
-        assert torch.equal(lse.cpu().isneginf(), empty)
-        assert (out.cpu()[empty] == 0).all()
-        assert relative(out, wanted) < 2e-3
-        torch.testing.assert_close(
-            lse.cpu()[~empty].double(), wanted_lse[~empty], atol=4e-3, rtol=1e-3
-        )
+    out, lse = attend(q.to(DEVICE), to_device(case.layer), to_gpu(batch), params, kernel)
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert relative(out, wanted) < 2e-3
+    torch.testing.assert_close(lse.cpu()[~empty].double(), wanted_lse[~empty], atol=4e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("segment", ["all", "body", "exact"])
@@ -109,22 +123,22 @@ def test_order_is_by_visits_longest_first(heads):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_in_a_ragged_batch(kind):
+def test_kinds_in_a_ragged_batch(kind, kernel):
     mask = every_kind(100)[kind]
     if kind == "tree_verification":
         mask = masks.TreeMask.from_parents([94, 60, 23], [-1, 0, 0, 1, -1, 4])
     case = cached("int8", [100, 77, 30], seed=1)
-    check(case, mask, [(90, 100), (61, 77), (29, 30)])
+    check(kernel, case, mask, [(90, 100), (61, 77), (29, 30)])
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_formats_in_prefill(name):
+def test_formats_in_prefill(name, kernel):
     case = cached(name, [80, 41], q_heads=6, head_dim=48 if "int4" not in name else 32, seed=2)
-    check(case, masks.prefix_lm_document([(9, 33), (20, 47)]), [(3, 80), (0, 41)])
+    check(kernel, case, masks.prefix_lm_document([(9, 33), (20, 47)]), [(3, 80), (0, 41)])
 
 
 @pytest.mark.parametrize("name", ["none", "int4", "k8v4"])
-def test_a_mask_a_head_and_a_request(name):
+def test_a_mask_a_head_and_a_request(name, kernel):
     noise = torch.Generator().manual_seed(3)
     bounds = torch.randint(0, 60, (2, 2, 55, 4), generator=noise).unflatten(-1, (2, 2))
     bounds = bounds.sort(-1).values.flatten(-2)
@@ -133,19 +147,53 @@ def test_a_mask_a_head_and_a_request(name):
     rows = RowIntervals(cuts.unflatten(-1, (2, 2)), first=(30, 25), lengths=(20, 11))
     case = cached(name, [57, 44], seed=3, page_size=32)
     for mask in (columns, rows):
-        check(case, mask, [(11, 57), (20, 44)])
+        check(kernel, case, mask, [(11, 57), (20, 44)])
 
 
-def test_sinks_and_softcap():
+def test_sinks_and_softcap(kernel):
     case = cached("fp8", [70], seed=4)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    check(case, masks.sliding_window(70, 20), [(50, 70)], sinks=sinks, softcap=5.0)
+    check(kernel, case, masks.sliding_window(70, 20), [(50, 70)], sinks=sinks, softcap=5.0)
 
 
-def test_sinks_with_static_zero_points():
+def test_sinks_with_static_zero_points(kernel):
     case = cached("int4_static", [70], seed=4)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    check(case, masks.causal_document([20, 50]), [(10, 70)], sinks=sinks)
+    check(kernel, case, masks.causal_document([20, 50]), [(10, 70)], sinks=sinks)
+
+
+def test_a_step_is_planned_once_and_again_when_a_length_or_the_mask_moves(monkeypatch):
+    plans = []
+    plain = triton_flash_mask.plan_tiles
+
+    def counted(*given):
+        plans.append(given)
+        return plain(*given)
+
+    monkeypatch.setattr(triton_flash_mask, "plan_tiles", counted)
+    case = cached("int8", [60], seed=5)
+    mask = masks.causal_document([20, 40])
+    q, batch = case.step([(40, 60)])
+    layer, batch = to_device(case.layer), to_gpu(batch)
+
+    def plans_of(mask, batch):
+        before = len(plans)
+        for _ in range(3):
+            triton_attend(q.to(DEVICE), layer, batch, AttendParams(0.2, mask))
+        return len(plans) - before
+
+    assert plans_of(mask, batch) == 1
+    assert plans_of(mask, batch) == 0
+    assert plans_of(mask, replace(batch, page_table=batch.page_table.clone())) == 0
+    assert plans_of(masks.causal_document([20, 40]), batch) == 1
+    batch.context_lens.add_(-1)
+    assert plans_of(mask, batch) == 1
+    lowered(mask, q.to(DEVICE).device).bounds[..., 0] += 1
+    assert plans_of(mask, batch) == 1
+    assert plans_of(mask, replace(batch, context_lens=batch.context_lens.clone())) == 1
+    with torch.inference_mode():
+        inference = replace(batch, context_lens=batch.context_lens.clone())
+        assert plans_of(mask, inference) == 3
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -163,12 +211,12 @@ def test_splits_of_a_decode_are_one_softmax(new):
         torch.testing.assert_close(cut[1], one[1], atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_see_nothing():
+def test_rows_that_see_nothing(kernel):
     case = cached("int8", [50], seed=6)
     ranges = torch.zeros(1, 1, 50, 1, 2, dtype=torch.int32)
     ranges[0, 0, ::3, 0] = torch.tensor([5, 21], dtype=torch.int32)
-    check(case, RowIntervals(ranges), [(0, 50)])
-    check(case, RowIntervals(torch.zeros_like(ranges)), [(0, 50)])
+    check(kernel, case, RowIntervals(ranges), [(0, 50)])
+    check(kernel, case, RowIntervals(torch.zeros_like(ranges)), [(0, 50)])
 
 
 def test_tiles_outside_the_mask_are_not_read():

@@ -19,6 +19,7 @@ from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
 from quantpage.ops.attend.gluon_prefill import dense_tile, descriptor, padded_width
+from quantpage.ops.attend.mask_once import once_a_step
 from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill_plan import WORKSPACE_BYTES
@@ -102,8 +103,12 @@ def attend(
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
     form = lowered(params.mask, q.device)
-    plan = plan_tiles(form, batch, group, tile, segment)
-    order = visit_order(plan)
+
+    def planned() -> tuple[MaskPlan, Tensor]:
+        plan = plan_tiles(form, batch, group, tile, segment)
+        return plan, visit_order(plan)
+
+    plan, order = once_a_step(form, batch, ("ordered", group, tile, segment), planned)
     dtype = workspace_dtype(layer, q.dtype)
     row_bytes = (layer.key.head_dim + width) * dtype.itemsize
     heads = heads_a_pass(layer.kv_heads, step.rows * row_bytes)

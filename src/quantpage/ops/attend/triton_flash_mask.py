@@ -1,7 +1,7 @@
 """Interval masks on any CUDA GPU: plan the visits, then attend to the listed tiles of pages.
 
-Three launches a call (bounds of key tiles, lists, attention), and a merge where a short step is cut
-into splits. Nothing is read back, shapes depend on host integers only: the call can be captured.
+Three launches a call (bounds of key tiles, lists, attention; the first two once a step), and a
+merge where a short step is cut into splits. Nothing is read back, shapes depend on host integers only: the call can be captured.
 """
 
 from functools import lru_cache
@@ -14,6 +14,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
+from quantpage.ops.attend.mask_once import once_a_step
 from quantpage.ops.attend.mask_plan import MaskTile, lower
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
@@ -59,7 +60,8 @@ def attend(
     widest = max(padded_width(layer.key.head_dim), padded_width(width))
     tile, _ = pages_tile(widest, group * batch.max_query_len)
     form = lowered(params.mask, q.device)
-    plan = plan_tiles(form, batch, group, MaskTile(tile.rows, tile.keys), segment)
+    asked = (group, MaskTile(tile.rows, tile.keys), segment)
+    plan = once_a_step(form, batch, asked, lambda: plan_tiles(form, batch, *asked))
     if splits is None:
         splits = _splits(q, len(plan.items) * layer.kv_heads, plan.tiles.shape[-1])
     if splits > 1:
