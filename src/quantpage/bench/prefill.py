@@ -1,71 +1,57 @@
-"""Prefill over quantized pages beside kernels that read dense bfloat16, in one run.
+"""Prefill over quantized pages beside kernels that read bfloat16, in one run.
 
     python -m quantpage.bench.prefill --out benchmarks/results/h200-prefill.csv
 
 Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
-order) into the workspace, and every pass. Peers get contiguous bfloat16 keys and values. Each row
+order) into the workspace, and every pass. Peers (bench/prefill_peers) read bfloat16: pages, in
+random order too ('bf16 pages'), or contiguous rows ('bf16'), which no cache of pages has. Each row
 is checked against float64 first; a red check is written as such and not timed.
 
 A Hopper GPU under this load is held back by its power limit, and by how warm it is: implementations
-take turns, ``--rounds`` times, and a row is the median of its turns. TFLOP/s count
-4 * q_heads * head_dim operations a visible pair; cuDNN has no causal mask that ends at the last
-query, so that it runs chunks unmasked and is credited with the pairs it computes (``pairs``).
+take turns in another order every round, ``--rounds`` times, each long enough to settle, and a row
+is the median of its turns (``--rest``: of first calls after a rest, at a higher clock).
+
+TFLOP/s count 4 * q_heads * head_dim operations a visible pair; torch's cuDNN has no causal mask
+that ends at the last query, so that it runs chunks unmasked and is credited with the pairs it
+computes (``pairs``).
 """
 
 import argparse
+import random
 import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from quantpage.batch import BatchPlan, plan_batch
 from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.prefill_peers import PAGE, PEERS, Case
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
 from quantpage.ops.attend import AttendParams, gluon_prefill, triton_prefill
 from quantpage.ops.gather import gather_request
 
+WARM_MS = 100
+"""Before a turn is timed, so that what ran before does not show: the power limit settles in 60 to
+100 ms (measured in blocks of 20 ms, after a rest and after a slower kernel)."""
 Call = tuple[Callable[[], Any], float, float]
 """What is timed, its error, and the operations it is credited with."""
 
-PAGE = 64
 ABSENT = {
     "FlashAttention-3": "flash_attn_interface",
     "FlashAttention-4": "flash_attn.cute",
     "FlashInfer": "flashinfer",
     "vLLM": "vllm",
+    "cuDNN's frontend": "cudnn",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: every request has ``new`` tokens at the end of ``context``."""
-
-    name: str
-    requests: int
-    new: int
-    context: int
-    q_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    ours: tuple[str, ...] = ("gluon int8", "gluon fp8", "gluon int4")
-
-    def operations(self, causal: bool) -> float:
-        """Of the visible pairs."""
-        hidden = self.new * (self.new - 1) / 2 if causal else 0
-        pairs = self.requests * (self.new * self.context - hidden)
-        return 4 * self.q_heads * self.head_dim * pairs
 
 
 ALL = ("gluon none", "gluon int8", "gluon fp8", "gluon int4", "triton int8", "triton int4")
@@ -114,12 +100,14 @@ def make_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     return LayerKV(key, value), plan_batch(*lens, tables, PAGE, "cuda")
 
 
-def last_rows_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+def last_rows_error(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
+) -> float:
     """Relative error of request 0's last 32 queries in head 0, against float64."""
     rows = 32
     scores = q[-rows:].double() @ k.double().T * scale
     keys = torch.arange(k.shape[0], device=q.device)
-    hidden = keys[None] > keys[-rows:, None]
+    hidden = (keys[None] > keys[-rows:, None]) & causal
     wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v.double()
     return ((out[-rows:].double() - wanted).norm() / wanted.norm()).item()
 
@@ -144,43 +132,6 @@ def ours(name: str, case: Case, q: Tensor, params: AttendParams) -> Call:
     return call, error, case.operations(causal=True)
 
 
-def peers(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool
-) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Name -> (call, credited operations); keys and values are [requests, kv_heads, ...]."""
-    whole = case.new == case.context
-    causal: dict[str, Any] = {"is_causal": True} if whole else {}
-
-    def cudnn():
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal)
-
-    def flash():
-        bias: dict[str, Any] = {}
-        if not whole:
-            bias["attn_mask"] = causal_lower_right(case.new, case.context)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal, **bias)
-
-    made: dict[str, tuple[Callable[[], Any], float]] = {
-        "cuDNN": (cudnn, case.operations(causal=whole)),
-        "FlashAttention-2": (flash, case.operations(causal=True)),
-    }
-    if flex:
-        past = case.context - case.new
-
-        def seen(b, h, i, j):
-            return j <= i + past
-
-        mask = create_block_mask(seen, None, None, case.new, case.context, device="cuda")
-        compiled = torch.compile(flex_attention)
-        made["FlexAttention"] = (
-            lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True),
-            case.operations(causal=True),
-        )
-    return made
-
-
 def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
     """(implementation, format) -> what runs this shape; peers that refuse it are named and left."""
     torch.manual_seed(0)
@@ -190,31 +141,56 @@ def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
     q = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     params = AttendParams(case.head_dim**-0.5)
     calls: dict[tuple[str, str], Call] = {}
-    for name, (call, operations) in peers(case, q, k, v, flex).items():
+    for name in PEERS if flex else (name for name in PEERS if "Flex" not in name):
         try:
-            out = call()[0, 0]
-        except RuntimeError as refusal:
+            peer = PEERS[name](case, q, k, v)
+            out = peer.call()[0, 0]
+        except (RuntimeError, ImportError) as refusal:
             print(f"{case.name}: {name} refuses: {str(refusal).splitlines()[0]}", flush=True)
             continue
-        exact = name != "cuDNN" or case.new == case.context
-        wrong = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale)
-        calls[name, "bf16"] = (call, wrong if exact else float("nan"), operations)
+        causal = peer.operations == case.operations(causal=True)
+        error = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale, causal)
+        calls[name, peer.reads] = (peer.call, error, peer.operations)
     for name in case.ours:
         kernel, kv_format = name.split()
         calls[kernel, kv_format] = ours(name, case, q, params)
     return calls
 
 
-def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
+def settled_ms(call: Callable[[], Any]) -> float:
+    """Median time once the card has settled on this load."""
+    return do_bench(call, WARM_MS, rep=40, return_mode="median")
+
+
+def rested_ms(call: Callable[[], Any], rest: float) -> float:
+    """Median of the first five calls after ``rest`` seconds without load: the clock is high."""
+    torch.cuda.synchronize()
+    time.sleep(rest)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def measure(
+    case: Case, rounds: int, rest: float | None, flex: bool, about: dict[str, str]
+) -> list[dict]:
     """All implementations of one shape, taking turns."""
     calls = calls_of(case, flex)
     times: dict = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, (call, error, _) in calls.items():
+    for turn in range(rounds):
+        # Another order in every round: who runs after a slow one finds a cooler card.
+        for key in random.Random(turn).sample(list(calls), len(calls)):
+            call, error, _ = calls[key]
             if not error > 0.01:
-                times[key].append(do_bench(call, warmup=10, rep=60, return_mode="median"))
+                times[key].append(settled_ms(call) if rest is None else rested_ms(call, rest))
     middle = {key: statistics.median(each) for key, each in times.items() if each}
-    base = calls["cuDNN", "bf16"][2] / middle["cuDNN", "bf16"]
+    speed = {key: calls[key][2] / ms for key, ms in middle.items()}
+    base = speed["cuDNN", "bf16"]
+    paged = max((each for key, each in speed.items() if key[1] == "bf16 pages"), default=None)
     rows = []
     for key, (_, error, operations) in calls.items():
         ms = middle.get(key)
@@ -222,16 +198,19 @@ def measure(case: Case, rounds: int, flex: bool, about: dict) -> list[dict]:
             "case": case.name, "requests": case.requests, "new": case.new,
             "context": case.context, "q_heads": case.q_heads, "kv_heads": case.kv_heads,
             "head_dim": case.head_dim, "implementation": key[0], "format": key[1],
+            "card": "settled" if rest is None else "rested",
             "pairs": "causal" if operations == case.operations(True) else "all",
             "microseconds": f"{ms * 1e3:.1f}" if ms else "wrong",
             "tflops": f"{operations / ms / 1e9:.1f}" if ms else "",
             "of_cudnn": f"{operations / ms / base:.3f}" if ms else "",
-            "error": "" if error != error else f"{error:.1e}",
+            "of_best_paged": f"{operations / ms / paged:.3f}" if ms and paged else "",
+            "error": f"{error:.1e}",
         } | about  # fmt: skip
         rows.append(row)
         print(
-            f"{case.name:18} {key[0]:17} {key[1]:5} {row['microseconds']:>9} us "
-            f"{row['tflops']:>6} TFLOP/s {row['of_cudnn']:>6} of cuDNN, error {row['error']}",
+            f"{case.name:16} {key[0]:25} {key[1]:10} {row['microseconds']:>9} us "
+            f"{row['tflops']:>6} TFLOP/s {row['of_cudnn']:>6} of cuDNN, "
+            f"{row['of_best_paged']:>6} of the best over pages, error {row['error']}",
             flush=True,
         )
     return rows
@@ -245,6 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rest", type=float, help="seconds without load before every turn")
     parser.add_argument("--flex", default="1 x 16k", help="cases that FlexAttention runs too")
     parser.add_argument("--commit", default="", help="where git is not at hand")
     given = parser.parse_args()
@@ -261,7 +241,8 @@ def main() -> None:
     wanted = given.cases.split(";") if given.cases else [case.name for case in CASES]
     for case in CASES:
         if case.name in wanted:
-            rows += measure(case, given.rounds, case.name in given.flex.split(";"), about)
+            flex = case.name in given.flex.split(";")
+            rows += measure(case, given.rounds, given.rest, flex, about)
             torch.cuda.empty_cache()
             if given.out:
                 write_table(rows, given.out)
