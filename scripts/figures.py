@@ -124,8 +124,10 @@ def decode_shares() -> str:
 
 
 PREFILL = {
-    "cuDNN, bf16": ("cuDNN", "bf16"),
-    "FlashAttention-2, bf16": ("FlashAttention-2", "bf16"),
+    "cuDNN, contiguous bf16": ("cuDNN", "bf16"),
+    "FlashAttention-2, contiguous bf16": ("FlashAttention-2", "bf16"),
+    "cuDNN after torch's gather, bf16 pages": ("cuDNN after a gather", "bf16 pages"),
+    "cuDNN with a page table, bf16 pages": ("cuDNN, page table", "bf16 pages"),
     "QuantPage (Gluon), `none`": ("gluon", "none"),
     "QuantPage (Gluon), `int8`": ("gluon", "int8"),
     "QuantPage (Gluon), `fp8`": ("gluon", "fp8"),
@@ -135,7 +137,7 @@ PREFILL = {
 
 
 def prefill() -> str:
-    """TFLOP/s, and the share of cuDNN in the same turns: a row an implementation."""
+    """TFLOP/s, and shares of peers in the same turns: a row an implementation."""
     cases = ("4 x 4k", "1 x 16k", "1 x 64k", "2k on 32k", "512 on 32k", "2k on 128k", "512 on 128k")
     speeds = prefill_speeds()
     return table(
@@ -158,10 +160,20 @@ def prefill_cases() -> str:
 
 
 def prefill_speeds() -> dict[tuple[str, str, str], str]:
-    """(case, implementation, format) -> TFLOP/s and, in brackets, the share of cuDNN."""
+    """(case, implementation, format) -> TFLOP/s and, in brackets, shares.
+
+    Of cuDNN on contiguous rows and, for ours, of the fastest peer over pages.
+    """
+
+    def cell(row: dict[str, str]) -> str:
+        shares = [] if row["implementation"] == "cuDNN" else [row["of_cudnn"]]
+        if row["implementation"] in ("gluon", "triton"):
+            shares.append(row.get("of_best_paged", ""))
+        told = ", ".join(f"{float(share):.2f}" for share in shares if share)
+        return f"{float(row['tflops']):.0f}" + (f" ({told})" if told else "")
+
     return {
-        (row["case"], row["implementation"], row["format"]): f"{float(row['tflops']):.0f}"
-        + ("" if row["implementation"] == "cuDNN" else f" ({float(row['of_cudnn']):.2f})")
+        (row["case"], row["implementation"], row["format"]): cell(row)
         for row in read("h200-prefill.csv")
         if row["tflops"]
     }

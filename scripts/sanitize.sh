@@ -73,7 +73,7 @@ for tool in ${@:-memcheck racecheck}; do
     failed=0
     run "$kernel" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
       > "$said" 2>&1 || failed=$?
-    if [ "$tool $failed" = "racecheck 9" ] && [[ $kernel == gluon_* ]] && dispatch_only "$said"; then
+    if [ "$tool $failed" = "racecheck 9" ] && dispatch_only "$said"; then
       failed=0
     fi
     if [ "$failed" != 0 ]; then
