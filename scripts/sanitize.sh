@@ -67,6 +67,7 @@ if [ -n "${WARM:-}" ]; then
 fi
 sanitizer=$(find_sanitizer)
 said=$(mktemp)
+trap 'rm -f "$said"' EXIT
 for tool in ${@:-memcheck racecheck}; do
   for kernel in $chosen; do
     echo "$tool: $kernel"
