@@ -1,7 +1,8 @@
 """Interval masks on any CUDA GPU: plan the visits, then attend to the listed tiles of pages.
 
 Three launches a call (bounds of key tiles, lists, attention; the first two once a step), and a
-merge where a short step is cut into splits. Nothing is read back, shapes depend on host integers only: the call can be captured.
+merge where a short step is cut into splits. Nothing is read back, shapes depend on host integers
+only: the call can be captured.
 """
 
 from functools import lru_cache
