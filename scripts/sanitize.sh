@@ -11,12 +11,13 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 # What runs for a kernel: the tests' file, and which of its cases.
 declare -A files=(
-  [decode]=triton_decode [write]=triton_rope_write [gather]=triton_gather [merge]=triton_merge
+  [decode]=triton_decode [gluon_decode]=gluon_decode [write]=triton_rope_write [gather]=triton_gather [merge]=triton_merge
   [prefill]=triton_prefill [gluon_prefill]=gluon_prefill [mask]=triton_flash_mask
   [gluon_mask]=triton_flash_mask [mask_plan]=triton_flash_mask [hadamard]=triton_hadamard
 )
 declare -A cases=(
   [decode]="reads_every_format or windows_sinks_and_softcap[16 or segments_join and -16 or of_many_pieces"
+  [gluon_decode]="every_format and 64 and (int8] or fp8] or int4]) or segments_join and int4"
   [write]="test_every_format"
   [gather]="one_request_of_every_format and 64 or spans_fill"
   [merge]="partials_join"
@@ -60,7 +61,7 @@ dispatch_only() { # what the sanitizer said
     ! grep 'access at' "$said" | grep -vwFf <(printf '%s\n' "$lines")
 }
 
-chosen=${KERNELS:-decode write gather merge prefill gluon_prefill mask gluon_mask mask_plan hadamard}
+chosen=${KERNELS:-decode gluon_decode write gather merge prefill gluon_prefill mask gluon_mask mask_plan hadamard}
 if [ -n "${WARM:-}" ]; then
   for kernel in $chosen; do run "$kernel"; done
   exit

@@ -29,10 +29,19 @@ def test_row_tiles_cover_all_query_rows(group, new):
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_every_call_has_a_launch(name, width, rows):
     given = FORMATS[name]
-    for keys in (1000, 10**7):
-        tiles = decode_tiles(given.key, given.value, width, rows, keys)
+    for keys, parts in ((1000, 2), (10**7, 128), (10**7, 400), (10**7, 2000)):
+        tiles = decode_tiles(given.key, given.value, width, rows, keys, parts)
         # Pages of 16 tokens and tiles of whole pages, or pages of whole tiles.
         assert tiles.tile in (32, 64) and tiles.programs_per_processor * tiles.warps <= 16
+        assert not tiles.wgmma
+        if width in (128, 256):
+            tiles = decode_tiles(given.key, given.value, width, rows, keys, parts, wgmma=True)
+            assert tiles.programs_per_processor * tiles.warps <= 16
+            assert not tiles.wgmma or (tiles.tile, tiles.warps, tiles.gather) == (64, 4, 0)
+            assert tiles.wgmma <= given.key.quantized
+            # Drafts are what the Hopper kernel is for.
+            if given.key.quantized and rows == 32:
+                assert tiles.wgmma
 
 
 def test_the_kernels_serve_every_named_format():

@@ -1,9 +1,18 @@
 """The decode kernel against the float64 reference, in the interpreter or on a GPU."""
 
+import itertools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+
+# Decides, before triton is imported, whether kernels are interpreted.
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
+
+# isort: split
+import triton
+import triton.language as tl
 
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
@@ -12,9 +21,9 @@ from quantpage.ops.attend import AttendParams, triton_decode
 from quantpage.ops.attend.planner import DecodeTiles
 from quantpage.ops.attend.reference import attend as reference
 from quantpage.ops.attend.triton_decode import attend
+from quantpage.ops.attend.triton_plan import my_share
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gpu_candidates import decode_refusals
-from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
 
 pytestmark = TIER
 SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1, gather=16)
@@ -258,3 +267,51 @@ def test_many_requests(requests):
     contexts = tuple(torch.randint(1, 300, (requests,)).tolist())
     spec = FORMATS["int8"].key
     check(spec, spec, Step((1,) * requests, contexts, 64, 1, 4, 64), tiles=None)
+
+
+@triton.jit
+def _shares(starts, lens, out, requests, heads, min_tiles, CHUNK: tl.constexpr):
+    start, end, share, request, begins, even = my_share(
+        starts, lens, requests, heads, min_tiles, 0, 0, 64, 32, False, False, 0, CHUNK
+    )
+    at = out + tl.program_id(0) * 6
+    tl.store(at, start)
+    tl.store(at + 1, end)
+    tl.store(at + 2, share)
+    tl.store(at + 3, request)
+    tl.store(at + 4, begins)
+    tl.store(at + 5, even.to(tl.int32))
+
+
+@pytest.mark.parametrize("seed", range(30 if GPU else 10))
+def test_shares_hold_every_tile_once(seed):
+    """Straddling or even: programs walk their tiles as the kernel does."""
+    choice = random.Random(seed)
+    requests, heads = choice.choice([1, 2, 5, 40]), choice.choice([1, 2, 8])
+    longest, programs = choice.randint(1, 3000), choice.choice([3, 40, 132])
+    equal = choice.random() < 0.5
+    lens = [longest if equal else choice.randint(0, longest) for _ in range(requests)]
+    starts = torch.tensor([0, *itertools.accumulate(min(n, 1) for n in lens)], dtype=torch.int32)
+    out = torch.zeros(programs, 6, dtype=torch.int32, device=DEVICE)
+    given = (starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE), out)
+    _shares[(programs,)](
+        *given, requests, heads, choice.choice([1, 2]), 32 if requests < 32 else 128
+    )
+    tiles = [-(-n // 32) for n in lens]
+    seen = []
+    for position, end, _, request, begins, _ in out.tolist():
+        while position < end:
+            row, first = divmod(position - begins, tiles[request])
+            last = min(tiles[request], first + end - position)
+            seen += [(request, row, tile) for tile in range(first, last)]
+            position += last - first
+            if position - begins >= tiles[request] * heads:
+                request, begins = request + 1, position
+    assert sorted(seen) == [
+        (request, row, tile)
+        for request, count in enumerate(tiles)
+        for row in range(heads)
+        for tile in range(count)
+    ]
+    if equal and tiles[0] * heads * requests < programs:
+        assert all(even for *_, even in out.tolist())

@@ -52,7 +52,7 @@ _MAIN = ("none", "int8", "fp8", "int4", "k8v4", "int8_static")
 _SHAPES = ((1, 4096), (1, 32768), (8, 8192), (64, 4096), (128, 1024), (16, 32768))
 CASES = (
     *(Case(requests, context, _MAIN, peers=True) for requests, context in _SHAPES),
-    *(Case(16, 8192, ("int8",), new=new) for new in (1, 2, 8)),
+    *(Case(16, 8192, ("int8", "fp8", "int4"), new=new) for new in (1, 2, 4, 8, 16)),
     *(Case(64, 4096, ("none", "int8", "int4"), head_dim=d) for d in (64, 256)),
     Case(64, 4096, ("none", "int8", "int4"), q_heads=28, kv_heads=4),
     *(Case(64, 4096, ("int8",), page_size=p) for p in (16, 128)),
@@ -179,7 +179,7 @@ def measure(case: Case, name: str, copy: float, timed: bool) -> Iterator[Row]:
         for layer in layers:
             attend_op.attend(q, layer, batch, params, chosen)
 
-    time = graph_microseconds(run) / len(layers)
+    time = graph_microseconds(run, len(layers))
     yield make_row(case, f"quantpage {chosen.name}", name, time, size, copy, error)
 
 
@@ -225,7 +225,7 @@ def peers(case: Case, copy: float, flex: bool) -> Iterator[Row]:
                 for cache in caches:
                     run_one(*cache)
 
-            time = graph_microseconds(run) / count
+            time = graph_microseconds(run, count)
         except RuntimeError as problem:
             print(f"{case.name} {name}: not run: {str(problem).splitlines()[0]}")
             continue

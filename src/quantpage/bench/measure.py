@@ -18,6 +18,9 @@ import torch
 COLD_BYTES = 400_000_000
 """What the layers of a graph read together: several times an H200's 60 MB of L2."""
 
+GRAPH_CALLS = 32
+"""Calls in a timed graph, at least: the layers of a model's step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -73,13 +76,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def graph_microseconds(run: Callable[[], None], repeats: int = 9) -> float:
-    """Median time of a graph replay of ``run``; compiled and captured first."""
+def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) -> float:
+    """Median time of one of the ``calls`` that ``run`` makes, over replays of a CUDA graph that
+    holds GRAPH_CALLS of them or more; compiled and captured first.
+
+    Fewer, and the launch of the graph itself (5 to 8 us) would be a part of the call: a model's
+    step has tens of layers in a graph.
+    """
     run()
     torch.cuda.synchronize()
+    turns = max(1, -(-GRAPH_CALLS // calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(turns):
+            run()
     graph.replay()
     torch.cuda.synchronize()
     times = []
@@ -90,7 +100,7 @@ def graph_microseconds(run: Callable[[], None], repeats: int = 9) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    return statistics.median(times) / (turns * calls)
 
 
 def copy_bandwidth() -> float:

@@ -70,7 +70,7 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
         for step in steps:
             write(*step, layer, batch, params)
 
-    time = graph_microseconds(run) / count
+    time = graph_microseconds(run, count)
     yield _row(case, f"quantpage {chosen.name}", name, time, moved, copy, error)
     if name == "none":
         plain = _plain(layer, batch.slots, batch.positions, table)
@@ -79,7 +79,7 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
             for step in steps:
                 plain(*step)
 
-        time = graph_microseconds(separate) / count
+        time = graph_microseconds(separate, count)
         yield _row(case, "torch, a kernel a step", "bf16 pages", time, moved, copy, 0.0)
 
 

@@ -14,6 +14,9 @@ MAX_ROWS = 64
 SMALL = 40_000
 """Keys of all requests and kv_heads up to which a step is bound by latency."""
 
+WGMMA_PROCESSORS = 132
+"""Multiprocessors of the device that the Hopper kernel's shapes were measured on."""
+
 JOINED = 44
 """Parts of a step from which the last program at a row joins its pieces: no more than 24, then."""
 
@@ -37,16 +40,82 @@ class DecodeTiles:
     """Programs take whole rows: nothing is cut, nothing is joined."""
     gather: int = 0
     """Pieces of a row that one program joins at once; 0: a launch of its own joins them."""
+    wgmma: bool = False
+    """The Hopper kernel (gluon_decode_kernel): a warpgroup a program, codes in units of four."""
 
 
 def decode_tiles(
-    key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int, parts: int = 1
+    key: QuantSpec,
+    value: QuantSpec,
+    width: int,
+    rows: int,
+    keys: int,
+    parts: int = 1,
+    wgmma: bool = False,
 ) -> DecodeTiles:
     """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile. ``keys``:
     keys of all requests and kv_heads, an upper bound. ``parts``: (request, kv_head, tile of query
-    rows) of the step.
+    rows) of the step. ``wgmma``: whether the device has the Hopper kernel and it takes this width.
+    """
+    if wgmma and key.quantized and value.quantized:
+        tiles = _wgmma_tiles(key, value, width, rows, keys, parts)
+        if tiles is not None:
+            return tiles
+    return _triton_tiles(key, value, width, rows, keys, parts)
 
-    One warp a program needs no barrier between warps, and eight programs hide each other's
+
+def _wgmma_tiles(
+    key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int, parts: int
+) -> DecodeTiles | None:
+    """Where the Hopper kernel is the faster one, and its shape. Measured on an H200, us of 32 query
+    heads on 8 of 128 (stages, programs a multiprocessor), beside the Triton kernel's best:
+
+        int8, a token   1 x 4k   1 x 32k  8 x 8k   16 x 8k  64 x 4k  16 x 32k  128 x 1k
+        (2, 1)          9.5
+        (2, 2)          10.2     25.0     39.2     70.3     136.8    257       80
+        (3, 3)                   28.5     40.6     72.2     134.6    255       78
+        (3, 4)                   27.9     43.6              134.0    258
+        Triton          11.5     29.1     44.1     75.6     136.7    262       70.5
+
+        k8v4, a token   (2, 2)   22.8     34.7              120      (3, 3) 64 x 4k 109.6
+                        Triton   25.2     39.0              111
+        int4, a token   (3, 3)   21.5     32.4              96       (2, 1) 1 x 4k 10.1
+                        Triton   24.2     33.7              81       1 x 4k 12.7
+
+        drafts at 16 x 8k, Triton in brackets: int8 4, 8, 16 tokens (3, 2) 74.4 (80.5), 87.3 (119),
+        148 (393); fp8 8 tokens (3, 2) 87.3 (120); int4 4 tokens (3, 3) 59.5 (77.3), 8 tokens
+        (3, 2) 92 (175). head_dim 256, (2, 2): int8 64 x 4k 250 (284), 8 tokens at 16 x 8k 154 (232)
+    """
+    few = parts <= 2 * WGMMA_PROCESSORS
+    if width > 128:
+        return DecodeTiles(64, 4, 2, 2, wgmma=True) if rows <= 32 else None
+    if rows > 16:
+        return DecodeTiles(64, 4, 3, 2, wgmma=True)
+    if rows > 8:
+        two = few and key.code.name != "int4"
+        return DecodeTiles(64, 4, 3, 2, wgmma=True) if two else _three_programs()
+    if keys <= SMALL:
+        return DecodeTiles(64, 4, 2, 1, wgmma=True)
+    if key.code.name == "int4":
+        return _three_programs() if keys <= 13 * SMALL else None
+    if few:
+        return DecodeTiles(64, 4, 2, 2, wgmma=True)
+    if parts > 4 * WGMMA_PROCESSORS:
+        # More rows than programs: a warpgroup takes longer to end one and begin another.
+        return None
+    if value.code.name == "int4":
+        return _three_programs()
+    return DecodeTiles(64, 4, 3, 4, 128, wgmma=True)
+
+
+def _three_programs() -> DecodeTiles:
+    return DecodeTiles(64, 4, 3, 3, 168, wgmma=True)
+
+
+def _triton_tiles(
+    key: QuantSpec, value: QuantSpec, width: int, rows: int, keys: int, parts: int
+) -> DecodeTiles:
+    """One warp a program needs no barrier between warps, and eight programs hide each other's
     beginnings and ends. Measured on an H200, TB/s of int8 at 16 x 32k / 64 x 4k / 8 x 8k, head_dim
     128 (copy: 4.25):
 

@@ -22,6 +22,10 @@ from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
+# In what the Hopper kernel reads codes, where it is not words.
+KEY_UNITS = {"int8": torch.int8, "int4": torch.int8}
+VALUE_UNITS = {"int4": torch.int16}
+
 OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
@@ -66,7 +70,9 @@ def attend(
     if tiles is None:
         specs = (layer.key.spec, layer.value.spec)
         keys = kv_heads * sum(batch.host_context_lens)
-        tiles = decode_tiles(*specs, max(width, value_width), rows, keys, all_rows)
+        tiles = decode_tiles(
+            *specs, max(width, value_width), rows, keys, all_rows, _has_wgmma(q, value_width)
+        )
         if segment == "exact":
             # Three pages a query: a program reads them all.
             tiles = replace(tiles, whole=True, gather=0)
@@ -83,78 +89,56 @@ def attend(
     window = mask.window if isinstance(mask, CausalMask) else None
     sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
     mask_numbers = (window or 0, sink_tokens)
-    # Pieces that a row can be cut into, which the merge takes at once if they are few.
+    # Pieces that a row is cut into, which the merge takes at once if they are few.
     pieces = programs // all_rows + 2
-    parts = min(128, max(16, triton.next_power_of_2(pieces)))
+    parts = min(128, max(4, triton.next_power_of_2(pieces)))
     overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    k, k_fixed = _operand(layer.key)
-    v, v_fixed = _operand(layer.value)
-    decode_kernel[(programs,)](
-        q,
-        k["codes"],
-        v["codes"],
-        k["scale"],
-        v["scale"],
-        k["zero"],
-        v["zero"],
-        batch.page_table,
-        batch.query_starts,
-        batch.context_lens,
-        params.sinks if final else None,
-        *((None, None) if earlier is None else earlier),
-        out,
-        lse,
-        part_out,
-        part_lse,
-        cuts,
-        params.softmax_scale,
-        params.softcap if params.softcap is not None else 1.0,
-        batch.num_requests,
-        kv_heads,
-        tiles.min_tiles,
-        *mask_numbers,
-        q.stride(0),
-        q.stride(1),
-        *k["strides"][:2],
-        *v["strides"][:2],
-        *k["strides"][2:],
-        *v["strides"][2:],
-        batch.page_table.stride(0),
-        out.stride(0),
-        out.stride(1),
-        **{f"K_{name}": fixed for name, fixed in k_fixed.items()},
-        **{f"V_{name}": fixed for name, fixed in v_fixed.items()},
-        HEAD_DIM=width,
-        VALUE_DIM=value_width,
-        GROUP=group,
-        PAGE=batch.page_size,
-        ROWS=rows,
-        ROW_TILES=tiles_of_rows,
-        TILE=tiles.tile,
-        FULL=isinstance(mask, FullMask),
-        WINDOW=window is not None,
-        SEGMENT=SEGMENTS[segment],
-        SOFTCAP=params.softcap is not None,
-        SINKS=params.sinks is not None and final,
-        EARLIER=earlier is not None,
-        CHUNK=_chunk(batch.num_requests),
-        STAGES=tiles.stages,
-        OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
-        PAIRS=_paired(layer.key) and _paired(layer.value),
-        OVERLAP=overlap,
-        GATHER=gather,
-        WHOLE=tiles.whole,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
-        launch_pdl=overlap,
-    )
+    k, k_fixed = _operand(layer.key, KEY_UNITS if tiles.wgmma else {})
+    v, v_fixed = _operand(layer.value, VALUE_UNITS if tiles.wgmma else {})
+    given = (
+        q, k["codes"], v["codes"], k["scale"], v["scale"], k["zero"], v["zero"], batch.page_table,
+        batch.query_starts, batch.context_lens, params.sinks if final else None,
+    )  # fmt: skip
+    places = (
+        out, lse, part_out, part_lse, cuts, params.softmax_scale,
+        params.softcap if params.softcap is not None else 1.0, batch.num_requests, kv_heads,
+        tiles.min_tiles, *mask_numbers, q.stride(0), q.stride(1), *k["strides"][:2],
+        *v["strides"][:2], *k["strides"][2:], *v["strides"][2:], batch.page_table.stride(0),
+        out.stride(0), out.stride(1),
+    )  # fmt: skip
+    fixed = {f"K_{name}": value for name, value in k_fixed.items()}
+    fixed |= {f"V_{name}": value for name, value in v_fixed.items()}
+    fixed |= {
+        "HEAD_DIM": width, "VALUE_DIM": value_width, "GROUP": group, "PAGE": batch.page_size,
+        "ROWS": rows, "ROW_TILES": tiles_of_rows, "TILE": tiles.tile,
+        "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
+        "SEGMENT": SEGMENTS[segment], "SOFTCAP": params.softcap is not None,
+        "SINKS": params.sinks is not None and final, "CHUNK": _chunk(batch.num_requests),
+        "STAGES": tiles.stages, "OVERLAP": overlap, "num_warps": tiles.warps,
+        "maxnreg": tiles.registers, "launch_pdl": overlap,
+    }  # fmt: skip
+    if tiles.wgmma:
+        from quantpage.ops.attend.gluon_decode_kernel import decode_kernel as wgmma_kernel
+
+        wgmma_kernel[(programs,)](*given, *places, **fixed)
+    else:
+        decode_kernel[(programs,)](
+            *given,
+            *((None, None) if earlier is None else earlier),
+            *places,
+            **fixed,
+            EARLIER=earlier is not None,
+            OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
+            PAIRS=_paired(layer.key) and _paired(layer.value),
+            GATHER=gather,
+            WHOLE=tiles.whole,
+        )
     if gather or tiles.whole:
         return out, lse
-    # A program a query row, unless there are so many rows that few can be cut.
+    # A program a query row.
     query_rows = min(rows, group * batch.max_query_len)
-    spread = query_rows if all_rows * query_rows <= 4096 else 1
-    merge_cuts_kernel[(all_rows, spread)](
+    merge_cuts_kernel[(all_rows, query_rows)](
         cuts,
         part_out,
         part_lse,
@@ -178,22 +162,31 @@ def attend(
         WINDOW=window is not None,
         SEGMENT=SEGMENTS[segment],
         OVERLAP=overlap,
-        num_warps=8 if parts > 64 else 4,
+        num_warps=max(1, min(8, parts // 8)),
         launch_pdl=overlap,
     )
     return out, lse
 
 
+def _has_wgmma(q: Tensor, value_width: int) -> bool:
+    """Whether the Hopper kernel takes this call: sm_90, head_dims of 128 or of 256."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    return q.shape[-1] == value_width and value_width in (128, 256)
+
+
 def _chunk(requests: int) -> int:
     """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist."""
-    return 16 if requests <= 16 else 128 if requests <= 128 else 512
+    return 32 if requests <= 32 else 128 if requests <= 128 else 512
 
 
-def _operand(pages: QuantizedPages) -> tuple[dict, dict]:
-    """Kernel arguments of one half: codes as words, planes, strides; and what is compiled in."""
+def _operand(pages: QuantizedPages, units: dict[str, torch.dtype]) -> tuple[dict, dict]:
+    """Kernel arguments of one half: codes in units (by default words), planes, strides; and what is
+    compiled in.
+    """
     spec, codes, scale = pages.spec, pages.codes, pages.scale
     if spec.quantized:
-        codes = codes.view(torch.int32)
+        codes = codes.view(units.get(spec.code.name, torch.int32))
     if scale is None:
         kind, scale_strides = 0, (0, 0)
     elif spec.dynamic:

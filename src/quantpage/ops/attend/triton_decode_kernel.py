@@ -29,6 +29,7 @@ from quantpage.ops.attend.triton_plan import (
     keys_of_all,
     my_share,
     request_tiles,
+    row_programs,
     shown_keys,
     tile_ranges,
 )
@@ -123,8 +124,9 @@ def decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if WHOLE:
         start, end, share, request, begins = program, requests * kv_heads * ROW_TILES, 1, program, 0
+        even = False
     else:
-        start, end, share, request, begins = my_share(
+        start, end, share, request, begins, even = my_share(
             query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
             sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
@@ -444,7 +446,8 @@ def decode_kernel(
                 # the program that holds the last.
                 cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
                 tl.store(cut, tl.where(complete, -1, slot_id))
-                tl.store(cut + 1, (position + tiles - 1) // share)
+                _, last, _ = row_programs(program, position, position, tiles, share, even)
+                tl.store(cut + 1, last)
             extra = tl.sum(offsets, 0) * ratio
             # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
             mass = total * ratio
@@ -469,9 +472,12 @@ def decode_kernel(
                 )  # fmt: skip
                 if GATHER > 0:
                     row_first = (item % ROW_TILES) * ROWS
+                    first, last, slot = row_programs(
+                        program, position, position - first_tile, tiles, share, even
+                    )
                     join_cut(
                         cuts, part_out, part_lse, sinks, out, lse, program,
-                        request * kv_heads * ROW_TILES + item, position - first_tile, tiles, share,
+                        request * kv_heads * ROW_TILES + item, first, last, slot,
                         requests * kv_heads * ROW_TILES,
                         tl.minimum(ROWS, q_len * GROUP - row_first), row_first, item // ROW_TILES,
                         q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS,

@@ -115,19 +115,16 @@ def join_row(
 
 @triton.jit
 def join_cut(
-    counters, part_out, part_lse, sinks, out, lse, program, row_id, row_start, tiles, share,
-    all_rows, rows, row_first, kv_head, q_start, kv_heads, out_token, out_head,
+    counters, part_out, part_lse, sinks, out, lse, program, row_id, first, last, slot, all_rows,
+    rows, row_first, kv_head, q_start, kv_heads, out_token, out_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
     """Called by each program of a cut row after its piece is stored.
 
-    row_start, tiles: where the row lies in the line of tiles. counters: one a row, then two for
-    each GATHER programs.
+    first, last: the programs that have pieces of the row; slot: the first piece's place. counters:
+    one a row, then two for each GATHER programs.
     """
-    first = row_start // share
-    last = (row_start + tiles - 1) // share
-    slot = 2 * first + (row_start != first * share).to(tl.int32)
     many = last - first + 1 > GATHER
     if many:
         mine = program // GATHER

@@ -8,6 +8,9 @@ wherever they fall:
     |h0: 0 1 2|h1: 0 1 2|           |h0: 0|h1: 0|
      program 0  program 1             program 2
 
+Where it makes no share more than CUT_COST tiles longer, rows are cut evenly instead, each into
+pieces of its own, and no program has parts of two: beginning a row costs as much as a few tiles.
+
 A row (request, head) that falls into one program is finished there; one that is cut leaves partial
 results, and the program in which it begins says so in a descriptor that the merge reads. The
 lengths are read on the device by every program, so that a CUDA graph replays with new lengths: no
@@ -16,6 +19,9 @@ launch depends on them and nothing is read back.
 
 import triton
 import triton.language as tl
+
+CUT_COST = tl.constexpr(2)
+"""Tiles in whose time a program ends one row and begins another (measured: docs/decode.md)."""
 
 
 @triton.jit
@@ -163,8 +169,8 @@ def my_share(
     SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """This program's tiles start .. end, the share of each, and the request that start falls in
-    with the place of its first tile.
+    """This program's tiles start .. end, the largest share of its row's programs, the request that
+    start falls in with the place of its first tile, and whether rows are cut evenly.
     """
     # Requests of a chunk are one vector; almost always there is one chunk.
     tiles = _tiles_of(
@@ -179,22 +185,77 @@ def my_share(
         )  # fmt: skip
         total += tl.sum(more, 0)
     total = total * rows_a_request
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_tiles)
-    start = tl.program_id(0) * share
-    end = tl.minimum(start + share, total)
-    passed = tl.cumsum(tiles, 0) * rows_a_request
-    before = passed <= start
-    request = tl.sum(before.to(tl.int32), 0)
-    begins = tl.max(tl.where(before, passed, 0), 0)
-    seen = tl.max(passed, 0)
-    for first in range(CHUNK, requests, CHUNK):
-        more = _tiles_of(
-            query_starts, context_lens, requests, first, window, sink_tokens,
-            PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+    programs = tl.num_programs(0)
+    program = tl.program_id(0)
+    share = tl.maximum(tl.cdiv(total, programs), min_tiles)
+    # Rows cut evenly need no more programs than there are, and none with much more to do.
+    pieces, each = even_pieces(tiles, total, programs, min_tiles)
+    used = tl.sum(pieces + tl.where(each > share + CUT_COST, 1 << 20, 0), 0)
+    even = (requests <= CHUNK) & (used <= programs // rows_a_request)
+    if even:
+        upto = tl.cumsum(pieces, 0) * rows_a_request
+        # Of the requests that end before this program's: how many, and the programs they take.
+        nth = tl.arange(1, CHUNK + 1)
+        ended = tl.max(tl.where(upto <= program, (nth << 16) + upto, 0), 0)
+        request = tl.minimum(ended >> 16, requests - 1)
+        local = program - (ended & 0xFFFF)
+        row_tiles = request_tiles(
+            query_starts, context_lens, request, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
+            SEGMENT,
         )  # fmt: skip
-        passed = seen + tl.cumsum(more, 0) * rows_a_request
+        row_pieces, row_share = even_pieces(row_tiles, total, programs, min_tiles)
+        share = tl.maximum(row_share, 1)
+        item = local // tl.maximum(row_pieces, 1)
+        begins = 0
+        start = item * row_tiles + (local - item * row_pieces) * share
+        end = tl.minimum((item + 1) * row_tiles, start + share)
+        end = tl.where(program < used * rows_a_request, end, start)
+    else:
+        start = program * share
+        end = tl.minimum(start + share, total)
+        passed = tl.cumsum(tiles, 0) * rows_a_request
         before = passed <= start
-        request += tl.sum(before.to(tl.int32), 0)
-        begins = tl.maximum(begins, tl.max(tl.where(before, passed, 0), 0))
+        request = tl.sum(before.to(tl.int32), 0)
+        begins = tl.max(tl.where(before, passed, 0), 0)
         seen = tl.max(passed, 0)
-    return start, end, share, request, begins
+        for first in range(CHUNK, requests, CHUNK):
+            more = _tiles_of(
+                query_starts, context_lens, requests, first, window, sink_tokens,
+                PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+            )  # fmt: skip
+            passed = seen + tl.cumsum(more, 0) * rows_a_request
+            before = passed <= start
+            request += tl.sum(before.to(tl.int32), 0)
+            begins = tl.maximum(begins, tl.max(tl.where(before, passed, 0), 0))
+            seen = tl.max(passed, 0)
+    return start, end, share, request, begins, even
+
+
+@triton.jit
+def even_pieces(tiles, total, programs, min_tiles):
+    """Pieces that each row of a request would be cut into evenly, and the tiles of each: as many
+    as its part of all tiles, rounded down, so that they take no more than all programs.
+
+    Quotients of floats, a third of the instructions of integers': (a + 1/2) / b rounds down right
+    for tiles below 2^20.
+    """
+    size = tiles.to(tl.float32)
+    ratio = programs.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
+    most = (size + 0.5) / min_tiles.to(tl.float32)
+    pieces = tl.maximum(tl.minimum(size * ratio + 1e-3, most).to(tl.int32), 1)
+    each = ((size + pieces.to(tl.float32) - 0.5) / pieces.to(tl.float32)).to(tl.int32)
+    filled = tl.maximum(each, 1).to(tl.float32)
+    return ((size + filled - 0.5) / filled).to(tl.int32), each
+
+
+@triton.jit
+def row_programs(program, position, row_start, tiles, share, even):
+    """The programs that have tiles of a row, first and last, and the slot of its first piece.
+
+    position: where the asking program enters the row.
+    """
+    first = tl.where(even, program - (position - row_start) // share, row_start // share)
+    pieces = (tiles + share - 1) // share
+    last = tl.where(even, first + pieces - 1, (row_start + tiles - 1) // share)
+    inside = (row_start != first * share).to(tl.int32)
+    return first, last, 2 * first + tl.where(even, 0, inside)

@@ -18,7 +18,7 @@ import triton.language as tl
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
-_INT8: tl.constexpr = tl.constexpr("""{
+INT8_ASM: tl.constexpr = tl.constexpr("""{
  .reg .b32 a, b, x, y, magic, bias, t;
  mov.b32 magic, 0x64646464; mov.b32 bias, 0x64806480;
  xor.b32 a, $4, 0x80808080; xor.b32 b, $5, 0x80808080;
@@ -29,7 +29,7 @@ _INT8: tl.constexpr = tl.constexpr("""{
  prmt.b32 t, y, magic, 0x4140; sub.f16x2 $2, t, bias;
  prmt.b32 t, y, magic, 0x4342; sub.f16x2 $3, t, bias;
 }""")
-_FP8: tl.constexpr = tl.constexpr("""{
+FP8_ASM: tl.constexpr = tl.constexpr("""{
  .reg .b32 x, y; .reg .b16 a, b, c, d;
  prmt.b32 x, $4, $5, 0x5140;
  prmt.b32 y, $4, $5, 0x7362;
@@ -113,7 +113,7 @@ def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr):
             r2 = _fp8_number(words, 16)
             r3 = _fp8_number(words, 24)
     else:
-        asm: tl.constexpr = _INT8 if CODE == 1 else (_FP8_SM80 if OLD else _FP8)
+        asm: tl.constexpr = INT8_ASM if CODE == 1 else (_FP8_SM80 if OLD else FP8_ASM)
         r0, r1, r2, r3 = tl.inline_asm_elementwise(
             asm,
             "=r,=r,=r,=r,r,r",

@@ -1,0 +1,512 @@
+"""Decode on Hopper: keys by queries on the warpgroup's tensor cores, one warpgroup a program.
+
+    S [keys, rows]     = K [keys, channels] q [channels, rows]      wgmma, K from registers
+    O [channels, rows] = V [channels, keys] p [keys, rows]          mma, V from registers
+
+Codes come by asynchronous copy and are unpacked in registers, where they are the first operand: 8
+to 64 query rows cost the same unpacking (gluon_decode_operands). Warps share the keys in the first
+product and the channels in the second, so that p crosses warps through shared memory and each
+warp's outputs are whole. mma reads p there without the proxy fence that wgmma would need: that
+fence waits for every copy under way.
+
+A row's scores are taken from an anchor: its largest p * v_scale when the anchor was set, less
+SHIFT. It follows only where a score is more than SLACK above that, since p would leave float16. So
+most tiles reduce one flag instead of a maximum a row. The plan, cut rows, masks and their names are
+those of triton_decode_kernel.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from quantpage.ops.attend import triton_words
+from quantpage.ops.attend.gluon_compat import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from quantpage.ops.attend.gluon_decode_operands import (
+    byte_layout,
+    byte_operand,
+    fixed_queries,
+    halved,
+    in_order,
+    key_layout,
+    key_operand,
+    query_bytes,
+    query_operand,
+    unpack,
+    value_layout,
+    value_operand,
+    whole_score,
+)
+from quantpage.ops.attend.gluon_decode_plan import (
+    copy_codes,
+    here,
+    key_ranges,
+    keys_of_all,
+    my_share,
+    page_of,
+    planes,
+    row_programs,
+    same,
+    shown_keys,
+    tile_at,
+    tile_ranges,
+)
+from quantpage.ops.attend.gluon_flash_parts import LN2, LOG2E
+
+log2_fast = gluon.jit(triton_words.log2_fast.fn)
+
+SHIFT = gl.constexpr(6.0)
+"""log2 of the largest p * v_scale of a row when its anchor was set."""
+SLACK = gl.constexpr(9.0)
+"""How far above that scores may go before the anchor follows: float16 holds 2^15."""
+FLOOR = gl.constexpr(-1e30)
+"""The anchor of a row that saw no key: a score of a key is far above it, -inf below."""
+
+FAR = gl.constexpr(((127 + 3) << 23) + 0x700000)
+"""The bits of SHIFT + SLACK, 15."""
+
+
+@gluon.jit(
+    do_not_specialize=["requests", "kv_heads", "min_tiles", "window", "sink_tokens", "table_row"]
+)
+def decode_kernel(
+    q,
+    k_codes,
+    v_codes,
+    k_scale,
+    v_scale,
+    k_zero,
+    v_zero,
+    page_table,
+    query_starts,
+    context_lens,
+    sinks,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    cuts,
+    softmax_scale,
+    softcap,
+    requests,
+    kv_heads,
+    min_tiles,
+    window,
+    sink_tokens,
+    q_token,
+    q_head,
+    k_page,
+    k_head,
+    v_page,
+    v_head,
+    k_scale_page,
+    k_scale_head,
+    v_scale_page,
+    v_scale_head,
+    table_row,
+    out_token,
+    out_head,
+    K_CODE: gl.constexpr,
+    V_CODE: gl.constexpr,
+    K_SCALES: gl.constexpr,
+    V_SCALES: gl.constexpr,
+    K_ZERO: gl.constexpr,
+    V_ZERO: gl.constexpr,
+    K_SHARED: gl.constexpr,
+    V_SHARED: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAGE: gl.constexpr,
+    ROWS: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TILE: gl.constexpr,
+    FULL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """Arguments as in triton_decode_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
+    # Integer codes are multiplied as bytes, others as units (gluon_decode_operands).
+    BYTES: gl.constexpr = K_CODE == 1 or K_CODE == 3
+    BLOCK: gl.constexpr = 64 if K_CODE == 3 else 128
+    K_UNITS: gl.constexpr = HEAD_DIM // (4 if K_CODE == 2 else 128 // BLOCK)
+    V_UNITS: gl.constexpr = VALUE_DIM // 4
+    K_BYTES: gl.constexpr = k_codes.dtype.element_ty.primitive_bitwidth // 8
+    V_BYTES: gl.constexpr = v_codes.dtype.element_ty.primitive_bitwidth // 8
+    K_LANES: gl.constexpr = min(32, K_UNITS * K_BYTES // 16)
+    V_LANES: gl.constexpr = min(32, V_UNITS * V_BYTES // 16)
+    k_copy: gl.constexpr = gl.BlockedLayout(
+        [1, 16 // K_BYTES], [32 // K_LANES, K_LANES], [4, 1], [1, 0]
+    )
+    v_copy: gl.constexpr = gl.BlockedLayout(
+        [1, 16 // V_BYTES], [32 // V_LANES, V_LANES], [4, 1], [1, 0]
+    )
+    K_PHASE: gl.constexpr = max(1, 128 // (K_UNITS * K_BYTES))
+    V_PHASE: gl.constexpr = max(1, 128 // (V_UNITS * V_BYTES))
+    k_shared: gl.constexpr = gl.SwizzledSharedLayout(
+        16 // K_BYTES, K_PHASE, min(8, K_LANES), [1, 0]
+    )
+    v_shared: gl.constexpr = gl.SwizzledSharedLayout(
+        16 // V_BYTES, V_PHASE, min(8, V_LANES), [1, 0]
+    )
+    k_load: gl.constexpr = byte_layout(TILE, BLOCK, K_UNITS) if BYTES else key_layout(TILE, K_UNITS)
+    v_load: gl.constexpr = value_layout(TILE, V_UNITS)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    byte_score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROWS, 32])
+    k_operand: gl.constexpr = (
+        gl.DotOperandLayout(0, byte_score, 4) if BYTES else gl.DotOperandLayout(0, s_layout, 2)
+    )
+    s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
+    v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    p_operand: gl.constexpr = gl.DotOperandLayout(1, o_layout, 2)
+    q_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
+    )
+    Q_NUMBER: gl.constexpr = gl.int8 if BYTES else gl.float16
+    Q_ROWS: gl.constexpr = 2 * ROWS if BYTES else ROWS
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([Q_ROWS, HEAD_DIM], Q_NUMBER)
+    p_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16)
+
+    k_smem = gl.allocate_shared_memory(k_codes.dtype.element_ty, [STAGES, TILE, K_UNITS], k_shared)
+    v_smem = gl.allocate_shared_memory(v_codes.dtype.element_ty, [STAGES, TILE, V_UNITS], v_shared)
+    q_smem = gl.allocate_shared_memory(Q_NUMBER, [Q_ROWS, HEAD_DIM], q_shared)
+    p_smem = gl.allocate_shared_memory(gl.float16, [TILE, ROWS], p_shared)
+    far_smem = gl.allocate_shared_memory(gl.int32, [4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    far_layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+
+    program = gl.program_id(0)
+    if OVERLAP:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    start, end, share, request, begins, even = my_share(
+        query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
+        sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+    )  # fmt: skip
+
+    start, end, share = same(start), same(end), same(share)
+    request, begins = same(request), same(begins)
+    position = start
+    while position < end:
+        context = same(gl.load(context_lens + request))
+        q_start = same(gl.load(query_starts + request))
+        q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
+        a_low, a_high, b_low, b_high = key_ranges(
+            context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+        )
+        a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+        tiles = a_tiles + b_tiles
+        item = (position - begins) // gl.maximum(tiles, 1)
+        first_tile = position - begins - item * tiles
+        last_tile = gl.minimum(tiles, first_tile + end - position)
+        if last_tile > first_tile:
+            head = (item // ROW_TILES).to(gl.int64)
+            row_first = (item % ROW_TILES) * ROWS
+            table = page_table + request.to(gl.int64) * table_row
+            last_key = context - 1
+            k_from = k_codes + head * k_head
+            v_from = v_codes + head * v_head
+
+            q_row = row_first + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+            channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, q_layout))
+            q_at = (q_start + q_row // GROUP).to(gl.int64) * q_token
+            q_at += (head * GROUP + q_row % GROUP) * q_head
+            q_mask = (q_row < q_len * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+            # Used when the first codes are on their way.
+            asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_mask, other=0.0)
+
+            for i in gl.static_range(STAGES):
+                t = first_tile + i
+                if t < last_tile:
+                    key_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
+                    page = page_of(
+                        table, t, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
+                    )
+                    copy_codes(
+                        k_smem.index(i), k_from, k_page, page, table, key_start, last_key, PAGE,
+                        TILE, K_UNITS, k_copy,
+                    )  # fmt: skip
+                    copy_codes(
+                        v_smem.index(i), v_from, v_page, page, table, key_start, last_key, PAGE,
+                        TILE, V_UNITS, v_copy,
+                    )  # fmt: skip
+                async_copy.commit_group()
+            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
+            ks_from = k_scale + head * k_scale_head
+            kz_from = k_zero + head * k_scale_head
+            vs_from = v_scale + head * v_scale_head
+            vz_from = v_zero + head * v_scale_head
+            none = gl.full([TILE], 0, gl.float16, s_keys)
+            page = page_of(
+                table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
+            )
+            next_ks, next_kz, next_vs, next_vz = planes(
+                ks_from, kz_from, vs_from, vz_from, k_scale_page, v_scale_page, page, table,
+                key_start, last_key, none, K_SCALES, V_SCALES, K_ZERO, V_ZERO, PAGE, TILE, s_keys,
+            )  # fmt: skip
+            next_page = page_of(
+                table, first_tile + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                SEGMENT,
+            )  # fmt: skip
+            ahead_page = page_of(
+                table, first_tile + STAGES, last_tile, a_first, a_tiles, b_first, PAGE, TILE,
+                WINDOW, SEGMENT,
+            )  # fmt: skip
+
+            asked = asked.to(gl.float32)
+            terms = asked
+            if K_SCALES == 2:
+                static_at = head * k_scale_head + channel // K_SHARED
+                if K_ZERO:
+                    terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
+                asked = asked * gl.load(k_scale + static_at).to(gl.float32)[None, :]
+            size = gl.abs(asked)
+            finite = size < float("inf")
+            size = gl.where(finite, size, 0.0)
+            q_bias = 0
+            if BYTES:
+                fixed, q_unit = fixed_queries(asked, size, finite)
+                q_bytes = query_bytes(fixed, K_CODE, ROWS, HEAD_DIM)
+                q_high = (q_bytes + 64) >> 7
+                q_smem.slice(0, ROWS).store(q_high.to(gl.int8))
+                q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
+                q_unit = gl.convert_layout(q_unit, s_rows)
+                if K_CODE == 3:
+                    q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, s_rows)
+                unit = 1.0
+            else:
+                peak = gl.max(gl.max(size, 1), 0)
+                unit = gl.where(peak > 1e-30, 16384.0 / gl.maximum(peak, 1e-30), 1.0)
+                q_smem.store(query_operand((asked * unit).to(gl.float16), ROWS, K_UNITS))
+            natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
+            score_scale = softmax_scale * natural / unit
+            q_sum = gl.convert_layout(gl.sum(terms, 1), s_rows) * (softmax_scale * natural)
+            fence_async_shared()
+
+            first_seat = context - q_len
+            all_low, all_high = keys_of_all(
+                context, first_seat, window, PAGE, FULL, WINDOW, SEGMENT
+            )
+            anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
+            weights = halved(gl.full([TILE, ROWS], 0.0, gl.float32, s_layout), ROWS)
+            offsets = weights
+            if BYTES:
+                no_score = gl.full([TILE, 2 * ROWS], 0, gl.int32, byte_score)
+            else:
+                no_score = gl.full([TILE, ROWS], 0.0, gl.float32, s_layout)
+            acc = gl.full([VALUE_DIM, ROWS], 0.0, gl.float32, o_layout)
+
+            stage = 0
+            for t in range(first_tile, last_tile):
+                async_copy.wait_group(STAGES - 1)
+                # Everybody's copies of this tile are in.
+                gl.thread_barrier()
+                k = k_smem.index(stage).load(k_load)
+                if BYTES:
+                    k = byte_operand(k, K_CODE, TILE, K_UNITS, k_operand)
+                else:
+                    k0, k1, k2, k3 = unpack(k, K_CODE)
+                    k = key_operand(k0, k1, k2, k3, TILE, K_UNITS, k_operand)
+                words = v_smem.index(stage).load(v_load)
+                # Triton 3.6 waits for no asynchronous product of bytes from registers.
+                s = warpgroup_mma(
+                    k, q_smem.permute((1, 0)), no_score, use_acc=False, is_async=not BYTES
+                )
+                ks, kz, vs, vz = next_ks, next_kz, next_vs, next_vz
+                following = gl.minimum(t + 1, last_tile - 1)
+                next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
+                next_ks, next_kz, next_vs, next_vz = planes(
+                    ks_from, kz_from, vs_from, vz_from, k_scale_page, v_scale_page, next_page,
+                    table, next_start, last_key, none, K_SCALES, V_SCALES, K_ZERO, V_ZERO, PAGE,
+                    TILE, s_keys,
+                )  # fmt: skip
+                next_page = page_of(
+                    table, t + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
+                )
+
+                if not BYTES:
+                    s, k = warpgroup_mma_wait(0, deps=(s, k))
+                else:
+                    s = whole_score(s, TILE, ROWS, s_layout)
+                    if K_CODE == 3:
+                        s -= q_bias[None, :]
+                    s = s.to(gl.float32) * q_unit[None, :]
+                if K_SCALES == 1:
+                    score = s * (ks.to(gl.float32) * score_scale)[:, None]
+                    if K_ZERO:
+                        score += q_sum[None, :] * kz.to(gl.float32)[:, None]
+                else:
+                    score = s * score_scale
+                    if K_ZERO:
+                        score += q_sum[None, :]
+                if SOFTCAP:
+                    # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
+                    bent = gl.exp2(score * (2.0 * LOG2E / softcap))
+                    score = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
+                heavy = score
+                if V_SCALES == 1:
+                    log_vs = log2_fast(gl.maximum(vs.to(gl.float32), 1e-30))
+                    heavy = score + log_vs[:, None]
+                if (key_start < all_low) | (key_start + TILE > all_high):
+                    key = key_start + gl.arange(0, TILE, s_keys)
+                    shown = shown_keys(
+                        key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
+                        WINDOW, SEGMENT,
+                    )  # fmt: skip
+                    row = here(row_first) + gl.arange(0, ROWS, s_rows)
+                    seat = first_seat + row // GROUP
+                    seen = shown[:, None] & (row < q_len * GROUP)[None, :]
+                    if not FULL:
+                        seen = seen & (key[:, None] <= seat[None, :])
+                    if WINDOW:
+                        near = key[:, None] > seat[None, :] - window
+                        seen = seen & (near | (key < sink_tokens)[:, None])
+                    if SEGMENT != 0:
+                        behind = (seat // PAGE)[None, :] - (key // PAGE)[:, None]
+                        exact = ((behind >= 0) & (behind <= 1)) | (key < PAGE)[:, None]
+                        seen = seen & (exact if SEGMENT == 2 else ~exact)
+                    heavy = gl.where(seen, heavy, float("-inf"))
+                    if V_SCALES == 1:
+                        log_vs = gl.where(shown, log_vs, 0.0)
+                        if V_ZERO:
+                            vz = gl.where(shown, vz, 0.0)
+                x = heavy - anchor[None, :]
+                p = gl.exp2(x)
+                p_smem.store(p.to(gl.float16))
+                # Positive floats are ordered as integers, and negative ones are below them.
+                bits = gl.reshape(x.to(gl.int32, bitcast=True), [4, 16 * ROWS])
+                far_smem.store(gl.max(bits, 1))
+                # P is there, and everybody has this tile's codes in registers.
+                gl.thread_barrier()
+                ahead = t + STAGES
+                if ahead < last_tile:
+                    ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, SEGMENT)
+                    copy_codes(
+                        k_smem.index(stage), k_from, k_page, ahead_page, table, ahead_tile * TILE,
+                        last_key, PAGE, TILE, K_UNITS, k_copy,
+                    )  # fmt: skip
+                    copy_codes(
+                        v_smem.index(stage), v_from, v_page, ahead_page, table, ahead_tile * TILE,
+                        last_key, PAGE, TILE, V_UNITS, v_copy,
+                    )  # fmt: skip
+                    ahead_page = page_of(
+                        table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                        SEGMENT,
+                    )  # fmt: skip
+                async_copy.commit_group()
+                if gl.max(far_smem.load(far_layout), 0) > FAR:
+                    old = anchor
+                    anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
+                    shrink = gl.exp2(old - anchor)
+                    less = gl.convert_layout(
+                        shrink, gl.SliceLayout(0, gl.SliceLayout(1, weights.type.layout))
+                    )[None, None, :]
+                    weights = weights * less
+                    if V_ZERO and V_SCALES == 1:
+                        offsets = offsets * less
+                    acc = acc * gl.convert_layout(shrink, o_rows)[None, :]
+                    p = gl.exp2(heavy - anchor[None, :])
+                    p_smem.store(p.to(gl.float16))
+                    gl.thread_barrier()
+                if V_SCALES == 1:
+                    # p is of p * v_scale; the row's weight is of p.
+                    light = gl.exp2(-log_vs)
+                    weights += halved(p * light[:, None], ROWS)
+                    if V_ZERO:
+                        offsets += halved(p * (light * vz.to(gl.float32))[:, None], ROWS)
+                else:
+                    weights += halved(p, ROWS)
+                if V_CODE == 2:
+                    # Slots that no query sees may hold NaN.
+                    v_key = key_start + gl.arange(0, TILE, gl.SliceLayout(1, v_load))
+                    v_shown = shown_keys(
+                        v_key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
+                        WINDOW, SEGMENT,
+                    )  # fmt: skip
+                    words = gl.where(v_shown[:, None], words, 0)
+                v0, v1, v2, v3 = unpack(words, V_CODE)
+                v = value_operand(v0, v1, v2, v3, TILE, V_UNITS, v_operand)
+                acc = mma_v2(v, p_smem.load(p_operand), acc)
+                key_start = next_start
+                stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            async_copy.wait_group(0)
+            row = here(row_first) + gl.arange(0, ROWS, s_rows)
+            real = row < q_len * GROUP
+            token_at = (q_start + row // GROUP).to(gl.int64)
+            q_head_at = head * GROUP + row % GROUP
+            complete = (first_tile == 0) & (last_tile == tiles)
+            total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), s_rows)
+            some = total != 0
+            row_lse = gl.where(some, anchor + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
+            ratio = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)
+            slot_id = 2 * program + (position != start).to(gl.int32)
+            if first_tile == 0:
+                # Where the row's pieces are, for the merge (triton_merge).
+                cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
+                gl.store(cut, gl.where(complete, -1, slot_id))
+                _, last, _ = row_programs(program, position, position, tiles, share, even)
+                gl.store(cut + 1, last)
+            if complete:
+                if SINKS:
+                    # One more key without a value.
+                    sink = gl.load(sinks + q_head_at, mask=real, other=0.0).to(gl.float32) * LOG2E
+                    peak_lse = gl.maximum(row_lse, sink)
+                    with_sink = peak_lse + gl.log2(
+                        gl.exp2(row_lse - peak_lse) + gl.exp2(sink - peak_lse)
+                    )
+                    ratio = ratio * gl.exp2(row_lse - with_sink)
+                    row_lse = with_sink
+                gl.store(lse + token_at * (kv_heads * GROUP) + q_head_at, row_lse * LN2, mask=real)
+            else:
+                piece = slot_id.to(gl.int64) * ROWS + gl.arange(0, ROWS, s_rows)
+                gl.store(part_lse + piece, row_lse, mask=real)
+            o = acc * gl.convert_layout(ratio, o_rows)[None, :]
+            if V_ZERO and V_SCALES == 1:
+                o += gl.convert_layout(
+                    gl.convert_layout(gl.sum(gl.sum(offsets, 0), 0), s_rows) * ratio, o_rows
+                )[None, :]
+            # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
+            mass = gl.convert_layout(total * ratio, o_rows)
+            o = o + gl.full([VALUE_DIM, ROWS], 0.0, gl.float32, o_layout)
+            o = in_order(o, V_UNITS, ROWS)
+            out_layout: gl.constexpr = o.type.layout
+            out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+            out_channel = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, out_layout))
+            if V_SCALES == 2:
+                static_at = head * v_scale_head + out_channel // V_SHARED
+                o = o * gl.load(v_scale + static_at).to(gl.float32)[None, :]
+                if V_ZERO:
+                    o += (
+                        gl.convert_layout(mass, out_rows)[:, None]
+                        * gl.load(v_zero + static_at).to(gl.float32)[None, :]
+                    )
+            nth = gl.arange(0, ROWS, out_rows)
+            out_row = row_first + nth
+            keep = (out_row < q_len * GROUP)[:, None] & (out_channel < VALUE_DIM)[None, :]
+            if complete:
+                out_at = (q_start + out_row // GROUP).to(gl.int64) * out_token
+                out_at += (head * GROUP + out_row % GROUP) * out_head
+                out_at = out_at[:, None] + out_channel[None, :]
+                gl.store(out + out_at, o.to(out.dtype.element_ty), mask=keep)
+            else:
+                part_at = (slot_id.to(gl.int64) * ROWS + nth) * VALUE_DIM
+                gl.store(part_out + part_at[:, None] + out_channel[None, :], o, mask=keep)
+        position += last_tile - first_tile
+        if position - begins >= tiles * kv_heads * ROW_TILES:
+            request += 1
+            begins = position

@@ -1,0 +1,201 @@
+"""triton_plan for the Hopper decode kernel: the same shares, with layouts; and its pages.
+
+What triton_plan says of scalars or of one element serves both kernels as it is.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from quantpage.ops.attend import triton_plan
+
+key_ranges = gluon.jit(triton_plan.key_ranges.fn)
+shown_keys = gluon.jit(triton_plan.shown_keys.fn)
+keys_of_all = gluon.jit(triton_plan.keys_of_all.fn)
+tile_ranges = gluon.jit(triton_plan.tile_ranges.fn)
+even_pieces = gluon.jit(triton_plan.even_pieces.fn)
+row_programs = gluon.jit(triton_plan.row_programs.fn)
+CUT_COST = gl.constexpr(triton_plan.CUT_COST.value)
+
+
+@gluon.jit
+def same(x):
+    """x, which the assembler then knows to be one number for all threads of a warp: its arithmetic
+    moves to the uniform registers, and threads keep theirs (some 60 here) for tiles.
+    """
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def here(x):
+    """x, unknown to the compiler: what is worked out from it takes no registers elsewhere."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _tiles_of(
+    query_starts, context_lens, requests, first, window, sink_tokens, PAGE: gl.constexpr,
+    TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+    CHUNK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    row = first + gl.arange(0, CHUNK, layout)
+    real = row < requests
+    context = gl.load(context_lens + row, mask=real, other=0)
+    new = gl.load(query_starts + row + 1, mask=real, other=0)
+    new = gl.minimum(new - gl.load(query_starts + row, mask=real, other=0), context)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return gl.where(real, a_tiles + b_tiles, 0)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def my_share(
+    query_starts, context_lens, requests, rows_a_request, min_tiles, window, sink_tokens,
+    PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
+    SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
+):  # fmt: skip
+    """triton_plan.my_share, with a layout."""
+    layout: gl.constexpr = (
+        gl.BlockedLayout([CHUNK // 16], [16], [1], [0])
+        if False
+        else (gl.BlockedLayout([1], [32], [4], [0]))
+    )
+    tiles = _tiles_of(
+        query_starts, context_lens, requests, 0, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
+        SEGMENT, CHUNK, layout,
+    )  # fmt: skip
+    total = gl.sum(tiles, 0)
+    for first in range(CHUNK, requests, CHUNK):
+        more = _tiles_of(
+            query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE, FULL,
+            WINDOW, SEGMENT, CHUNK, layout,
+        )  # fmt: skip
+        total += gl.sum(more, 0)
+    total = total * rows_a_request
+    programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    share = gl.maximum((total + programs - 1) // programs, min_tiles)
+    pieces, each = even_pieces(tiles, total, programs, min_tiles)
+    used = gl.sum(pieces + gl.where(each > share + CUT_COST, 1 << 20, 0), 0)
+    even = (requests <= CHUNK) & (used <= programs // rows_a_request)
+    if even:
+        upto = gl.associative_scan(pieces, 0, _add) * rows_a_request
+        nth = gl.arange(0, CHUNK, layout) + 1
+        ended = gl.max(gl.where(upto <= program, (nth << 16) + upto, 0), 0)
+        request = gl.minimum(ended >> 16, requests - 1)
+        local = program - (ended & 0xFFFF)
+        context = gl.load(context_lens + request)
+        new = gl.load(query_starts + request + 1) - gl.load(query_starts + request)
+        a_low, a_high, b_low, b_high = key_ranges(
+            context, gl.minimum(new, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+        )
+        _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+        row_tiles = a_tiles + b_tiles
+        row_pieces, row_share = even_pieces(row_tiles, total, programs, min_tiles)
+        share = gl.maximum(row_share, 1)
+        item = local // gl.maximum(row_pieces, 1)
+        begins = 0
+        start = item * row_tiles + (local - item * row_pieces) * share
+        end = gl.minimum((item + 1) * row_tiles, start + share)
+        end = gl.where(program < used * rows_a_request, end, start)
+    else:
+        start = program * share
+        end = gl.minimum(start + share, total)
+        request = 0
+        begins = 0
+        seen = 0
+        for first in range(0, requests, CHUNK):
+            more = _tiles_of(
+                query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE,
+                FULL, WINDOW, SEGMENT, CHUNK, layout,
+            )  # fmt: skip
+            passed = seen + gl.associative_scan(more, 0, _add) * rows_a_request
+            before = passed <= start
+            request += gl.sum(before.to(gl.int32), 0)
+            begins = gl.maximum(begins, gl.max(gl.where(before, passed, 0), 0))
+            seen = gl.max(passed, 0)
+    return start, end, share, request, begins, even
+
+
+@gluon.jit
+def tile_at(t, a_first, a_tiles, b_first, WINDOW: gl.constexpr, SEGMENT: gl.constexpr):
+    """Tile number t of a row, in the line of all keys."""
+    tile = b_first + t
+    if WINDOW or SEGMENT != 0:
+        tile = gl.where(t < a_tiles, a_first + t, b_first + t - a_tiles)
+    return tile
+
+
+@gluon.jit
+def page_of(
+    table, t, last_tile, a_first, a_tiles, b_first, PAGE: gl.constexpr, TILE: gl.constexpr,
+    WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """The page of tile t or of the last: asked for a turn before it is needed. Where a tile has
+    several, they are looked up when they are needed.
+    """
+    page = 0
+    if PAGE >= TILE:
+        tile = tile_at(gl.minimum(t, last_tile - 1), a_first, a_tiles, b_first, WINDOW, SEGMENT)
+        page = gl.load(table + tile * TILE // PAGE)
+    return page
+
+
+@gluon.jit
+def copy_codes(
+    smem, codes, page_stride, page, table, key_start, last_key, PAGE: gl.constexpr,
+    TILE: gl.constexpr, UNITS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Ask for a tile's codes of one half; pages past the last key's are not followed."""
+    lane = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, layout))
+    if PAGE >= TILE:
+        base = codes + page.to(gl.int64) * page_stride + key_start % PAGE * UNITS
+        at = lane[:, None] * UNITS + unit[None, :]
+        async_copy.async_copy_global_to_shared(smem, base + at, eviction_policy="evict_first")
+    else:
+        key = gl.minimum(key_start + lane, last_key)
+        pages = gl.load(table + key // PAGE).to(gl.int64)
+        rows = codes + pages * page_stride + key % PAGE * UNITS
+        async_copy.async_copy_global_to_shared(smem, rows[:, None] + unit[None, :])
+
+
+@gluon.jit
+def _plane(
+    plane, page_stride, page, table, key_start, last_key, PAGE: gl.constexpr, TILE: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Scales or zeros of a tile's keys as they lie; past the last key, those of the last."""
+    key = gl.minimum(key_start + gl.arange(0, TILE, layout), last_key)
+    pages = page if PAGE >= TILE else gl.load(table + key // PAGE)
+    return gl.load(plane + pages.to(gl.int64) * page_stride + key % PAGE)
+
+
+@gluon.jit
+def planes(
+    k_scale, k_zero, v_scale, v_zero, k_page, v_page, page, table, key_start, last_key, none,
+    K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
+    PAGE: gl.constexpr, TILE: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """A tile's scales and zeros, ``none`` for those that the cache does not have."""
+    ks, kz, vs, vz = none, none, none, none
+    if K_SCALES == 1:
+        ks = _plane(k_scale, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
+        if K_ZERO:
+            kz = _plane(k_zero, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
+    if V_SCALES == 1:
+        vs = _plane(v_scale, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
+        if V_ZERO:
+            vz = _plane(v_zero, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
+    return ks, kz, vs, vz

@@ -1,0 +1,66 @@
+"""The Hopper decode kernel as ahead-of-time compile cases; printed as JSON like prefill_case."""
+
+import dataclasses
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from quantpage.ops.attend.gluon_decode_kernel import decode_kernel
+from quantpage.ops.attend.triton_decode import KEY_UNITS, VALUE_UNITS
+from tests.kernels.aot import resources
+from tests.kernels.decode_case import decode_arguments
+
+TYPES = {"torch.int8": "*i8", "torch.int16": "*i16"}
+
+
+def compile_decode(code="int8", registers=None, chunk=32, **given):
+    """The kernel for sm_90; ``given`` as in decode_case.decode_arguments."""
+    arguments = decode_arguments(code, code, **given) | {"CHUNK": chunk}
+    for name, units in (("k_codes", KEY_UNITS), ("v_codes", VALUE_UNITS)):
+        arguments[name] = TYPES.get(str(units.get(code)), "*i32")
+    signature, constants, aligned = {}, {}, {}
+    for at, name in enumerate(decode_kernel.arg_names):
+        value = arguments[name]
+        if not isinstance(value, str):
+            signature[name] = "constexpr"
+            constants[(at,)] = value
+            continue
+        signature[name] = value.removesuffix(":16")
+        if value.endswith(":16") or value.startswith("*"):
+            aligned[(at,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(decode_kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4, "maxnreg": registers}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+# The planner's shapes: query rows, stages, cap on registers.
+CASES = {
+    "int8 token": {"rows": 8, "stages": 2},
+    "int8 token, four programs": {"rows": 8, "stages": 3, "registers": 128},
+    "fp8 token, four programs": {"code": "fp8", "rows": 8, "stages": 3, "registers": 128},
+    "int4 token, three programs": {
+        "code": "int4", "rows": 8, "stages": 3, "registers": 168, "zero": (True, True),
+    },
+    "int8 draft": {"rows": 32, "stages": 3},
+    "fp8 draft": {"code": "fp8", "rows": 32, "stages": 3},
+    "int4 draft": {"code": "int4", "rows": 32, "stages": 3, "zero": (True, True)},
+    "int8 of 256": {"rows": 8, "stages": 2, "head_dim": 256},
+    "int8 of small pages, window": {
+        "rows": 16, "stages": 3, "page": 16, "window": True, "sinks": True, "softcap": True,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    found = {}
+    for name, given in CASES.items():
+        takes = resources(compile_decode(**given))
+        values = {f.name: getattr(takes, f.name) for f in dataclasses.fields(takes)}
+        found[name] = values | {"counts": dict(takes.counts)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

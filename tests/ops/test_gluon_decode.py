@@ -1,0 +1,214 @@
+"""The Hopper decode against the float64 reference; needs a GPU of compute capability 9.0."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+# Decides, before triton is imported, whether kernels are interpreted.
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, Step, make_step, relative
+
+# isort: split
+from quantpage.formats import CODES, FORMATS, QuantSpec
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend import attend as attend_op
+from quantpage.ops.attend.planner import DecodeTiles
+from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.attend.triton_decode import attend
+from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
+
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
+TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
+# float16 operands, or 15 bits of a query's largest, and probabilities of eleven bits.
+TOLERANCE = 1e-3
+QUANTIZED = [name for name, given in FORMATS.items() if given.key.quantized]
+DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
+
+
+def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=TILES, dtype=None,
+          tolerance=TOLERANCE):  # fmt: skip
+    q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = attend(q, layer, batch, params, tiles=tiles)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert relative(out, wanted) < tolerance
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_every_format_and_page_size(name, page_size):
+    given = FORMATS[name]
+    check(given.key, given.value, replace(DRAFTS, page_size=page_size))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int8_static"])
+def test_head_dim_256(name):
+    given = FORMATS[name]
+    check(given.key, given.value, replace(DRAFTS, head_dim=256))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step((1, 1, 1), (70, 33, 1500), page_size=64, head_dim=128),
+        Step((16, 16, 2), (300, 16, 950), page_size=64, head_dim=128),
+        Step((3, 0, 2), (70, 0, 150), page_size=64, head_dim=128, group=7),
+        Step((2, 1, 5), (2, 64, 90), page_size=64, head_dim=128, group=16),
+        Step((16, 4, 1), (100, 4, 31), page_size=64, head_dim=128, group=8, kv_heads=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_groups_and_drafts(name, step):
+    check(FORMATS[name].key, FORMATS[name].value, step)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "k8v4", "int4_static"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_windows_sinks_and_softcap(name, page_size):
+    given = FORMATS[name]
+    step = Step((3, 1, 2), (270, 33, 450), page_size=page_size, head_dim=128)
+    check(given.key, given.value, step, CausalMask(window=70, sink_tokens=3), 5.0, sinks=True)
+    check(given.key, given.value, step, CausalMask(window=1))
+    check(given.key, given.value, step, CausalMask(window=64), sinks=True)
+
+
+def test_full_mask_and_empty_requests():
+    spec = FORMATS["int8"].key
+    step = Step((2, 0, 3, 0), (40, 0, 150, 64), page_size=64, head_dim=128)
+    check(spec, spec, step, FullMask(), sinks=True)
+    check(spec, spec, replace(step, queries=(0, 0, 3, 0)), FullMask())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 3e3])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_values_of_any_size(name, scale):
+    given = FORMATS[name]
+    wide = torch.float32 if scale < 1e-3 else torch.float16
+    key, value = (replace(spec, scale_dtype=wide) for spec in (given.key, given.value))
+    dtype = torch.float32 if scale < 1e-3 else None
+    check(key, value, replace(DRAFTS, scale=scale), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_rows_whose_peak_rises_with_every_tile(name):
+    """The anchor has to follow: later keys score far above all before, by more than SLACK."""
+    given = FORMATS[name]
+    q, layer, batch = make_step(given.key, given.value, DRAFTS, CAUSAL)
+    scale = layer.key.scale
+    # Pages of the longest request, in order: each twice the one before.
+    for nth, page in enumerate(batch.page_table[0][: 700 // 64 + 1].tolist()):
+        scale[page] = (scale[page] * 2.0**nth / 64).clamp_max(60000.0)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    out, lse = attend(q, layer, batch, params, tiles=TILES)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < 2 * TOLERANCE
+    assert ((lse.cpu() - wanted_lse).abs() / wanted_lse.abs().clamp_min(1)).max() < 1e-3
+
+
+def test_queries_of_any_size_side_by_side():
+    """Heads a thousand times apart keep their own precision; a NaN stays in its row."""
+    spec = FORMATS["int8"].key
+    q, layer, batch = make_step(spec, spec, DRAFTS, CAUSAL)
+    q = q.float() * torch.logspace(-3, 3, q.shape[1], device=DEVICE)[None, :, None]
+    params = AttendParams(q.shape[-1] ** -0.5)
+    out, _ = attend(q, layer, batch, params, tiles=TILES)
+    wanted, _ = reference(q.double(), layer, batch, params)
+    for head in range(q.shape[1]):
+        assert relative(out[:, head], wanted[:, head]) < 3 * TOLERANCE
+    q[2, 3, 5] = torch.nan
+    broken, _ = attend(q, layer, batch, params, tiles=TILES)
+    assert broken[2, 3].isnan().all()
+    rest = torch.ones(q.shape[:2], dtype=torch.bool, device=DEVICE)
+    rest[2, 3] = False
+    assert torch.equal(broken[rest], out[rest])
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_any_grid_gives_the_same_result(programs):
+    for name in ("int8", "fp8"):
+        spec = FORMATS[name].key
+        tiles = replace(TILES, programs_per_processor=programs)
+        check(spec, spec, DRAFTS, tiles=tiles)
+        check(spec, spec, DRAFTS, tiles=replace(tiles, min_tiles=5))
+        check(spec, spec, DRAFTS, tiles=replace(tiles, stages=2))
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=130, sink_tokens=20)], ids=str)
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_segments_join_to_the_whole(name, mask):
+    given = FORMATS[name]
+    q, layer, batch = make_step(given.key, given.value, DRAFTS, mask, exact=True)
+    params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
+    out, lse = attend_op(q, layer, batch, params, DECODE_CANDIDATES[0])
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < TOLERANCE
+    assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+def test_pages_of_a_wider_cell_and_beyond_two_to_the_31():
+    spec = QuantSpec(CODES["int8"])
+    q, layer, batch = make_step(spec, spec, DRAFTS, CAUSAL)
+    params = AttendParams(0.1)
+    wanted, _ = attend(q, layer, batch, params, tiles=TILES)
+    cell = torch.cat([layer.key.codes, layer.value.codes], 2)
+    k, v = cell.split(batch.page_size, 2)
+    moved = replace(layer, key=replace(layer.key, codes=k), value=replace(layer.value, codes=v))
+    assert torch.equal(attend(q, moved, batch, params, tiles=TILES)[0], wanted)
+
+    pages = 2**31 // (DRAFTS.kv_heads * 64 * 128) + 64
+    first = pages - layer.key.pages
+
+    def far(given):
+        codes = torch.empty(pages, *given.codes.shape[1:], dtype=torch.int8, device=DEVICE)
+        scale = torch.empty(pages, *given.scale.shape[1:], dtype=torch.float16, device=DEVICE)
+        codes[first:], scale[first:] = given.codes, given.scale
+        return replace(given, codes=codes, scale=scale)
+
+    moved = replace(layer, key=far(layer.key), value=far(layer.value))
+    table = replace(batch, page_table=batch.page_table + first)
+    assert torch.equal(attend(q, moved, table, params, tiles=TILES)[0], wanted)
+
+
+def test_a_graph_of_drafts_replays_with_new_lengths():
+    given = FORMATS["int8"]
+    step = Step((8,) * 5, (700, 33, 150, 9, 512), page_size=64, head_dim=128)
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    attend(q, layer, batch, params)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(q, layer, batch, params)
+    for shorter in (0, 13, 0):
+        lens = [max(8, c - shorter) for c in step.contexts]
+        batch.context_lens.copy_(torch.tensor(lens))
+        q.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        late = torch.cat([torch.arange(n - 8, n) for n in lens]).to(DEVICE)
+        now = replace(batch, host_context_lens=tuple(lens), positions=late)
+        wanted, wanted_lse = reference(q.double(), layer, now, params)
+        assert relative(out, wanted) < TOLERANCE
+        assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("requests", [40, 200])
+def test_many_requests(requests):
+    torch.manual_seed(1)
+    contexts = tuple(torch.randint(4, 600, (requests,)).tolist())
+    for name in ("int8", "int4"):
+        given = FORMATS[name]
+        step = Step((4,) * requests, contexts, 64, 1, 4, 128)
+        check(given.key, given.value, step, tiles=None)
