@@ -278,7 +278,6 @@ def decode_kernel(
             size = gl.abs(asked)
             finite = size < float("inf")
             size = gl.where(finite, size, 0.0)
-            q_bias = 0
             if BYTES:
                 fixed, q_unit = fixed_queries(asked, size, finite)
                 q_bytes = query_bytes(fixed, K_CODE, ROWS, HEAD_DIM)
@@ -286,6 +285,7 @@ def decode_kernel(
                 q_smem.slice(0, ROWS).store(q_high.to(gl.int8))
                 q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
                 q_unit = gl.convert_layout(q_unit, s_rows)
+                q_bias = q_unit
                 if K_CODE == 3:
                     q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, s_rows)
                 unit = 1.0
