@@ -118,15 +118,15 @@ def test_rows_whose_peak_rises_with_every_tile(name):
 
 
 def test_queries_of_any_size_side_by_side():
-    """Heads a thousand times apart keep their own precision; a NaN stays in its row."""
+    """Heads thousands of times apart keep their own precision; a NaN stays in its row."""
     spec = FORMATS["int8"].key
     q, layer, batch = make_step(spec, spec, DRAFTS, CAUSAL)
-    q = q.float() * torch.logspace(-3, 3, q.shape[1], device=DEVICE)[None, :, None]
+    q = q.float() * torch.logspace(-4, 0, q.shape[1], device=DEVICE)[None, :, None]
     params = AttendParams(q.shape[-1] ** -0.5)
     out, _ = attend(q, layer, batch, params, tiles=TILES)
     wanted, _ = reference(q.double(), layer, batch, params)
     for head in range(q.shape[1]):
-        assert relative(out[:, head], wanted[:, head]) < 3 * TOLERANCE
+        assert relative(out[:, head], wanted[:, head]) < TOLERANCE
     q[2, 3, 5] = torch.nan
     broken, _ = attend(q, layer, batch, params, tiles=TILES)
     assert broken[2, 3].isnan().all()

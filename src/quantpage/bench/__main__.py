@@ -25,19 +25,21 @@ def main(
     part: str = "0/1",
     flex: bool = True,
     commit: str | None = None,
+    cases: tuple[str, ...] = (),
 ) -> list[Row]:
     """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
 
     check_only: compile and check, time nothing; processes that each take a ``part`` ('2/8') of the
     cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
-    A check that fails raises: no speed on red.
+    cases: names ('1 x 4k' of decode, '4096' of write); none: all. A check that fails raises: no
+    speed on red.
     """
     if not torch.cuda.is_available():
         raise ValueError("bench: expected a CUDA device, found none")
     copy = 1.0 if check_only else copy_bandwidth()
     rows: list[Row] = []
     print(f"copy {copy:.2f} TB/s" if not check_only else f"checking part {part}", flush=True)
-    for number, (kind, case, name) in enumerate(_jobs(op)):
+    for number, (kind, case, name) in enumerate(_jobs(op, cases)):
         mine, parts = map(int, part.split("/"))
         if number % parts != mine or (check_only and kind == "peers"):
             continue
@@ -65,11 +67,19 @@ def main(
     return rows
 
 
-def _jobs(op: str) -> list:
-    if op == "write":
-        return [("ours", tokens, name) for tokens in write.TOKENS for name in write.FORMATS_TIMED]
+def _jobs(op: str, wanted: tuple[str, ...]) -> list:
     jobs: list = []
+    names = {str(t): t for t in write.TOKENS} if op == "write" else None
+    named = list(names or dict.fromkeys(case.name for case in decode.CASES))
+    for name in wanted:
+        if name not in named:
+            raise ValueError(f"cases: expected names of {', '.join(named)}, got {name!r}")
+    if names is not None:
+        chosen = [t for name, t in names.items() if not wanted or name in wanted]
+        return [("ours", tokens, name) for tokens in chosen for name in write.FORMATS_TIMED]
     for case in decode.CASES:
+        if wanted and case.name not in wanted:
+            continue
         jobs += [("ours", case, name) for name in case.formats]
         if case.peers:
             jobs.append(("peers", case, ""))
@@ -84,5 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on")
     parser.add_argument("--no-flex", action="store_true", help="FlexAttention compiles for long")
     parser.add_argument("--commit", help="of this copy, where it has no history")
+    parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
     given = parser.parse_args()
-    main(given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit)
+    named = tuple(name.strip() for name in given.cases.split(";") if name.strip())
+    main(given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit, named)

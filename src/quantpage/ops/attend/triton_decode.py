@@ -162,7 +162,7 @@ def attend(
         WINDOW=window is not None,
         SEGMENT=SEGMENTS[segment],
         OVERLAP=overlap,
-        num_warps=max(1, min(8, parts // 8)),
+        num_warps=8 if parts > 64 else 4 if parts > 8 else 1,
         launch_pdl=overlap,
     )
     return out, lse
