@@ -123,6 +123,23 @@ def decode_shares() -> str:
     return table(head, ([label, *(cell(s, name) for s in SHAPES)] for label, name in lines))
 
 
+def decode_drafts() -> str:
+    """Several query tokens a request at 16 x 8k: us, and times one token's, a row a format."""
+    rows = [row for row in read("h200-decode.csv") if row["case"] == "16 x 8k"]
+    counts = list(dict.fromkeys(row["new"] for row in rows))
+    found = {(row["format"], row["new"]): float(row["microseconds"]) for row in rows}
+
+    def cell(name: str, new: str) -> str:
+        time = found.get((name, new))
+        if time is None:
+            return MISSING
+        return f"{time:.1f} us" + ("" if new == "1" else f" ({time / found[name, '1']:.2f})")
+
+    head = ["16 x 8k, us (times one token)", *(f"{n} token{'s' * (n != '1')}" for n in counts)]
+    formats = dict.fromkeys(row["format"] for row in rows)
+    return table(head, ([f"`{name}`", *(cell(name, n) for n in counts)] for name in formats))
+
+
 PREFILL = {
     "cuDNN, contiguous bf16": ("cuDNN", "bf16"),
     "FlashAttention-2, contiguous bf16": ("FlashAttention-2", "bf16"),
@@ -267,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "decode": decode,
     "decode-shares": decode_shares,
+    "decode-drafts": decode_drafts,
     "prefill": prefill,
     "prefill-cases": prefill_cases,
     "masks": masks,
