@@ -34,7 +34,7 @@ def _device_refusals(call: Call) -> list[str]:
 
 
 def decode_refusals(call: Call) -> list[str]:
-    """The split-KV decode kernel."""
+    """Split-KV decode: the Triton kernel, and on sm_90 the Hopper one where it is faster."""
     reasons = _device_refusals(call)
     if call.phase != "decode":
         reasons.append(f"serves decode (at most 16 new tokens a request), got {call.phase}.")

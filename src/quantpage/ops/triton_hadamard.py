@@ -32,19 +32,27 @@ def _butterflies(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def hadamard(parts, ROWS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+def hadamard(
+    parts, ROWS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    FOLDED: tl.constexpr = False,
+):  # fmt: skip
     """formats/rotate, unscaled, of rows cut into pieces: a tuple of [ROWS, PIECE].
 
-    Stages between pieces are additions of a thread's own registers.
+    FOLDED: whoever made the rows has done the stage of halves of a block.
     """
     INSIDE: tl.constexpr = min(BLOCK, PIECE)
-    BETWEEN: tl.constexpr = (BLOCK // INSIDE).bit_length() - 1
     turned = ()
     for i in tl.static_range(len(parts)):
         turned = turned + (_butterflies(parts[i], ROWS, PIECE, INSIDE),)
-    for stage in tl.static_range(BETWEEN):
+    return between_pieces(turned, (BLOCK // INSIDE).bit_length() - 1 - FOLDED)
+
+
+@triton.jit
+def between_pieces(turned, STAGES: tl.constexpr):
+    """Stages of pieces 1, 2, 4, ... apart: additions of a thread's own registers."""
+    for stage in tl.static_range(STAGES):
         mixed = ()
-        for i in tl.static_range(len(parts)):
+        for i in tl.static_range(len(turned)):
             other = turned[i ^ (1 << stage)]
             if (i >> stage) % 2 == 0:
                 mixed = mixed + (turned[i] + other,)

@@ -17,11 +17,13 @@ those of triton_decode_kernel.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from quantpage.ops.attend import triton_words
 from quantpage.ops.attend.gluon_compat import (
+    async_copy,
     fence_async_shared,
+    mma_v2,
+    thread_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -315,7 +317,7 @@ def decode_kernel(
             for t in range(first_tile, last_tile):
                 async_copy.wait_group(STAGES - 1)
                 # Everybody's copies of this tile are in.
-                gl.thread_barrier()
+                thread_barrier()
                 k = k_smem.index(stage).load(k_load)
                 if BYTES:
                     k = byte_operand(k, K_CODE, TILE, K_UNITS, k_operand)
@@ -392,7 +394,7 @@ def decode_kernel(
                 bits = gl.reshape(x.to(gl.int32, bitcast=True), [4, 16 * ROWS])
                 far_smem.store(gl.max(bits, 1))
                 # P is there, and everybody has this tile's codes in registers.
-                gl.thread_barrier()
+                thread_barrier()
                 ahead = t + STAGES
                 if ahead < last_tile:
                     ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, SEGMENT)
@@ -422,7 +424,7 @@ def decode_kernel(
                     acc = acc * gl.convert_layout(shrink, o_rows)[None, :]
                     p = gl.exp2(heavy - anchor[None, :])
                     p_smem.store(p.to(gl.float16))
-                    gl.thread_barrier()
+                    thread_barrier()
                 if V_SCALES == 1:
                     # p is of p * v_scale; the row's weight is of p.
                     light = gl.exp2(-log_vs)

@@ -5,9 +5,9 @@ What triton_plan says of scalars or of one element serves both kernels as it is.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from quantpage.ops.attend import triton_plan
+from quantpage.ops.attend.gluon_compat import async_copy
 
 key_ranges = gluon.jit(triton_plan.key_ranges.fn)
 shown_keys = gluon.jit(triton_plan.shown_keys.fn)

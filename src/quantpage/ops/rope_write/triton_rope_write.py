@@ -1,18 +1,10 @@
-"""The write of a step in one launch: bias, norm, rotation, Hadamard, quantize, scatter.
+"""The write of a step in one launch: arguments, and the launch's shape."""
 
-A program takes a few tokens and a few heads of Q, K or V; the angles of its tokens are read once
-for all its heads. Everything stays in float32 registers between the projection and the code. Rows
-are cut into pieces, so that a thread holds a few neighbours of each: the pairs of a rotation, and
-most neighbours of the Hadamard stages, are then its own registers.
-"""
-
-# Kernels grow tuples by +: the compiler knows no unpacking, and each length is a type of its own.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, var-annotated"
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
-import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,264 +14,45 @@ from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import device_info
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
-from quantpage.ops.rope_write.triton_rows import store_parts, write_exact, write_rows
-from quantpage.ops.triton_hadamard import hadamard
+from quantpage.ops.rope_write.triton_products import as_written
+from quantpage.ops.rope_write.triton_write_kernel import write_kernel
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
-@triton.jit
-def _loaded(
-    x, at, bias, real, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, BIAS: tl.constexpr
-):  # fmt: skip
-    """Rows in float32, with bias, as a tuple of pieces [ROWS, PIECE]."""
-    parts = ()
-    for i in tl.static_range((HEAD_DIM + PIECE - 1) // PIECE):
-        channel = i * PIECE + tl.arange(0, PIECE)
-        mask = real[:, None]
-        if (i + 1) * PIECE > HEAD_DIM:
-            mask = mask & (channel < HEAD_DIM)[None, :]
-        row = tl.load(x + at[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
-        if BIAS:
-            row += tl.load(bias + channel, channel < HEAD_DIM, 0.0).to(tl.float32)[None, :]
-        parts = parts + (row,)
-    return parts
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the work is cut."""
+
+    rows: int
+    """Of a tile: so many heads of so many tokens."""
+    heads: int
+    """Neighbouring heads in a tile; divides rows and the numbers of heads."""
+    tiles: int
+    """Of queries a program."""
+    piece: int
+    """Channels a piece of a row; those of a thread are neighbours in it."""
+    warps: int
+    heads_first: bool = False
+    """Neighbouring programs: heads of a token, else tokens of a head."""
 
 
-@triton.jit
-def _ratio(parts, eps, HEAD_DIM: tl.constexpr):
-    """1 / root mean square of rows: [ROWS]."""
-    squares = parts[0] * parts[0]
-    for i in tl.static_range(1, len(parts)):
-        squares += parts[i] * parts[i]
-    mean = tl.sum(squares, 1) / HEAD_DIM
-    return tl.math.div_rn(mean * 0.0 + 1.0, tl.sqrt_rn(mean + eps))
+def launch_shape(tokens: int, width: int, q_heads: int, kv_heads: int) -> Shape:
+    """The shape for rows of ``width`` channels.
 
-
-@triton.jit
-def _normalized(parts, ratio, weight, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr):
-    done = ()
-    for i in tl.static_range(len(parts)):
-        channel = i * PIECE + tl.arange(0, PIECE)
-        gain = tl.load(weight + channel, channel < HEAD_DIM, 0.0).to(tl.float32)
-        done = done + (parts[i] * ratio[:, None] * gain[None, :],)
-    return done
-
-
-@triton.jit
-def _partner(channel, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The other channel of each pair, the pair's angle, and the sign of the other in the sum."""
-    HALF: tl.constexpr = ROTARY // 2
-    if INTERLEAVED:
-        other = channel ^ 1
-        angle = channel // 2
-        sign = tl.where(channel % 2 == 0, -1.0, 1.0)
-    else:
-        other = tl.where(channel < HALF, channel + HALF, channel - HALF)
-        angle = tl.where(channel < HALF, channel, channel - HALF)
-        sign = tl.where(channel < HALF, -1.0, 1.0)
-    return tl.where(channel < ROTARY, other, channel), angle, sign
-
-
-@triton.jit
-def _angles(
-    cos, sin, where, real, gain: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """Cosines and sines of the pieces, times ``gain``; PAIRED: of the first half of them."""
-    cosine = ()
-    sine = ()
-    PARTS: tl.constexpr = (HEAD_DIM + PIECE - 1) // PIECE
-    for i in tl.static_range(PARTS // 2 if PAIRED else PARTS):
-        channel = i * PIECE + tl.arange(0, PIECE)
-        if PAIRED:
-            at = where[:, None] + channel[None, :]
-            cosine = cosine + (tl.load(cos + at, real[:, None], 0.0).to(tl.float32) * gain,)
-            sine = sine + (tl.load(sin + at, real[:, None], 0.0).to(tl.float32) * gain,)
-        else:
-            _, angle, sign = _partner(channel, ROTARY, INTERLEAVED)
-            at = where[:, None] + angle[None, :]
-            mask = real[:, None] & (channel < ROTARY)[None, :]
-            cosine = cosine + (tl.load(cos + at, mask, 1.0).to(tl.float32) * gain,)
-            sign = (sign * gain)[None, :]
-            sine = sine + (tl.load(sin + at, mask, 0.0).to(tl.float32) * sign,)
-    return cosine, sine
-
-
-@triton.jit
-def _pairs_turned(parts, cosine, sine):
-    """Half-split pairs of whole rows: both channels of a pair are in one thread."""
-    HALF: tl.constexpr = len(parts) // 2
-    turned = ()
-    for i in tl.static_range(HALF):
-        turned = turned + (parts[i] * cosine[i] - parts[i + HALF] * sine[i],)
-    for i in tl.static_range(HALF):
-        turned = turned + (parts[i + HALF] * cosine[i] + parts[i] * sine[i],)
-    return turned
-
-
-@triton.jit
-def _turned(
-    x, at, cosine, sine, bias, weight, eps, real,
-    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of Q or K in the basis of the cache. NORM: 0 none, 1 before the rotation, 2 after.
-
-    With a rotation and no norm after it, the angles carry the Hadamard matrix's factor.
-    """
-    parts = _loaded(x, at, bias, real, HEAD_DIM, PIECE, BIAS)
-    ratio = eps
-    if NORM == 1:
-        ratio = _ratio(parts, eps, HEAD_DIM)
-        parts = _normalized(parts, ratio, weight, HEAD_DIM, PIECE)
-    if PAIRED:
-        parts = _pairs_turned(parts, cosine, sine)
-    elif ROTARY > 0:
-        turned = ()
-        for i in tl.static_range(len(parts)):
-            channel = i * PIECE + tl.arange(0, PIECE)
-            # The other channel of each pair, from the cache of this multiprocessor.
-            partner, _, _ = _partner(channel, ROTARY, INTERLEAVED)
-            inside = channel < HEAD_DIM
-            mask = real[:, None] & inside[None, :]
-            other = tl.load(x + at[:, None] + partner[None, :], mask, 0.0).to(tl.float32)
-            if BIAS:
-                other += tl.load(bias + partner, inside, 0.0).to(tl.float32)[None, :]
-            if NORM == 1:
-                gain = tl.load(weight + partner, inside, 0.0).to(tl.float32)
-                other = other * ratio[:, None] * gain[None, :]
-            turned = turned + (parts[i] * cosine[i] + other * sine[i],)
-        parts = turned
-    if NORM == 2:
-        parts = _normalized(parts, _ratio(parts, eps, HEAD_DIM), weight, HEAD_DIM, PIECE)
-    if BLOCK > 1:
-        parts = hadamard(parts, ROWS, PIECE, BLOCK)
-        if ROTARY == 0 or NORM == 2:
-            parts = _scaled(parts, 1.0 / (BLOCK**0.5))
-    return parts
-
-
-@triton.jit
-def _scaled(parts, factor: tl.constexpr):
-    done = ()
-    for i in tl.static_range(len(parts)):
-        done = done + (parts[i] * factor,)
-    return done
-
-
-@triton.jit(do_not_specialize=["tokens", "q_heads", "kv_heads", "heads_a_program"])
-def _write_kernel(
-    q, k, v, q_out, k_seen, v_seen,
-    k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_exact, v_exact,
-    slots, exact_slots, positions, cos, sin, q_weight, k_weight, q_bias, k_bias, v_bias,
-    eps, tokens, q_heads, kv_heads, heads_a_program,
-    q_token, q_head, k_token, k_head, v_token, v_head,
-    k_page, k_page_head, k_scale_page, k_scale_head,
-    v_page, v_page_head, v_scale_page, v_scale_head,
-    k_exact_page, k_exact_head, v_exact_page, v_exact_head, angle_row,
-    K_CODE: tl.constexpr, K_SCALES: tl.constexpr, K_ZERO: tl.constexpr, K_SHARED: tl.constexpr,
-    K_LIMIT: tl.constexpr, K_BLOCK: tl.constexpr,
-    V_CODE: tl.constexpr, V_SCALES: tl.constexpr, V_ZERO: tl.constexpr, V_SHARED: tl.constexpr,
-    V_LIMIT: tl.constexpr, V_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, VALUE_DIM: tl.constexpr, V_PIECE: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = token < tokens
-    wide = token.to(tl.int64)
-    part = tl.program_id(1)
-    kv_parts = tl.cdiv(kv_heads, heads_a_program)
-    # K and V take longest and start first.
-    if part < kv_parts or part >= 2 * kv_parts:
-        PAIRED: tl.constexpr = (
-            ROTARY == HEAD_DIM and HEAD_DIM % (2 * PIECE) == 0 and not INTERLEAVED
-        )
-        # Factors of a rotation commute with it, of a norm after it do not.
-        GAIN: tl.constexpr = 1.0 / (K_BLOCK**0.5) if NORM != 2 else 1.0
-        cosine = ()
-        sine = ()
-        if ROTARY > 0:
-            where = tl.load(positions + token, real, 0).to(tl.int64) * angle_row
-            cosine, sine = _angles(
-                cos, sin, where, real, GAIN, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED
-            )
-        if part >= 2 * kv_parts:
-            first = (part - 2 * kv_parts) * heads_a_program
-            for head in tl.range(first, tl.minimum(first + heads_a_program, q_heads)):
-                parts = _turned(
-                    q, wide * q_token + head * q_head, cosine, sine, q_bias + head * HEAD_DIM,
-                    q_weight, eps, real,
-                    HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
-                )  # fmt: skip
-                to = q_out + (wide * q_heads + head) * HEAD_DIM
-                store_parts(to, parts, real, HEAD_DIM, PIECE)
-        else:
-            slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
-            first = part * heads_a_program
-            for head in tl.range(first, tl.minimum(first + heads_a_program, kv_heads)):
-                parts = _turned(
-                    k, wide * k_token + head * k_head, cosine, sine, k_bias + head * HEAD_DIM,
-                    k_weight, eps, real,
-                    HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
-                )  # fmt: skip
-                to = k_seen + (wide * kv_heads + head) * HEAD_DIM
-                if EXACT:
-                    write_exact(
-                        parts, near, head, k_exact, k_exact_page, k_exact_head, HEAD_DIM, PIECE,
-                        PAGE,
-                    )  # fmt: skip
-                write_rows(
-                    parts, real, slot, head, k_codes, k_scale, k_zero, k_page, k_page_head,
-                    k_scale_page, k_scale_head, to, K_CODE, K_SCALES, K_ZERO, K_SHARED,
-                    HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE, RETURN,
-                )  # fmt: skip
-    else:
-        slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
-        first = (part - kv_parts) * heads_a_program
-        for head in tl.range(first, tl.minimum(first + heads_a_program, kv_heads)):
-            parts = _loaded(
-                v, wide * v_token + head * v_head, v_bias + head * VALUE_DIM, real, VALUE_DIM,
-                V_PIECE, BIAS,
-            )  # fmt: skip
-            if V_BLOCK > 1:
-                parts = _scaled(hadamard(parts, ROWS, V_PIECE, V_BLOCK), 1.0 / (V_BLOCK**0.5))
-            to = v_seen + (wide * kv_heads + head) * VALUE_DIM
-            if EXACT:
-                write_exact(
-                    parts, near, head, v_exact, v_exact_page, v_exact_head, VALUE_DIM, V_PIECE,
-                    PAGE,
-                )  # fmt: skip
-            write_rows(
-                parts, real, slot, head, v_codes, v_scale, v_zero, v_page, v_page_head,
-                v_scale_page, v_scale_head, to, V_CODE, V_SCALES, V_ZERO, V_SHARED,
-                VALUE_DIM, V_PIECE, PAGE, ROWS, V_LIMIT, HARDWARE, RETURN,
-            )  # fmt: skip
-
-
-@triton.jit
-def _slots_of(slots, exact_slots, token, real, EXACT: tl.constexpr):
-    slot = tl.load(slots + token, real, -1)
-    near = slot
-    if EXACT:
-        near = tl.load(exact_slots + token, real, -1)
-    return slot, near
-
-
-def launch_shape(tokens: int, width: int) -> tuple[int, int, int, int]:
-    """Tokens and heads a program, channels a piece and warps, for rows of ``width`` channels.
-
-    Many tokens: four pieces a row and 32 channels a thread leave two shuffles for a rotation of
-    128. Few are spread over more threads.
+    Few tokens are spread over many threads. Of many, a tile is eight heads of a token where their
+    numbers allow: neighbouring programs read neighbouring memory. Two tiles of queries a program,
+    as a device starts about one program in a nanosecond, whatever it does.
     """
     whole = triton.next_power_of_2(width)
-    if tokens <= 256:
+    if tokens <= 128:
         warps = whole // 64 if tokens <= 64 else whole // 128
-        return 4, 1, max(32, whole // 2), max(1, warps)
-    return 8, 2, max(32, whole // 4), max(1, whole // 128)
+        return Shape(4, 1, 1, max(32, whole // 2), max(1, warps))
+    heads = min(8, q_heads & -q_heads or 8, kv_heads & -kv_heads)
+    if tokens * heads // 8 > 65535:
+        # More tiles than the second axis of a grid has.
+        heads = 1
+    return Shape(8, heads, 2, max(32, whole // 4), max(1, whole // 128), heads > 1)
 
 
 def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
@@ -289,6 +62,20 @@ def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
     return whole if grouped else min(wanted, whole)
 
 
+def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
+    """Whether rows of ``x`` can be rotated by products: 16-bit, aligned, eight of them a warp."""
+    if not x.is_cuda or spec.rotation != "hadamard" or _piece(spec, x.shape[-1], shape.piece) != 32:
+        return False
+    return (
+        (device_info(x.device).capability or (0,)) >= (8, 0)
+        and x.shape[-1] in (64, 128, 256)
+        and shape.rows == 8 * shape.warps
+        and x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(x.stride(i) % 16 == 0 for i in (0, 1))
+    )
+
+
 def rope_write(
     q: Float[Tensor, "tokens q_heads head_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
@@ -296,11 +83,11 @@ def rope_write(
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,
-    shape: tuple[int, int, int, int] | None = None,
+    shape: Shape | None = None,
 ) -> Written:
     """As ops/rope_write/reference.rope_write, in one launch; strides of tokens and heads are free.
 
-    shape: tokens and heads a program, channels a piece, warps; None: ``launch_shape``.
+    shape: None for ``launch_shape``.
     """
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
@@ -318,13 +105,21 @@ def rope_write(
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm = params.rope, params.norm
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
-    rows, heads, piece, warps = shape or launch_shape(tokens, max(width, value_width))
+    shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)
+    piece = shape.piece
     key, key_fixed = _half(layer.key, width)
     value, value_fixed = _half(layer.value, value_width)
     near_key, _ = (key, None) if exact is None else _half(exact.key, width)
     near_value, _ = (value, None) if exact is None else _half(exact.value, value_width)
-    parts = triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)
-    _write_kernel[(triton.cdiv(tokens, rows), parts)](
+    products = can_multiply(layer.key.spec, k, shape)
+    if q is not None:
+        products = products and can_multiply(layer.key.spec, q, shape)
+    v_products = can_multiply(layer.value.spec, v, shape)
+    overlap = k.is_cuda and (device_info(k.device).capability or (0,)) >= (9, 0)
+    tiles = triton.cdiv(tokens, shape.rows // shape.heads)
+    parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + 2 * (kv_heads // shape.heads)
+    launch = partial(
+        write_kernel[(parts, tiles) if shape.heads_first else (tiles, parts)],
         k if q is None else q,
         k,
         v,
@@ -347,7 +142,6 @@ def rope_write(
         tokens,
         q_heads,
         kv_heads,
-        heads,
         *((k.stride(0), k.stride(1)) if q is None else (q.stride(0), q.stride(1))),
         k.stride(0),
         k.stride(1),
@@ -372,9 +166,17 @@ def rope_write(
         EXACT=exact is not None,
         RETURN=params.return_rows,
         HARDWARE=k.is_cuda and (device_info(k.device).capability or (0,)) >= (8, 9),
-        ROWS=rows,
-        num_warps=warps,
+        ROWS=shape.rows,
+        HEADS=shape.heads,
+        TILES=shape.tiles,
+        HEADS_FIRST=shape.heads_first,
+        num_warps=shape.warps,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
     )
+    compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
+    if (products or v_products) and not as_written(compiled):
+        launch(PRODUCTS=False, V_PRODUCTS=False)
     return Written(q_out, k_seen, v_seen)
 
 

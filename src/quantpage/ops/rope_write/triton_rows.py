@@ -74,27 +74,6 @@ def _extremes(
 
 
 @triton.jit
-def _finite_extremes(
-    parts, ZERO: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The pieces with NaN as 0 and infinities as the largest number, and their extremes.
-
-    Hardly any tile needs the change: the extremes, needed anyway, decide for all of it.
-    """
-    high, low = _extremes(parts, ZERO, HEAD_DIM, PIECE, ROWS, GROUPS)
-    # Groups of padding are (-inf, inf).
-    fine = (high <= _FLOAT_MAX) & (low >= -_FLOAT_MAX)
-    if tl.max(tl.max(tl.where(fine, 0, 1), 1), 0) != 0:
-        fixed = ()
-        for i in tl.static_range(len(parts)):
-            fixed = fixed + (_finite(parts[i]),)
-        parts = fixed
-        high, low = _extremes(parts, ZERO, HEAD_DIM, PIECE, ROWS, GROUPS)
-    return parts, high, low
-
-
-@triton.jit
 def _rounded(x, LIMIT: tl.constexpr, plane):
     """Rounded to the planes' dtype, as float32."""
     held = tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
@@ -116,6 +95,16 @@ def _e4m3(x):
 
 
 @triton.jit
+def _divided(x, BY: tl.constexpr, LIMIT: tl.constexpr):
+    """x / BY to the last bit; of quotients that float16 rounds to 0, about."""
+    if LIMIT < 65536.0:
+        quotient = x * (1.0 / BY)
+        return tl.math.fma(tl.math.fma(-quotient, BY, x), 1.0 / BY, quotient)
+    else:
+        return tl.math.div_rn(x, x * 0.0 + BY)
+
+
+@triton.jit
 def _scales(
     high, low, scale, zero, ZERO: tl.constexpr, QMAX: tl.constexpr, QMIN: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -125,17 +114,74 @@ def _scales(
         # Groups of padding hold nothing.
         high = tl.where(high == float("-inf"), 0.0, high)
         low = tl.where(low == float("inf"), 0.0, low)
-        span = tl.math.div_rn(high * 0.5 - low * 0.5, QMAX - QMIN) * 2.0
+        span = _divided(high * 0.5 - low * 0.5, QMAX - QMIN, LIMIT) * 2.0
         step = _rounded(span, LIMIT, scale)
         step = tl.where(step == 0.0, 1.0, step)
         flat = high == low
         base = _rounded(tl.where(flat, low, low - QMIN * step), LIMIT, zero)
         step = tl.where(flat, 1.0, step)
     else:
-        step = _rounded(tl.math.div_rn(high, high * 0.0 + QMAX), LIMIT, scale)
+        step = _rounded(_divided(high, QMAX, LIMIT), LIMIT, scale)
         step = tl.where(step == 0.0, 1.0, step)
         base = step * 0.0
     return step, base
+
+
+@triton.jit
+def _in_range(
+    high, low, step, base, ZERO: tl.constexpr, QMAX: tl.constexpr, LOW: tl.constexpr,
+    TAME: tl.constexpr,
+):  # fmt: skip
+    """Whether groups hold numbers only; TAME: and none is clipped. False for a NaN."""
+    if TAME and ZERO:
+        fine = (high - base <= (QMAX + 0.25) * step) & (low - base >= (LOW - 0.25) * step)
+        # Groups of padding are (-inf, inf).
+        return fine | (high < low)
+    elif TAME:
+        return high <= QMAX * 1.001 * step
+    else:
+        return (high <= _FLOAT_MAX) & (low >= -_FLOAT_MAX)
+
+
+@triton.jit
+def _held(
+    parts, scale, zero, ZERO: tl.constexpr, DYNAMIC: tl.constexpr, QMAX: tl.constexpr,
+    QMIN: tl.constexpr, LOW: tl.constexpr, LIMIT: tl.constexpr, TAME: tl.constexpr,
+    GAIN: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Pieces with NaN as 0 and infinities as the largest number; scale and zero of groups.
+
+    Hardly any tile needs the change: the extremes, needed anyway, decide for all of it. TAME: so
+    they do for clipping. A piece times ``gain``, GAIN where nothing was changed, is what it stands
+    for.
+    """
+    high, low = _extremes(parts, ZERO, HEAD_DIM, PIECE, ROWS, GROUPS)
+    high *= GAIN
+    low *= GAIN
+    gain = high * 0.0 + GAIN
+    step = gain
+    base = gain
+    if DYNAMIC:
+        step, base = _scales(high, low, scale, zero, ZERO, QMAX, QMIN, LIMIT)
+    fine = _in_range(high, low, step, base, ZERO, QMAX, LOW, TAME)
+    if tl.max(tl.max(tl.where(fine, 0, 1), 1), 0) != 0:
+        fixed = ()
+        for i in tl.static_range(len(parts)):
+            fixed = fixed + (_finite(parts[i] * GAIN),)
+        parts = fixed
+        gain = tl.full([ROWS, GROUPS], 1.0, tl.float32)
+        high, low = _extremes(parts, ZERO, HEAD_DIM, PIECE, ROWS, GROUPS)
+        if DYNAMIC:
+            step, base = _scales(high, low, scale, zero, ZERO, QMAX, QMIN, LIMIT)
+        if TAME:
+            above = _spread(base + QMAX * step, ROWS, GROUPS, PIECE)
+            below = _spread(base + LOW * step, ROWS, GROUPS, PIECE)
+            clipped = ()
+            for i in tl.static_range(len(parts)):
+                clipped = clipped + (tl.minimum(tl.maximum(parts[i], below), above),)
+            parts = clipped
+    return parts, step, base, gain
 
 
 @triton.jit
@@ -150,31 +196,58 @@ def _code_of(
     x, step, inverse, base, CODE: tl.constexpr, ZERO: tl.constexpr, QMAX: tl.constexpr,
     LOW: tl.constexpr, TAME: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes in the low byte of integers, and the numbers they stand for; HARDWARE: not those.
+    """Codes in the low bits of integers (int4: + 8), and the numbers they stand for.
 
-    TAME: the scale was computed from these rows and is of 16 bits, so that x / step is finite.
+    TAME: x / step is finite and none is clipped. HARDWARE: the device converts to e4m3; numbers
+    are not handed back.
     """
     if ZERO:
         x = x - base
     # x / step, correctly rounded as by a division, from one division a group; a number that is
     # clipped anyway needs no correction, and might not be finite in it.
     quotient = x * inverse
-    scaled = tl.math.fma(tl.math.fma(-quotient, step, x), inverse, quotient)
+    exact = tl.math.fma(tl.math.fma(-quotient, step, x), inverse, quotient)
     if not TAME:
-        scaled = tl.where(tl.abs(quotient) < 1024.0, scaled, quotient)
-    # Clipping to whole numbers first changes no code, and keeps the rounding in its range.
-    scaled = tl.minimum(tl.maximum(scaled, LOW), QMAX)
+        exact = tl.where(tl.abs(quotient) < 1024.0, exact, quotient)
+        # Clipping to whole numbers first changes no code, and keeps the rounding in its range.
+        exact = tl.minimum(tl.maximum(exact, LOW), QMAX)
     if CODE == 2:
         if HARDWARE:
             # Reading the converted pair back is miscompiled by ptxas 12.8: within a loop it gives
             # the pair of the iteration before. So whoever wants numbers rounds by hand.
-            return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True), scaled
+            return exact.to(tl.float8e4nv).to(tl.uint8, bitcast=True), exact
         else:
-            return _e4m3(scaled)
+            return _e4m3(exact)
     else:
-        shifted = scaled + _ROUND
-        # The integer stands in the low mantissa bits.
-        return shifted.to(tl.int32, bitcast=True) - 0x4B400000, shifted - _ROUND
+        ROUND: tl.constexpr = _ROUND + 8.0 if CODE == 3 else _ROUND
+        shifted = exact + ROUND
+        return shifted.to(tl.int32, bitcast=True), shifted - ROUND
+
+
+@triton.jit
+def _near_code_of(
+    x, inverse, offset, CODE: tl.constexpr, ZERO: tl.constexpr, QMAX: tl.constexpr,
+    LOW: tl.constexpr, TAME: tl.constexpr,
+):  # fmt: skip
+    """As ``_code_of`` in integers, from rint(x * inverse + offset).
+
+    A last bit off the quotient moves a code where that is a rounding away from a tie, which the
+    order of a rotation's sums does as well.
+    """
+    ROUND: tl.constexpr = _ROUND + 8.0 if CODE == 3 else _ROUND
+    shifted = tl.math.fma(x, inverse, offset) + ROUND if ZERO else tl.math.fma(x, inverse, ROUND)
+    if not TAME:
+        shifted = tl.minimum(tl.maximum(shifted, LOW + ROUND), QMAX + ROUND)
+    return shifted.to(tl.int32, bitcast=True), shifted - ROUND
+
+
+@triton.jit
+def scaled(parts, factor: tl.constexpr):
+    """Pieces times a number."""
+    done = ()
+    for i in tl.static_range(len(parts)):
+        done = done + (parts[i] * factor,)
+    return done
 
 
 @triton.jit
@@ -205,22 +278,25 @@ def write_rows(
     scale_head, seen,
     CODE: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    LIMIT: tl.constexpr, HARDWARE: tl.constexpr, RETURN: tl.constexpr,
+    LIMIT: tl.constexpr, HARDWARE: tl.constexpr, RETURN: tl.constexpr, NEAR: tl.constexpr,
+    GAIN: tl.constexpr,
 ):  # fmt: skip
     """Quantize rows and scatter them; the round-tripped rows go to ``seen``.
 
     SCALES: 0 none, 1 dynamic, 2 static. SHARED: channels that share a scale (dynamic: at least
     HEAD_DIM for all of them, else a power of two, and rows are one piece). HARDWARE: the device
-    converts to e4m3.
+    converts to e4m3. NEAR: the rows are sums, whose last bits are nobody's promise. GAIN: what
+    the pieces are to be multiplied with.
     """
     if CODE == 0:
+        parts = scaled(parts, GAIN)
         write_exact(parts, slots, head, codes, page_stride, head_stride, HEAD_DIM, PIECE, PAGE)
         numbers = parts
     else:
         numbers = _write_codes(
             parts, slots, head, codes, scale, zero, page_stride, head_stride, scale_page,
             scale_head, CODE, SCALES, ZERO, SHARED, HEAD_DIM, PIECE, PAGE, ROWS, LIMIT,
-            HARDWARE and not RETURN,
+            HARDWARE and not RETURN, NEAR and CODE != 2 and LIMIT < 65536.0, GAIN,
         )  # fmt: skip
     if RETURN:
         store_parts(seen, numbers, real, HEAD_DIM, PIECE)
@@ -231,7 +307,7 @@ def _write_codes(
     parts, slots, head, codes, scale, zero, page_stride, head_stride, scale_page, scale_head,
     CODE: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    LIMIT: tl.constexpr, HARDWARE: tl.constexpr,
+    LIMIT: tl.constexpr, HARDWARE: tl.constexpr, NEAR: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """Codes and dynamic scales of rows; the pieces as they read back."""
     keep = slots >= 0
@@ -242,9 +318,17 @@ def _write_codes(
     QMIN: tl.constexpr = -128.0 if CODE == 1 else -8.0
     LOW: tl.constexpr = QMIN if ZERO else -QMAX
     GROUPS: tl.constexpr = PIECE // SHARED if SCALES == 1 and SHARED < HEAD_DIM else 1
-    parts, high, low = _finite_extremes(parts, ZERO and SCALES == 1, HEAD_DIM, PIECE, ROWS, GROUPS)
+    # A scale of 16 bits that was computed from these rows: quotients are finite, and clipped
+    # only where the scale is subnormal or the largest there is.
+    TAME: tl.constexpr = SCALES == 1 and LIMIT < 65536.0
+    if not NEAR:
+        parts = scaled(parts, GAIN)
+    LEFT: tl.constexpr = GAIN if NEAR else 1.0
+    parts, step, base, gain = _held(
+        parts, scale, zero, ZERO and SCALES == 1, SCALES == 1, QMAX, QMIN, LOW, LIMIT, TAME, LEFT,
+        HEAD_DIM, PIECE, ROWS, GROUPS,
+    )  # fmt: skip
     if SCALES == 1:
-        step, base = _scales(high, low, scale, zero, ZERO, QMAX, QMIN, LIMIT)
         group = tl.arange(0, GROUPS)
         HELD: tl.constexpr = HEAD_DIM // SHARED if SHARED < HEAD_DIM else 1
         plane = page * scale_page + head * scale_head + slot * HELD
@@ -253,30 +337,36 @@ def _write_codes(
         tl.store(scale + plane, step.to(scale.dtype.element_ty), mask)
         if ZERO:
             tl.store(zero + plane, base.to(zero.dtype.element_ty), mask)
-        inverse = _spread(tl.math.div_rn(step * 0.0 + 1.0, step), ROWS, GROUPS, PIECE)
+        if NEAR:
+            inverse = 1.0 / step
+            offset = _spread(-base * inverse, ROWS, GROUPS, PIECE)
+            inverse = _spread(inverse * gain, ROWS, GROUPS, PIECE)
+        else:
+            offset = step
+            inverse = _spread(tl.math.div_rn(step * 0.0 + 1.0, step), ROWS, GROUPS, PIECE)
         step = _spread(step, ROWS, GROUPS, PIECE)
         base = _spread(base, ROWS, GROUPS, PIECE)
+    else:
+        gain = _spread(gain, ROWS, GROUPS, PIECE)
     PER: tl.constexpr = 2 if CODE == 3 else 1
     numbers = ()
     for i in tl.static_range(len(parts)):
         if SCALES == 2:
-            channel = i * PIECE + tl.arange(0, PIECE)
-            plane = head * scale_head + channel // SHARED
-            step = tl.load(scale + plane, channel < HEAD_DIM, 1.0).to(tl.float32)[None, :]
-            inverse = tl.broadcast_to(tl.math.div_rn(step * 0.0 + 1.0, step), [ROWS, PIECE])
-            step = tl.broadcast_to(step, [ROWS, PIECE])
-            base = step * 0.0
-            if ZERO:
-                base = tl.load(zero + plane, channel < HEAD_DIM, 0.0).to(tl.float32)[None, :]
-                base = tl.broadcast_to(base, [ROWS, PIECE])
-        byte, number = _code_of(
-            parts[i], step, inverse, base, CODE, ZERO, QMAX, LOW, SCALES == 1 and LIMIT < 65536.0,
-            HARDWARE,
-        )  # fmt: skip
+            step, inverse, base = _given(
+                scale, zero, head * scale_head, i * PIECE, ZERO, SHARED, HEAD_DIM, PIECE, ROWS
+            )
+            offset = -base * inverse
+            inverse = inverse * gain
+        if NEAR:
+            byte, number = _near_code_of(parts[i], inverse, offset, CODE, ZERO, QMAX, LOW, TAME)
+        else:
+            byte, number = _code_of(
+                parts[i], step, inverse, base, CODE, ZERO, QMAX, LOW, TAME, HARDWARE
+            )
         numbers = numbers + (number * step + base,)
         if CODE == 3:
-            first, second = tl.split(tl.reshape(byte + 8, [ROWS, PIECE // 2, 2]))
-            byte = first | (second << 4)
+            first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
+            byte = first + (second << 4)
         channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)
         mask = keep[:, None]
         if (i + 1) * PIECE > HEAD_DIM:
@@ -284,3 +374,23 @@ def _write_codes(
         to = codes + (at + slot * (HEAD_DIM // PER))[:, None] + channel[None, :]
         tl.store(to, byte.to(codes.dtype.element_ty), mask)
     return numbers
+
+
+@triton.jit
+def _given(
+    scale, zero, head_at, first, ZERO: tl.constexpr, SHARED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Static scales of a piece from channel ``first`` on, their inverses, and zeros."""
+    # One of a head: the same number, and one division, for every piece.
+    WIDTH: tl.constexpr = 1 if SHARED >= HEAD_DIM else PIECE
+    channel = (first if SHARED < HEAD_DIM else 0) + tl.arange(0, WIDTH)
+    plane = head_at[:, None] + (channel // SHARED)[None, :]
+    inside = (channel < HEAD_DIM)[None, :]
+    step = tl.load(scale + plane, inside, 1.0).to(tl.float32)
+    inverse = tl.broadcast_to(tl.math.div_rn(step * 0.0 + 1.0, step), [ROWS, PIECE])
+    base = step * 0.0
+    if ZERO:
+        base = tl.load(zero + plane, inside, 0.0).to(tl.float32)
+    step = tl.broadcast_to(step, [ROWS, PIECE])
+    return step, inverse, tl.broadcast_to(base, [ROWS, PIECE])
