@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "decode.md",
+    ROOT / "docs" / "write.md",
     ROOT / "docs" / "prefill.md",
     ROOT / "docs" / "masks.md",
 )
@@ -138,6 +139,28 @@ def decode_drafts() -> str:
     head = ["16 x 8k, us (times one token)", *(f"{n} token{'s' * (n != '1')}" for n in counts)]
     formats = dict.fromkeys(row["format"] for row in rows)
     return table(head, ([f"`{name}`", *(cell(name, n) for n in counts)] for name in formats))
+
+
+def write() -> str:
+    """Microseconds of one write, TB/s of all it moves and the share of the copy bandwidth."""
+    rows = read("h200-write.csv")
+    tokens = tuple(dict.fromkeys(row["new"] for row in rows))
+
+    def cell(name: str, count: str) -> str:
+        for row in rows:
+            if (row["format"], row["new"]) == (name, count):
+                said = f"{float(row['microseconds']):.1f}"
+                if int(count) > 256:
+                    said += f", {float(row['tb_per_s']):.2f} ({float(row['of_copy']):.0%})"
+                return said
+        return MISSING
+
+    names = dict.fromkeys(row["format"] for row in rows)
+    labels = {"bf16 pages": "torch, a kernel a step, bf16 pages"}
+    head = ("us, TB/s (share of copy)", *(f"{int(count):,} tokens" for count in tokens))
+    return table(
+        head, ([labels.get(n, f"`{n}`"), *(cell(n, count) for count in tokens)] for n in names)
+    )
 
 
 PREFILL = {
@@ -285,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "decode-shares": decode_shares,
     "decode-drafts": decode_drafts,
+    "write": write,
     "prefill": prefill,
     "prefill-cases": prefill_cases,
     "masks": masks,

@@ -49,7 +49,7 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
 
 
 def write_arguments(code=1, block=128, zero=False):
-    from quantpage.ops.rope_write.triton_rope_write import _write_kernel as kernel
+    from quantpage.ops.rope_write.triton_write_kernel import write_kernel as kernel
 
     types = dict.fromkeys(
         ("q", "k", "v", "q_out", "k_seen", "v_seen", "k_exact", "v_exact", "q_weight", "k_weight",
@@ -59,7 +59,7 @@ def write_arguments(code=1, block=128, zero=False):
     types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "*fp16")
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
     types |= dict.fromkeys(("cos", "sin"), "*fp32")
-    types |= dict.fromkeys(("tokens", "q_heads", "kv_heads", "heads_a_program"), "i32")
+    types |= dict.fromkeys(("tokens", "q_heads", "kv_heads"), "i32")
     types["eps"] = "fp32"
     for name in kernel.arg_names:
         if name not in types and name[0].islower():
@@ -68,6 +68,8 @@ def write_arguments(code=1, block=128, zero=False):
         "HEAD_DIM": 128, "PIECE": 32, "VALUE_DIM": 128, "V_PIECE": 32, "ROTARY": 128,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "PAGE": 64, "EXACT": False,
         "RETURN": False, "ROWS": 8, "HARDWARE": True,
+        "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True,
+        "PRODUCTS": block > 1, "V_PRODUCTS": block > 1,
     }  # fmt: skip
     for side in "KV":
         fixed |= {

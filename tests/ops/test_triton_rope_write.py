@@ -10,28 +10,29 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.ops.rope_write import QKNorm, WriteParams
 from quantpage.ops.rope_write.reference import rope_write as reference
-from quantpage.ops.rope_write.triton_rope_write import rope_write
+from quantpage.ops.rope_write.triton_rope_write import Shape, rope_write
 from quantpage.rope import rope_table
 from tests.ops.triton_cases import DEVICE, GPU, TIER
 
 pytestmark = TIER
 KV_HEADS, GROUP, PAGE = 2, 3, 16
+SMALL = Shape(4, 2, 2, 32, 1)
 
 
-def empty_pages(spec, width, pages=8):
+def empty_pages(spec, width, pages=8, heads=KV_HEADS):
     """Pages full of what nobody wrote."""
     if not spec.quantized:
-        full = torch.full((pages, KV_HEADS, PAGE, width), torch.nan, dtype=torch.float16)
+        full = torch.full((pages, heads, PAGE, width), torch.nan, dtype=torch.float16)
         return QuantizedPages(spec, full.to(DEVICE))
     row = width // spec.code.values_per_byte
-    codes = torch.full((pages, KV_HEADS, PAGE, row), 0x7F, dtype=torch.uint8, device=DEVICE)
+    codes = torch.full((pages, heads, PAGE, row), 0x7F, dtype=torch.uint8, device=DEVICE)
     codes = codes.view(spec.code.storage)
     groups = spec.granularity.groups(width)
     if spec.dynamic:
-        scale = torch.full((pages, KV_HEADS, PAGE, groups), torch.nan, dtype=spec.scale_dtype)
+        scale = torch.full((pages, heads, PAGE, groups), torch.nan, dtype=spec.scale_dtype)
         zero = scale.clone()
     else:
-        shape = spec.granularity.scale_shape(KV_HEADS, width)
+        shape = spec.granularity.scale_shape(heads, width)
         scale = ((torch.rand(shape) + 0.5) * 4 / spec.code.qmax).to(spec.scale_dtype)
         zero = (torch.randn(shape) * 0.1).to(spec.scale_dtype)
     zero = zero.to(DEVICE) if spec.zero_point else None
@@ -91,7 +92,7 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
     other = copy_of(layer)
     given = (parts[0] if q else None, parts[1], parts[2])
     wanted = reference(*given, other, batch, params)
-    got = rope_write(*given, layer, batch, params, shape=shape or (None if GPU else (4, 2, 32, 1)))
+    got = rope_write(*given, layer, batch, params, shape=shape or (None if GPU else SMALL))
     same_codes(layer.key, other.key, allowed)
     same_codes(layer.value, other.value, allowed)
     if exact:
@@ -151,7 +152,13 @@ def test_groups_of_channels():
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "head_dim,shape", [(128, (4, 2, 16, 1)), (64, (8, 1, 64, 2)), (128, (2, 3, 128, 1))]
+    "head_dim,shape",
+    [
+        (128, Shape(4, 1, 2, 16, 1)),
+        (64, Shape(8, 1, 1, 64, 2)),
+        (128, Shape(2, 2, 3, 128, 1, heads_first=True)),
+        (128, Shape(8, 2, 2, 32, 1, heads_first=True)),
+    ],
 )
 def test_pieces_of_every_size(name, head_dim, shape):
     given = FORMATS[name]
@@ -212,3 +219,28 @@ def test_many_tokens(tokens, name, returned):
             continue
         off = (one.float() - two.float()).abs() > 2e-2 * two.float().abs() + 5e-2
         assert off.sum() <= tokens
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+@pytest.mark.parametrize("head_dim,biased", [(64, False), (128, False), (128, True), (256, False)])
+def test_tiles_of_heads(head_dim, biased, name, dtype):
+    """Eight heads a tile: queries are turned and rotated by tensor cores. 24 are a tile too few."""
+    torch.manual_seed(0)
+    tokens, heads = 500, (24, 8, 8)
+    spec = FORMATS[name].key
+    batch = plan_batch((tokens,), (tokens,), [list(range(32))], PAGE, DEVICE)
+    given = [torch.randn(tokens, h, head_dim, device=DEVICE).to(dtype) for h in heads]
+    bias = tuple(torch.randn(h, head_dim, device=DEVICE).to(dtype) for h in heads)
+    pages = [empty_pages(spec, head_dim, 32, 8) for _ in range(2)]
+    layer, other = LayerKV(*pages), copy_of(LayerKV(*pages))
+    params = WriteParams(rope_table(tokens, head_dim, device=DEVICE), bias=bias if biased else None)
+    # The reference adds in the dtype of the rows.
+    wide = [t.float() for t in given] if biased else given
+    wanted = reference(*wide, other, batch, params)
+    got = rope_write(*given, layer, batch, params)
+    same_codes(layer.key, other.key, tokens)
+    same_codes(layer.value, other.value, tokens)
+    off = (got.q.float() - wanted.q.float()).abs() > 2e-2 * wanted.q.float().abs() + 2e-2
+    assert off.sum() == 0

@@ -1,0 +1,43 @@
+"""The write kernel compiled for sm_90 without a GPU: what it takes, and where its numbers lie."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+# Of a program of two tiles of queries, or one of keys or of values, whatever the branch.
+INSTRUCTIONS = {"none": 800, "fp8": 1500, "int8": 2300, "int4": 2700}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compiled with the interpreter off, which this process may have on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.write_case"],
+        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    return json.loads(said.stdout)
+
+
+def test_products_find_the_layout_they_are_written_for(compiled):
+    for name in ("int8", "int4"):
+        assert compiled[name]["products"] > 0
+        assert compiled[name]["layout"], name
+
+
+def test_queries_are_rotated_without_shuffles(compiled):
+    """What is left are the extremes of rows of keys and values."""
+    for name in ("int8", "int4"):
+        assert compiled[name]["shuffles"] <= 48, name
+
+
+@pytest.mark.parametrize("name", list(INSTRUCTIONS))
+def test_registers_and_instructions_stay_in_their_budget(compiled, name):
+    assert compiled[name]["spills"] == 0
+    assert compiled[name]["registers"] <= 96
+    assert compiled[name]["instructions"] <= INSTRUCTIONS[name]
