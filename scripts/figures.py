@@ -184,7 +184,7 @@ def prefill() -> str:
         ["", *cases],
         (
             [label, *(speeds.get((c, *which), MISSING) for c in cases)]
-            for label, which in PREFILL.items()
+            for label, which in prefill_timed(speeds).items()
         ),
     )
 
@@ -193,10 +193,17 @@ def prefill_cases() -> str:
     """The same and every other case: a row a case."""
     speeds = prefill_speeds()
     cases = dict.fromkeys(case for case, *_ in speeds)
+    timed = prefill_timed(speeds)
     return table(
-        ["causal", *PREFILL],
-        ([c, *(speeds.get((c, *which), MISSING) for which in PREFILL.values())] for c in cases),
+        ["causal", *timed],
+        ([c, *(speeds.get((c, *which), MISSING) for which in timed.values())] for c in cases),
     )
+
+
+def prefill_timed(speeds: dict[tuple[str, str, str], str]) -> dict[str, tuple[str, str]]:
+    """Those of PREFILL that the CSV has any row of."""
+    there = {key[1:] for key in speeds}
+    return {label: which for label, which in PREFILL.items() if which in there}
 
 
 def prefill_speeds() -> dict[tuple[str, str, str], str]:

@@ -37,18 +37,18 @@ def compile_decode(code="int8", registers=None, chunk=32, **given):
 
 # The planner's shapes: query rows, stages, cap on registers.
 CASES = {
-    "int8 token": {"rows": 8, "stages": 2},
+    "int8 token": {"rows": 8, "stages": 4},
     "int8 token, four programs": {"rows": 8, "stages": 3, "registers": 128},
     "fp8 token, four programs": {"code": "fp8", "rows": 8, "stages": 3, "registers": 128},
     "int4 token, three programs": {
         "code": "int4", "rows": 8, "stages": 3, "registers": 168, "zero": (True, True),
     },
-    "int8 draft": {"rows": 32, "stages": 3},
-    "fp8 draft": {"code": "fp8", "rows": 32, "stages": 3},
-    "int4 draft": {"code": "int4", "rows": 32, "stages": 3, "zero": (True, True)},
+    "int8 draft": {"rows": 32, "stages": 4},
+    "fp8 draft": {"code": "fp8", "rows": 32, "stages": 4},
+    "int4 draft": {"code": "int4", "rows": 32, "stages": 4, "zero": (True, True)},
     "int8 of 256": {"rows": 8, "stages": 2, "head_dim": 256},
     "int8 of small pages, window": {
-        "rows": 16, "stages": 3, "page": 16, "window": True, "sinks": True, "softcap": True,
+        "rows": 16, "stages": 4, "page": 16, "window": True, "sinks": True, "softcap": True,
     },
 }  # fmt: skip
 

@@ -269,7 +269,7 @@ def test_many_requests(requests):
     check(spec, spec, Step((1,) * requests, contexts, 64, 1, 4, 64), tiles=None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "heads", "min_tiles"])
 def _shares(starts, lens, out, requests, heads, min_tiles, CHUNK: tl.constexpr):
     start, end, share, request, begins, even = my_share(
         starts, lens, requests, heads, min_tiles, 0, 0, 64, 32, False, False, 0, CHUNK
