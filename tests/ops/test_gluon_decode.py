@@ -1,12 +1,22 @@
 """The Hopper decode against the float64 reference; needs a GPU of compute capability 9.0."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 # Decides, before triton is imported, whether kernels are interpreted.
-from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, Step, make_step, relative
+from tests.ops.triton_cases import (
+    CAUSAL,
+    DEVICE,
+    GPU,
+    TOLERANCE,
+    Step,
+    check_decode,
+    make_step,
+    relative,
+)
 
 # isort: split
 from quantpage.formats import CODES, FORMATS, QuantSpec
@@ -24,25 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
-# float16 operands, or 15 bits of a query's largest, and probabilities of eleven bits.
-TOLERANCE = 1e-3
 QUANTIZED = [name for name, given in FORMATS.items() if given.key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
-
-
-def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=TILES, dtype=None,
-          tolerance=TOLERANCE):  # fmt: skip
-    q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
-    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
-    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
-    out, lse = attend(q, layer, batch, params, tiles=tiles)
-    wanted, wanted_lse = reference(q.double(), layer, batch, params)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
-    assert relative(out, wanted) < tolerance
-    empty = wanted_lse.isneginf()
-    assert torch.equal(lse.cpu().isneginf(), empty)
-    assert (out.cpu()[empty] == 0).all()
-    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+check = partial(check_decode, tiles=TILES)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -3,12 +3,23 @@
 import itertools
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 # Decides, before triton is imported, whether kernels are interpreted.
-from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, Step, make_step, relative
+from tests.ops.triton_cases import (
+    CAUSAL,
+    DEVICE,
+    GPU,
+    TIER,
+    TOLERANCE,
+    Step,
+    check_decode,
+    make_step,
+    relative,
+)
 
 # isort: split
 import triton
@@ -27,23 +38,7 @@ from quantpage.ops.gpu_candidates import decode_refusals
 
 pytestmark = TIER
 SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1, gather=16)
-# float16 operands and probabilities: eleven bits, summed over a context.
-TOLERANCE = 1e-3
-
-
-def check(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=SMALL, dtype=None,
-          tolerance=TOLERANCE):  # fmt: skip
-    q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
-    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
-    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
-    out, lse = attend(q, layer, batch, params, tiles=tiles)
-    wanted, wanted_lse = reference(q.double(), layer, batch, params)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
-    assert relative(out, wanted) < tolerance
-    empty = wanted_lse.isneginf()
-    assert torch.equal(lse.cpu().isneginf(), empty)
-    assert (out.cpu()[empty] == 0).all()
-    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+check = partial(check_decode, tiles=SMALL)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

@@ -13,6 +13,8 @@ from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import QuantSpec, quantize, quantize_static
 from quantpage.masks import CausalMask, Mask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.reference import attend as reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -130,3 +132,25 @@ def relative(got, wanted) -> float:
     """|got - wanted| / |wanted|; NaN where either is not finite and the other is."""
     difference = got.double().cpu() - wanted.double().cpu()
     return (difference.norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+# float16 operands and probabilities: eleven bits, summed over a context.
+TOLERANCE = 1e-3
+
+
+def check_decode(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=None, dtype=None,
+                 tolerance=TOLERANCE):  # fmt: skip
+    """A decode launch of this shape (None: the planner's) against the float64 reference."""
+    from quantpage.ops.attend.triton_decode import attend
+
+    q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = attend(q, layer, batch, params, tiles=tiles)
+    wanted, wanted_lse = reference(q.double(), layer, batch, params)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert relative(out, wanted) < tolerance
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.cpu().isneginf(), empty)
+    assert (out.cpu()[empty] == 0).all()
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
