@@ -484,7 +484,6 @@ def decode_kernel(
                 )[None, :]
             # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
             mass = gl.convert_layout(total * ratio, o_rows)
-            o = o + gl.full([VALUE_DIM, ROWS], 0.0, gl.float32, o_layout)
             o = in_order(o, V_UNITS, ROWS)
             out_layout: gl.constexpr = o.type.layout
             out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
