@@ -99,6 +99,7 @@ def test_memory_sizes(text, size):
         (["bench", "swim"], "No such command 'swim'"),
         (["bench", "cpu-model"], "the following arguments are required: --model"),
         (["bench", "decode", "--plot", "x.png"], "out: expected the CSV to draw from"),
+        (["bench", "decode", "--cases", "2 x 4k"], "cases: expected names of 1 x 4k"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):

@@ -25,21 +25,22 @@ def main(
     part: str = "0/1",
     flex: bool = True,
     commit: str | None = None,
-    cases: tuple[str, ...] = (),
+    cases: str = "",
 ) -> list[Row]:
     """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
 
     check_only: compile and check, time nothing; processes that each take a ``part`` ('2/8') of the
     cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
-    cases: names ('1 x 4k' of decode, '4096' of write); none: all. A check that fails raises: no
-    speed on red.
+    cases: names, separated by ';' ('1 x 4k' of decode, '4096' of write); none: all. A check that
+    fails raises: no speed on red.
     """
+    jobs = _jobs(op, [name.strip() for name in cases.split(";") if name.strip()])
     if not torch.cuda.is_available():
         raise ValueError("bench: expected a CUDA device, found none")
     copy = 1.0 if check_only else copy_bandwidth()
     rows: list[Row] = []
     print(f"copy {copy:.2f} TB/s" if not check_only else f"checking part {part}", flush=True)
-    for number, (kind, case, name) in enumerate(_jobs(op, cases)):
+    for number, (kind, case, name) in enumerate(jobs):
         mine, parts = map(int, part.split("/"))
         if number % parts != mine or (check_only and kind == "peers"):
             continue
@@ -67,7 +68,7 @@ def main(
     return rows
 
 
-def _jobs(op: str, wanted: tuple[str, ...]) -> list:
+def _jobs(op: str, wanted: list[str]) -> list:
     jobs: list = []
     names = {str(t): t for t in write.TOKENS} if op == "write" else None
     named = list(names or dict.fromkeys(case.name for case in decode.CASES))
@@ -96,5 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--commit", help="of this copy, where it has no history")
     parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
     given = parser.parse_args()
-    named = tuple(name.strip() for name in given.cases.split(";") if name.strip())
-    main(given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit, named)
+    main(
+        given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit,
+        given.cases,
+    )  # fmt: skip

@@ -26,12 +26,16 @@ Out = Annotated[Path | None, typer.Option(help="Write a CSV row a measurement he
 CheckOnly = Annotated[
     bool, typer.Option("--check-only", help="Check against float64, time nothing.")
 ]
+Cases = Annotated[
+    str, typer.Option(help="Only these, separated by ';': '1 x 4k;8 x 8k' (write: '64;4096').")
+]
 
 
 @app.command("decode")
 def decode(
     out: Out = None,
     check_only: CheckOnly = False,
+    cases: Cases = "",
     flex: Annotated[
         bool, typer.Option(help="Time FlexAttention too; it compiles for long.")
     ] = True,
@@ -49,15 +53,15 @@ def decode(
         return
     from quantpage.bench.__main__ import main
 
-    main("decode", out, check_only, flex=flex)
+    main("decode", out, check_only, flex=flex, cases=cases)
 
 
 @app.command("write")
-def write(out: Out = None, check_only: CheckOnly = False) -> None:
+def write(out: Out = None, check_only: CheckOnly = False, cases: Cases = "") -> None:
     """The fused write beside the copy bandwidth and a plain engine's separate steps (CUDA)."""
     from quantpage.bench.__main__ import main
 
-    main("write", out, check_only)
+    main("write", out, check_only, cases=cases)
 
 
 def _forward(name: str, module: str, summary: str) -> None:
