@@ -15,6 +15,7 @@ most tiles reduce one flag instead of a maximum a row. The plan, cut rows, masks
 those of triton_decode_kernel.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -30,6 +31,7 @@ from quantpage.ops.attend.gluon_compat import (
 from quantpage.ops.attend.gluon_decode_operands import (
     byte_layout,
     byte_operand,
+    copy_layout,
     fixed_queries,
     halved,
     in_order,
@@ -37,6 +39,7 @@ from quantpage.ops.attend.gluon_decode_operands import (
     key_operand,
     query_bytes,
     query_operand,
+    shared_layout,
     unpack,
     value_layout,
     value_operand,
@@ -141,24 +144,10 @@ def decode_kernel(
     BLOCK: gl.constexpr = 64 if K_CODE == 3 else 128
     K_UNITS: gl.constexpr = HEAD_DIM // (4 if K_CODE == 2 else 128 // BLOCK)
     V_UNITS: gl.constexpr = VALUE_DIM // 4
-    K_BYTES: gl.constexpr = k_codes.dtype.element_ty.primitive_bitwidth // 8
-    V_BYTES: gl.constexpr = v_codes.dtype.element_ty.primitive_bitwidth // 8
-    K_LANES: gl.constexpr = min(32, K_UNITS * K_BYTES // 16)
-    V_LANES: gl.constexpr = min(32, V_UNITS * V_BYTES // 16)
-    k_copy: gl.constexpr = gl.BlockedLayout(
-        [1, 16 // K_BYTES], [32 // K_LANES, K_LANES], [4, 1], [1, 0]
-    )
-    v_copy: gl.constexpr = gl.BlockedLayout(
-        [1, 16 // V_BYTES], [32 // V_LANES, V_LANES], [4, 1], [1, 0]
-    )
-    K_PHASE: gl.constexpr = max(1, 128 // (K_UNITS * K_BYTES))
-    V_PHASE: gl.constexpr = max(1, 128 // (V_UNITS * V_BYTES))
-    k_shared: gl.constexpr = gl.SwizzledSharedLayout(
-        16 // K_BYTES, K_PHASE, min(8, K_LANES), [1, 0]
-    )
-    v_shared: gl.constexpr = gl.SwizzledSharedLayout(
-        16 // V_BYTES, V_PHASE, min(8, V_LANES), [1, 0]
-    )
+    K_UNIT: gl.constexpr = k_codes.dtype.element_ty
+    V_UNIT: gl.constexpr = v_codes.dtype.element_ty
+    k_copy: gl.constexpr = copy_layout(K_UNITS, K_UNIT)
+    v_copy: gl.constexpr = copy_layout(V_UNITS, V_UNIT)
     k_load: gl.constexpr = byte_layout(TILE, BLOCK, K_UNITS) if BYTES else key_layout(TILE, K_UNITS)
     v_load: gl.constexpr = value_layout(TILE, V_UNITS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -180,8 +169,12 @@ def decode_kernel(
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([Q_ROWS, HEAD_DIM], Q_NUMBER)
     p_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16)
 
-    k_smem = gl.allocate_shared_memory(k_codes.dtype.element_ty, [STAGES, TILE, K_UNITS], k_shared)
-    v_smem = gl.allocate_shared_memory(v_codes.dtype.element_ty, [STAGES, TILE, V_UNITS], v_shared)
+    k_smem = gl.allocate_shared_memory(
+        K_UNIT, [STAGES, TILE, K_UNITS], shared_layout(K_UNITS, K_UNIT)
+    )
+    v_smem = gl.allocate_shared_memory(
+        V_UNIT, [STAGES, TILE, V_UNITS], shared_layout(V_UNITS, V_UNIT)
+    )
     q_smem = gl.allocate_shared_memory(Q_NUMBER, [Q_ROWS, HEAD_DIM], q_shared)
     p_smem = gl.allocate_shared_memory(gl.float16, [TILE, ROWS], p_shared)
     far_smem = gl.allocate_shared_memory(gl.int32, [4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -189,18 +182,12 @@ def decode_kernel(
 
     program = gl.program_id(0)
     if OVERLAP:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
         sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
     )  # fmt: skip
-
     start, end, share = same(start), same(end), same(share)
     request, begins = same(request), same(begins)
     position = start
@@ -228,9 +215,9 @@ def decode_kernel(
             channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, q_layout))
             q_at = (q_start + q_row // GROUP).to(gl.int64) * q_token
             q_at += (head * GROUP + q_row % GROUP) * q_head
-            q_mask = (q_row < q_len * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+            q_real = (q_row < q_len * GROUP)[:, None]
             # Used when the first codes are on their way.
-            asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_mask, other=0.0)
+            asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_real, other=0.0)
 
             for i in gl.static_range(STAGES):
                 t = first_tile + i
@@ -498,7 +485,7 @@ def decode_kernel(
                     )
             nth = gl.arange(0, ROWS, out_rows)
             out_row = row_first + nth
-            keep = (out_row < q_len * GROUP)[:, None] & (out_channel < VALUE_DIM)[None, :]
+            keep = (out_row < q_len * GROUP)[:, None]
             if complete:
                 out_at = (q_start + out_row // GROUP).to(gl.int64) * out_token
                 out_at += (head * GROUP + out_row % GROUP) * out_head

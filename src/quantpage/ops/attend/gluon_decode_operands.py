@@ -51,6 +51,22 @@ def unpack(units, CODE: gl.constexpr):
 
 
 @gluon.constexpr_function
+def copy_layout(units, unit):
+    """In which a warpgroup asks for a tile's units: sixteen bytes a thread."""
+    each = 128 // unit.primitive_bitwidth
+    lanes = min(32, units // each)
+    return gl.BlockedLayout([1, each], [32 // lanes, lanes], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def shared_layout(units, unit):
+    """In which a tile's units lie: chunks of sixteen bytes swizzled over rows of 128."""
+    each = 128 // unit.primitive_bitwidth
+    chunks = units // each
+    return gl.SwizzledSharedLayout(each, max(1, 8 // chunks), min(8, chunks), [1, 0])
+
+
+@gluon.constexpr_function
 def key_layout(tile, units):
     """Of a tile's units as loaded: a thread has eight neighbouring units of two rows, 16 bytes at
     a time.
