@@ -17,6 +17,9 @@ from tests.ops.triton_cases import (
     TOLERANCE,
     Step,
     check_decode,
+    check_replays,
+    far_away,
+    in_a_wider_cell,
     make_step,
     relative,
 )
@@ -195,9 +198,7 @@ def test_pages_of_a_wider_cell():
     q, layer, batch = make_step(spec, spec, Step(), CAUSAL)
     params = AttendParams(0.1)
     wanted, _ = attend(q, layer, batch, params, tiles=SMALL)
-    cell = torch.cat([layer.key.codes, layer.value.codes], 2)
-    k, v = cell.split(batch.page_size, 2)
-    moved = replace(layer, key=replace(layer.key, codes=k), value=replace(layer.value, codes=v))
+    moved = in_a_wider_cell(layer, batch.page_size)
     assert torch.equal(attend(q, moved, batch, params, tiles=SMALL)[0], wanted)
 
 
@@ -210,27 +211,8 @@ def test_bfloat16_queries_and_pages():
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_a_graph_replays_with_new_lengths():
-    given = FORMATS["int8"]
     step = Step(queries=(1,) * 5, contexts=(700, 33, 150, 1, 512), head_dim=128, page_size=64)
-    q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
-    params = AttendParams(q.shape[-1] ** -0.5)
-    attend(q, layer, batch, params)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = attend(q, layer, batch, params)
-    for shorter in (0, 13, 0):
-        lens = [max(1, c - shorter) for c in step.contexts]
-        batch.context_lens.copy_(torch.tensor(lens))
-        q.normal_()
-        out.fill_(torch.nan)
-        graph.replay()
-        now = replace(
-            batch, host_context_lens=tuple(lens), positions=(batch.context_lens - 1).long()
-        )
-        wanted, wanted_lse = reference(q.double(), layer, now, params)
-        assert relative(out, wanted) < TOLERANCE
-        assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+    check_replays(FORMATS["int8"], step)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
@@ -241,17 +223,7 @@ def test_caches_beyond_two_to_the_31():
     q, layer, batch = make_step(spec, spec, step, CAUSAL)
     params = AttendParams(0.1)
     wanted, _ = attend(q, layer, batch, params)
-    pages = 2**31 // (step.kv_heads * 64 * 128) + 64
-    first = pages - layer.key.pages
-
-    def far(given):
-        codes = torch.empty(pages, *given.codes.shape[1:], dtype=torch.int8, device=DEVICE)
-        scale = torch.empty(pages, *given.scale.shape[1:], dtype=torch.float16, device=DEVICE)
-        codes[first:], scale[first:] = given.codes, given.scale
-        return replace(given, codes=codes, scale=scale)
-
-    moved = replace(layer, key=far(layer.key), value=far(layer.value))
-    table = replace(batch, page_table=batch.page_table + first)
+    moved, table = far_away(layer, batch)
     assert torch.equal(attend(q, moved, table, params)[0], wanted)
 
 

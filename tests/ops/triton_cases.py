@@ -4,7 +4,7 @@ Without a CUDA device the kernels run in Triton's interpreter: the same cases, a
 (tests/conftest.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -147,10 +147,63 @@ def check_decode(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles
     sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
     params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
     out, lse = attend(q, layer, batch, params, tiles=tiles)
-    wanted, wanted_lse = reference(q.double(), layer, batch, params)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    wanted = reference(q.double(), layer, batch, params)
+    assert out.dtype == q.dtype
+    assert_agrees(out, lse, *wanted, tolerance, 10 * tolerance)
+
+
+def assert_agrees(out, lse, wanted, wanted_lse, tolerance: float, lse_tolerance: float) -> None:
+    """Results of a kernel and of the float64 reference; rows that saw nothing are 0 and -inf."""
+    assert lse.dtype == torch.float32
     assert relative(out, wanted) < tolerance
     empty = wanted_lse.isneginf()
     assert torch.equal(lse.cpu().isneginf(), empty)
     assert (out.cpu()[empty] == 0).all()
-    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < 10 * tolerance
+    assert (lse.cpu() - wanted_lse)[~empty].abs().max() < lse_tolerance
+
+
+def check_replays(given, step: Step) -> None:
+    """A graph of a decode step, captured once, replayed with other queries and lengths."""
+    from quantpage.ops.attend.triton_decode import attend
+
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    attend(q, layer, batch, params)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(q, layer, batch, params)
+    new = step.queries[0]
+    for shorter in (0, 13, 0):
+        lens = [max(new, c - shorter) for c in step.contexts]
+        batch.context_lens.copy_(torch.tensor(lens))
+        q.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        late = torch.cat([torch.arange(n - new, n) for n in lens]).to(DEVICE)
+        now = replace(batch, host_context_lens=tuple(lens), positions=late)
+        wanted, wanted_lse = reference(q.double(), layer, now, params)
+        assert relative(out, wanted) < TOLERANCE
+        assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+def in_a_wider_cell(layer: LayerKV, page_size: int) -> LayerKV:
+    """The same layer with K and V codes of a (page, head) side by side."""
+    cell = torch.cat([layer.key.codes, layer.value.codes], 2)
+    k, v = cell.split(page_size, 2)
+    return replace(layer, key=replace(layer.key, codes=k), value=replace(layer.value, codes=v))
+
+
+def far_away(layer: LayerKV, batch: BatchPlan) -> tuple[LayerKV, BatchPlan]:
+    """The same pages of int8 past 2^31 elements of theirs."""
+    pages = 2**31 // layer.key.codes[0].numel() + 64
+    first = pages - layer.key.pages
+
+    def far(given):
+        codes = torch.empty(pages, *given.codes.shape[1:], dtype=torch.int8, device=DEVICE)
+        scale = torch.empty(pages, *given.scale.shape[1:], dtype=torch.float16, device=DEVICE)
+        codes[first:], scale[first:] = given.codes, given.scale
+        return replace(given, codes=codes, scale=scale)
+
+    moved = replace(layer, key=far(layer.key), value=far(layer.value))
+    return moved, replace(batch, page_table=batch.page_table + first)
