@@ -64,6 +64,11 @@ static void rope_row(float* x, const float* cos, const float* sin, int64_t half,
   }
 }
 static inline float clip(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+// A NaN as 0, an infinity as the largest number of the type (formats/quantize).
+static void make_finite(const float* x, int64_t dim, int64_t type, float* to) {
+  const float limit = type == F16 ? 65504.f : type == BF16 ? 0x1.fep127f : 0x1.fffffep127f;
+  for (int64_t c = 0; c < dim; c++) to[c] = x[c] == x[c] ? clip(x[c], limit) : 0.f;
+}
 // Rounded to the plane's dtype and stored; the number that was stored.
 static float put_rounded(uint8_t* to, int64_t type, float x) {
   if (type == F32) {
@@ -75,9 +80,10 @@ static float put_rounded(uint8_t* to, int64_t type, float x) {
   store(to, h);
   return half_to_float(h);
 }
+// A scale that rounds to 0 becomes the smallest there is (formats/quantize).
 static float put_scale(uint8_t* to, int64_t type, float x) {
-  const float rounded = put_rounded(to, type, x);
-  return rounded == 0 ? put_rounded(to, type, 1.f) : rounded;
+  const float least = type == F32 ? 0x1p-126f : 0x1p-24f;
+  return put_rounded(to, type, x > least ? x : least);
 }
 
 struct Affine {
@@ -93,7 +99,6 @@ static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* sc
   const float qmax = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
   if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) / qmax), 0};
   const float qmin = p.code == INT8 ? -128.f : -8.f;
-  if (high == low) return {put_scale(scale, p.scale_type, 1.f), put_rounded(zero, p.scale_type, low)};
   const float step = put_scale(scale, p.scale_type, (high / 2 - low / 2) / (qmax - qmin) * 2);
   return {step, put_rounded(zero, p.scale_type, low - qmin * step)};
 }
@@ -130,7 +135,7 @@ static void write_row(const Pages& p, int64_t head, int64_t page, int64_t offset
     return;
   }
   alignas(64) float finite[512], codes[512];
-  for (int64_t c = 0; c < dim; c++) finite[c] = x[c] == x[c] ? clip(x[c], 3.402823466e38f) : 0.f;
+  make_finite(x, dim, F32, finite);
   uint8_t* scale = p.scale + head * p.scale_head;
   uint8_t* zero = p.zero + head * p.zero_head;
   if (p.dynamic) {
@@ -181,14 +186,18 @@ static void read_row(const Write& w, const Input& in, int64_t token, int64_t hea
 }
 static void write_side(const Write& w, const Pages& p, const Pages& exact, const Input& in, int64_t token, uint8_t* rows) {
   alignas(64) float x[512], seen[512];
-  const int64_t slot = w.step.slots[token], near = w.step.exact_slots ? w.step.exact_slots[token] : -1;
+  const int64_t slot = w.step.slots[token], near = w.step.exact_slots && exact.codes ? w.step.exact_slots[token] : -1;
   const int64_t size = w.type == F32 ? 4 : 2;
   if (slot < 0 && near < 0 && !rows) return;
   for (int64_t h = 0; h < in.heads; h++) {
     read_row(w, in, token, h, x);
     if (slot >= 0) write_row(p, h, slot / w.step.page_size, slot % w.step.page_size, x, rows ? seen : nullptr);
     else if (rows) round_trip(p, h, x, seen);
-    if (near >= 0) write_row(exact, h, near / w.step.page_size, near % w.step.page_size, x, nullptr);
+    if (near >= 0) {
+      alignas(64) float finite[512];
+      make_finite(x, in.dim, exact.code, finite);
+      write_row(exact, h, near / w.step.page_size, near % w.step.page_size, finite, nullptr);
+    }
     if (rows) write_numbers(seen, in.dim, rows + (token * in.heads + h) * in.dim * size, w.type);
   }
 }

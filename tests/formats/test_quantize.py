@@ -104,12 +104,26 @@ def test_little_is_clipped(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_zeros_have_scale_one_and_code_zero(name):
+def test_zeros_come_back_and_weigh_nothing(name):
+    """Whoever multiplies probabilities by scales must not find a row of zeros large."""
     spec = SPECS[name]
     quantized = quantize(torch.zeros(3, HEAD_DIM), spec)
-    assert (quantized.scale == 1).all()
-    assert (decode(quantized.codes, spec) == 0).all()
+    assert (quantized.scale > 0).all() and (quantized.scale <= 2.0**-24).all()
     assert (dequantize(*quantized, spec) == 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1e-8, 1e-6, 1e-5])
+@pytest.mark.parametrize("level", [0.02, -0.02, 3.1, 2.0**-20, 1000.0])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_nearly_constant_row_is_kept(name, level, spread):
+    """Within a step of its range, and what rounding scale and zero to 16 bits leaves outside."""
+    spec = SPECS[name]
+    x = level + spread * torch.linspace(-1, 1, HEAD_DIM)[None]
+    seen = dequantize(*quantize(x, spec), spec, torch.float64)
+    steps = 2 * spec.code.qmax if spec.code.name != "fp8" else 16.0
+    span = (x.max() - x.min()) if spec.zero_point else 2 * x.abs().max()
+    allowed = span / steps + x.abs().max() * 2.0**-11 + (2 * spec.code.qmax + 2) * 2.0**-25
+    assert (seen - x).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.zero_point])

@@ -7,8 +7,9 @@
 
 rint rounds half to even. fp8 codes are a direct saturating cast to e4m3, never through an
 integer. round16 is the rounding to the spec's scale dtype, and codes are computed from the rounded
-scale, so that a 16-bit scale adds no error of its own. A group whose scale rounds to 0 (all
-zeros, subnormals, a constant row) gets scale 1 and codes 0.
+scale, so that a 16-bit scale adds no error of its own. A scale that rounds to 0 (all zeros, a
+constant row with a zero point) becomes the smallest that there is, ``smallest_scale``: a scale says
+how much a row can weigh, and implementations round probabilities times scales.
 
 Non-finite input: a NaN becomes 0 and an infinity the largest finite number of float32 before
 anything else, so that it stays inside its own token and head. Checked mode refuses it instead
@@ -105,6 +106,18 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(work, nan=0.0, posinf=largest, neginf=-largest)
 
 
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The least scale of a dynamic group: float16's smallest subnormal, else the smallest normal."""
+    found = torch.finfo(dtype)
+    return found.smallest_normal * (found.eps if dtype == torch.float16 else 1.0)
+
+
+def finite_rows(x: Float[Tensor, "*rows head_dim"], dtype: torch.dtype) -> Tensor:
+    """As numbers are made finite for codes, in ``dtype``: how exact pages are written."""
+    limit = torch.finfo(dtype).max
+    return _finite(x).clamp(-limit, limit).to(dtype)
+
+
 def _dynamic_scale(work: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     if not spec.zero_point:
         return _rounded_scale(work.abs().amax(-1) / spec.code.qmax, spec), None
@@ -112,14 +125,13 @@ def _dynamic_scale(work: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None
     span = spec.code.qmax - spec.code.qmin
     # Halves first: high - low of two huge numbers of opposite sign would overflow.
     scale = _rounded_scale((high / 2 - low / 2) / span * 2, spec)
-    flat = high == low
-    zero = torch.where(flat, low, low - spec.code.qmin * scale.to(work.dtype))
-    return torch.where(flat, torch.ones_like(scale), scale), _round_to(zero, spec.scale_dtype)
+    zero = low - spec.code.qmin * scale.to(work.dtype)
+    return scale, _round_to(zero, spec.scale_dtype)
 
 
 def _rounded_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     rounded = _round_to(scale, spec.scale_dtype)
-    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+    return rounded.clamp_min(smallest_scale(spec.scale_dtype))
 
 
 def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,5 +37,6 @@ def rotate(x: Float[Tensor, "*rows head_dim"]) -> Float[Tensor, "*rows head_dim"
     block = rotation_block(x.shape[-1])
     work = x if x.dtype in (torch.float32, torch.float64) else x.float()
     matrix = hadamard_matrix(block, work.dtype, work.device)
-    turned = work.reshape(*x.shape[:-1], -1, block) @ matrix
+    # Sizes spelled out: -1 cannot be told where there are no rows.
+    turned = work.reshape(*x.shape[:-1], x.shape[-1] // block, block) @ matrix
     return turned.reshape(x.shape).to(x.dtype)

@@ -28,7 +28,7 @@ def merge_partials(
         lse = torch.logsumexp(torch.cat([stacked, sink]), 0)
     else:
         lse = torch.logsumexp(stacked, 0)
-    anchor = lse.nan_to_num(neginf=0.0)
+    anchor = lse.masked_fill(lse.isneginf(), 0.0)
     total = torch.zeros_like(outs[0], dtype=torch.promote_types(outs[0].dtype, torch.float32))
     for partial, own in zip(outs, lses, strict=True):
         weight = torch.exp(own - anchor).unsqueeze(-1).to(total.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.params import AttendParams, exact_pairs
+from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
 from quantpage.ops.gather.reference import gather_request
 
 
@@ -22,7 +23,8 @@ def attend(
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output and natural log-sum-exp, float64, in the basis of the cache.
 
-    A query that may see nothing gives output 0 and log-sum-exp -inf.
+    A query that may see nothing gives output 0 and log-sum-exp -inf. A query that is not finite, or
+    that sees a key or a value that is not, gives NaN; a number that it does not see changes nothing.
     """
     q_heads, group = q.shape[1], q.shape[1] // layer.kv_heads
     out = torch.zeros(q.shape[0], q_heads, layer.value.head_dim, dtype=torch.float64)
@@ -36,7 +38,8 @@ def attend(
         positions = batch.positions[rows].cpu()
         for head in range(q_heads):
             k, v, exact = _keys_and_values(layer, batch, request, context, head // group)
-            scores = _scores(q[rows, head].cpu().double(), positions, k, exact, batch.page_size)
+            own = refuse_to_hide(q[rows, head].cpu().double())
+            scores = _scores(own, positions, k, exact, batch.page_size)
             scores = scores * params.softmax_scale
             if params.softcap is not None:
                 scores = params.softcap * torch.tanh(scores / params.softcap)
@@ -47,15 +50,13 @@ def attend(
             else:
                 sink = torch.full((new, 1), -torch.inf, dtype=torch.float64)
             total = torch.logsumexp(torch.cat([scores, sink], 1), 1)
-            weights = torch.exp(scores - total.nan_to_num(neginf=0.0)[:, None])
-            # Select, do not multiply by zero: a value that nobody sees may be NaN.
-            shown = seen.any(0)[:, None]
-            out[rows, head] = weights @ torch.where(shown, v[0], 0.0)
-            if exact is not None:
+            weights = torch.exp(scores - total.masked_fill(total.isneginf(), 0.0)[:, None])
+            if exact is None:
+                out[rows, head] = weighted_sum(weights, v[0], seen)
+            else:
                 near = exact_pairs(positions, torch.arange(context), batch.page_size)
-                out[rows, head] = torch.where(near, 0.0, weights) @ torch.where(
-                    shown, v[0], 0.0
-                ) + torch.where(near, weights, 0.0) @ torch.where(shown, v[1], 0.0)
+                for part, shown in zip(v, (seen & ~near, seen & near), strict=True):
+                    out[rows, head] += weighted_sum(weights.masked_fill(~shown, 0.0), part, shown)
             lse[rows, head] = total
     return out, lse
 

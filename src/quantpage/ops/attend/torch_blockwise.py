@@ -17,6 +17,7 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.mask_plan import EMPTY, FULL, tile_kinds
 from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact_pairs
+from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
 from quantpage.ops.gather.reference import gather_request
 
 QUERY_TILE = 256
@@ -54,7 +55,7 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
     kv_heads = layer.kv_heads
     group = q_heads // kv_heads
     # [kv_heads, group * tokens, head_dim]: the group shares its keys, so it is one matrix product.
-    grouped = q.view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+    grouped = refuse_to_hide(q).view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
     peak = q.new_full((kv_heads, group * tokens, 1), -torch.inf)
     total = torch.zeros_like(peak)
     acc = q.new_zeros(kv_heads, group * tokens, layer.value.head_dim)
@@ -77,18 +78,18 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
             scores = scores.unflatten(1, (group, tokens)).masked_fill(~seen[:, None], -torch.inf)
             scores = scores.flatten(1, 2)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        anchor = new_peak.nan_to_num(neginf=0.0)
+        anchor = new_peak.masked_fill(new_peak.isneginf(), 0.0)
         weights = torch.exp(scores - anchor)
         shrink = torch.exp(peak - anchor)
         v = _rows(layer.value, batch.page_table[request], low, high, q.dtype)
         if seen is not None:
-            # Select, do not multiply by zero: a slot that nobody sees may hold NaN.
-            v = torch.where(seen.any(1).unsqueeze(-1), v, 0.0)
-        acc = acc * shrink + weights @ v
+            seen = seen[:, None].expand(-1, group, -1, -1).flatten(1, 2)
+        acc = acc * shrink + weighted_sum(weights, v, seen)
         total = total * shrink + weights.sum(-1, keepdim=True)
         peak = new_peak
-    lse = torch.where(total > 0, peak + total.log(), -torch.inf)
-    acc = torch.where(total > 0, acc / total, 0.0)
+    # A total of 0 is a query that sees nothing; NaN is no such thing and stays.
+    lse = torch.where(total == 0, -torch.inf, peak + total.log())
+    acc = torch.where(total == 0, 0.0, acc / total)
     return (
         acc.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).flatten(1, 2),
         lse.view(kv_heads, group, tokens).permute(2, 0, 1).flatten(1, 2),

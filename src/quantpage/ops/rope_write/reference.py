@@ -12,6 +12,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import NonFiniteInput
 from quantpage.formats import dequantize, quantize, quantize_static, rotate
+from quantpage.formats.quantize import finite_rows
 from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
 from quantpage.rope import apply_rope
 
@@ -45,8 +46,8 @@ def rope_write(
     v_rows = _write(v, layer.value, batch.slots)
     if batch.exact is not None and layer.exact_key is not None:
         exact = layer.exact()
-        _write(k, exact.key, batch.exact.slots)
-        _write(v, exact.value, batch.exact.slots)
+        for rows, half in ((k, exact.key), (v, exact.value)):
+            _write(finite_rows(rows, half.codes.dtype), half, batch.exact.slots)
     return Written(
         None if q is None or q_in is None else q.to(q_in.dtype),
         k_rows.to(k_in.dtype) if params.return_rows else None,
@@ -109,8 +110,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def refuse_non_finite(rows: Tensor, name: str, layer: int) -> None:
-    """Raise NonFiniteInput that names layer, tensor and the first bad token."""
-    """Raise NonFiniteInput that names the first bad token; reads back from the device."""
+    """Raise NonFiniteInput that names layer, tensor and the first bad token; reads back from the
+    device."""
     bad = ~torch.isfinite(rows).flatten(1).all(1)
     if bad.any():
         token = int(bad.nonzero()[0])

@@ -105,6 +105,13 @@ def _divided(x, BY: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def _floored(step, LIMIT: tl.constexpr):
+    """formats/quantize's ``smallest_scale`` in place of scales that rounded to less; keeps NaN."""
+    least: tl.constexpr = 2.0**-24 if LIMIT < 65536.0 else 2.0**-126
+    return tl.where(step < least, least, step)
+
+
+@triton.jit
 def _scales(
     high, low, scale, zero, ZERO: tl.constexpr, QMAX: tl.constexpr, QMIN: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -115,14 +122,10 @@ def _scales(
         high = tl.where(high == float("-inf"), 0.0, high)
         low = tl.where(low == float("inf"), 0.0, low)
         span = _divided(high * 0.5 - low * 0.5, QMAX - QMIN, LIMIT) * 2.0
-        step = _rounded(span, LIMIT, scale)
-        step = tl.where(step == 0.0, 1.0, step)
-        flat = high == low
-        base = _rounded(tl.where(flat, low, low - QMIN * step), LIMIT, zero)
-        step = tl.where(flat, 1.0, step)
+        step = _floored(_rounded(span, LIMIT, scale), LIMIT)
+        base = _rounded(low - QMIN * step, LIMIT, zero)
     else:
-        step = _rounded(_divided(high, QMAX, LIMIT), LIMIT, scale)
-        step = tl.where(step == 0.0, 1.0, step)
+        step = _floored(_rounded(_divided(high, QMAX, LIMIT), LIMIT, scale), LIMIT)
         base = step * 0.0
     return step, base
 
