@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, dequantize, quantize
-from quantpage.formats.quantize import decode, pack_nibbles, quantize_static, unpack_nibbles
+from quantpage.formats.quantize import pack_nibbles, quantize_static, unpack_nibbles
 
 pytestmark = pytest.mark.cpu
 

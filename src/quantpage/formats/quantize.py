@@ -107,7 +107,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
-    """The least scale of a dynamic group: float16's smallest subnormal, else the smallest normal."""
+    """The least dynamic scale: float16's smallest subnormal, else the smallest normal number."""
     found = torch.finfo(dtype)
     return found.smallest_normal * (found.eps if dtype == torch.float16 else 1.0)
 

@@ -23,8 +23,8 @@ def attend(
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output and natural log-sum-exp, float64, in the basis of the cache.
 
-    A query that may see nothing gives output 0 and log-sum-exp -inf. A query that is not finite, or
-    that sees a key or a value that is not, gives NaN; a number that it does not see changes nothing.
+    A query that may see nothing gives output 0 and log-sum-exp -inf. A query that is not finite,
+    or that sees a key or a value that is not, gives NaN; what it does not see changes nothing.
     """
     q_heads, group = q.shape[1], q.shape[1] // layer.kv_heads
     out = torch.zeros(q.shape[0], q_heads, layer.value.head_dim, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Sums in which a hidden number that is not finite cannot be seen, and a visible one cannot hide.
 
 A mask selects. Multiplying a hidden value by a weight of zero is not the same: 0 * NaN is NaN. So
-values that are not finite leave the matrix product, channels of the queries that see one become NaN,
-and a query that is not finite makes its own result NaN and no other's.
+values that are not finite leave the matrix product, channels of the queries that see one become
+NaN, and a query that is not finite makes its own result NaN and no other's.
 """
 
 import torch
