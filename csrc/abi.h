@@ -35,6 +35,9 @@ struct Layer {
   Pages key, value;
   // Numbers kept as they are; codes null where the format keeps none.
   Pages exact_key, exact_value;
+  // [kv_heads, head_dim] of the key map, before the rotation: k' = scale (k - mean), q' = q / scale.
+  // Null: none.
+  const float *map_scale, *map_mean;
 };
 
 // One step's requests, the same for every layer.

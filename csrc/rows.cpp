@@ -172,7 +172,21 @@ struct Input {
   int64_t heads, token_stride, head_stride, dim;
   const float* norm;
   bool turn, rotate;
+  // The key map of kv_head `head / group`, null for none: taken on by keys, undone in queries.
+  const float *scale, *mean;
+  int64_t group;
+  bool query;
 };
+static void map_row(const Input& in, int64_t head, float* x) {
+  const int64_t at = head / in.group * in.dim;
+  if (in.query) {
+    for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] / in.scale[at + c];
+    return;
+  }
+  if (in.mean)
+    for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] - in.mean[at + c];
+  for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] * in.scale[at + c];
+}
 static void read_row(const Write& w, const Input& in, int64_t token, int64_t head, float* x) {
   const int64_t size = w.type == F32 ? 4 : 2;
   read_numbers(in.from + (token * in.token_stride + head * in.head_stride) * size, w.type, in.dim, x);
@@ -182,6 +196,7 @@ static void read_row(const Write& w, const Input& in, int64_t token, int64_t hea
     rope_row(x, w.cos + at, w.sin + at, w.half_rotary, w.interleaved);
   }
   if (in.norm && w.norm_after) norm_row(x, in.norm, in.dim, (float)w.eps);
+  if (in.scale) map_row(in, head, x);
   if (in.rotate) rotate_row(x, in.dim);
 }
 static void write_side(const Write& w, const Pages& p, const Pages& exact, const Input& in, int64_t token, uint8_t* rows) {
@@ -205,17 +220,19 @@ void write_token(const Write* call, int64_t token) {
   const Write& w = *call;
   const int64_t size = w.type == F32 ? 4 : 2, dim = w.layer.key.head_dim;
   const bool turn = w.cos != nullptr;
+  const bool rotate = w.layer.key.rotated != 0;
+  const float *scale = w.layer.map_scale, *mean = w.layer.map_mean;
   if (w.q) {
     alignas(64) float x[512];
-    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, w.layer.key.rotated != 0};
+    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, rotate, scale, nullptr, w.q_heads / w.kv_heads, true};
     for (int64_t h = 0; h < w.q_heads; h++) {
       read_row(w, in, token, h, x);
       write_numbers(x, dim, w.q_out + (token * w.q_heads + h) * dim * size, w.type);
     }
   }
-  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, w.layer.key.rotated != 0};
+  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, rotate, scale, mean, 1, false};
   write_side(w, w.layer.key, w.layer.exact_key, key, token, w.k_rows);
-  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0};
+  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0, nullptr, nullptr, 1, false};
   write_side(w, w.layer.value, w.layer.exact_value, value, token, w.v_rows);
 }
 

@@ -82,11 +82,15 @@ class LayerAttention:
         layer: LayerKV,
         batch: BatchPlan,
         params: AttendParams,
+        lse_wanted: bool = True,
     ) -> Attended:
-        """Attend to what the pages hold; ``q`` as ``write_step`` handed it back."""
+        """Attend to what the pages hold; ``q`` as ``write_step`` handed it back.
+
+        lse_wanted: as in ``ops.attend.attend``.
+        """
         decoding = batch.max_query_len <= DECODE_TOKENS
         chosen = self.decode if decoding else self.prefill
-        return Attended(*attend_op.attend(q, layer, batch, params, chosen, model_basis=True))
+        return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted))
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ import torch
 
 from quantpage.cache import CacheLayout, PagedKVCache
 from quantpage.errors import CorruptCache
-from quantpage.formats import FORMATS
+from quantpage.formats import FORMATS, KeyMap
 
 pytestmark = pytest.mark.cpu
 
@@ -154,3 +154,14 @@ def is_exact(cache):
         )
         if each is not None
     ]
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_a_key_map_goes_with_its_pages(mean, tmp_path):
+    cache = PagedKVCache(3, 3)
+    mapped = KeyMap(torch.rand(2, 32) + 0.5, torch.randn(2, 32) if mean else None)
+    cache.add_layer(0, CacheLayout(2, 32, FORMATS["int4"], 16), key_map=mapped)
+    cache.grow(2)
+    cache.save(tmp_path / "pages")
+    loaded = PagedKVCache.load(tmp_path / "pages")[0].layer(0).key_map
+    assert cache.layer(0).key_map == mapped and loaded.digest() == mapped.digest()

@@ -48,7 +48,7 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
     return tile * head_dim * (size[key] + size[value])
 
 
-def write_arguments(code=1, block=128, zero=False):
+def write_arguments(code=1, block=128, zero=False, mapped=0):
     from quantpage.ops.rope_write.triton_write_kernel import write_kernel as kernel
 
     types = dict.fromkeys(
@@ -58,7 +58,7 @@ def write_arguments(code=1, block=128, zero=False):
     types |= dict.fromkeys(("k_codes", "v_codes"), "*u8" if code in (2, 3) else "*i8")
     types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "*fp16")
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
-    types |= dict.fromkeys(("cos", "sin"), "*fp32")
+    types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean"), "*fp32")
     types |= dict.fromkeys(("tokens", "q_heads", "kv_heads"), "i32")
     types["eps"] = "fp32"
     for name in kernel.arg_names:
@@ -66,8 +66,8 @@ def write_arguments(code=1, block=128, zero=False):
             types[name] = "i32:16"
     fixed = {
         "HEAD_DIM": 128, "PIECE": 32, "VALUE_DIM": 128, "V_PIECE": 32, "ROTARY": 128,
-        "INTERLEAVED": False, "NORM": 0, "BIAS": False, "PAGE": 64, "EXACT": False,
-        "RETURN": False, "ROWS": 8, "HARDWARE": True,
+        "INTERLEAVED": False, "NORM": 0, "BIAS": False, "MAPPED": mapped,
+        "PAGE": 64, "EXACT": False, "RETURN": False, "ROWS": 8, "HARDWARE": True,
         "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True,
         "PRODUCTS": block > 1, "V_PRODUCTS": block > 1,
     }  # fmt: skip

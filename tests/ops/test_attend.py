@@ -9,11 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantpage.formats import FORMATS
+from quantpage.batch import plan_batch
+from quantpage.cache import CacheLayout, PagedKVCache
+from quantpage.formats import FORMATS, KeyMap
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import CANDIDATES, AttendParams, attend, merge_partials, reference
 from quantpage.ops.dispatch import Call
+from quantpage.ops.rope_write import WriteParams
+from quantpage.ops.rope_write.reference import rope_write
 from tests.ops.mask_cases import Cached, cached
 from tests.tolerances import attention_atol, lse_atol
 
@@ -222,3 +226,49 @@ def _run(implementation, case, chunks, mask=CausalMask()):  # noqa: B008
     q, batch = case.step(chunks)
     params = AttendParams(case.layer.key.head_dim**-0.5, mask)
     return attend(q.float(), case.layer, batch, params, implementation)[0]
+
+
+def _mapped_and_plain(name, head_dim=32, tokens=90):
+    """The same keys, with a mean and scales apart, in pages with a key map and in pages without."""
+    noise = torch.Generator().manual_seed(3)
+    given = FORMATS[name]
+    mapped = KeyMap(
+        torch.rand(2, head_dim, generator=noise) * 2 + 0.3,
+        torch.randn(2, head_dim, generator=noise) * 3,
+    )
+    k, v = (torch.randn(tokens, 2, head_dim, generator=noise).double() for _ in range(2))
+    k = k + mapped.mean.double()
+    q = torch.randn(tokens, 6, head_dim, generator=noise).double()
+    tables = [list(range(6))]
+    exact = tables if given.exact_pages is not None else None
+    batch = plan_batch([tokens], [tokens], tables, 16, exact_tables=exact)
+    found = []
+    for key_map in (mapped, None):
+        cache = PagedKVCache(6, 6)
+        cache.add_layer(0, CacheLayout(2, head_dim, given, 16, torch.float32), key_map=key_map)
+        layer = cache.layer(0)
+        written = rope_write(q, k, v, layer, batch, WriteParams())
+        found.append((written.q, layer))
+    return found, batch
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -3.0, 8.0, 0.0, 30.0, -60.0])])
+@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+def test_a_key_map_changes_neither_outputs_nor_log_sums(implementation, name, sinks):
+    skip_if_refused(implementation, cached(name, [20], q_heads=6), name, "prefill", CausalMask())
+    ((q, layer), (plain_q, plain)), batch = _mapped_and_plain(name)
+    params = AttendParams(32**-0.5, sinks=sinks)
+    out, lse = attend(q.float(), layer, batch, params, implementation)
+    wanted, wanted_lse = reference.attend(plain_q, plain, batch, params)
+    # Codes are others: what is left is the format's own error.
+    loss = {"none": 1e-5, "int8": 0.1, "int4": 1.0}[name]
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=loss, rtol=0)
+    torch.testing.assert_close(out.double(), wanted, atol=loss, rtol=0)
+
+
+def test_a_mean_under_a_softcap_is_refused(implementation):
+    ((q, layer), _), batch = _mapped_and_plain("none")
+    with pytest.raises(ValueError, match=r"key_map: expected one without a mean.* softcap 30"):
+        attend(q.float(), layer, batch, AttendParams(0.2, softcap=30.0), implementation)
+    scaled = replace(layer, key_map=KeyMap(layer.key_map.scale))
+    attend(q.float(), scaled, batch, AttendParams(0.2, softcap=30.0), implementation)

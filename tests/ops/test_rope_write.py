@@ -1,12 +1,14 @@
 """What ends up in the pages, for every implementation that runs on this CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quantpage.batch import plan_batch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache
 from quantpage.errors import NonFiniteInput
-from quantpage.formats import FORMATS, dequantize, quantize, rotate
+from quantpage.formats import FORMATS, KeyMap, dequantize, quantize, rotate
 from quantpage.hardware import device_info
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gather import gather_request
@@ -63,6 +65,14 @@ def inputs(tokens, head_dim=64, seed=0):
         torch.randn(tokens, KV_HEADS, head_dim, generator=noise),
         torch.randn(tokens, KV_HEADS, head_dim, generator=noise),
     )
+
+
+def random_map(head_dim, mean=True):
+    """Scales far apart, means of a hundred times a key, as a projection's bias makes them."""
+    noise = torch.Generator().manual_seed(5)
+    scale = torch.rand(KV_HEADS, head_dim, generator=noise) * 3 + 0.05
+    means = torch.randn(KV_HEADS, head_dim, generator=noise) * 100
+    return KeyMap(scale, means if mean else None)
 
 
 def same_pages(got: LayerKV, wanted: LayerKV):
@@ -220,3 +230,51 @@ def test_exact_pages_hold_the_numbers_themselves(implementation, name):
     write(q, k, v, layer, batch, WriteParams())
     held = gather_request(layer.exact().key, batch.exact.page_table[0], 20, torch.float32)
     torch.testing.assert_close(held, rotate(k)[:20], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_keys_are_mapped_before_they_are_cached(implementation, name, head_dim, mean):
+    write = write_of(implementation, name, head_dim)
+    given, exact = FORMATS[name], FORMATS[name].exact_pages is not None
+    mapped = random_map(head_dim, mean)
+    q, k, v = inputs(30, head_dim)
+    if mean:
+        k = k + mapped.mean
+    params = WriteParams(rope=rope_table(64, 32), return_rows=True)
+    layer = replace(empty_layer(name, head_dim), key_map=mapped)
+    got = write(q, k, v, layer, step(exact), params)
+    # By hand: what the product of a query and a key is made of.
+    positions = step(False).positions
+    q_turned, k_turned = (apply_rope(x, positions, params.rope) for x in (q, k))
+    by_head = mapped.scale.repeat_interleave(Q_HEADS // KV_HEADS, 0)
+    wanted_q = q_turned / by_head
+    wanted_k = (k_turned - (mapped.mean if mean else 0.0)) * mapped.scale
+    turn = rotate if given.key.rotation == "hadamard" else (lambda x: x)
+    torch.testing.assert_close(got.q, turn(wanted_q), atol=1e-4, rtol=1e-5)
+    wanted = dequantize(*quantize(turn(wanted_k), given.key), given.key)
+    same_save_ties(got.k_rows, wanted, given.key)
+    held = gather_request(layer.key, step(exact).page_table[0], 20, torch.float32)
+    torch.testing.assert_close(held, got.k_rows[:20], atol=1e-4, rtol=1e-5)
+    if exact:
+        near = gather_request(layer.exact().key, step(True).exact.page_table[0], 20, torch.float32)
+        torch.testing.assert_close(near, turn(wanted_k)[:20], atol=1e-4, rtol=1e-5)
+
+
+def test_non_finite_keys_stay_in_their_token_through_a_map(implementation):
+    write = write_of(implementation, "int8", 64)
+    q, k, v = inputs(30)
+    clean, dirty = (replace(empty_layer("int8"), key_map=random_map(64)) for _ in range(2))
+    write(q, k, v, clean, step(False), WriteParams())
+    k = k.clone()
+    k[4, 1, 9], k[5, 0, 3] = torch.nan, torch.inf
+    write(q, k, v, dirty, step(False), WriteParams())
+    mine, theirs = (dequantize(*planes(x.key), x.key.spec, torch.float32) for x in (clean, dirty))
+    assert torch.isfinite(theirs).all()
+    mine[3, 1, 4], mine[3, 0, 5] = theirs[3, 1, 4], theirs[3, 0, 5]
+    assert torch.equal(mine, theirs)
+
+
+def planes(pages):
+    return pages.codes, pages.scale, pages.zero

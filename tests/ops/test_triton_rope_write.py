@@ -7,7 +7,7 @@ import torch
 
 from quantpage.batch import plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.formats import CODES, FORMATS, Granularity, KeyMap, QuantSpec
 from quantpage.ops.rope_write import QKNorm, WriteParams
 from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.ops.rope_write.triton_rope_write import Shape, rope_write
@@ -45,7 +45,7 @@ def copy_of(layer):
         return QuantizedPages(pages.spec, pages.codes.clone(), *planes)
 
     exact = [None if p is None else p.clone() for p in (layer.exact_key, layer.exact_value)]
-    return LayerKV(own(layer.key), own(layer.value), *exact)
+    return LayerKV(own(layer.key), own(layer.value), *exact, layer.key_map)
 
 
 def same_codes(got, wanted, allowed):
@@ -70,8 +70,13 @@ def same_codes(got, wanted, allowed):
             torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3, equal_nan=True)
 
 
+def random_map(head_dim, mean=True, heads=KV_HEADS):
+    scale = torch.rand(heads, head_dim, device=DEVICE) * 3 + 0.05
+    return KeyMap(scale, torch.randn(heads, head_dim, device=DEVICE) * 30 if mean else None)
+
+
 def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True, change=None,
-        allowed=4, shape=None):  # fmt: skip
+        allowed=4, shape=None, key_map=None):  # fmt: skip
     torch.manual_seed(0)
     contexts = tuple(n + 9 for n in queries)
     tables = [[3, 1], [0, 6], [5, 2]]
@@ -85,7 +90,7 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
     if change is not None:
         change(fused)
     parts = fused.unflatten(1, (-1, head_dim)).split((GROUP * KV_HEADS, KV_HEADS, KV_HEADS), 1)
-    layer = LayerKV(empty_pages(key, head_dim), empty_pages(value, head_dim))
+    layer = LayerKV(empty_pages(key, head_dim), empty_pages(value, head_dim), key_map=key_map)
     if exact:
         pages = torch.full((6, KV_HEADS, PAGE, head_dim), torch.nan, device=DEVICE).half()
         layer = replace(layer, exact_key=pages, exact_value=pages.clone())
@@ -142,6 +147,27 @@ def test_norms_and_biases(name, after):
         return_rows=True,
     )  # fmt: skip
     run(given.key, given.value, params, allowed=8)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("head_dim,rotary", [(64, 64), (80, None), (128, 32), (256, 256)])
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4"])
+def test_key_maps(name, head_dim, rotary, mean):
+    torch.manual_seed(2)
+    table = None if rotary is None else rope_table(64, rotary, device=DEVICE)
+    weights = [torch.rand(head_dim, device=DEVICE).half() + 0.5 for _ in range(2)]
+    norm = QKNorm(*weights, after_rope=True) if rotary == 256 else None
+    given = FORMATS[name]
+    mapped = random_map(head_dim, mean)
+
+    def biased(fused):
+        # Keys near their mean, as a bias makes them, rounded to the rows' dtype.
+        at = GROUP * KV_HEADS * head_dim
+        if mean and norm is None and table is None:
+            fused[:, at : at + KV_HEADS * head_dim] += mapped.mean.flatten()
+
+    run(given.key, given.value, WriteParams(table, norm, return_rows=True), head_dim,
+        exact=given.exact_pages is not None, change=biased, key_map=mapped, allowed=8)  # fmt: skip
 
 
 def test_groups_of_channels():
@@ -224,8 +250,9 @@ def test_many_tokens(tokens, name, returned):
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["none", "int8", "int4"])
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("head_dim,biased", [(64, False), (128, False), (128, True), (256, False)])
-def test_tiles_of_heads(head_dim, biased, name, dtype):
+def test_tiles_of_heads(head_dim, biased, mapped, name, dtype):
     """Eight heads a tile: queries are turned and rotated by tensor cores. 24 are a tile too few."""
     torch.manual_seed(0)
     tokens, heads = 500, (24, 8, 8)
@@ -234,7 +261,9 @@ def test_tiles_of_heads(head_dim, biased, name, dtype):
     given = [torch.randn(tokens, h, head_dim, device=DEVICE).to(dtype) for h in heads]
     bias = tuple(torch.randn(h, head_dim, device=DEVICE).to(dtype) for h in heads)
     pages = [empty_pages(spec, head_dim, 32, 8) for _ in range(2)]
-    layer, other = LayerKV(*pages), copy_of(LayerKV(*pages))
+    key_map = random_map(head_dim, heads=8) if mapped else None
+    layer = LayerKV(*pages, key_map=key_map)
+    other = copy_of(layer)
     params = WriteParams(rope_table(tokens, head_dim, device=DEVICE), bias=bias if biased else None)
     # The reference adds in the dtype of the rows.
     wide = [t.float() for t in given] if biased else given

@@ -19,7 +19,7 @@ from quantpage.cache.saved import SavedPages, read_pages, write_pages
 from quantpage.cache.sequence import PageCopy
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import CacheError
-from quantpage.formats import QuantSpec
+from quantpage.formats import KeyMap, QuantSpec
 from quantpage.formats.scales import ScalePair
 
 
@@ -53,10 +53,12 @@ class PagedKVCache:
         index: int,
         layout: CacheLayout,
         static: tuple[ScalePair, ScalePair] | None = None,
+        key_map: KeyMap | None = None,
     ) -> None:
         """Allocate layer ``index``.
 
         static: ((key scale, key zero), (value scale, value zero)) for static formats.
+        key_map: what is done to keys before they are cached.
         """
         if index in self._layers:
             raise CacheError(f"layer {index}: expected a new index, it is there already")
@@ -72,6 +74,7 @@ class PagedKVCache:
             self._allocate(layout, layout.format.value, layout.v_dim, value_static),
             self._exact_plane(layout, layout.head_dim) if exact else None,
             self._exact_plane(layout, layout.v_dim) if exact else None,
+            key_map,
         )
 
     def layer(self, index: int) -> LayerKV:
@@ -86,6 +89,7 @@ class PagedKVCache:
                 _grown(view.value, pages),
                 None if view.exact_key is None else _longer(view.exact_key, exact_pages),
                 None if view.exact_value is None else _longer(view.exact_value, exact_pages),
+                view.key_map,
             )
         self.pages += pages
         self.exact_pages += exact_pages
@@ -166,7 +170,9 @@ class PagedKVCache:
                 _static_pair(saved.planes, f"{index}.{half}", spec, device)
                 for half, spec in (("key", layout.format.key), ("value", layout.format.value))
             ]
-            cache.add_layer(index, layout, (pair[0], pair[1]))
+            cache.add_layer(
+                index, layout, (pair[0], pair[1]), _key_map(saved.planes, index, device)
+            )
         host = HostPages(saved.planes, cache.pages, cache.exact_pages)
         cache.swap_in(host, range(cache.pages), range(cache.exact_pages))
         return cache, saved.note["user"]
@@ -219,7 +225,18 @@ def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
     for name, plane in (("exact_key", view.exact_key), ("exact_value", view.exact_value)):
         if plane is not None:
             found["exact_pages"][name] = plane
+    if view.key_map is not None:
+        found["static"]["key_map.scale"] = view.key_map.scale
+        if view.key_map.mean is not None:
+            found["static"]["key_map.mean"] = view.key_map.mean
     return found
+
+
+def _key_map(planes: Mapping[str, Tensor], index: int, device: torch.device | str) -> KeyMap | None:
+    scale = planes.get(f"{index}.key_map.scale")
+    if scale is None:
+        return None
+    return KeyMap(scale, planes.get(f"{index}.key_map.mean")).to(device)
 
 
 def _static_pair(

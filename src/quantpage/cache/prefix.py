@@ -47,7 +47,7 @@ def prefix_seed(model: str, layouts: dict[int, CacheLayout], scales: bytes = b""
     """What every page's content depends on besides its tokens.
 
     model: a name or a checksum of the weights. scales: a digest of static scales
-    (``StaticScales.digest``), empty for dynamic formats.
+    (``StaticScales.digest``) and of key maps (``KeyMap.digest`` of each layer), empty without.
     """
     seed = blake2b(model.encode(), digest_size=16)
     for index in sorted(layouts):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantpage.formats import CODES, QuantSpec
+from quantpage.formats import CODES, KeyMap, QuantSpec
 
 _UNQUANTIZED = QuantSpec(CODES["none"])
 
@@ -91,6 +91,8 @@ class LayerKV:
     (rotated where the key spec rotates); None where the format keeps no exact pages."""
     exact_value: Tensor | None = None
     """As ``exact_key`` with the values' head_dim."""
+    key_map: KeyMap | None = None
+    """What was done to keys before they were rotated and cached; None: nothing."""
 
     def __post_init__(self) -> None:
         if self.key.codes.shape[:3] != self.value.codes.shape[:3]:
@@ -98,6 +100,13 @@ class LayerKV:
                 f"value codes: expected pages, kv_heads, page_size {self.key.codes.shape[:3]} "
                 f"as the key codes, got {self.value.codes.shape[:3]}"
             )
+        if self.key_map is not None:
+            wanted = self.kv_heads, self.key.head_dim
+            given = self.key_map.kv_heads, self.key_map.head_dim
+            if wanted != given:
+                raise ValueError(
+                    f"key_map: expected one of kv_heads, head_dim {wanted} as the keys, got {given}"
+                )
 
     @property
     def page_size(self) -> int:

@@ -28,7 +28,7 @@ CODES = {
 
 _PAGES = 18
 _NO_PAGES = (0,) * _PAGES
-_LAYER = struct.Struct(f"={4 * _PAGES}q")
+_LAYER = struct.Struct(f"={4 * _PAGES + 2}q")
 _STEP = struct.Struct("=11q")
 ATTEND = struct.Struct("=21q 2d")
 """What follows layer and step in the record of a call."""
@@ -90,8 +90,17 @@ def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
     near = (
         2 * _NO_PAGES if exact is None else (*pages_fields(exact.key), *pages_fields(exact.value))
     )
-    # Static scales that were converted live as long as the addresses.
-    return _LAYER.pack(*pages_fields(halves[0]), *pages_fields(halves[1]), *near), halves
+    # Static scales that were converted live as long as the addresses; the map's, as the view.
+    mapped = layer.key_map
+    scale, mean = (None, None) if mapped is None else (mapped.scale, mapped.mean)
+    record = _LAYER.pack(
+        *pages_fields(halves[0]),
+        *pages_fields(halves[1]),
+        *near,
+        0 if scale is None else scale.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+    )
+    return record, halves
 
 
 def _pack_step(batch: BatchPlan) -> tuple[bytes, object]:

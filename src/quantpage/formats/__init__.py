@@ -1,5 +1,6 @@
 """What a cached number means: codes, scales, zeros, rotation. Knows no cache and no kernel."""
 
+from quantpage.formats.key_map import KeyMap
 from quantpage.formats.quantize import Quantized, decode, dequantize, quantize, quantize_static
 from quantpage.formats.rotate import hadamard_matrix, rotate, rotation_block
 from quantpage.formats.scales import LayerScales, StaticScales
@@ -14,6 +15,7 @@ __all__ = [
     "ExactPages",
     "Granularity",
     "KVFormat",
+    "KeyMap",
     "LayerScales",
     "QuantSpec",
     "Quantized",

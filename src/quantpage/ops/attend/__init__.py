@@ -10,6 +10,7 @@ implementation does all of it in one call.
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -44,14 +45,46 @@ def attend(
     params: AttendParams,
     implementation: Implementation,
     model_basis: bool = False,
+    lse_wanted: bool = True,
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output in the query's dtype and natural log-sum-exp in at least float32.
 
     ``implementation`` comes from ``dispatch.choose``. model_basis: turn the output back where
-    values are cached rotated.
+    values are cached rotated. lse_wanted: False where nobody reads the log-sum-exp, which may then
+    be that of scores without the keys' mean (``KeyMap``).
     """
     if layer.exact_key is not None and batch.exact is None:
         raise ValueError("batch.exact: expected a plan, as the format keeps exact pages; got None")
+    mapped = layer.key_map
+    if mapped is None or mapped.mean is None:
+        return _attend(q, layer, batch, params, implementation, model_basis)
+    if params.softcap is not None:
+        raise ValueError(
+            "key_map: expected one without a mean, as a capped score is no sum of its parts; got "
+            f"one with a mean under softcap {params.softcap}"
+        )
+    if not lse_wanted and params.sinks is None:
+        return _attend(q, layer, batch, params, implementation, model_basis)
+    bare = replace(params, sinks=None)
+    out, lse = _attend(q, layer, batch, bare, implementation, model_basis)
+    missing = mapped.left_out(q, layer.key.spec.rotation == "hadamard")
+    assert missing is not None
+    lse = lse + missing * params.softmax_scale
+    if params.sinks is not None:
+        # Only now, as a sink's logit is compared with whole scores.
+        return merge_partials([out], [lse], params.sinks, out=torch.empty_like(out))
+    return out, lse
+
+
+def _attend(
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    implementation: Implementation,
+    model_basis: bool,
+) -> tuple[Tensor, Tensor]:
+    """``attend`` by scores of the keys as they are cached."""
     run = implementation.load()
     if implementation.whole:
         return run(q, layer, batch, params, model_basis)

@@ -22,7 +22,10 @@ class QKNorm:
 
 @dataclass(frozen=True, slots=True)
 class WriteParams:
-    """bias -> [norm] -> RoPE -> [norm] -> Hadamard -> quantize -> scatter."""
+    """bias -> [norm] -> RoPE -> [norm] -> key map -> Hadamard -> quantize -> scatter.
+
+    The key map and what follows belong to the pages.
+    """
 
     rope: RopeTable | None = None
     """None: Q and K come rotated by the model."""

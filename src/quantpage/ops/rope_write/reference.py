@@ -38,6 +38,8 @@ def rope_write(
         q = None if q is None else q + q_bias
         k, v = k + k_bias, v + v_bias
     q, k = _norm_and_rope(q, k, batch, params)
+    if layer.key_map is not None:
+        q, k = (None if q is None else layer.key_map.queries(q)), layer.key_map.keys(k)
     if layer.key.spec.rotation == "hadamard":
         q, k = (None if q is None else rotate(q)), rotate(_wide(k))
     if layer.value.spec.rotation == "hadamard":

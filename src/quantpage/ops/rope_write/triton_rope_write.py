@@ -103,7 +103,8 @@ def rope_write(
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
-    rope, norm = params.rope, params.norm
+    rope, norm, mapped = params.rope, params.norm, layer.key_map
+    mean = None if mapped is None else mapped.mean
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
     shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)
     piece = shape.piece
@@ -138,6 +139,8 @@ def rope_write(
         k if norm is None else norm.q_weight,
         k if norm is None else norm.k_weight,
         *bias,
+        k if mapped is None else mapped.scale,
+        k if mean is None else mean,
         0.0 if norm is None else norm.eps,
         tokens,
         q_heads,
@@ -162,6 +165,7 @@ def rope_write(
         INTERLEAVED=rope is not None and rope.interleaved,
         NORM=0 if norm is None else (2 if norm.after_rope else 1),
         BIAS=params.bias is not None,
+        MAPPED=0 if mapped is None else (1 if mean is None else 2),
         PAGE=batch.page_size,
         EXACT=exact is not None,
         RETURN=params.return_rows,

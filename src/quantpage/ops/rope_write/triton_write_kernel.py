@@ -1,4 +1,4 @@
-"""The kernel of the write: bias, norm, rotation, Hadamard, quantize, scatter.
+"""The kernel of the write: bias, norm, rotation, key map, Hadamard, quantize, scatter.
 
 A program takes a tile of rows of K or V, or a few tiles of Q that share their angles. Everything
 stays in float32 registers between the projection and the code. Rows are cut into pieces, so that a
@@ -68,6 +68,29 @@ def _normalized(parts, ratio, weight, HEAD_DIM: tl.constexpr, PIECE: tl.constexp
         channel = i * PIECE + tl.arange(0, PIECE)
         gain = tl.load(weight + channel, channel < HEAD_DIM, 0.0).to(tl.float32)
         done = done + (parts[i] * ratio[:, None] * gain[None, :],)
+    return done
+
+
+@triton.jit
+def _mapped(
+    parts, scale, mean, QUERY: tl.constexpr, MAPPED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    """The key map of rows' heads, at ``scale`` and ``mean`` [ROWS]; of queries, undone."""
+    done = ()
+    for i in tl.static_range(len(parts)):
+        channel = i * PIECE + tl.arange(0, PIECE)
+        inside = (channel < HEAD_DIM)[None, :]
+        by = tl.load(scale[:, None] + channel[None, :], inside, 1.0)
+        if QUERY:
+            # Queries are rounded to their dtype next: two last bits are nothing.
+            done = done + (parts[i] / by,)
+        elif MAPPED == 2:
+            done = done + (
+                (parts[i] - tl.load(mean[:, None] + channel[None, :], inside, 0.0)) * by,
+            )
+        else:
+            done = done + (parts[i] * by,)
     return done
 
 
@@ -156,15 +179,16 @@ def _hadamard(
 
 @triton.jit
 def _turned(
-    loaded, x, at, cosine, sine, signs, bias, weight, eps, real,
+    loaded, x, at, cosine, sine, signs, bias, weight, map_scale, map_mean, eps, real,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr,
-    BLOCK: tl.constexpr, FOLD: tl.constexpr, PRODUCTS: tl.constexpr, GUARD: tl.constexpr,
+    BLOCK: tl.constexpr, FOLD: tl.constexpr, PRODUCTS: tl.constexpr, QUERY: tl.constexpr,
+    MAPPED: tl.constexpr,
 ):  # fmt: skip
     """Rows of Q or K, as loaded from ``x``, in the basis of the cache.
 
-    NORM: 0 none, 1 before the rotation, 2 after. With a rotation and no norm after it, the angles
-    carry the Hadamard matrix's factor.
+    NORM: 0 none, 1 before the rotation, 2 after. MAPPED: 0 no key map, 1 scales, 2 means too. With
+    a rotation and neither a norm nor a map after it, the angles carry the Hadamard matrix's factor.
     """
     parts = _biased(loaded, bias, HEAD_DIM, PIECE, BIAS)
     ratio = eps
@@ -192,9 +216,11 @@ def _turned(
         parts = turned
     if NORM == 2:
         parts = _normalized(parts, _ratio(parts, eps, HEAD_DIM), weight, HEAD_DIM, PIECE)
+    if MAPPED > 0:
+        parts = _mapped(parts, map_scale, map_mean, QUERY, MAPPED, HEAD_DIM, PIECE)
     if BLOCK > 1:
-        parts = _hadamard(parts, signs, ROWS, PIECE, BLOCK, FOLD, PRODUCTS, GUARD)
-        if ROTARY == 0 or NORM == 2:
+        parts = _hadamard(parts, signs, ROWS, PIECE, BLOCK, FOLD, PRODUCTS, not QUERY)
+        if ROTARY == 0 or NORM == 2 or MAPPED > 0:
             parts = scaled(parts, 1.0 / (BLOCK**0.5))
     return parts
 
@@ -204,7 +230,7 @@ def write_kernel(
     q, k, v, q_out, k_seen, v_seen,
     k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_exact, v_exact,
     slots, exact_slots, positions, cos, sin, q_weight, k_weight, q_bias, k_bias, v_bias,
-    eps, tokens, q_heads, kv_heads,
+    map_scale, map_mean, eps, tokens, q_heads, kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head,
     k_page, k_page_head, k_scale_page, k_scale_head,
     v_page, v_page_head, v_scale_page, v_scale_head,
@@ -215,9 +241,10 @@ def write_kernel(
     V_LIMIT: tl.constexpr, V_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, VALUE_DIM: tl.constexpr, V_PIECE: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    PRODUCTS: tl.constexpr, V_PRODUCTS: tl.constexpr, OVERLAP: tl.constexpr,
+    MAPPED: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr,
+    HARDWARE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, PRODUCTS: tl.constexpr, V_PRODUCTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS rows: HEADS neighbouring heads of each of its tokens.
 
@@ -237,9 +264,10 @@ def write_kernel(
     wide = token.to(tl.int64)
     kv_parts = kv_heads // HEADS
     PAIRED: tl.constexpr = ROTARY == HEAD_DIM and HEAD_DIM % (2 * PIECE) == 0 and not INTERLEAVED
-    # Factors of a rotation commute with it, of a norm after it do not.
-    GAIN: tl.constexpr = 1.0 / (K_BLOCK**0.5) if NORM != 2 else 1.0
-    FOLD: tl.constexpr = PAIRED and K_BLOCK == HEAD_DIM and NORM != 2
+    # Factors of a rotation commute with it, of a norm or a map after it do not.
+    LAST: tl.constexpr = NORM != 2 and MAPPED == 0
+    GAIN: tl.constexpr = 1.0 / (K_BLOCK**0.5) if LAST else 1.0
+    FOLD: tl.constexpr = PAIRED and K_BLOCK == HEAD_DIM and LAST
     # K and V take longest and start first.
     if part >= 2 * kv_parts:
         PARTS: tl.constexpr = (HEAD_DIM + PIECE - 1) // PIECE
@@ -277,14 +305,18 @@ def write_kernel(
             signs = real
             if PRODUCTS:
                 signs = signs_of(ROWS, tl.float32)
+            group = q_heads // kv_heads
             for i in tl.static_range(TILES):
                 head = first + i * HEADS
                 here = real & (head < q_heads) if TILES > 1 else real
+                # Rows past the last head have no map.
+                kept = tl.minimum(head, q_heads - 1)
                 parts = _turned(
                     loaded[i * PARTS : (i + 1) * PARTS], q, wide * q_token + head * q_head,
-                    cosine, sine, signs, q_bias + head * HEAD_DIM, q_weight, eps, here,
+                    cosine, sine, signs, q_bias + head * HEAD_DIM, q_weight,
+                    map_scale + kept // group * HEAD_DIM, map_mean, eps, here,
                     HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
-                    FOLD, PRODUCTS, False,
+                    FOLD, PRODUCTS, True, MAPPED,
                 )  # fmt: skip
                 to = q_out + (wide * q_heads + head) * HEAD_DIM
                 store_parts(to, parts, here, HEAD_DIM, PIECE)
@@ -303,9 +335,10 @@ def write_kernel(
         if PRODUCTS:
             signs = signs_of(ROWS, tl.float32)
         parts = _turned(
-            loaded, k, at, cosine, sine, signs, k_bias + head * HEAD_DIM, k_weight, eps, real,
+            loaded, k, at, cosine, sine, signs, k_bias + head * HEAD_DIM, k_weight,
+            map_scale + head * HEAD_DIM, map_mean + head * HEAD_DIM, eps, real,
             HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
-            FOLD, PRODUCTS, True,
+            FOLD, PRODUCTS, False, MAPPED,
         )  # fmt: skip
         if EXACT:
             write_exact(

@@ -1,0 +1,132 @@
+"""An affine map of keys before they are quantized, undone in the query.
+
+    k' = scale (k - mean)        q' = q / scale        q' . k' = q . k - q . mean
+
+A key that is the same in all tokens (the bias of a projection, turned by position: up to 145 in
+Qwen2.5, where other channels are near 1) takes most of a code's range and says nothing. Taken out
+of *every* key of a head, those of exact pages too, it moves all scores of a query by the same
+number, which a softmax does not see. ``scale`` evens out the channels, so that an error costs the
+same in each. Both are numbers a kv_head and channel, applied after RoPE: a scale that is one for
+both channels of a rotated pair commutes with it.
+
+The map belongs to the pages, as their rotation does: whoever writes keys or hands queries over
+finds it there (``LayerKV.key_map``).
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.formats.rotate import rotate
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMap:
+    """One layer's map; ValueError for shapes and numbers that cannot be."""
+
+    scale: Float[Tensor, "kv_heads head_dim"]
+    """Positive, float32."""
+    mean: Float[Tensor, "kv_heads head_dim"] | None = None
+    """What is taken out of every key, in the model's basis, float32; None: nothing."""
+
+    def __post_init__(self) -> None:
+        _check("scale", self.scale, positive=True)
+        if self.mean is None:
+            return
+        _check("mean", self.mean)
+        if self.scale.shape != self.mean.shape or self.scale.device != self.mean.device:
+            raise ValueError(
+                f"mean: expected {tuple(self.scale.shape)} on {self.scale.device} as scale, got "
+                f"{tuple(self.mean.shape)} on {self.mean.device}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys."""
+        return self.scale.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key."""
+        return self.scale.shape[1]
+
+    def keys(
+        self, k: Float[Tensor, "tokens kv_heads head_dim"]
+    ) -> Float[Tensor, "tokens kv_heads head_dim"]:
+        """Keys after RoPE, mapped; at least float32, unrounded."""
+        work = _wide(k)
+        if self.mean is not None:
+            work = work - self.mean.to(work.dtype)
+        return work * self.scale.to(work.dtype)
+
+    def queries(
+        self, q: Float[Tensor, "tokens q_heads head_dim"]
+    ) -> Float[Tensor, "tokens q_heads head_dim"]:
+        """Queries after RoPE, mapped; at least float32, unrounded."""
+        work = _wide(q)
+        group = q.shape[1] // self.kv_heads
+        return work / self.scale.to(work.dtype).repeat_interleave(group, 0)
+
+    def restored(
+        self, k: Float[Tensor, "tokens kv_heads head_dim"]
+    ) -> Float[Tensor, "tokens kv_heads head_dim"]:
+        """Mapped keys as the model had them; at least float32."""
+        work = _wide(k) / self.scale.to(_wide(k).dtype)
+        return work if self.mean is None else work + self.mean.to(work.dtype)
+
+    def left_out(
+        self, q: Float[Tensor, "tokens q_heads head_dim"], rotated: bool
+    ) -> Float[Tensor, "tokens q_heads"] | None:
+        """``q . mean``, which every score lacks, of queries in the basis of the cache.
+
+        rotated: whether keys are cached rotated. At least float32; None without a mean.
+        """
+        if self.mean is None:
+            return None
+        mean = self.scale * self.mean
+        mean = rotate(mean) if rotated else mean
+        work = _wide(q).unflatten(1, (self.kv_heads, -1))
+        return torch.einsum("thgd,hd->thg", work, mean.to(work.dtype)).flatten(1)
+
+    def to(self, device: torch.device | str) -> "KeyMap":
+        """The same map on ``device``."""
+        return KeyMap(self.scale.to(device), None if self.mean is None else self.mean.to(device))
+
+    def heads(self, first: int, last: int) -> "KeyMap":
+        """The map of kv_heads first .. last - 1: what one of several shards needs."""
+        if not 0 <= first < last <= self.kv_heads:
+            raise ValueError(
+                f"first, last: expected a range within 0..{self.kv_heads}, got {first}..{last}"
+            )
+        cut = slice(first, last)
+        return KeyMap(self.scale[cut], None if self.mean is None else self.mean[cut])
+
+    def digest(self) -> bytes:
+        """A short hash of every number: seeds the prefix cache of an engine."""
+        made = blake2b(f"{tuple(self.scale.shape)} {self.mean is None}".encode(), digest_size=16)
+        for plane in (self.scale, self.mean):
+            if plane is not None:
+                made.update(plane.detach().cpu().numpy().tobytes())
+        return made.digest()
+
+
+def _check(name: str, plane: Tensor, positive: bool = False) -> None:
+    if plane.ndim != 2 or plane.dtype != torch.float32 or not plane.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous float32 tensor [kv_heads, head_dim], got "
+            f"{plane.dtype} of shape {tuple(plane.shape)}"
+        )
+    bad = ~torch.isfinite(plane) | ((plane <= 0) if positive else torch.zeros_like(plane).bool())
+    if bad.any():
+        head, channel = bad.nonzero()[0].tolist()
+        wanted = "positive finite numbers" if positive else "finite numbers"
+        raise ValueError(
+            f"{name}[{head}, {channel}]: expected {wanted}, got {plane[head, channel].item()}"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
