@@ -1,6 +1,7 @@
 """Which recipe should a format be? Candidates, measured by dense fake quantization.
 
-    python scripts/compare_recipes.py --model models/smollm2 --text models/austen.txt --csv FILE
+    python scripts/compare_recipes.py --model models/smollm2 --csv FILE \
+        --text ~/.cache/quantpage/austen.txt
 
 One forward a window: keys and values are round-tripped through formats/quantize inside a dense
 attention, which sees exact keys where the candidate's rule says so. Because that rule depends on

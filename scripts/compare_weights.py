@@ -2,7 +2,7 @@
 
 python scripts/compare_weights.py models/smollm2 benchmarks/results/accuracy-weights-smollm2.csv
 
-The text and the scores are those of `quantpage evaluate` (models/austen.txt); scored tokens are
+The text and the scores are those of `quantpage evaluate`; scored tokens are
 read 16 at a time, as many as a decode step may have.
 """
 
@@ -14,7 +14,7 @@ import torch
 from quantpage.bench.measure import current_commit, write_table
 from quantpage.evaluate.caches import ours, unquantized
 from quantpage.evaluate.score import Scores, cut_windows, log_probabilities
-from quantpage.evaluate.text import obtain
+from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.integrations.hf_transformers.model import load_model
 from quantpage.integrations.int8_weights import quantize_weights
 
@@ -29,7 +29,7 @@ def main() -> None:
     exact_model, tokenizer = load_model(folder, torch.float32)
     plain, _ = load_model(folder, torch.bfloat16)
     rounded = quantize_weights(load_model(folder, torch.bfloat16)[0])
-    text = obtain(Path(folder).absolute().parent / "austen.txt").read_text(encoding="utf-8")
+    text = read(obtain(default_path()))
     scores = {run: Scores() for run in RUNS}
     for window in cut_windows(tokenizer, text, WINDOWS, PROMPT, SCORED):
         with unquantized(exact_model) as new_cache:

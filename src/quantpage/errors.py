@@ -7,7 +7,8 @@
     │   └── CorruptCache     a saved cache that is truncated, altered, or of another format
     ├── NonFiniteInput       checked mode met a NaN or an infinity (layer, tensor, token)
     ├── NoImplementation     every candidate refused; the message lists each reason
-    └── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
+    ├── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
+    └── Unavailable          a device or a package that this machine does not have
 
 An argument of the wrong shape, type or range is a plain ``ValueError`` that names the
 argument, what was expected and what came: "key scale: expected (1, 8, 1), got (8,)".
@@ -44,3 +45,7 @@ class NoImplementation(QuantPageError):
 
 class UnsupportedModel(QuantPageError):
     """The model cannot keep its cache in quantized pages."""
+
+
+class Unavailable(QuantPageError):
+    """Something was asked for that this machine does not have: a device, a package."""

@@ -5,10 +5,13 @@ quantpage must not start CUDA, and a refusal should be able to say what it found
 """
 
 import platform
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from quantpage.errors import Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,26 @@ class DeviceInfo:
     """Streaming multiprocessors, or CPU threads that torch may use."""
     l2_bytes: int
     """Second-level cache; 0 where unknown."""
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a flag names: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    auto: a CUDA device where there is one. Raises ValueError for another name, Unavailable for a
+    CUDA device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {name!r}")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(match.group(1) or 0) >= found:
+        built = "" if torch.version.cuda else "; this torch is built without CUDA"
+        raise Unavailable(f"device: expected one of {found} CUDA devices, got {name}{built}")
+    return torch.device(name)
 
 
 def device_info(device: torch.device | str) -> DeviceInfo:

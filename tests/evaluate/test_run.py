@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from quantpage.cli import app
+from quantpage.cli.app import run
 from quantpage.errors import FormatError
 from quantpage.evaluate import caches, report
 from quantpage.evaluate.run import EvaluateRequest, evaluate
+from quantpage.evaluate.text import default_path
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu
@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
 
 def small(folder, **changes):
     settings = {"windows": 2, "prompt": 40, "scored": 30, "chunk": 16, "page_size": 16}
-    return EvaluateRequest(str(folder), folder / "words.txt", **{**settings, **changes})
+    settings["text"] = folder / "words.txt"
+    return EvaluateRequest(str(folder), **{**settings, **changes})
 
 
 def test_rows_come_in_order_with_figures_that_make_sense(folder):
@@ -55,13 +56,14 @@ def test_rows_come_in_order_with_figures_that_make_sense(folder):
     assert none.perplexity == pytest.approx(int8.perplexity, rel=0.2)
 
 
-def test_the_command_writes_csv_and_markdown(folder, tmp_path):
+def test_the_command_writes_csv_and_markdown(folder, tmp_path, capsys):
     arguments = ["evaluate", "--model", str(folder), "--text", str(folder / "words.txt")]
     arguments += ["--formats", "none, fp8", "--windows", "1", "--prompt", "20", "--scored", "12"]
     arguments += ["--csv", str(tmp_path / "new" / "a.csv"), "--markdown", str(tmp_path / "a.md")]
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0
-    assert "12 tokens of words.txt" in done.stdout
+    assert run(arguments) == 0
+    done = capsys.readouterr()
+    assert "12 tokens of words.txt" in done.out
+    assert "loading" in done.err and "window 1 of 1" in done.err
     with (tmp_path / "new" / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["cache"] for row in rows] == ["none", "fp8"]
@@ -77,9 +79,10 @@ def test_the_command_writes_csv_and_markdown(folder, tmp_path):
         ({"formats": ("fp8_static",)}, ValueError, "fp8_static needs given scales"),
         ({"windows": 0}, ValueError, "windows: expected at least 1, got 0"),
         ({"dtype": "int8"}, ValueError, "dtype: expected one of float32"),
-        ({"device": "tpu"}, ValueError, "device: expected auto, cpu or cuda"),
+        ({"device": "tpu"}, ValueError, "device: expected auto, cpu, cuda"),
         ({"page_size": 17}, ValueError, "page_size: expected one of"),
-        ({"prompt": 5000}, ValueError, "text: expected at least 5030 tokens in window 1"),
+        ({"prompt": 1000}, ValueError, "prompt, scored: expected at most 1,024 tokens together"),
+        ({"prompt": 900, "windows": 5}, ValueError, "text: expected at least 930 tokens in window"),
     ],
 )
 def test_bad_requests_fail_in_one_sentence(folder, changes, error, words):
@@ -89,9 +92,40 @@ def test_bad_requests_fail_in_one_sentence(folder, changes, error, words):
 
 def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="text: expected a text file, got"):
-        evaluate(EvaluateRequest(str(folder), tmp_path / "none.txt"))
+        evaluate(small(folder, text=tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match="model: expected"):
         evaluate(EvaluateRequest(str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"w5 \xff", "invalid start byte"), (b"w5 \0", "NUL bytes"), (b" \n", "nothing in it")],
+)
+def test_a_text_that_is_none_is_refused_before_the_model_is_loaded(
+    folder, tmp_path, monkeypatch, content, words
+):
+    file = tmp_path / "text"
+    file.write_bytes(content)
+    monkeypatch.setattr("quantpage.evaluate.run.load_model", None)
+    with pytest.raises(ValueError, match=f"text: expected a text in UTF-8, .*{words}"):
+        evaluate(small(folder, text=file))
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--markdown"])
+def test_files_that_cannot_be_written_are_said_before_the_model_is_loaded(
+    folder, tmp_path, monkeypatch, capsys, flag
+):
+    monkeypatch.setattr("quantpage.evaluate.run.load_model", None)
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "a.csv"):
+        given = ["--text", str(folder / "words.txt"), flag, str(target)]
+        assert run(["evaluate", "--model", str(folder), *given]) == 2
+        assert f"{flag[2:]}: expected a file" in capsys.readouterr().err
+
+
+def test_the_novels_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_path() == tmp_path / "quantpage" / "austen.txt"
 
 
 def test_peers_need_their_package(folder, monkeypatch):

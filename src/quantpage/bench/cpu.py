@@ -1,6 +1,6 @@
 """Attention on the CPU: the compiled core against dense SDPA and against reading the bytes.
 
-    python -m quantpage.bench.cpu --threads 2 --out benchmarks/results/cpu-attend.csv
+    quantpage bench cpu --threads 2 --out benchmarks/results/cpu-attend.csv
 
 Rows of one case are interleaved in one process. With one thread the clock is the process's own CPU
 time; with more it is the wall's, and a sample during which the system took a core away (an
@@ -9,7 +9,6 @@ Layers are rotated so that most of the cache is not in a core's own caches. Noth
 before its result agrees with plain torch.
 """
 
-import argparse
 import resource
 import statistics
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
@@ -245,33 +244,25 @@ def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
-    """Measure, print, and write the rows after every case."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each case, about")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    cases = [case for case in CASES if given.only in case.name]
+def run(out: Path, threads: int, seconds: float, only: str) -> None:
+    """Measure, print, and write the rows after every case.
+
+    seconds: of each case, about. only: cases whose name contains this.
+    """
+    cases = [case for case in CASES if only in case.name]
     if not cases:
         names = ", ".join(case.name for case in CASES)
-        parser.error(f"only: expected a part of one of {names}; got {given.only!r}")
+        raise ValueError(f"only: expected a part of one of {names}; got {only!r}")
+    torch.set_num_threads(threads)
+    show = RowPrinter(
+        case=20, what=16, microseconds=-10, times_sdpa_bf16=-15, of_read_limit=-13, undisturbed=-11,
+        samples=-7,
+    )  # fmt: skip
     rows: list[dict[str, object]] = []
     for case in cases:
-        fresh = rows_of(case, given.seconds)
+        fresh = rows_of(case, seconds)
         rows += fresh
         for row in fresh:
-            print(
-                f"{row['case']:>20} {row['what']:>16} {row['microseconds']:>10} us "
-                f"{row['times_sdpa_bf16']:>6} x sdpa bf16 {row['of_read_limit']:>5} of read "
-                f"({row['undisturbed']}/{row['samples']})",
-                flush=True,
-            )
+            show(row)
         # After every case: what was measured stays when a later one is interrupted.
-        write_table(rows, given.out)
-
-
-if __name__ == "__main__":
-    main()
+        write_table(rows, out)

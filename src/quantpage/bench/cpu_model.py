@@ -1,8 +1,8 @@
 """A whole model on the CPU: Transformers' own cache against quantized pages.
 
-    python -m quantpage.bench.cpu_model --model models/smollm2 --threads 2 \
+    quantpage bench cpu-model --model models/smollm2 --threads 2 \
         --out benchmarks/results/cpu-model-2-threads.csv
-    python -m quantpage.bench.cpu_model --model models/smollm2 --threads 2 --prompts \
+    quantpage bench cpu-model --model models/smollm2 --threads 2 --prompts \
         --contexts 1024,4096 --steps 3 --out benchmarks/results/cpu-model-prompts-2-threads.csv
 
 Batch 1. Decode steps: caches are filled with random numbers (a step's time does not depend on
@@ -11,18 +11,17 @@ so that a busy machine slows all of them alike. With one thread the clock is the
 time; with more it is the wall's, and samples with an involuntary context switch are dropped.
 """
 
-import argparse
 import copy
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import load_model, model_shape
@@ -116,26 +115,26 @@ def prepare(plain: Any, prompts: bool, context: int) -> dict[tuple[str, str], An
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Measure every context and write the CSV."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--contexts", default="512,2048,8192")
-    parser.add_argument("--prompts", action="store_true", help="prompts, not decode steps")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    plain, _ = load_model(given.model, torch.bfloat16)
-    clock = time.process_time if given.threads == 1 else time.perf_counter
+def run(
+    model: str, out: Path, threads: int, contexts: Sequence[int], prompts: bool, steps: int
+) -> None:
+    """Measure every context and write the CSV; prompts: whole prompts, not decode steps."""
+    torch.set_num_threads(threads)
+    plain, _ = load_model(model, torch.bfloat16)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    kind, warmup = ("prompt", 0) if prompts else ("decode", 2)
+    show = RowPrinter(
+        **{"context": -7, "cache": 12, "weights": 7, f"{kind}_ms_median": -16},
+        **{f"{kind}_ms_best": -14, f"{kind}_tokens_per_s": -19},
+        times_transformers=-18,
+        undisturbed=-11,
+    )
     rows = []
-    kind, warmup = ("prompt", 0) if given.prompts else ("decode", 2)
-    for context in map(int, given.contexts.split(",")):
-        ready = prepare(plain, given.prompts, context)
-        steps = {key: each.step for key, each in ready.items()}
-        measured = measure(steps, warmup, given.steps, clock)
-        tokens = context if given.prompts else 1
+    for context in contexts:
+        ready = prepare(plain, prompts, context)
+        taken = {key: each.step for key, each in ready.items()}
+        measured = measure(taken, warmup, steps, clock)
+        tokens = context if prompts else 1
         base = measured["transformers", "bf16"][1]
         for (name, weights), (best, median, quiet) in measured.items():
             rows.append(
@@ -143,21 +142,17 @@ def main() -> None:
                     "context": context,
                     "cache": name,
                     "weights": weights,
-                    "threads": given.threads,
+                    "threads": threads,
                     f"{kind}_ms_median": f"{median:.2f}",
                     f"{kind}_ms_best": f"{best:.2f}",
                     f"{kind}_tokens_per_s": f"{tokens * 1e3 / median:.1f}",
                     "times_transformers": f"{base / median:.2f}",
-                    "clock": "cpu" if given.threads == 1 else "wall",
+                    "clock": "cpu" if threads == 1 else "wall",
                     "undisturbed": quiet,
                     "device": device_info("cpu").name,
                     "torch": torch.__version__,
                     "commit": current_commit(),
                 }
             )
-            print(" ".join(map(str, list(rows[-1].values())[:10])), flush=True)
-        write_table(rows, given.out)
-
-
-if __name__ == "__main__":
-    main()
+            show(rows[-1])
+        write_table(rows, out)

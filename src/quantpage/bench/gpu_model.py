@@ -1,22 +1,22 @@
 """A whole model's steps on a GPU: decode through each cache format, every step one CUDA graph.
 
-    python -m quantpage.bench.gpu_model --batch 16 --context 16384 --out rows.csv
+    quantpage bench gpu-model --batch 16 --context 16384 --out rows.csv
 
 An 8B-shaped Llama with random weights (32 layers, 32 query heads on 8 kv_heads of 128); all formats
 in one process. Caches are filled with random numbers (a step's time does not depend on them). The
 prompt's speed is that of one row's prompt of ``--context`` tokens, the second time it is run.
 """
 
-import argparse
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.graph import DecodeGraph
 from quantpage.integrations.hf_transformers.model import model_shape
@@ -91,7 +91,24 @@ def profile(graph: DecodeGraph, steps: int) -> None:
         print(f"    {total / steps:9.1f} us  {calls[name] / steps:5.0f} x  {name[:100]}")
 
 
-def measure(model: Any, kv_format: str, given: argparse.Namespace) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class GpuModelRequest:
+    """What the flags of `quantpage bench gpu-model` say."""
+
+    batch: int = 16
+    context: int = 16384
+    layers: int = 32
+    steps: int = 16
+    """Decode steps a round."""
+    formats: tuple[str, ...] = ("none", "int8", "fp8", "k8v4", "int4")
+    profile: bool = False
+    """List the kernels of a step."""
+    out: Path | None = None
+    commit: str = ""
+    """Of the rows, where git is not at hand."""
+
+
+def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, object]:
     """One row of the CSV."""
     with attach(model, kv_format=kv_format, page_size=64) as attached:
         prompt = prompt_speed(model, attached, given.context)
@@ -122,31 +139,17 @@ def measure(model: Any, kv_format: str, given: argparse.Namespace) -> dict[str, 
 
 
 @torch.inference_mode()
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--context", type=int, default=16384)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16, help="decode steps a round")
-    parser.add_argument("--formats", default="none,int8,fp8,k8v4,int4", help="comma-separated")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
-    parser.add_argument("--out", type=Path, help="write a CSV row a format here")
-    parser.add_argument("--commit", default="", help="where git is not at hand")
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none")
+def run(given: GpuModelRequest) -> None:
+    """Measure every format and write the CSV."""
     model = build(given.layers)
+    show = RowPrinter(
+        kv_format=10, batch=-5, context=-7, prompt_tokens_per_s=-19, decode_ms=-9,
+        decode_tokens_per_s=-19, cache_gib=-9,
+    )  # fmt: skip
     rows = []
-    for name in given.formats.split(","):
+    for name in given.formats:
         rows.append(measure(model, name, given))
         torch.cuda.empty_cache()
-        print(rows[-1], flush=True)
+        show(rows[-1])
         if given.out:
             write_table(rows, given.out)
-
-
-if __name__ == "__main__":
-    main()

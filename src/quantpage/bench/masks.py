@@ -1,6 +1,6 @@
 """Interval masks beside FlexAttention: one row a measurement in a CSV.
 
-    python -m quantpage.bench.masks --sizes 8192,32768 --out benchmarks/results/h200-masks.csv
+    quantpage bench masks --sizes 8192,32768 --out benchmarks/results/h200-masks.csv
 
 Each kind is first checked against dense attention in float32; a red check stops the run. One
 request of ``size`` tokens, all of them new, over an int8 cache in pages of 64 in random order.
@@ -12,10 +12,9 @@ Times are medians of CUDA graph replays, L2 cleared in between. TFLOP/s count
 time a visible pair, ``a_tile`` a visited tile, with the causal mask's in the same run.
 """
 
-import argparse
 import gc
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from quantpage.bench.mask_kinds import (
     make,
     visible_pairs,
 )
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
 from quantpage.ops.attend import (
     AttendParams,
@@ -253,9 +252,9 @@ def step_rows() -> Iterator[Row]:
             yield row_of(name, made, who, graph_us(run), int(seen.sum()) * requests)
 
 
-def compile_flex(sizes: list[int], part: str) -> None:
-    """Fill FlexAttention's compile cache; part 'i/n': every n-th (form, size) from the i-th on."""
-    first, stride = map(int, part.split("/"))
+def compile_flex(sizes: Sequence[int], part: tuple[int, int]) -> None:
+    """Fill FlexAttention's compile cache; part (i, n): every n-th (form, size) from the i-th on."""
+    first, stride = part
     jobs = []
     for n in sizes:
         by_form = {mask_flex.form_of(mask): (n, mask) for mask in kinds(n).values()}
@@ -264,65 +263,59 @@ def compile_flex(sizes: list[int], part: str) -> None:
         mask_flex.runner(mask, make(n), n)()
 
 
-def measured(given: argparse.Namespace, sizes: list[int]) -> Iterator[Row]:
-    """Every row that the flags ask for."""
-    if not given.no_check:
+@dataclass(frozen=True, slots=True)
+class MasksRequest:
+    """What the flags of `quantpage bench masks` say."""
+
+    sizes: tuple[int, ...] = (8192, 32768)
+    kinds: tuple[str, ...] = ()
+    """Causal first; empty: all."""
+    steps: bool = False
+    """Decode and verification too."""
+    out: Path | None = None
+    commit: str = ""
+    """Of the rows, where git is not at hand."""
+    flex: bool = True
+    check: bool = True
+    time: bool = True
+    """False: only check."""
+
+
+def measured(given: MasksRequest) -> Iterator[Row]:
+    """Every row that is asked for."""
+    if given.check:
         made = make(CHECKED)
         for name, mask in kinds(CHECKED).items():
             check(name, mask, made)
-    if given.only_check:
+    if not given.time:
         return
     if given.steps:
         yield from step_rows()
-    for n in sizes:
-        names = given.kinds.split(",") if given.kinds else list(kinds(1024))
+    for n in given.sizes:
+        names = list(given.kinds or kinds(1024))
         if n > LONG and not given.kinds:
             names = ["causal", "causal_document", "sliding_window"]
-        yield from size_rows(n, names, not given.no_flex and n <= LONG)
+        yield from size_rows(n, names, given.flex and n <= LONG)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def main() -> None:
-    """Flags in, CSV out."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("--sizes", default="8192,32768")
-    flags.add_argument("--kinds", default="", help="comma-separated, causal first; default: all")
-    flags.add_argument("--steps", action="store_true", help="decode and verification too")
-    flags.add_argument("--out", type=Path)
-    flags.add_argument("--commit", default="", help="where git is not at hand")
-    flags.add_argument("--no-flex", action="store_true")
-    flags.add_argument("--no-check", action="store_true")
-    flags.add_argument("--only-check", action="store_true")
-    flags.add_argument("--compile-flex", metavar="I/N", help="only fill its compile cache, a part")
-    given = flags.parse_args()
-    if not torch.cuda.is_available():
-        flags.error("expected a CUDA device, found none")
-    sizes = [int(each) for each in given.sizes.split(",")]
-    if given.compile_flex:
-        compile_flex(sizes, given.compile_flex)
-        return
+def run(given: MasksRequest) -> None:
+    """Check, time, print and write the CSV."""
     about = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "commit": given.commit or current_commit(),
         "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE,
     }  # fmt: skip
+    show = RowPrinter(
+        kind=24, tokens=-6, implementation=18, part=12, microseconds=-9, tflops=-8,
+        against_causal=-14, a_tile=-8,
+    )  # fmt: skip
     rows: list[dict] = []
-    for row in measured(given, sizes):
+    for row in measured(given):
         cache = "bf16" if row.implementation.startswith("Flex") else "int8"
         values = {name: getattr(row, name) for name in Row.__slots__}
         rows.append(about | {"cache": cache} | values)
-        print(
-            f"{row.kind:24} {row.tokens:6} {row.implementation:18} {row.part:12} "
-            f"{row.microseconds:9.1f} us {row.tflops:6.1f} TFLOP/s {row.against_causal} "
-            f"{row.a_tile}",
-            flush=True,
-        )
+        show(rows[-1])
         if given.out:
             write_table(rows, given.out)
-
-
-if __name__ == "__main__":
-    main()

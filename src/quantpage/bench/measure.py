@@ -132,12 +132,40 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 def write_table(
     rows: Sequence[Mapping[str, object]], path: Path, columns: Sequence[str] | None = None
 ) -> None:
-    """A new CSV file of records that have the same keys, or a subset of ``columns``."""
+    """A new CSV file of records that have the same keys, or a subset of ``columns``; the file is
+    there whole or as it was before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)
+
+
+class RowPrinter:
+    """Rows on stdout as they are measured, in columns under one header."""
+
+    def __init__(self, **widths: int) -> None:
+        """``widths``: of each field that is printed, in order; negative: to the right."""
+        self._widths = widths
+        self._started = False
+
+    def __call__(self, row: Mapping[str, object]) -> None:
+        """Print one row, and before the first of them the header."""
+        if not self._started:
+            self._line({name: name.replace("microseconds", "us") for name in self._widths})
+            self._started = True
+        self._line(row)
+
+    def _line(self, row: Mapping[str, object]) -> None:
+        cells = []
+        for name, width in self._widths.items():
+            value = row[name]
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            cells.append(text.ljust(width) if width > 0 else text.rjust(-width))
+        print(" ".join(cells).rstrip(), flush=True)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

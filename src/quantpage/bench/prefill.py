@@ -1,6 +1,6 @@
 """Prefill over quantized pages beside kernels that read bfloat16, in one run.
 
-    python -m quantpage.bench.prefill --out benchmarks/results/h200-prefill.csv
+    quantpage bench prefill --out benchmarks/results/h200-prefill.csv
 
 Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
 order) into the workspace, and every pass. Peers (bench/prefill_peers) read bfloat16: pages, in
@@ -16,11 +16,10 @@ that ends at the last query, so that it runs chunks unmasked and is credited wit
 computes (``pairs``).
 """
 
-import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.bench.prefill_peers import PAGE, PEERS, Case
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
@@ -207,46 +206,44 @@ def measure(
             "error": f"{error:.1e}",
         } | about  # fmt: skip
         rows.append(row)
-        print(
-            f"{case.name:16} {key[0]:25} {key[1]:10} {row['microseconds']:>9} us "
-            f"{row['tflops']:>6} TFLOP/s {row['of_cudnn']:>6} of cuDNN, "
-            f"{row['of_best_paged']:>6} of the best over pages, error {row['error']}",
-            flush=True,
-        )
     return rows
 
 
-def main() -> None:
-    """Measure, print, and write the rows after every case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rest", type=float, help="seconds without load before every turn")
-    parser.add_argument("--flex", default="1 x 16k", help="cases that FlexAttention runs too")
-    parser.add_argument("--commit", default="", help="where git is not at hand")
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none")
+def run(
+    out: Path | None = None,
+    cases: Sequence[str] = (),
+    rounds: int = 3,
+    rest: float | None = None,
+    flex: Sequence[str] = ("1 x 16k",),
+    commit: str = "",
+) -> None:
+    """Measure, print, and write the rows after every case.
+
+    cases: names; none: all. rest: seconds without load before every turn; None: the card settles.
+    flex: cases that FlexAttention runs too. commit: of the rows, where git is not at hand.
+    """
+    names = [case.name for case in CASES]
+    unknown = [name for name in (*cases, *flex) if name not in names]
+    if unknown:
+        raise ValueError(f"cases: expected names of {', '.join(names)}; got {unknown[0]!r}")
     for name, module in ABSENT.items():
         if find_spec(module.split(".")[0]) is None:
             print(f"absent: {name}")
     about = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": given.commit or current_commit(),
+        "triton": triton.__version__, "commit": commit or current_commit(),
     }  # fmt: skip
+    show = RowPrinter(
+        case=16, implementation=25, format=10, microseconds=-9, tflops=-8, of_cudnn=-8,
+        of_best_paged=-13, error=-8,
+    )  # fmt: skip
     rows: list[dict] = []
-    wanted = given.cases.split(";") if given.cases else [case.name for case in CASES]
     for case in CASES:
-        if case.name in wanted:
-            flex = case.name in given.flex.split(";")
-            rows += measure(case, given.rounds, given.rest, flex, about)
+        if not cases or case.name in cases:
+            fresh = measure(case, rounds, rest, case.name in flex, about)
+            for row in fresh:
+                show(row)
+            rows += fresh
             torch.cuda.empty_cache()
-            if given.out:
-                write_table(rows, given.out)
-
-
-if __name__ == "__main__":
-    main()
+            if out:
+                write_table(rows, out)

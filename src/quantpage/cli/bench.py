@@ -1,26 +1,19 @@
 """`quantpage bench`: check and time kernels and models on this machine, or draw what was timed."""
 
-import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+
+from quantpage.cli.options import Model, check_writable, with_common
+from quantpage.hardware import find_device
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Check every case against float64, then time it; a red check reports no speed. Rows go to "
     "a CSV with device, versions and commit.",
 )
-
-FORWARDED = {
-    "prefill": ("prefill", "Prefill over pages of every format beside cuDNN on dense bf16 (CUDA)."),
-    "masks": ("masks", "Interval masks over int8 pages beside FlexAttention (CUDA)."),
-    "gpu-model": ("gpu_model", "An 8B-shaped model's decode steps as CUDA graphs (CUDA)."),
-    "cpu": ("cpu", "The compiled core's attention beside SDPA and a plain read (CPU)."),
-    "cpu-model": ("cpu_model", "A real model's decode steps beside Transformers' cache (CPU)."),
-}
-"""Command -> module of quantpage.bench that reads its own flags, and its help."""
 
 Out = Annotated[Path | None, typer.Option(help="Write a CSV row a measurement here.")]
 CheckOnly = Annotated[
@@ -29,16 +22,29 @@ CheckOnly = Annotated[
 Cases = Annotated[
     str, typer.Option(help="Only these, separated by ';': '1 x 4k;8 x 8k' (write: '64;4096').")
 ]
+Commit = Annotated[str, typer.Option(help="Of the rows, where git is not at hand.")]
+Flex = Annotated[bool, typer.Option(help="Time FlexAttention too; it compiles for long.")]
+Part = Annotated[
+    str, typer.Option(help="'2/8': every eighth case from the third on, to compile together.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of torch and the compiled core; default: all cores'.")
+]
 
 
-@app.command("decode")
+def _ready(out: Path | None) -> None:
+    """What takes long is begun only where it can run and its rows can be written."""
+    find_device("cuda")
+    check_writable(out, "out")
+
+
 def decode(
     out: Out = None,
     check_only: CheckOnly = False,
     cases: Cases = "",
-    flex: Annotated[
-        bool, typer.Option(help="Time FlexAttention too; it compiles for long.")
-    ] = True,
+    flex: Flex = True,
+    part: Part = "0/1",
+    commit: Commit = "",
     plot: Annotated[
         Path | None, typer.Option(help="Draw the roofline from the CSV of --out; time nothing.")
     ] = None,
@@ -49,31 +55,144 @@ def decode(
 
         if out is None or not out.is_file():
             raise FileNotFoundError(f"out: expected the CSV to draw from, got {out}")
+        check_writable(plot, "plot")
         draw_roofline(out, plot)
         return
-    from quantpage.bench.__main__ import main
-
-    main("decode", out, check_only, flex=flex, cases=cases)
+    _kernels("decode", out, check_only, part, flex, commit, cases)
 
 
-@app.command("write")
-def write(out: Out = None, check_only: CheckOnly = False, cases: Cases = "") -> None:
+def write(
+    out: Out = None,
+    check_only: CheckOnly = False,
+    cases: Cases = "",
+    part: Part = "0/1",
+    commit: Commit = "",
+) -> None:
     """The fused write beside the copy bandwidth and a plain engine's separate steps (CUDA)."""
-    from quantpage.bench.__main__ import main
-
-    main("write", out, check_only, cases=cases)
+    _kernels("write", out, check_only, part, False, commit, cases)
 
 
-def _forward(name: str, module: str, summary: str) -> None:
-    """A command whose flags, ``--help`` too, are read by the bench's own parser."""
+def _kernels(
+    op: str,
+    out: Path | None,
+    check_only: bool,
+    part: str,
+    flex: bool,
+    commit: str,
+    cases: str,
+) -> None:
+    _ready(out)
+    from quantpage.bench.kernels import run
 
-    def command(context: typer.Context) -> None:
-        sys.argv = [f"quantpage bench {name}", *context.args]
-        import_module(f"quantpage.bench.{module}").main()
-
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name, help=summary, context_settings=settings, add_help_option=False)(command)
+    run(op, out, check_only, _part(part), flex, commit or None, _names(cases, ";"))
 
 
-for _name, (_module, _summary) in FORWARDED.items():
-    _forward(_name, _module, _summary)
+def prefill(
+    out: Out = None,
+    cases: Cases = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that a row is the median of.")] = 3,
+    rest: Annotated[
+        float | None, typer.Option(help="Seconds without load before every turn.")
+    ] = None,
+    flex: Annotated[str, typer.Option(help="Cases that FlexAttention runs too.")] = "1 x 16k",
+    commit: Commit = "",
+) -> None:
+    """Prefill over pages of every format beside cuDNN on dense bf16 (CUDA)."""
+    _ready(out)
+    from quantpage.bench.prefill import run
+
+    run(out, _names(cases, ";"), rounds, rest, _names(flex, ";"), commit)
+
+
+def masks(
+    out: Out = None,
+    sizes: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "8192,32768",
+    kinds: Annotated[str, typer.Option(help="Separated by ',', causal first; default: all.")] = "",
+    steps: Annotated[bool, typer.Option("--steps", help="Decode and verification too.")] = False,
+    check_only: CheckOnly = False,
+    check: Annotated[bool, typer.Option(help="Check before timing.")] = True,
+    flex: Flex = True,
+    compile_flex: Annotated[
+        str, typer.Option(help="'2/8': only fill FlexAttention's compile cache, a part.")
+    ] = "",
+    commit: Commit = "",
+) -> None:
+    """Interval masks over int8 pages beside FlexAttention (CUDA)."""
+    _ready(out)
+    from quantpage.bench.masks import MasksRequest, run
+    from quantpage.bench.masks import compile_flex as fill
+
+    tokens = _numbers(sizes, "sizes")
+    if compile_flex:
+        fill(tokens, _part(compile_flex))
+        return
+    run(MasksRequest(tokens, _names(kinds), steps, out, commit, flex, check, not check_only))
+
+
+def gpu_model(
+    out: Out = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests.")] = 16,
+    context: Annotated[int, typer.Option(min=1, help="Tokens each of them has cached.")] = 16384,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 16,
+    formats: Annotated[str, typer.Option(help="Separated by ','.")] = "none,int8,fp8,k8v4,int4",
+    profile: Annotated[bool, typer.Option("--profile", help="List the kernels of a step.")] = False,
+    commit: Commit = "",
+) -> None:
+    """An 8B-shaped model's decode steps as CUDA graphs (CUDA)."""
+    _ready(out)
+    from quantpage.bench.gpu_model import GpuModelRequest, run
+
+    run(GpuModelRequest(batch, context, layers, steps, _names(formats), profile, out, commit))
+
+
+def cpu(
+    out: Annotated[Path, typer.Option(help="Write a CSV row a measurement here.")],
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each case, about.")] = 8.0,
+    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+) -> None:
+    """The compiled core's attention beside SDPA and a plain read (CPU)."""
+    check_writable(out, "out")
+    from quantpage.bench.cpu import run
+
+    run(out, threads or torch.get_num_threads(), seconds, only)
+
+
+def cpu_model(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Write a CSV row a measurement here.")],
+    threads: Threads = None,
+    contexts: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "512,2048,8192",
+    prompts: Annotated[bool, typer.Option("--prompts", help="Prompts, not decode steps.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 24,
+) -> None:
+    """A real model's decode steps beside Transformers' cache (CPU)."""
+    check_writable(out, "out")
+    from quantpage.bench.cpu_model import run
+
+    tokens = _numbers(contexts, "contexts")
+    run(model, out, threads or torch.get_num_threads(), tokens, prompts, steps)
+
+
+def _names(text: str, by: str = ",") -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(by) if name.strip())
+
+
+def _numbers(text: str, name: str) -> tuple[int, ...]:
+    words = _names(text)
+    if not words or not all(each.isdecimal() and int(each) for each in words):
+        raise ValueError(f"{name}: expected numbers of tokens separated by ',', got {text!r}")
+    return tuple(map(int, words))
+
+
+def _part(text: str) -> tuple[int, int]:
+    """'2/8' -> (2, 8)."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"part: expected i/n with i below n, such as 0/8; got {text!r}")
+    return int(index), int(count)
+
+
+for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model):
+    app.command(_command.__name__.replace("_", "-"))(with_common(_command))

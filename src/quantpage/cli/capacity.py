@@ -4,16 +4,16 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from quantpage.console import OUT
 from quantpage.errors import FormatError
 from quantpage.formats import FORMATS, KVFormat
 
 if TYPE_CHECKING:
     from quantpage.integrations.hf_transformers.model import ModelShape
 
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -50,20 +50,20 @@ def command(
         requests = requests_in(budget, shape, each, page_size, context)
         ratio = f"{tokens / baseline:.2f}x" if baseline else "-"
         table.add_row(name, f"{per_token:,}", f"{tokens:,}", f"{requests:,}", ratio)
-    console = Console()
-    console.print(table)
+    OUT.print(table)
     for reason in refused:
-        console.print(reason)
+        OUT.print(reason)
 
 
 def parse_bytes(text: str) -> int:
     """'40GiB' -> 42949672960; ValueError says what was expected."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = match.group(2).upper().removesuffix("B") if match else ""
-    unit = unit + "B" if unit else ""
-    if match is None or unit not in _UNITS:
+    # 40G and 40Gi are read as 40GB and 40GiB.
+    unit = match.group(2).upper().removesuffix("B") + "B" if match and match.group(2) else ""
+    size = int(float(match.group(1)) * _UNITS[unit]) if match and unit in _UNITS else 0
+    if size < 1:
         raise ValueError(f"memory: expected a number and a unit such as 40GiB, got {text!r}")
-    return int(float(match.group(1)) * _UNITS[unit])
+    return size
 
 
 def tokens_in(budget: int, shape: "ModelShape", kv_format: KVFormat, page_size: int) -> int:

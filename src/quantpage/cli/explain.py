@@ -3,14 +3,13 @@
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from quantpage.console import OUT
 from quantpage.explain import example_call, explain, support_matrix
 from quantpage.formats import FORMATS, find_format
-from quantpage.hardware import device_info
+from quantpage.hardware import device_info, find_device
 
 
 def command(
@@ -30,11 +29,8 @@ def command(
         return
     if mask not in ("causal", "full", "interval"):
         raise ValueError(f"mask: expected causal, full or interval, got {mask!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    info = device_info(device)
-    console = Console()
-    console.print(f"device: {info.name} ({info.kind}, {info.processors} processors)")
+    info = device_info(find_device(device))
+    OUT.print(f"device: {info.name} ({info.kind}, {info.processors} processors)")
     heads = {} if model is None else _heads(model)
     names = [find_format(kv_format).name] if kv_format else list(FORMATS)
     table = Table()
@@ -45,7 +41,7 @@ def command(
             reasons = "\n".join(f"{who}: {why}" for who, why in choice.refusals)
             table.add_row(name, choice.op, choice.chosen or "nothing", reasons or "-")
         table.add_section()
-    console.print(table)
+    OUT.print(table)
 
 
 def _heads(model: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from quantpage.console import OUT
 from quantpage.errors import FormatError
 from quantpage.formats import ALIASES, FORMATS, KVFormat, QuantSpec
 
@@ -15,7 +15,9 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Model folder: adds the bytes one of its tokens takes.")
     ] = None,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head, for bits a value.")] = 128,
+    head_dim: Annotated[
+        int, typer.Option(min=1, help="Channels of a head, for bits a value.")
+    ] = 128,
 ) -> None:
     """List the cache formats: bits, who owns a scale, static or dynamic, bytes a token."""
     shape = None
@@ -39,20 +41,19 @@ def command(
             row = []
             refused.append(f"{name}: not for this head_dim. {error}")
         table.add_row(name, *row)
-    console = Console()
-    console.print(table)
+    OUT.print(table)
     for reason in refused:
-        console.print(reason)
+        OUT.print(reason)
     for name, each in FORMATS.items():
         if each.exact_pages is not None:
-            console.print(
+            OUT.print(
                 f"{name}: a query sees the first page, its own and the one before unquantized; "
                 f"{each.exact_pages.kept_pages} pages a request are kept so, in 16 bits."
             )
     for name in FORMATS:
         others = ", ".join(alias for alias, target in ALIASES.items() if target == name)
         if others:
-            console.print(f"{name}: also called {others}.")
+            OUT.print(f"{name}: also called {others}.")
 
 
 def _of_both(kv_format: KVFormat, describe: Callable[[QuantSpec, int], str], head_dim: int) -> str:

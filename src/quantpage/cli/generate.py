@@ -39,7 +39,7 @@ def command(
     through an unquantized cache and counts where the most likely token is
     the same.
     """
-    from quantpage.integrations.hf_transformers.generate import GenerateRequest, run
+    from quantpage.cli.generation import GenerateRequest, run
 
     if prompt is None and file is None:
         raise ValueError("prompt: expected --prompt or --file, got neither")
@@ -63,6 +63,9 @@ def command(
 def _read(file: Path) -> str:
     """The text of a file, a pipe or (-) standard input."""
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+        text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file: expected a text file in UTF-8, got {file} ({error})") from error
+    if "\0" in text:
+        raise ValueError(f"file: expected a text file in UTF-8, got {file} with NUL bytes")
+    return text

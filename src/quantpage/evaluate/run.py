@@ -2,29 +2,21 @@
 
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 import quantpage
+from quantpage import console
 from quantpage.evaluate.caches import Candidate, default_names, find_candidates, unquantized
 from quantpage.evaluate.report import Row
 from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
-from quantpage.evaluate.text import obtain
-from quantpage.integrations.hf_transformers.model import load_config, load_model
+from quantpage.evaluate.text import default_path, obtain, read
+from quantpage.hardware import find_device
+from quantpage.integrations.hf_transformers.model import load_config, load_model, text_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,13 +27,13 @@ class EvaluateRequest:
 
     model: str
     text: Path | None = None
-    """A text file; None: Jane Austen's novels, kept beside the model folder."""
+    """A text file in UTF-8; None: Jane Austen's novels, kept in the user's cache folder."""
     formats: tuple[str, ...] = ()
     """Names of FORMATS and PEERS; empty: every dynamic format and every peer that is installed."""
-    windows: int = 4
+    windows: int = 2
     prompt: int = 1024
     """Tokens read before the first scored one, in each window."""
-    scored: int = 512
+    scored: int = 1024
     """Tokens scored in each window."""
     chunk: int = 32
     """Scored tokens a forward. Our formats do not depend on it; the caches of Transformers keep up
@@ -56,8 +48,6 @@ class EvaluateRequest:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device: expected auto, cpu or cuda; got {self.device!r}")
 
 
 def evaluate(request: EvaluateRequest) -> list[Row]:
@@ -68,20 +58,21 @@ def evaluate(request: EvaluateRequest) -> list[Row]:
     config = load_config(request.model)
     names = list(request.formats) or default_names()
     candidates = find_candidates(config, names, request.page_size)
-    text = request.text
-    if text is None:
-        text = obtain(Path(request.model).absolute().parent / "austen.txt")
-    if not text.is_file():
-        raise FileNotFoundError(f"text: expected a text file, got {text}")
-    device = request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
-    content = text.read_text(encoding="utf-8", errors="replace")
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    if limit is not None and request.prompt + request.scored > limit:
+        raise ValueError(
+            f"prompt, scored: expected at most {limit:,} tokens together, as the model has so many "
+            f"positions; got {request.prompt:,} + {request.scored:,}"
+        )
+    device = find_device(request.device)
+    text = obtain(default_path()) if request.text is None else request.text
+    content = read(text)
+    with console.status(f"loading {request.model}"):
+        model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
     windows = cut_windows(tokenizer, content, request.windows, request.prompt, request.scored)
     scores = _score_all(model, windows, candidates, request.chunk)
     return [
-        _row(request, candidate, found, text.name, device)
+        _row(request, candidate, found, text.name, device.type)
         for candidate, found in zip(candidates, scores, strict=True)
     ]
 
@@ -91,21 +82,14 @@ def _score_all(
 ) -> list[Scores]:
     """Window by window, so that only one window's unquantized predictions are held."""
     scores = [Scores() for _ in candidates]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with console.progress() as progress:
         task = progress.add_task("", total=len(windows) * (len(candidates) + 1))
         for number, window in enumerate(windows, 1):
             where = f"window {number} of {len(windows)}"
             progress.update(task, description=f"{where}: unquantized")
             if not progress.console.is_terminal:
                 # A bar is drawn on terminals only; a log gets a line a window.
-                progress.console.print(where)
+                console.note(where)
             with unquantized(model) as new_cache:
                 exact = log_probabilities(model, window, new_cache, chunk)
             progress.advance(task)

@@ -1,6 +1,6 @@
 """The text of the accuracy table: Jane Austen's novels out of Debian's r-cran-janeaustenr.
 
-    python -m quantpage.evaluate.text --to models/austen.txt
+    python -m quantpage.evaluate.text --to austen.txt
 
 927 thousand tokens of public-domain prose in a package of 1.6 MB (code MIT). The package is only
 downloaded and unpacked, nothing is installed and R is not needed: data/Rdata.rdb is a run of
@@ -9,6 +9,7 @@ the book. Hard line breaks are undone: a paragraph a line, an empty line between
 """
 
 import argparse
+import os
 import re
 import shutil
 import struct
@@ -19,9 +20,31 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from quantpage import console
+
 PACKAGE = "r-cran-janeaustenr"
 _MEMBER = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 _CHARACTER_VECTOR = 16
+
+
+def default_path() -> Path:
+    """Where the novels are kept: the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "quantpage" / "austen.txt"
+
+
+def read(path: Path) -> str:
+    """The text of a file; ValueError where it is no text in UTF-8, or none at all."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text: expected a text file, got {path}")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text: expected a text in UTF-8, got {path} ({error})") from error
+    if "\0" in text or not text.strip():
+        what = "NUL bytes" if text.strip() else "nothing in it"
+        raise ValueError(f"text: expected a text in UTF-8, got {path} with {what}")
+    return text
 
 
 def obtain(path: Path) -> Path:
@@ -31,6 +54,7 @@ def obtain(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    console.note(f"fetching Jane Austen's novels from Debian to {path}")
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         raise OSError(
@@ -48,7 +72,7 @@ def obtain(path: Path) -> Path:
             raise OSError(f"text: expected {_MEMBER} in {PACKAGE}, found none; use --text FILE")
         made = work / "text"
         made.write_text(unwrap(list(read_novels(database.read_bytes()))), encoding="utf-8")
-        made.rename(path)
+        made.replace(path)
     return path
 
 

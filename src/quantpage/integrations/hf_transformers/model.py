@@ -9,6 +9,13 @@ import torch
 from quantpage.cache.layout import CacheLayout
 from quantpage.errors import UnsupportedModel
 from quantpage.formats import KVFormat
+from quantpage.integrations.hf_transformers.checkpoint import (
+    check_config,
+    check_weights,
+    errors_in_one_sentence,
+    find_files,
+    refuse_incomplete,
+)
 
 REFUSED: dict[str, str] = {
     "doge": "its attention learns a mask that is no function of positions",
@@ -53,6 +60,11 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModel(f"{model_type}: {REFUSED[model_type]}")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{model_type}: expected a decoder, got an encoder-decoder model")
+    # Encoders are in Transformers' table of decoders, as a configuration can make decoders of them.
+    if hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False:
+        raise UnsupportedModel(f"{model_type}: expected a decoder, got an encoder")
+    if getattr(text_config(config), "num_attention_heads", None) is None:
+        raise UnsupportedModel(f"{model_type}: its configuration names no attention heads")
     for kind in getattr(text_config(config), "layer_types", None) or []:
         if kind in _REFUSED_LAYERS:
             raise UnsupportedModel(f"{model_type}: layer type {kind}: {_REFUSED_LAYERS[kind]}")
@@ -81,40 +93,26 @@ def model_shape(config: Any) -> ModelShape:
     )
 
 
-def find_files(path: str | Path) -> tuple[Path, str | None]:
-    """The folder that holds a model, and the GGUF file in it where there is no config.json.
-
-    Raises FileNotFoundError in one sentence when ``path`` is no model.
-    """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, path.name
-    if not path.is_dir():
-        raise FileNotFoundError(f"model: expected a folder or a .gguf file, got {path}")
-    if (path / "config.json").is_file():
-        return path, None
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return path, ggufs[0].name
-    raise FileNotFoundError(
-        f"model: expected config.json or one .gguf file in {path}, found "
-        f"{len(ggufs)} .gguf files and no config.json"
-    )
-
-
 def load_config(path: str | Path) -> Any:
-    """The configuration of a model folder."""
+    """The configuration of a model folder, or of a config.json."""
     from transformers import AutoConfig
 
     folder, gguf = find_files(path)
     extra = {"gguf_file": gguf} if gguf else {}
-    return AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+    if not gguf:
+        check_config(folder / "config.json")
+    with errors_in_one_sentence(path):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder with safetensors or a GGUF file, in evaluation mode."""
+    """(model, tokenizer) of a folder with safetensors or a GGUF file, in evaluation mode.
+
+    Raises UnsupportedModel for a model that cannot be attached, ValueError for files that are
+    broken or incomplete.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, gguf = find_files(path)
@@ -122,10 +120,18 @@ def load_model(
     if gguf:
         extra["gguf_file"] = gguf
     refuse_unsupported(load_config(path))
-    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    check_weights(folder)
+    with errors_in_one_sentence(f"the tokenizer of {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
     if gguf:
         from transformers import GgufConfig
 
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    with errors_in_one_sentence(path):
+        # What does not fit is reported with the rest of what is wrong, by name.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+        )
+    model, loading = loaded
+    refuse_incomplete(path, loading)
     return model.to(device).eval(), tokenizer

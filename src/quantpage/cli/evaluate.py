@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from quantpage.cli.options import check_writable
+from quantpage.console import OUT
+
 
 def command(
     model: Annotated[str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.")],
@@ -16,9 +19,9 @@ def command(
         str,
         typer.Option(help="Names, comma separated; default: all dynamic ones and the peers found."),
     ] = "",
-    windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1024,
-    scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 512,
+    scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 1024,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
@@ -30,11 +33,11 @@ def command(
     The quantized caches of Transformers are scored too where their packages are installed
     (optimum-quanto, hqq); the forward of their prompt and up to 128 recent tokens are unquantized.
     """
-    from rich.console import Console
-
     from quantpage.evaluate import report
     from quantpage.evaluate.run import EvaluateRequest, evaluate
 
+    check_writable(csv, "csv")
+    check_writable(markdown, "markdown")
     rows = evaluate(
         EvaluateRequest(
             model=model,
@@ -48,7 +51,7 @@ def command(
         )
     )
     title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"
-    Console().print(report.to_table(rows, title))
+    OUT.print(report.to_table(rows, title))
     if csv is not None:
         report.write(csv, report.to_csv(rows))
     if markdown is not None:

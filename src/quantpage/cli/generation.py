@@ -1,19 +1,19 @@
 """One prompt, one model, one cache format: the run behind `quantpage generate`."""
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
+from quantpage import console
 from quantpage.cache.layout import PAGE_SIZES
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+from quantpage.integrations.hf_transformers.model import load_model, text_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("model", "int8")
@@ -39,7 +39,6 @@ class GenerateRequest:
             ("page_size", self.page_size, PAGE_SIZES),
             ("dtype", self.dtype, DTYPES),
             ("weights", self.weights, WEIGHTS),
-            ("device", self.device, ("auto", "cpu", "cuda")),
         ):
             if value not in allowed:
                 words = ", ".join(map(str, allowed))
@@ -67,37 +66,43 @@ class Run:
 def run(request: GenerateRequest) -> None:
     """Load, generate with streaming, and print the table."""
     LayerFormats.parse(request.kv_format).refuse_static()
-    console = Console()
-    device = request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(request.device)
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    with _status(f"loading {request.model}"):
+    with console.status(f"loading {request.model}"):
         model, tokenizer = load_model(request.model, dtype, device)
         if request.weights == "int8":
             from quantpage.integrations.int8_weights import quantize_weights
 
             quantize_weights(model)
     prompt = encode(tokenizer, request.prompt, request.raw).to(device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt.shape[1] + request.max_new_tokens > limit:
-        raise ValueError(
-            f"prompt: expected at most {limit - request.max_new_tokens} tokens beside "
-            f"{request.max_new_tokens} new ones, as the model has {limit} positions; "
-            f"got {prompt.shape[1]}"
-        )
-    waiting = _status(f"reading {prompt.shape[1]:,} tokens")
-    streamer = _Clock(tokenizer, waiting, skip_prompt=True, skip_special_tokens=True)
-    with waiting:
+    check_positions(model.config, prompt.shape[1], request.max_new_tokens)
+    with console.status(f"reading {prompt.shape[1]:,} tokens") as waiting:
+        streamer = _Clock(tokenizer, waiting, skip_prompt=True, skip_special_tokens=True)
         quantized = generate_once(model, prompt, request, request.kv_format, streamer)
     runs = [quantized]
     if request.compare and request.kv_format != "none":
-        with _status("running the same prompt with an unquantized cache"):
+        with console.status("running the same prompt with an unquantized cache"):
             runs.append(generate_once(model, prompt, request, "none", _Clock(None)))
             exact = _teacher_forced(model, prompt, quantized.answer)
     else:
         exact = None
-    console.print(_table(runs, prompt.shape[1], exact))
+    console.ERR.print(_table(runs, prompt.shape[1], exact))
+
+
+def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """ValueError where prompt and answer are longer than the model has positions."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    if limit is None or prompt_tokens + new_tokens <= limit:
+        return
+    if prompt_tokens < limit:
+        raise ValueError(
+            f"max_new_tokens: expected at most {limit - prompt_tokens:,} after a prompt of "
+            f"{prompt_tokens:,} tokens, as the model has {limit:,} positions; got {new_tokens:,}"
+        )
+    raise ValueError(
+        f"prompt: expected fewer than {limit:,} tokens, as the model has {limit:,} positions; "
+        f"got {prompt_tokens:,}"
+    )
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:
@@ -204,8 +209,3 @@ def _divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Mean KL(exact || other) a token, in nats."""
     p, q = exact.log_softmax(-1), other.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def _status(message: str) -> Any:
-    """A spinner on a terminal, a line elsewhere; on stderr, so that the answer can be piped."""
-    return Console(file=sys.stderr).status(message)

@@ -1,14 +1,14 @@
-"""`python -m quantpage.bench decode|write --out rows.csv`: kernels on this CUDA device."""
+"""`quantpage bench decode` and `write`: kernels of every format on this CUDA device."""
 
-import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from quantpage.bench import decode, write
-from quantpage.bench.measure import Row, copy_bandwidth, write_rows
+from quantpage.bench.measure import Row, RowPrinter, copy_bandwidth, write_rows
 
 ABSENT = {
     "FlashInfer": "flashinfer",
@@ -18,30 +18,35 @@ ABSENT = {
 }
 
 
-def main(
+def run(
     op: str,
     out: Path | None = None,
     check_only: bool = False,
-    part: str = "0/1",
+    part: tuple[int, int] = (0, 1),
     flex: bool = True,
     commit: str | None = None,
-    cases: str = "",
+    cases: Sequence[str] = (),
 ) -> list[Row]:
     """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
 
-    check_only: compile and check, time nothing; processes that each take a ``part`` ('2/8') of the
+    check_only: compile and check, time nothing; processes that each take a ``part`` (2 of 8) of the
     cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
-    cases: names, separated by ';' ('1 x 4k' of decode, '4096' of write); none: all. A check that
+    cases: names ('1 x 4k' of decode, '4096' of write); none: all. A check that
     fails raises: no speed on red.
     """
-    jobs = _jobs(op, [name.strip() for name in cases.split(";") if name.strip()])
-    if not torch.cuda.is_available():
-        raise ValueError("bench: expected a CUDA device, found none")
+    jobs = _jobs(op, cases)
+    mine, parts = part
     copy = 1.0 if check_only else copy_bandwidth()
     rows: list[Row] = []
-    print(f"copy {copy:.2f} TB/s" if not check_only else f"checking part {part}", flush=True)
+    show = RowPrinter(
+        case=12, new=-5, head_dim=-8, q_heads=-7, kv_heads=-8, page_size=-9, implementation=28,
+        format=12, microseconds=-9, tb_per_s=-9, of_copy=-7, error=-9,
+    )  # fmt: skip
+    print(
+        f"copy {copy:.2f} TB/s" if not check_only else f"checking part {mine} of {parts}",
+        flush=True,
+    )
     for number, (kind, case, name) in enumerate(jobs):
-        mine, parts = map(int, part.split("/"))
         if number % parts != mine or (check_only and kind == "peers"):
             continue
         if kind == "peers":
@@ -52,13 +57,7 @@ def main(
             made = write.measure(case, name, copy, not check_only)
         for row in made:
             rows.append(row if commit is None else replace(row, commit=commit))
-            print(
-                f"{row.case:12} {row.new:5} {row.head_dim:4} {row.q_heads}/{row.kv_heads} "
-                f"{row.page_size:4} {row.implementation:28} {row.format:12} "
-                f"{row.microseconds:9.1f} us {row.tb_per_s:6.3f} TB/s {row.of_copy:.2f} "
-                f"{row.error:.0e}",
-                flush=True,
-            )
+            show(asdict(rows[-1]))
         torch.cuda.empty_cache()
         if out is not None and rows:
             write_rows(rows, out)
@@ -68,7 +67,7 @@ def main(
     return rows
 
 
-def _jobs(op: str, wanted: list[str]) -> list:
+def _jobs(op: str, wanted: Sequence[str]) -> list:
     jobs: list = []
     names = {str(t): t for t in write.TOKENS} if op == "write" else None
     named = list(names or dict.fromkeys(case.name for case in decode.CASES))
@@ -85,19 +84,3 @@ def _jobs(op: str, wanted: list[str]) -> list:
         if case.peers:
             jobs.append(("peers", case, ""))
     return jobs
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("op", choices=("decode", "write"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--check-only", action="store_true")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on")
-    parser.add_argument("--no-flex", action="store_true", help="FlexAttention compiles for long")
-    parser.add_argument("--commit", help="of this copy, where it has no history")
-    parser.add_argument("--cases", default="", help="names, separated by ';'; default: all")
-    given = parser.parse_args()
-    main(
-        given.op, given.out, given.check_only, given.part, not given.no_flex, given.commit,
-        given.cases,
-    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""What commands print beside their result: notes, progress and errors, all on stderr.
+
+Results go to stdout and nothing else does, so that they can be piped. One style of table and of
+progress bar for all commands; other libraries' bars and advice stay out of the way.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+OUT = Console(markup=False, highlight=False, emoji=False)
+"""Results."""
+ERR = Console(stderr=True, markup=False, highlight=False, emoji=False)
+"""Everything else; silent after ``hush``."""
+
+
+def quiet_libraries() -> None:
+    """Other libraries draw no bars and give no advice."""
+    # Read when transformers is imported: its advice is for its own users, not for ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loaded = sys.modules.get("transformers")
+    if loaded is not None:
+        loaded.utils.logging.set_verbosity_error()
+        loaded.utils.logging.disable_progress_bar()
+    if not sys.warnoptions:
+        for each in ("torch", "transformers", "huggingface_hub", "accelerate", "gguf"):
+            warnings.filterwarnings("ignore", module=each)
+
+
+def note(message: str) -> None:
+    """A line on stderr for the reader, not for a program."""
+    ERR.print(message, soft_wrap=not ERR.is_terminal)
+
+
+@contextmanager
+def status(message: str) -> Iterator[Any]:
+    """What is being waited for: a spinner on a terminal, a line elsewhere.
+
+    Yields an object whose ``stop()`` ends the spinner early.
+    """
+    spinner = ERR.status(message)
+    if not ERR.is_terminal:
+        note(message)
+    with spinner:
+        yield spinner
+
+
+def progress() -> Progress:
+    """A bar with steps, time taken and time left; drawn on terminals only."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=ERR,
+        disable=ERR.quiet,
+    )
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """A table without lines down its sides: the first column to the left, the others right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for at, name in enumerate(columns):
+        table.add_column(name, justify="right" if at else "left")
+    return table

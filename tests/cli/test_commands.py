@@ -1,0 +1,188 @@
+"""The commands as a user runs them: on a small model made here, and with wrong flags."""
+
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantpage.cli.app import run
+from quantpage.cli.capacity import parse_bytes, requests_in, tokens_in
+from quantpage.formats import FORMATS, Granularity
+from quantpage.integrations.hf_transformers.model import load_config, model_shape
+from tests.integrations.tiny_models import tiny
+
+pytestmark = pytest.mark.cpu
+
+
+def test_formats_lists_all(quantpage, folder):
+    said = quantpage("formats", "--model", folder).out
+    for name in FORMATS:
+        assert name in said
+    # Three layers, two heads of 16 channels: K and V of int8 with a 16-bit scale each.
+    assert re.search(rf"int8 .*{3 * 2 * 2 * (16 + 2)}", said)
+
+
+def test_explain_says_what_runs_and_why_not(quantpage):
+    said = quantpage("explain", "--device", "cpu", "--kv-format", "block_wise_fp8").out
+    assert "attend decode" in said and "triton: needs a CUDA device" in said and "fp8" in said
+    assert "triton (decode): needs" in said and "gluon (prefill): Runs" in said, "told apart"
+
+
+def test_capacity_is_what_the_layout_says(quantpage, folder):
+    said = quantpage("capacity", "--model", folder, "--memory", "1MiB", "--context", "100").out
+    shape = model_shape(load_config(folder))
+    tokens = tokens_in(1 << 20, shape, FORMATS["int8"], 64)
+    assert tokens == (1 << 20) // 3 // (64 * 2 * 2 * 18) * 64
+    assert f"{tokens:,}" in said
+    assert requests_in(1 << 20, shape, FORMATS["int8"], 64, 100) == (1 << 20) // (3 * 2 * 64 * 72)
+
+
+def test_a_format_that_does_not_fit_a_model_is_said_in_its_row(quantpage, folder, monkeypatch):
+    wide = replace(FORMATS["int8"].key, granularity=Granularity(48))
+    monkeypatch.setitem(FORMATS, "int8_g48", replace(FORMATS["int8"], key=wide, name="int8_g48"))
+    for command in (["formats"], ["capacity", "--memory", "1MiB"]):
+        said = quantpage(*command, "--model", folder).out
+        assert "int8_g48: not for this head_dim. group: expected a divisor of head_dim 16" in said
+        assert "int4_static" in said, "the others are listed as always"
+
+
+def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
+    said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", folder).out
+    assert "attend decode" in said
+    odd = tiny("llama")
+    odd.config.head_dim = 40
+    odd.config.save_pretrained(tmp_path)
+    said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", tmp_path).out
+    assert "head_dim must be a multiple of 16 up to 512, got 40" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1B", 1), ("40GiB", 40 << 30), ("1.5 kb", 1500), ("2MiB", 2 << 20)]
+)
+def test_memory_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "nowhere", "--prompt", "x"], "model: expected a folder"),
+        (["generate", "--model", "nowhere"], "expected --prompt or --file"),
+        (["generate", "--model", "x", "--prompt", " "], "expected some text"),
+        (["generate", "--model", "x", "--prompt", "x", "--page-size", "0"], "page_size: expected"),
+        (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int3"], "expected one of"),
+        (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int8_static"], "dynamic"),
+        (["generate", "--model", "x", "--file", "nowhere"], "file: expected a text file"),
+        (["capacity", "--model", ".", "--memory", "1GiB"], "expected config.json or one .gguf"),
+        (["capacity", "--model", ".", "--memory", "lots"], "memory: expected a number"),
+        (["capacity", "--model", ".", "--memory", "80"], "memory: expected a number and a unit"),
+        (["capacity", "--model", ".", "--memory", "0GiB"], "memory: expected a number and a unit"),
+        (["formats", "--head-dim", "-4"], "Invalid value for '--head-dim'"),
+        (["explain", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N"),
+        (["explain", "--mask", "some"], "mask: expected causal, full or interval"),
+        (["formats", "--wrong-flag"], "No such option"),
+        (["formats", "--hed-dim", "4"], "--head-dim"),
+        (["formts"], "Did you mean 'formats'?"),
+        (["bench", "swim"], "No such command 'swim'"),
+        (["bench", "decode", "--plot", "x.png"], "out: expected the CSV to draw from"),
+        (["bench", "cpu-model"], "Missing option '--model'"),
+        (["bench", "cpu", "--out", "x.csv", "--only", "42"], "only: expected a part of one of"),
+        (["bench", "cpu-model", "--model", "x", "--out", "."], "out: expected a file to write"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(quantpage, arguments, message):
+    assert message in quantpage(*arguments, code=2).err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@pytest.mark.parametrize("op", ["decode", "write", "prefill", "masks", "gpu-model"])
+def test_benches_of_a_gpu_say_that_there_is_none(quantpage, op):
+    assert "expected one of 0 CUDA devices" in quantpage("bench", op, code=3).err
+
+
+def test_help_version_and_no_command(quantpage):
+    assert quantpage("--version").out.startswith("quantpage 0.")
+    for arguments in ([], ["-h"], ["--help"]):
+        said = quantpage(*arguments)
+        assert "generate" in said.out and said.err == ""
+    assert "--head-dim" in quantpage("formats", "-h").out
+
+
+def test_verbose_says_where_an_error_came_from(capsys):
+    assert run(["capacity", "--model", "nowhere", "--memory", "1GiB", "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.strip().splitlines()[-1].startswith("quantpage: model:")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_device_that_is_not_there_is_said(quantpage, folder):
+    for command in (["explain"], ["generate", "--model", folder, "--prompt", "w5"]):
+        said = quantpage(*command, "--device", "cuda", code=3).err
+        assert "device: expected one of 0 CUDA devices, got cuda" in said
+
+
+SLOW_TO_LOAD = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("importing", flush=True)
+            try:
+                time.sleep(60)
+            except BaseException as error:
+                raise ImportError("swallowed") from error
+sys.meta_path.insert(0, Slow())
+from quantpage.cli import main
+main(["formats"])
+"""
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line():
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_LOAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"importing\n"
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=30)
+    assert (child.returncode, said) == (130, b"quantpage: interrupted\n")
+
+
+def test_an_interrupt_of_a_command_is_one_line(quantpage, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantpage.cli.explain.find_device", interrupted)
+    assert quantpage("explain", code=130).err == "quantpage: interrupted\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    call = f"{sys.executable} -m quantpage formats | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith(("141", "0")) and done.stderr == ""
+
+
+ABSENT = """
+import sys
+sys.modules["transformers"] = None
+from quantpage.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_without_transformers_a_command_says_what_it_needs(folder):
+    for command in (
+        ["generate", "--prompt", "x"],
+        ["evaluate"],
+        ["capacity", "--memory", "1GiB"],
+        ["formats"],
+        ["explain"],
+    ):
+        given = [sys.executable, "-c", ABSENT, *command, "--model", str(folder)]
+        done = subprocess.run(given, capture_output=True, text=True, check=False)
+        assert done.returncode == 3, done
+        assert done.stderr.endswith("pip install 'quantpage[transformers]'\n")
+        assert "Traceback" not in done.stderr
