@@ -6,6 +6,7 @@ import torch
 import quantpage
 from quantpage.cpu_core import find_core
 from quantpage.cpu_core.decoder import Decoder
+from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.int8_weights import Int8Linear, quantize_weights
 from tests.integrations.tiny_models import BUILDERS, tiny, tokens
 
@@ -37,7 +38,7 @@ def decode(model, ids, chunk=2, **first):
         given = {} if mask is None else {"attention_mask": torch.ones_like(ids[:, : at + chunk])}
         if mask is not None:
             given["attention_mask"][:, :PROMPT] = mask
-        logits.append(model(ids[:, at : at + chunk], past_key_values=cache, **given).logits)
+        logits.append(model(ids[:, at : at + chunk], **cache_as(model, cache), **given).logits)
     return torch.cat(logits, 1)
 
 
@@ -103,7 +104,7 @@ def _decode_padded(model, ids, prompt, length=PROMPT):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
             positions = positions[:, -1:] + 1
             given = {"attention_mask": mask, "position_ids": positions}
-        logits.append(model(ids[:, at : at + 1], past_key_values=cache, **given).logits)
+        logits.append(model(ids[:, at : at + 1], **cache_as(model, cache), **given).logits)
     return torch.cat(logits, 1)
 
 
@@ -194,7 +195,8 @@ def test_a_block_that_is_called_alone_is_one_block():
         got = model.model.layers[0](x, position_embeddings=turn, past_key_values=cache)
     options = {"kv_format": "none", "implementation": "torch"}
     with quantpage.attach(model, **options), torch.inference_mode():
-        want = model.model.layers[0](x, position_embeddings=turn, past_key_values=copy)
+        block = model.model.layers[0]
+        want = block(x, position_embeddings=turn, **cache_as(block, copy))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 

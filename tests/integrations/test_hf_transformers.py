@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import quantpage
 from quantpage.errors import FormatError, NonFiniteInput, UnsupportedModel
 from quantpage.formats import FORMATS
+from quantpage.integrations.hf_transformers.arguments import cache_as
 from tests.integrations.oracle import oracle
 from tests.integrations.tiny_models import BUILDERS, tiny, tokens
 
@@ -32,10 +33,10 @@ def closeness(name):
 @torch.inference_mode()
 def stepwise(model, ids, prompt, cache=None, chunk=1):
     """Logits of every position: the prompt in one piece, the rest in chunks through the cache."""
-    out = model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+    out = model(ids[:, :prompt], **cache_as(model, cache), use_cache=True)
     logits, cache = [out.logits], out.past_key_values
     for start in range(prompt, ids.shape[1], chunk):
-        out = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
+        out = model(ids[:, start : start + chunk], **cache_as(model, cache), use_cache=True)
         logits.append(out.logits)
         cache = out.past_key_values
     return torch.cat(logits, 1)

@@ -24,6 +24,7 @@ import torch
 from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
+from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
 from quantpage.integrations.hf_transformers.model import load_model, model_shape
 from quantpage.integrations.int8_weights import quantize_weights
 
@@ -46,7 +47,7 @@ class Stepper:
         self.cache: Any
         if kv_format is None:
             # The cache that the model makes for itself, one token in it.
-            self.attached, self.cache = None, model(self.token, use_cache=True).past_key_values
+            self.attached, self.cache = None, caches_in(model(self.token, use_cache=True))[0]
         else:
             self.attached = attach(model, kv_format=kv_format)
             self.cache = self.attached.new_cache()
@@ -59,7 +60,7 @@ class Stepper:
 
     def step(self) -> None:
         """One more token."""
-        out = self.model(self.token, past_key_values=self.cache, use_cache=True)
+        out = self.model(self.token, **cache_as(self.model, self.cache), use_cache=True)
         self.token = out.logits[:, -1:].argmax(-1)
 
 

@@ -13,6 +13,7 @@ from quantpage.cache.layout import PAGE_SIZES
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
+from quantpage.integrations.hf_transformers.arguments import caches_in
 from quantpage.integrations.hf_transformers.model import load_model, text_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -136,7 +137,7 @@ def generate_once(
             pad_token_id=model.generation_config.pad_token_id or 0,
         )
         end = time.perf_counter()
-        cache = out.past_key_values
+        cache = caches_in(out)[0]
         first = clock.first_token or end
         return Run(
             kv_format=attached.formats.name,

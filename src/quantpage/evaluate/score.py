@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from quantpage.integrations.hf_transformers.arguments import cache_as
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -58,12 +60,12 @@ def log_probabilities(
     for end in ends:
         out = model(
             tokens[:, start:end],
-            past_key_values=cache,
+            **cache_as(model, cache),
             use_cache=True,
             logits_to_keep=1 if start == 0 else 0,
         )
         found.append(out.logits[0].float().log_softmax(-1))
-        cache, start = out.past_key_values, end
+        start = end
     return torch.cat(found)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.attention import find_backend
@@ -16,6 +15,7 @@ from quantpage.integrations.hf_transformers.cache import CacheOptions, QuantPage
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import refuse_unsupported, text_config
 from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
+from quantpage.integrations.hf_transformers.supply import Supply
 from quantpage.masks import Mask
 
 
@@ -106,8 +106,7 @@ def attach(
     _use_our_attention(model, attached._undo)
     if implementation in (None, "cpu"):
         cpu_step.install(model, attached._undo)
-    hook = model.register_forward_pre_hook(_supply_cache(attached), with_kwargs=True)
-    attached._undo.append(hook.remove)
+    Supply(model, attached.new_cache).install(attached._undo)
     return attached
 
 
@@ -135,27 +134,3 @@ def _use_our_attention(model: PreTrainedModel, undo: list[Any]) -> None:
 
     undo.append(restore)
     model.set_attn_implementation(functions.NAME)
-
-
-def _supply_cache(attached: Attached) -> Any:
-    """A forward pre-hook that puts our cache where Transformers would put a DynamicCache."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = kwargs.get("past_key_values")
-        if isinstance(given, QuantPageCache):
-            return args, kwargs
-        if given is not None:
-            fresh = type(given) is DynamicCache and given.get_seq_length() == 0
-            if not fresh or getattr(given, "_is_user_defined", False):
-                raise ValueError(
-                    "past_key_values: expected None or a cache of this attachment "
-                    f"(new_cache()), got {type(given).__name__}"
-                )
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(text_config(attached.model.config), "use_cache", True)
-        if given is not None or (use_cache and not module.training):
-            kwargs = {**kwargs, "past_key_values": attached.new_cache()}
-        return args, kwargs
-
-    return hook

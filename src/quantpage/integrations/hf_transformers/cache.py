@@ -344,6 +344,8 @@ class QuantPageCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
+        # Transformers counts with tensors, which would change under the lengths that are kept.
+        tokens_to_remove = int(tokens_to_remove)
         lengths = {layer.length for layer in self._paged()}
         length = max(lengths, default=0)
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
@@ -358,7 +360,7 @@ class QuantPageCache(Cache):
     def set_length(self, length: int) -> None:
         """What Transformers is told to be cached (graphs count on the device; kept prompts)."""
         for layer in self._paged():
-            layer.length = length
+            layer.length = int(length)
 
     def used_bytes(self) -> int:
         """Bytes of the pages in use, scales, zeros and exact pages counted."""

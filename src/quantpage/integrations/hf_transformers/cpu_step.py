@@ -26,6 +26,7 @@ from quantpage.cpu_core.products import (
     SecondHalf,
 )
 from quantpage.integrations.hf_transformers import functions
+from quantpage.integrations.hf_transformers.arguments import CACHE_NAMES, cache_argument, take_cache
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
 from quantpage.integrations.hf_transformers.llama_like import (
     LINEARS,
@@ -141,6 +142,7 @@ class _Block:
         self.weight = before.weight
         self._sizes = [each.out_features // attention.head_dim for each in heads]
         self._window = window_of(attention)
+        self._cache_name = cache_argument(module) or CACHE_NAMES[0]
         self.chain: _Chain | None = None
         """Of all blocks of the decoder, where they may run in one call."""
 
@@ -155,28 +157,27 @@ class _Block:
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The block's output, [rows, new, width]."""
+        cache = take_cache(kwargs)
         if (
             self.chain is not None
             and position_embeddings is not None
             and kwargs.keys() <= _HARMLESS
         ):
-            out = self.chain.run(
-                self, hidden_states, attention_mask, past_key_values, position_embeddings
-            )
+            out = self.chain.run(self, hidden_states, attention_mask, cache, position_embeddings)
             if out is not None:
                 return out
-        pages = self._pages(hidden_states, past_key_values, attention_mask, kwargs)
+        pages = self._pages(hidden_states, cache, attention_mask, kwargs)
         if pages is None or position_embeddings is None:
+            if cache is not None:
+                kwargs[self._cache_name] = cache
             return type(self._module).forward(
                 self._module,
                 hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )

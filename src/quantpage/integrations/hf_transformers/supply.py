@@ -1,0 +1,184 @@
+"""Our cache in every forward and every ``generate`` of an attached model, and no other.
+
+Transformers makes a cache in three places: ``generate`` before its loop, a model's forward where it
+was given none, and the user. The first two are answered here; a cache of somebody else is refused,
+and after a forward it is checked that the model kept its keys and values in ours.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpage.errors import UnsupportedModel
+from quantpage.integrations.hf_transformers.arguments import (
+    CACHE_NAMES,
+    cache_argument,
+    caches_in,
+    parameters,
+    take_cache,
+)
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
+from quantpage.integrations.hf_transformers.model import text_config
+
+_ORDINARY = (None, "dynamic", "dynamic_full", "hybrid")
+"""Values of ``cache_implementation`` that ask for nothing but Transformers' default."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A forward that is under way."""
+
+    module: nn.Module
+    cache: QuantPageCache | None
+    """None: nobody asked for a cache."""
+    before: int
+    """Tokens that it held."""
+
+
+class Supply:
+    """The hooks of one attachment.
+
+    new_cache: makes an empty cache. A forward inside another one (a model's body, a language model
+    in a model of pictures) uses the cache of the outermost.
+    """
+
+    def __init__(self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache]) -> None:
+        self._model, self._new_cache = model, new_cache
+        self._under_way = threading.local()
+
+    def install(self, undo: list[Callable[[], None]]) -> None:
+        """Hook every decoder in the model; undo: is given what takes each hook back."""
+        for module in decoders(self._model):
+            before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = module.register_forward_hook(self._after, always_call=True)
+            undo += [before.remove, after.remove]
+            if hasattr(module, "_prepare_cache_for_generation"):
+                self._hook_generate(module, undo)
+
+    def _hook_generate(self, module: Any, undo: list[Callable[[], None]]) -> None:
+        generate, prepare = module.generate, module._prepare_cache_for_generation
+        name = cache_argument(module) or CACHE_NAMES[0]
+
+        @wraps(generate)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            # Under the name of this Transformers, whichever one was used.
+            given = take_cache(kwargs)
+            return generate(*args, **kwargs, **({} if given is None else {name: given}))
+
+        def ours(config: Any, model_kwargs: dict[str, Any], *args: Any, **rest: Any) -> Any:
+            wanted = config.cache_implementation
+            if wanted not in _ORDINARY:
+                raise ValueError(
+                    f"cache_implementation: expected none while a model is attached, got {wanted!r}"
+                )
+            given = take_cache(model_kwargs)
+            if given is None and config.use_cache is not False:
+                given = self._new_cache()
+            if given is not None:
+                _refuse_foreign(given)
+                config.cache_implementation = None
+                model_kwargs[name] = given
+            return prepare(config, model_kwargs, *args, **rest)
+
+        for attribute, ours_instead in (("generate", named), (prepare.__name__, ours)):
+            setattr(module, attribute, ours_instead)
+            undo.append(partial(vars(module).pop, attribute, None))
+
+    def _frames(self) -> list[_Frame]:
+        if not hasattr(self._under_way, "frames"):
+            self._under_way.frames = []
+        return self._under_way.frames
+
+    @torch.compiler.disable
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        name = cache_argument(module)
+        names = parameters(module)
+        if name in names[: len(args)]:
+            # A cache among the arguments without names: all of them get theirs.
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+        given = take_cache(kwargs)
+        if given is not None:
+            _refuse_foreign(given)
+        frames = self._frames()
+        if not frames and given is None and self._wants_cache(module, kwargs):
+            given = self._new_cache()
+        if given is not None:
+            _refuse_arguments({**dict(zip(names, args, strict=False)), **kwargs})
+            kwargs[name or CACHE_NAMES[-1]] = given
+        frames.append(_Frame(module, given, 0 if given is None else given.get_seq_length()))
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frames = self._frames()
+        if not frames or frames[-1].module is not module:
+            return
+        frame = frames.pop()
+        # Without an output an exception is on its way.
+        if frames or frame.cache is None or output is None:
+            return
+        name = type(module).__name__
+        other = [each for each in caches_in(output) if each is not frame.cache]
+        if other:
+            raise UnsupportedModel(
+                f"{name}: expected it to use the cache that it was given, and it made "
+                f"{type(other[0]).__name__} of its own, which is not quantized"
+            )
+        if frame.cache.get_seq_length() == frame.before:
+            raise UnsupportedModel(
+                f"{name}: expected keys and values of its layers, and it put none into its cache"
+            )
+
+    def _wants_cache(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            config: Any = text_config(module.config)
+            use_cache = getattr(config, "use_cache", True)
+        return bool(use_cache) and not module.training
+
+
+def decoders(model: PreTrainedModel) -> list[Any]:
+    """The model and those in it that run the same decoder, all of which take a cache."""
+    kind = type(text_config(model.config))
+    return [
+        each
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel)
+        and cache_argument(each) is not None
+        and type(text_config(each.config)) is kind
+    ]
+
+
+def _refuse_foreign(given: Any) -> None:
+    if not isinstance(given, QuantPageCache):
+        raise ValueError(
+            "past_key_values: expected None or a cache of this attachment (new_cache()), got "
+            f"{type(given).__name__}, which would stay unquantized"
+        )
+
+
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """What attention over pages cannot give, and a mask that belongs to another batch."""
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: expected False while a model is attached: attention over pages "
+            "makes no weights to show (use_cache=False lets the model's own attention run)"
+        )
+    mask = kwargs.get("attention_mask")
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(mask, Tensor) and isinstance(tokens, Tensor):
+        rows = (tokens.shape[0],) if mask.ndim == 2 else (1, tokens.shape[0])
+        if mask.shape[0] not in rows:
+            raise ValueError(
+                f"attention_mask: expected {tokens.shape[0]} rows, as the tokens have, got "
+                f"{mask.shape[0]}"
+            )
