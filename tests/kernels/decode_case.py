@@ -37,7 +37,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
         "SINKS": sinks, "EARLIER": False, "CHUNK": 128, "STAGES": stages,
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
-        "GATHER": 16, "WHOLE": False,
+        "GATHER": 16, "WHOLE": False, "HIDES": False,
     }  # fmt: skip
     return types | fixed
 

@@ -18,9 +18,10 @@ def test_pages_kernel_keeps_its_registers(compiled, name):
     found = compiled[name]
     assert found["stack"] == 0 and count(found, "LDL|STL") == 0
     assert count(found, "HGMMA|UTCHMMA") > 0
-    # Codes are copied to shared memory 16 bytes at a time and never read from it one by one.
+    # Codes are copied to shared memory 16 bytes at a time and never read from it one by one; what
+    # is, are the bits of masked tiles: a key a thread.
     assert count(found, r"LDGSTS\.E\.BYPASS\.128") > 0
-    assert count(found, r"LDS\.U8") <= 1
+    assert count(found, r"LDS\.U8") <= 8
 
 
 def test_int4_compiles_with_zero_points(compiled):

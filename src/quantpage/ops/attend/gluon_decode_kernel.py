@@ -371,9 +371,10 @@ def decode_kernel(
                         seen = seen & (exact if SEGMENT == 2 else ~exact)
                     heavy = gl.where(seen, heavy, float("-inf"))
                     if V_SCALES == 1:
-                        log_vs = gl.where(shown, log_vs, 0.0)
+                        # Where a key is hidden p is 0: what it is multiplied by has to be finite.
+                        log_vs = gl.where(shown & (log_vs < float("inf")), log_vs, 0.0)
                         if V_ZERO:
-                            vz = gl.where(shown, vz, 0.0)
+                            vz = gl.where(shown & (gl.abs(vz) < float("inf")), vz, 0.0)
                 x = heavy - anchor[None, :]
                 p = gl.exp2(x)
                 p_smem.store(p.to(gl.float16))

@@ -133,6 +133,8 @@ def attend(
             PAIRS=_paired(layer.key) and _paired(layer.value),
             GATHER=gather,
             WHOLE=tiles.whole,
+            # One query a request: what it does not see is not loaded.
+            HIDES=not layer.value.spec.quantized and batch.max_query_len > 1,
         )
     if gather or tiles.whole:
         return out, lse

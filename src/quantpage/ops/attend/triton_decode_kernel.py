@@ -37,6 +37,7 @@ from quantpage.ops.attend.triton_words import load_plane, log2_fast, unpack4, un
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 # Numbers that change from step to step or from model to model compile no kernel of their own.
@@ -110,11 +111,13 @@ def decode_kernel(
     OVERLAP: tl.constexpr,
     GATHER: tl.constexpr,
     WHOLE: tl.constexpr,
+    HIDES: tl.constexpr,
 ):
     """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: 0 none, 1 int8, 2 fp8,
     3 int4. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a tile.
     EARLIER: float32 results of other keys enter, beside 16-bit values. GATHER: pieces that
     are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
+    HIDES: values are 16-bit numbers, and a query may see one that another does not.
     """
     program = tl.program_id(0)
     if OVERLAP:
@@ -381,9 +384,10 @@ def decode_kernel(
                     seen = seen & (exact if SEGMENT == 2 else ~exact)
                 score = tl.where(seen, score, float("-inf"))
                 if V_SCALES == 1:
-                    vs = tl.where(shown, vs, 0.0)
+                    # Where a key is hidden p is 0: what it is multiplied by has to be finite.
+                    vs = tl.where(shown, tl.minimum(vs, FLOAT_MAX), 0.0)
                     if V_ZERO:
-                        vz = tl.where(shown, vz, 0.0)
+                        vz = tl.where(shown, tl.clamp(vz, -FLOAT_MAX, FLOAT_MAX), 0.0)
             heavy = score
             if V_SCALES == 1:
                 # The row's peak is that of p * v_scale: the product is at most 2^SHIFT.
@@ -397,9 +401,16 @@ def decode_kernel(
                 if V_ZERO:
                     offsets = offsets * shrink[None, :] + p * vz[:, None]
                 p = p * vs[:, None]
-            p = p.to(V_NUMBER)
             top = new_top
             v = tl.load(v_rows + v_word[:, None], v_mask, 0)
+            if HIDES:
+                # A value that is not finite reaches the queries that see it, through their own
+                # weight of it: the product would take it to all of them, as 0 times NaN is NaN.
+                fine = tl.abs(v.to(tl.float32)) < float("inf")
+                bad = tl.max(fine.to(tl.int32) ^ 1, 0) > 0
+                v = tl.where(bad[None, :], 0.0, v)
+                p = tl.where(bad[:, None] & (p != 0.0), float("nan"), p)
+            p = p.to(V_NUMBER)
             if V_PARTS == 1:
                 acc0 = tl.dot(v, p, acc0 * shrink[None, :])
             elif V_PARTS == 4:

@@ -122,6 +122,7 @@ def _visit(
         else:
             page = tl.load(table + keys // PAGE).to(tl.int64)
             slot = keys % PAGE
+        seen = shown
         if MASKED:
             # -1: an exact page that is not kept.
             shown = shown & (page >= 0)
@@ -145,8 +146,8 @@ def _visit(
             s = tl.where(seen, s, -float("inf"))
         acc, m, mass, zeros = accumulate(
             acc, m, mass, zeros, s, rest, v_codes, v_scale, v_zero, page * v_page + slot * V_ROW,
-            page * vs_page + slot * V_GROUPS, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO, V_GROUPS,
-            MASKED, SHIFT, OLD,
+            page * vs_page + slot * V_GROUPS, shown, seen, DV, DVP, V_CODE, V_SCALED, V_ZERO,
+            V_GROUPS, MASKED, SHIFT, OLD,
         )  # fmt: skip
     return acc, m, mass, zeros
 

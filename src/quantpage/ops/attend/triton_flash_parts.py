@@ -115,12 +115,15 @@ def scores(
 
 @triton.jit
 def accumulate(
-    acc, m, mass, zeros, s, rest, codes, v_scale, v_zero, code_at, scale_at, shown,
+    acc, m, mass, zeros, s, rest, codes, v_scale, v_zero, code_at, scale_at, shown, seen,
     DV: tl.constexpr, DVP: tl.constexpr, V_CODE: tl.constexpr, V_SCALED: tl.constexpr,
     V_ZERO: tl.constexpr, V_GROUPS: tl.constexpr, MASKED: tl.constexpr, SHIFT: tl.constexpr,
     OLD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scores and its values into the running output, maximum, mass and zeros."""
+    """One tile of scores and its values into the running output, maximum, mass and zeros.
+
+    seen: which pairs the mask shows, if MASKED; shown: the keys that some row sees.
+    """
     m_new = tl.maximum(m, tl.max(s, 1) * rest)
     shift = m_new - SHIFT
     if MASKED:
@@ -135,9 +138,19 @@ def accumulate(
     )  # fmt: skip
     if V_SCALED == 1:
         if V_ZERO:
-            own = _column(v_zero, scale_at, shown, MASKED)
-            zeros = zeros * alpha + tl.sum(p * own[None, :], 1)
+            offset = p * _column(v_zero, scale_at, shown, MASKED)[None, :]
+            if MASKED:
+                offset = tl.where(seen, offset, 0.0)
+            zeros = zeros * alpha + tl.sum(offset, 1)
         p *= _column(v_scale, scale_at, shown, MASKED)[None, :]
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+    if MASKED and (V_CODE == 0 or V_SCALED == 3):
+        # A value that is not finite reaches the rows that see it, through their own weight of it:
+        # in the product it would reach all of them, as 0 times NaN is NaN.
+        bad = tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
+        v = tl.where(bad[:, None], 0.0, v)
+        p = tl.where(seen & bad[None, :], float("nan"), p)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, m_new, mass, zeros
 

@@ -88,16 +88,11 @@ def _tiles(
         else:
             page = tl.load(table + keys // SLOTS).to(tl.int64)
             slot = keys % SLOTS
+        seen = shown
         if MASKED:
             # -1: an exact page that is not kept.
             shown = shown & (page >= 0)
             page = tl.maximum(page, 0)
-        s, rest = scores(
-            q, q_sum, k_codes, k_scale, k_zero, page * k_page + slot * K_ROW,
-            page * ks_page + slot * K_GROUPS, shown, scale, cap, D, DP, K_CODE, K_SCALED, K_ZERO,
-            K_GROUPS, MASKED, SOFTCAP, OLD,
-        )  # fmt: skip
-        if MASKED:
             column = keys[None, :]
             seen = (column < limit[:, None]) & shown[None, :]
             if WINDOW:
@@ -108,11 +103,19 @@ def _tiles(
             if SEGMENT == 1 and not CAUSAL:
                 behind = (positions // PAGE)[:, None] - column // PAGE
                 seen &= (behind < 0) | (behind > 1)
+            # A slot that no row sees may hold NaN: it is not loaded.
+            shown = tl.max(seen.to(tl.int32), 0) > 0
+        s, rest = scores(
+            q, q_sum, k_codes, k_scale, k_zero, page * k_page + slot * K_ROW,
+            page * ks_page + slot * K_GROUPS, shown, scale, cap, D, DP, K_CODE, K_SCALED, K_ZERO,
+            K_GROUPS, MASKED, SOFTCAP, OLD,
+        )  # fmt: skip
+        if MASKED:
             s = tl.where(seen, s, -float("inf"))
         acc, m, mass, zeros = accumulate(
             acc, m, mass, zeros, s, rest, v_codes, v_scale, v_zero, page * v_page + slot * V_ROW,
-            page * vs_page + slot * V_GROUPS, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO, V_GROUPS,
-            MASKED, SHIFT, OLD,
+            page * vs_page + slot * V_GROUPS, shown, seen, DV, DVP, V_CODE, V_SCALED, V_ZERO,
+            V_GROUPS, MASKED, SHIFT, OLD,
         )  # fmt: skip
     return acc, m, mass, zeros
 
@@ -222,6 +225,8 @@ def prefill_pages_kernel(
             limit = tl.minimum(limit, positions + 1)
             first_limit = tl.minimum(context, first + 1)
             high = tl.minimum(context, last + 1)
+    # Rows past the request see nothing.
+    limit = tl.where(rows < new * G, limit, 0)
     low = positions - window + 1
     near_low = 0
     near_high = 0
@@ -236,7 +241,12 @@ def prefill_pages_kernel(
         from_key = tl.maximum(from_key, PAGE)
         whole_from = tl.maximum(whole_from, PAGE)
     if SEGMENT == 2:
-        near_high = tl.minimum(PAGE, high)
+        # The first page: what some row's window shows of it, or what a part of the keys has.
+        near_low = base
+        if WINDOW:
+            near_low = tl.where(sink_tokens > 0, 0, tl.maximum(first - window + 1, 0))
+        near_low = tl.minimum(near_low, PAGE)
+        near_high = tl.maximum(tl.minimum(PAGE, high), near_low)
         from_key = tl.maximum(from_key, tl.maximum(first // PAGE - 1, 0) * PAGE)
         high = tl.minimum(high, (last // PAGE + 1) * PAGE)
     from_key = tl.maximum(from_key, near_high)

@@ -17,7 +17,7 @@ from quantpage.ops.attend.triton_codes import to_float16
 KEYS_A_TILE = 32
 
 
-@triton.jit(do_not_specialize=["table_row", "first_head"])
+@triton.jit(do_not_specialize=["table_row", "first_head", "mark_head", "mark_row"])
 def _gather_kernel(
     codes,
     scale,
@@ -27,6 +27,7 @@ def _gather_kernel(
     scale_too,
     zero_too,
     out_too,
+    marks,
     page_table,
     spans,
     code_page,
@@ -36,6 +37,8 @@ def _gather_kernel(
     table_row,
     out_head,
     out_row,
+    mark_head,
+    mark_row,
     first_head,
     CODE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -48,6 +51,7 @@ def _gather_kernel(
     TILE: tl.constexpr,
     OLD: tl.constexpr,
     HALVES: tl.constexpr,
+    MARKS: tl.constexpr,
 ):
     span = spans + tl.program_id(0) * 5
     request = tl.load(span)
@@ -97,12 +101,21 @@ def _gather_kernel(
             number *= tl.load(scale + own, mask, 0.0).to(tl.float32)
             if ZERO:
                 number += tl.load(zero + own, mask, 0.0).to(tl.float32)
-        # A key that a mask hides may be a freed page's NaN, which a weight of 0 would spread.
-        number = tl.where(number == number, number, 0.0)
-        if not DYNAMIC:
-            # Dynamic scales and zeros of keys that are not seen were loaded as 0.
-            number = tl.where(seen[:, None], number, 0.0)
-        number = tl.minimum(tl.maximum(number, -LIMIT), LIMIT)
+        if CODE == 0:
+            fine = tl.abs(number) < float("inf")
+            number = tl.where(fine, tl.minimum(tl.maximum(number, -LIMIT), LIMIT), number)
+            if MARKS:
+                number = tl.where(fine, number, 0.0)
+                bad = seen & (tl.max(fine.to(tl.int32) ^ 1, 1) > 0)
+                mark = (to_row + offset).to(tl.int64) * mark_row + head.to(tl.int64) * mark_head
+                tl.store(marks + mark, float("nan"), bad)
+        else:
+            # A key that a mask hides may be a freed page's, whose scale is anything.
+            number = tl.where(number == number, number, 0.0)
+            if not DYNAMIC:
+                # Dynamic scales and zeros of keys that are not seen were loaded as 0.
+                number = tl.where(seen[:, None], number, 0.0)
+            number = tl.minimum(tl.maximum(number, -LIMIT), LIMIT)
         row = (to_row + offset).to(tl.int64) * out_row + head.to(tl.int64) * out_head
         written = (offset < count)[:, None] & inside[None, :]
         tl.store(out + row[:, None] + channel[None, :], number.to(out.dtype.element_ty), written)
@@ -125,7 +138,7 @@ def gather_rows(
     spans: int32 (request, first_key, keys_to_write, visible_end, out_row) on the device; a negative
     request is skipped. Keys from visible_end on, and keys of pages that the table does not have
     (-1), become 0. max_span_keys: host bound of keys_to_write. Heads first_head .. are written.
-    Numbers saturate at the finite range of ``out``.
+    Numbers saturate at the finite range of ``out``; unquantized ones that are not finite stay so.
     """
     _launch(pages, None, page_table, spans, max_span_keys, (out, None), first_head)
 
@@ -138,8 +151,25 @@ def gather_layer(
     outs: tuple[Tensor, Tensor],
     first_head: int = 0,
 ) -> None:
-    """``gather_rows`` of keys and of values, in one launch where both are alike."""
+    """A workspace: ``gather_rows`` of keys and of values, in one launch where they are alike.
+
+    Values are finite, since a matrix product takes 0 times NaN to rows that do not see it. A value
+    that was not, as unquantized pages may hold, makes its key NaN: of scores a mask selects.
+    """
     halves = (layer.key, layer.value)
+    if not layer.value.spec.quantized:
+        _launch(layer.key, None, page_table, spans, max_span_keys, (outs[0], None), first_head)
+        _launch(
+            layer.value,
+            None,
+            page_table,
+            spans,
+            max_span_keys,
+            (outs[1], None),
+            first_head,
+            outs[0],
+        )
+        return
     if _alike(halves, outs):
         _launch(*halves, page_table, spans, max_span_keys, outs, first_head)
         return
@@ -167,8 +197,11 @@ def _launch(
     max_span_keys: int,
     outs: tuple[Tensor, Tensor | None],
     first_head: int,
+    marks: Tensor | None = None,
 ) -> None:
-    """too: the other half, alike in everything but its addresses."""
+    """too: the other half, alike in everything but its addresses. marks: the rows of keys that are
+    to be NaN where a value is not finite.
+    """
     if spans.shape[0] == 0 or max_span_keys <= 0:
         return
     out = outs[0]
@@ -187,6 +220,7 @@ def _launch(
         out,
         *(_planes(pages) if too is None else _planes(too)),
         out if outs[1] is None else outs[1],
+        out if marks is None else marks,
         page_table,
         spans,
         pages.codes.stride(0),
@@ -195,6 +229,8 @@ def _launch(
         page_table.stride(0),
         out.stride(0),
         out.stride(1),
+        0 if marks is None else marks.stride(0),
+        0 if marks is None else marks.stride(1),
         first_head,
         CODE=CODE_KINDS[spec.code.name],
         HEAD_DIM=width,
@@ -207,6 +243,7 @@ def _launch(
         TILE=KEYS_A_TILE,
         OLD=out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 9),
         HALVES=halves,
+        MARKS=marks is not None,
         num_warps=4,
     )
 

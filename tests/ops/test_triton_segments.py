@@ -1,0 +1,251 @@
+"""Formats with exact pages in every kernel: contexts around a page's end, keys cut into parts,
+windows and sinks within a page. Numbers that are not finite reach nobody who does not see them.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+# Decides, before triton is imported, whether kernels are interpreted.
+from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, TOLERANCE, Step, assert_agrees
+
+# isort: split
+from quantpage import masks
+from quantpage.formats import FORMATS
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend import AttendParams, attend, prefill, prefill_plan, triton_prefill
+from quantpage.ops.attend.params import exact_pairs
+from quantpage.ops.dispatch import Implementation
+from tests.ops.segment_cases import make_segments, oracle, spoil
+
+pytestmark = TIER
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
+PORTABLE = Implementation(
+    "triton", "quantpage.ops.attend.triton_prefill:attend", lambda call: [], merge=MERGE
+)
+DENSE = Implementation(
+    "gluon", "quantpage.ops.attend.gluon_prefill:attend", lambda call: [], merge=MERGE
+)
+INTERVALS = Implementation(
+    "triton", "quantpage.ops.attend.triton_flash_mask:attend", lambda call: [], merge=MERGE
+)
+DENSE_INTERVALS = Implementation(
+    "gluon", "quantpage.ops.attend.gluon_flash_mask:attend", lambda call: [], merge=MERGE
+)
+DECODE = Implementation(
+    "triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [], joins=True
+)
+PAGE = 16
+EXACT = [name for name, form in FORMATS.items() if form.exact_pages is not None]
+CAUSAL_KINDS = [
+    CAUSAL,
+    CausalMask(window=5),
+    CausalMask(window=5, sink_tokens=3),
+    CausalMask(window=40),
+    CausalMask(window=40, sink_tokens=20),
+    FullMask(),
+]
+
+
+def named(mask) -> str:
+    return f"{mask.kind}-{getattr(mask, 'window', '')}-{getattr(mask, 'sink_tokens', '')}"
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Cuts the keys of every row into so many parts, whatever the device would have."""
+
+    def cut_into(count: int) -> None:
+        monkeypatch.setattr(prefill_plan, "_parts", lambda *given: count)
+
+    for cached in (prefill_plan.plan_pages, prefill_plan.plan_passes):
+        cached.cache_clear()
+    for cached in (triton_prefill._device_pages, triton_prefill._device_passes):
+        cached.cache_clear()
+    yield cut_into
+    for cached in (prefill_plan.plan_pages, prefill_plan.plan_passes):
+        cached.cache_clear()
+    for cached in (triton_prefill._device_pages, triton_prefill._device_passes):
+        cached.cache_clear()
+
+
+def check(run, form, step, mask, sinks=False, softcap=None, seed=0):
+    q, layer, batch = make_segments(form, step, mask, seed=seed)
+    sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
+    out, lse = attend(q, layer, batch, params, run)
+    assert_agrees(out, lse, *oracle(q, layer, batch, params), TOLERANCE, 10 * TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", CAUSAL_KINDS, ids=named)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("context", [4 * PAGE, 8 * PAGE + 1, 20 * PAGE - 1])
+def test_a_chunk_on_a_prefix(context, count, mask, parts):
+    """The keys of each row in as many parts: none counts a key that another has."""
+    if count > 1 and getattr(mask, "window", None) is not None:
+        pytest.skip("keys behind a window are not cut")
+    parts(count)
+    step = Step((20,), (context,), PAGE, kv_heads=1, group=2, head_dim=32)
+    check(PORTABLE, FORMATS["int4"], step, mask, sinks=True)
+
+
+@pytest.mark.parametrize("seed", range(40 if GPU else 12))
+def test_any_step_in_any_kernel(seed, parts, monkeypatch):
+    """Ragged steps of every exact format: chunks, decodes, whole prompts, requests at rest."""
+    choice = random.Random(seed)
+    page = choice.choice([16, 16, 32, 64, 128])
+
+    def length(most: int) -> int:
+        return max(1, choice.randint(1, most) * page + choice.choice([-1, 0, 1]))
+
+    most = (640 if GPU else 160) // page
+    contexts = [length(max(2, most)) for _ in range(choice.randint(1, 2))]
+    new = [choice.choice([0, 1, choice.randint(1, 30), context]) for context in contexts]
+    new = [min(n, context) for n, context in zip(new, contexts, strict=True)]
+    new[0] = max(new[0], 1)
+    mask = choice.choice(
+        [
+            CAUSAL,
+            CausalMask(window=choice.randint(1, 2 * page)),
+            CausalMask(window=choice.randint(1, 2 * page), sink_tokens=choice.randint(1, page + 3)),
+            FullMask(),
+        ]
+    )
+    step = Step(
+        tuple(new), tuple(contexts), page, choice.choice([1, 2]), choice.choice([1, 3, 4]), 32
+    )
+    form = FORMATS[choice.choice(EXACT)]
+    parts(choice.randint(1, 8))
+    runs = [PORTABLE]
+    if HOPPER:
+        runs.append(DENSE)
+    if max(new) <= 16:
+        runs += [DECODE, replace(DECODE, joins=False)]
+    least = choice.choice([2**30, 1])
+    for kernel in ("triton", "gluon"):
+        monkeypatch.setitem(prefill.WORKSPACE_ROWS, kernel, least)
+    sinks, softcap = choice.random() < 0.5, choice.choice([None, 3.0])
+    for run in runs:
+        check(run, form, step, mask, sinks, softcap, seed)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sliding_window",
+        "causal_document",
+        "prefix_lm_document",
+        "global_and_sliding_window",
+        "causal_blockwise",
+    ],
+)
+def test_interval_masks(name, kind, monkeypatch):
+    context, start = 9 * PAGE + 1, 5 * PAGE - 1
+    mask = {
+        "sliding_window": lambda: masks.sliding_window(context, 7),
+        "causal_document": lambda: masks.causal_document([40, context - 40]),
+        "prefix_lm_document": lambda: masks.prefix_lm_document([(9, 50), (70, context - 50)]),
+        "global_and_sliding_window": lambda: masks.global_sliding_window(context, 5, 20),
+        "causal_blockwise": lambda: masks.causal_blockwise([50, 40, context - 90]),
+    }[kind]()
+    step = Step((context - start,), (context,), PAGE, kv_heads=2, group=2, head_dim=32)
+    runs = [INTERVALS]
+    if HOPPER:
+        from quantpage.ops.attend import gluon_flash_mask
+
+        monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
+        runs.append(DENSE_INTERVALS)
+    for run in runs:
+        check(run, FORMATS[name], step, mask, sinks=True)
+
+
+READ = [  # format, half, what runs, whether the cache is read through a workspace
+    ("none", "prefill", 2**30),
+    ("none", "prefill", 1),
+    ("int4", "prefill", 2**30),
+    ("none", "intervals", 1),
+    ("int4", "intervals", 1),
+    ("none", "decode", 1),
+    ("int4", "decode", 1),
+]
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("half", ["key", "value"])
+@pytest.mark.parametrize("name,kernel,least", READ)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_what_is_not_finite_reaches_only_those_who_see_it(
+    name, kernel, least, half, what, windowed, monkeypatch
+):
+    """A NaN that a later query sees, or that an earlier one saw, beside those that do not."""
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "triton", least)
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "gluon", least)
+    context, new = 5 * PAGE + 1, 9 if kernel == "decode" else 2 * PAGE + 7
+    mask = CausalMask(window=11) if windowed else CAUSAL
+    if kernel == "intervals":
+        mask = masks.sliding_window(context, 11) if windowed else masks.causal_document([context])
+    run = {"prefill": PORTABLE, "intervals": INTERVALS, "decode": DECODE}[kernel]
+    runs = [run]
+    if HOPPER and kernel != "decode" and least == 1:
+        from quantpage.ops.attend import gluon_flash_mask
+
+        monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
+        runs.append(DENSE if kernel == "prefill" else DENSE_INTERVALS)
+    step = Step((new,), (context,), PAGE, kv_heads=1, group=2, head_dim=128 if GPU else 32)
+    form = FORMATS[name]
+    if form.exact_pages is None:
+        q, layer, batch = make_plain(form, step, mask)
+    else:
+        q, layer, batch = make_segments(form, step, mask)
+    params = AttendParams(q.shape[-1] ** -0.5, mask)
+    at = context - new // 2
+    spoiled = spoil(layer, batch, at, what, half)
+    positions, keys = torch.arange(context - new, context), torch.arange(context)
+    reads = mask.materialize(positions, context)[:, at]
+    if form.exact_pages is not None:
+        reads &= exact_pairs(positions, keys, PAGE)[:, at]
+    assert reads.any() and not reads.all()
+    for run in runs:
+        clean, clean_lse = attend(q, layer, batch, params, run)
+        out, lse = attend(q, spoiled, batch, params, run)
+        assert torch.equal(out[~reads], clean[~reads])
+        assert torch.equal(lse[~reads], clean_lse[~reads])
+        # An infinite key may weigh nothing.
+        if half == "value" or what != what:
+            assert not out[reads].isfinite().flatten(1).all(1).any()
+
+
+def make_plain(form, step, mask):
+    from tests.ops.triton_cases import make_step
+
+    return make_step(form.key, form.value, step, mask)
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("kernel", ["prefill", "intervals", "decode"])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
+def test_a_query_that_is_not_finite_stays_so(name, kernel, what, monkeypatch):
+    context, new = 3 * PAGE + 5, 4 if kernel == "decode" else 20
+    mask = masks.causal_document([context]) if kernel == "intervals" else CAUSAL
+    run = {"prefill": PORTABLE, "intervals": INTERVALS, "decode": DECODE}[kernel]
+    form = FORMATS[name]
+    step = Step((new,), (context,), PAGE, kv_heads=1, group=2, head_dim=64)
+    make = make_plain if form.exact_pages is None else make_segments
+    q, layer, batch = make(form, step, mask)
+    params = AttendParams(q.shape[-1] ** -0.5, mask)
+    clean, _ = attend(q, layer, batch, params, run)
+    q[2, 1, 5] = what
+    for least in (2**30, 1):
+        monkeypatch.setitem(prefill.WORKSPACE_ROWS, "triton", least)
+        out, lse = attend(q, layer, batch, params, run)
+        assert not out[2, 1].isfinite().any()
+        assert not lse[2, 1].isfinite() and not lse[2, 1].isneginf()
+        others = torch.ones(q.shape[:2], dtype=torch.bool)
+        others[2, 1] = False
+        assert out[others].isfinite().all()
+        if kernel == "decode":
+            assert torch.equal(out[others], clean[others])
