@@ -4,10 +4,11 @@ Results go to stdout and nothing else does, so that they can be piped. One style
 progress bar for all commands; other libraries' bars and advice stay out of the way.
 """
 
+import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +48,23 @@ def quiet_libraries() -> None:
 def note(message: str) -> None:
     """A line on stderr for the reader, not for a program."""
     ERR.print(message, soft_wrap=not ERR.is_terminal)
+
+
+def print_line(text: str) -> None:
+    """A line of a result: folded on a terminal, whole in a pipe, where a program may read it."""
+    OUT.print(text, soft_wrap=not OUT.is_terminal)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and what they are, a line each."""
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print_line(f"{name:{width}}  {fact}")
+
+
+def print_json(data: object) -> None:
+    """A result for a program."""
+    print(json.dumps(data, indent=2))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 support matrix.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,18 @@ class Choice:
     chosen: str | None
     """None: nobody can."""
     refusals: tuple[tuple[str, str], ...]
-    """(implementation, its sentences); a name that several have is told apart."""
+    """(implementation, a sentence), in order of preference; a name that several have is told
+    apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A sentence, and everything that it was said of."""
+
+    sentence: str
+    cases: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...]
+    """(implementations, ops, formats): each of the first refuses each of the second for each of
+    the third."""
 
 
 def example_call(device: DeviceInfo, kv_format: KVFormat, mask: str = "causal") -> Call:
@@ -51,11 +63,53 @@ def explain(call: Call) -> list[Choice]:
     rows = []
     for op, candidates in OPS.items():
         asked = replace(call, phase="decode" if op.endswith("decode") else "prefill")
-        said = [(each, " ".join(each.refusals(asked))) for each in candidates]
-        chosen = next((each.name for each, reason in said if not reason), None)
-        refusals = tuple((_label(each, candidates), reason) for each, reason in said if reason)
+        said = [(each, each.refusals(asked)) for each in candidates]
+        chosen = next((each.name for each, reasons in said if not reasons), None)
+        refusals = tuple(
+            (_label(each, candidates), reason) for each, reasons in said for reason in reasons
+        )
         rows.append(Choice(op, call.format.name, chosen, refusals))
     return rows
+
+
+def distinct_refusals(choices: Sequence[Choice]) -> list[Refusal]:
+    """Every sentence once, in the order in which they were first said."""
+    said: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for choice in choices:
+        for who, sentence in choice.refusals:
+            formats = said.setdefault(sentence, {}).setdefault(who, {}).setdefault(choice.op, [])
+            if choice.format not in formats:
+                formats.append(choice.format)
+    found = []
+    for sentence, by_who in said.items():
+        # Ops with the same formats together, then implementations that said it of the same.
+        cases: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for who, by_op in by_who.items():
+            alike: dict[tuple[str, ...], list[str]] = {}
+            for op, formats in by_op.items():
+                alike.setdefault(tuple(formats), []).append(op)
+            for formats_of, ops in alike.items():
+                cases.setdefault((tuple(ops), formats_of), []).append(who)
+        found.append(
+            Refusal(
+                sentence, tuple((tuple(who), ops, names) for (ops, names), who in cases.items())
+            )
+        )
+    return found
+
+
+def candidates_of(call: Call, op: str) -> list[tuple[str, list[str]]]:
+    """(implementation, its sentences) of one op in order of preference; no sentence: it can.
+
+    op: of OPS, or its last word ('prefill').
+    """
+    names = {key.split()[-1]: key for key in OPS} | {key: key for key in OPS}
+    if op not in names:
+        short = ", ".join(key.split()[-1] for key in OPS)
+        raise ValueError(f"op: expected one of {short}; got {op!r}")
+    candidates = OPS[names[op]]
+    asked = replace(call, phase="decode" if op.endswith("decode") else "prefill")
+    return [(_label(each, candidates), each.refusals(asked)) for each in candidates]
 
 
 def _label(found: Implementation, candidates: list[Implementation]) -> str:

@@ -26,12 +26,6 @@ def test_formats_lists_all(quantpage, folder):
     assert re.search(rf"int8 .*{3 * 2 * 2 * (16 + 2)}", said)
 
 
-def test_explain_says_what_runs_and_why_not(quantpage):
-    said = quantpage("explain", "--device", "cpu", "--kv-format", "block_wise_fp8").out
-    assert "attend decode" in said and "triton: needs a CUDA device" in said and "fp8" in said
-    assert "triton (decode): needs" in said and "gluon (prefill): Runs" in said, "told apart"
-
-
 def test_capacity_is_what_the_layout_says(quantpage, folder):
     said = quantpage("capacity", "--model", folder, "--memory", "1MiB", "--context", "100").out
     shape = model_shape(load_config(folder))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import quantpage
-from quantpage.cli import INTERRUPTED, bench, capacity, evaluate, explain, formats, generate
+from quantpage.cli import INTERRUPTED, bench, capacity, doctor, evaluate, explain, formats, generate
 from quantpage.cli.options import with_common
 from quantpage.errors import QuantPageError, Unavailable
 
@@ -34,6 +34,7 @@ for _name, _module in (
     ("capacity", capacity),
     ("formats", formats),
     ("explain", explain),
+    ("doctor", doctor),
 ):
     app.command(_name)(with_common(_module.command))
 app.add_typer(bench.app, name="bench")

@@ -1,47 +1,160 @@
-"""`quantpage explain`: the device, what runs for each op and format, and every refusal."""
+"""`quantpage explain`: the device, what runs for each op and format, and every refusal once."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
+import torch
 import typer
-from rich.table import Table
 
-from quantpage.console import OUT
-from quantpage.explain import example_call, explain, support_matrix
+from quantpage import console, cpu_core
+from quantpage.cli.options import AsJson, Device
+from quantpage.explain import (
+    OPS,
+    Choice,
+    candidates_of,
+    distinct_refusals,
+    example_call,
+    explain,
+    support_matrix,
+)
 from quantpage.formats import FORMATS, find_format
-from quantpage.hardware import device_info, find_device
+from quantpage.hardware import DeviceInfo, device_info, find_device
+from quantpage.ops.dispatch import Call
+
+MASKS = ("causal", "full", "interval")
 
 
 def command(
-    kv_format: Annotated[str | None, typer.Option(help="Only this format.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    kv_format: Annotated[
+        str | None, typer.Option(help="Only this format, or those of a choice a layer.")
+    ] = None,
+    device: Device = "auto",
     model: Annotated[
         str | None, typer.Option(help="Model folder: its heads; default: those of an 8B Llama.")
     ] = None,
     mask: Annotated[str, typer.Option(help="causal, full or interval.")] = "causal",
+    why: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="FORMAT OP",
+            help="What each candidate says: int8 decode. Ops: rope_write, prefill, decode, gather.",
+        ),
+    ] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Print the README's support matrix and stop.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which implementation serves each op and format here, and why the others refused."""
     if matrix:
         print(support_matrix())
         return
-    if mask not in ("causal", "full", "interval"):
+    if mask not in MASKS:
         raise ValueError(f"mask: expected causal, full or interval, got {mask!r}")
     info = device_info(find_device(device))
-    OUT.print(f"device: {info.name} ({info.kind}, {info.processors} processors)")
     heads = {} if model is None else _heads(model)
-    names = [find_format(kv_format).name] if kv_format else list(FORMATS)
-    table = Table()
-    for column in ("format", "op", "runs", "refused, and why"):
-        table.add_column(column)
-    for name in names:
-        for choice in explain(replace(example_call(info, FORMATS[name], mask), **heads)):
-            reasons = "\n".join(f"{who}: {why}" for who, why in choice.refusals)
-            table.add_row(name, choice.op, choice.chosen or "nothing", reasons or "-")
-        table.add_section()
-    OUT.print(table)
+    call = replace(example_call(info, FORMATS["none"], mask), **heads)
+    if why is not None:
+        _print_why(replace(call, format=find_format(why[0])), why[1], as_json)
+        return
+    formats = FORMATS.values() if kv_format is None else [find_format(kv_format)]
+    choices = [choice for each in formats for choice in explain(replace(call, format=each))]
+    if as_json:
+        console.print_json(_as_data(call, choices))
+        return
+    console.print_facts(_environment(info))
+    console.OUT.print(f"\n{_heads_in_words(call)}")
+    _print_table(choices)
+    _print_refusals(choices)
+
+
+def _environment(info: DeviceInfo) -> dict[str, str]:
+    """What decides who runs, by name."""
+    capability = (
+        "" if info.capability is None else ", compute capability {}.{}".format(*info.capability)
+    )
+    unit = "threads" if info.kind == "cpu" else "multiprocessors"
+    found = cpu_core.find_core()
+    if found is None:
+        core, isa = f"none: {cpu_core.absence()}", "-"
+    else:
+        core, isa = "yes", f"{cpu_core.ISAS[found.isa]} (of {', '.join(cpu_core.ISAS)})"
+    return {
+        "device": f"{info.name} ({info.kind}{capability}, {info.processors} {unit})",
+        "compiled core": core,
+        "instruction set": isa,
+        "triton": _version("triton"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _heads_in_words(call: Call) -> str:
+    dtype = str(call.dtype).removeprefix("torch.")
+    return (
+        f"{call.q_heads} query heads, {call.kv_heads} kv_heads, head_dim {call.head_dim}, "
+        f"page_size {call.page_size}, {dtype}, {call.mask} mask"
+    )
+
+
+def _print_table(choices: Sequence[Choice]) -> None:
+    table = console.new_table("format", *OPS)
+    for name in dict.fromkeys(each.format for each in choices):
+        chosen = {each.op: each.chosen or "nothing" for each in choices if each.format == name}
+        table.add_row(name, *(chosen[op] for op in OPS))
+    console.OUT.print(table)
+
+
+def _print_refusals(choices: Sequence[Choice]) -> None:
+    every = list(dict.fromkeys(each.format for each in choices))
+    refusals = distinct_refusals(choices)
+    if refusals:
+        console.OUT.print("Who refused, and why:\n")
+    for refusal in refusals:
+        console.print_line(refusal.sentence)
+        for who, ops, formats in refusal.cases:
+            names = "every format" if len(formats) == len(every) > 1 else ", ".join(formats)
+            short = ", ".join(op.split()[-1] for op in ops)
+            console.print_line(f"  {', '.join(who)}: {short}; {names}")
+
+
+def _print_why(call: Call, op: str, as_json: bool) -> None:
+    said = candidates_of(call, op)
+    chosen = next((who for who, reasons in said if not reasons), None)
+    if as_json:
+        candidates = [{"implementation": who, "refusals": reasons} for who, reasons in said]
+        console.print_json(
+            {"format": call.format.name, "op": op, "chosen": chosen, "candidates": candidates}
+        )
+        return
+    console.OUT.print(f"{call.format.name}, {op}, {_heads_in_words(call)}; in order of preference:")
+    for who, reasons in said:
+        serves = "runs" if who == chosen else "could run"
+        console.print_line(f"  {who}: {' '.join(reasons) or serves}")
+
+
+def _as_data(call: Call, choices: Sequence[Choice]) -> dict[str, Any]:
+    return {
+        "environment": _environment(call.device),
+        "call": {
+            "dtype": str(call.dtype).removeprefix("torch."),
+            "q_heads": call.q_heads,
+            "kv_heads": call.kv_heads,
+            "head_dim": call.head_dim,
+            "page_size": call.page_size,
+            "mask": call.mask,
+        },
+        "choices": [asdict(choice) for choice in choices],
+    }
 
 
 def _heads(model: str) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""`quantpage explain` as a page and as data, and `quantpage doctor`."""
+
+import json
+
+import pytest
+
+from quantpage.cli.app import run
+from quantpage.doctor import Finding
+from quantpage.formats import FORMATS
+
+pytestmark = pytest.mark.cpu
+
+
+def test_the_page_says_device_kernels_and_each_refusal_once(quantpage):
+    said = quantpage("explain", "--device", "cpu", columns=80).out
+    for word in ("device", "compiled core", "instruction set", "triton", "transformers"):
+        assert word in said
+    lines = said.splitlines()
+    for name in FORMATS:
+        (row,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(row.split()) == 5
+    sentences = [line for line in lines if line.endswith(".") and line[0] != " "]
+    assert len(sentences) == len(set(sentences)) >= 2
+    assert sum("every format" in line for line in lines) >= 2
+    assert max(len(line) for line in lines if line[:1] == " " and "format" not in line) <= 80
+
+
+def test_why_asks_every_candidate(quantpage):
+    said = quantpage("explain", "--device", "cpu", "--why", "block_wise_fp8", "decode").out
+    assert said.startswith("fp8, decode") and "torch: " in said and "CUDA" in said
+    assert sum(line.endswith(": runs") for line in said.splitlines()) == 1
+    assert "op: expected one of" in quantpage("explain", "--why", "int8", "swim", code=2).err
+    assert "kv_format: expected" in quantpage("explain", "--why", "int5", "decode", code=2).err
+
+
+def test_the_same_as_data(quantpage):
+    given = ["explain", "--device", "cpu", "--kv-format", "int4", "--json"]
+    data = json.loads(quantpage(*given).out)
+    assert [each["op"].split()[-1] for each in data["choices"]] == [
+        "rope_write", "prefill", "decode", "gather",
+    ]  # fmt: skip
+    assert data["call"]["head_dim"] == 128 and data["environment"]["torch"]
+    data = json.loads(quantpage("explain", "--why", "int4", "gather", "--json").out)
+    assert data["chosen"] in {each["implementation"] for each in data["candidates"]}
+
+
+def test_the_doctor_is_content_here(quantpage):
+    done = quantpage("doctor")
+    assert "everything here works" in done.out
+    assert "self-test, cpu: torch" in done.out and "agree with float64" in done.out
+    data = json.loads(quantpage("doctor", "--json", "--quiet").out)
+    assert {"python", "torch", "memory"} <= {each["about"] for each in data}
+
+
+def test_the_doctor_fails_where_something_is_wrong(capsys, monkeypatch):
+    found = [Finding("core", "bad", "broken", "mend it"), Finding("x", "note", "slow", "hurry")]
+    monkeypatch.setattr("quantpage.doctor.examine", lambda: iter(found))
+    assert run(["doctor"]) == 4
+    said = capsys.readouterr().out
+    assert "WRONG" in said and "-> mend it" in said and "1 of these do not work; 1 could" in said
