@@ -1,16 +1,30 @@
 """Pools and sequences under random use: nothing leaks, nothing is shared that is written."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quantpage.cache import PageCopy, PagePool, Sequence
+from quantpage.cache import PageCopy, PagePool, Reach, Sequence
 from quantpage.errors import CacheError, OutOfPages
 from quantpage.formats.spec import ExactPages
 
 pytestmark = pytest.mark.pure
 PAGE = 4
+
+
+def visible_pages(reach, query, tokens, exact):
+    """Pages that some query from ``query`` on sees, of so many tokens; from the rules themselves:
+    every key of every query up to two pages on, and the page that the next token is written to."""
+    pages = {tokens // PAGE} if tokens % PAGE else set()
+    for at in range(query, max(query + 2 * PAGE, tokens)):
+        for key in range(min(at + 1, tokens)):
+            inside = key > at - reach.window if reach.window else True
+            inside &= key // reach.chunk == at // reach.chunk if reach.chunk else True
+            near = key // PAGE == 0 or 0 <= at // PAGE - key // PAGE <= 1
+            if inside and (near or not exact):
+                pages.add(key // PAGE)
+    return pages
 
 
 class Sequences(RuleBasedStateMachine):
@@ -22,51 +36,72 @@ class Sequences(RuleBasedStateMachine):
         self.requests: list[tuple[Sequence, list[int]]] = []
         self.written: dict[tuple[bool, int, int], int] = {}
         self.fresh = 0
+        self.committed: dict[int, int] = {}
 
     @precondition(lambda self: len(self.requests) < 4)
-    @rule(exact=st.booleans())
-    def start(self, exact):
-        made = Sequence(self.pool, PAGE, self.exact_pool if exact else None)
+    @rule(
+        exact=st.booleans(),
+        reach=st.one_of(
+            st.builds(Reach, window=st.integers(0, 20)), st.builds(Reach, chunk=st.integers(1, 20))
+        ),
+    )
+    def start(self, exact, reach):
+        made = Sequence(self.pool, PAGE, self.exact_pool if exact else None, reach)
         self.requests.append((made, []))
+        self.committed[id(made)] = 0
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), tokens=st.integers(0, 19), rejected=st.integers(0, 19))
-    def step(self, data, tokens, rejected):
+    @rule(
+        data=st.data(),
+        tokens=st.one_of(st.integers(0, 19), st.integers(0, 150)),
+        rejected=st.integers(0, 19),
+        sparse=st.booleans(),
+    )
+    def step(self, data, tokens, rejected, sparse):
         sequence, contents = data.draw(st.sampled_from(self.requests))
         before = (sequence.length, list(sequence.pages), list(sequence.exact_pages))
+        need = sequence.pages_needed(tokens, sparse)
+        free = self.pool.free, self.exact_pool.free
         try:
-            copies = sequence.reserve(tokens)
+            copies = sequence.reserve(tokens, sparse)
         except OutOfPages:
+            assert need[0] > free[0] or need[1] > free[1]
             after = (sequence.length, list(sequence.pages), list(sequence.exact_pages))
             assert after == before, "a failed reservation changes nothing"
             return
+        taken = (free[0] - self.pool.free, free[1] - self.exact_pool.free)
+        assert taken == need, "what was asked for is what is taken"
         for copy in copies:
             for offset in range(PAGE):
                 source = (copy.exact, copy.source, offset)
                 if source in self.written:
                     self.written[copy.exact, copy.target, offset] = self.written[source]
-        if tokens and sequence.exact_pages:
-            before_first = max(sequence.length // PAGE - 1, 0)
-            assert min(sequence.exact_pages[before_first:]) >= 0, "queries see these pages exactly"
-        for position in range(sequence.length, sequence.length + tokens):
+        end = sequence.length + tokens
+        for exact, pages in ((False, sequence.pages), (True, sequence.exact_pages)):
+            if tokens and pages and not sparse:
+                seen = visible_pages(sequence.reach, sequence.length, end, exact)
+                assert all(pages[page] >= 0 for page in seen), "the step's queries see these"
+        for position in range(sequence.length, end):
             self.fresh += 1
             contents.append(self.fresh)
             for exact, pages in ((False, sequence.pages), (True, sequence.exact_pages)):
-                if pages:
-                    page = pages[position // PAGE]
-                    assert page >= 0, "a page that a new token stands in is kept exact"
+                page = pages[position // PAGE] if pages else -1
+                if page >= 0:
                     pool = self.exact_pool if exact else self.pool
                     assert pool.references(page) == 1, "never write into a shared page"
                     self.written[exact, page, position % PAGE] = self.fresh
         accepted = max(tokens - rejected, 0)
         del contents[sequence.length + accepted :]
         sequence.commit(accepted)
+        self.committed[id(sequence)] = sequence.length
 
     @precondition(lambda self: 0 < len(self.requests) < 5)
     @rule(data=st.data())
     def fork(self, data):
         sequence, contents = data.draw(st.sampled_from(self.requests))
-        self.requests.append((sequence.fork(), list(contents)))
+        made = sequence.fork()
+        self.requests.append((made, list(contents)))
+        self.committed[id(made)] = self.committed[id(sequence)]
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -76,9 +111,13 @@ class Sequences(RuleBasedStateMachine):
         try:
             sequence.crop(length)
         except CacheError:
-            assert sequence.length - length > PAGE, "a draft of a page can be rolled back"
-            next_sees = sequence.exact_pages[max(length // PAGE - 1, 0) : -(-length // PAGE)]
-            assert -1 in next_sees
+            last = self.committed[id(sequence)]
+            assert last - length > PAGE, "a page can be rolled back after a step"
+            assert any(
+                pages and pages[page] < 0
+                for exact, pages in ((False, sequence.pages), (True, sequence.exact_pages))
+                for page in visible_pages(sequence.reach, length, length, exact)
+            )
             return
         del contents[length:]
 
@@ -92,9 +131,12 @@ class Sequences(RuleBasedStateMachine):
     def every_request_reads_its_own_tokens(self):
         for sequence, contents in self.requests:
             assert sequence.length == len(contents)
+            for exact, pages in ((False, sequence.pages), (True, sequence.exact_pages)):
+                seen = visible_pages(sequence.reach, len(contents), len(contents), exact)
+                assert not pages or all(pages[page] >= 0 for page in seen)
             for position, token in enumerate(contents):
                 page = sequence.pages[position // PAGE]
-                assert self.written[False, page, position % PAGE] == token
+                assert page < 0 or self.written[False, page, position % PAGE] == token
                 if sequence.exact_pages and sequence.exact_pages[position // PAGE] >= 0:
                     page = sequence.exact_pages[position // PAGE]
                     assert self.written[True, page, position % PAGE] == token
@@ -109,14 +151,20 @@ class Sequences(RuleBasedStateMachine):
                 assert pool.references(page) == held.count(page)
 
     @invariant()
-    def exact_pages_stay_few(self):
+    def few_pages_are_kept(self):
         for sequence, _ in self.requests:
             kept = ExactPages().kept_pages
             assert sum(page >= 0 for page in sequence.exact_pages) <= kept
+            if sequence.reach.limited:
+                limit = sequence.reach.window + sequence.reach.chunk
+                # A page to roll back, and two that are partly seen.
+                assert sum(page >= 0 for page in sequence.pages) <= -(-limit // PAGE) + 2
 
 
 TestSequences = Sequences.TestCase
-TestSequences.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestSequences.settings = settings(
+    max_examples=80, stateful_step_count=30, deadline=None, phases=(Phase.reuse, Phase.generate)
+)
 
 
 def test_a_shared_last_page_is_copied_on_write():
@@ -202,3 +250,45 @@ def test_a_long_draft_is_rejected_when_the_step_ends():
     sequence.commit(1)
     assert (sequence.length, len(sequence.pages)) == (19, 5)
     assert min(sequence.exact_pages[3:]) >= 0, "what the next query sees exactly is there"
+
+
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=9), Reach(window=3), Reach(chunk=8)])
+def test_a_sparse_step_takes_what_is_read_after_it(reach):
+    whole, sparse = (Sequence(PagePool(64), PAGE, PagePool(64), reach) for _ in range(2))
+    for tokens in (5, 3, 150, 1, 80, 1):
+        whole.reserve(tokens)
+        sparse.reserve(tokens, sparse=True)
+        held = [sum(page >= 0 for page in each.exact_pages) for each in (whole, sparse)]
+        if tokens > 100:
+            # 64 tokens may be rejected: 17 pages, the one before them, and two of before the step.
+            assert held[1] <= 20 < held[0]
+        for each in (whole, sparse):
+            each.commit()
+        for name in ("pages", "exact_pages"):
+            kept = [[page >= 0 for page in getattr(each, name)] for each in (whole, sparse)]
+            assert kept[0] == kept[1], "afterwards the same is there"
+
+
+def test_rolling_back_out_of_a_window_is_an_error():
+    sequence = Sequence(PagePool(16), PAGE, reach=Reach(window=8))
+    sequence.reserve(40)
+    sequence.commit()
+    assert [page >= 0 for page in sequence.pages] == 7 * [False] + 3 * [True]
+    with pytest.raises(CacheError, match="crop: expected a length whose last pages are still kept"):
+        sequence.crop(30)
+    assert sequence.length == 40
+    sequence.crop(36)
+    sequence.reserve(1)
+
+
+def test_a_pool_is_trimmed_to_what_is_held():
+    pool = PagePool(8)
+    held = [pool.acquire() for _ in range(5)]
+    for page in (held[1], held[4]):
+        pool.release(page)
+    assert (pool.trim(), pool.capacity, pool.free) == (4, 4, 1)
+    pool.check()
+    assert pool.acquire() == held[1], "the lowest first"
+    pool.grow(2)
+    assert [pool.acquire(), pool.acquire()] == [4, 5]
+    pool.check()

@@ -4,10 +4,13 @@ from quantpage.cache.layout import PAGE_SIZES, CacheLayout
 from quantpage.cache.paged import HostPages, PagedKVCache
 from quantpage.cache.pool import PagePool
 from quantpage.cache.prefix import PrefixCache, prefix_seed
+from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.cache.sequence import PageCopy, Prefix, Sequence
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.cache.working import Working, find_working
 
 __all__ = [
+    "EVERYTHING",
     "PAGE_SIZES",
     "CacheLayout",
     "HostPages",
@@ -18,6 +21,9 @@ __all__ = [
     "Prefix",
     "PrefixCache",
     "QuantizedPages",
+    "Reach",
     "Sequence",
+    "Working",
+    "find_working",
     "prefix_seed",
 ]

@@ -6,7 +6,7 @@ allocated: a code or scale that nobody wrote is a finite number.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import CacheError
 from quantpage.formats import KeyMap, QuantSpec
 from quantpage.formats.scales import ScalePair
+
+_NO_SCALES: tuple[ScalePair, ScalePair] = ((None, None), (None, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +68,30 @@ class PagedKVCache:
             raise ValueError(
                 f"static: expected scales for the static format {layout.format.name}, got None"
             )
-        key_static, value_static = static or ((None, None), (None, None))
-        exact = layout.format.exact_pages is not None
+        made = allocate_layer(layout, self.pages, self.exact_pages, self.device, static)
+        self._layers[index] = replace(made, key_map=key_map)
         self.layouts[index] = layout
-        self._layers[index] = LayerKV(
-            self._allocate(layout, layout.format.key, layout.head_dim, key_static),
-            self._allocate(layout, layout.format.value, layout.v_dim, value_static),
-            self._exact_plane(layout, layout.head_dim) if exact else None,
-            self._exact_plane(layout, layout.v_dim) if exact else None,
-            key_map,
-        )
 
     def layer(self, index: int) -> LayerKV:
         """The pages of one layer; the view is stale after ``grow``."""
         return self._layers[index]
 
     def grow(self, pages: int, exact_pages: int = 0) -> None:
-        """Add pages after the last; contents are kept, views of before are stale."""
+        """Add pages after the last; contents are kept, views of before are stale.
+
+        Negative numbers take the last pages away. Layers change one after the other, so that no
+        more than one of them is in memory twice.
+        """
+        pages, exact_pages = self.pages + pages, self.exact_pages + exact_pages
         for index, view in self._layers.items():
             self._layers[index] = LayerKV(
-                _grown(view.key, pages),
-                _grown(view.value, pages),
-                None if view.exact_key is None else _longer(view.exact_key, exact_pages),
-                None if view.exact_value is None else _longer(view.exact_value, exact_pages),
+                _resized(view.key, pages),
+                _resized(view.value, pages),
+                None if view.exact_key is None else _of_pages(view.exact_key, exact_pages),
+                None if view.exact_value is None else _of_pages(view.exact_value, exact_pages),
                 view.key_map,
             )
-        self.pages += pages
-        self.exact_pages += exact_pages
+        self.pages, self.exact_pages = pages, exact_pages
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Copy whole pages in every layer, in the order given."""
@@ -139,17 +138,19 @@ class PagedKVCache:
         pages, exact_pages: which, in the order in which ``load`` numbers them; None: all.
         note: what to remember beside them (JSON), such as lengths and page tables.
         """
-        host = self.swap_out(
-            range(self.pages) if pages is None else pages,
-            range(self.exact_pages) if exact_pages is None else exact_pages,
-        )
+        pages = range(self.pages) if pages is None else pages
+        exact_pages = range(self.exact_pages) if exact_pages is None else exact_pages
+        sizes = {"pages": len(pages), "exact_pages": len(exact_pages), "user": note or {}}
+        write_pages(path, SavedPages(self.layouts, self.to_save(pages, exact_pages), sizes))
+
+    def to_save(self, pages: Sequence[int], exact_pages: Sequence[int]) -> dict[str, Tensor]:
+        """What a file keeps of every layer: these pages, and static scales, by their names."""
         static = {
             f"{index}.{name}": plane
             for index, view in self._layers.items()
             for name, plane in _named_planes(view)["static"].items()
         }
-        sizes = {"pages": host.pages, "exact_pages": host.exact_pages, "user": note or {}}
-        write_pages(path, SavedPages(self.layouts, {**host.planes, **static}, sizes))
+        return {**self.swap_out(pages, exact_pages).planes, **static}
 
     @classmethod
     def load(
@@ -165,17 +166,19 @@ class PagedKVCache:
         """
         saved = read_pages(path, expected)
         cache = cls(saved.note["pages"], saved.note["exact_pages"], device)
-        for index, layout in saved.layouts.items():
+        cache.fill(saved.layouts, saved.planes)
+        return cache, saved.note["user"]
+
+    def fill(self, layouts: Mapping[int, CacheLayout], planes: dict[str, Tensor]) -> None:
+        """Add these layers with what ``to_save`` gave of them, as many pages as there are here."""
+        for index, layout in layouts.items():
             pair = [
-                _static_pair(saved.planes, f"{index}.{half}", spec, device)
+                _static_pair(planes, f"{index}.{half}", spec, self.device)
                 for half, spec in (("key", layout.format.key), ("value", layout.format.value))
             ]
-            cache.add_layer(
-                index, layout, (pair[0], pair[1]), _key_map(saved.planes, index, device)
-            )
-        host = HostPages(saved.planes, cache.pages, cache.exact_pages)
-        cache.swap_in(host, range(cache.pages), range(cache.exact_pages))
-        return cache, saved.note["user"]
+            self.add_layer(index, layout, (pair[0], pair[1]), _key_map(planes, index, self.device))
+        host = HostPages(planes, self.pages, self.exact_pages)
+        self.swap_in(host, range(self.pages), range(self.exact_pages))
 
     @property
     def nbytes(self) -> int:
@@ -189,19 +192,44 @@ class PagedKVCache:
             for layout in self.layouts.values()
         )
 
-    def _allocate(self, layout, spec: QuantSpec, width: int, static) -> QuantizedPages:
-        shape = layout.codes_shape(spec, width, self.pages)
-        codes = zero_plane(shape, spec.code.storage or layout.dtype, self.device)
-        if not spec.quantized or not spec.dynamic:
-            return QuantizedPages(spec, codes, *static)
-        shape = layout.scale_shape(spec, width, self.pages)
-        scale = zero_plane(shape, spec.scale_dtype, self.device)
-        zero = zero_plane(shape, spec.scale_dtype, self.device) if spec.zero_point else None
-        return QuantizedPages(spec, codes, scale, zero)
 
-    def _exact_plane(self, layout: CacheLayout, width: int) -> Tensor:
-        shape = (self.exact_pages, layout.kv_heads, layout.page_size, width)
-        return zero_plane(shape, layout.dtype, self.device)
+def allocate_layer(
+    layout: CacheLayout,
+    pages: int,
+    exact_pages: int,
+    device: torch.device | str,
+    static: tuple[ScalePair, ScalePair] | None = None,
+) -> LayerKV:
+    """Zero-filled pages of one layer; exact ones where its format keeps some."""
+    halves: list[QuantizedPages] = []
+    exact: list[Tensor | None] = []
+    form = layout.format
+    for spec, width, given in (
+        (form.key, layout.head_dim, (static or _NO_SCALES)[0]),
+        (form.value, layout.v_dim, (static or _NO_SCALES)[1]),
+    ):
+        shape = layout.codes_shape(spec, width, pages)
+        codes = zero_plane(shape, spec.code.storage or layout.dtype, device)
+        if spec.quantized and spec.dynamic:
+            shape = layout.scale_shape(spec, width, pages)
+            scale = zero_plane(shape, spec.scale_dtype, device)
+            zero = zero_plane(shape, spec.scale_dtype, device) if spec.zero_point else None
+            halves.append(QuantizedPages(spec, codes, scale, zero))
+        else:
+            halves.append(QuantizedPages(spec, codes, *given))
+        shape = (exact_pages, layout.kv_heads, layout.page_size, width)
+        exact.append(None if form.exact_pages is None else zero_plane(shape, layout.dtype, device))
+    return LayerKV(halves[0], halves[1], exact[0], exact[1])
+
+
+def copy_rows(
+    source: LayerKV, target: LayerKV, pairs: tuple[Tensor, Tensor], exact: bool = False
+) -> None:
+    """Copy pages of one layer to pages of another of the same layout: (from, to) page ids."""
+    group = "exact_pages" if exact else "pages"
+    given, into = _named_planes(source)[group], _named_planes(target)[group]
+    for name, plane in into.items():
+        plane[pairs[1]] = given[name][pairs[0]]
 
 
 def _paged_planes(view: LayerKV) -> list[Tensor]:
@@ -251,20 +279,23 @@ def _static_pair(
     )
 
 
-def _grown(half: QuantizedPages, pages: int) -> QuantizedPages:
+def _resized(half: QuantizedPages, pages: int) -> QuantizedPages:
+    scale, zero = half.scale, half.zero
     if half.spec.quantized and half.spec.dynamic:
         scale, zero = (
-            None if plane is None else _longer(plane, pages) for plane in (half.scale, half.zero)
+            None if plane is None else _of_pages(plane, pages) for plane in (scale, zero)
         )
-    else:
-        scale, zero = half.scale, half.zero
-    return QuantizedPages(half.spec, _longer(half.codes, pages), scale, zero)
+    return QuantizedPages(half.spec, _of_pages(half.codes, pages), scale, zero)
 
 
-def _longer(plane: Tensor, pages: int) -> Tensor:
+def _of_pages(plane: Tensor, pages: int) -> Tensor:
+    """The plane with so many pages; what both have is kept."""
     old = _indexable(plane)
-    new = zero_plane((old.shape[0] + pages, *old.shape[1:]), old.dtype, old.device)
-    new[: old.shape[0]] = old
+    if old.shape[0] == pages:
+        return plane
+    new = zero_plane((pages, *old.shape[1:]), old.dtype, old.device)
+    both = min(pages, old.shape[0])
+    new[:both] = old[:both]
     return new.view(plane.dtype)
 
 

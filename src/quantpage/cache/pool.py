@@ -1,16 +1,22 @@
 """Which pages are free, and how many hold on to each: plain Python, no tensors."""
 
+from heapq import heapify, heappop, heappush
+
 from quantpage.errors import CacheError, OutOfPages
 
 
 class PagePool:
-    """Page ids 0 .. capacity - 1 with reference counts."""
+    """Page ids 0 .. capacity - 1 with reference counts.
+
+    The lowest free page is given first, so that what is held lies low and ``trim`` finds the rest.
+    """
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
             raise ValueError(f"capacity: expected at least 0 pages, got {capacity}")
         self._references = [0] * capacity
-        self._free = list(range(capacity - 1, -1, -1))
+        # A heap.
+        self._free = list(range(capacity))
 
     @property
     def capacity(self) -> int:
@@ -31,7 +37,7 @@ class PagePool:
         """A free page, held once. Raises OutOfPages."""
         if not self._free:
             raise OutOfPages(f"pool: expected a free page, all {self.capacity} are held")
-        page = self._free.pop()
+        page = heappop(self._free)
         self._references[page] = 1
         return page
 
@@ -47,7 +53,7 @@ class PagePool:
         self._references[page] -= 1
         if self._references[page]:
             return False
-        self._free.append(page)
+        heappush(self._free, page)
         return True
 
     def references(self, page: int) -> int:
@@ -58,7 +64,18 @@ class PagePool:
         """Add ``pages`` free pages after the last."""
         first = self.capacity
         self._references.extend([0] * pages)
-        self._free.extend(range(first + pages - 1, first - 1, -1))
+        # Higher than all there are: it stays a heap.
+        self._free.extend(range(first, first + pages))
+
+    def trim(self) -> int:
+        """Take away the free pages after the last that is held; how many they were."""
+        before = self.capacity
+        while self._references and not self._references[-1]:
+            self._references.pop()
+        if self.capacity < before:
+            self._free = [page for page in self._free if page < self.capacity]
+            heapify(self._free)
+        return before - self.capacity
 
     def check(self) -> None:
         """Raise CacheError unless free pages and counts agree."""

@@ -2,16 +2,29 @@
 
 A step is ``reserve(n)`` (pages for n more tokens; copies that the owner of the tensors must make
 first), the writes of all layers, and ``commit()``. Pages are shared between forks and copied when
-one of them writes into a page that both hold.
+one of them writes into a page that both hold. Pages that no later query reads are given back when
+the step is committed, and are -1 in the tables from then on:
 
-    kept exact      page:   0    1    2    3    4    5
-    between steps           x              x    x    x      first, the two before, the current
-    during a step           x         x    x    x    x      and all that new tokens stand in
+    page:                  0    1    2    3    4    5
+    kept between steps     x    x    x    x    x    x      all that a query a page back sees
+    in a window of a page                 x    x    x      no more than that
+    kept exact             x              x    x    x      the first, the current, the two before
+
+``reserve(n, sparse=True)`` takes no page in the first place that the step alone would read: whoever
+runs the layers gives each of them its own (cache/working).
 """
 
 from dataclasses import dataclass
 
 from quantpage.cache.pool import PagePool
+from quantpage.cache.reach import (
+    EVERYTHING,
+    Reach,
+    exact_seen,
+    kept_from,
+    kept_from_within,
+    pages_seen,
+)
 from quantpage.errors import CacheError, OutOfPages
 
 
@@ -30,95 +43,113 @@ class Prefix:
     """Full pages that hold the beginning of a prompt (cache/prefix)."""
 
     pages: tuple[int, ...]
+    """Logical page -> page; -1 before what the next query sees."""
     exact_pages: tuple[int, ...] = ()
-    """Logical page -> exact page or -1, the first and the last present; empty where the format
-    keeps none."""
+    """Logical page -> exact page or -1, those that the next query sees present; empty where the
+    format keeps none."""
 
 
 class Sequence:
     """One request's tokens and pages; see the module's picture."""
 
-    def __init__(self, pool: PagePool, page_size: int, exact_pool: PagePool | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        exact_pool: PagePool | None = None,
+        reach: Reach = EVERYTHING,
+    ) -> None:
         self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        self.reach = reach
         self.length = 0
         """Tokens that are cached and committed."""
         self.reserved = 0
         """Tokens of the step under way."""
         self.pages: list[int] = []
+        """Logical page -> page, or -1 once no query will see it."""
         self.exact_pages: list[int] = []
         """Logical page -> exact page or -1; empty where the format keeps none."""
+        # Logical pages before which all that is unseen has been let go, of each table.
+        self._looked_at = [0, 0]
 
-    def pages_needed(self, tokens: int) -> tuple[int, int]:
-        """(pages, exact pages) that ``reserve(tokens)`` would acquire now."""
+    def pages_needed(self, tokens: int, sparse: bool = False) -> tuple[int, int]:
+        """(pages, exact pages) that ``reserve(tokens, sparse)`` would acquire now."""
         if tokens == 0:
             return 0, 0
-        last = -(-(self.length + tokens) // self.page_size)
-        need = last - len(self.pages) + self._shares_last(self.pages, self._pool)
+        more, exact_more = self._more(tokens, sparse)
+        need = len(more) - more.count(False) + self._shares_last(self.pages, self._pool)
         if self._exact_pool is None:
             return need, 0
         shared = self._shares_last(self.exact_pages, self._exact_pool)
-        return need, last - len(self.exact_pages) + shared
+        return need, len(exact_more) - exact_more.count(False) + shared
 
-    def reserve(self, tokens: int) -> list[PageCopy]:
+    def reserve(self, tokens: int, sparse: bool = False) -> list[PageCopy]:
         """Make room for ``tokens`` more; the copies to make before they are written.
+
+        sparse: only for what is read after the step, or after the rejection of its newest tokens
+        (``reach.ROLLBACK``, or a page); other pages are -1.
 
         Raises OutOfPages with nothing changed.
         """
         if self.reserved:
             raise CacheError("reserve: expected the last step to be committed first")
-        need, exact_need = self.pages_needed(tokens)
+        need, exact_need = self.pages_needed(tokens, sparse)
         if need > self._pool.free:
             self._pool_is_out("pool", self._pool, need)
         if self._exact_pool is not None and exact_need > self._exact_pool.free:
             self._pool_is_out("exact_pool", self._exact_pool, exact_need)
         if tokens == 0:
             return []
+        more, exact_more = self._more(tokens, sparse)
         copies = self._own(self.pages, self._pool, exact=False)
-        last = -(-(self.length + tokens) // self.page_size)
-        while len(self.pages) < last:
-            self.pages.append(self._pool.acquire())
+        self.pages += [self._pool.acquire() if kept else -1 for kept in more]
         if self._exact_pool is not None:
             copies += self._own(self.exact_pages, self._exact_pool, exact=True)
-            while len(self.exact_pages) < last:
-                self.exact_pages.append(self._exact_pool.acquire())
+            self.exact_pages += [self._exact_pool.acquire() if kept else -1 for kept in exact_more]
         self.reserved = tokens
         return copies
 
     def commit(self, tokens: int | None = None) -> None:
-        """The step is written: count its tokens, let go of exact pages no query will see.
+        """The step is written: count its tokens, let go of pages no query will see.
 
         tokens: how many of them count, from the first; None: all. The rest of a draft that is
-        rejected here may be of any length (``crop`` comes too late for a long one).
+        rejected here may be of any length (``crop`` comes too late for a long one), unless the
+        step was sparse.
         """
         accepted = self.reserved if tokens is None else tokens
         if not 0 <= accepted <= self.reserved:
             raise ValueError(f"tokens: expected 0..{self.reserved}, got {tokens}")
+        if accepted < self.reserved:
+            self._refuse_missing("commit", self.length + accepted)
         self.length += accepted
         self.reserved = 0
         self._cut()
-        self._trim_exact()
+        self._release_unseen()
 
     def adopt(self, prefix: Prefix) -> None:
         """Begin with pages that another request wrote, already held for this one."""
         if self.length or self.reserved:
             raise CacheError(f"adopt: expected an empty sequence, got {self.length} tokens")
-        self.pages = list(prefix.pages)
+        exact = [] if self._exact_pool is None else list(prefix.exact_pages)
+        if exact and len(exact) != len(prefix.pages):
+            raise CacheError(
+                f"adopt: expected {len(prefix.pages)} exact pages or -1, got {len(exact)}"
+            )
+        self.pages, self.exact_pages = list(prefix.pages), exact
+        try:
+            self._refuse_missing("adopt", len(self.pages) * self.page_size)
+        except CacheError:
+            self.pages, self.exact_pages = [], []
+            raise
         self.length = len(self.pages) * self.page_size
-        if self._exact_pool is not None and self.pages:
-            exact = list(prefix.exact_pages)
-            if len(exact) != len(self.pages) or exact[0] < 0 or exact[-1] < 0:
-                raise CacheError(
-                    f"adopt: expected the first and the last page's exact page, got {exact}"
-                )
-            self.exact_pages = exact
 
     def fork(self) -> "Sequence":
         """Another request with the same tokens, sharing every page."""
         if self.reserved:
             raise CacheError("fork: expected the last step to be committed first")
-        made = Sequence(self._pool, self.page_size, self._exact_pool)
+        made = Sequence(self._pool, self.page_size, self._exact_pool, self.reach)
         made.length = self.length
-        made.pages = [self._pool.share(page) for page in self.pages]
+        made.pages = [page if page < 0 else self._pool.share(page) for page in self.pages]
         if self._exact_pool is not None:
             made.exact_pages = [
                 page if page < 0 else self._exact_pool.share(page) for page in self.exact_pages
@@ -128,33 +159,50 @@ class Sequence:
     def crop(self, length: int) -> None:
         """Forget the tokens from ``length`` on.
 
-        Raises CacheError when the exact page that the next query needs is no longer kept.
+        Raises CacheError, with nothing changed, when a page that the next query needs is no longer
+        kept.
         """
         if self.reserved:
             raise CacheError("crop: expected the last step to be committed first")
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length: expected 0..{self.length}, got {length}")
-        keep = -(-length // self.page_size)
-        # The next query reads its own page, where that holds tokens, and the one before it.
-        seen = range(max(length // self.page_size - 1, 0), keep)
-        gone = [page for page in seen if self.exact_pages and self.exact_pages[page] < 0]
-        if gone:
-            raise CacheError(
-                f"crop: expected a length whose last pages are still kept exact, got {length}, "
-                f"for which page {gone[0]} is not"
-            )
+        self.check_crop(length)
         self.length = length
         self._cut()
+
+    def check_crop(self, length: int) -> None:
+        """What ``crop`` refuses, of the tokens of a step under way, too; changes nothing."""
+        if not 0 <= length <= self.length + self.reserved:
+            raise ValueError(f"length: expected 0..{self.length + self.reserved}, got {length}")
+        self._refuse_missing("crop", length)
 
     def free(self) -> None:
         """Let go of everything."""
         self.reserved = 0
-        for page in self.pages:
-            self._pool.release(page)
-        for page in self.exact_pages:
-            if page >= 0 and self._exact_pool is not None:
-                self._exact_pool.release(page)
+        for pages, pool in self._tables():
+            for page in pages:
+                if page >= 0:
+                    pool.release(page)
         self.pages, self.exact_pages, self.length = [], [], 0
+        self._looked_at = [0, 0]
+
+    def _more(self, tokens: int, sparse: bool) -> tuple[list[bool], list[bool]]:
+        """Of the pages after the last, and of the exact ones: whether the pool has to give it."""
+        end = self.length + tokens
+        last = -(-end // self.page_size)
+        first, exact_first = len(self.pages), len(self.exact_pages)
+        if not sparse:
+            return [True] * (last - first), [True] * (last - exact_first)
+        query = kept_from_within(self.length, end, self.page_size)
+        seen = pages_seen(self.reach, query, end, self.page_size)
+        exact = exact_seen(self.reach, query, end, self.page_size)
+        return [page in seen for page in range(first, last)], [
+            page in exact for page in range(exact_first, last)
+        ]
+
+    def _tables(self) -> list[tuple[list[int], PagePool]]:
+        tables = [(self.pages, self._pool)]
+        if self._exact_pool is not None:
+            tables.append((self.exact_pages, self._exact_pool))
+        return tables
 
     def _own(self, pages: list[int], pool: PagePool, exact: bool) -> list[PageCopy]:
         """Copy on write: the partly filled last page, if another request holds it too."""
@@ -172,21 +220,40 @@ class Sequence:
     def _cut(self) -> None:
         """Let go of the pages after the last token."""
         keep = -(-self.length // self.page_size)
-        while len(self.pages) > keep:
-            self._pool.release(self.pages.pop())
-        while len(self.exact_pages) > keep:
-            page = self.exact_pages.pop()
-            if page >= 0 and self._exact_pool is not None:
-                self._exact_pool.release(page)
+        for pages, pool in self._tables():
+            while len(pages) > keep:
+                page = pages.pop()
+                if page >= 0:
+                    pool.release(page)
+        self._looked_at = [min(each, keep) for each in self._looked_at]
 
-    def _trim_exact(self) -> None:
-        if self._exact_pool is None:
-            return
-        for index in range(1, len(self.exact_pages) - 3):
-            page = self.exact_pages[index]
-            if page >= 0:
-                self._exact_pool.release(page)
-                self.exact_pages[index] = -1
+    def _release_unseen(self) -> None:
+        """Let go of what no query sees, be it after the newest tokens are forgotten."""
+        query = kept_from(self.length, self.page_size)
+        rule = self.reach, query, self.length, self.page_size
+        for at, ((pages, pool), seen) in enumerate(
+            zip(self._tables(), (pages_seen(*rule), exact_seen(*rule)), strict=False)
+        ):
+            # What is seen is all from some page on, and perhaps the first.
+            near = next((page for page in seen if page), self._looked_at[at])
+            for index in [0, *range(max(self._looked_at[at], 1), near)] if pages else []:
+                if index not in seen and pages[index] >= 0:
+                    pool.release(pages[index])
+                    pages[index] = -1
+            self._looked_at[at] = max(self._looked_at[at], near)
+
+    def _refuse_missing(self, act: str, length: int) -> None:
+        """CacheError where the next query after ``length`` tokens needs a page that is gone."""
+        for name, pages, seen in (
+            ("", self.pages, pages_seen(self.reach, length, length, self.page_size)),
+            (" exact", self.exact_pages, exact_seen(self.reach, length, length, self.page_size)),
+        ):
+            gone = [page for page in seen if pages and pages[page] < 0]
+            if gone:
+                raise CacheError(
+                    f"{act}: expected a length whose last pages are still kept{name}, got "
+                    f"{length}, for which page {gone[0]} is not"
+                )
 
     @staticmethod
     def _pool_is_out(name: str, pool: PagePool, need: int) -> None:

@@ -91,16 +91,20 @@ class Decoder:
         cos: Float[Tensor, "tokens head_dim"],
         sin: Float[Tensor, "tokens head_dim"],
         layers: Sequence[LayerKV],
-        batch: BatchPlan,
+        batches: Sequence[BatchPlan],
     ) -> Float[Tensor, "tokens width"]:
-        """The hidden state after the last block; keys and values are in their pages."""
+        """The hidden state after the last block; keys and values are in their pages.
+
+        batches: the same step for each block, with the page table of its pages.
+        """
         buffers = self._prepared(x)
         for into, given in ((buffers.x, x), (buffers.cos, cos), (buffers.sin, sin)):
             into.copy_(given)
-        step = step_record(batch)
         parts = []
-        for (first, middle, last), layer in zip(buffers.pieces, layers, strict=True):
-            pages = layer_record(layer)
+        for (first, middle, last), layer, batch in zip(
+            buffers.pieces, layers, batches, strict=True
+        ):
+            pages, step = layer_record(layer), step_record(batch)
             parts += [first, pages, step, middle, pages, step, last]
         program = b"".join(parts)
         if core().run(program, len(program)):

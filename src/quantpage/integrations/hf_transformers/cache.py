@@ -17,12 +17,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from quantpage.attention import AttentionBackend, LayerAttention, build
 from quantpage.batch import BatchPlan
-from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV
+from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
+from quantpage.errors import CacheError
 from quantpage.formats import KVFormat, rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.lazy import LazyKV
 from quantpage.integrations.hf_transformers.memory import Memory
+from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
 from quantpage.integrations.hf_transformers.rows import Rows, Step
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops import gather
@@ -57,11 +59,11 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, index: int, sliding: bool, kv_format: KVFormat, options: CacheOptions, rows: Rows
+        self, index: int, reach: Reach, kv_format: KVFormat, options: CacheOptions, rows: Rows
     ) -> None:
         super().__init__()
-        self.index = index
-        self.is_sliding = sliding
+        self.index, self.reach = index, reach
+        self.is_sliding = reach.limited
         self.length = 0
         """Tokens a row as Transformers counts them, padding included."""
         self._format, self._options, self._rows = kv_format, options, rows
@@ -81,7 +83,7 @@ class PagedLayer(CacheLayerMixin):
             dtype=key_states.dtype,
             value_head_dim=value_states.shape[-1],
         )
-        self._rows.add_layer(self.index, self.layout, key_states)
+        self._rows.add_layer(self.index, self.layout, self.reach, key_states)
         self.is_initialized = True
 
     def update(
@@ -109,9 +111,11 @@ class PagedLayer(CacheLayerMixin):
         params = self._own_mask(params)
         serving = self._serving(q_heads, query.dtype, params.mask)
         step = self._rows.step(self.length - new, new, padding)
-        written = self._write(step.pack(query), step, serving)
+        pages, batch = self._open(step, params.mask)
+        written = self._write(step.pack(query), step, pages, serving)
         assert written is not None
-        out = serving.attend_step(written, self._view(), step.batch, params).out
+        out = serving.attend_step(written, pages, batch, params).out
+        self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out).view(rows, new, q_heads, -1)
 
     def attend_packed(
@@ -131,10 +135,12 @@ class PagedLayer(CacheLayerMixin):
         self.length += new
         if step.keep is not None:
             q, k, v = q[step.keep], k[step.keep], v[step.keep]
-        view, batch = self._view(), step.batch
-        written = serving.write_step(q, k, v, view, batch, self._write_params)
+        pages, batch = self._open(step, params.mask)
+        written = serving.write_step(q, k, v, pages, batch, self._write_params)
         assert written.q is not None
-        return step.unpack(serving.attend_step(written.q, view, batch, params).out)
+        out = serving.attend_step(written.q, pages, batch, params).out
+        self._rows.close(self.index, step, self.reach, read=True)
+        return step.unpack(out)
 
     def flush(self, padding: Tensor | None) -> None:
         """Write what waits, for a reader other than our attention function."""
@@ -142,19 +148,21 @@ class PagedLayer(CacheLayerMixin):
             return
         new = self._pending[0].shape[2]
         step = self._rows.step(self.length - new, new, padding)
-        key = self._pending[0]
-        self._write(None, step, self._serving(key.shape[1], key.dtype, CausalMask()))
+        key, pages = self._pending[0], self._rows.open(self.index, step, self.reach)
+        self._write(None, step, pages, self._serving(key.shape[1], key.dtype, CausalMask()))
+        self._rows.close(self.index, step, self.reach, read=False)
 
     def dequantized(self, which: str) -> Tensor:
         """What the pages hold as [rows, kv_heads, length, head_dim], for foreign attention.
 
         Read from the codes even where a format keeps exact pages: a dense tensor cannot differ
-        from query to query, and results must not depend on how the work was cut.
+        from query to query, and results must not depend on how the work was cut. Tokens that have
+        left the layer's window are zeros.
         """
         self.flush(None)
-        view = self._view()
-        pages = view.key if which == "key" else view.value
         rows = self._rows
+        view = rows.readable(self.index)
+        pages = view.key if which == "key" else view.value
         wanted = self._options.implementation
         known = wanted in {each.name for each in gather.CANDIDATES}
         call = self._call(self.layout.kv_heads, self.dtype)
@@ -167,11 +175,11 @@ class PagedLayer(CacheLayerMixin):
             dtype=self.dtype,
             device=self.device,
         )
-        for row, (table, tokens, kept) in enumerate(rows.tables(self.length)):
-            found = gather_request(pages, table, tokens, torch.float32)
+        for row, (table, places) in enumerate(rows.dense(self.index, self.reach, self.length)):
+            found = gather_request(pages, table, len(places), torch.float32)
             if pages.spec.rotation == "hadamard":
                 found = rotate(found)
-            dense[row, kept] = found.to(self.dtype)
+            dense[row, places] = found.to(self.dtype)
         return dense.transpose(1, 2)
 
     def in_core(self, q_heads: int, dtype: torch.dtype) -> bool:
@@ -208,20 +216,33 @@ class PagedLayer(CacheLayerMixin):
         self._pending, self.length = None, 0
         self._rows.clear()
 
-    def _write(self, q: Tensor | None, step: Step, serving: LayerAttention) -> Tensor | None:
+    def _open(self, step: Step, mask: Mask) -> tuple[LayerKV, BatchPlan]:
+        """The step's pages of this layer and its plan, for a mask that shows no more than them."""
+        if self.is_sliding and self.length > step.new:
+            start = step.start
+            shown = mask.key_range(start, start + step.new - 1, start + step.new)[0]
+            if shown < self.reach.first_seen(start):
+                raise CacheError(
+                    f"layer {self.index}: expected a mask that shows no token before "
+                    f"{self.reach.first_seen(start)}, as those that left the layer's window are "
+                    f"given back; got one that shows token {shown}"
+                )
+        pages = self._rows.open(self.index, step, self.reach)
+        return pages, step.parts[self.reach].batch
+
+    def _write(
+        self, q: Tensor | None, step: Step, pages: LayerKV, serving: LayerAttention
+    ) -> Tensor | None:
         """Write what waits, and bring the query into the basis of the cache."""
         if self._pending is None:
             turned = self.layout.format.key.rotation == "hadamard"
             return rotate(q) if turned and q is not None else q
         k, v = self._pending
         written = serving.write_step(
-            q, step.pack(k), step.pack(v), self._view(), step.batch, self._write_params
+            q, step.pack(k), step.pack(v), pages, step.parts[self.reach].batch, self._write_params
         )
         self._pending = None
         return written.q
-
-    def _view(self) -> LayerKV:
-        return self._rows.layer(self.index)
 
     def _own_mask(self, params: AttendParams) -> AttendParams:
         """The mask that ``attach`` was given, in place of the model's causal rule."""
@@ -261,16 +282,22 @@ class QuantPageCache(Cache):
         stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
+        reaches = reaches_of(config)
+        paged = [index for index, each in enumerate(stock) if type(each) in _STOCK]
         if memory is None:
-            exact = any(each.exact_pages is not None for each in self.formats)
-            memory = Memory(options.page_size, exact)
+            kinds: dict[Reach, bool] = {}
+            for index in paged:
+                exact = self.formats[index].exact_pages is not None
+                kinds[reaches[index]] = exact or kinds.get(reaches[index], False)
+            memory = Memory(options.page_size, kinds)
         self.rows = Rows(memory)
+        self.rows.lent = lent_layers(config)
         self._in_core: list[PagedLayer] | None = None
         """All layers, once it is known that the compiled core serves them."""
         super().__init__(
             layers=[
-                PagedLayer(index, each.is_sliding, self.formats[index], options, self.rows)
-                if type(each) in _STOCK
+                PagedLayer(index, reaches[index], self.formats[index], options, self.rows)
+                if index in paged
                 else each
                 for index, each in enumerate(stock)
             ]
@@ -278,10 +305,10 @@ class QuantPageCache(Cache):
 
     def begin_step(
         self, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
-    ) -> tuple[list[LayerKV], BatchPlan] | None:
+    ) -> tuple[list[LayerKV], list[BatchPlan]] | None:
         """Count ``new`` tokens of every row, for a caller who lets the core write them.
 
-        Returns the pages of every layer and the step's plan; None where that is not possible.
+        Returns the pages and the step's plan of every layer; None where that is not possible.
         """
         if self._in_core is None:
             layers = [each for each in self._paged() if each.in_core(q_heads, dtype)]
@@ -294,9 +321,14 @@ class QuantPageCache(Cache):
         step = rows.step(layers[0].length, new, padding)
         if step.keep is not None and step.keep.numel() != rows.count * new:
             return None
+        if any(part.working is not None for part in step.parts.values()):
+            return None
         for layer in layers:
             layer.length += new
-        return [rows.layer(layer.index) for layer in layers], step.batch
+        return (
+            [rows.layer(layer.index) for layer in layers],
+            [step.parts[layer.reach].batch for layer in layers],
+        )
 
     def fork(self) -> "QuantPageCache":
         """Another cache with the same tokens; pages are shared until one of the two writes.
@@ -363,12 +395,28 @@ class QuantPageCache(Cache):
             layer.length = int(length)
 
     def used_bytes(self) -> int:
-        """Bytes of the pages in use, scales, zeros and exact pages counted."""
+        """Bytes of the pages that hold this cache's tokens, scales, zeros and exact pages counted.
+
+        A page that beams or other caches share counts once.
+        """
         return self.rows.used_bytes()
 
+    def allocated_bytes(self) -> int:
+        """Bytes that stand in memory: held and free pages, those of other caches in the same
+        memory (forks, ``prompts()``) too."""
+        return self.rows.memory.allocated_bytes()
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated at once: while pools grew and prompts were computed."""
+        return self.rows.memory.peak_bytes
+
+    def trim(self) -> int:
+        """Give back free pages after the last that is held; bytes given back."""
+        return self.rows.memory.trim()
+
     def unquantized_bytes(self) -> int:
-        """What the same tokens would take in 16 bits."""
-        return self.rows.sixteen_bit_bytes()
+        """What Transformers' own cache would hold for the same tokens, in the model's dtype."""
+        return self.rows.unquantized_bytes()
 
     def _select(self, rows: list[int], apply: Callable[[Any], object]) -> None:
         self.flush()

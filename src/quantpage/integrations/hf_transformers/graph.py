@@ -13,7 +13,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.rows import Step
+from quantpage.integrations.hf_transformers.rows import Part, Step
 
 _WARM_UPS = 2
 """Steps before the capture: kernels compile and workspaces are allocated outside of it."""
@@ -36,9 +36,9 @@ class DecodeGraph:
         self._model, self._cache = model, cache
         self._left = max_new_tokens
         self._start = cache.get_seq_length()
-        self._plan = cache.rows.reserve_ahead(max_new_tokens)
+        self._plans = cache.rows.reserve_ahead(max_new_tokens)
         self._token = last_tokens.reshape(-1, 1).clone()
-        self._position = self._plan.positions.clone()
+        self._position = next(iter(self._plans.values())).positions.clone()
         self._graph = torch.cuda.CUDAGraph()
         self._pages = cache.rows.memory.size
         self._capture()
@@ -61,7 +61,8 @@ class DecodeGraph:
     @torch.inference_mode()
     def _capture(self) -> None:
         rows = self._cache.rows
-        rows.frozen = Step(self._start, 1, self._plan, None)
+        parts = {reach: Part(plan) for reach, plan in self._plans.items()}
+        rows.frozen = Step(self._start, 1, rows.count, parts, None)
         before = [each.clone() for each in self._moving()]
         try:
             side = torch.cuda.Stream()
@@ -88,16 +89,19 @@ class DecodeGraph:
         self._cache.set_length(self._start)
         self._token.copy_(out.logits[:, -1:].argmax(-1))
         self._position += 1
-        self._plan.positions.add_(1)
-        self._plan.context_lens.add_(1)
-        _advance(self._plan.slots, self._plan.page_table, self._plan)
-        if self._plan.exact is not None:
-            _advance(self._plan.exact.slots, self._plan.exact.page_table, self._plan)
+        for plan in self._plans.values():
+            plan.positions.add_(1)
+            plan.context_lens.add_(1)
+            _advance(plan.slots, plan.page_table, plan)
+            if plan.exact is not None:
+                _advance(plan.exact.slots, plan.exact.page_table, plan)
 
     def _moving(self) -> list[Tensor]:
-        plan = self._plan
-        moving = [self._token, self._position, plan.positions, plan.context_lens, plan.slots]
-        return moving if plan.exact is None else [*moving, plan.exact.slots]
+        moving = [self._token, self._position]
+        for plan in self._plans.values():
+            moving += [plan.positions, plan.context_lens, plan.slots]
+            moving += [] if plan.exact is None else [plan.exact.slots]
+        return moving
 
     def _rewind(self, before: list[Tensor]) -> None:
         for tensor, old in zip(self._moving(), before, strict=True):

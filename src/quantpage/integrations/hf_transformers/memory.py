@@ -1,9 +1,62 @@
-"""The pages that rows live in, and who holds them: one memory may serve several caches."""
+"""The pages that rows live in, and who holds them: one memory may serve several caches.
+
+Layers whose queries see equally far back (cache/reach) share page tables, a pool and a store: a
+shelf. A model whose layers all see everything has one, one with windows in some layers has two.
+"""
+
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from quantpage.cache import CacheLayout, PagedKVCache, PagePool, Sequence
+from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Reach, Sequence
 from quantpage.errors import CacheError
+
+_GROWTH = 32
+"""A pool that is full grows by what is needed, or by one page in so many: a page more costs every
+page a copy, which is little beside the attention that reads them all at every token."""
+
+
+class Shelf:
+    """Pages of the layers of one reach."""
+
+    def __init__(self, reach: Reach, page_size: int, exact: bool) -> None:
+        self.reach, self.page_size = reach, page_size
+        self.pool = PagePool(0)
+        self.exact_pool = PagePool(0) if exact else None
+        """None: no layer's format keeps exact pages."""
+        self.store = PagedKVCache()
+
+    def new_sequence(self) -> Sequence:
+        """A request without tokens."""
+        return Sequence(self.pool, self.page_size, self.exact_pool, self.reach)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pages and exact pages that are allocated."""
+        return self.store.pages, self.store.exact_pages
+
+    def held(self, sequences: Iterable[Sequence]) -> tuple[set[int], set[int]]:
+        """Pages and exact pages that some of ``sequences`` holds."""
+        found: tuple[set[int], set[int]] = (set(), set())
+        for each in sequences:
+            found[0].update(each.pages)
+            found[1].update(each.exact_pages)
+        for pages in found:
+            pages.discard(-1)
+        return found
+
+    def largest_layer(self) -> int:
+        """Bytes of the layer that takes most."""
+        return max((self._layer_bytes(each) for each in self.store.layouts.values()), default=0)
+
+    def _layer_bytes(self, layout: CacheLayout) -> int:
+        pages, exact_pages = self.size
+        return pages * layout.bytes_per_page() + exact_pages * layout.exact_bytes_per_page()
+
+    def resize(self) -> None:
+        """As many pages in the store as the pools have."""
+        exact = 0 if self.exact_pool is None else self.exact_pool.capacity
+        self.store.grow(self.pool.capacity - self.store.pages, exact - self.store.exact_pages)
 
 
 class Memory:
@@ -13,67 +66,98 @@ class Memory:
     inside and outside of it.
     """
 
-    def __init__(self, page_size: int, exact: bool) -> None:
+    def __init__(self, page_size: int, kinds: Mapping[Reach, bool]) -> None:
+        """kinds: the reaches of the model's layers, each with whether one of its layers' formats
+        keeps exact pages."""
         self.page_size = page_size
-        self.pool = PagePool(0)
-        self.exact_pool = PagePool(0) if exact else None
-        """None: no layer's format keeps exact pages."""
-        self.store: PagedKVCache | None = None
+        self.shelves = {reach: Shelf(reach, page_size, exact) for reach, exact in kinds.items()}
+        self._of_layer: dict[int, Shelf] = {}
+        self.peak_bytes = 0
+        """The most that was allocated at once, growing and working pages (cache/working)
+        counted."""
 
     @property
     def layouts(self) -> dict[int, CacheLayout]:
         """Of the layers that are there so far."""
-        return {} if self.store is None else self.store.layouts
+        return {index: shelf.store.layouts[index] for index, shelf in self._of_layer.items()}
 
     @torch.inference_mode(False)
-    def add_layer(self, index: int, layout: CacheLayout, device: torch.device) -> None:
+    def add_layer(
+        self, index: int, layout: CacheLayout, reach: Reach, device: torch.device
+    ) -> None:
         """Allocate a layer, unless another cache has; CacheError where its layout was another."""
-        if self.store is None:
-            self.store = PagedKVCache(device=device)
-        found = self.layouts.get(index)
-        if found is None:
-            self.store.add_layer(index, layout)
-        elif found != layout:
-            raise CacheError(f"layer {index}: expected pages of {found}, got {layout}")
+        shelf = self._of_layer.get(index)
+        if shelf is None:
+            if not self._of_layer:
+                for each in self.shelves.values():
+                    each.store = PagedKVCache(*each.size, device)
+            shelf = self.shelves[reach]
+            shelf.store.add_layer(index, layout)
+            self._of_layer[index] = shelf
+            self.note_peak()
+        elif shelf.store.layouts[index] != layout:
+            raise CacheError(
+                f"layer {index}: expected pages of {shelf.store.layouts[index]}, got {layout}"
+            )
+
+    def fill(self, stores: Mapping[Reach, PagedKVCache]) -> None:
+        """Take over pages that nobody holds yet, such as those of a file."""
+        for reach, store in stores.items():
+            shelf = self.shelves[reach]
+            shelf.store = store
+            shelf.pool.grow(store.pages)
+            if shelf.exact_pool is not None:
+                shelf.exact_pool.grow(store.exact_pages)
+            self._of_layer |= dict.fromkeys(store.layouts, shelf)
+        self.note_peak()
+
+    def layer(self, index: int) -> LayerKV:
+        """The pages of one layer."""
+        return self._of_layer[index].store.layer(index)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Pages and exact pages that are allocated; another size means that tensors moved."""
-        return (0, 0) if self.store is None else (self.store.pages, self.store.exact_pages)
-
-    def new_sequence(self) -> Sequence:
-        """A request without tokens."""
-        return Sequence(self.pool, self.page_size, self.exact_pool)
+    def size(self) -> tuple[tuple[int, int], ...]:
+        """Pages that are allocated; another size means that tensors moved."""
+        return tuple(shelf.size for shelf in self.shelves.values())
 
     @torch.inference_mode(False)
-    def make_room(self, pages: int, exact_pages: int) -> None:
-        """Grow until so many pages are free."""
-        assert self.store is not None
-        more = _growth(self.pool, pages)
-        more_exact = 0 if self.exact_pool is None else _growth(self.exact_pool, exact_pages)
-        if more or more_exact:
-            self.store.grow(more, more_exact)
-            self.pool.grow(more)
-            if self.exact_pool is not None:
-                self.exact_pool.grow(more_exact)
+    def make_room(self, shelf: Shelf, pages: int, exact_pages: int) -> None:
+        """Grow until so many pages of a shelf are free."""
+        moved = False
+        for pool, need in ((shelf.pool, pages), (shelf.exact_pool, exact_pages)):
+            if pool is not None and need > pool.free:
+                pool.grow(max(need - pool.free, pool.capacity // _GROWTH))
+                moved = True
+        if moved:
+            standing = self.allocated_bytes()
+            shelf.resize()
+            # The layer that is copied last is there twice, the others are grown by then.
+            self.note_peak(min(standing, shelf.largest_layer()))
 
-    def fill(self, store: PagedKVCache) -> None:
-        """Take over pages that nobody holds yet, such as those of a file."""
-        self.store = store
-        self.pool.grow(store.pages)
-        if self.exact_pool is not None:
-            self.exact_pool.grow(store.exact_pages)
+    @torch.inference_mode(False)
+    def trim(self) -> int:
+        """Give back the pages after the last that is held, in every layer; bytes given back."""
+        before = self.allocated_bytes()
+        for shelf in self.shelves.values():
+            shelf.pool.trim()
+            if shelf.exact_pool is not None:
+                shelf.exact_pool.trim()
+            shelf.resize()
+        return before - self.allocated_bytes()
 
     def used_bytes(self) -> int:
-        """Bytes of the pages that are held."""
-        if self.store is None:
-            return 0
-        exact = 0 if self.exact_pool is None else self.exact_pool.used
-        return self.store.used_bytes(self.pool.used, exact)
+        """Bytes of the pages that are held, whoever holds them."""
+        return sum(
+            shelf.store.used_bytes(
+                shelf.pool.used, 0 if shelf.exact_pool is None else shelf.exact_pool.used
+            )
+            for shelf in self.shelves.values()
+        )
 
+    def allocated_bytes(self) -> int:
+        """Bytes of all pages, held or free."""
+        return sum(shelf.store.nbytes for shelf in self.shelves.values())
 
-def _growth(pool: PagePool, need: int) -> int:
-    """Pages to add so that ``need`` are free: half as many again as there are, at least 16."""
-    if need <= pool.free:
-        return 0
-    return max(need - pool.free, pool.capacity // 2, 16)
+    def note_peak(self, beside: int = 0) -> None:
+        """``beside``: bytes that are there for a moment beside the pages."""
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes() + beside)

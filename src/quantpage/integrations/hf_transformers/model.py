@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quantpage.cache.layout import CacheLayout
+from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.errors import UnsupportedModel
 from quantpage.formats import KVFormat
 from quantpage.integrations.hf_transformers.checkpoint import (
@@ -51,6 +52,30 @@ class ModelShape:
 def text_config(config: Any) -> Any:
     """The decoder's part of a configuration."""
     return config.get_text_config(decoder=True)
+
+
+def reaches_of(config: Any) -> list[Reach]:
+    """How far back each layer of the cache sees, in Transformers' own order of layers."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    text = text_config(config)
+    kinds, given = get_layer_types_and_kwargs(text)
+    reach = {
+        "sliding_attention": Reach(window=given.get("sliding_window") or 0),
+        "chunked_attention": Reach(chunk=getattr(text, "attention_chunk_size", None) or 0),
+    }
+    return [reach.get(kind, EVERYTHING) for kind in kinds]
+
+
+def lent_layers(config: Any) -> frozenset[int]:
+    """Layers whose keys and values later layers use instead of their own (Gemma 3n)."""
+    text = text_config(config)
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    if not shared:
+        return frozenset()
+    kinds = list(text.layer_types)
+    own, last = kinds[:-shared], len(kinds) - shared - 1
+    return frozenset(last - own[::-1].index(kind) for kind in {*kinds[-shared:]} & {*own})
 
 
 def refuse_unsupported(config: Any) -> None:

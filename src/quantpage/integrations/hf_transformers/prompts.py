@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from quantpage.cache import PagedKVCache, PrefixCache
+from quantpage.cache import PrefixCache
+from quantpage.cache.saved import read_pages
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
 from quantpage.integrations.hf_transformers.rows import Rows
@@ -36,13 +37,16 @@ class Prompts:
         _refuse_other_state(first)
         self._memory = first.rows.memory
         # Model, formats and page size are the same for every cache here.
-        self._known = PrefixCache(
-            self._memory.pool, self._memory.page_size, b"", self._memory.exact_pool
-        )
+        self._known = {
+            reach: PrefixCache(
+                shelf.pool, self._memory.page_size, b"", shelf.exact_pool, shelf.reach
+            )
+            for reach, shelf in self._memory.shelves.items()
+        }
 
     def __len__(self) -> int:
-        """Pages that are remembered."""
-        return len(self._known)
+        """Pages of tokens that are remembered."""
+        return max(map(len, self._known.values()), default=0)
 
     def new_cache(self, ids: Int[Tensor, "1 tokens"]) -> QuantPageCache:
         """A cache that holds the longest known beginning of ``ids``, short of the last token.
@@ -51,10 +55,14 @@ class Prompts:
         """
         self._evict()
         made = self._attached.new_cache(self._memory)
-        known = self._known.acquire(_tokens(ids)[:-1])
-        if known.pages:
-            made.rows.adopt(known)
-            made.set_length(len(known.pages) * self._memory.page_size)
+        tokens = _tokens(ids)[:-1]
+        # A hit ends where the pages that the next query sees are known in every table.
+        ends = [each.hits(tokens) for each in self._known.values()]
+        pages = max(set.intersection(*ends), default=0) if ends else 0
+        if pages:
+            tokens = tokens[: pages * self._memory.page_size]
+            made.rows.adopt({reach: each.acquire(tokens) for reach, each in self._known.items()})
+            made.set_length(len(tokens))
         return made
 
     def learn(self, ids: Int[Tensor, "1 tokens"]) -> int:
@@ -79,11 +87,16 @@ class Prompts:
         if cache.rows.memory is not self._memory:
             raise ValueError("cache: expected one that new_cache() of these prompts made")
         cache.flush()
-        return self._known.insert(_tokens(ids), cache.rows.sequences[0])
+        tokens = _tokens(ids)
+        added = [
+            each.insert(tokens, cache.rows.tables[reach][0]) for reach, each in self._known.items()
+        ]
+        return max(added, default=0)
 
     def _evict(self) -> None:
         if self._max_pages is not None:
-            self._known.evict(max(0, len(self._known) - self._max_pages))
+            for each in self._known.values():
+                each.evict(max(0, len(each) - self._max_pages))
 
 
 def save_cache(attached: "Attached", cache: QuantPageCache, path: Path | str) -> None:
@@ -101,20 +114,19 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     Raises CorruptCache where model, formats or page size differ, or the file is damaged.
     """
     device = next(attached.model.parameters()).device
-    store, note = PagedKVCache.load(path, device)
-    if note.get("model") != model_digest(attached.model):
+    saved = read_pages(path)
+    if saved.note.get("model") != model_digest(attached.model):
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
     empty = attached.new_cache()
-    for index, layout in store.layouts.items():
+    for index, layout in saved.layouts.items():
         form, page_size = empty.formats[index], empty.options.page_size
         if (form, page_size) != (layout.format, layout.page_size):
             raise CorruptCache(
                 f"{path}, layer {index}: expected {form.name} in pages of {page_size} tokens, "
                 f"got {layout.format.name} in pages of {layout.page_size}"
             )
-    empty.rows.memory.fill(store)
-    made = empty.over(Rows.of_saved(empty.rows.memory, note))
-    made.set_length(note["length"])
+    made = empty.over(Rows.of_saved(empty.rows.memory, saved, device))
+    made.set_length(saved.note["length"])
     return made
 
 

@@ -1,12 +1,13 @@
 """The rows of a batch: their page tables, and the step that is under way.
 
 Every layer of a forward writes the same tokens, so that one step (pages reserved, padding left
-out, one ``BatchPlan``) serves them all.
+out, one ``BatchPlan`` for layers of one reach) serves them all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,29 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, ExactPlan, plan_batch
-from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Prefix, Sequence
+from quantpage.cache import (
+    CacheLayout,
+    LayerKV,
+    PagedKVCache,
+    Prefix,
+    Reach,
+    Sequence,
+    Working,
+    find_working,
+)
+from quantpage.cache.reach import held_from, pages_seen
+from quantpage.cache.saved import SavedPages, write_pages
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.memory import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A step for the layers of one reach."""
+
+    batch: BatchPlan
+    working: Working | None = None
+    """What a layer works in, where the step reads pages that are not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +47,14 @@ class Step:
     start: int
     """Tokens a row before it, padding included."""
     new: int
-    batch: BatchPlan
+    rows: int
+    parts: dict[Reach, Part]
     keep: Tensor | None
     """Indices of the tokens that are not padding among rows * new; None: all of them."""
+    opened: dict[int, LayerKV] = field(default_factory=dict)
+    """Layer -> the working pages of this step, while somebody may read them once more."""
+    closed: set[int] = field(default_factory=set)
+    """Layers whose working pages were there and are gone."""
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
@@ -40,7 +66,7 @@ class Step:
         """[tokens, heads, width] -> [rows * new, heads, width], zeros for padding."""
         if self.keep is None:
             return x
-        out = x.new_zeros(self.batch.num_requests * self.new, *x.shape[1:])
+        out = x.new_zeros(self.rows * self.new, *x.shape[1:])
         out[self.keep] = x
         return out
 
@@ -50,33 +76,39 @@ class Rows:
 
     def __init__(self, memory: Memory) -> None:
         self.memory, self.page_size = memory, memory.page_size
-        self.sequences: list[Sequence] = []
+        self.tables: dict[Reach, list[Sequence]] = {}
+        """The rows, with a page table each for the layers of every reach."""
         self._kept: Tensor | None = None
         """[rows, tokens] bool: False where a token was padding; None: never padding."""
         self._length = 0
         self._step: Step | None = None
+        self.lent: frozenset[int] = frozenset()
+        """Layers whose keys and values later layers read as well."""
         self.frozen: Step | None = None
         """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The rows in the tables of some reach; all count the same tokens."""
+        return next(iter(self.tables.values()), [])
 
     @property
     def count(self) -> int:
         """Rows of the batch."""
         return len(self.sequences)
 
-    def add_layer(self, index: int, layout: CacheLayout, like: Tensor) -> None:
+    def add_layer(self, index: int, layout: CacheLayout, reach: Reach, like: Tensor) -> None:
         """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
-        self.memory.add_layer(index, layout, like.device)
-        if not self.sequences:
-            self.sequences = [self.memory.new_sequence() for _ in range(like.shape[0])]
+        self.memory.add_layer(index, layout, reach, like.device)
+        if not self.tables:
+            self.tables = {
+                each: [shelf.new_sequence() for _ in range(like.shape[0])]
+                for each, shelf in self.memory.shelves.items()
+            }
 
     def layer(self, index: int) -> LayerKV:
         """The pages of one layer."""
-        return self._store.layer(index)
-
-    @property
-    def _store(self) -> PagedKVCache:
-        assert self.memory.store is not None
-        return self.memory.store
+        return self.memory.layer(index)
 
     def step(self, start: int, new: int, padding: Tensor | None) -> Step:
         """The step that brings tokens ``start`` .. ``start + new`` of every row.
@@ -95,31 +127,35 @@ class Rows:
             )
         kept = self._kept_tokens(start, new, padding)
         lengths = [new] * self.count if kept is None else kept.sum(1).tolist()
-        self._reserve(lengths)
+        self._reserve(lengths, sparse=True)
         keep = None
         if kept is not None:
-            keep = kept.flatten().nonzero().flatten().to(self._store.device)
-        self._step = Step(start, new, self._plan(lengths), keep)
+            keep = kept.flatten().nonzero().flatten().to(self._device)
+        parts = {reach: self._part(reach, lengths) for reach in self.tables}
+        self._step = Step(start, new, self.count, parts, keep)
         return self._step
 
-    def reserve_ahead(self, tokens: int) -> BatchPlan:
-        """Pages for ``tokens`` more in every row, and the plan of the first of them.
+    def reserve_ahead(self, tokens: int) -> dict[Reach, BatchPlan]:
+        """Pages for ``tokens`` more in every row, and the plans of the first of them.
 
-        For CUDA graphs: the plan's host lengths are those of the last token, upper bounds for
+        For CUDA graphs: the plans' host lengths are those of the last token, upper bounds for
         all. The tokens count as cached from then on.
         """
         self.settle()
         if self._kept is not None:
             raise CacheError("reserve_ahead: expected rows without padding, got padded rows")
         start = self._length
-        self._reserve([tokens] * self.count)
-        ahead = self._plan([tokens] * self.count)
-        firsts = torch.arange(self.count) * tokens
-        at = firsts.to(ahead.slots.device)
+        self._reserve([tokens] * self.count, sparse=False)
+        parts = {reach: self._part(reach, [tokens] * self.count) for reach in self.tables}
+        self._step = Step(start, tokens, self.count, parts, None)
+        return {reach: self._first_token(part.batch, start) for reach, part in parts.items()}
+
+    def _first_token(self, ahead: BatchPlan, start: int) -> BatchPlan:
+        """The plan of the first token of a plan of several a row."""
+        at = (torch.arange(self.count) * ahead.max_query_len).to(ahead.slots.device)
         exact = ahead.exact
         if exact is not None:
             exact = ExactPlan(exact.page_table, exact.slots[at].clone())
-        self._step = Step(start, tokens, ahead, None)
         return BatchPlan(
             query_starts=torch.arange(self.count + 1, dtype=torch.int32, device=at.device),
             context_lens=torch.full_like(ahead.context_lens, start + 1),
@@ -132,24 +168,80 @@ class Rows:
             exact=exact,
         )
 
-    def tables(self, length: int) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """For each row: its page table, its tokens, and their places among ``length``."""
-        for row, sequence in enumerate(self.sequences):
-            tokens = sequence.length + sequence.reserved
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.memory.shelves.values())).store.device
+
+    def open(self, index: int, step: Step, reach: Reach) -> LayerKV:
+        """The pages in which layer ``index`` writes and attends in this step."""
+        pages, working = self.layer(index), step.parts[reach].working
+        if working is None:
+            return pages
+        if index in step.closed:
+            raise CacheError(
+                f"layer {index}: expected its keys and values to be read before those of the next "
+                "layer, got a second reader after it"
+            )
+        if index not in step.opened:
+            # Those of the layer before may be free only now (a reader other than ours).
+            for each in step.opened.keys() - self.lent:
+                del step.opened[each]
+                step.closed.add(each)
+            layout = self.memory.layouts[index]
+            self.memory.note_peak(working.nbytes(layout))
+            step.opened[index] = working.open(layout, pages)
+        return step.opened[index]
+
+    def close(self, index: int, step: Step, reach: Reach, read: bool) -> None:
+        """The layer has written: what later steps see goes to the pages that they see.
+
+        read: nobody reads the step's pages after this, unless the layer is ``lent``.
+        """
+        working = step.parts[reach].working
+        if working is None:
+            return
+        working.close(step.opened[index], self.layer(index))
+        if read and index not in self.lent:
+            del step.opened[index]
+            step.closed.add(index)
+
+    def readable(self, index: int) -> LayerKV:
+        """The pages that ``dense`` tells of."""
+        opened = {} if self._step is None else self._step.opened
+        return opened.get(index, self.layer(index))
+
+    def dense(self, index: int, reach: Reach, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each row: the pages that hold what its queries see, to the end, and the places
+        among ``length`` of the tokens in them.
+
+        The pages are those of ``open`` in a step that works elsewhere.
+        """
+        part = None if self._step is None else self._step.parts[reach]
+        working = None if part is None or part.working is None else part.working.codes
+        for row, sequence in enumerate(self.tables[reach]):
+            pages = sequence.pages if working is None else working.tables[row]
+            first = 1 + max((at for at, page in enumerate(pages) if page < 0), default=-1)
+            if first > pages_seen(reach, sequence.length, sequence.length + 1, self.page_size)[0]:
+                raise CacheError(
+                    f"layer {index}: expected pages from token {reach.first_seen(sequence.length)} "
+                    f"on, got them from token {first * self.page_size} on"
+                )
             if self._kept is None:
                 places = torch.arange(length)
             else:
                 places = self._kept[row, :length].nonzero().flatten()
-            table = torch.tensor(sequence.pages, dtype=torch.int32)
-            yield table.to(self._store.device), tokens, places.to(self._store.device)
+            table = torch.tensor(pages[first:], dtype=torch.int32)
+            yield table.to(self._device), places[first * self.page_size :].to(self._device)
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; pages are shared, not copied."""
         self.settle()
-        forked = [self.sequences[row].fork() for row in rows]
-        for sequence in self.sequences:
-            sequence.free()
-        self.sequences = forked
+        forked = {
+            reach: [sequences[row].fork() for row in rows]
+            for reach, sequences in self.tables.items()
+        }
+        self._free()
+        self.tables = forked
         if self._kept is not None:
             self._kept = self._kept[rows]
 
@@ -157,120 +249,182 @@ class Rows:
         """The same rows again, in the same memory; pages are shared, not copied."""
         self.settle()
         made = copy(self)
-        made.sequences = [each.fork() for each in self.sequences]
+        made.tables = {
+            reach: [each.fork() for each in sequences] for reach, sequences in self.tables.items()
+        }
         return made
 
-    def adopt(self, prefix: Prefix) -> None:
+    def adopt(self, prefixes: Mapping[Reach, Prefix]) -> None:
         """Begin a single row with pages that another cache in this memory wrote."""
-        sequence = self.memory.new_sequence()
-        sequence.adopt(prefix)
-        self.sequences, self._length = [sequence], sequence.length
+        for reach, prefix in prefixes.items():
+            sequence = self.memory.shelves[reach].new_sequence()
+            sequence.adopt(prefix)
+            self.tables[reach] = [sequence]
+            self._length = sequence.length
 
     def save(self, path: Path | str, note: dict[str, Any]) -> None:
         """Write the rows and the pages that they hold to a file (cache/saved)."""
         self.settle()
-        held = [
-            sorted({page for each in self.sequences for page in getattr(each, name)} - {-1})
-            for name in ("pages", "exact_pages")
-        ]
-        number, exact_number = ({page: at for at, page in enumerate(each)} for each in held)
-        rows = [
-            {
-                "length": each.length,
-                "pages": [number[page] for page in each.pages],
-                "exact_pages": [exact_number.get(page, -1) for page in each.exact_pages],
-            }
-            for each in self.sequences
-        ]
+        planes: dict[str, Tensor] = {}
+        tables = []
+        for reach, sequences in self.tables.items():
+            shelf = self.memory.shelves[reach]
+            held = [sorted(each) for each in shelf.held(sequences)]
+            planes |= shelf.store.to_save(*held)
+            number, exact_number = ({page: at for at, page in enumerate(each)} for each in held)
+            rows = [
+                {
+                    "length": each.length,
+                    "pages": [number.get(page, -1) for page in each.pages],
+                    "exact_pages": [exact_number.get(page, -1) for page in each.exact_pages],
+                }
+                for each in sequences
+            ]
+            tables.append(
+                {
+                    "reach": [reach.window, reach.chunk],
+                    "pages": len(held[0]),
+                    "exact_pages": len(held[1]),
+                    "layers": sorted(shelf.store.layouts),
+                    "rows": rows,
+                }
+            )
         kept = None if self._kept is None else self._kept.int().tolist()
-        note = {**note, "length": self._length, "rows": rows, "kept": kept}
-        self._store.save(path, held[0], held[1], note)
+        note = {**note, "length": self._length, "tables": tables, "kept": kept}
+        write_pages(path, SavedPages(self.memory.layouts, planes, note))
 
     @classmethod
-    def of_saved(cls, memory: Memory, note: dict[str, Any]) -> "Rows":
-        """The rows that ``save`` described, in a memory that holds their pages alone."""
-        made = cls(memory)
-        pools = [("pages", memory.pool), ("exact_pages", memory.exact_pool or PagePool(0))]
-        made.sequences = [memory.new_sequence() for _ in note["rows"]]
-        for name, pool in pools:
-            # Every page of the file is held by some row: all are taken, shared, and let go once.
-            held = [pool.acquire() for _ in range(pool.free)]
-            for sequence, row in zip(made.sequences, note["rows"], strict=True):
-                sequence.length = row["length"]
-                pages = [page if page < 0 else pool.share(page) for page in row[name]]
-                setattr(sequence, name, pages)
-            for page in held:
-                pool.release(page)
-        if note["kept"] is not None:
-            made._kept = torch.tensor(note["kept"], dtype=torch.bool)
-        made._length = note["length"]
+    def of_saved(cls, memory: Memory, saved: SavedPages, device: torch.device) -> "Rows":
+        """The rows that ``save`` wrote, in a memory that holds nothing yet."""
+        made, stores = cls(memory), {}
+        for table in saved.note["tables"]:
+            store = PagedKVCache(table["pages"], table["exact_pages"], device)
+            store.fill({index: saved.layouts[index] for index in table["layers"]}, saved.planes)
+            stores[Reach(*table["reach"])] = store
+        memory.fill(stores)
+        for table in saved.note["tables"]:
+            reach = Reach(*table["reach"])
+            shelf = memory.shelves[reach]
+            made.tables[reach] = [shelf.new_sequence() for _ in table["rows"]]
+            for name, pool in (("pages", shelf.pool), ("exact_pages", shelf.exact_pool)):
+                if pool is None:
+                    continue
+                # Every page of the file is held by some row: all are taken, shared, and let go
+                # once.
+                held = [pool.acquire() for _ in range(pool.free)]
+                for sequence, row in zip(made.tables[reach], table["rows"], strict=True):
+                    sequence.length = row["length"]
+                    pages = [page if page < 0 else pool.share(page) for page in row[name]]
+                    setattr(sequence, name, pages)
+                for page in held:
+                    pool.release(page)
+        if saved.note["kept"] is not None:
+            made._kept = torch.tensor(saved.note["kept"], dtype=torch.bool)
+        made._length = saved.note["length"]
         return made
 
     def __del__(self) -> None:
         """Pages of a cache that nobody uses any more go back to a memory that others share."""
-        for sequence in self.sequences:
+        self._free()
+
+    def _all(self) -> Iterator[Sequence]:
+        """The rows in every table."""
+        return chain.from_iterable(self.tables.values())
+
+    def _free(self) -> None:
+        for sequence in self._all():
             sequence.free()
 
     def crop(self, length: int) -> None:
-        """Forget tokens from ``length`` (padding counted) on, in every row."""
+        """Forget tokens from ``length`` (padding counted) on, in every row.
+
+        Raises CacheError, with nothing changed, where a page that the next token needs is gone.
+        """
+        if self._kept is None:
+            tokens = [length] * self.count
+        else:
+            tokens = self._kept[:, :length].sum(1).tolist()
+        for sequences in self.tables.values():
+            for sequence, kept in zip(sequences, tokens, strict=True):
+                sequence.check_crop(kept)
         step, self._step = self._step, None
-        for row, sequence in enumerate(self.sequences):
-            tokens = length if self._kept is None else int(self._kept[row, :length].sum())
-            if step is not None:
-                # Never counted, so that a draft may be longer than the pages that are kept exact.
-                sequence.commit(min(max(tokens - sequence.length, 0), sequence.reserved))
-            sequence.crop(tokens)
+        for sequences in self.tables.values():
+            for sequence, kept in zip(sequences, tokens, strict=True):
+                if step is not None:
+                    # Never counted, so that a draft may be longer than what is kept for rollbacks.
+                    sequence.commit(min(max(kept - sequence.length, 0), sequence.reserved))
+                sequence.crop(kept)
         if self._kept is not None:
             self._kept = self._kept[:, :length]
         self._length = length
 
     def clear(self) -> None:
         """Forget every token; pages stay allocated for the next prompt."""
-        for sequence in self.sequences:
-            sequence.free()
+        self._free()
         self._step, self._kept, self._length = None, None, 0
 
     def used_bytes(self) -> int:
-        """Bytes of the pages that are held, by other caches in the same memory too."""
-        return self.memory.used_bytes()
+        """Bytes of the pages that these rows hold; one that several hold counts once."""
+        total = 0
+        for reach, sequences in self.tables.items():
+            shelf = self.memory.shelves[reach]
+            pages, exact_pages = shelf.held(sequences)
+            total += shelf.store.used_bytes(len(pages), len(exact_pages))
+        return total
 
-    def sixteen_bit_bytes(self) -> int:
-        """What the tokens of all rows would take in 16 bits."""
-        tokens = sum(each.length + each.reserved for each in self.sequences)
-        return tokens * sum(
-            2 * layout.kv_heads * (layout.head_dim + layout.v_dim)
-            for layout in self.memory.layouts.values()
-        )
+    def unquantized_bytes(self) -> int:
+        """What Transformers' own cache holds for the same tokens: of layers with a window, those
+        that the next query sees; padding, which it holds, too, is not counted."""
+        total = 0
+        for reach, sequences in self.tables.items():
+            lengths = [each.length + each.reserved for each in sequences]
+            tokens = sum(length - held_from(reach, length) for length in lengths)
+            layouts = self.memory.shelves[reach].store.layouts.values()
+            total += tokens * sum(each.unquantized_bytes_per_token() for each in layouts)
+        return total
 
     def settle(self) -> None:
         """Commit the step under way."""
         if self._step is None:
             return
-        for sequence in self.sequences:
+        for sequence in self._all():
             sequence.commit()
         self._length = self._step.start + self._step.new
         self._step = None
 
-    def _reserve(self, lengths: list[int]) -> None:
-        needs = [
-            sequence.pages_needed(tokens)
-            for sequence, tokens in zip(self.sequences, lengths, strict=True)
-        ]
-        need, exact_need = (sum(column) for column in zip(*needs, strict=True))
-        self.memory.make_room(need, exact_need)
-        for sequence, tokens in zip(self.sequences, lengths, strict=True):
-            self._store.copy_pages(sequence.reserve(tokens))
+    def _reserve(self, lengths: list[int], sparse: bool) -> None:
+        for reach, sequences in self.tables.items():
+            needs = [
+                sequence.pages_needed(tokens, sparse)
+                for sequence, tokens in zip(sequences, lengths, strict=True)
+            ]
+            need, exact_need = (sum(column) for column in zip(*needs, strict=True))
+            self.memory.make_room(self.memory.shelves[reach], need, exact_need)
+        for reach, sequences in self.tables.items():
+            store = self.memory.shelves[reach].store
+            for sequence, tokens in zip(sequences, lengths, strict=True):
+                store.copy_pages(sequence.reserve(tokens, sparse))
 
-    def _plan(self, lengths: list[int]) -> BatchPlan:
-        exact = self.memory.exact_pool is not None
-        return plan_batch(
+    def _part(self, reach: Reach, lengths: list[int]) -> Part:
+        """The step that is reserved, for the layers of one reach."""
+        sequences, shelf = self.tables[reach], self.memory.shelves[reach]
+        working = find_working(sequences, shelf.store.device)
+        tables = [each.pages for each in sequences]
+        exact_tables = [each.exact_pages for each in sequences]
+        if working is not None and working.codes is not None:
+            tables = [list(each) for each in working.codes.tables]
+        if working is not None and working.exact is not None:
+            exact_tables = [list(each) for each in working.exact.tables]
+        batch = plan_batch(
             lengths,
-            [each.length + each.reserved for each in self.sequences],
-            [each.pages for each in self.sequences],
+            [each.length + each.reserved for each in sequences],
+            # What is gone is never read: any page may stand for it.
+            [[max(page, 0) for page in each] for each in tables],
             self.page_size,
-            self._store.device,
-            [each.exact_pages for each in self.sequences] if exact else None,
+            shelf.store.device,
+            None if shelf.exact_pool is None else exact_tables,
         )
+        return Part(batch, working)
 
     def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
         """[rows, new] bool of this step, remembered for the next; None: no padding at all."""

@@ -1,0 +1,117 @@
+"""What a cache holds: pages that no query will see are given back, and nothing else changes."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import quantpage
+from quantpage.errors import CacheError
+from quantpage.formats import FORMATS
+from tests.integrations.tiny_models import tiny, tokens
+
+pytestmark = pytest.mark.cpu
+
+PAGE = 16
+WINDOWS = ["mistral_window", "gemma2_softcap_window", "gemma3_window"]
+DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
+
+
+def held(cache):
+    """By layer: pages and exact pages of the first row."""
+    made = []
+    for layer in cache.layers:
+        row = cache.rows.tables[layer.reach][0]
+        made.append(tuple(sum(p >= 0 for p in each) for each in (row.pages, row.exact_pages)))
+    return made
+
+
+@torch.inference_mode()
+def logits(model, ids, cuts, cache=None):
+    """Of every position, through the cache in the steps that end at ``cuts``."""
+    made, start = [], 0
+    for end in cuts:
+        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        made.append(out.logits)
+        cache, start = out.past_key_values, end
+    return torch.cat(made, 1), cache
+
+
+@pytest.mark.parametrize("kv_format", DYNAMIC)
+@pytest.mark.parametrize("name", ["llama", *WINDOWS])
+def test_the_cut_changes_nothing_and_few_pages_stay(name, kv_format):
+    model, ids = tiny(name), tokens(2, 400)
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
+        whole, cache = logits(model, ids, [400])
+        long, _ = logits(model, ids, [150, 399, 400])
+        short, other = logits(model, ids, [*range(9, 400, 9), 400])
+    torch.testing.assert_close(long, whole, atol=1e-8, rtol=0)
+    torch.testing.assert_close(short, whole, atol=1e-8, rtol=0)
+    exact = FORMATS[kv_format].exact_pages is not None
+    for each in (cache, other):
+        each.flush()
+        for layer, (pages, near) in zip(each.layers, held(each), strict=True):
+            # A window of 24 and a page to roll back: tokens 361 .. 399.
+            assert pages == (3 if layer.is_sliding else 25)
+            assert near == ((2 if layer.is_sliding else 3) if exact else 0)
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
+def test_a_window_beyond_the_prompt_equals_transformers_own(kv_format):
+    model, ids = tiny("gemma3_window"), tokens(2, 300)
+    wanted, _ = logits(model, ids, [250, 299, 300], DynamicCache(config=model.config))
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
+        got, cache = logits(model, ids, [250, 299, 300])
+    if kv_format == "none":
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+    own = 0
+    for layer in DynamicCache(config=model.config).layers:
+        own += 2 * 2 * 32 * 8 * 2 * (min(300, 23) if layer.is_sliding else 300)
+    assert cache.unquantized_bytes() == own
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_tokens_within_the_promise_can_be_forgotten(kv_format):
+    model, ids = tiny("mistral_window"), tokens(1, 300)
+    other = torch.cat([ids[:, :230], tokens(1, 40, seed=4)], 1)
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
+        wanted, _ = logits(model, other, [270])
+        for forget in (64, 60, 40):
+            # A prompt with a draft at its end, of which only some tokens are accepted.
+            _, cache = logits(model, ids[:, : 230 + forget], [230 + forget])
+            cache.crop(-forget)
+            got, _ = logits(model, other[:, 230:], [40], cache)
+            torch.testing.assert_close(got, wanted[:, 230:], atol=1e-8, rtol=0)
+        cache.flush()
+        cache.crop(-PAGE)
+        before = cache.get_seq_length(), held(cache)
+        with pytest.raises(CacheError, match="crop: expected a length whose last pages are still"):
+            cache.crop(-60)
+        assert (cache.get_seq_length(), held(cache)) == before
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int4"])
+def test_beams_and_a_padded_row_in_windows(kv_format):
+    model, ids = tiny("gemma3_window"), tokens(1, 120)
+    padded = torch.cat([torch.zeros(1, 37, dtype=torch.long), ids], 1)
+    batch = torch.cat([padded, tokens(1, 157, seed=5)])
+    mask = torch.ones_like(batch)
+    mask[0, :37] = 0
+    arguments = {"max_new_tokens": 40, "do_sample": False, "num_beams": 3}
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+        both = model.generate(batch, attention_mask=mask, **arguments)
+    assert both[0, 37:].tolist()[: alone.shape[1]] == alone[0].tolist()
+    if kv_format == "none":
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+        assert alone.tolist() == wanted.tolist()
+
+
+def test_a_mask_that_shows_what_is_gone_is_refused():
+    model, ids = tiny("mistral_window"), tokens(1, 200)
+    with quantpage.attach(model, page_size=PAGE):
+        _, cache = logits(model, ids, [200])
+        for layer in model.model.layers:
+            layer.self_attn.config.sliding_window = None
+        model.config.sliding_window = None
+        with pytest.raises(CacheError, match="layer 0: expected a mask that shows no token before"):
+            logits(model, ids[:, :1], [1], cache)
