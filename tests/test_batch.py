@@ -20,8 +20,8 @@ def test_the_worked_example():
 
 
 def test_exact_tables_may_have_holes():
-    batch = plan_batch([1], [33], [[1, 9, 3]], 16, exact_tables=[[0, -1, 5]])
-    assert batch.exact.page_table.tolist() == [[0, -1, 5]]
+    batch = plan_batch([1], [49], [[1, 9, 3, 4]], 16, exact_tables=[[0, -1, 6, 5]])
+    assert batch.exact.page_table.tolist() == [[0, -1, 6, 5]]
     assert batch.exact.slots.tolist() == [80]
 
 

@@ -17,6 +17,7 @@ from quantpage.masks import Mask
 from quantpage.ops import attend as attend_op
 from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
+from quantpage.ops.checks import check_attend, needs_of
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
 from quantpage.ops.rope_write import WriteParams, Written
 
@@ -55,14 +56,15 @@ class Attended(NamedTuple):
     """[tokens, q_heads], natural logarithm, at least float32."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerAttention:
-    """The implementations that serve one layer."""
+    """The implementations that serve one layer: what ``call`` says of it must hold at each step."""
 
     backend: AttentionBackend
     write: Implementation
     prefill: Implementation
     decode: Implementation
+    call: Call
 
     def write_step(
         self,
@@ -73,7 +75,11 @@ class LayerAttention:
         batch: BatchPlan,
         params: WriteParams,
     ) -> Written:
-        """Write a step's keys and values; hand the query back in the basis of the cache."""
+        """Write a step's keys and values; hand the query back in the basis of the cache.
+
+        Raises ValueError for what does not belong together, before anything is written.
+        """
+        self._check(layer, batch, None)
         return self.write.load()(q, k, v, layer, batch, params)
 
     def attend_step(
@@ -86,10 +92,11 @@ class LayerAttention:
     ) -> Attended:
         """Attend to what the pages hold; ``q`` as ``write_step`` handed it back.
 
-        lse_wanted: as in ``ops.attend.attend``.
+        lse_wanted: as in ``ops.attend.attend``. Raises ValueError for what does not belong
+        together, before anything runs.
         """
-        decoding = batch.max_query_len <= DECODE_TOKENS
-        chosen = self.decode if decoding else self.prefill
+        self._check(layer, batch, params)
+        chosen = self._serving(batch)
         return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted))
 
     def __call__(
@@ -103,9 +110,44 @@ class LayerAttention:
         attend: AttendParams,
     ) -> Attended:
         """One layer's step: write, then attend to the cache, the new tokens included."""
+        # What attend would refuse must not have been written.
+        self._check(layer, batch, attend)
+        chosen = self._serving(batch)
+        check_attend(q, layer, batch, attend, needs_of(chosen.load()))
         written = self.write_step(q, k, v, layer, batch, write)
         assert written.q is not None
         return self.attend_step(written.q, layer, batch, attend)
+
+    def _serving(self, batch: BatchPlan) -> Implementation:
+        return self.decode if batch.max_query_len <= DECODE_TOKENS else self.prefill
+
+    def _check(self, layer: LayerKV, batch: BatchPlan, params: AttendParams | None) -> None:
+        """The layer and the mask are those that the implementations were chosen for."""
+        key = (self, layer.facts, None if params is None else params.facts)
+        if key in batch.passed:
+            return
+        call, facts = self.call, layer.facts
+        wanted = (call.kv_heads, call.head_dim, call.value_head_dim, call.page_size)
+        got = (facts.kv_heads, facts.head_dim, facts.value_head_dim, facts.page_size)
+        if wanted != got:
+            raise ValueError(
+                f"layer: expected kv_heads, head_dim, value_head_dim, page_size {wanted}, as this "
+                f"attention was built for, got {got}"
+            )
+        if (call.format.key, call.format.value) != (facts.key, facts.value):
+            raise ValueError(
+                f"layer: expected pages of format {call.format.name}, as this attention was built "
+                f"for, got {facts.key} and {facts.value}"
+            )
+        if (call.format.exact_pages is None) != (facts.exact_pages is None):
+            have = "none" if facts.exact_pages is None else "some"
+            raise ValueError(f"layer: expected exact pages as {call.format.name} has, got {have}")
+        if params is not None and params.mask.kind != call.mask:
+            raise ValueError(
+                f"mask: expected a {call.mask} one, as this attention was built for, "
+                f"got {params.mask.kind}"
+            )
+        batch.passed.add(key)
 
 
 def find_backend(name: str) -> AttentionBackend:
@@ -132,4 +174,5 @@ def build(
         write=choose(write_op.CANDIDATES, call, implementation),
         prefill=choose(attend_op.CANDIDATES, replace(call, phase="prefill"), implementation),
         decode=choose(attend_op.CANDIDATES, replace(call, phase="decode"), implementation),
+        call=call,
     )

@@ -10,15 +10,33 @@ Three requests, page_size 16, one prefill of 5 tokens, one decode after 20, one 
 
 Everything a kernel needs on the device is a tensor; everything the host needs to launch it is a
 plain integer. A forward never reads back from the device.
+
+A plan is checked when it is built, so that what every layer would ask is asked once a step: shapes,
+dtypes and host integers anywhere, the numbers inside the tensors (batch_values) where the host has
+them. ``plan_batch`` has them for every device, as it makes the tensors from lists.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import index
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from quantpage.batch_values import (
+    check_exact_table,
+    check_lengths,
+    check_page_table,
+    check_positions,
+    places_of,
+)
+
+_INT32_END = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +44,15 @@ class ExactPlan:
     """Where a step's exact pages are (formats that keep some)."""
 
     page_table: Int[Tensor, "requests max_pages"]
-    """Logical page -> exact page, -1 where the page is not kept. Every page that a new token
+    """int32: logical page -> exact page, -1 where the page is not kept. Every page that a new token
     stands in is present, and so are the page before the first of them and each request's first."""
     slots: Int[Tensor, " tokens"]
-    """Exact page * page_size + offset of each new token."""
+    """int64: exact page * page_size + offset of each new token."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class BatchPlan:
-    """One step's requests; see the module's example."""
+    """One step's requests; see the module's example. ValueError for what cannot be a step."""
 
     query_starts: Int[Tensor, " requests_plus_1"]
     """int32: first row of each request, and the end."""
@@ -52,6 +70,27 @@ class BatchPlan:
     host_context_lens: tuple[int, ...]
     """Host copy of ``context_lens``; under CUDA graphs an upper bound."""
     exact: ExactPlan | None = None
+    largest_page: int | None = field(init=False, repr=False, compare=False, default=None)
+    """Largest page id that the step reads or writes, -1 where there is none; None: only the device
+    knows."""
+    largest_exact_page: int | None = field(init=False, repr=False, compare=False, default=None)
+    """The same of the exact pages."""
+    bounded: bool = field(init=False, repr=False, compare=False, default=False)
+    """True: ``host_context_lens`` is known to be above ``context_lens`` somewhere."""
+    passed: set[Hashable] = field(init=False, repr=False, compare=False, default_factory=set)
+    """What ops/checks has found right in this step: its next layers ask no more."""
+    _stamp: tuple[int, ...] | None = field(init=False, repr=False, compare=False, default=None)
+    """Writes that the tensors had seen when they were checked; None: nobody counts them."""
+    _on_host: bool = field(init=False, repr=False, compare=False, default=False)
+    """True: numbers are checked, again after somebody wrote to the tensors."""
+    _exact_step: "BatchPlan | None" = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._check_host()
+        self._check_tensors()
+        if self.device.type == "cpu":
+            _set(self, _on_host=True)
+            self._check_numbers()
 
     @property
     def num_requests(self) -> int:
@@ -73,6 +112,182 @@ class BatchPlan:
         """Longest context, an upper bound under CUDA graphs."""
         return max(self.host_context_lens, default=0)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.page_table.device
+
+    def to(self, device: torch.device | str) -> "BatchPlan":
+        """The same step with its tensors on ``device``; what the host knows of it stays known."""
+        if torch.device(device) == self.device:
+            return self
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device)
+            for name in ("query_starts", "context_lens", "page_table", "slots", "positions")
+        }
+        if self.exact is not None:
+            exact = self.exact
+            moved["exact"] = ExactPlan(exact.page_table.to(device), exact.slots.to(device))
+        return derive(self, **moved)
+
+    def check_values(self) -> None:
+        """Check the numbers in the tensors, wherever they are: reads back from the device.
+
+        For debugging, and what checked mode calls: a plan that was made by hand on a GPU has page
+        ids, slots and lengths that only the device knows. From then on its largest page is known.
+        """
+        host = self.to("cpu")
+        _set(host, _on_host=True)
+        host._check_numbers()
+        _set(
+            self,
+            largest_page=host.largest_page,
+            largest_exact_page=host.largest_exact_page,
+            bounded=host.bounded,
+        )
+
+    def check_unchanged(self) -> None:
+        """Check the numbers again if a tensor was written to since; a microsecond if not."""
+        if not self._on_host:
+            return
+        if self._stamp is None or self._stamp != self._writes():
+            self.passed.clear()
+            _set(self, _exact_step=None)
+            self._check_numbers()
+
+    def exact_step(self) -> "BatchPlan":
+        """The same step over the exact pages, as pages of their own; made once.
+
+        Entries of its page_table are -1 where a page is not kept.
+        """
+        if self._exact_step is None:
+            assert self.exact is not None
+            made = derive(
+                self,
+                page_table=self.exact.page_table,
+                slots=self.exact.slots,
+                exact=None,
+                largest_page=self.largest_exact_page,
+            )
+            _set(self, _exact_step=made)
+        assert self._exact_step is not None
+        return self._exact_step
+
+    def _tensors(self) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
+        """Each tensor by name, with what its dtype and shape have to be (-1: at least 1)."""
+        requests, tokens = len(self.query_lens), sum(self.query_lens)
+        found = {
+            "query_starts": (self.query_starts, torch.int32, (requests + 1,)),
+            "context_lens": (self.context_lens, torch.int32, (requests,)),
+            "page_table": (self.page_table, torch.int32, (requests, -1)),
+            "slots": (self.slots, torch.int64, (tokens,)),
+            "positions": (self.positions, torch.int64, (tokens,)),
+        }
+        if self.exact is not None:
+            found["exact.page_table"] = (self.exact.page_table, torch.int32, (requests, -1))
+            found["exact.slots"] = (self.exact.slots, torch.int64, (tokens,))
+        return found
+
+    def _check_host(self) -> None:
+        for name in ("query_lens", "host_context_lens"):
+            _set(self, **{name: whole_numbers(name, getattr(self, name))})
+        (size,) = whole_numbers("page_size", (self.page_size,))
+        if size < 1:
+            raise ValueError(f"page_size: expected at least 1 token, got {size}")
+        if len(self.query_lens) != len(self.host_context_lens):
+            raise ValueError(
+                f"host_context_lens: expected {len(self.query_lens)}, one a request, "
+                f"got {len(self.host_context_lens)}"
+            )
+        for row, (new, context) in enumerate(
+            zip(self.query_lens, self.host_context_lens, strict=True)
+        ):
+            if not 0 <= new <= context < _INT32_END:
+                raise ValueError(
+                    f"query_lens[{row}], host_context_lens[{row}]: expected 0 <= new <= context "
+                    f"< 2^31, got {new} and {context}"
+                )
+
+    def _check_tensors(self) -> None:
+        for name, (given, dtype, shape) in self._tensors().items():
+            if given.dtype != dtype:
+                raise ValueError(f"{name}: expected {dtype}, got {given.dtype}")
+            fits = given.ndim == len(shape) and all(
+                got >= 1 if wanted == -1 else got == wanted
+                for got, wanted in zip(given.shape, shape, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join("at least 1" if each == -1 else str(each) for each in shape)
+                raise ValueError(f"{name}: expected shape [{wanted}], got {tuple(given.shape)}")
+            if given.device != self.device:
+                raise ValueError(
+                    f"{name}: expected it on {self.device} as page_table, got {given.device}"
+                )
+            if given.shape[-1] > 1 and given.stride(-1) != 1:
+                raise ValueError(f"{name}: expected a contiguous last dimension, got strides "
+                                 f"{given.stride()}")  # fmt: skip
+        tables = {"page_table": self.page_table}
+        if self.exact is not None:
+            tables["exact.page_table"] = self.exact.page_table
+        for name, table in tables.items():
+            if self.max_context_len > table.shape[1] * self.page_size:
+                raise ValueError(
+                    f"{name}: expected {-(-self.max_context_len // self.page_size)} columns for "
+                    f"contexts of up to {self.max_context_len} tokens, got {table.shape[1]}"
+                )
+
+    def _check_numbers(self) -> None:
+        """What the tensors hold, on the host."""
+        starts, contexts, table, slots, positions = (
+            each.numpy()
+            for each in (
+                self.query_starts, self.context_lens, self.page_table, self.slots, self.positions,
+            )
+        )  # fmt: skip
+        new = np.array(self.query_lens, dtype=np.int64)
+        bounded = check_lengths(starts, contexts, new, self.host_context_lens)
+        contexts = contexts.astype(np.int64)
+        owners = check_positions(positions, new, contexts)
+        largest = check_page_table(table, slots, (new, contexts, owners, positions), self.page_size)
+        largest_exact = None
+        if self.exact is not None:
+            largest_exact = check_exact_table(
+                self.exact.page_table.numpy(),
+                self.exact.slots.numpy(),
+                (new, contexts, owners, positions),
+                self.page_size,
+            )
+        _set(
+            self,
+            largest_page=largest,
+            largest_exact_page=largest_exact,
+            bounded=bounded,
+            _stamp=self._writes(),
+        )
+
+    def _writes(self) -> tuple[int, ...] | None:
+        """torch counts writes to a tensor, unless it was made in inference mode."""
+        exact = () if self.exact is None else (self.exact.page_table, self.exact.slots)
+        try:
+            # As long as this, as every layer of a step asks.
+            return (
+                self.query_starts._version,
+                self.context_lens._version,
+                self.page_table._version,
+                self.slots._version,
+                self.positions._version,
+                *[each._version for each in exact],
+            )
+        except RuntimeError:
+            return None
+
+
+def derive(batch: BatchPlan, **changes: Any) -> BatchPlan:
+    """A step made of the parts of a checked one, which are not checked again."""
+    made = copy(batch)
+    _set(made, passed=set(), _exact_step=None, _on_host=False, **changes)
+    return made
+
 
 def plan_batch(
     query_lens: Sequence[int],
@@ -88,58 +303,93 @@ def plan_batch(
     page_tables: pages of each request, enough for its context. exact_tables: logical page ->
     exact page or -1, for formats that keep exact pages.
 
-    Raises ValueError when a table is too short or lengths do not fit.
+    Raises ValueError when a table is too short, lengths do not fit, a page is written by two
+    requests, or an exact page that the step needs is missing.
     """
+    (page_size,) = whole_numbers("page_size", (page_size,))
+    if page_size < 1:
+        raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
+    query_lens = whole_numbers("query_lens", query_lens)
+    context_lens = whole_numbers("context_lens", context_lens)
     if not len(query_lens) == len(context_lens) == len(page_tables):
         raise ValueError(
             f"query_lens, context_lens, page_tables: expected one entry a request, got "
             f"{len(query_lens)}, {len(context_lens)}, {len(page_tables)}"
         )
-    for row, (new, context, pages) in enumerate(
-        zip(query_lens, context_lens, page_tables, strict=True)
-    ):
+    if exact_tables is not None and len(exact_tables) != len(query_lens):
+        raise ValueError(
+            f"exact_tables: expected {len(query_lens)}, one a request, got {len(exact_tables)}"
+        )
+    for row, (new, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         if not 0 <= new <= context:
             raise ValueError(f"query_lens[{row}]: expected 0..context {context}, got {new}")
-        if len(pages) * page_size < context:
-            raise ValueError(
-                f"page_tables[{row}]: expected {-(-context // page_size)} pages for {context} "
-                f"tokens, got {len(pages)}"
-            )
-        if any(page < 0 for page in pages[: -(-context // page_size)]):
-            raise ValueError(f"page_tables[{row}]: expected page ids of at least 0, got {pages}")
-    table = _rectangle(page_tables, fill=0)
-    positions = torch.cat(
-        [torch.empty(0, dtype=torch.int64)]
-        + [torch.arange(c - n, c) for n, c in zip(query_lens, context_lens, strict=True)]
-    )
-    owners = torch.repeat_interleave(
-        torch.arange(len(query_lens)), torch.tensor(list(query_lens), dtype=torch.int64)
-    )
-    exact = None
-    if exact_tables is not None:
-        exact_table = _rectangle(exact_tables, fill=-1)
-        exact = ExactPlan(
-            exact_table.to(device), _slots(exact_table, owners, positions, page_size).to(device)
+        if context >= _INT32_END:
+            raise ValueError(f"context_lens[{row}]: expected less than 2^31, got {context}")
+    # Outside of inference mode, so that torch counts writes to them (check_unchanged).
+    with torch.inference_mode(False):
+        table = _rectangle("page_tables", page_tables, context_lens, page_size, fill=0)
+        news, contexts = (np.array(x, dtype=np.int64) for x in (query_lens, context_lens))
+        owners, positions = places_of(news, contexts)
+        exact = None
+        if exact_tables is not None:
+            near = _rectangle("exact_tables", exact_tables, context_lens, page_size, fill=-1)
+            slots = _slots(near, owners, positions, page_size)
+            exact = ExactPlan(torch.from_numpy(near), torch.from_numpy(slots))
+        plan = BatchPlan(
+            query_starts=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32),
+            page_table=torch.from_numpy(table),
+            slots=torch.from_numpy(_slots(table, owners, positions, page_size)),
+            positions=torch.from_numpy(positions),
+            page_size=page_size,
+            query_lens=query_lens,
+            host_context_lens=context_lens,
+            exact=exact,
         )
-    return BatchPlan(
-        query_starts=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
-        context_lens=torch.tensor(list(context_lens), dtype=torch.int32, device=device),
-        page_table=table.to(device),
-        slots=_slots(table, owners, positions, page_size).to(device),
-        positions=positions.to(device),
-        page_size=page_size,
-        query_lens=tuple(query_lens),
-        host_context_lens=tuple(context_lens),
-        exact=exact,
-    )
+        return plan.to(device)
 
 
-def _rectangle(tables: Sequence[Sequence[int]], fill: int) -> Tensor:
+def whole_numbers(name: str, given: Sequence[int]) -> tuple[int, ...]:
+    """``given`` as a tuple of Python integers; ValueError for anything else."""
+    try:
+        return tuple(map(index, given))
+    except TypeError:
+        raise ValueError(f"{name}: expected whole numbers, got {given!r}") from None
+
+
+def _rectangle(
+    name: str, tables: Sequence[Sequence[int]], contexts: Sequence[int], page_size: int, fill: int
+) -> np.ndarray:
+    for row, (table, context) in enumerate(zip(tables, contexts, strict=True)):
+        if len(table) * page_size < context:
+            raise ValueError(
+                f"{name}[{row}]: expected {-(-context // page_size)} pages for {context} tokens, "
+                f"got {len(table)}"
+            )
     width = max([1, *map(len, tables)])
-    rows = [[*table, *[fill] * (width - len(table))] for table in tables]
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(tables), width)
+    rows = np.full((len(tables), width), fill, dtype=np.int32)
+    for row, table in enumerate(tables):
+        if not len(table):
+            continue
+        given = np.asarray(table)
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise ValueError(f"{name}[{row}]: expected whole numbers, got {table!r}")
+        used = given[: -(-contexts[row] // page_size)]
+        if fill == 0 and used.size and used.min() < 0:
+            raise ValueError(f"{name}[{row}]: expected page ids of at least 0, got {table}")
+        if given.min() < -1 or given.max() >= _INT32_END:
+            raise ValueError(f"{name}[{row}]: expected page ids from -1 to 2^31 - 1, got {table}")
+        rows[row, : len(given)] = given
+    return rows
 
 
-def _slots(table: Tensor, owners: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    pages = table[owners, positions // page_size].to(torch.int64)
-    return torch.where(pages < 0, -1, pages * page_size + positions % page_size)
+def _slots(
+    table: np.ndarray, owners: np.ndarray, positions: np.ndarray, page_size: int
+) -> np.ndarray:
+    pages = table[owners, positions // page_size].astype(np.int64)
+    return np.where(pages < 0, -1, pages * page_size + positions % page_size)
+
+
+def _set(plan: BatchPlan, **facts: Any) -> None:
+    for name, value in facts.items():
+        object.__setattr__(plan, name, value)

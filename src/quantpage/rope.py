@@ -9,6 +9,7 @@ rotation is computed in float32 whatever the model's dtype.
 """
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,21 @@ class RopeTable:
     sin: Float[Tensor, "positions half_rotary"]
     interleaved: bool = False
     """False: channel i pairs with i + rotary_dim / 2; True: channel 2i with 2i + 1."""
+
+    def __post_init__(self) -> None:
+        for name, table in (("cos", self.cos), ("sin", self.sin)):
+            if table.ndim != 2 or table.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{name}: expected float32 [positions, rotary_dim / 2], got {table.dtype} "
+                    f"{tuple(table.shape)}"
+                )
+            if not table.is_contiguous():
+                object.__setattr__(self, name, table.contiguous())
+        if self.cos.shape != self.sin.shape or self.cos.device != self.sin.device:
+            raise ValueError(
+                f"sin: expected {tuple(self.cos.shape)} on {self.cos.device} as cos, "
+                f"got {tuple(self.sin.shape)} on {self.sin.device}"
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -40,6 +56,11 @@ def rope_table(
     """The standard table: angle(p, i) = p * theta^(-2i / rotary_dim)."""
     if rotary_dim % 2 or rotary_dim < 2:
         raise ValueError(f"rotary_dim: expected an even number of at least 2, got {rotary_dim}")
+    if max_positions < 1 or not (isfinite(theta) and theta > 0):
+        raise ValueError(
+            f"max_positions, theta: expected at least 1 and a finite number above 0, "
+            f"got {max_positions} and {theta}"
+        )
     steps = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * theta**-steps
     return RopeTable(angles.cos().float().to(device), angles.sin().float().to(device), interleaved)

@@ -87,7 +87,8 @@ def test_a_scale_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="scale: expected a tensor for code int8, got None"):
         QuantizedPages(dynamic, codes)
     with pytest.raises(ValueError, match="zero: expected None for code int8, got a tensor"):
-        QuantizedPages(dynamic, codes, torch.zeros(3, 8, 16, 1), torch.zeros(3, 8, 16, 1))
+        plane = torch.zeros(3, 8, 16, 1, dtype=torch.float16)
+        QuantizedPages(dynamic, codes, plane, plane)
 
 
 def test_halves_must_match():

@@ -205,6 +205,9 @@ def test_threads_and_batch_mates_change_nothing():
         batch,
         query_starts=batch.query_starts[:2],
         context_lens=batch.context_lens[:1],
+        page_table=batch.page_table[:1],
+        slots=batch.slots[:1],
+        positions=batch.positions[:1],
         query_lens=(1,),
         host_context_lens=(2100,),
     )

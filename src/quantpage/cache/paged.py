@@ -91,6 +91,7 @@ class PagedKVCache:
                 None if view.exact_value is None else _of_pages(view.exact_value, exact_pages),
                 view.key_map,
             )
+            view.retire()
         self.pages, self.exact_pages = pages, exact_pages
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:

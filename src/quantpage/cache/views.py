@@ -2,10 +2,12 @@
 
 Ops take views, never owners, so that an engine that owns its tensors (vLLM) can call them: it
 builds a ``LayerKV`` over its own memory. Page and head strides are free; the last two dimensions
-(page_size, bytes of a row) are contiguous.
+(page_size, bytes of a row) are contiguous. A view is checked when it is built: what no kernel reads
+right is not a view.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from quantpage.formats import CODES, KeyMap, QuantSpec
 
 _UNQUANTIZED = QuantSpec(CODES["none"])
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,18 @@ class QuantizedPages:
     """As ``scale``; None for symmetric specs."""
 
     def __post_init__(self) -> None:
-        if self.codes.ndim != 4:
+        if self.codes.ndim != 4 or 0 in self.codes.shape[1:]:
             raise ValueError(
-                "codes: expected [pages, kv_heads, page_size, row], "
+                "codes: expected [pages, kv_heads, page_size, row], each but pages at least 1, "
                 f"got shape {tuple(self.codes.shape)}"
             )
+        storage = self.spec.code.storage
+        if self.codes.dtype != storage and (storage or self.codes.dtype not in _FLOATS):
+            raise ValueError(
+                f"codes: expected {storage or 'the dtype of a model'} for code "
+                f"{self.spec.code.name}, got {self.codes.dtype}"
+            )
+        _check_strides("codes", self.codes)
         for name, given, wanted in (
             ("scale", self.scale, self.spec.quantized),
             ("zero", self.zero, self.spec.zero_point),
@@ -67,17 +77,67 @@ class QuantizedPages:
         return self.codes.shape[3] * self.spec.code.values_per_byte
 
     def _check_plane(self, name: str, plane: Tensor) -> None:
-        groups = self.spec.granularity.groups(self.head_dim)
-        if self.spec.dynamic:
+        dynamic = self.spec.dynamic
+        kind = f"{'dynamic' if dynamic else 'static'} {self.spec.code.name}"
+        if dynamic:
+            groups = self.spec.granularity.groups(self.head_dim)
             wanted: tuple[int, ...] = (*self.codes.shape[:3], groups)
         else:
             wanted = self.spec.granularity.scale_shape(self.kv_heads, self.head_dim)
         if tuple(plane.shape) != wanted:
-            kind = "dynamic" if self.spec.dynamic else "static"
+            raise ValueError(f"{name}: expected {wanted} for {kind}, got {tuple(plane.shape)}")
+        dtypes = (self.spec.scale_dtype,) if dynamic else _FLOATS
+        if plane.dtype not in dtypes:
+            said = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name}: expected {said} for {kind}, got {plane.dtype}")
+        if plane.device != self.codes.device:
             raise ValueError(
-                f"{name}: expected {wanted} for {kind} {self.spec.code.name}, "
-                f"got {tuple(plane.shape)}"
+                f"{name}: expected it on {self.codes.device} as the codes, got {plane.device}"
             )
+        if dynamic:
+            _check_strides(name, plane)
+        elif not plane.is_contiguous():
+            # A few numbers, which kernels read in order: a view of a checkpoint is copied.
+            object.__setattr__(self, name, plane.contiguous())
+
+
+def _check_strides(name: str, plane: Tensor) -> None:
+    """Rows of a page in order, one after the other; pages and heads apart from each other."""
+    _, _, page_size, width = plane.shape
+    by_page, by_head, by_row, by_channel = plane.stride()
+    fits = (width == 1 or by_channel == 1) and (page_size == 1 or by_row == width)
+    if not fits:
+        raise ValueError(
+            f"{name}: expected contiguous last two dimensions, strides ({width}, 1), "
+            f"got ({by_row}, {by_channel}); make such a view contiguous"
+        )
+    for dimension, stride, size in (("pages", by_page, 0), ("kv_heads", by_head, 1)):
+        if plane.shape[size] > 1 and stride < page_size * width:
+            raise ValueError(
+                f"{name}: expected {dimension} at least {page_size * width} elements apart, "
+                f"got a stride of {stride}: they overlap"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerFacts:
+    """What a check asks of a layer: one object for all that are alike."""
+
+    pages: int
+    kv_heads: int
+    page_size: int
+    head_dim: int
+    value_head_dim: int
+    key: QuantSpec
+    value: QuantSpec
+    dtype: torch.dtype
+    """Of the key codes."""
+    exact_pages: int | None
+    """None where there are none beside the codes."""
+    device: torch.device
+
+
+_facts_of = lru_cache(maxsize=4096)(LayerFacts)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -94,6 +154,12 @@ class LayerKV:
     key_map: KeyMap | None = None
     """What was done to keys before they were rotated and cached; None: nothing."""
 
+    _retired: bool = field(init=False, repr=False, compare=False, default=False)
+    _facts: LayerFacts | None = field(init=False, repr=False, compare=False, default=None)
+    _parts: "tuple[LayerKV, LayerKV] | None" = field(
+        init=False, repr=False, compare=False, default=None
+    )
+
     def __post_init__(self) -> None:
         if self.key.codes.shape[:3] != self.value.codes.shape[:3]:
             raise ValueError(
@@ -107,6 +173,39 @@ class LayerKV:
                 raise ValueError(
                     f"key_map: expected one of kv_heads, head_dim {wanted} as the keys, got {given}"
                 )
+        if self.key.codes.device != self.value.codes.device:
+            raise ValueError(
+                f"value codes: expected them on {self.key.codes.device} as the key codes, "
+                f"got {self.value.codes.device}"
+            )
+        if (self.exact_key is None) != (self.exact_value is None):
+            have, none = (
+                ("exact_key", "exact_value")
+                if self.exact_value is None
+                else ("exact_value", "exact_key")
+            )
+            raise ValueError(f"{none}: expected a tensor as {have}, got None")
+        if self.exact_key is not None and self.exact_value is not None:
+            self._check_exact("exact_key", self.exact_key, self.key.head_dim, self.exact_key)
+            self._check_exact("exact_value", self.exact_value, self.value.head_dim, self.exact_key)
+
+    def _check_exact(self, name: str, plane: Tensor, width: int, key: Tensor) -> None:
+        pages = key.shape[0] if key.ndim else 0
+        wanted = (pages, self.kv_heads, self.page_size, width)
+        if tuple(plane.shape) != wanted:
+            raise ValueError(
+                f"{name}: expected [exact pages, kv_heads, page_size, head_dim], {wanted}, "
+                f"got {tuple(plane.shape)}"
+            )
+        if plane.dtype not in _FLOATS or plane.dtype != key.dtype:
+            raise ValueError(
+                f"{name}: expected the dtype of a model, one for both, got {plane.dtype}"
+            )
+        if plane.device != self.device:
+            raise ValueError(
+                f"{name}: expected it on {self.device} as the codes, got {plane.device}"
+            )
+        _check_strides(name, plane)
 
     @property
     def page_size(self) -> int:
@@ -123,10 +222,53 @@ class LayerKV:
         """Where the pages live."""
         return self.key.codes.device
 
+    def retire(self) -> None:
+        """Say that the pages have moved: an op that is given this view refuses it from now on."""
+        object.__setattr__(self, "_retired", True)
+        object.__setattr__(self, "_facts", None)
+
+    @property
+    def facts(self) -> LayerFacts:
+        """What checks ask of the layer. ValueError for a view of before its cache grew."""
+        if self._facts is None:
+            if self._retired:
+                raise ValueError(
+                    "layer: expected the view that the cache hands out now, got one of before it "
+                    "grew, whose pages are not the cache's any more"
+                )
+            made = _facts_of(
+                self.key.pages,
+                self.kv_heads,
+                self.page_size,
+                self.key.head_dim,
+                self.value.head_dim,
+                self.key.spec,
+                self.value.spec,
+                self.key.codes.dtype,
+                None if self.exact_key is None else self.exact_key.shape[0],
+                self.device,
+            )
+            object.__setattr__(self, "_facts", made)
+            return made
+        return self._facts
+
     def exact(self) -> "LayerKV":
         """The exact pages as a layer of their own, unquantized."""
-        assert self.exact_key is not None and self.exact_value is not None
-        return LayerKV(
-            QuantizedPages(_UNQUANTIZED, self.exact_key),
-            QuantizedPages(_UNQUANTIZED, self.exact_value),
-        )
+        return self._split()[1]
+
+    def body(self) -> "LayerKV":
+        """The codes alone."""
+        return self._split()[0]
+
+    def _split(self) -> "tuple[LayerKV, LayerKV]":
+        """Made once: every step asks."""
+        if self._parts is None:
+            assert self.exact_key is not None and self.exact_value is not None
+            near = LayerKV(
+                QuantizedPages(_UNQUANTIZED, self.exact_key),
+                QuantizedPages(_UNQUANTIZED, self.exact_value),
+            )
+            parts = (LayerKV(self.key, self.value, key_map=self.key_map), near)
+            object.__setattr__(self, "_parts", parts)
+            return parts
+        return self._parts

@@ -38,6 +38,15 @@ class Call:
     mask: str = "causal"
     """'causal' (windows and sinks too), 'full' or 'interval'."""
 
+    def __post_init__(self) -> None:
+        for name in ("q_heads", "kv_heads", "head_dim", "value_head_dim", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"q_heads: expected a multiple of {self.kv_heads} kv_heads, got {self.q_heads}"
+            )
+
     @property
     def group(self) -> int:
         """Query heads a kv_head."""

@@ -20,6 +20,7 @@ from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import PREFILL_CANDIDATES
+from quantpage.ops.checks import check_attend, needs_of, unchecked
 from quantpage.ops.cpu_refusals import refusals as cpu_refusals
 from quantpage.ops.dispatch import Implementation, refuse_nothing
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
@@ -53,8 +54,6 @@ def attend(
     values are cached rotated. lse_wanted: False where nobody reads the log-sum-exp, which may then
     be that of scores without the keys' mean (``KeyMap``).
     """
-    if layer.exact_key is not None and batch.exact is None:
-        raise ValueError("batch.exact: expected a plan, as the format keeps exact pages; got None")
     mapped = layer.key_map
     if mapped is None or mapped.mean is None:
         return _attend(q, layer, batch, params, implementation, model_basis)
@@ -101,14 +100,12 @@ def _attend_segments(
     q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Implementation
 ) -> tuple[Tensor, Tensor]:
     """Body and exact pages, each by a call, and their merge unless the second call does it."""
-    assert batch.exact is not None
     run = by.load()
-    exact_batch = replace(
-        batch, page_table=batch.exact.page_table, slots=batch.exact.slots, exact=None
-    )
+    check_attend(q, layer, batch, params, needs_of(run))
+    run, exact_batch = unchecked(run), batch.exact_step()
     # The sink is one key of the softmax: it enters once, in the merge.
     bare = replace(params, sinks=None)
-    body = run(q, replace(layer, exact_key=None, exact_value=None), batch, bare, segment="body")
+    body = run(q, layer.body(), batch, bare, segment="body")
     if by.joins:
         return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")

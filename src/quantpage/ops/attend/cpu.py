@@ -16,8 +16,11 @@ from quantpage.cpu_core.records import ATTEND, CODES, layer_record, step_record
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.cpu_intervals import intervals_of
 from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.checks import Needs, attends
+from quantpage.ops.cpu_refusals import refusals
 
 
+@attends(Needs(refusals, kind="cpu", host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -19,6 +19,7 @@ from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
 from quantpage.ops.attend.gluon_prefill import dense_tile, descriptor, padded_width
+from quantpage.ops.attend.mask_candidates import gluon_mask_refusals
 from quantpage.ops.attend.mask_once import once_a_step
 from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile
 from quantpage.ops.attend.params import AttendParams, Segment
@@ -27,6 +28,7 @@ from quantpage.ops.attend.triton_flash_mask import attend as portable
 from quantpage.ops.attend.triton_flash_mask import lowered
 from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles, visit_order
 from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
+from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.triton_gather import gather_layer
 
 FEW_ROWS = 256
@@ -84,6 +86,7 @@ def heads_a_pass(kv_heads: int, head_bytes: int) -> int:
     return -(-kv_heads // -(-kv_heads // most))
 
 
+@attends(Needs(gluon_mask_refusals, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -95,7 +98,7 @@ def attend(
     tokens, q_heads, _ = q.shape
     width, group = layer.value.head_dim, q_heads // layer.kv_heads
     if segment == "exact" or group * batch.max_query_len <= FEW_ROWS:
-        return portable(q, layer, batch, params, segment)
+        return unchecked(portable)(q, layer, batch, params, segment)
     out_dtype = q.dtype if segment == "all" else torch.float32
     out = torch.empty(tokens, q_heads, width, dtype=out_dtype, device=q.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)

@@ -27,8 +27,9 @@ from quantpage.ops.attend import triton_prefill
 from quantpage.ops.attend.gluon_compat import TensorDescriptor
 from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill import choose_ways
+from quantpage.ops.attend.prefill import choose_ways, gluon_refusals
 from quantpage.ops.attend.prefill_plan import DensePass, DenseShape, DenseTile, plan_passes
+from quantpage.ops.checks import Needs, attends, unchecked
 
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -40,6 +41,7 @@ def dense_tile(head_dim: int) -> DenseTile:
     return DenseTile(rows=128, keys=64, stages=2)
 
 
+@attends(Needs(gluon_refusals, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -51,7 +53,7 @@ def attend(
     if not isinstance(params.mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {params.mask.kind}")
     if segment == "exact" or (segment == "body" and params.mask.kind == "full"):
-        return triton_prefill.attend(q, layer, batch, params, segment)
+        return unchecked(triton_prefill.attend)(q, layer, batch, params, segment)
     out, lse = triton_prefill.empty_results(q, layer, segment)
     q = q if q.stride(-1) == 1 else q.contiguous()
     ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", segment == "all")

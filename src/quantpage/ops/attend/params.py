@@ -1,12 +1,15 @@
 """What attention computes, apart from whom it computes it for."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import isfinite
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quantpage.masks import CausalMask, Mask
+from quantpage.masks import CausalMask, ColumnIntervals, Mask, RowIntervals, TreeMask
 
 Segment = Literal["all", "body", "exact"]
 """Which of the keys that the mask shows take part (formats with exact pages only).
@@ -38,6 +41,25 @@ def exact_band(first: int, last: int, page_size: int) -> tuple[int, int]:
     return max(first // page_size - 1, 0) * page_size, (last // page_size + 1) * page_size
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttendFacts:
+    """What a check asks of the parameters: one object for all that are alike."""
+
+    sinks: int | None
+    """Logits, one a query head."""
+    sinks_device: torch.device | None
+    mask: str
+    """Its kind."""
+    mask_batch: int
+    """Requests that it describes; 1: all alike."""
+    mask_heads: int
+    """kv_heads that it describes; 1: all alike."""
+    checked: bool
+
+
+_facts_of = lru_cache(maxsize=1024)(AttendFacts)
+
+
 @dataclass(frozen=True, slots=True)
 class AttendParams:
     """softmax(softcap(q . k * softmax_scale) + mask) over keys and sink logits, times v."""
@@ -48,3 +70,45 @@ class AttendParams:
     """s -> softcap * tanh(s / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
     sinks: Float[Tensor, " q_heads"] | None = None
     """A logit a head that takes part in the softmax and has no value (gpt-oss)."""
+    checked: bool = False
+    """True: check the page ids of a plan that is on a GPU. Reads back from the device."""
+    facts: AttendFacts = field(init=False, repr=False, compare=False)
+    """What checks ask of the parameters."""
+
+    def __post_init__(self) -> None:
+        for name, number in (("softmax_scale", self.softmax_scale), ("softcap", self.softcap)):
+            if number is not None and not (isfinite(number) and number > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        mask, sinks = self.mask, self.sinks
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask: expected a Mask, got {type(mask).__name__}")
+        if isinstance(mask, CausalMask):
+            for name, tokens in (("window", mask.window), ("sink_tokens", mask.sink_tokens)):
+                if tokens is not None and tokens >= 2**31:
+                    raise ValueError(f"mask.{name}: expected less than 2^31 tokens, got {tokens}")
+        if sinks is not None and (sinks.ndim != 1 or not sinks.is_floating_point()):
+            raise ValueError(
+                f"sinks: expected floating numbers [q_heads], got {sinks.dtype} "
+                f"{tuple(sinks.shape)}"
+            )
+        if sinks is not None and not sinks.is_contiguous():
+            object.__setattr__(self, "sinks", sinks.contiguous())
+        facts = _facts_of(
+            None if sinks is None else sinks.shape[0],
+            None if sinks is None else sinks.device,
+            mask.kind,
+            *_described(mask),
+            self.checked,
+        )
+        object.__setattr__(self, "facts", facts)
+
+
+def _described(mask: Mask) -> tuple[int, int]:
+    """Requests and kv_heads that a mask tells apart."""
+    if isinstance(mask, TreeMask):
+        mask = mask.rows
+    if isinstance(mask, ColumnIntervals):
+        return mask.bounds.shape[0], mask.bounds.shape[1]
+    if isinstance(mask, RowIntervals):
+        return mask.intervals.shape[0], mask.intervals.shape[1]
+    return 1, 1

@@ -15,7 +15,7 @@ so that the workspace wins from 275 / (2.1 - 1.4) = 390 rows on for the portable
 split-KV kernel takes it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan
+from quantpage.batch import BatchPlan, derive
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation
 
 WORKSPACE_ROWS = {"gluon": 256, "triton": 384}
@@ -124,7 +124,7 @@ def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan
     """The step of ``members`` alone, and the rows of their tokens in the whole step."""
     device = str(batch.query_starts.device)
     chosen, rows, starts = _taken(batch.query_lens, members, device)
-    taken = replace(
+    taken = derive(
         batch,
         query_starts=starts,
         context_lens=batch.context_lens[chosen],

@@ -12,9 +12,11 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.params import AttendParams, exact_pairs
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
+from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.reference import gather_request
 
 
+@attends(Needs(host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -63,15 +65,16 @@ def attend(
 
 def _keys_and_values(layer, batch, request, context, kv_head):
     """Codes dequantized, and exact rows beside them where the format keeps some."""
+    gather = unchecked(gather_request)
     table = batch.page_table[request]
-    k = [gather_request(layer.key, table, context, torch.float64)[:, kv_head].cpu()]
-    v = [gather_request(layer.value, table, context, torch.float64)[:, kv_head].cpu()]
+    k = [gather(layer.key, table, context, torch.float64)[:, kv_head].cpu()]
+    v = [gather(layer.value, table, context, torch.float64)[:, kv_head].cpu()]
     if layer.exact_key is None or batch.exact is None:
         return k, v, None
     exact_table = batch.exact.page_table[request].clamp_min(0)
     exact = layer.exact()
-    k.append(gather_request(exact.key, exact_table, context, torch.float64)[:, kv_head].cpu())
-    v.append(gather_request(exact.value, exact_table, context, torch.float64)[:, kv_head].cpu())
+    k.append(gather(exact.key, exact_table, context, torch.float64)[:, kv_head].cpu())
+    v.append(gather(exact.value, exact_table, context, torch.float64)[:, kv_head].cpu())
     return k, v, True
 
 

@@ -18,12 +18,14 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.mask_plan import EMPTY, FULL, tile_kinds
 from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact_pairs
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
+from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.reference import gather_request
 
 QUERY_TILE = 256
 KEY_TILE = 512
 
 
+@attends(Needs(host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -159,4 +161,5 @@ def _rows(pages: QuantizedPages, table: Tensor, low: int, high: int, dtype) -> T
     """Dequantized rows low..high of a request, [kv_heads, high - low, head_dim]."""
     used = table[low // pages.page_size :]
     # A page that is not kept (-1) is outside the segment: any page may stand in for it.
-    return gather_request(pages, used.clamp_min(0), high - low, dtype).transpose(0, 1)
+    gather = unchecked(gather_request)
+    return gather(pages, used.clamp_min(0), high - low, dtype).transpose(0, 1)

@@ -19,6 +19,8 @@ from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.planner import DecodeTiles, decode_tiles, row_tiles
 from quantpage.ops.attend.triton_decode_kernel import decode_kernel
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
+from quantpage.ops.checks import Needs, attends
+from quantpage.ops.gpu_candidates import decode_refusals
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
@@ -37,6 +39,7 @@ _pools: dict[int | None, Tensor] = {}
 _workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
 
 
+@attends(Needs(decode_refusals, kind="cuda"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -15,6 +15,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
+from quantpage.ops.attend.mask_candidates import triton_mask_refusals
 from quantpage.ops.attend.mask_once import once_a_step
 from quantpage.ops.attend.mask_plan import MaskTile, lower
 from quantpage.ops.attend.merge import merge_partials
@@ -28,6 +29,7 @@ from quantpage.ops.attend.triton_prefill import (
     padded_width,
     pages_tile,
 )
+from quantpage.ops.checks import Needs, attends
 
 MIN_SPLIT_TILES = 4
 """Smallest share of a split: a partial result costs a write and a merge."""
@@ -40,6 +42,7 @@ def lowered(mask: Mask, device: torch.device) -> ColumnIntervals | RowIntervals:
     return lower(mask.to(device))
 
 
+@attends(Needs(triton_mask_refusals, kind="cuda"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -20,7 +20,7 @@ from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import triton_decode
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
-from quantpage.ops.attend.prefill import Ways, choose_ways, take_requests
+from quantpage.ops.attend.prefill import Ways, choose_ways, take_requests, triton_refusals
 from quantpage.ops.attend.prefill_plan import (
     DensePass,
     DenseShape,
@@ -30,6 +30,7 @@ from quantpage.ops.attend.prefill_plan import (
 )
 from quantpage.ops.attend.triton_merge import merge_partials
 from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
+from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.triton_gather import gather_layer
 
 LOG2E = 1.4426950408889634
@@ -51,6 +52,7 @@ def pages_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
     return DenseTile(rows=64, keys=32, stages=2), 4
 
 
+@attends(Needs(triton_refusals, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -78,7 +80,8 @@ def attend_others(results, q, layer, batch, params, segment: Segment, ways: Ways
     out, lse = results
     if ways.decode:
         taken, rows = take_requests(batch, ways.decode)
-        out[rows], lse[rows] = triton_decode.attend(q[rows], layer, taken, params)
+        decode = unchecked(triton_decode.attend)
+        out[rows], lse[rows] = decode(q[rows], layer, taken, params)
     if ways.pages != () and batch.num_tokens:
         lens, members = (batch.query_lens, batch.host_context_lens), ways.pages
         rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))

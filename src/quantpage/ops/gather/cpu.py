@@ -7,8 +7,10 @@ from torch import Tensor
 from quantpage.cache.views import QuantizedPages
 from quantpage.cpu_core import core
 from quantpage.cpu_core.records import CODES, GATHER, float32_statics, pages_fields
+from quantpage.ops.checks import gathers
 
 
+@gathers("cpu")
 def gather_request(
     pages: QuantizedPages,
     page_table: Int[Tensor, " max_pages"],

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
 from quantpage.formats import dequantize
+from quantpage.ops.checks import gathers
 
 
+@gathers(None)
 def gather_request(
     pages: QuantizedPages,
     page_table: Int[Tensor, " max_pages"],

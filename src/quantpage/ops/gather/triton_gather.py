@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.ops.attend.triton_codes import to_float16
+from quantpage.ops.checks import gathers
 
 KEYS_A_TILE = 32
 
@@ -255,6 +256,7 @@ def _planes(pages: QuantizedPages) -> tuple[Tensor, Tensor | None, Tensor | None
     return codes.view(torch.uint8) if fp8 else codes, pages.scale, pages.zero
 
 
+@gathers("cuda")
 def gather_request(
     pages: QuantizedPages,
     page_table: Int[Tensor, " max_pages"],

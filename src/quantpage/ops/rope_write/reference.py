@@ -13,10 +13,12 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import NonFiniteInput
 from quantpage.formats import dequantize, quantize, quantize_static, rotate
 from quantpage.formats.quantize import finite_rows
+from quantpage.ops.checks import ANY, writes
 from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
 from quantpage.rope import apply_rope
 
 
+@writes(ANY)
 def rope_write(
     q: Float[Tensor, "tokens q_heads head_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],

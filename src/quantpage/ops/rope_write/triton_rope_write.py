@@ -12,6 +12,8 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import device_info
+from quantpage.ops.checks import Needs, writes
+from quantpage.ops.gpu_candidates import write_refusals
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
 from quantpage.ops.rope_write.triton_products import as_written
@@ -76,6 +78,7 @@ def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
     )
 
 
+@writes(Needs(write_refusals, kind="cuda"))
 def rope_write(
     q: Float[Tensor, "tokens q_heads head_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
