@@ -82,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
         # So rich and typer leave when the reader of stdout has gone, as `head` does.
         return BROKEN_PIPE if error.code == 1 else int(error.code or 0)
     except (KeyboardInterrupt, typer.Abort):
+        if sys.stdout.isatty():
+            # An answer may stand on the line.
+            print()
         return _say("interrupted", INTERRUPTED, verbose)
     except Unavailable as error:
         return _say(str(error), UNAVAILABLE, verbose)

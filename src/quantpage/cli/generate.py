@@ -1,63 +1,164 @@
 """`quantpage generate`: a model answers through a quantized cache, streaming."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantpage import console
+from quantpage.cli.options import AsJson, Device, Model, PageSize
+
+if TYPE_CHECKING:
+    from quantpage.cli.comparison import Forced
+    from quantpage.cli.generation import Answer, GenerateRequest
+
 
 def command(
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.")],
-    prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to ask; several are answered in turn.")
+    ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Read the prompt from a file (-: stdin); with --prompt, both."),
+        typer.Option(help="Read the prompt from a file (-: stdin); with --prompt, before each."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt, for the model's chat template.")
     ] = None,
     kv_format: Annotated[
         str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
     ] = "int8",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Of tokens that are so probable together; 1: all.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    ] = None,
+    page_size: PageSize = 64,
     compare: Annotated[
-        bool, typer.Option(help="Also run without quantization and report the agreement.")
+        bool, typer.Option(help="Force the answer through other caches, and compare.")
     ] = False,
     dtype: Annotated[
         str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     weights: Annotated[
         str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
     ] = "model",
     raw: Annotated[
         bool, typer.Option(help="Give the prompt as it is, without the chat template.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate text through a quantized, paged cache and report what it took and what it cost.
 
-    Greedy, so that runs compare. --compare teacher-forces the same answer
-    through an unquantized cache and counts where the most likely token is
-    the same.
+    The answer goes to stdout, what it took to stderr. Greedy unless --temperature is above 0, so
+    that runs compare. --compare forces the same answer through this cache, through ours without
+    quantization and through Transformers' own, and tabulates what each holds, its speed, and how
+    often its most likely token is the one of Transformers' own cache.
     """
-    from quantpage.cli.generation import GenerateRequest, run
-
-    if prompt is None and file is None:
+    if not prompt and file is None:
         raise ValueError("prompt: expected --prompt or --file, got neither")
-    text = "\n\n".join(part for part in (None if file is None else _read(file), prompt) if part)
-    run(
-        GenerateRequest(
-            model=model,
-            prompt=text,
-            kv_format=kv_format,
-            max_new_tokens=max_new_tokens,
-            page_size=page_size,
-            compare=compare,
-            dtype=dtype,
-            device=device,
-            weights=weights,
-            raw=raw,
-        )
+    read = None if file is None else _read(file)
+    texts = ["\n\n".join(each for each in (read, own) if each) for own in prompt or [""]]
+
+    from quantpage.cli.generation import GenerateRequest, Sampling, Session
+
+    request = GenerateRequest(
+        model=model,
+        prompts=texts,
+        system=system,
+        kv_format=kv_format,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p, top_k, seed),
+        stop=tuple(stop or ()),
+        page_size=page_size,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        raw=raw,
     )
+    session = Session(request)
+    done = []
+    for index in range(len(texts)):
+        if index and not as_json:
+            print()
+        answer = session.answer(index, _drop if as_json else _write)
+        rows: list[Forced] = []
+        if compare:
+            from quantpage.cli.comparison import compare as compare_caches
+
+            rows = compare_caches(session.model, answer, request)
+        if as_json:
+            done.append(_as_data(answer, rows))
+        else:
+            print(flush=True)
+            _report(answer, rows, request)
+    if as_json:
+        console.print_json({"model": model, "kv_format": kv_format, "answers": done})
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _drop(text: str) -> None:
+    pass
+
+
+def _report(answer: "Answer", rows: "list[Forced]", request: "GenerateRequest") -> None:
+    """What the answer took, on stderr."""
+    from quantpage.cli.comparison import explanation, in_units, to_table
+
+    new = len(answer.answer_ids)
+    console.note("")
+    console.note(f"prompt  {_speed(answer.prompt_ids.shape[1], answer.prompt_seconds)}")
+    # The first token is the prompt's.
+    console.note(f"answer  {_speed(new - 1, answer.decode_seconds)} after the first")
+    console.note(
+        f"cache   {in_units(answer.held_bytes)} held in {request.kv_format}; "
+        f"{in_units(answer.sixteen_bit_bytes)} are the same tokens in the model's dtype"
+    )
+    if answer.finish == "length":
+        console.note(f"cut off at --max-new-tokens {request.max_new_tokens}")
+    if rows:
+        console.ERR.print(to_table(rows, answer))
+        console.note(explanation(rows, answer, request.page_size))
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    """'31 tokens in 210.0 ms (6.77 ms a token, 147.6 tokens a second)'."""
+    word = "token" if tokens == 1 else "tokens"
+    if not tokens or not seconds:
+        return f"{tokens:5,} {word}"
+    return (
+        f"{tokens:5,} {word} in {seconds * 1e3:,.1f} ms "
+        f"({seconds * 1e3 / tokens:.2f} ms a token, {tokens / seconds:.1f} tokens a second)"
+    )
+
+
+def _as_data(answer: "Answer", rows: "list[Forced]") -> dict[str, Any]:
+    return {
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_ids.shape[1],
+        "answer_tokens": len(answer.answer_ids),
+        "answer_ids": answer.answer_ids.tolist(),
+        "prompt_seconds": answer.prompt_seconds,
+        "decode_seconds": answer.decode_seconds,
+        "held_bytes": answer.held_bytes,
+        "sixteen_bit_bytes": answer.sixteen_bit_bytes,
+        "comparison": [asdict(row) for row in rows],
+    }
 
 
 def _read(file: Path) -> str:

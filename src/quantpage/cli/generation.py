@@ -1,12 +1,13 @@
-"""One prompt, one model, one cache format: the run behind `quantpage generate`."""
+"""Prompts in, answers out: what `quantpage generate` runs for one model and one cache format."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
-from transformers import TextStreamer
+from jinja2 import TemplateError
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from quantpage import console
 from quantpage.cache.layout import PAGE_SIZES
@@ -21,19 +22,61 @@ WEIGHTS = ("model", "int8")
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen from the model's distribution."""
+
+    temperature: float = 0.0
+    """0: the most likely one (greedy), so that runs compare."""
+    top_p: float = 1.0
+    """Only the most likely tokens that are this probable together."""
+    top_k: int = 0
+    """Only this many of the most likely tokens; 0: all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 or more, got {self.top_k}")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            name = "top_p" if self.top_p < 1 else "top_k"
+            raise ValueError(
+                f"{name}: expected a temperature above 0 beside it, as greedy decoding takes the "
+                "most likely token"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``model.generate``; what the model's own generation_config says is overruled."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """What the flags of `quantpage generate` say."""
 
     model: str
-    prompt: str
+    prompts: Sequence[str]
+    system: str | None = None
     kv_format: str = "int8"
     max_new_tokens: int = 128
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
     page_size: int = 64
-    compare: bool = False
     dtype: str = "auto"
     device: str = "auto"
     weights: str = "model"
     raw: bool = False
+    """Without the chat template."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -44,54 +87,120 @@ class GenerateRequest:
             if value not in allowed:
                 words = ", ".join(map(str, allowed))
                 raise ValueError(f"{name}: expected one of {words}; got {value!r}")
-        if not self.prompt.strip():
+        if not self.prompts or not all(each.strip() for each in self.prompts):
             raise ValueError("prompt: expected some text, got an empty prompt")
+        if not all(self.stop):
+            raise ValueError("stop: expected some text, got an empty one")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What one generation took."""
+class Answer:
+    """One answer and what it took."""
 
-    kv_format: str
-    answer: torch.Tensor
-    """Token ids of the answer."""
-    logits: torch.Tensor
-    """[answer tokens, vocabulary] float32, as they were when each token was chosen."""
-    cache_bytes: int
-    unquantized_bytes: int
-    """The same tokens in the model's dtype."""
-    prefill_seconds: float
+    prompt: str
+    text: str
+    finish: str
+    """'end' (the model's own end), 'stop' (a stop text) or 'length'."""
+    prompt_ids: torch.Tensor
+    """[1, tokens]"""
+    answer_ids: torch.Tensor
+    """[tokens]"""
+    prompt_seconds: float
+    """To the first token."""
     decode_seconds: float
+    held_bytes: int
+    """Of the cache's tensors, as allocated."""
+    sixteen_bit_bytes: int
+    """The same tokens in the model's dtype."""
 
 
-def run(request: GenerateRequest) -> None:
-    """Load, generate with streaming, and print the table."""
-    LayerFormats.parse(request.kv_format).refuse_static()
-    device = find_device(request.device)
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    with console.status(f"loading {request.model}"):
-        model, tokenizer = load_model(request.model, dtype, device)
-        if request.weights == "int8":
-            from quantpage.integrations.int8_weights import quantize_weights
+class Session:
+    """A model that is loaded once and answers prompts."""
 
-            quantize_weights(model)
-    prompt = encode(tokenizer, request.prompt, request.raw).to(device)
-    check_positions(model.config, prompt.shape[1], request.max_new_tokens)
-    with console.status(f"reading {prompt.shape[1]:,} tokens") as waiting:
-        streamer = _Clock(tokenizer, waiting, skip_prompt=True, skip_special_tokens=True)
-        quantized = generate_once(model, prompt, request, request.kv_format, streamer)
-    runs = [quantized]
-    if request.compare and request.kv_format != "none":
-        with console.status("running the same prompt with an unquantized cache"):
-            runs.append(generate_once(model, prompt, request, "none", _Clock(None)))
-            exact = _teacher_forced(model, prompt, quantized.answer)
-    else:
-        exact = None
-    console.ERR.print(_table(runs, prompt.shape[1], exact))
+    def __init__(self, request: GenerateRequest) -> None:
+        """Load, and encode every prompt; ValueError for one that does not fit the model."""
+        LayerFormats.parse(request.kv_format).refuse_static()
+        device = find_device(request.device)
+        dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+        self.request = request
+        with console.status(f"loading {request.model}"):
+            self.model, self.tokenizer = load_model(request.model, dtype, device)
+            if request.weights == "int8":
+                from quantpage.integrations.int8_weights import quantize_weights
+
+                quantize_weights(self.model)
+        self.encoded = [self._encode(prompt).to(device) for prompt in request.prompts]
+        for ids in self.encoded:
+            check_positions(self.model.config, ids.shape[1], request.max_new_tokens)
+
+    def answer(self, index: int, write: Callable[[str], None]) -> Answer:
+        """Answer a prompt of the request; ``write`` is given the text piece by piece."""
+        request, ids, model = self.request, self.encoded[index], self.model
+        torch.manual_seed(request.sampling.seed)
+        with (
+            console.status(f"reading {ids.shape[1]:,} tokens") as waiting,
+            attach(model, kv_format=request.kv_format, page_size=request.page_size),
+        ):
+            printer = _Printer(self.tokenizer, StopFilter(request.stop, write), waiting.stop)
+            start = time.perf_counter()
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request.max_new_tokens,
+                streamer=printer,
+                stopping_criteria=StoppingCriteriaList([_Stopped(printer.filter)]),
+                return_dict_in_generate=True,
+                pad_token_id=model.generation_config.pad_token_id or 0,
+                **request.sampling.arguments(),
+            )
+            end = time.perf_counter()
+            cache = caches_in(out)[0]
+            first = printer.first_token or end
+            answer = out.sequences[0, ids.shape[1] :].cpu()
+            return Answer(
+                prompt=request.prompts[index],
+                text=printer.filter.text,
+                finish=self._finish(answer, printer.filter),
+                prompt_ids=ids,
+                answer_ids=answer,
+                prompt_seconds=first - start,
+                decode_seconds=end - first,
+                held_bytes=held_bytes(cache),
+                sixteen_bit_bytes=cache.unquantized_bytes(),
+            )
+
+    def _finish(self, answer: torch.Tensor, stopped: "StopFilter") -> str:
+        if stopped.found:
+            return "stop"
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return "end" if len(answer) and int(answer[-1]) in ends else "length"
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        """[1, tokens]: through the model's chat template where it has one."""
+        system, tokenizer = self.request.system, self.tokenizer
+        if self.request.raw or tokenizer.chat_template is None:
+            text = prompt if system is None else f"{system}\n\n{prompt}"
+            return tokenizer(text, return_tensors="pt").input_ids
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            made = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"system: expected what the model's chat template takes ({error}); "
+                "leave --system out, or use --raw"
+            ) from error
+        return made["input_ids"]
 
 
 def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
     """ValueError where prompt and answer are longer than the model has positions."""
+    if prompt_tokens == 0:
+        raise ValueError("prompt: expected at least one token, got none")
     limit = getattr(text_config(config), "max_position_embeddings", None)
     if limit is None or prompt_tokens + new_tokens <= limit:
         return
@@ -106,59 +215,56 @@ def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
     )
 
 
-def encode(tokenizer: Any, prompt: str, raw: bool) -> torch.Tensor:
-    """[1, tokens]: through the model's chat template where it has one."""
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt").input_ids
-    messages = [{"role": "user", "content": prompt}]
-    made = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return made["input_ids"]
+def held_bytes(cache: Any) -> int:
+    """What a cache's tensors take: ours as allocated, Transformers' by its layers."""
+    if hasattr(cache, "used_bytes"):
+        return getattr(cache, "allocated_bytes", cache.used_bytes)()
+    planes = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(each.nbytes for each in planes if isinstance(each, torch.Tensor))
 
 
-def generate_once(
-    model: Any, prompt: torch.Tensor, request: GenerateRequest, kv_format: str, clock: "_Clock"
-) -> Run:
-    """Greedy generation through one cache format."""
-    with attach(model, kv_format=kv_format, page_size=request.page_size) as attached:
-        start = time.perf_counter()
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            streamer=clock,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=model.generation_config.pad_token_id or 0,
-        )
-        end = time.perf_counter()
-        cache = caches_in(out)[0]
-        first = clock.first_token or end
-        return Run(
-            kv_format=attached.formats.name,
-            answer=out.sequences[0, prompt.shape[1] :].cpu(),
-            logits=torch.cat(out.logits).float().cpu(),
-            cache_bytes=cache.used_bytes(),
-            unquantized_bytes=cache.unquantized_bytes(),
-            prefill_seconds=first - start,
-            decode_seconds=end - first,
-        )
+class StopFilter:
+    """Text on its way out, up to the first stop text; what may be the beginning of one waits."""
+
+    def __init__(self, stops: Sequence[str], write: Callable[[str], None]) -> None:
+        self._stops, self._write = tuple(stops), write
+        self._held = ""
+        self.text = ""
+        """What was written."""
+        self.found = False
+        """True: a stop text came, and everything after it was dropped."""
+
+    def feed(self, text: str, end: bool = False) -> None:
+        """Write what can be written; ``end``: nothing comes after."""
+        if self.found:
+            return
+        self._held += text
+        ends = [at for at in map(self._held.find, self._stops) if at >= 0]
+        self.found = bool(ends)
+        if ends:
+            keep = min(ends)
+        else:
+            keep = len(self._held) if end else len(self._held) - self._beginning()
+        out, self._held = self._held[:keep], self._held[keep:]
+        self.text += out
+        if out:
+            self._write(out)
+
+    def _beginning(self) -> int:
+        """Characters at the end that a stop text begins with."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
 
 
-class _Clock(TextStreamer):
-    """Prints as TextStreamer does and notes when the first token came; silent without tokenizer.
+class _Printer(TextStreamer):
+    """Hands text on as TextStreamer decodes it, and notes when the first token came."""
 
-    waiting: a spinner that ends with the first token.
-    """
-
-    def __init__(self, tokenizer: Any, waiting: Any = None, **kwargs: Any) -> None:
-        super().__init__(tokenizer, **kwargs)
-        self._waiting = waiting
+    def __init__(self, tokenizer: Any, filter: StopFilter, started: Callable[[], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.filter, self._started = filter, started
         self.first_token: float | None = None
         self._calls = 0
 
@@ -166,47 +272,21 @@ class _Clock(TextStreamer):
         self._calls += 1
         if self._calls == 2:
             self.first_token = time.perf_counter()
-            if self._waiting is not None:
-                self._waiting.stop()
-        if self.tokenizer is not None:
-            super().put(value)
+            self._started()
+        super().put(value)
 
-    def end(self) -> None:
-        if self.tokenizer is not None:
-            super().end()
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.filter.feed(text, stream_end)
 
 
-@torch.inference_mode()
-def _teacher_forced(model: Any, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Logits of the same answer without any cache: [answer tokens, vocabulary]."""
-    tokens = torch.cat([prompt, answer[None].to(prompt.device)], dim=1)
-    out = model(tokens, use_cache=False, logits_to_keep=answer.shape[0] + 1)
-    return out.logits[0, :-1].float().cpu()
+class _Stopped(StoppingCriteria):
+    """Ends the answer once a stop text came: asked after the streamer has had the token.
 
+    Transformers' own stop strings need a tokenizer whose every token is a text of its own.
+    """
 
-def _table(runs: list[Run], prompt_tokens: int, exact: torch.Tensor | None) -> Table:
-    table = Table(title=f"{prompt_tokens} prompt tokens", title_justify="left")
-    for column in ("cache", "bytes", "of 16 bit", "prefill tok/s", "decode tok/s", "agreement"):
-        table.add_column(column, justify="left" if column == "cache" else "right", overflow="fold")
-    for each in runs:
-        new = each.answer.shape[0]
-        decode = f"{(new - 1) / each.decode_seconds:.1f}" if new > 1 else "-"
-        agreement = "-"
-        if exact is not None and each is runs[0]:
-            same = (each.logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
-            agreement = f"{same:.1%} of tokens, KL {_divergence(exact, each.logits):.1e}"
-        table.add_row(
-            each.kv_format,
-            f"{each.cache_bytes:,}",
-            f"{each.cache_bytes / each.unquantized_bytes:.1%}",
-            f"{prompt_tokens / each.prefill_seconds:.1f}",
-            decode,
-            agreement,
-        )
-    return table
+    def __init__(self, stopped: StopFilter) -> None:
+        self._stopped = stopped
 
-
-def _divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL(exact || other) a token, in nats."""
-    p, q = exact.log_softmax(-1), other.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._stopped.found, device=input_ids.device)
