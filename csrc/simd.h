@@ -75,6 +75,19 @@ static inline float hmax(vf v) {
 #endif
 }
 
+// Whether a lane of a comparison holds.
+static inline bool any(vi mask) {
+#if VW == 16
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif VW == 8
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < VW; i++) found |= mask[i];
+  return found != 0;
+#endif
+}
+
 // exp for x <= 88; 0 below -87 (so for -inf). Cephes' polynomial, 2e-7 relative.
 static inline vf vexp(vf x) {
   const vi tiny = x < splat(-87.0f);

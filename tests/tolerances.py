@@ -1,11 +1,104 @@
 """How far an implementation may be from the float64 reference, and where the numbers come from.
 
+``assert_agrees`` measures what is allowed: twice the error of plain attention in a 16-bit dtype on
+the same values, and a floor of a few units of the output's own dtype. The two functions below it
+bound float32 arithmetic from its unit, for implementations that round nothing to 16 bits.
+
 A float32 dot product of n terms is off by at most n u |a||b| with u = 2^-24, and by about
 sqrt(n) u in practice. Attention is two of them (head_dim, then context) with an exponential
 between, which turns an absolute error of a score into a relative one of a weight.
 """
 
+import torch
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.ops.attend import AttendParams, reference
+from quantpage.ops.attend.params import exact_pairs
+from quantpage.ops.gather.reference import gather_request
+
 FLOAT32_UNIT = 2.0**-24
+FLOOR = 16
+"""Units of the output's dtype, of the step's largest number, that any order of sums may cost."""
+
+
+def assert_agrees(
+    got: tuple[torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    low: torch.dtype = torch.float16,
+) -> None:
+    """Output and log-sum-exp of a step are as good as twice the error of a run in ``low``.
+
+    got: in the basis of the cache. The error of a row of the output is its largest; rows that see
+    nothing must be 0 and -inf.
+    """
+    out, lse = got[0].double(), got[1].double()
+    want, want_lse = reference.attend(q, layer, batch, params)
+    plain, plain_lse = attend_in(low, q, layer, batch, params)
+    empty = want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    assert out[empty].eq(0).all()
+    unit = FLOOR * torch.finfo(got[0].dtype).eps
+    size = want.abs().max() if want.numel() else 0.0
+    error, allowed = (out - want).abs().amax(-1), 2 * (plain - want).abs().amax((0, -1))
+    # A head's error is that of its worst row: single rows of the plain run may be lucky.
+    over = error - allowed[None] - unit * size
+    assert (over[~empty] <= 0).all(), (
+        f"output: error {error[~empty].max():.3g}, {over[~empty].max():.3g} more than allowed"
+    )
+    off, may = (lse - want_lse)[~empty].abs(), (plain_lse - want_lse)[~empty].abs()
+    assert (off <= 2 * may.max() + FLOOR * FLOAT32_UNIT * (1 + want_lse[~empty].abs())).all(), (
+        f"log-sum-exp: error {off.max():.3g}, plain {low} {may.max():.3g}"
+    )
+
+
+def attend_in(
+    low: torch.dtype, q: torch.Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention whose inputs, scores, probabilities and output are ``low``; float64 back."""
+    group = q.shape[1] // layer.kv_heads
+    out = torch.zeros(*q.shape[:2], layer.value.head_dim, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    row = 0
+    for request, (new, context) in enumerate(
+        zip(batch.query_lens, batch.host_context_lens, strict=True)
+    ):
+        rows, row = slice(row, row + new), row + new
+        positions = batch.positions[rows]
+        near = exact_pairs(positions, torch.arange(context), batch.page_size)
+        parts = [(layer, batch.page_table, ~near)]
+        if layer.exact_key is None or batch.exact is None:
+            parts = [(layer, batch.page_table, torch.ones_like(near))]
+        else:
+            parts.append((layer.exact(), batch.exact.page_table.clamp_min(0), near))
+        for head in range(q.shape[1]):
+            seen = params.mask.materialize(positions, context, request, head // group)
+            own = q[rows, head].to(low)
+            scores = torch.full(seen.shape, -torch.inf, dtype=low)
+            values = []
+            for each, table, shown in parts:
+                k, v = (
+                    gather_request(half, table[request], context, torch.float32)[:, head // group]
+                    for half in (each.key, each.value)
+                )
+                s = (own @ k.to(low).T) * params.softmax_scale
+                if params.softcap is not None:
+                    s = torch.tanh(s / params.softcap) * params.softcap
+                scores = torch.where(shown & seen, s, scores)
+                # What no query of the step sees may be anything.
+                values.append(torch.where((shown & seen).any(0)[:, None], v.to(low), 0.0))
+            sink = torch.full((new, 1), -torch.inf, dtype=low)
+            if params.sinks is not None:
+                sink[:] = params.sinks[head]
+            wide = torch.cat([scores, sink], 1)
+            p = wide.softmax(-1).nan_to_num(0.0)[:, :-1]
+            for (_, _, shown), v in zip(parts, values, strict=True):
+                out[rows, head] += (p.masked_fill(~shown, 0.0) @ v).double()
+            lse[rows, head] = wide.logsumexp(-1).double()
+    return out, lse
 
 
 def attention_atol(head_dim: int, context: int, values: float = 4.0) -> float:

@@ -1,0 +1,223 @@
+// From scores to the weights that values are multiplied with: mask, online softmax, rounding.
+#pragma once
+#include "attend_scratch.h"
+
+namespace CONCAT(isa_, SUFFIX) {
+
+static inline vi lanes_seen(uint32_t bits, int shift) {
+  return -(((splati((int32_t)bits) >> (iota() + splati(shift))) & splati(1)));
+}
+
+// Scores of one row: scale, cap, mask; returns the highest, NaN where one is NaN or infinite (the
+// maximum of vectors may lose a NaN). The three steps from scores to weights
+// run over all rows one after the other, so that the waits of one row are filled by the next.
+static float finish_scores(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
+                           int64_t first_run) {
+  const Attend& a = *item.call;
+  const Pages& key = *item.key;
+  const int64_t token = row / (a.q_heads / a.kv_heads);
+  const bool scaled = key.scale && key.dynamic && !grouped(key), zeroed = scaled && key.zero;
+  const vf times = splat(key.code == FP8 && scaled ? 256.f : 1.f);
+  float* x = s.scores + row * TILE;
+  const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]), sum = splat(s.query_sum[row]);
+  const vf cap = splat((float)a.softcap), per_cap = splat(a.softcap > 0 ? (float)(1 / a.softcap) : 0.f);
+  vf highest = splat(-__builtin_inff());
+  vi odd = splati(0);
+  for (int64_t r = 0; r < num_runs; r++) {
+    uint32_t bits = (1u << runs[r].count) - 1;
+    if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + token];
+    for (int j = 0; j < RUN; j += VW) {
+      const int64_t i = r * RUN + j;
+      vf v = loadf(x + i) + lift;
+      if (scaled) v = v * (loadf(s.key_scale + i) * times);
+      if (zeroed) v = v + loadf(s.key_zero + i) * sum;
+      v = v + constant;
+      vi wrong = v != v;
+      if (a.softcap > 0) v = vtanh(v * per_cap) * cap;
+      if (bits != 0xffff) {
+        const vi seen = lanes_seen(bits, j);
+        v = select(seen, v, splat(-__builtin_inff()));
+        wrong = wrong & seen;
+      }
+      odd = odd | wrong;
+      highest = vmax(highest, v);
+      storef(x + i, v);
+    }
+  }
+  const float top = hmax(highest);
+  return any(odd) || top == __builtin_inff() ? __builtin_nanf("") : top;
+}
+
+// The online softmax: weights take the scores' place; returns the largest, 0 where the row sees
+// nothing of the tile.
+static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t lanes, float top) {
+  const Pages& value = *item.value;
+  float* x = s.scores + row * TILE;
+  if (top == -__builtin_inff() || top != top) {
+    memset(x, 0, 4 * lanes);
+    s.mass[row] = 0;
+    // What is NaN stays so: the total makes output and log-sum-exp.
+    if (top != top) storef(s.total + row * VW, splat(top));
+    return 0;
+  }
+  if (top > s.peak[row]) {
+    if (s.peak[row] != -__builtin_inff()) {
+      const vf shrink = vexp(splat(s.peak[row] - top));
+      for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + row * VW, loadf(sums + row * VW) * shrink);
+      float* acc = s.acc + row * s.width;
+      for (int64_t c = 0; c < s.width; c += VW) storef(acc + c, loadf(acc + c) * shrink);
+    }
+    s.peak[row] = top;
+  }
+  const vf peak = splat(s.peak[row]);
+  const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
+  const vf worth = splat(value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f);
+  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f),
+     mass = splat(0.f);
+  for (int64_t i = 0; i < lanes; i += VW) {
+    vf e = vexp(loadf(x + i) - peak);
+    total += e;
+    if (weighed) {
+      // Select, do not multiply by zero: scales of keys that the row does not see may be NaN.
+      const vi none = e == splat(0.f);
+      if (zeroed) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
+      e = select(none, splat(0.f), e * loadf(s.value_scale + i));
+    }
+    e = e * worth;
+    most = vmax(most, e);
+    mass += e;
+    storef(x + i, e);
+  }
+  storef(s.total + row * VW, total);
+  storef(s.zero_sum + row * VW, zero_sum);
+  if (!s.value_words) return 0;
+  s.mass[row] = hsum(mass);
+  return hmax(most);
+}
+
+// What the codes of a value row say. Most rows are LOUD by their first channels.
+static Content find_content(const Pages& value, const Scratch& s, const uint8_t* row) {
+  constexpr int64_t PART = 16;
+  const bool nibbles = value.code == INT4;
+  // Against codes of a few hundred rows, whose errors add up to sqrt(rows) of a code's own.
+  const float faint = nibbles ? 1.f : 8.f;
+  uint8_t any = 0;
+  for (int64_t c = 0; c < s.value_dim; c += PART) {
+    uint8_t loud = 0;
+    if (s.channel_scale) {
+      for (int64_t j = c; j < c + PART; j++) {
+        const int code = nibbles ? (row[j / 2] >> 4 * (j % 2) & 15) - 8 : (int8_t)row[j];
+        const float number = (float)code * s.channel_scale[j] + s.channel_zero[j];
+        any |= (uint8_t)(code != 0);
+        loud |= (uint8_t)(number >= faint || number <= -faint);
+      }
+    } else if (nibbles) {
+      for (int64_t b = c / 2; b < (c + PART) / 2; b++) loud |= row[b] ^ 0x88;
+    } else {
+      for (int64_t b = c; b < c + PART; b++) {
+        any |= row[b];
+        loud |= (uint8_t)((uint8_t)(row[b] + 7) > 14);
+      }
+    }
+    if (loud) return LOUD;
+  }
+  return any ? FAINT : EMPTY;
+}
+
+static float largest_of(const float* x, int64_t lanes) {
+  vf most = splat(0.f);
+  for (int64_t i = 0; i < lanes; i += VW) most = vmax(most, loadf(x + i));
+  return hmax(most);
+}
+
+// The first lane in which x is `wanted`, which is there.
+static int64_t find_lane(const float* x, float wanted) {
+  int64_t at = 0;
+  while (!any(loadf(x + at) == splat(wanted))) at += VW;
+  while (x[at] != wanted) at++;
+  return at;
+}
+
+// Whether scales of the tile's value rows are so unlike that one row may outweigh the others by its
+// scale. A scale of 1 is what rows of zeros had in pages of version 0.1.
+static bool scales_differ(const Pages& value, const Scratch& s, int64_t lanes) {
+  if (!value.dynamic) return true;
+  vf least = splat(__builtin_inff()), most = splat(0.f);
+  vi ones = splati(0);
+  for (int64_t i = 0; i < lanes; i += VW) {
+    const vf scale = loadf(s.value_scale + i);
+    // Lanes past the end of a run hold 0.
+    least = select((scale > splat(0.f)) & (scale < least), scale, least);
+    most = vmax(most, scale);
+    ones = ones | (scale == splat(1.f));
+  }
+  return any(ones) || hmax(most) > -8.f * hmax(-least);
+}
+
+// The largest weight that the others may be rounded against: 15 bits of it are enough beside what its
+// own row adds to the output, if that row says anything. Rows whose codes are all 0 lose their
+// weight; for a faint one `faint` asks for the remainders too.
+static float settle_largest(const Pages& value, const Scratch& s, int64_t row, int64_t lanes, float largest, bool& faint) {
+  float* x = s.scores + row * TILE;
+  while (largest > 1e-30f) {
+    const int64_t at = find_lane(x, largest);
+    if (s.content[at] == UNKNOWN) s.content[at] = find_content(value, s, s.value_rows[at]);
+    faint = s.content[at] == FAINT;
+    if (s.content[at] != EMPTY) break;
+    x[at] = 0;
+    largest = largest_of(x, lanes);
+  }
+  return largest;
+}
+
+// Weights as words of 15 bits of the largest. KEEP: what rounding leaves takes the weights' place.
+template <bool KEEP> static void round_weights(const Scratch& s, int64_t row, int64_t lanes, float largest) {
+  float* x = s.scores + row * TILE;
+  int16_t* weights = (int16_t*)(s.weights + row * (TILE / 2));
+  s.unit[row] = 0;
+  if (!(largest > 1e-30f)) {
+    memset(weights, 0, 2 * lanes);
+    return;
+  }
+  const vf inverse = splat(32767.f / largest), unit = splat(largest / 32767.f), magic = splat(12582912.f);
+  vi rounded = {};
+  for (int64_t i = 0; i < lanes; i += VW) {
+    const vf nearest = loadf(x + i) * inverse + magic;
+    const vi w = (vi)nearest - (vi)magic;
+    rounded += w;
+    store_words(weights + i, w);
+    if (KEEP) storef(x + i, loadf(x + i) - (nearest - magic) * unit);
+  }
+  s.unit[row] = largest / 32767.f;
+  storef(s.lift + row * VW, loadf(s.lift + row * VW) + __builtin_convertvector(rounded, vf) * unit);
+}
+
+// Weights of the tile. True: some rows have remainders that count, `round_remainders` makes weights of
+// them for a second sum over the same values.
+static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run) {
+  const int64_t lanes = num_runs * RUN;
+  for (int64_t row = 0; row < s.rows; row++)
+    s.top[row] = finish_scores(item, s, row, runs, num_runs, first_run);
+  for (int64_t row = 0; row < s.rows; row++) s.top[row] = weigh_row(item, s, row, lanes, s.top[row]);
+  if (!s.value_words) return false;
+  memset(s.content, UNKNOWN, lanes);
+  const bool differ = scales_differ(*item.value, s, lanes);
+  bool again = false;
+  for (int64_t row = 0; row < s.rows; row++) {
+    bool faint = false;
+    float largest = s.top[row];
+    // Looking at codes costs as much as a tenth of the tile: only where few keys have all the weight.
+    if (differ || s.mass[row] < 4 * largest) largest = settle_largest(*item.value, s, row, lanes, largest, faint);
+    if (faint) round_weights<true>(s, row, lanes, largest);
+    else round_weights<false>(s, row, lanes, largest);
+    s.top[row] = faint ? largest / 32767.f : 0.f;
+    again |= faint;
+  }
+  return again;
+}
+static void round_remainders(const Scratch& s, int64_t lanes) {
+  // A remainder is at most half a unit, and rounding it against a whole one cannot overflow.
+  for (int64_t row = 0; row < s.rows; row++) round_weights<false>(s, row, lanes, s.top[row]);
+}
+
+}  // namespace
