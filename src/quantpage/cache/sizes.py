@@ -1,0 +1,100 @@
+"""What a cache holds, from layouts and counts alone: no tensor is made.
+
+The rules are those by which requests keep pages (cache/reach), and the bytes those of the layouts
+that allocate, so that what is planned is what is held.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.cache.reach import (
+    EVERYTHING,
+    Reach,
+    exact_seen,
+    held_from,
+    kept_from,
+    kept_from_within,
+    pages_seen,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer's pages, and how far back its queries see."""
+
+    layout: CacheLayout
+    reach: Reach = EVERYTHING
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a request of so many tokens holds between steps."""
+        size = self.layout.page_size
+        return len(pages_seen(self.reach, kept_from(tokens, size), tokens, size))
+
+    def exact_pages(self, tokens: int) -> int:
+        """Of these, the ones kept exact as well."""
+        if self.layout.format.exact_pages is None:
+            return 0
+        size = self.layout.page_size
+        return len(exact_seen(self.reach, kept_from(tokens, size), tokens, size))
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes that a request of so many tokens holds between steps."""
+        pages = self.pages(tokens) * self.layout.bytes_per_page()
+        return pages + self.exact_pages(tokens) * self.layout.exact_bytes_per_page()
+
+    def working_bytes(self, start: int, tokens: int) -> int:
+        """Bytes that a step from ``start`` to ``tokens`` works in beside what is kept
+        (cache/working), while this layer runs."""
+        size, layout = self.layout.page_size, self.layout
+        query = kept_from_within(start, tokens, size)
+        total = 0
+        for seen, page_bytes in (
+            (pages_seen, layout.bytes_per_page()),
+            (exact_seen, layout.exact_bytes_per_page()),
+        ):
+            read = seen(self.reach, start, tokens, size)
+            kept = set(seen(self.reach, query, tokens, size))
+            if any(page * size >= start and page not in kept for page in read):
+                total += len(read) * page_bytes
+        return total
+
+    def unquantized_bytes(self, tokens: int) -> int:
+        """Bytes that Transformers' own cache holds for the same request."""
+        held = tokens - held_from(self.reach, tokens)
+        return held * self.layout.unquantized_bytes_per_token()
+
+
+def held_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> int:
+    """Bytes that requests of ``tokens`` each hold between steps, in all layers."""
+    return requests * sum(each.held_bytes(tokens) for each in layers)
+
+
+def unquantized_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> int:
+    """The same in Transformers' own cache, in the model's dtype."""
+    return requests * sum(each.unquantized_bytes(tokens) for each in layers)
+
+
+def prompt_bytes(
+    layers: Iterable[LayerPlan], tokens: int, requests: int = 1, chunk: int | None = None
+) -> int:
+    """The most that the last step of prompts of ``tokens`` takes, the pages it leaves counted.
+
+    chunk: new tokens of that step a request; None: the whole prompt. Pages of before the step
+    that its end does not keep stand beside those it brings.
+    """
+    layers = list(layers)
+    start = 0 if chunk is None else (max(tokens, 1) - 1) // chunk * chunk
+    working = max((each.working_bytes(start, tokens) for each in layers), default=0)
+    return requests * (sum(_within(each, start, tokens) for each in layers) + working)
+
+
+def _within(layer: LayerPlan, start: int, tokens: int) -> int:
+    """Bytes of the pages that a request holds in the step from ``start`` to ``tokens``."""
+    layout, reach = layer.layout, layer.reach
+    size = layout.page_size
+    before, after = kept_from(start, size), kept_from_within(start, tokens, size)
+    pages = {*pages_seen(reach, before, start, size), *pages_seen(reach, after, tokens, size)}
+    exact = {*exact_seen(reach, before, start, size), *exact_seen(reach, after, tokens, size)}
+    exact_bytes = layout.exact_bytes_per_page()
+    return len(pages) * layout.bytes_per_page() + len(exact) * exact_bytes

@@ -1,0 +1,213 @@
+"""What a Transformers configuration says of its cache: pages, states and weights, no weights read.
+
+``cache_shape(config).layers(formats, page_size)`` are the layouts that ``attach`` would allocate, a
+layer each; ``cache/sizes`` counts their bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.cache.reach import Reach
+from quantpage.cache.sizes import LayerPlan
+from quantpage.errors import UnsupportedModel
+from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.model import (
+    reaches_of,
+    refuse_unsupported,
+    text_config,
+)
+
+WEIGHTS = ("bf16", "int8", "none")
+"""How the weights are counted: as they come in 16 bits, linear layers in int8, or not at all."""
+
+_PAGED = {"full_attention", "sliding_attention", "chunked_attention"}
+_EMPTY = {"moe", "mlp"}
+"""Layer types without any cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Keys and values of one layer, as its attention hands them to the cache."""
+
+    kv_heads: int
+    head_dim: int
+    """Channels of a key; with multi-head latent attention of the latent."""
+    value_head_dim: int
+    """Channels of a value; with multi-head latent attention of the rotary part of the key."""
+    reach: Reach
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The cache of a model, on one of ``tp`` devices."""
+
+    paged: dict[int, LayerShape]
+    """Layers whose keys and values go to pages."""
+    count: int
+    """Layers of the cache in all: what "first2" and "last1" of a format count."""
+    states: dict[str, int]
+    """Layer type -> bytes that its layers keep of a request in place of keys and values."""
+    dtype: torch.dtype
+
+    def layers(self, formats: LayerFormats, page_size: int) -> list[LayerPlan]:
+        """The pages of every paged layer. Raises FormatError where a format does not fit one."""
+        chosen = formats.of_layers(self.count)
+        return [
+            LayerPlan(
+                CacheLayout(
+                    each.kv_heads,
+                    each.head_dim,
+                    chosen[index],
+                    page_size,
+                    self.dtype,
+                    each.value_head_dim,
+                ),
+                each.reach,
+            )
+            for index, each in self.paged.items()
+        ]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a request that are no keys and values, however long it is."""
+        return sum(self.states.values())
+
+
+def cache_shape(config: Any, tp: int = 1) -> CacheShape:
+    """The cache that ``attach`` gives a model of this configuration.
+
+    tp: devices that share the heads (tensor parallelism); a head that is not divided is on all of
+    them. Raises UnsupportedModel, in one sentence, for what ``attach`` refuses and for what the
+    configuration does not tell.
+    """
+    if tp < 1:
+        raise ValueError(f"tp: expected at least 1 device, got {tp}")
+    refuse_unsupported(config)
+    text = text_config(config)
+    reaches = reaches_of(config)
+    kinds = _kinds(text, len(reaches))
+    dtype = _dtype(config, text)
+    paged = {
+        index: _layer(text, index, reach, tp)
+        for index, (kind, reach) in enumerate(zip(kinds, reaches, strict=True))
+        if kind in _PAGED
+    }
+    if not paged:
+        raise UnsupportedModel(
+            f"{config.model_type}: expected layers with keys and values, got "
+            f"{', '.join(sorted(set(kinds)))}"
+        )
+    states: dict[str, int] = {}
+    for kind in kinds:
+        if kind not in _PAGED | _EMPTY:
+            states[kind] = states.get(kind, 0) + _state_bytes(text, kind, dtype, tp)
+    return CacheShape(paged, len(kinds), states, dtype)
+
+
+def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:
+    """Bytes of the weights on each of ``tp`` devices, counted on a model without storage.
+
+    weights: one of WEIGHTS; what ``attach`` and `quantpage generate` leave in 16 bits stays so.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if weights == "none":
+        return 0
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = 2 * sum(each.numel() for each in model.parameters())
+    if weights == "int8":
+        shared = {id(model.get_input_embeddings().weight)}
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                # A head that shares the embedding's weights becomes a copy of its own.
+                saved = 0 if id(module.weight) in shared else 2 * module.weight.numel()
+                total += module.weight.numel() + 2 * module.out_features - saved
+    return -(-total // tp)
+
+
+def _kinds(text: Any, count: int) -> list[str]:
+    """The layer types of the cache, as Transformers infers them."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds = list(get_layer_types_and_kwargs(text)[0])
+    assert len(kinds) == count
+    return kinds
+
+
+def _dtype(config: Any, text: Any) -> torch.dtype:
+    found = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
+    """Heads and channels of one layer."""
+    each = getattr(text, "per_layer_config", None)
+    own = text if each is None or index >= len(each) else each[index]
+    latent = getattr(own, "kv_lora_rank", None)
+    if latent:
+        # One latent for all heads, and the rotary part of the key in the place of the value.
+        return LayerShape(1, latent, own.qk_rope_head_dim, reach)
+    q_heads = getattr(own, "num_attention_heads", None)
+    if not q_heads:
+        raise UnsupportedModel(f"{text.model_type}: its configuration names no attention heads")
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
+    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_kv_heads", None)
+    if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", False):
+        heads = 1
+    value_dim = getattr(own, "v_head_dim", None) or head_dim
+    return LayerShape(-(-(heads or q_heads) // tp), head_dim, value_dim, reach)
+
+
+def _state_bytes(text: Any, kind: str, dtype: torch.dtype, tp: int) -> int:
+    """Bytes of one layer's convolution and recurrent states of a request."""
+    for names, size in _STATES:
+        if all(isinstance(getattr(text, name, None), int) for name in names):
+            convolution, recurrent = size(text)
+            return -(-(convolution * dtype.itemsize + recurrent * 4) // tp)
+    raise UnsupportedModel(
+        f"{text.model_type}: layer type {kind}: how much state it keeps is not told by its "
+        "configuration in a way that is known here"
+    )
+
+
+def _delta_rule(text: Any) -> tuple[int, int]:
+    keys = text.linear_num_key_heads * text.linear_key_head_dim
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    convolution = (2 * keys + values) * text.linear_conv_kernel_dim
+    return convolution, values * text.linear_key_head_dim
+
+
+def _short_convolution(text: Any) -> tuple[int, int]:
+    return text.hidden_size * text.conv_L_cache, 0
+
+
+def _mamba2(text: Any) -> tuple[int, int]:
+    inner, states = text.mamba_n_heads * text.mamba_d_head, text.mamba_d_state
+    return (inner + 2 * text.mamba_n_groups * states) * text.mamba_d_conv, inner * states
+
+
+def _nemotron(text: Any) -> tuple[int, int]:
+    inner, states = text.mamba_num_heads * text.mamba_head_dim, text.ssm_state_size
+    return (inner + 2 * text.n_groups * states) * text.conv_kernel, inner * states
+
+
+def _mamba1(text: Any) -> tuple[int, int]:
+    inner = text.mamba_expand * text.hidden_size
+    return inner * text.mamba_d_conv, inner * text.mamba_d_state
+
+
+_STATES = (
+    (("linear_num_value_heads", "linear_conv_kernel_dim"), _delta_rule),
+    (("mamba_n_heads", "mamba_d_head", "mamba_n_groups"), _mamba2),
+    (("mamba_num_heads", "ssm_state_size", "conv_kernel"), _nemotron),
+    (("mamba_expand", "mamba_d_state", "mamba_d_conv"), _mamba1),
+    (("conv_L_cache",), _short_convolution),
+)
+"""Fields that tell a kind of state -> (numbers of the convolution in the model's dtype, numbers of
+the recurrent state in float32)."""
