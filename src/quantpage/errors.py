@@ -10,6 +10,8 @@
     ├── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
     └── Unavailable          a device or a package that this machine does not have
 
+``PartlyPaged`` is a warning: the answer is right, and not all of it comes from quantized pages.
+
 An argument of the wrong shape, type or range is a plain ``ValueError`` that names the
 argument, what was expected and what came: "key scale: expected (1, 8, 1), got (8,)".
 """
@@ -49,3 +51,7 @@ class UnsupportedModel(QuantPageError):
 
 class Unavailable(QuantPageError):
     """Something was asked for that this machine does not have: a device, a package."""
+
+
+class PartlyPaged(UserWarning):
+    """Some layers of a model do not read quantized pages; the message says how many and why."""

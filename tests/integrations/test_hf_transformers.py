@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.errors import FormatError, NonFiniteInput, UnsupportedModel
+from quantpage.errors import FormatError, NonFiniteInput, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from tests.integrations.oracle import oracle
@@ -218,8 +218,12 @@ def test_a_foreign_mask_is_served_densely():
     seen[:, 5:9] = torch.eye(40, dtype=torch.bool)[:, 5:9]
     mask = seen[None, None]
     wanted = model(ids, attention_mask=torch.zeros(1, 1, 40, 40).double().masked_fill(~mask, -1e30))
-    with quantpage.attach(model, kv_format="none"):
+    with (
+        quantpage.attach(model, kv_format="none") as attached,
+        pytest.warns(PartlyPaged, match="densely .* because its mask is more than"),
+    ):
         got = model(ids, attention_mask=mask)
+    assert attached.coverage.paged == 0
     torch.testing.assert_close(got.logits, wanted.logits, atol=2e-3, rtol=0)
 
 

@@ -56,7 +56,7 @@ class Stepper:
             rows = torch.randn(2, 1, shape.kv_heads, context, shape.head_dim, dtype=shape.dtype)
             self.cache.update(rows[0], rows[1], layer)
             if kv_format is not None:
-                self.cache.layers[layer].flush(None)
+                self.cache.layers[layer].flush()
 
     def step(self) -> None:
         """One more token."""

@@ -50,7 +50,7 @@ def filled_cache(model: Any, attached: Any, batch: int, context: int) -> Any:
         size = (batch, shape.kv_heads, context, shape.head_dim)
         k, v = (torch.randn(size, dtype=DTYPE, device="cuda") for _ in range(2))
         cache.update(k, v, layer)
-        cache.layers[layer].flush(None)
+        cache.layers[layer].flush()
     return cache
 
 

@@ -25,7 +25,12 @@ class Mask(ABC):
     @property
     def per_head(self) -> bool:
         """True where kv_heads see different keys."""
-        return False
+        return self.heads > 1
+
+    @property
+    def heads(self) -> int:
+        """kv_heads that the mask tells apart; 1: one rule for all."""
+        return 1
 
     @abstractmethod
     def visible(

@@ -84,9 +84,9 @@ class ColumnIntervals(Mask):
         object.__setattr__(self, "startend_row_indices", bounds.transpose(-1, -2))
 
     @property
-    def per_head(self) -> bool:
-        """True where kv_heads were given vectors of their own."""
-        return self.bounds.shape[1] > 1
+    def heads(self) -> int:
+        """As Mask: kv_heads that were given rows of their own, or 1."""
+        return self.bounds.shape[1]
 
     def described(self, request: int = 0) -> int:
         """Keys that the mask describes; later ones are causal."""

@@ -71,9 +71,9 @@ class RowIntervals(Mask):
         return cls(padded[:, None, :, None], first=first, lengths=tuple(lens))
 
     @property
-    def per_head(self) -> bool:
-        """True where kv_heads were given ranges of their own."""
-        return self.intervals.shape[1] > 1
+    def heads(self) -> int:
+        """As Mask: kv_heads that were given rows of their own, or 1."""
+        return self.intervals.shape[1]
 
     def span(self, request: int = 0) -> tuple[int, int]:
         """Positions of the first described query and after the last."""

@@ -1,6 +1,7 @@
 """Attaching quantized pages to a Transformers model, and taking them off again."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,24 @@ from quantpage.attention import find_backend
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import cpu_step, functions
-from quantpage.integrations.hf_transformers.cache import CacheOptions, QuantPageCache
+from quantpage.integrations.hf_transformers.cache import CacheOptions, PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.coverage import (
+    Coverage,
+    Ledger,
+    caching_modules,
+    crosses,
+    uses_interface,
+    why_dense,
+)
 from quantpage.integrations.hf_transformers.memory import Memory
-from quantpage.integrations.hf_transformers.model import refuse_unsupported, text_config
+from quantpage.integrations.hf_transformers.model import (
+    model_shape,
+    refuse_unsupported,
+    text_config,
+)
+from quantpage.integrations.hf_transformers.own import remember
 from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
-from quantpage.integrations.hf_transformers.supply import Supply
+from quantpage.integrations.hf_transformers.supply import Supply, decoders
 from quantpage.masks import Mask
 
 
@@ -31,6 +45,11 @@ class Attached:
     def formats(self) -> LayerFormats:
         """The cache format of each layer."""
         return self.options.formats
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which layers read quantized pages, and why others do not, as far as is known by now."""
+        return self.options.ledger.coverage()
 
     def new_cache(self, memory: Memory | None = None) -> QuantPageCache:
         """An empty cache, for ``generate(past_key_values=...)`` over several calls.
@@ -99,38 +118,92 @@ def attach(
         implementation=implementation,
         checked=checked,
     )
+    _refuse_compiled(model)
+    caching = caching_modules(model, type(text_config(model.config)))
+    options = replace(
+        options, own_state=frozenset(index for index, each in caching.items() if crosses(each))
+    )
     attached = Attached(model, options)
     # Built once now, so that a format or a layer that cannot be fails before the model changes.
-    attached.new_cache()
+    cache = attached.new_cache()
+    _survey(model, cache, caching, options.ledger)
+    if mask is not None:
+        _refuse_mask(model, mask, cache, options.ledger)
     functions.register()
-    _use_our_attention(model, attached._undo)
+    paged = [module for index in options.ledger.paged for module in caching[index]]
+    if all(uses_interface(module) for module in paged):
+        _use_our_attention(model, paged, attached._undo)
     if implementation in (None, "cpu"):
         cpu_step.install(model, attached._undo)
-    Supply(model, attached.new_cache).install(attached._undo)
+    Supply(model, attached.new_cache, mask is not None).install(attached._undo)
+    options.ledger.announce()
     return attached
 
 
-def _use_our_attention(model: PreTrainedModel, undo: list[Any]) -> None:
-    """Name our attention function in every configuration, remembering what was there.
+def _survey(
+    model: PreTrainedModel,
+    cache: QuantPageCache,
+    caching: dict[int, list[nn.Module]],
+    ledger: Ledger,
+) -> None:
+    """Write down what each layer will do; UnsupportedModel where none can have pages."""
+    ledger.model, ledger.layers = type(model).__name__, len(cache.layers)
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, PagedLayer):
+            # Layers that keep nothing (another layer's keys serve them) have no state to name.
+            if hasattr(layer, "conv_states") or index in caching:
+                ledger.own_state.add(index)
+        elif index in caching:
+            ledger.paged.add(index)
+            why = why_dense(caching[index])
+            if why is not None:
+                ledger.dense[index] = why
+    if not ledger.paged:
+        raise UnsupportedModel(
+            f"{model.config.model_type}: expected layers that cache keys and values, found none "
+            f"in {type(model).__name__}: there is nothing to keep in pages"
+        )
 
-    A model with its own table of attention classes (no attention interface) keeps its own: it
-    reads the cache through LazyKV, which dequantizes.
+
+def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledger: Ledger) -> None:
+    """ValueError where a mask that was given cannot be applied in every layer."""
+    found = ledger.coverage()
+    if found.dense or found.own_state:
+        raise ValueError(f"mask: expected a model whose layers all read pages; {found}")
+    sliding = [layer.index for layer in cache.paged() if layer.is_sliding]
+    if sliding:
+        raise ValueError(
+            f"mask: expected a model without windows, whose rule a mask would have to replace; "
+            f"layers {sliding} have one"
+        )
+    heads, kv_heads = mask.heads, model_shape(model.config).kv_heads
+    if heads not in (1, kv_heads):
+        raise ValueError(f"mask: expected rows for 1 or {kv_heads} kv_heads, got {heads}")
+
+
+def _refuse_compiled(model: PreTrainedModel) -> None:
+    """UnsupportedModel where torch.compile holds a forward: it would trace past our hooks."""
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(forward, "_torchdynamo_orig_callable"):
+            raise UnsupportedModel(
+                f"model: expected one that is not compiled, got torch.compile around "
+                f"{name or type(model).__name__}; pages change at every step, which a graph of "
+                "torch.compile does not (on a GPU, graph.DecodeGraph captures a decode step)"
+            )
+
+
+def _use_our_attention(model: PreTrainedModel, paged: list[nn.Module], undo: list[Any]) -> None:
+    """Name our functions in the configurations of the decoder, remembering what was there.
+
+    Encoders of pictures or sound keep their own.
     """
-    if not model._can_set_attn_implementation():
-        return
-    configs = {id(model.config): model.config}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            configs[id(module.config)] = module.config
-            for name in getattr(module.config, "sub_configs", {}):
-                sub = getattr(module.config, name, None)
-                if sub is not None:
-                    configs[id(sub)] = sub
-    before = [(each, each._attn_implementation_internal) for each in configs.values()]
-
-    def restore() -> None:
-        for config, name in before:
-            config._attn_implementation_internal = name
-
-    undo.append(restore)
-    model.set_attn_implementation(functions.NAME)
+    configs = [text_config(model.config)]
+    configs += [each.config for each in decoders(model)]
+    configs += [each.config for each in paged if hasattr(each, "config")]
+    for config in {id(each): each for each in configs}.values():
+        before = config._attn_implementation_internal
+        undo.append(remember(config, before))
+        undo.append(partial(setattr, config, "_attn_implementation_internal", before))
+        config._attn_implementation_internal = functions.NAME

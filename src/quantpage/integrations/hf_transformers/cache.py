@@ -7,22 +7,28 @@ padding is never written, so that a left-padded row equals the same row alone.
 
 from collections.abc import Callable
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
-from quantpage.attention import AttentionBackend, LayerAttention, build
+from quantpage.attention import AttentionBackend, LayerAttention, build, find_backend
 from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
-from quantpage.errors import CacheError
+from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.formats import KVFormat, rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
-from quantpage.integrations.hf_transformers.lazy import LazyKV
+from quantpage.integrations.hf_transformers.coverage import Ledger
+from quantpage.integrations.hf_transformers.lazy import LazyKV, with_gradient
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
 from quantpage.integrations.hf_transformers.rows import Rows, Step
@@ -45,6 +51,10 @@ class CacheOptions:
     mask: Mask | None = None
     implementation: str | None = None
     checked: bool = False
+    own_state: frozenset[int] = frozenset()
+    """Layers that stay Transformers' own though they cache keys and values (cross-attention)."""
+    ledger: Ledger = field(default_factory=Ledger, compare=False)
+    """Which layers read pages, noted as they run."""
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -68,6 +78,8 @@ class PagedLayer(CacheLayerMixin):
         """Tokens a row as Transformers counts them, padding included."""
         self._format, self._options, self._rows = kv_format, options, rows
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._had_gradient = False
+        """Whether tokens were cached that a gradient was wanted of."""
         self._write_params = WriteParams(checked=options.checked, layer=index)
         self._chosen: dict[str, LayerAttention] = {}
 
@@ -97,13 +109,42 @@ class PagedLayer(CacheLayerMixin):
                 f"past_key_values: expected {self._rows.count} rows, as the cache holds, got "
                 f"{key_states.shape[0]} (batch_repeat_interleave makes more of one)"
             )
-        self.flush(None)
-        self._pending = (key_states, value_states)
+        self.flush()
+        self._pending = (key_states.detach(), value_states.detach())
         self.length += key_states.shape[2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return self._differentiable(key_states, value_states)
         return (
             LazyKV(self, "key", key_states, self.length),
             LazyKV(self, "value", value_states, self.length),
         )
+
+    def serve_densely(self, why: str) -> None:
+        """Say that attention reads dense tensors instead of this layer's pages."""
+        if self._options.mask is not None:
+            raise ValueError(
+                f"mask: expected a model whose layers all read pages, where masks are applied; "
+                f"layer {self.index} attends densely because {why}"
+            )
+        self._options.ledger.serve_densely(self.index, why)
+
+    def refuse_gradients(self) -> None:
+        """ValueError where attention follows a mask that the model's own does not know."""
+        if self._options.mask is not None:
+            raise ValueError(
+                "mask: expected a forward under torch.no_grad(), as gradients are those of the "
+                "model's own attention, which does not know the mask"
+            )
+
+    def _differentiable(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``update``'s answer as part of a graph, which no lazy tensor can be."""
+        made = []
+        for which, fresh in (("key", key_states), ("value", value_states)):
+            dense = with_gradient(self.dequantized(which), fresh, self._had_gradient)
+            dense.layer = self  # type: ignore[attr-defined]
+            made.append(dense)
+        self._had_gradient = True
+        return made[0], made[1]
 
     def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
@@ -128,7 +169,7 @@ class PagedLayer(CacheLayerMixin):
         padding: Tensor | None,
     ) -> Tensor:
         """``update`` and ``attend`` of [rows * new, heads, head_dim], padding included."""
-        self.flush(None)
+        self.flush()
         params = self._own_mask(params)
         serving = self._serving(q.shape[1], q.dtype, params.mask)
         step = self._rows.step(self.length, new, padding)
@@ -142,12 +183,13 @@ class PagedLayer(CacheLayerMixin):
         self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out)
 
-    def flush(self, padding: Tensor | None) -> None:
+    def flush(self) -> None:
         """Write what waits, for a reader other than our attention function."""
         if self._pending is None:
             return
         new = self._pending[0].shape[2]
-        step = self._rows.step(self.length - new, new, padding)
+        start = self.length - new
+        step = self._rows.step(start, new, self._rows.told_padding(start, new))
         key, pages = self._pending[0], self._rows.open(self.index, step, self.reach)
         self._write(None, step, pages, self._serving(key.shape[1], key.dtype, CausalMask()))
         self._rows.close(self.index, step, self.reach, read=False)
@@ -159,7 +201,7 @@ class PagedLayer(CacheLayerMixin):
         from query to query, and results must not depend on how the work was cut. Tokens that have
         left the layer's window are zeros.
         """
-        self.flush(None)
+        self.flush()
         rows = self._rows
         view = rows.readable(self.index)
         pages = view.key if which == "key" else view.value
@@ -180,7 +222,8 @@ class PagedLayer(CacheLayerMixin):
             if pages.spec.rotation == "hadamard":
                 found = rotate(found)
             dense[row, places] = found.to(self.dtype)
-        return dense.transpose(1, 2)
+        # Foreign code may ask for a view of it that only contiguous tensors have.
+        return dense.transpose(1, 2).contiguous()
 
     def in_core(self, q_heads: int, dtype: torch.dtype) -> bool:
         """Whether the compiled core both writes and attends, under no mask but the model's own."""
@@ -254,8 +297,11 @@ class PagedLayer(CacheLayerMixin):
         found = self._chosen.get(mask.kind)
         if found is None:
             call = self._call(q_heads, dtype)
-            options = self._options
-            found = build(options.backend, mask, call, options.implementation)
+            options, backend = self._options, self._options.backend
+            if mask is not options.mask and mask.kind not in backend.mask_kinds:
+                # The model's own rule, whatever was asked for: chunks are intervals.
+                backend = find_backend("flash_mask")
+            found = build(backend, mask, call, options.implementation)
             self._chosen[mask.kind] = found
         return found
 
@@ -282,11 +328,12 @@ class QuantPageCache(Cache):
         stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
-        reaches = reaches_of(config)
-        paged = [index for index, each in enumerate(stock) if type(each) in _STOCK]
+        reaches = reaches_of(config, stock)
         if memory is None:
             kinds: dict[Reach, bool] = {}
-            for index in paged:
+            for index, each in enumerate(stock):
+                if not isinstance(each, CacheLayerMixin) or index in options.own_state:
+                    continue
                 exact = self.formats[index].exact_pages is not None
                 kinds[reaches[index]] = exact or kinds.get(reaches[index], False)
             memory = Memory(options.page_size, kinds)
@@ -296,12 +343,27 @@ class QuantPageCache(Cache):
         """All layers, once it is known that the compiled core serves them."""
         super().__init__(
             layers=[
-                PagedLayer(index, reaches[index], self.formats[index], options, self.rows)
-                if index in paged
-                else each
-                for index, each in enumerate(stock)
+                self._layer(index, each, reach)
+                for index, (each, reach) in enumerate(zip(stock, reaches, strict=True))
             ]
         )
+
+    def _layer(self, index: int, stock: Any, reach: Reach) -> Any:
+        """Pages in place of what Transformers would keep; a recurrent state stays as it is."""
+        # Below, as its classes are built on PagedLayer.
+        from quantpage.integrations.hf_transformers.hybrid import HYBRID, PagedHybridLayer
+
+        made = (index, reach, self.formats[index], self.options, self.rows)
+        if type(stock) in HYBRID:
+            return PagedHybridLayer(stock, *made)
+        if type(stock) in _STOCK and index not in self.options.own_state:
+            return PagedLayer(*made)
+        if isinstance(stock, CacheLayerMixin) and index not in self.options.own_state:
+            raise UnsupportedModel(
+                f"layer {index}: expected keys and values that every query may read, got "
+                f"{type(stock).__name__}, where something else chooses or merges keys"
+            )
+        return stock
 
     def begin_step(
         self, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
@@ -311,13 +373,13 @@ class QuantPageCache(Cache):
         Returns the pages and the step's plan of every layer; None where that is not possible.
         """
         if self._in_core is None:
-            layers = [each for each in self._paged() if each.in_core(q_heads, dtype)]
+            layers = [each for each in self.paged() if each.in_core(q_heads, dtype)]
             if len(layers) != len(self.layers):
                 return None
             self._in_core = layers
         layers, rows = self._in_core, self.rows
         for layer in layers:
-            layer.flush(None)
+            layer.flush()
         step = rows.step(layers[0].length, new, padding)
         if step.keep is not None and step.keep.numel() != rows.count * new:
             return None
@@ -350,8 +412,8 @@ class QuantPageCache(Cache):
 
     def flush(self) -> None:
         """Write keys and values that wait, and count them: the pages hold every token."""
-        for layer in self._paged():
-            layer.flush(None)
+        for layer in self.paged():
+            layer.flush()
         self.rows.settle()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "QuantPageCache":
@@ -378,21 +440,26 @@ class QuantPageCache(Cache):
         """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
         # Transformers counts with tensors, which would change under the lengths that are kept.
         tokens_to_remove = int(tokens_to_remove)
-        lengths = {layer.length for layer in self._paged()}
+        lengths = {layer.length for layer in self.paged()}
         length = max(lengths, default=0)
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        for layer in self._paged():
-            layer.flush(None)
+        for layer in self.paged():
+            layer.flush()
         self.rows.crop(length - drop)
-        for layer in self._paged():
+        for layer in self.paged():
             layer.length = min(layer.length, length - drop)
         for stock in self._stock():
             stock.crop(tokens_to_remove)
 
     def set_length(self, length: int) -> None:
         """What Transformers is told to be cached (graphs count on the device; kept prompts)."""
-        for layer in self._paged():
+        for layer in self.paged():
             layer.length = int(length)
+
+    def lengths(self) -> set[int]:
+        """Tokens a row in each layer that keeps any, padding included; more than one value in the
+        middle of a step."""
+        return {layer.length for layer in self.paged() if layer.is_initialized} or {0}
 
     def used_bytes(self) -> int:
         """Bytes of the pages that hold this cache's tokens, scales, zeros and exact pages counted.
@@ -424,8 +491,14 @@ class QuantPageCache(Cache):
         for each in self._stock():
             apply(each)
 
-    def _paged(self) -> list[PagedLayer]:
+    def paged(self) -> list[PagedLayer]:
+        """The layers whose keys and values are in pages."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _stock(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        """Layers with another state than pages, or besides them."""
+        return [
+            layer
+            for layer in self.layers
+            if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)
+        ]

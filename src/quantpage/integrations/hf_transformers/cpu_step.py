@@ -29,7 +29,7 @@ from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.arguments import CACHE_NAMES, cache_argument, take_cache
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
 from quantpage.integrations.hf_transformers.llama_like import (
-    LINEARS,
+    is_linear,
     is_llama_block,
     is_llama_model,
     window_of,
@@ -46,7 +46,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     # Somebody else's forward (accelerate moves weights in it) is kept, and so is what holds it.
     kept = {each for each in model.modules() if "forward" in vars(each)}
     for module in model.modules():
-        if type(module) in LINEARS and module not in kept:
+        if is_linear(module) and module not in kept:
             _replace(module, _Linear(module), undo)
         elif is_llama_block(module) and kept.isdisjoint(module.modules()):
             _replace(module, _Block(module), undo)
@@ -91,7 +91,7 @@ def _served_here(x: Tensor, weight: Tensor) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
-        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -41,7 +41,10 @@ class LazyKV(torch.Tensor):
         """Any operation that is not ours sees the dequantized tensor."""
 
         def plain(x):
-            return x.dequantized() if isinstance(x, LazyKV) else x
+            if not isinstance(x, LazyKV):
+                return x
+            x.layer.serve_densely("its own code works on keys and values after they are cached")
+            return x.dequantized()
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
@@ -57,3 +60,40 @@ class LazyKV(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape and layer; never the data."""
         return f"LazyKV({self.which} of layer {self.layer.index}, {tuple(self.shape)})"
+
+
+class _EndOfGradients(torch.autograd.Function):
+    """Tokens of an earlier forward, through which a gradient would have to go on."""
+
+    @staticmethod
+    def forward(ctx: Any, cached: Tensor, fresh: Tensor) -> Tensor:  # type: ignore[override]
+        """``cached``; ``fresh`` makes it part of the graph."""
+        return cached.view_as(cached)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Refuse."""
+        raise RuntimeError(
+            "backward: expected all tokens of a gradient in one forward, got a cache that holds "
+            "some; pages keep no graph (run earlier tokens under torch.no_grad() to take them as "
+            "constants)"
+        )
+
+
+def with_gradient(dense: Tensor, fresh: Tensor, ended: bool) -> Tensor:
+    """What pages hold, with the gradient of the newest tokens as they were before quantization.
+
+    dense: [rows, kv_heads, tokens, head_dim]; fresh: its newest tokens, part of a graph. ended:
+    the tokens before them were part of another graph.
+    """
+    start = dense.shape[2] - fresh.shape[2]
+    cached, now = dense[:, :, :start], dense[:, :, start:]
+    if ended and start:
+        cached = _EndOfGradients.apply(cached, fresh)
+    return torch.cat([cached, now + (fresh - fresh.detach())], 2)
+
+
+def layer_behind(key: Tensor, value: Tensor) -> "PagedLayer | None":
+    """The layer whose pages these keys and values stand for; None: other tensors."""
+    layers = [getattr(each, "layer", None) for each in (key, value)]
+    return layers[0] if layers[0] is layers[1] else None

@@ -8,7 +8,8 @@ import inspect
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -21,6 +22,21 @@ LINEARS = (nn.Linear, Int8Linear)
 
 _ATTENTION = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
 _MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module multiplies by numbers in memory: its class alone does not tell.
+
+    Libraries that quantize weights (torchao) hang tensors of their own classes in ``nn.Linear``.
+    """
+    if type(module) not in LINEARS:
+        return False
+    parts = (module.weight, module.bias, getattr(module, "scale", None))
+    return all(
+        type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided and each.data_ptr()
+        for each in parts
+        if each is not None
+    )
 
 
 @lru_cache
@@ -61,9 +77,7 @@ def is_llama_block(module: Any) -> bool:
     ):
         return False
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return all(
-        type(each) in LINEARS for each in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    )
+    return all(is_linear(each) for each in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 
 def is_llama_model(module: Any) -> bool:

@@ -1,5 +1,6 @@
 """Loading a decoder folder and reading the shape of its cache; which models are refused and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ REFUSED: dict[str, str] = {
 """model_type -> why its cache cannot be kept in quantized pages."""
 
 _REFUSED_LAYERS = {
-    "chunked_attention": "chunked attention forgets at chunk borders",
     "indexed": "an indexer chooses the keys",
     "heavily_compressed_attention": "keys are merged before they are cached",
     "compressed_sparse_attention": "keys are merged before they are cached",
@@ -54,17 +54,21 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def reaches_of(config: Any) -> list[Reach]:
-    """How far back each layer of the cache sees, in Transformers' own order of layers."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
+def reaches_of(config: Any, layers: Sequence[Any]) -> list[Reach]:
+    """How far back each of Transformers' own cache layers for a configuration sees."""
     text = text_config(config)
-    kinds, given = get_layer_types_and_kwargs(text)
-    reach = {
-        "sliding_attention": Reach(window=given.get("sliding_window") or 0),
-        "chunked_attention": Reach(chunk=getattr(text, "attention_chunk_size", None) or 0),
-    }
-    return [reach.get(kind, EVERYTHING) for kind in kinds]
+    chunks = getattr(text, "sliding_window", None) is None
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["chunked_attention" if chunks else "sliding_attention"] * len(layers)
+
+    def reach(kind: str, layer: Any) -> Reach:
+        if not getattr(layer, "is_sliding", False):
+            return EVERYTHING
+        name = "chunk" if kind == "chunked_attention" else "window"
+        return Reach(**{name: layer.sliding_window})
+
+    return [reach(kind, layer) for kind, layer in zip(kinds, layers, strict=False)]
 
 
 def lent_layers(config: Any) -> frozenset[int]:

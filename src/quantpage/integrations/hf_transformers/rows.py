@@ -84,6 +84,9 @@ class Rows:
         self._step: Step | None = None
         self.lent: frozenset[int] = frozenset()
         """Layers whose keys and values later layers read as well."""
+        self.attention_mask: Any = None
+        """What the forward under way was given, for layers that are read by others than our
+        attention function, which knows the padding by itself."""
         self.frozen: Step | None = None
         """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
 
@@ -134,6 +137,29 @@ class Rows:
         parts = {reach: self._part(reach, lengths) for reach in self.tables}
         self._step = Step(start, new, self.count, parts, keep)
         return self._step
+
+    def told_padding(self, start: int, new: int) -> Tensor | None:
+        """[rows, start + new] bool, False for padding, as far as the forward's mask tells.
+
+        Of a mask of all pairs: a new token that no query sees, itself included, is padding.
+        """
+        mask = self.attention_mask
+        if isinstance(mask, dict):
+            mask = next(iter(mask.values()), None)
+        if not isinstance(mask, Tensor):
+            return None
+        if hasattr(mask, "quantpage"):
+            return mask.quantpage.padding
+        if mask.ndim == 2:
+            return mask.to(torch.bool)
+        if mask.ndim != 4 or mask.shape[-1] != start + new:
+            return None
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        now = seen[..., start:].any(1).any(1).expand(self.count, -1)
+        before = torch.ones(self.count, start, dtype=torch.bool, device=now.device)
+        if self._kept is not None:
+            before = self._kept.to(now.device)
+        return None if self._kept is None and bool(now.all()) else torch.cat([before, now], 1)
 
     def reserve_ahead(self, tokens: int) -> dict[Reach, BatchPlan]:
         """Pages for ``tokens`` more in every row, and the plans of the first of them.
@@ -435,6 +461,11 @@ class Rows:
             before = self._kept
         now = torch.ones(self.count, new, dtype=torch.bool)
         if padding is not None:
+            if padding.shape[1] < start + new:
+                raise ValueError(
+                    f"attention_mask: expected {start + new} tokens a row, {start} cached and "
+                    f"{new} new, got {padding.shape[1]}"
+                )
             padding = padding.cpu()
             changed = (padding[:, :start] != before).nonzero()
             if changed.numel():

@@ -44,12 +44,14 @@ class _Frame:
 class Supply:
     """The hooks of one attachment.
 
-    new_cache: makes an empty cache. A forward inside another one (a model's body, a language model
-    in a model of pictures) uses the cache of the outermost.
+    new_cache: makes an empty cache. masked: attention follows a mask of the user. A forward inside
+    another one (a model's body, a language model among encoders) uses the outermost one's cache.
     """
 
-    def __init__(self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache]) -> None:
-        self._model, self._new_cache = model, new_cache
+    def __init__(
+        self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache], masked: bool
+    ) -> None:
+        self._model, self._new_cache, self._masked = model, new_cache, masked
         self._under_way = threading.local()
 
     def install(self, undo: list[Callable[[], None]]) -> None:
@@ -110,10 +112,18 @@ class Supply:
         frames = self._frames()
         if not frames and given is None and self._wants_cache(module, kwargs):
             given = self._new_cache()
+        if not frames and given is None and self._masked:
+            raise ValueError(
+                "mask: expected a forward with a cache, in whose pages it is applied, got "
+                + ("training" if module.training else "use_cache=False")
+            )
         if given is not None:
             _refuse_arguments({**dict(zip(names, args, strict=False)), **kwargs})
             kwargs[name or CACHE_NAMES[-1]] = given
-        frames.append(_Frame(module, given, 0 if given is None else given.get_seq_length()))
+            mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+            if given.rows.attention_mask is None:
+                given.rows.attention_mask = mask
+        frames.append(_Frame(module, given, 0 if given is None else max(given.lengths())))
         return args, kwargs
 
     @torch.compiler.disable
@@ -122,6 +132,8 @@ class Supply:
         if not frames or frames[-1].module is not module:
             return
         frame = frames.pop()
+        if frame.cache is not None and not frames:
+            frame.cache.rows.attention_mask = None
         # Without an output an exception is on its way.
         if frames or frame.cache is None or output is None:
             return
@@ -132,9 +144,15 @@ class Supply:
                 f"{name}: expected it to use the cache that it was given, and it made "
                 f"{type(other[0]).__name__} of its own, which is not quantized"
             )
-        if frame.cache.get_seq_length() == frame.before:
+        lengths = frame.cache.lengths()
+        if max(lengths) == frame.before:
             raise UnsupportedModel(
                 f"{name}: expected keys and values of its layers, and it put none into its cache"
+            )
+        if len(lengths) > 1:
+            raise UnsupportedModel(
+                f"{name}: expected every layer to take the new tokens, and its layers hold "
+                f"{min(lengths)} to {max(lengths)}"
             )
 
     def _wants_cache(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
