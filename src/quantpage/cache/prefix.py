@@ -22,14 +22,18 @@ With a window (``reach``) a hit needs the pages that the next query sees, and of
 that it still holds are remembered; the pages before them are known by their tokens alone.
 
 Insert a system prompt when it, and nothing after it, has been computed (or after each chunk).
+
+Eviction asks no page whether it may go: the pool tells when all other holders of one have let go of
+it, and it is queued by the time of its last use (cache/idle).
 """
 
-from collections import OrderedDict
+from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from quantpage.cache.idle import IdleQueue
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.pool import PagePool
 from quantpage.cache.reach import EVERYTHING, Reach, exact_seen, pages_seen
@@ -40,12 +44,15 @@ from quantpage.errors import CacheError
 @dataclass(slots=True)
 class _Entry:
     parent: bytes
-    tokens: tuple[int, ...]
+    tokens: bytes
+    """Of the page, eight bytes each."""
     page: int
     """-1: not remembered (the donor's window had left it)."""
     exact_page: int = -1
     """-1: not remembered."""
     children: int = 0
+    used: int = 0
+    """When it was last used, in uses; of pages used together, the last of the prompt first."""
 
 
 def prefix_seed(model: str, layouts: dict[int, CacheLayout], scales: bytes = b"") -> bytes:
@@ -62,7 +69,10 @@ def prefix_seed(model: str, layouts: dict[int, CacheLayout], scales: bytes = b""
 
 
 class PrefixCache:
-    """Full pages of finished or running prompts, found by their tokens."""
+    """Full pages of finished or running prompts, found by their tokens.
+
+    Every operation is whole (cache/ledger) and may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -73,108 +83,208 @@ class PrefixCache:
         reach: Reach = EVERYTHING,
     ) -> None:
         self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        pool.watch(self._alone_with)
+        if exact_pool is not None:
+            exact_pool.join(pool)
+            exact_pool.watch(self._alone_with_exact)
+        self._ledger = pool.ledger
         self._seed, self._reach = seed, reach
-        # Least recently used first; of pages used together, the last of the prompt first.
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._uses = 0
+        self._entries: dict[bytes, _Entry] = {}
+        # Page -> its entry, and those that may go: an entry without children whose page, or any
+        # entry whose exact page, is held by nobody else.
+        self._by_page: dict[int, bytes] = {}
+        self._by_exact_page: dict[int, bytes] = {}
+        self._idle = IdleQueue(self._may_go)
+        self._idle_exact = IdleQueue(self._exact_may_go)
 
     def __len__(self) -> int:
         """Pages that are held."""
-        return sum(entry.page >= 0 for entry in self._entries.values())
+        return len(self._by_page)
 
     def find(self, tokens: Tokens[int]) -> Prefix:
         """The longest known beginning of ``tokens``; changes nothing."""
-        return self._prefix([entry for _, entry in self._usable(tokens)])
+        with self._ledger.lock:
+            return self._prefix([entry for _, entry in self._usable(tokens)])
 
     def acquire(self, tokens: Tokens[int]) -> Prefix:
         """``find``, held for the caller (``Sequence.adopt``) and counted as used now.
 
         Give all but the last token of a prompt: at least one has to be computed for its logits.
         """
-        chain = self._usable(tokens)
-        for key, _ in reversed(chain):
-            self._entries.move_to_end(key)
-        prefix = self._prefix([entry for _, entry in chain])
-        for page in prefix.pages:
-            if page >= 0:
-                self._pool.share(page)
-        for page in prefix.exact_pages:
-            if page >= 0 and self._exact_pool is not None:
-                self._exact_pool.share(page)
-        return prefix
+        return self._ledger.whole(self._acquire, tokens)
 
     def hits(self, tokens: Tokens[int]) -> set[int]:
         """Every count of pages at which a hit may end; a model with several tables takes the
         largest that all of them have."""
-        return {end for end, _ in self._ends(tokens)}
+        with self._ledger.lock:
+            return {end for end, _ in self._ends(tokens)}
 
     def insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
         """Remember the full pages of ``sequence``, which has cached ``tokens``; pages added.
 
         Tokens past ``sequence.length`` are not cached yet and are left out.
         """
-        added, parent, chain = 0, self._seed, []
-        for index in range(min(len(tokens), sequence.length) // self.page_size):
-            own = self._page_tokens(tokens, index)
-            key = _chained(parent, own)
-            entry = self._entries.get(key)
-            if entry is None:
-                entry = self._entries[key] = _Entry(parent, own, -1)
-                if index:
-                    self._entries[parent].children += 1
-            elif entry.tokens != own or entry.parent != parent:
-                # Another page has this hash: it stays, and this chain ends here.
-                break
-            page = sequence.pages[index]
-            if entry.page < 0 <= page:
-                entry.page = self._pool.share(page)
-                added += 1
-            if self._exact_pool is not None and entry.exact_page < 0:
-                exact = sequence.exact_pages[index]
-                entry.exact_page = exact if exact < 0 else self._exact_pool.share(exact)
-            chain.append(key)
-            parent = key
-        for key in reversed(chain):
-            self._entries.move_to_end(key)
-        return added
+        return self._ledger.whole(self._insert, tokens, sequence)
 
     def evict(self, pages: int) -> int:
         """Let go of up to ``pages`` pages that only this cache holds; how many became free.
 
         Least recently used first, and a page only after those that follow it.
         """
-        freed = 0
-        while freed < pages:
-            key = next((key for key in self._entries if self._evictable(key)), None)
-            if key is None:
-                break
-            freed += self._entries[key].page >= 0
-            self._drop(key)
-        return freed
+        return self._ledger.whole(self._evict, pages)
 
     def evict_exact(self, pages: int) -> int:
         """Let go of up to ``pages`` exact pages that only this cache holds; how many became free.
 
         Least recently used first. Codes stay; a hit ends earlier until a donor is inserted again.
         """
-        if self._exact_pool is None:
-            return 0
-        freed = 0
-        for entry in self._entries.values():
-            if freed == pages:
-                break
-            if entry.exact_page >= 0 and self._exact_pool.references(entry.exact_page) == 1:
-                self._exact_pool.release(entry.exact_page)
-                entry.exact_page = -1
-                freed += 1
-        return freed
+        return self._ledger.whole(self._evict_exact, pages)
 
     def clear(self) -> None:
         """Let go of every page; requests that use one keep it."""
-        while self._entries:
-            self._drop(next(key for key, entry in self._entries.items() if not entry.children))
+        self._ledger.whole(self._clear)
 
     def check(self) -> None:
         """Raise CacheError unless chains, counts and the pool agree."""
+        with self._ledger.lock:
+            self._check()
+
+    def _acquire(self, tokens: Tokens[int]) -> Prefix:
+        chain = self._usable(tokens)
+        self._use(chain)
+        prefix = self._prefix([entry for _, entry in chain])
+        self._pool.share_all(page for page in prefix.pages if page >= 0)
+        if self._exact_pool is not None:
+            self._exact_pool.share_all(page for page in prefix.exact_pages if page >= 0)
+        return prefix
+
+    def _insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
+        added, parent, chain = 0, self._seed, []
+        for index, own in enumerate(self._full_pages(tokens, sequence.length)):
+            key = _chained(parent, own)
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._add(key, _Entry(parent, own, -1))
+            elif entry.tokens != own or entry.parent != parent:
+                # Another page has this hash: it stays, and this chain ends here.
+                break
+            if entry.page < 0 <= sequence.pages[index]:
+                self._add_page(key, entry, sequence.pages[index])
+                added += 1
+            if self._exact_pool is not None and entry.exact_page < 0:
+                self._add_exact(key, entry, sequence.exact_pages[index])
+            chain.append((key, entry))
+            parent = key
+        self._use(chain)
+        return added
+
+    def _add(self, key: bytes, entry: _Entry) -> _Entry:
+        self._ledger.note(self._entries.pop, key, None)
+        self._entries[key] = entry
+        above = self._entries.get(entry.parent)
+        if above is not None:
+            self._ledger.keep(above, "children")
+            above.children += 1
+        return entry
+
+    def _add_page(self, key: bytes, entry: _Entry, page: int) -> None:
+        if page in self._by_page:
+            raise CacheError(
+                f"tokens: expected those with which page {page} is remembered, got others"
+            )
+        self._pool.share(page)
+        self._ledger.keep(entry, "page")
+        entry.page = page
+        self._ledger.note(self._by_page.pop, page, None)
+        self._by_page[page] = key
+
+    def _add_exact(self, key: bytes, entry: _Entry, page: int) -> None:
+        if page < 0 or page in self._by_exact_page:
+            return
+        assert self._exact_pool is not None
+        self._exact_pool.share(page)
+        self._ledger.keep(entry, "exact_page")
+        entry.exact_page = page
+        self._ledger.note(self._by_exact_page.pop, page, None)
+        self._by_exact_page[page] = key
+
+    def _use(self, chain: list[tuple[bytes, _Entry]]) -> None:
+        """Count the pages of a prompt as used now."""
+        note, now = self._ledger.note, self._uses
+        self._ledger.keep(self, "_uses")
+        self._uses += len(chain)
+        for key, entry in reversed(chain):
+            now += 1
+            note(setattr, entry, "used", entry.used)
+            entry.used = now
+            if not entry.children:
+                self._queue(key, entry)
+            if entry.exact_page >= 0:
+                self._queue_exact(key, entry)
+
+    def _queue(self, key: bytes, entry: _Entry) -> None:
+        if self._may_go(key, entry.used):
+            self._idle.add(self._ledger, key, entry.used)
+
+    def _queue_exact(self, key: bytes, entry: _Entry) -> None:
+        if self._exact_may_go(key, entry.used):
+            self._idle_exact.add(self._ledger, key, entry.used)
+
+    def _may_go(self, key: bytes, used: int) -> bool:
+        entry = self._entries.get(key)
+        return (
+            entry is not None
+            and entry.used == used
+            and not entry.children
+            and (entry.page < 0 or self._pool.references(entry.page) == 1)
+        )
+
+    def _exact_may_go(self, key: bytes, used: int) -> bool:
+        entry = self._entries.get(key)
+        return (
+            entry is not None
+            and entry.used == used
+            and entry.exact_page >= 0
+            and self._exact_pool is not None
+            and self._exact_pool.references(entry.exact_page) == 1
+        )
+
+    def _alone_with(self, page: int) -> None:
+        """The pool's word: one holder of ``page`` is left."""
+        key = self._by_page.get(page)
+        if key is not None:
+            self._queue(key, self._entries[key])
+
+    def _alone_with_exact(self, page: int) -> None:
+        key = self._by_exact_page.get(page)
+        if key is not None:
+            self._queue_exact(key, self._entries[key])
+
+    def _evict(self, pages: int) -> int:
+        freed = 0
+        while freed < pages and (key := self._idle.take(self._ledger)) is not None:
+            freed += self._entries[key].page >= 0
+            self._drop(key)
+        return freed
+
+    def _evict_exact(self, pages: int) -> int:
+        freed = 0
+        while freed < pages and (key := self._idle_exact.take(self._ledger)) is not None:
+            self._drop_exact(self._entries[key])
+            freed += 1
+        return freed
+
+    def _clear(self) -> None:
+        leaves = [key for key, entry in self._entries.items() if not entry.children]
+        for key in leaves:
+            above: bytes | None = key
+            while above is not None and not self._entries[above].children:
+                parent = self._entries[above].parent
+                self._drop(above)
+                above = parent if parent in self._entries else None
+
+    def _check(self) -> None:
         children = dict.fromkeys(self._entries, 0)
         pages = [entry.page for entry in self._entries.values() if entry.page >= 0]
         if len(set(pages)) != len(pages):
@@ -192,8 +302,7 @@ class PrefixCache:
 
     def _walk(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, _Entry]]:
         parent = self._seed
-        for index in range(len(tokens) // self.page_size):
-            own = self._page_tokens(tokens, index)
+        for own in self._full_pages(tokens, len(tokens)):
             key = _chained(parent, own)
             entry = self._entries.get(key)
             if entry is None or entry.tokens != own or entry.parent != parent:
@@ -239,26 +348,37 @@ class PrefixCache:
         exact = [entry.exact_page if at in exactly else -1 for at, entry in enumerate(found)]
         return Prefix(pages, tuple(exact))
 
-    def _page_tokens(self, tokens: Tokens[int], index: int) -> tuple[int, ...]:
-        return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
-
-    def _evictable(self, key: bytes) -> bool:
-        entry = self._entries[key]
-        free = entry.page < 0 or self._pool.references(entry.page) == 1
-        return not entry.children and free
+    def _full_pages(self, tokens: Tokens[int], length: int) -> Iterator[bytes]:
+        """The tokens of each full page among the first ``length``."""
+        flat, size = array("q", tokens).tobytes(), 8 * self.page_size
+        for end in range(size, 8 * min(len(tokens), length) + 1, size):
+            yield flat[end - size : end]
 
     def _drop(self, key: bytes) -> None:
-        entry = self._entries.pop(key)
+        note, entry = self._ledger.note, self._entries[key]
+        if entry.exact_page >= 0:
+            self._drop_exact(entry)
+        note(self._entries.__setitem__, key, entry)
+        del self._entries[key]
         if entry.page >= 0:
+            note(self._by_page.__setitem__, entry.page, key)
+            del self._by_page[entry.page]
             self._pool.release(entry.page)
-        if entry.exact_page >= 0 and self._exact_pool is not None:
-            self._exact_pool.release(entry.exact_page)
-        if entry.parent in self._entries:
-            self._entries[entry.parent].children -= 1
+        above = self._entries.get(entry.parent)
+        if above is not None:
+            self._ledger.keep(above, "children")
+            above.children -= 1
+            self._queue(entry.parent, above)
+
+    def _drop_exact(self, entry: _Entry) -> None:
+        page = entry.exact_page
+        assert self._exact_pool is not None
+        self._ledger.keep(entry, "exact_page")
+        entry.exact_page = -1
+        self._ledger.note(self._by_exact_page.__setitem__, page, self._by_exact_page[page])
+        del self._by_exact_page[page]
+        self._exact_pool.release(page)
 
 
-def _chained(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-    own = blake2b(parent, digest_size=16)
-    for token in tokens:
-        own.update(token.to_bytes(8, "little", signed=True))
-    return own.digest()
+def _chained(parent: bytes, tokens: bytes) -> bytes:
+    return blake2b(parent + tokens, digest_size=16).digest()

@@ -50,7 +50,10 @@ class Prefix:
 
 
 class Sequence:
-    """One request's tokens and pages; see the module's picture."""
+    """One request's tokens and pages; see the module's picture.
+
+    Every operation is whole: when it raises, whatever it is, nothing has changed (cache/ledger).
+    """
 
     def __init__(
         self,
@@ -60,6 +63,9 @@ class Sequence:
         reach: Reach = EVERYTHING,
     ) -> None:
         self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        self._ledger = pool.ledger
+        if exact_pool is not None:
+            exact_pool.join(pool)
         self.reach = reach
         self.length = 0
         """Tokens that are cached and committed."""
@@ -70,7 +76,7 @@ class Sequence:
         self.exact_pages: list[int] = []
         """Logical page -> exact page or -1; empty where the format keeps none."""
         # Logical pages before which all that is unseen has been let go, of each table.
-        self._looked_at = [0, 0]
+        self._looked_at = (0, 0)
 
     def pages_needed(self, tokens: int, sparse: bool = False) -> tuple[int, int]:
         """(pages, exact pages) that ``reserve(tokens, sparse)`` would acquire now."""
@@ -89,8 +95,12 @@ class Sequence:
         sparse: only for what is read after the step, or after the rejection of its newest tokens
         (``reach.ROLLBACK``, or a page); other pages are -1.
 
-        Raises OutOfPages with nothing changed.
+        Raises OutOfPages with nothing changed. ``commit(0)`` takes it back, once the copies are
+        made; make them inside of ``ledger.whole`` where that may fail.
         """
+        return self._ledger.whole(self._reserve, tokens, sparse)
+
+    def _reserve(self, tokens: int, sparse: bool) -> list[PageCopy]:
         if self.reserved:
             raise CacheError("reserve: expected the last step to be committed first")
         need, exact_need = self.pages_needed(tokens, sparse)
@@ -102,10 +112,11 @@ class Sequence:
             return []
         more, exact_more = self._more(tokens, sparse)
         copies = self._own(self.pages, self._pool, exact=False)
-        self.pages += [self._pool.acquire() if kept else -1 for kept in more]
+        self._extend(self.pages, self._pool, more)
         if self._exact_pool is not None:
             copies += self._own(self.exact_pages, self._exact_pool, exact=True)
-            self.exact_pages += [self._exact_pool.acquire() if kept else -1 for kept in exact_more]
+            self._extend(self.exact_pages, self._exact_pool, exact_more)
+        self._ledger.keep(self, "reserved")
         self.reserved = tokens
         return copies
 
@@ -121,13 +132,21 @@ class Sequence:
             raise ValueError(f"tokens: expected 0..{self.reserved}, got {tokens}")
         if accepted < self.reserved:
             self._refuse_missing("commit", self.length + accepted)
-        self.length += accepted
-        self.reserved = 0
-        self._cut()
+        self._ledger.whole(self._commit, accepted)
+
+    def cancel(self) -> None:
+        """The step was not written: give back what ``reserve`` found."""
+        self._ledger.whole(self._cut, self.length)
+
+    def _commit(self, accepted: int) -> None:
+        self._cut(self.length + accepted)
         self._release_unseen()
 
     def adopt(self, prefix: Prefix) -> None:
         """Begin with pages that another request wrote, already held for this one."""
+        self._ledger.whole(self._adopt, prefix)
+
+    def _adopt(self, prefix: Prefix) -> None:
         if self.length or self.reserved:
             raise CacheError(f"adopt: expected an empty sequence, got {self.length} tokens")
         exact = [] if self._exact_pool is None else list(prefix.exact_pages)
@@ -135,12 +154,9 @@ class Sequence:
             raise CacheError(
                 f"adopt: expected {len(prefix.pages)} exact pages or -1, got {len(exact)}"
             )
+        self._ledger.keep(self, "length", "pages", "exact_pages")
         self.pages, self.exact_pages = list(prefix.pages), exact
-        try:
-            self._refuse_missing("adopt", len(self.pages) * self.page_size)
-        except CacheError:
-            self.pages, self.exact_pages = [], []
-            raise
+        self._refuse_missing("adopt", len(self.pages) * self.page_size)
         self.length = len(self.pages) * self.page_size
 
     def fork(self) -> "Sequence":
@@ -148,13 +164,14 @@ class Sequence:
         if self.reserved:
             raise CacheError("fork: expected the last step to be committed first")
         made = Sequence(self._pool, self.page_size, self._exact_pool, self.reach)
-        made.length = self.length
-        made.pages = [page if page < 0 else self._pool.share(page) for page in self.pages]
-        if self._exact_pool is not None:
-            made.exact_pages = [
-                page if page < 0 else self._exact_pool.share(page) for page in self.exact_pages
-            ]
+        made.length, made._looked_at = self.length, self._looked_at
+        made.pages, made.exact_pages = list(self.pages), list(self.exact_pages)
+        self._ledger.whole(made._hold)
         return made
+
+    def _hold(self) -> None:
+        for pages, pool in self._tables():
+            pool.share_all(page for page in pages if page >= 0)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from ``length`` on.
@@ -165,8 +182,7 @@ class Sequence:
         if self.reserved:
             raise CacheError("crop: expected the last step to be committed first")
         self.check_crop(length)
-        self.length = length
-        self._cut()
+        self._ledger.whole(self._cut, length)
 
     def check_crop(self, length: int) -> None:
         """What ``crop`` refuses, of the tokens of a step under way, too; changes nothing."""
@@ -176,13 +192,7 @@ class Sequence:
 
     def free(self) -> None:
         """Let go of everything."""
-        self.reserved = 0
-        for pages, pool in self._tables():
-            for page in pages:
-                if page >= 0:
-                    pool.release(page)
-        self.pages, self.exact_pages, self.length = [], [], 0
-        self._looked_at = [0, 0]
+        self._ledger.whole(self._cut, 0)
 
     def _more(self, tokens: int, sparse: bool) -> tuple[list[bool], list[bool]]:
         """Of the pages after the last, and of the exact ones: whether the pool has to give it."""
@@ -210,37 +220,52 @@ class Sequence:
             return []
         source, target = pages[-1], pool.acquire()
         pool.release(source)
+        self._ledger.note(pages.__setitem__, len(pages) - 1, source)
         pages[-1] = target
         return [PageCopy(source, target, exact)]
+
+    def _extend(self, pages: list[int], pool: PagePool, more: list[bool]) -> None:
+        """Add a page of the pool, or -1, for each of ``more``."""
+        if more:
+            found = iter(pool.acquire_all(more.count(True)))
+            self._ledger.note(pages.__delitem__, slice(len(pages), None))
+            pages += [next(found) if kept else -1 for kept in more]
 
     def _shares_last(self, pages: list[int], pool: PagePool) -> bool:
         """The last page is partly filled, and another request holds it too."""
         return self.length % self.page_size > 0 and pool.references(pages[-1]) > 1
 
-    def _cut(self) -> None:
-        """Let go of the pages after the last token."""
-        keep = -(-self.length // self.page_size)
+    def _cut(self, length: int) -> None:
+        """Be ``length`` tokens long, with no step under way; let go of the pages after them."""
+        self._ledger.keep(self, "length", "reserved", "_looked_at")
+        self.length, self.reserved = length, 0
+        keep = -(-length // self.page_size)
         for pages, pool in self._tables():
-            while len(pages) > keep:
-                page = pages.pop()
-                if page >= 0:
-                    pool.release(page)
-        self._looked_at = [min(each, keep) for each in self._looked_at]
+            if len(pages) > keep:
+                gone = pages[keep:]
+                self._ledger.note(pages.__setitem__, slice(keep, None), gone)
+                del pages[keep:]
+                pool.release_all(page for page in reversed(gone) if page >= 0)
+        self._looked_at = (min(self._looked_at[0], keep), min(self._looked_at[1], keep))
 
     def _release_unseen(self) -> None:
         """Let go of what no query sees, be it after the newest tokens are forgotten."""
         query = kept_from(self.length, self.page_size)
         rule = self.reach, query, self.length, self.page_size
+        looked_at = list(self._looked_at)
         for at, ((pages, pool), seen) in enumerate(
             zip(self._tables(), (pages_seen(*rule), exact_seen(*rule)), strict=False)
         ):
             # What is seen is all from some page on, and perhaps the first.
-            near = next((page for page in seen if page), self._looked_at[at])
-            for index in [0, *range(max(self._looked_at[at], 1), near)] if pages else []:
+            near = next((page for page in seen if page), looked_at[at])
+            for index in [0, *range(max(looked_at[at], 1), near)] if pages else []:
                 if index not in seen and pages[index] >= 0:
+                    self._ledger.note(pages.__setitem__, index, pages[index])
                     pool.release(pages[index])
                     pages[index] = -1
-            self._looked_at[at] = max(self._looked_at[at], near)
+            looked_at[at] = max(looked_at[at], near)
+        self._ledger.keep(self, "_looked_at")
+        self._looked_at = (looked_at[0], looked_at[1])
 
     def _refuse_missing(self, act: str, length: int) -> None:
         """CacheError where the next query after ``length`` tokens needs a page that is gone."""

@@ -175,6 +175,17 @@ def cpu_model(
     run(model, out, threads or torch.get_num_threads(), tokens, prompts, steps)
 
 
+def bookkeeping(
+    out: Out = None,
+    operations: Annotated[int, typer.Option(min=64, help="Of each case.")] = 1_000_000,
+) -> None:
+    """Pools, requests and the prefix cache, without a tensor (CPU)."""
+    check_writable(out, "out")
+    from quantpage.bench.bookkeeping import run
+
+    run(out, operations)
+
+
 def _names(text: str, by: str = ",") -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(by) if name.strip())
 
@@ -194,5 +205,5 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model):
+for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping):
     app.command(_command.__name__.replace("_", "-"))(with_common(_command))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Reach, Sequence
+from quantpage.cache.ledger import Ledger
 from quantpage.errors import CacheError
 
 _GROWTH = 32
@@ -19,10 +20,10 @@ page a copy, which is little beside the attention that reads them all at every t
 class Shelf:
     """Pages of the layers of one reach."""
 
-    def __init__(self, reach: Reach, page_size: int, exact: bool) -> None:
+    def __init__(self, reach: Reach, page_size: int, exact: bool, ledger: Ledger) -> None:
         self.reach, self.page_size = reach, page_size
-        self.pool = PagePool(0)
-        self.exact_pool = PagePool(0) if exact else None
+        self.pool = PagePool(0, ledger)
+        self.exact_pool = PagePool(0, ledger) if exact else None
         """None: no layer's format keeps exact pages."""
         self.store = PagedKVCache()
 
@@ -70,7 +71,11 @@ class Memory:
         """kinds: the reaches of the model's layers, each with whether one of its layers' formats
         keeps exact pages."""
         self.page_size = page_size
-        self.shelves = {reach: Shelf(reach, page_size, exact) for reach, exact in kinds.items()}
+        self.ledger = Ledger()
+        """Of the pools and all who hold their pages."""
+        self.shelves = {
+            reach: Shelf(reach, page_size, exact, self.ledger) for reach, exact in kinds.items()
+        }
         self._of_layer: dict[int, Shelf] = {}
         self.peak_bytes = 0
         """The most that was allocated at once, growing and working pages (cache/working)
