@@ -33,6 +33,12 @@ def test_why_asks_every_candidate(quantpage):
     assert "kv_format: expected" in quantpage("explain", "--why", "int5", "decode", code=2).err
 
 
+def test_formats_a_layer_are_rows(quantpage):
+    given = ["explain", "--device", "cpu", "--kv-format", "k=int8,v=fp8,first1=int8", "--json"]
+    data = json.loads(quantpage(*given).out)
+    assert list(dict.fromkeys(e["format"] for e in data["choices"])) == ["k=int8,v=fp8", "int8"]
+
+
 def test_the_same_as_data(quantpage):
     given = ["explain", "--device", "cpu", "--kv-format", "int4", "--json"]
     data = json.loads(quantpage(*given).out)

@@ -56,9 +56,29 @@ def test_rows_come_in_order_with_figures_that_make_sense(folder):
     assert none.perplexity == pytest.approx(int8.perplexity, rel=0.2)
 
 
+def test_a_choice_a_layer_is_a_row_of_its_own(folder):
+    names = ("int4", "int4,first1=none", "k=int8,v=int4,layers=1-2:int8", "int8")
+    four, mixed, pair, eight = evaluate(small(folder, formats=names, prompt=80))
+    assert mixed.bytes_per_token == (2 * four.bytes_per_token + 3 * 2 * 2 * 16 * 2) / 3
+    assert mixed.bits_per_value == pytest.approx((2 * four.bits_per_value + 16) / 3)
+    assert mixed.kl_mean < four.kl_mean and mixed.sixteen_bit_tokens == "<= 64"
+    assert pair.bytes_per_token == pytest.approx(
+        (2 * eight.bytes_per_token + (eight.bytes_per_token + four.bytes_per_token) / 2) / 3
+    )
+
+
 def test_the_command_writes_csv_and_markdown(folder, tmp_path, capsys):
     arguments = ["evaluate", "--model", str(folder), "--text", str(folder / "words.txt")]
-    arguments += ["--formats", "none, fp8", "--windows", "1", "--prompt", "20", "--scored", "12"]
+    arguments += [
+        "--formats",
+        "none, fp8,last1=int8",
+        "--windows",
+        "1",
+        "--prompt",
+        "20",
+        "--scored",
+        "12",
+    ]
     arguments += ["--csv", str(tmp_path / "new" / "a.csv"), "--markdown", str(tmp_path / "a.md")]
     assert run(arguments) == 0
     done = capsys.readouterr()
@@ -66,7 +86,7 @@ def test_the_command_writes_csv_and_markdown(folder, tmp_path, capsys):
     assert "loading" in done.err and "window 1 of 1" in done.err
     with (tmp_path / "new" / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["cache"] for row in rows] == ["none", "fp8"]
+    assert [row["cache"] for row in rows] == ["none", "fp8,last1=int8"]
     assert rows[1]["tokens"] == "12" and rows[1]["torch"] == torch.__version__
     assert (tmp_path / "a.md").read_text().count("\n") == 4
     assert list(tmp_path.rglob("*.part")) == []

@@ -7,6 +7,7 @@ import typer
 
 from quantpage.cli.options import check_writable
 from quantpage.console import OUT
+from quantpage.formats.per_layer import split_choices
 
 
 def command(
@@ -17,7 +18,10 @@ def command(
     ] = None,
     formats: Annotated[
         str,
-        typer.Option(help="Names, comma separated; default: all dynamic ones and the peers found."),
+        typer.Option(
+            help="Names, or one a layer, comma separated: int8,int4,first2=int8 are two; default: "
+            "all dynamic ones and the peers found."
+        ),
     ] = "",
     windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1024,
@@ -42,7 +46,7 @@ def command(
         EvaluateRequest(
             model=model,
             text=text,
-            formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
+            formats=tuple(split_choices(formats)),
             windows=windows,
             prompt=prompt,
             scored=scored,

@@ -20,6 +20,7 @@ from quantpage.explain import (
     support_matrix,
 )
 from quantpage.formats import FORMATS, find_format
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import DeviceInfo, device_info, find_device
 from quantpage.ops.dispatch import Call
 
@@ -59,7 +60,7 @@ def command(
     if why is not None:
         _print_why(replace(call, format=find_format(why[0])), why[1], as_json)
         return
-    formats = FORMATS.values() if kv_format is None else [find_format(kv_format)]
+    formats = FORMATS.values() if kv_format is None else LayerFormats.parse(kv_format).formats
     choices = [choice for each in formats for choice in explain(replace(call, format=each))]
     if as_json:
         console.print_json(_as_data(call, choices))

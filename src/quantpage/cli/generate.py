@@ -28,7 +28,11 @@ def command(
         str | None, typer.Option(help="System prompt, for the model's chat template.")
     ] = None,
     kv_format: Annotated[
-        str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
+        str,
+        typer.Option(
+            help="Cache format; keys and values apart: k=int8,v=int4; one a layer: "
+            "int4,first2=int8,layers=7,9-11:int8."
+        ),
     ] = "int8",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[

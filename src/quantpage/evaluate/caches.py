@@ -11,7 +11,8 @@ from transformers import DynamicCache, QuantizedCache
 
 from quantpage.cache import CacheLayout
 from quantpage.evaluate.score import Attaching
-from quantpage.formats import FORMATS, find_format
+from quantpage.formats import FORMATS
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import model_shape
 
@@ -33,15 +34,19 @@ class Candidate:
 
 
 def ours(config: Any, name: str, page_size: int) -> Candidate:
-    """A row for one of our formats."""
-    found = find_format(name)
+    """A row for one of our formats, or for one a layer."""
     shape = model_shape(config)
-    layout = CacheLayout(shape.kv_heads, shape.head_dim, found, page_size, torch.bfloat16)
-    bits = (
-        found.key.bits_per_value(shape.head_dim) + found.value.bits_per_value(shape.head_dim)
-    ) / 2
-    kept = found.exact_pages
-    exact = "0" if kept is None else f"<= {kept.kept_pages * page_size}"
+    chosen = LayerFormats.parse(name)
+    formats = chosen.of_layers(shape.layers)
+    layouts = [
+        CacheLayout(shape.kv_heads, shape.head_dim, each, page_size, torch.bfloat16)
+        for each in formats
+    ]
+    bits = [
+        spec.bits_per_value(shape.head_dim) for each in formats for spec in (each.key, each.value)
+    ]
+    kept = max(0 if each.exact_pages is None else each.exact_pages.kept_pages for each in formats)
+    exact = f"<= {kept * page_size}" if kept else "0"
 
     @contextmanager
     def attaching(model: Any) -> Iterator[Callable[[], Any]]:
@@ -50,9 +55,9 @@ def ours(config: Any, name: str, page_size: int) -> Candidate:
 
     return Candidate(
         name=name,
-        bits_per_value=bits,
-        bytes_per_token=layout.bytes_per_token() * shape.layers,
-        sixteen_bit_tokens="all" if not found.quantized else exact,
+        bits_per_value=sum(bits) / len(bits),
+        bytes_per_token=sum(each.bytes_per_token() for each in layouts),
+        sixteen_bit_tokens=exact if any(each.quantized for each in formats) else "all",
         attaching=attaching,
     )
 
@@ -119,16 +124,15 @@ def unquantized(model: Any) -> Iterator[Callable[[], Any]]:
 
 
 def find_candidates(config: Any, names: list[str], page_size: int) -> list[Candidate]:
-    """A row for each name: of FORMATS, an alias, or of PEERS."""
+    """A row for each name: of PEERS, or whatever LayerFormats reads."""
     found = []
     for name in names:
         if name in PEERS:
             found.append(peer(config, name))
             continue
-        candidate = ours(config, name, page_size)
-        if not find_format(name).dynamic:
+        if not all(each.dynamic for each in LayerFormats.parse(name).formats):
             raise ValueError(f"formats: {name} needs given scales; expected dynamic formats")
-        found.append(candidate)
+        found.append(ours(config, name, page_size))
     return found
 
 

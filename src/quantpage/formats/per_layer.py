@@ -1,74 +1,164 @@
-"""A format for each layer: "int8" for all, or "int4,first2=int8,last1=int8"."""
+"""A format for each layer: "int8" for all, or a default and exceptions after commas.
+
+int4,first2=int8,last1=none         the first two layers, and the last
+int4,layers=0-3,20:int8             these layers; ranges include both ends
+k=int8,v=int4,first1=k=none,v=int8  keys and values by name, wherever a name may stand
+"""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantpage.errors import FormatError
 from quantpage.formats.spec import KVFormat
 from quantpage.formats.table import find_format
 
-_RULE = re.compile(r"(first|last)([1-9][0-9]*)=([a-z0-9_]+)")
+_END = re.compile(r"(first|last)([1-9][0-9]*)=(.+)")
+_LAYERS = re.compile(r"layers=([^:]*):(.+)")
+_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_HALF = re.compile(r"(?:.*[=:])?([kv])=[^=:,]*")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """Which layers have another format than the default."""
+
+    kind: str
+    """'first', 'last' or 'layers'."""
+    format: KVFormat
+    count: int = 0
+    """Of layers, from the first or the last on."""
+    ranges: tuple[tuple[int, int], ...] = ()
+    """(first, last) layer of each range, of 'layers'."""
+
+    @property
+    def selector(self) -> str:
+        """The layers, as they would be written."""
+        if self.kind != "layers":
+            return f"{self.kind}{self.count}="
+        words = (f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
+        return f"layers={','.join(words)}:"
+
+    def of(self, layers: int) -> Iterator[int]:
+        """The layers that it names, of so many; FormatError where there are fewer."""
+        ends = {"first": ((0, self.count - 1),), "last": ((layers - self.count, layers - 1),)}
+        for first, last in ends.get(self.kind, self.ranges):
+            if first < 0 or last >= layers:
+                raise FormatError(
+                    f"kv_format: expected layers of 0 to {layers - 1}, got "
+                    f"{self.selector}{self.format.name}"
+                )
+            yield from range(first, last + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFormats:
-    """A default format and exceptions for the first and the last layers."""
+    """A default format and exceptions for some layers."""
 
     default: KVFormat
-    first: int = 0
-    first_format: KVFormat | None = None
-    last: int = 0
-    last_format: KVFormat | None = None
+    rules: tuple[LayerRule, ...] = ()
+
+    @classmethod
+    def of(cls, choice: "str | KVFormat | LayerFormats") -> "LayerFormats":
+        """From whatever names formats: a text for ``parse``, or a format of one's own for all."""
+        if isinstance(choice, LayerFormats):
+            return choice
+        if isinstance(choice, KVFormat):
+            return cls(choice)
+        if not isinstance(choice, str):
+            raise ValueError(
+                f"kv_format: expected a name, a KVFormat or LayerFormats, got {choice!r}"
+            )
+        return cls.parse(choice)
 
     @classmethod
     def parse(cls, text: str) -> "LayerFormats":
-        """Read ``name[,firstN=name][,lastN=name]``; FormatError says what was wrong."""
-        name, *rules = [part.strip() for part in text.split(",")]
-        found: dict[str, tuple[int, KVFormat]] = {}
-        for rule in rules:
-            match = _RULE.fullmatch(rule)
-            if match is None:
-                raise FormatError(
-                    f"kv_format: expected rules such as first2=int8 or last1=none after the "
-                    f"first comma, got {rule!r}"
-                )
-            end, count, rule_name = match.groups()
-            if end in found:
-                raise FormatError(f"kv_format: expected one rule for {end}, got two in {text!r}")
-            found[end] = (int(count), find_format(rule_name))
-        first, first_format = found.get("first", (0, None))
-        last, last_format = found.get("last", (0, None))
-        return cls(find_format(name), first, first_format, last, last_format)
+        """Read the module's notation; FormatError says what was wrong."""
+        name, *rules = _parts(text)
+        found = [_rule(each) for each in rules]
+        for kind in ("first", "last"):
+            if sum(each.kind == kind for each in found) > 1:
+                raise FormatError(f"kv_format: expected one rule for {kind}, got two in {text!r}")
+        return cls(find_format(name), tuple(found))
 
     @property
     def name(self) -> str:
         """As it would be written."""
-        parts = [self.default.name]
-        if self.first_format is not None:
-            parts.append(f"first{self.first}={self.first_format.name}")
-        if self.last_format is not None:
-            parts.append(f"last{self.last}={self.last_format.name}")
-        return ",".join(parts)
+        rules = (f"{each.selector}{each.format.name}" for each in self.rules)
+        return ",".join((self.default.name, *rules))
+
+    @property
+    def formats(self) -> tuple[KVFormat, ...]:
+        """Each format that is named, once."""
+        return tuple(dict.fromkeys((self.default, *(each.format for each in self.rules))))
 
     def refuse_static(self) -> None:
         """Raise FormatError for formats whose scales would have to come from outside."""
-        for each in (self.default, self.first_format, self.last_format):
-            if each is not None and not each.dynamic:
+        for each in self.formats:
+            if not each.dynamic:
                 raise FormatError(
                     f"kv_format: expected a dynamic format, as no scales are given here; "
                     f"{each.name} is static"
                 )
 
     def of_layers(self, layers: int) -> tuple[KVFormat, ...]:
-        """The format of each of ``layers`` layers; FormatError where the rules overlap."""
-        if self.first + self.last > layers:
+        """The format of each of ``layers`` layers; FormatError where two rules name one layer."""
+        chosen: dict[int, LayerRule] = {}
+        for rule in self.rules:
+            for layer in rule.of(layers):
+                before = chosen.setdefault(layer, rule)
+                if before is not rule:
+                    raise FormatError(
+                        f"kv_format: expected one rule a layer, got two for layer {layer} of "
+                        f"{layers}: {before.selector}{before.format.name} and "
+                        f"{rule.selector}{rule.format.name}"
+                    )
+        return tuple(
+            chosen[layer].format if layer in chosen else self.default for layer in range(layers)
+        )
+
+
+def split_choices(text: str) -> list[str]:
+    """Several choices separated by commas, each with its rules: "int8,int4,first1=int8" are two."""
+    choices: list[str] = []
+    for part in filter(None, _parts(text)):
+        if choices and re.match(r"(first|last)[0-9]*=|layers=", part):
+            choices[-1] = f"{choices[-1]},{part}"
+        else:
+            choices.append(part)
+    return choices
+
+
+def _parts(text: str) -> list[str]:
+    """The default and the rules: commas inside a list of layers, and between k= and v=, join."""
+    parts: list[str] = []
+    for piece in (each.strip() for each in text.split(",")):
+        last = parts[-1] if parts else ""
+        listing = last.startswith("layers=") and ":" not in last
+        half = _HALF.fullmatch(last)
+        if listing or (half is not None and piece.startswith("v=" if half[1] == "k" else "k=")):
+            parts[-1] = f"{last},{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _rule(text: str) -> LayerRule:
+    ends, layers = _END.fullmatch(text), _LAYERS.fullmatch(text)
+    if ends is not None:
+        kind, count, name = ends.groups()
+        return LayerRule(kind, find_format(name), count=int(count))
+    if layers is None:
+        raise FormatError(
+            "kv_format: expected rules such as first2=int8, last1=none or layers=0-3,20:int8 "
+            f"after the first comma, got {text!r}"
+        )
+    ranges = []
+    for word in layers[1].split(","):
+        match = _RANGE.fullmatch(word.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise FormatError(
-                f"kv_format: expected first + last to be at most {layers} layers, "
-                f"got {self.first} + {self.last}"
+                f"kv_format: expected layers such as 0-3,20 before the colon, got {text!r}"
             )
-        formats = [self.default] * layers
-        if self.first_format is not None:
-            formats[: self.first] = [self.first_format] * self.first
-        if self.last_format is not None:
-            formats[layers - self.last :] = [self.last_format] * self.last
-        return tuple(formats)
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return LayerRule("layers", find_format(layers[2]), ranges=tuple(ranges))

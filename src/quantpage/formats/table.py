@@ -23,6 +23,10 @@ because it is the format for engines that own their pages. A query that saw the 
 own exactly as well would bring int4 to 2.0e-3 and k8v4 to 2.0e-4.
 """
 
+import re
+from dataclasses import replace
+from difflib import get_close_matches
+
 from quantpage.errors import FormatError
 from quantpage.formats.spec import CODES, ExactPages, Granularity, KVFormat, QuantSpec
 
@@ -70,13 +74,37 @@ ALIASES: dict[str, str] = {
 """Names that other systems use -> ours."""
 
 
+_PAIR = re.compile(r"k=([^,=]*),v=([^,=]*)|v=([^,=]*),k=([^,=]*)")
+
+
 def find_format(name: str) -> KVFormat:
     """The format called ``name``, by our name or another system's.
 
-    Raises FormatError that lists the names there are.
+    "k=int8,v=int4" joins the keys of one format with the values of another; pages are kept exact
+    where one of the two keeps some. Raises FormatError that lists the names there are.
     """
+    pair = _PAIR.fullmatch(name)
+    if pair is not None:
+        first, second, value, key = pair.groups()
+        keys, values = (first, second) if first is not None else (key, value)
+        return _joined(find_format(keys), find_format(values))
     found = FORMATS.get(ALIASES.get(name, name))
     if found is None:
         names = ", ".join(FORMATS)
-        raise FormatError(f"kv_format: expected one of {names}; got {name!r}")
+        near = get_close_matches(name.lower(), [*FORMATS, *ALIASES], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise FormatError(f"kv_format: expected one of {names}; got {name!r}{hint}")
     return found
+
+
+def _joined(keys: KVFormat, values: KVFormat) -> KVFormat:
+    """A pair, under its own name where FORMATS has it."""
+    made = KVFormat(
+        f"k={keys.name},v={values.name}",
+        keys.key,
+        values.value,
+        keys.exact_pages or values.exact_pages,
+        f"keys as {keys.name}, values as {values.name}",
+    )
+    same = (each for each in FORMATS.values() if each == replace(made, name=each.name))
+    return next(same, made)

@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.attention import find_backend
 from quantpage.errors import UnsupportedModel
+from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import cpu_step, functions
 from quantpage.integrations.hf_transformers.cache import CacheOptions, PagedLayer, QuantPageCache
@@ -84,7 +85,7 @@ class Attached:
 
 def attach(
     model: nn.Module,
-    kv_format: str = "int8",
+    kv_format: str | KVFormat | LayerFormats = "int8",
     *,
     page_size: int = 64,
     backend: str = "flash",
@@ -94,8 +95,9 @@ def attach(
 ) -> Attached:
     """Keep ``model``'s key-value cache in quantized pages.
 
-    model: a Hugging Face decoder. kv_format: a name of FORMATS, or one a layer
-    ("int4,first2=int8,last1=int8"). page_size: tokens a page. backend: 'flash' or 'flash_mask'.
+    model: a Hugging Face decoder. kv_format: a name of FORMATS, keys and values by name
+    ("k=int8,v=int4"), one a layer ("int4,first2=int8,layers=7,9-11:int8"), or a KVFormat of one's
+    own. page_size: tokens a page. backend: 'flash' or 'flash_mask'.
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
     NaN or an infinity is cached.
@@ -108,7 +110,7 @@ def attach(
     if model.config._attn_implementation == functions.NAME:
         raise ValueError("model: expected a model that is not attached yet; detach it first")
     refuse_unsupported(model.config)
-    formats = LayerFormats.parse(kv_format)
+    formats = LayerFormats.of(kv_format)
     formats.refuse_static()
     options = CacheOptions(
         formats=formats,
