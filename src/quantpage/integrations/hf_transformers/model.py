@@ -54,9 +54,16 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def reaches_of(config: Any, layers: Sequence[Any]) -> list[Reach]:
-    """How far back each of Transformers' own cache layers for a configuration sees."""
+def reaches_of(config: Any, layers: Sequence[Any] | None = None) -> list[Reach]:
+    """How far back each layer of the cache sees.
+
+    layers: what Transformers would make for this configuration; None: made here.
+    """
+    from transformers import DynamicCache
+
     text = text_config(config)
+    if layers is None:
+        layers = DynamicCache(config=config).layers
     chunks = getattr(text, "sliding_window", None) is None
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
