@@ -143,8 +143,8 @@ def _encode(work: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -
     if zero is not None:
         work = work - zero.to(work.dtype).unsqueeze(-1)
     scaled = (work / scale.to(work.dtype).unsqueeze(-1)).flatten(-2)
-    if spec.code.name == "fp8":
-        return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    if spec.code.is_float:
+        return scaled.clamp(-spec.code.qmax, spec.code.qmax).to(spec.code.storage)
     low = spec.code.qmin if zero is not None else -spec.code.qmax
     codes = scaled.round().clamp(low, spec.code.qmax)
     if spec.code.values_per_byte == 2:

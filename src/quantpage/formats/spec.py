@@ -30,11 +30,46 @@ class Code:
     values_per_byte: int = 1
     """2 for int4: byte b of a row holds channel 2b in its low nibble, 2b+1 in its high one."""
 
+    def __post_init__(self) -> None:
+        if self.storage is None:
+            return
+        held = _HELD.get((self.storage, self.values_per_byte))
+        if held is None:
+            raise FormatError(
+                f"code {self.name}: expected int8 or float8_e4m3fn with one value a byte, or uint8 "
+                f"with two, got {self.storage} with {self.values_per_byte}"
+            )
+        # Symmetric codes reach from -qmax to qmax.
+        if not (held[0] <= min(self.qmin, -self.qmax) and 0 < self.qmax <= held[1]) or (
+            self.qmin >= 0
+        ):
+            raise FormatError(
+                f"code {self.name}: expected qmin..qmax around 0 within {held[0]}..{held[1]} of "
+                f"{self.storage}, got {self.qmin}..{self.qmax}"
+            )
+
     @property
     def exact(self) -> bool:
         """True when numbers are stored as they are, without codes."""
         return self.storage is None
 
+    @property
+    def is_float(self) -> bool:
+        """True for codes that are floats themselves: cast, never rounded to integers."""
+        return self.storage == torch.float8_e4m3fn
+
+    @property
+    def known(self) -> bool:
+        """True for the codes of this module, the only ones that compiled kernels have been told."""
+        return self == _KNOWN.get(self.name)
+
+
+_HELD: dict[tuple[torch.dtype, int], tuple[int, int]] = {
+    (torch.int8, 1): (-128, 127),
+    (torch.float8_e4m3fn, 1): (-448, 448),
+    (torch.uint8, 2): (-8, 7),
+}
+"""Storage and values a byte -> the codes that it holds."""
 
 CODES = {
     "none": Code("none", None, 0, 0, 16),
@@ -42,6 +77,7 @@ CODES = {
     "fp8": Code("fp8", torch.float8_e4m3fn, -448, 448, 8),
     "int4": Code("int4", torch.uint8, -8, 7, 4, values_per_byte=2),
 }
+_KNOWN = dict(CODES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +100,10 @@ class Granularity:
     """Channels that share a scale; None: all channels of a head."""
     per_head: bool = True
     """False: one scale for all kv_heads (static scales only)."""
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group < 1:
+            raise FormatError(f"group: expected at least 1 channel, got {self.group}")
 
     def groups(self, head_dim: int) -> int:
         """Scales that one token of one head needs (dynamic) or one head (static)."""
@@ -98,8 +138,12 @@ class QuantSpec:
             if self.zero_point or self.rotation != "none":
                 raise FormatError("code none: numbers kept as they are take no zero or rotation")
             return
-        if self.zero_point and self.code.name == "fp8":
-            raise FormatError("zero_point: fp8 codes are signed floats; a zero point adds nothing")
+        if self.rotation not in ("none", "hadamard"):
+            raise FormatError(f"rotation: expected none or hadamard, got {self.rotation!r}")
+        if self.zero_point and self.code.is_float:
+            raise FormatError(
+                f"zero_point: {self.code.name} codes are signed floats; a zero point adds nothing"
+            )
         if self.dynamic and not self.granularity.per_head:
             raise FormatError("granularity: a dynamic scale belongs to one token and kv_head")
         if self.dynamic and self.granularity.group is not None and self.granularity.group < 16:

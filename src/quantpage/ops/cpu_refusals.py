@@ -3,7 +3,7 @@
 import torch
 
 from quantpage.cpu_core import absence
-from quantpage.ops.dispatch import Call
+from quantpage.ops.dispatch import Call, unknown_codes
 
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,7 +16,7 @@ def refusals(call: Call) -> list[str]:
     missing = absence()
     if missing:
         return [missing]
-    said = []
+    said = unknown_codes(call)
     for name, width in (("head_dim", call.head_dim), ("value_head_dim", call.value_head_dim)):
         if width % 16 or width > MAX_HEAD_DIM:
             said.append(f"{name} must be a multiple of 16 up to {MAX_HEAD_DIM}, got {width}.")

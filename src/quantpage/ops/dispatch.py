@@ -53,6 +53,18 @@ class Call:
         return self.q_heads // self.kv_heads
 
 
+def unknown_codes(call: Call) -> list[str]:
+    """A sentence for each code that compiled kernels have not been told of."""
+    said = []
+    for name, code in (("keys", call.format.key.code), ("values", call.format.value.code)):
+        if not code.known:
+            said.append(
+                f"codes of {name} must be int8, fp8 or int4 of formats/spec, got {code.name} "
+                f"({code.qmin:g} to {code.qmax:g} in {code.storage})."
+            )
+    return said
+
+
 @dataclass(frozen=True, slots=True)
 class Implementation:
     """One way to run an op."""

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import torch
 
 from quantpage.formats import QuantSpec
-from quantpage.ops.dispatch import Call, Implementation
+from quantpage.ops.dispatch import Call, Implementation, unknown_codes
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _device_refusals(call: Call) -> list[str]:
-    reasons = []
+    reasons = unknown_codes(call)
     if call.device.kind != "cuda":
         reasons.append(f"needs a CUDA device, got {call.device.kind}.")
     elif call.device.capability is not None and call.device.capability < (8, 0):

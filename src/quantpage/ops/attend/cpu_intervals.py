@@ -1,16 +1,24 @@
-"""Any mask as the key ranges of each query row, which is what the compiled core reads."""
+"""Any mask as the key ranges of each query row, which is what the compiled core reads.
+
+The layers of a step share one answer. Whether it is theirs is decided by what the mask says, not by
+which object says it: a buffer that is filled anew is another mask, however it was written to
+(torch counts no writes to inference tensors, nor those through numpy). Comparing costs a read
+of the mask's integers, a thousandth of the keys that they speak of.
+"""
+
+from collections.abc import Hashable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.masks import Mask
+from quantpage.masks import ColumnIntervals, Mask, RowIntervals, TreeMask
 
 QUERY_TILE = 128
 
 Intervals = tuple[Int[Tensor, " rows_plus_1"], Int[Tensor, " ranges"], Int[Tensor, " ranges"]]
-_last: tuple[Mask, Tensor, int, Intervals] | None = None
+_last: tuple[Hashable, Tensor, Tensor, Intervals] | None = None
 
 
 def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
@@ -20,11 +28,26 @@ def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
     answer is kept for the other layers of the step.
     """
     global _last
+    heads = kv_heads if mask.per_head else 1
+    form = mask.rows if isinstance(mask, TreeMask) else mask
+    if isinstance(form, ColumnIntervals):
+        said, facts = form.bounds, ("columns", form.causal, form.lengths)
+    elif isinstance(form, RowIntervals):
+        said, facts = form.intervals, ("rows", form.first, form.lengths)
+    else:
+        # A mask that is told in another way is asked at every layer.
+        return _find(mask, batch, heads)
+    asked = (*facts, heads, batch.query_lens, batch.host_context_lens)
     kept = _last
-    if kept is not None and kept[0] is mask and kept[1] is batch.positions and kept[2] == kv_heads:
+    if (
+        kept is not None
+        and kept[0] == asked
+        and torch.equal(kept[1], said)
+        and torch.equal(kept[2], batch.positions)
+    ):
         return kept[3]
-    found = _find(mask, batch, kv_heads if mask.per_head else 1)
-    _last = (mask, batch.positions, kv_heads, found)
+    found = _find(mask, batch, heads)
+    _last = (asked, said.clone(), batch.positions.clone(), found)
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, derive
-from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation
+from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, unknown_codes
 
 WORKSPACE_ROWS = {"gluon": 256, "triton": 384}
 """Least rows of a request that are worth a workspace, by the kernel that reads it."""
@@ -89,7 +89,7 @@ def gluon_refusals(call: Call) -> list[str]:
 
 
 def _shared_refusals(call: Call) -> list[str]:
-    said = []
+    said = unknown_codes(call)
     if call.device.kind != "cuda":
         said.append(f"Runs on a CUDA device, got {call.device.kind}.")
     elif find_spec("triton") is None:
