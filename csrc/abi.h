@@ -38,6 +38,9 @@ struct Layer {
   // [kv_heads, head_dim] of the key map, before the rotation: k' = scale (k - mean), q' = q / scale.
   // Null: none.
   const float *map_scale, *map_mean;
+  // [kv_heads, head_dim, head_dim] for keys that are rounded in turn (formats/feedback): U below the
+  // diagonal, d on it. Null: each channel by itself.
+  const float* feedback;
 };
 
 // One step's requests, the same for every layer.

@@ -89,18 +89,20 @@ static float put_scale(uint8_t* to, int64_t type, float x) {
 struct Affine {
   float scale, zero;
 };
-// A dynamic group: scale (and zero) from its numbers, written into the planes.
-static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* scale, uint8_t* zero) {
+// A dynamic group: scale (and zero) of `factor` times its range, written into the planes.
+static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* scale, uint8_t* zero,
+                      double factor = 1) {
   float low = x[0], high = x[0];
   for (int64_t c = 0; c < count; c++) {
     low = x[c] < low ? x[c] : low;
     high = x[c] > high ? x[c] : high;
   }
   const float qmax = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
-  if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) / qmax), 0};
+  if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) * (float)factor / qmax), 0};
   const float qmin = p.code == INT8 ? -128.f : -8.f;
-  const float step = put_scale(scale, p.scale_type, (high / 2 - low / 2) / (qmax - qmin) * 2);
-  return {step, put_rounded(zero, p.scale_type, low - qmin * step)};
+  const float half = high / 2 - low / 2;
+  const float step = put_scale(scale, p.scale_type, half * (float)factor / (qmax - qmin) * 2);
+  return {step, put_rounded(zero, p.scale_type, low + half * (float)(1 - factor) - qmin * step)};
 }
 static void encode(const Pages& p, const float* x, int64_t count, Affine by, float* codes) {
   const float top = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
@@ -125,8 +127,52 @@ static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to
       to[c] = (uint8_t)(((int32_t)codes[2 * c] + 8) | ((int32_t)codes[2 * c + 1] + 8) << 4);
 }
 
-// One row into its page; `seen`, if given, is what the page now holds.
-static void write_row(const Pages& p, int64_t head, int64_t page, int64_t offset, const float* x, float* seen) {
+// Codes of a row in the metric that `factor` is of, and their loss (formats/feedback).
+static float round_in_turn(const Pages& p, const float* x, const Affine* groups, const float* factor, float* codes) {
+  const int64_t dim = p.head_dim, count = dim / p.groups;
+  const float top = p.code == INT8 ? 127.f : 7.f, bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
+  const float magic = 12582912.f;
+  alignas(64) float target[512];
+  memcpy(target, x, 4 * dim);
+  float loss = 0;
+  for (int64_t i = dim - 1; i >= 0; i--) {
+    const float scale = groups[i / count].scale, zero = groups[i / count].zero, *row = factor + i * dim;
+    float y = (target[i] - zero) / scale;
+    y = y > top ? top : y < bottom ? bottom : y;
+    codes[i] = (y + magic) - magic;
+    const float seen = scale * codes[i] + zero, off = seen - target[i], error = seen - x[i];
+    loss += row[i] * (off * off);
+    for (int64_t j = 0; j < i; j++) target[j] -= error * row[j];
+  }
+  return loss;
+}
+// The range with the least loss, if any is a number: its codes and planes in place of the plain ones.
+static void choose_range(const Pages& p, const float* x, const Affine* plain, const float* factor, float* codes,
+                         uint8_t* scale, uint8_t* zero) {
+  static const double factors[] = {1.05, 1.0, 0.92, 0.85, 0.78};
+  alignas(64) float tried[512];
+  uint8_t scales[2048], zeros[2048];
+  Affine groups[512];
+  const bool whole = !p.dynamic || p.code == INT8;
+  const int64_t count = p.head_dim / p.groups, size = p.scale_type == F32 ? 4 : 2;
+  float least = INFINITY;
+  for (double by : factors) {
+    if (whole && by != 1.0) continue;
+    for (int64_t g = 0; g < p.groups; g++)
+      groups[g] = p.dynamic ? measure(p, x + g * count, count, scales + g * size, zeros + g * size, by) : plain[g];
+    const float loss = round_in_turn(p, x, groups, factor, tried);
+    if (!(loss < least)) continue;
+    least = loss;
+    memcpy(codes, tried, 4 * p.head_dim);
+    if (!p.dynamic) continue;
+    memcpy(scale, scales, size * p.groups);
+    if (p.zero) memcpy(zero, zeros, size * p.groups);
+  }
+}
+
+// One row into its page; `seen`, if given, is what the page now holds. `factor`: for rounding in turn.
+static void write_row(const Pages& p, int64_t head, int64_t page, int64_t offset, const float* x, float* seen,
+                      const float* factor = nullptr) {
   const int64_t dim = p.head_dim;
   uint8_t* to = p.codes + page * p.page_stride + head * p.head_stride + offset * p.row_stride;
   if (!p.scale) {
@@ -143,18 +189,20 @@ static void write_row(const Pages& p, int64_t head, int64_t page, int64_t offset
     zero += page * p.zero_page + offset * p.zero_row;
   }
   const int64_t count = dim / p.groups, size = p.scale_type == F32 ? 4 : 2;
+  Affine groups[512];
   for (int64_t g = 0; g < p.groups; g++) {
-    Affine by;
+    Affine& by = groups[g];
     if (p.dynamic) by = measure(p, finite + g * count, count, scale + g * size, zero + g * size);
     else by = {number(scale, p.scale_type, g), p.zero ? number(zero, p.scale_type, g) : 0.f};
     encode(p, finite + g * count, count, by, codes + g * count);
   }
+  if (factor) choose_range(p, finite, groups, factor, codes, scale, zero);
   put_codes(p.code, codes, dim, to);
   if (seen) dequantize_row(p, head, to, scale, zero, seen);
 }
 
 // What a page would hold of a row that is written nowhere.
-static void round_trip(Pages p, int64_t head, const float* x, float* seen) {
+static void round_trip(Pages p, int64_t head, const float* x, float* seen, const float* factor) {
   uint8_t codes[2048], scale[2048], zero[2048];
   p.codes = codes;
   p.page_stride = p.head_stride = 0;
@@ -164,7 +212,7 @@ static void round_trip(Pages p, int64_t head, const float* x, float* seen) {
     if (p.zero) p.zero = zero;
     p.zero_page = p.zero_head = 0;
   }
-  write_row(p, head, 0, 0, x, seen);
+  write_row(p, head, 0, 0, x, seen, factor);
 }
 
 struct Input {
@@ -176,6 +224,8 @@ struct Input {
   const float *scale, *mean;
   int64_t group;
   bool query;
+  // For rounding in turn, of kv_head 0; null: each channel by itself.
+  const float* feedback;
 };
 static void map_row(const Input& in, int64_t head, float* x) {
   const int64_t at = head / in.group * in.dim;
@@ -206,8 +256,9 @@ static void write_side(const Write& w, const Pages& p, const Pages& exact, const
   if (slot < 0 && near < 0 && !rows) return;
   for (int64_t h = 0; h < in.heads; h++) {
     read_row(w, in, token, h, x);
-    if (slot >= 0) write_row(p, h, slot / w.step.page_size, slot % w.step.page_size, x, rows ? seen : nullptr);
-    else if (rows) round_trip(p, h, x, seen);
+    const float* factor = in.feedback ? in.feedback + h * in.dim * in.dim : nullptr;
+    if (slot >= 0) write_row(p, h, slot / w.step.page_size, slot % w.step.page_size, x, rows ? seen : nullptr, factor);
+    else if (rows) round_trip(p, h, x, seen, factor);
     if (near >= 0) {
       alignas(64) float finite[512];
       make_finite(x, in.dim, exact.code, finite);
@@ -224,15 +275,15 @@ void write_token(const Write* call, int64_t token) {
   const float *scale = w.layer.map_scale, *mean = w.layer.map_mean;
   if (w.q) {
     alignas(64) float x[512];
-    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, rotate, scale, nullptr, w.q_heads / w.kv_heads, true};
+    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, rotate, scale, nullptr, w.q_heads / w.kv_heads, true, nullptr};
     for (int64_t h = 0; h < w.q_heads; h++) {
       read_row(w, in, token, h, x);
       write_numbers(x, dim, w.q_out + (token * w.q_heads + h) * dim * size, w.type);
     }
   }
-  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, rotate, scale, mean, 1, false};
+  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, rotate, scale, mean, 1, false, w.layer.feedback};
   write_side(w, w.layer.key, w.layer.exact_key, key, token, w.k_rows);
-  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0, nullptr, nullptr, 1, false};
+  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0, nullptr, nullptr, 1, false, nullptr};
   write_side(w, w.layer.value, w.layer.exact_value, value, token, w.v_rows);
 }
 

@@ -42,11 +42,15 @@ def test_shards_and_digests():
 @pytest.mark.parametrize(
     "scale, mean, said",
     [
-        (torch.zeros(2, 4), None, r"scale\[0, 0\]: expected positive finite numbers, got 0.0"),
+        (torch.zeros(2, 4), None, "scale: expected positive numbers, got 0.0"),
         (torch.ones(2, 4).double(), None, "scale: expected a contiguous float32 tensor"),
         (torch.ones(4), None, r"got torch.float32 of shape \(4,\)"),
         (torch.ones(2, 4), torch.full((2, 4), torch.nan), r"mean\[0, 0\]: expected finite"),
-        (torch.ones(2, 4), torch.zeros(1, 4), r"mean: expected \(2, 4\) on cpu"),
+        (
+            torch.ones(2, 4),
+            torch.zeros(1, 4),
+            r"mean: expected a contiguous float32 tensor \[2, 4\], got",
+        ),
         (torch.ones(4, 2).T, None, "scale: expected a contiguous"),
     ],
 )

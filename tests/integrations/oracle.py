@@ -17,10 +17,16 @@ NAME = "oracle"
 _state: dict = {}
 
 
-def _round_trip(x, spec):
+def _round_trip(x, spec, key_map=None):
+    """[rows, heads, tokens, channels]."""
+    if key_map is not None:
+        x = torch.stack([key_map.keys(row.transpose(0, 1)).transpose(0, 1) for row in x])
     turned = rotate(x) if spec.rotation == "hadamard" else x
     seen = dequantize(*quantize(turned, spec), spec, torch.float64)
-    return rotate(seen) if spec.rotation == "hadamard" else seen
+    seen = rotate(seen) if spec.rotation == "hadamard" else seen
+    if key_map is not None:
+        seen = torch.stack([key_map.restored(row.transpose(0, 1)).transpose(0, 1) for row in seen])
+    return seen
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -36,9 +42,10 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     if kv_format.exact_pages is None:
         near = torch.zeros_like(near)
     half = [x.repeat_interleave(group, 1) for x in (key, value)]
+    key_map = _state["key_maps"].get(module.layer_idx)
     coded = [
-        _round_trip(x, spec).repeat_interleave(group, 1)
-        for x, spec in ((key, kv_format.key), (value, kv_format.value))
+        _round_trip(x, spec, mapped).repeat_interleave(group, 1)
+        for x, spec, mapped in ((key, kv_format.key, key_map), (value, kv_format.value, None))
     ]
     scores = torch.where(near, query @ half[0].mT, query @ coded[0].mT) * scaling
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
@@ -60,11 +67,11 @@ def _mask(*args, **kwargs):
 
 
 @contextmanager
-def oracle(model, kv_format: KVFormat, page_size: int):
-    """The model with dense, fake-quantized attention in float64."""
+def oracle(model, kv_format: KVFormat, page_size: int, key_maps=None):
+    """The model with dense, fake-quantized attention in float64; key_maps: by layer."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    _state.update(format=kv_format, page_size=page_size, dtype=model.dtype)
+    _state.update(format=kv_format, page_size=page_size, dtype=model.dtype, key_maps=key_maps or {})
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:

@@ -75,3 +75,9 @@ def test_writes_of_uneven_groups_are_refused():
     odd = QuantSpec(CODES["int8"], Granularity(group=48))
     reasons = write_refusals(replace(CALL, format=KVFormat("g", odd, odd), head_dim=96))
     assert reasons and "got 48" in reasons[0]
+
+
+def test_writes_of_keys_that_are_rounded_in_turn_are_refused():
+    assert not write_refusals(CALL)
+    reasons = write_refusals(replace(CALL, in_turn=True))
+    assert reasons == ["rounds each channel of a key by itself, got a key map with feedback."]

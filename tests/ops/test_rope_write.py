@@ -9,6 +9,7 @@ from quantpage.batch import plan_batch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache
 from quantpage.errors import NonFiniteInput
 from quantpage.formats import FORMATS, KeyMap, dequantize, quantize, rotate
+from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import device_info
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gather import gather_request
@@ -278,3 +279,49 @@ def test_non_finite_keys_stay_in_their_token_through_a_map(implementation):
 
 def planes(pages):
     return pages.codes, pages.scale, pages.zero
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "int8_static", "int4_static"])
+def test_keys_are_rounded_in_turn(implementation, name, head_dim):
+    write = write_of(implementation, name, head_dim)
+    given, exact = FORMATS[name], FORMATS[name].exact_pages is not None
+    turned = given.key.rotation == "hadamard"
+    noise = torch.Generator().manual_seed(9)
+    metric = torch.randn(KV_HEADS, head_dim, 24, generator=noise)
+    metric = metric @ metric.mT + 0.1 * torch.eye(head_dim)
+    key_map = with_feedback(random_map(head_dim), metric, turned)
+    q, k, v = inputs(30, head_dim)
+    k = k + key_map.mean
+    k[3, 1, 2], k[4, 0] = torch.nan, key_map.mean[0]
+    static = None
+    if not given.dynamic:
+        static = tuple(
+            (torch.full(spec.granularity.scale_shape(KV_HEADS, head_dim), 0.5).to(spec.scale_dtype),
+             torch.zeros(spec.granularity.scale_shape(KV_HEADS, head_dim)).to(spec.scale_dtype)
+             if spec.zero_point else None)
+            for spec in (given.key, given.value)
+        )  # fmt: skip
+    layers = []
+    for _ in range(2):
+        cache = PagedKVCache(12, 12)
+        layout = CacheLayout(KV_HEADS, head_dim, given, PAGE, torch.float32)
+        cache.add_layer(0, layout, static, key_map)
+        layers.append(cache.layer(0))
+    params = WriteParams(return_rows=True)
+    got = write(q, k, v, layers[0], step(exact), params)
+    wanted = reference.rope_write(q, k, v, layers[1], step(exact), params)
+    torch.testing.assert_close(got.v_rows, wanted.v_rows, atol=1e-2, rtol=1e-2)
+    # A code on a tie moves all that are rounded after it, to a row that is as good.
+    same = (got.k_rows - wanted.k_rows).abs().amax(-1) < 1e-3 * wanted.k_rows.abs().amax(-1) + 1e-6
+    assert same.double().mean() > 0.9
+    turn = rotate if turned else (lambda x: x)
+    x = turn(key_map.keys(k.nan_to_num(0.0)))
+    x[3, 1] = wanted.k_rows[3, 1]
+    lower = key_map.feedback.tril(-1) + torch.eye(head_dim)
+    losses = [
+        (torch.einsum("thj,hji->thi", rows - x, lower).square()
+         * key_map.feedback.diagonal(dim1=1, dim2=2)).sum(-1)
+        for rows in (got.k_rows, wanted.k_rows)
+    ]  # fmt: skip
+    torch.testing.assert_close(losses[0].mean(), losses[1].mean(), rtol=0.02, atol=1e-6)

@@ -256,8 +256,10 @@ def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
             found["exact_pages"][name] = plane
     if view.key_map is not None:
         found["static"]["key_map.scale"] = view.key_map.scale
-        if view.key_map.mean is not None:
-            found["static"]["key_map.mean"] = view.key_map.mean
+        for name in ("mean", "feedback"):
+            plane = getattr(view.key_map, name)
+            if plane is not None:
+                found["static"][f"key_map.{name}"] = plane
     return found
 
 
@@ -265,7 +267,8 @@ def _key_map(planes: Mapping[str, Tensor], index: int, device: torch.device | st
     scale = planes.get(f"{index}.key_map.scale")
     if scale is None:
         return None
-    return KeyMap(scale, planes.get(f"{index}.key_map.mean")).to(device)
+    mean, feedback = (planes.get(f"{index}.key_map.{name}") for name in ("mean", "feedback"))
+    return KeyMap(scale, mean, feedback).to(device)
 
 
 def _static_pair(

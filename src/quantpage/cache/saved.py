@@ -1,7 +1,7 @@
 """Pages in a file: safetensors with a description that has to agree before a page is used.
 
     tensors      <layer>.key.codes, .key.scale, .key.zero, .value.*, .exact_key, .exact_value,
-                 .key_map.scale, .key_map.mean
+                 .key_map.scale, .key_map.mean, .key_map.feedback
     metadata     kind, version, layouts (JSON), note (JSON), checksum over everything else
 
 A file that is truncated, altered, of another version or of other layouts raises CorruptCache and

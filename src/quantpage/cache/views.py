@@ -173,6 +173,11 @@ class LayerKV:
                 raise ValueError(
                     f"key_map: expected one of kv_heads, head_dim {wanted} as the keys, got {given}"
                 )
+            if self.key_map.feedback is not None and not self.key.spec.code.integer:
+                raise ValueError(
+                    "key_map: expected one without feedback, as only integer codes are rounded in "
+                    f"turn; got one with it for {self.key.spec.code.name} codes"
+                )
         if self.key.codes.device != self.value.codes.device:
             raise ValueError(
                 f"value codes: expected them on {self.key.codes.device} as the key codes, "

@@ -28,7 +28,7 @@ CODES = {
 
 _PAGES = 18
 _NO_PAGES = (0,) * _PAGES
-_LAYER = struct.Struct(f"={4 * _PAGES + 2}q")
+_LAYER = struct.Struct(f"={4 * _PAGES + 3}q")
 _STEP = struct.Struct("=11q")
 ATTEND = struct.Struct("=21q 2d")
 """What follows layer and step in the record of a call."""
@@ -92,13 +92,13 @@ def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
     )
     # Static scales that were converted live as long as the addresses; the map's, as the view.
     mapped = layer.key_map
-    scale, mean = (None, None) if mapped is None else (mapped.scale, mapped.mean)
+    planes = () if mapped is None else (mapped.scale, mapped.mean, mapped.feedback)
+    addresses = [0 if plane is None else plane.data_ptr() for plane in planes]
     record = _LAYER.pack(
         *pages_fields(halves[0]),
         *pages_fields(halves[1]),
         *near,
-        0 if scale is None else scale.data_ptr(),
-        0 if mean is None else mean.data_ptr(),
+        *(addresses or (0, 0, 0)),
     )
     return record, halves
 

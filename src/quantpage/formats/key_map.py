@@ -31,17 +31,25 @@ class KeyMap:
     """Positive, float32."""
     mean: Float[Tensor, "kv_heads head_dim"] | None = None
     """What is taken out of every key, in the model's basis, float32; None: nothing."""
+    feedback: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
+    """By which codes are rounded in turn (formats/feedback), in the basis of the cache, float32: U
+    below the diagonal, d on it; None: each channel by itself."""
 
     def __post_init__(self) -> None:
-        _check("scale", self.scale, positive=True)
-        if self.mean is None:
-            return
-        _check("mean", self.mean)
-        if self.scale.shape != self.mean.shape or self.scale.device != self.mean.device:
-            raise ValueError(
-                f"mean: expected {tuple(self.scale.shape)} on {self.scale.device} as scale, got "
-                f"{tuple(self.mean.shape)} on {self.mean.device}"
-            )
+        shape = tuple(self.scale.shape)
+        _check("scale", self.scale, shape if len(shape) == 2 else ("kv_heads", "head_dim"))
+        if bool((self.scale <= 0).any()):
+            raise ValueError(f"scale: expected positive numbers, got {self.scale.min().item()}")
+        for name, plane, wanted in (
+            ("mean", self.mean, shape),
+            ("feedback", self.feedback, (*shape, shape[1])),
+        ):
+            if plane is not None:
+                _check(name, plane, wanted)
+                if plane.device != self.scale.device:
+                    raise ValueError(
+                        f"{name}: expected it on {self.scale.device} as scale, got {plane.device}"
+                    )
 
     @property
     def kv_heads(self) -> int:
@@ -93,7 +101,7 @@ class KeyMap:
 
     def to(self, device: torch.device | str) -> "KeyMap":
         """The same map on ``device``."""
-        return KeyMap(self.scale.to(device), None if self.mean is None else self.mean.to(device))
+        return KeyMap(*(None if x is None else x.to(device) for x in self._planes))  # type: ignore[arg-type]
 
     def heads(self, first: int, last: int) -> "KeyMap":
         """The map of kv_heads first .. last - 1: what one of several shards needs."""
@@ -101,31 +109,32 @@ class KeyMap:
             raise ValueError(
                 f"first, last: expected a range within 0..{self.kv_heads}, got {first}..{last}"
             )
-        cut = slice(first, last)
-        return KeyMap(self.scale[cut], None if self.mean is None else self.mean[cut])
+        return KeyMap(*(None if x is None else x[first:last] for x in self._planes))  # type: ignore[arg-type]
 
     def digest(self) -> bytes:
         """A short hash of every number: seeds the prefix cache of an engine."""
-        made = blake2b(f"{tuple(self.scale.shape)} {self.mean is None}".encode(), digest_size=16)
-        for plane in (self.scale, self.mean):
-            if plane is not None:
-                made.update(plane.detach().cpu().numpy().tobytes())
+        made = blake2b(repr(tuple(self.scale.shape)).encode(), digest_size=16)
+        for plane in self._planes:
+            made.update(b"none" if plane is None else plane.detach().cpu().numpy().tobytes())
         return made.digest()
 
+    @property
+    def _planes(self) -> tuple[Tensor | None, ...]:
+        return self.scale, self.mean, self.feedback
 
-def _check(name: str, plane: Tensor, positive: bool = False) -> None:
-    if plane.ndim != 2 or plane.dtype != torch.float32 or not plane.is_contiguous():
+
+def _check(name: str, plane: Tensor, shape: tuple) -> None:
+    whole = plane.dtype == torch.float32 and plane.is_contiguous()
+    if not whole or tuple(plane.shape) != shape:
+        named = f"[{', '.join(map(str, shape))}]"
         raise ValueError(
-            f"{name}: expected a contiguous float32 tensor [kv_heads, head_dim], got "
-            f"{plane.dtype} of shape {tuple(plane.shape)}"
+            f"{name}: expected a contiguous float32 tensor {named}, got {plane.dtype} of shape "
+            f"{tuple(plane.shape)}"
         )
-    bad = ~torch.isfinite(plane) | ((plane <= 0) if positive else torch.zeros_like(plane).bool())
+    bad = ~torch.isfinite(plane)
     if bad.any():
-        head, channel = bad.nonzero()[0].tolist()
-        wanted = "positive finite numbers" if positive else "finite numbers"
-        raise ValueError(
-            f"{name}[{head}, {channel}]: expected {wanted}, got {plane[head, channel].item()}"
-        )
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{at}: expected finite numbers, got {plane[tuple(at)].item()}")
 
 
 def _wide(x: Tensor) -> Tensor:

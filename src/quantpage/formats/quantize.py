@@ -43,8 +43,8 @@ def quantize(x: Float[Tensor, "*rows head_dim"], spec: QuantSpec) -> Quantized:
     """
     if not spec.quantized:
         return Quantized(x, None, None)
-    work = _finite(x).unflatten(-1, (spec.granularity.groups(x.shape[-1]), -1))
-    scale, zero = _dynamic_scale(work, spec)
+    work = finite(x).unflatten(-1, (spec.granularity.groups(x.shape[-1]), -1))
+    scale, zero = rounded_range(work, spec)
     codes = _encode(work, scale, zero, spec)
     return Quantized(codes, scale, zero)
 
@@ -56,7 +56,7 @@ def quantize_static(
     spec: QuantSpec,
 ) -> Quantized:
     """Quantize rows with scales that were given; kv_heads may be 1 in ``scale``."""
-    work = _finite(x).unflatten(-1, (scale.shape[-1], -1))
+    work = finite(x).unflatten(-1, (scale.shape[-1], -1))
     return Quantized(_encode(work, scale, zero, spec), None, None)
 
 
@@ -100,7 +100,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return pairs.flatten(-2).to(torch.int8) - 8
 
 
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
+    """At least float32, NaN as 0 and infinities as float32's largest numbers."""
     work = x if x.dtype in (torch.float32, torch.float64) else x.float()
     largest = torch.finfo(torch.float32).max
     return torch.nan_to_num(work, nan=0.0, posinf=largest, neginf=-largest)
@@ -115,17 +116,21 @@ def smallest_scale(dtype: torch.dtype) -> float:
 def finite_rows(x: Float[Tensor, "*rows head_dim"], dtype: torch.dtype) -> Tensor:
     """As numbers are made finite for codes, in ``dtype``: how exact pages are written."""
     limit = torch.finfo(dtype).max
-    return _finite(x).clamp(-limit, limit).to(dtype)
+    return finite(x).clamp(-limit, limit).to(dtype)
 
 
-def _dynamic_scale(work: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def rounded_range(
+    work: Float[Tensor, "*rows groups channels"], spec: QuantSpec, factor: float = 1.0
+) -> tuple[Float[Tensor, "*rows groups"], Float[Tensor, "*rows groups"] | None]:
+    """Scale and zero, rounded, of the groups' range, or of ``factor`` times it about its middle."""
     if not spec.zero_point:
-        return _rounded_scale(work.abs().amax(-1) / spec.code.qmax, spec), None
+        return _rounded_scale(work.abs().amax(-1) * factor / spec.code.qmax, spec), None
     low, high = work.amin(-1), work.amax(-1)
     span = spec.code.qmax - spec.code.qmin
     # Halves first: high - low of two huge numbers of opposite sign would overflow.
-    scale = _rounded_scale((high / 2 - low / 2) / span * 2, spec)
-    zero = low - spec.code.qmin * scale.to(work.dtype)
+    half = high / 2 - low / 2
+    scale = _rounded_scale(half * factor / span * 2, spec)
+    zero = low + half * (1.0 - factor) - spec.code.qmin * scale.to(work.dtype)
     return scale, _round_to(zero, spec.scale_dtype)
 
 

@@ -49,6 +49,11 @@ class Code:
             )
 
     @property
+    def integer(self) -> bool:
+        """True for whole numbers: evenly spaced, rounded half to even."""
+        return self.name.startswith("int")
+
+    @property
     def exact(self) -> bool:
         """True when numbers are stored as they are, without codes."""
         return self.storage is None

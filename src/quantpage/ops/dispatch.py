@@ -37,6 +37,8 @@ class Call:
     phase: Phase = "prefill"
     mask: str = "causal"
     """'causal' (windows and sinks too), 'full' or 'interval'."""
+    in_turn: bool = False
+    """Of writing: keys have a map with feedback (formats/feedback)."""
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_head_dim", "page_size"):

@@ -58,6 +58,8 @@ def decode_refusals(call: Call) -> list[str]:
 def write_refusals(call: Call) -> list[str]:
     """The fused write kernel."""
     reasons = _device_refusals(call)
+    if call.in_turn:
+        reasons.append("rounds each channel of a key by itself, got a key map with feedback.")
     for spec in (call.format.key, call.format.value):
         if spec.quantized and spec.dynamic and not _power_of_two(spec):
             reasons.append(

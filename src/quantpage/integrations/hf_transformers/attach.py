@@ -1,7 +1,6 @@
 """Attaching quantized pages to a Transformers model, and taking them off again."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from quantpage.integrations.hf_transformers.coverage import (
     uses_interface,
     why_dense,
 )
+from quantpage.integrations.hf_transformers.key_maps import AUTO, find_key_maps
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import (
     model_shape,
     refuse_unsupported,
     text_config,
 )
-from quantpage.integrations.hf_transformers.own import remember
+from quantpage.integrations.hf_transformers.own import use_attention
 from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
-from quantpage.integrations.hf_transformers.supply import Supply, decoders
+from quantpage.integrations.hf_transformers.supply import Supply, attention_configs
 from quantpage.masks import Mask
 
 
@@ -40,6 +40,8 @@ class Attached:
 
     model: nn.Module
     options: CacheOptions
+    calibration: str = "none"
+    """Where the key maps come from, in words."""
     _undo: list[Any] = field(default_factory=list)
 
     @property
@@ -92,6 +94,7 @@ def attach(
     mask: Mask | None = None,
     implementation: str | None = None,
     checked: bool = False,
+    calibration: str | Path | None = AUTO,
 ) -> Attached:
     """Keep ``model``'s key-value cache in quantized pages.
 
@@ -100,7 +103,8 @@ def attach(
     own. page_size: tokens a page. backend: 'flash' or 'flash_mask'.
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
-    NaN or an infinity is cached.
+    NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
+    on random tokens where its keys have biases, once, in seconds; None: keys as they are.
 
     Use as ``with attach(model, ...):`` and call ``model.generate(...)`` or ``model(...)`` as
     always. Raises UnsupportedModel, FormatError or ValueError before anything is changed.
@@ -131,10 +135,13 @@ def attach(
     _survey(model, cache, caching, options.ledger)
     if mask is not None:
         _refuse_mask(model, mask, cache, options.ledger)
+    maps = find_key_maps(model, cache.formats, calibration)
+    attached.options = replace(options, key_maps=maps.layers)
+    attached.calibration = maps.source
     functions.register()
     paged = [module for index in options.ledger.paged for module in caching[index]]
     if all(uses_interface(module) for module in paged):
-        _use_our_attention(model, paged, attached._undo)
+        use_attention(attention_configs(model, paged), functions.NAME, attached._undo)
     if implementation in (None, "cpu"):
         cpu_step.install(model, attached._undo)
     Supply(model, attached.new_cache, mask is not None).install(attached._undo)
@@ -194,18 +201,3 @@ def _refuse_compiled(model: PreTrainedModel) -> None:
                 f"{name or type(model).__name__}; pages change at every step, which a graph of "
                 "torch.compile does not (on a GPU, graph.DecodeGraph captures a decode step)"
             )
-
-
-def _use_our_attention(model: PreTrainedModel, paged: list[nn.Module], undo: list[Any]) -> None:
-    """Name our functions in the configurations of the decoder, remembering what was there.
-
-    Encoders of pictures or sound keep their own.
-    """
-    configs = [text_config(model.config)]
-    configs += [each.config for each in decoders(model)]
-    configs += [each.config for each in paged if hasattr(each, "config")]
-    for config in {id(each): each for each in configs}.values():
-        before = config._attn_implementation_internal
-        undo.append(remember(config, before))
-        undo.append(partial(setattr, config, "_attn_implementation_internal", before))
-        config._attn_implementation_internal = functions.NAME

@@ -5,7 +5,7 @@ One page table a row serves all layers. Keys and values wait in ``PagedLayer.pen
 padding is never written, so that a left-padded row equals the same row alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from quantpage.attention import AttentionBackend, LayerAttention, build, find_ba
 from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
 from quantpage.errors import CacheError, UnsupportedModel
-from quantpage.formats import KVFormat, rotate
+from quantpage.formats import KeyMap, KVFormat, rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.coverage import Ledger
@@ -51,6 +51,8 @@ class CacheOptions:
     mask: Mask | None = None
     implementation: str | None = None
     checked: bool = False
+    key_maps: Mapping[int, KeyMap] = field(default_factory=dict)
+    """By layer; a layer without one caches keys as they are."""
     own_state: frozenset[int] = frozenset()
     """Layers that stay Transformers' own though they cache keys and values (cross-attention)."""
     ledger: Ledger = field(default_factory=Ledger, compare=False)
@@ -95,8 +97,22 @@ class PagedLayer(CacheLayerMixin):
             dtype=key_states.dtype,
             value_head_dim=value_states.shape[-1],
         )
-        self._rows.add_layer(self.index, self.layout, self.reach, key_states)
+        self._rows.add_layer(self.index, self.layout, self.reach, key_states, self._key_map())
         self.is_initialized = True
+
+    def _key_map(self) -> KeyMap | None:
+        """What is done to this layer's keys before they are cached."""
+        found = self._options.key_maps.get(self.index)
+        # Numbers that are kept as they are gain nothing.
+        if found is None or not self.layout.format.key.quantized:
+            return None
+        wanted, got = (self.layout.kv_heads, self.layout.head_dim), tuple(found.scale.shape)
+        if wanted != got:
+            raise CacheError(
+                f"layer {self.index}, key map: expected one of kv_heads, head_dim {wanted} as the "
+                f"keys, got {got}"
+            )
+        return found.to(self.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -155,7 +171,7 @@ class PagedLayer(CacheLayerMixin):
         pages, batch = self._open(step, params.mask)
         written = self._write(step.pack(query), step, pages, serving)
         assert written is not None
-        out = serving.attend_step(written, pages, batch, params).out
+        out = serving.attend_step(written, pages, batch, params, False).out
         self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out).view(rows, new, q_heads, -1)
 
@@ -179,7 +195,7 @@ class PagedLayer(CacheLayerMixin):
         pages, batch = self._open(step, params.mask)
         written = serving.write_step(q, k, v, pages, batch, self._write_params)
         assert written.q is not None
-        out = serving.attend_step(written.q, pages, batch, params).out
+        out = serving.attend_step(written.q, pages, batch, params, False).out
         self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out)
 
@@ -221,6 +237,8 @@ class PagedLayer(CacheLayerMixin):
             found = gather_request(pages, table, len(places), torch.float32)
             if pages.spec.rotation == "hadamard":
                 found = rotate(found)
+            if which == "key" and view.key_map is not None:
+                found = view.key_map.restored(found)
             dense[row, places] = found.to(self.dtype)
         # Foreign code may ask for a view of it that only contiguous tensors have.
         return dense.transpose(1, 2).contiguous()
@@ -307,6 +325,8 @@ class PagedLayer(CacheLayerMixin):
 
     def _call(self, q_heads: int, dtype: torch.dtype) -> Call:
         """What dispatch is asked about this layer."""
+        # Of the pages that are there, which may be those of a file.
+        mapped = self._rows.layer(self.index).key_map
         return Call(
             device=device_info(self.device),
             format=self.layout.format,
@@ -316,6 +336,7 @@ class PagedLayer(CacheLayerMixin):
             head_dim=self.layout.head_dim,
             value_head_dim=self.layout.v_dim,
             page_size=self.layout.page_size,
+            in_turn=mapped is not None and mapped.feedback is not None,
         )
 
 

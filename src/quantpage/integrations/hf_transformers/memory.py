@@ -11,6 +11,7 @@ import torch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Reach, Sequence
 from quantpage.cache.ledger import Ledger
 from quantpage.errors import CacheError
+from quantpage.formats import KeyMap
 
 _GROWTH = 32
 """A pool that is full grows by what is needed, or by one page in so many: a page more costs every
@@ -88,16 +89,24 @@ class Memory:
 
     @torch.inference_mode(False)
     def add_layer(
-        self, index: int, layout: CacheLayout, reach: Reach, device: torch.device
+        self,
+        index: int,
+        layout: CacheLayout,
+        reach: Reach,
+        device: torch.device,
+        key_map: KeyMap | None = None,
     ) -> None:
-        """Allocate a layer, unless another cache has; CacheError where its layout was another."""
+        """Allocate a layer, unless another cache has; CacheError where its layout was another.
+
+        Pages that are there keep their key map: what they hold was written by it.
+        """
         shelf = self._of_layer.get(index)
         if shelf is None:
             if not self._of_layer:
                 for each in self.shelves.values():
                     each.store = PagedKVCache(*each.size, device)
             shelf = self.shelves[reach]
-            shelf.store.add_layer(index, layout)
+            shelf.store.add_layer(index, layout, key_map=key_map)
             self._of_layer[index] = shelf
             self.note_peak()
         elif shelf.store.layouts[index] != layout:

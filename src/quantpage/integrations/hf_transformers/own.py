@@ -6,7 +6,8 @@ goes to the functions that the configuration named before, so that the answer is
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ def remember(config: Any, name: str | None) -> Callable[[], None]:
         del _before[id(config)]
 
     return forget
+
+
+def use_attention(configs: Iterable[Any], name: str, undo: list[Any]) -> None:
+    """Name functions of ours in configurations, remembering what was there."""
+    for config in configs:
+        before = config._attn_implementation_internal
+        undo.append(remember(config, before))
+        undo.append(partial(setattr, config, "_attn_implementation_internal", before))
+        config._attn_implementation_internal = name
 
 
 def own_name(config: Any) -> str:

@@ -28,6 +28,7 @@ from quantpage.cache import (
 from quantpage.cache.reach import held_from, pages_seen
 from quantpage.cache.saved import SavedPages, write_pages
 from quantpage.errors import CacheError
+from quantpage.formats import KeyMap
 from quantpage.integrations.hf_transformers.memory import Memory
 
 
@@ -100,9 +101,16 @@ class Rows:
         """Rows of the batch."""
         return len(self.sequences)
 
-    def add_layer(self, index: int, layout: CacheLayout, reach: Reach, like: Tensor) -> None:
+    def add_layer(
+        self,
+        index: int,
+        layout: CacheLayout,
+        reach: Reach,
+        like: Tensor,
+        key_map: KeyMap | None = None,
+    ) -> None:
         """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
-        self.memory.add_layer(index, layout, reach, like.device)
+        self.memory.add_layer(index, layout, reach, like.device, key_map)
         if not self.tables:
             self.tables = {
                 each: [shelf.new_sequence() for _ in range(like.shape[0])]

@@ -6,7 +6,7 @@ and after a forward it is checked that the model kept its keys and values in our
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -173,6 +173,17 @@ def decoders(model: PreTrainedModel) -> list[Any]:
         and cache_argument(each) is not None
         and type(text_config(each.config)) is kind
     ]
+
+
+def attention_configs(model: PreTrainedModel, paged: Iterable[nn.Module]) -> list[Any]:
+    """The configurations that name the attention of the decoder, each once.
+
+    paged: its attention modules. Encoders of pictures or sound have their own.
+    """
+    configs = [text_config(model.config)]
+    configs += [each.config for each in decoders(model)]
+    configs += [each.config for each in paged if hasattr(each, "config")]
+    return list({id(each): each for each in configs}.values())
 
 
 def _refuse_foreign(given: Any) -> None:

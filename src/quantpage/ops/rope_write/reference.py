@@ -12,6 +12,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import NonFiniteInput
 from quantpage.formats import dequantize, quantize, quantize_static, rotate
+from quantpage.formats.feedback import quantize_with_feedback
 from quantpage.formats.quantize import finite_rows
 from quantpage.ops.checks import ANY, writes
 from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
@@ -46,7 +47,8 @@ def rope_write(
         q, k = (None if q is None else rotate(q)), rotate(_wide(k))
     if layer.value.spec.rotation == "hadamard":
         v = rotate(_wide(v))
-    k_rows = _write(k, layer.key, batch.slots)
+    feedback = None if layer.key_map is None else layer.key_map.feedback
+    k_rows = _write(k, layer.key, batch.slots, feedback)
     v_rows = _write(v, layer.value, batch.slots)
     if batch.exact is not None and layer.exact_key is not None:
         exact = layer.exact()
@@ -83,16 +85,20 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps) * weight.to(work.dtype)
 
 
-def _write(rows: Tensor, pages: QuantizedPages, slots: Tensor) -> Tensor:
+def _write(
+    rows: Tensor, pages: QuantizedPages, slots: Tensor, feedback: Tensor | None = None
+) -> Tensor:
     """Quantize rows, scatter them, and return them round-tripped."""
     spec = pages.spec
-    if spec.quantized and not spec.dynamic:
-        assert pages.scale is not None
-        made = quantize_static(rows, pages.scale, pages.zero, spec)
-        seen = dequantize(made.codes, pages.scale, pages.zero, spec, _wide(rows).dtype)
+    given = (None, None) if spec.dynamic else (pages.scale, pages.zero)
+    if feedback is not None:
+        made = quantize_with_feedback(rows, spec, feedback, *given)
+    elif given[0] is not None:
+        made = quantize_static(rows, given[0], given[1], spec)
     else:
         made = quantize(rows, spec)
-        seen = dequantize(*made, spec, _wide(rows).dtype)
+    scale, zero = (made.scale, made.zero) if spec.dynamic else given
+    seen = dequantize(made.codes, scale, zero, spec, _wide(rows).dtype)
     keep = slots >= 0
     page, offset = slots[keep] // pages.page_size, slots[keep] % pages.page_size
     planes = ((pages.codes, made.codes), (pages.scale, made.scale), (pages.zero, made.zero))

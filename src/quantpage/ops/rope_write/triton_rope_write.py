@@ -107,6 +107,8 @@ def rope_write(
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm, mapped = params.rope, params.norm, layer.key_map
+    if mapped is not None and mapped.feedback is not None:
+        raise ValueError("key_map: expected one without feedback for this kernel, got one with it")
     mean = None if mapped is None else mapped.mean
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
     shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)

@@ -1,0 +1,85 @@
+"""What keys and queries of a model look like, and the key map that follows from it.
+
+The score of a key is off by ``q . e``, e the error of its rounding: squared, over a model's
+queries, ``e' W e`` with W the mean of q q'. That, and not the size of e, is what rounding has to
+keep small (HeadQ, arXiv 2605.03562, says the same of attention's KL). For a map of one scale a
+channel, whose rounding errors are all of about the same size after the rotation, the loss is the
+product of tr(W / s^2) and tr(C s^2), C the keys' covariance: least for s^4 = W_cc / C_cc.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.formats.key_map import KeyMap
+
+_FLOOR = 1e-4
+"""Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
+
+
+@dataclass(slots=True)
+class KeyStatistics:
+    """Moments of one layer's keys and queries, after RoPE; sums in float64."""
+
+    tokens: int
+    query_products: Float[Tensor, "kv_heads head_dim head_dim"]
+    """Sum of q q' over tokens, mean over the query heads of a kv_head."""
+    key_products: Float[Tensor, "kv_heads head_dim head_dim"]
+    key_sums: Float[Tensor, "kv_heads head_dim"]
+
+    @classmethod
+    def of(
+        cls,
+        q: Float[Tensor, "tokens q_heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+    ) -> "KeyStatistics":
+        """Of some tokens."""
+        q, k = q.double(), k.double()
+        tokens, kv_heads, _ = k.shape
+        grouped = q.unflatten(1, (kv_heads, -1))
+        group = grouped.shape[2]
+        return cls(
+            tokens,
+            torch.einsum("thgi,thgj->hij", grouped, grouped) / group,
+            torch.einsum("thi,thj->hij", k, k),
+            k.sum(0),
+        )
+
+    def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
+        """Of both's tokens."""
+        return KeyStatistics(
+            self.tokens + other.tokens,
+            self.query_products + other.query_products,
+            self.key_products + other.key_products,
+            self.key_sums + other.key_sums,
+        )
+
+    @property
+    def metric(self) -> Float[Tensor, "kv_heads head_dim head_dim"]:
+        """W: mean of q q'."""
+        return self.query_products / self.tokens
+
+    @property
+    def mean(self) -> Float[Tensor, "kv_heads head_dim"]:
+        """Of the keys."""
+        return self.key_sums / self.tokens
+
+    def key_map(self, mean: bool = True, power: float = 1.0) -> KeyMap:
+        """The map that these tokens ask for.
+
+        mean: take it out. power: of the best scale a channel; 0: scales of 1.
+        """
+        taken = self.mean if mean else torch.zeros_like(self.mean)
+        second = self.key_products.diagonal(dim1=1, dim2=2) / self.tokens
+        variance = _floored(second - 2 * self.mean * taken + taken.square())
+        weight = _floored(self.metric.diagonal(dim1=1, dim2=2))
+        logs = (weight / variance).log() * (power / 4)
+        # Of a head's scales only their ratios matter.
+        scale = (logs - logs.mean(1, keepdim=True)).exp()
+        return KeyMap(scale.float().contiguous(), taken.float().contiguous() if mean else None)
+
+
+def _floored(x: Float[Tensor, "kv_heads head_dim"]) -> Tensor:
+    return x.clamp_min(1e-30).maximum(_FLOOR * x.mean(1, keepdim=True))

@@ -1,0 +1,122 @@
+"""Keys and queries of a model, measured in its own forward.
+
+The model runs unquantized with an attention function that looks at what it is given, after norms
+and RoPE, whatever the architecture: no name of a projection has to be known, and offloaded or
+sharded weights serve as always.
+
+Without a text, tokens are drawn at random: what every key has in common, the turned bias of its
+projection, is a matter of the weights, and random tokens show it in a second.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpage.formats.key_statistics import KeyStatistics
+from quantpage.integrations.hf_transformers import functions
+from quantpage.integrations.hf_transformers.coverage import caching_modules, uses_interface
+from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.own import use_attention
+from quantpage.integrations.hf_transformers.supply import attention_configs
+
+NAME = "quantpage_statistics"
+"""What ``model.config._attn_implementation`` says while a model is measured."""
+
+_BIASES = (
+    "k_proj.bias", "key.bias", "key_proj.bias", "k_lin.bias", "qkv_proj.bias", "qkv.bias",
+    "query_key_value.bias", "c_attn.bias", "Wqkv.bias", "att_proj.bias",
+)  # fmt: skip
+"""How Transformers' decoders call the bias of a projection that makes keys."""
+
+_RANDOM_TOKENS = 256
+_LONGEST = 4096
+"""Positions that random tokens are spread over, where a model has so many."""
+
+
+def has_key_biases(model: nn.Module) -> bool:
+    """Whether any key projection adds a bias other than 0."""
+    return any(
+        bias is not None and (bias.is_meta or bool(bias.any()))
+        for name, bias in model.named_parameters()
+        if name.endswith(_BIASES)
+    )
+
+
+def measure_random(model: PreTrainedModel) -> dict[int, KeyStatistics]:
+    """Statistics of every layer over random tokens at positions far apart; of the weights alone."""
+    config = text_config(model.config)
+    noise = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, _RANDOM_TOKENS), generator=noise)
+    longest = min(_LONGEST, getattr(config, "max_position_embeddings", None) or _LONGEST)
+    positions = None
+    if longest > _RANDOM_TOKENS:
+        chosen = torch.randperm(longest - 1, generator=noise)[: _RANDOM_TOKENS - 1] + 1
+        positions = torch.cat([torch.zeros(1, dtype=torch.long), chosen.sort().values])[None]
+    return measure(model, [ids], skipped=16, positions=positions)
+
+
+def measure(
+    model: PreTrainedModel,
+    texts: Iterable[Int[Tensor, "1 tokens"]],
+    skipped: int,
+    positions: Int[Tensor, "1 tokens"] | None = None,
+) -> dict[int, KeyStatistics]:
+    """Statistics of every layer whose attention goes through Transformers' interface.
+
+    texts: one forward each. skipped: first tokens of each that are not counted; models park
+    attention on them, with keys like no others. positions: of the tokens; None: 0, 1, 2, ...
+    Layers without keys in the usual sense are missing.
+    """
+    found: dict[int, KeyStatistics] = {}
+
+    def look(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        index = getattr(module, "layer_idx", None)
+        if index is not None and query.shape[-1] == key.shape[-1]:
+            # [1, heads, tokens, head_dim]
+            q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
+            made = KeyStatistics.of(q, k)
+            found[index] = found[index] + made if index in found else made
+        return functions.attention_function(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(NAME, look)
+    AttentionMaskInterface.register(NAME, functions.mask_function)
+    modules = [
+        module
+        for each in caching_modules(model, type(text_config(model.config))).values()
+        for module in each
+        if uses_interface(module)
+    ]
+    body: Any = model.base_model
+    extra = {} if positions is None or not _takes_positions(body) else {"position_ids": positions}
+    with _measured(model, modules), torch.no_grad():
+        for ids in texts:
+            moved = {name: each.to(model.device) for name, each in extra.items()}
+            body(input_ids=ids.to(model.device), use_cache=False, **moved)
+    return found
+
+
+def _takes_positions(body: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(body.forward).parameters
+
+
+@contextmanager
+def _measured(model: PreTrainedModel, modules: list[nn.Module]) -> Iterator[None]:
+    """In evaluation mode and with the attention function that looks, then as before."""
+    training = [module for module in model.modules() if module.training]
+    undo: list[Any] = []
+    try:
+        use_attention(attention_configs(model, modules), NAME, undo)
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        while undo:
+            undo.pop()()
