@@ -30,6 +30,7 @@ def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
     global _last
     heads = kv_heads if mask.per_head else 1
     form = mask.rows if isinstance(mask, TreeMask) else mask
+    facts: tuple[object, ...]
     if isinstance(form, ColumnIntervals):
         said, facts = form.bounds, ("columns", form.causal, form.lengths)
     elif isinstance(form, RowIntervals):
