@@ -240,6 +240,21 @@ def test_without_a_cache_attention_is_transformers_own():
     torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kv_format,step", [("none", 0.0), ("int8", 0.02), ("int4", 0.2)])
+def test_dense_reading_is_in_the_basis_of_the_model(kv_format, step):
+    """Rotated caches are turned back: what comes out is what went in, to the format's step."""
+    model = tiny("llama").float()
+    with quantpage.attach(model, kv_format) as attached:
+        layer = attached.new_cache().layers[0]
+        heads = model.config.num_key_value_heads
+        shape = (2, heads, 40, model.config.hidden_size // model.config.num_attention_heads)
+        given = [torch.randn(shape), torch.randn(shape)]
+        layer.update(*given)
+        for half, which in zip(given, ("key", "value"), strict=True):
+            off = (layer.dequantized(which) - half).norm() / half.norm()
+            assert off <= step
+
+
 @pytest.mark.parametrize("kv_format", ["int8", "fp8", "int4"])
 def test_foreign_attention_reads_through_dispatch(kv_format):
     model, ids = tiny("llama").float(), tokens(2, 70)

@@ -108,6 +108,16 @@ def test_key_range_holds_every_visible_key(data):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.integers(0, N), st.integers(0, 9), st.integers(1, N), st.integers(0, 5))
+def test_key_range_of_a_window_is_what_its_queries_see(first, more, window, sinks):
+    """All of it and nothing else: pages before it are given back."""
+    mask = CausalMask(window, sinks)
+    keys = first + more + 1
+    seen = mask.materialize(torch.arange(first, keys), keys).any(0).nonzero().flatten().tolist()
+    assert mask.key_range(first, keys - 1, keys) == (seen[0], seen[-1] + 1)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_cut_leaves_no_query_with_a_later_key(data):
     mask = data.draw(any_mask(N))

@@ -113,6 +113,7 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
             # One code's step where a tie fell the other way.
             off = (one.float() - two.float()).abs() > 4e-3 * two.float().abs() + 4e-3
             assert off.sum() <= allowed
+    return layer
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -208,6 +209,62 @@ def test_hostile_rows_stay_inside(name):
 
     spec = replace(FORMATS[name].key, rotation="none")
     run(spec, spec, WriteParams(return_rows=True), change=hostile)
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("name", ["int4", "k8v4", "int8_exact"])
+def test_exact_pages_are_finite(name, rotation):
+    def hostile(fused):
+        if rotation == "none":
+            # Of sums of infinities the order of adding decides which are NaN.
+            fused[2, ::7] = torch.inf
+        fused[3, ::5] = torch.nan
+        # Rotated they exceed float16.
+        fused[5] = 50000.0 + torch.randn(fused.shape[1], device=DEVICE) * 1000
+
+    key, value = (
+        replace(spec, rotation=rotation) for spec in (FORMATS[name].key, FORMATS[name].value)
+    )
+    layer = run(key, value, WriteParams(), change=hostile, exact=True, allowed=64)
+    for pages in (layer.exact_key, layer.exact_value):
+        rows = pages.transpose(1, 2).flatten(0, 1).flatten(1)
+        written = rows[~rows.isnan().all(1)]
+        assert written.shape[0] == 9
+        assert (written.abs() == 65504).any() and written.isfinite().all()
+
+
+def test_unquantized_pages_keep_what_they_are_given():
+    def hostile(fused):
+        fused[2] = torch.inf
+        fused[3] = torch.nan
+
+    spec = FORMATS["none"].key
+    layer = run(spec, spec, WriteParams(), change=hostile)
+    assert layer.key.codes.isinf().any() and layer.value.codes.isinf().any()
+
+
+def test_fp8_rounds_ties_to_even():
+    """Every number half way between two codes, beside a 448 for a scale of 1."""
+    codes = torch.arange(127, dtype=torch.uint8)
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    wanted = codes[:-1] + codes[:-1] % 2
+    rows = torch.full((4, 64), 448.0)
+    expected = torch.full((4, 64), 0x7E, dtype=torch.uint8)
+    for at, sign in ((0, 1), (2, -1)):
+        rows[at : at + 2, :63] = sign * ties.view(2, 63)
+        expected[at : at + 2, :63] = wanted.view(2, 63) | (0 if sign > 0 else 128)
+    spec = QuantSpec(CODES["fp8"])
+    batch = plan_batch((4,), (4,), [[0]], PAGE, DEVICE)
+    given = rows[:, None].expand(4, KV_HEADS, 64).half().to(DEVICE)
+    layer = LayerKV(empty_pages(spec, 64), empty_pages(spec, 64))
+    other = copy_of(layer)
+    for write, pages in ((rope_write, layer), (reference, other)):
+        write(None, given, given, pages, batch, WriteParams())
+        for half in (pages.key, pages.value):
+            assert (half.scale[0, :, :4] == 1).all()
+            found = half.codes.view(torch.uint8)[0, :, :4].cpu()
+            assert torch.equal(found, expected.expand(KV_HEADS, 4, 64))
 
 
 def test_checked_mode_refuses():

@@ -92,6 +92,15 @@ def test_a_chunk_on_a_prefix(context, count, mask, parts):
     check(PORTABLE, FORMATS["int4"], step, mask, sinks=True)
 
 
+@pytest.mark.parametrize("mask", CAUSAL_KINDS, ids=named)
+@pytest.mark.parametrize("joins", [True, False])
+def test_decodes_around_the_end_of_a_page(joins, mask):
+    """The body ends a page before a query's own: with the first token of a page it grows."""
+    contexts = tuple(4 * PAGE + more for more in (-1, 0, 1, 2))
+    step = Step((1, 2, 1, 3), contexts, PAGE, kv_heads=1, group=2, head_dim=32)
+    check(replace(DECODE, joins=joins), FORMATS["int4"], step, mask, sinks=True)
+
+
 @pytest.mark.parametrize("seed", range(40 if GPU else 12))
 def test_any_step_in_any_kernel(seed, parts, monkeypatch):
     """Ragged steps of every exact format: chunks, decodes, whole prompts, requests at rest."""

@@ -281,7 +281,9 @@ def decode_kernel(
             else:
                 peak = gl.max(gl.max(size, 1), 0)
                 unit = gl.where(peak > 1e-30, 16384.0 / gl.maximum(peak, 1e-30), 1.0)
-                q_smem.store(query_operand((asked * unit).to(gl.float16), ROWS, K_UNITS))
+                # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+                asked = gl.where(finite, asked * unit, float("nan"))
+                q_smem.store(query_operand(asked.to(gl.float16), ROWS, K_UNITS))
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
             score_scale = softmax_scale * natural / unit
             q_sum = gl.convert_layout(gl.sum(terms, 1), s_rows) * (softmax_scale * natural)

@@ -26,9 +26,11 @@ def load_queries(
     packed = gl.load(item + 3) + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     channel = gl.arange(0, DP, gl.SliceLayout(0, layout))
     token = gl.load(item) + packed // G
-    at = token.to(gl.int64) * q_token + (first_head + packed % G) * q_head
+    at = token.to(gl.int64) * q_token + (first_head + packed % G).to(gl.int64) * q_head
     keep = (packed < gl.load(item + 1) * G)[:, None] & (channel < D)[None, :]
-    return gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+    q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
+    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+    return gl.where(gl.abs(q.to(gl.float32)) < float("inf"), q, float("nan"))
 
 
 @gluon.jit

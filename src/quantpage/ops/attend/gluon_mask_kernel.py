@@ -250,7 +250,7 @@ def _consumer(
             length = gl.load(span + 1)
             mask = mask_ptr + request.to(gl.int64) * m_batch
             if PER_HEAD:
-                mask += (head0 + head) * m_head
+                mask += (head0 + head).to(gl.int64) * m_head
             first_head = (head0 + head) * G
 
             # Into the operand's swizzled rows.

@@ -37,7 +37,6 @@ from quantpage.ops.attend.triton_words import load_plane, log2_fast, unpack4, un
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 # Numbers that change from step to step or from model to model compile no kernel of their own.
@@ -385,9 +384,9 @@ def decode_kernel(
                 score = tl.where(seen, score, float("-inf"))
                 if V_SCALES == 1:
                     # Where a key is hidden p is 0: what it is multiplied by has to be finite.
-                    vs = tl.where(shown, tl.minimum(vs, FLOAT_MAX), 0.0)
+                    vs = tl.where(shown & (vs < float("inf")), vs, 0.0)
                     if V_ZERO:
-                        vz = tl.where(shown, tl.clamp(vz, -FLOAT_MAX, FLOAT_MAX), 0.0)
+                        vz = tl.where(shown & (tl.abs(vz) < float("inf")), vz, 0.0)
             heavy = score
             if V_SCALES == 1:
                 # The row's peak is that of p * v_scale: the product is at most 2^SHIFT.

@@ -23,7 +23,9 @@ def query_part(
         scale = tl.load(k_scale + channel // SHARED, channel < HEAD_DIM, 0.0).to(tl.float32)
         part = part * scale[:, None]
     size = tl.abs(part)
-    return part, tl.where(size < float("inf"), size, 0.0), terms
+    finite = size < float("inf")
+    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+    return tl.where(finite, part, float("nan")), tl.where(finite, size, 0.0), terms
 
 
 @triton.jit

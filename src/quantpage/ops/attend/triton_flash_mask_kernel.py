@@ -230,7 +230,7 @@ def flash_mask_kernel(
     token0 = tl.load(query_starts + request)
     new = tl.load(query_starts + request + 1) - token0
     context = tl.load(context_lens + request)
-    mask_head = head if PER_HEAD else 0
+    mask_head = (head if PER_HEAD else head * 0).to(tl.int64)
     list_at = index.to(tl.int64) * (kv_heads if PER_HEAD else 1) + mask_head
     full_count = tl.load(counts + list_at * 2)
     count = full_count + tl.load(counts + list_at * 2 + 1)
@@ -255,7 +255,7 @@ def flash_mask_kernel(
     positions = context - new + rows // G
     token = token0 + rows // G
     q_index = head * G + rows % G
-    at = q_ptr + token.to(tl.int64) * q_token + q_index * q_head
+    at = q_ptr + token.to(tl.int64) * q_token + q_index.to(tl.int64) * q_head
     q, q_sum = load_queries(at, valid, k_scale, k_zero, D, DP, K_SCALED, K_ZERO, K_GROUPS, OPERAND)
 
     m = tl.full([BM], -float("inf"), tl.float32)

@@ -73,6 +73,8 @@ def load_queries(
     channel = tl.arange(0, DP)
     inside = channel < D
     q = tl.load(q_at[:, None] + channel[None, :], keep_rows[:, None] & inside[None, :], 0.0)
+    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+    q = tl.where(tl.abs(q.to(tl.float32)) < float("inf"), q, float("nan"))
     q_sum = tl.zeros([q.shape[0]], tl.float32)
     if K_SCALED == 2:
         own = channel // (D // K_GROUPS)

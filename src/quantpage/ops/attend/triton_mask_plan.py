@@ -87,7 +87,7 @@ def _key_bounds_kernel(
         span = spans + (0 if SHARED else request * 2)
         # The last key stands in for those after it, which leaves its tile's bounds alone.
         keys = tl.minimum(tile * BN + tl.arange(0, BN), context - 1)
-        own = bounds + request.to(tl.int64) * m_batch + head * m_head
+        own = bounds + request.to(tl.int64) * m_batch + head.to(tl.int64) * m_head
         lts, lte, uts, ute = hidden_rows(own, width, tl.load(span + 1), keys, VECTORS, CAUSAL)
         at = key_bounds + tl.program_id(1).to(tl.int64) * 8 * capacity + tile
         tl.store(at, tl.min(lts, 0))
@@ -137,7 +137,7 @@ def _plan_kernel(
     described = tl.load(span)
     length = tl.load(span + 1)
     own = key_bounds + (request.to(tl.int64) * heads + head) * 8 * capacity
-    ranges = intervals + request.to(tl.int64) * m_batch + head * m_head
+    ranges = intervals + request.to(tl.int64) * m_batch + head.to(tl.int64) * m_head
     out = tiles_out + (item.to(tl.int64) * heads + head) * capacity
     full_count = 0
     partial_count = 0

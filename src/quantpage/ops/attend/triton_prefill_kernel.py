@@ -204,7 +204,7 @@ def prefill_pages_kernel(
     rows = row0 + tl.arange(0, BM)
     token = token0 + rows // G
     q_index = (head0 + head) * G + rows % G
-    at = q_ptr + token.to(tl.int64) * q_token + q_index * q_head
+    at = q_ptr + token.to(tl.int64) * q_token + q_index.to(tl.int64) * q_head
     q, q_sum = load_queries(
         at, rows < new * G, k_scale, k_zero, D, DP, K_SCALED, K_ZERO, K_GROUPS, OPERAND
     )

@@ -269,7 +269,23 @@ def write_exact(
     parts, slots, head, pages, page_stride, head_stride, HEAD_DIM: tl.constexpr,
     PIECE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Scatter rows as they are; negative slots are left out."""
+    """Scatter rows beside their codes, finite as those (formats/quantize's ``finite_rows``)."""
+    number: tl.constexpr = pages.dtype.element_ty
+    HALF: tl.constexpr = 65504.0 if number == tl.float16 else _FLOAT_MAX
+    MOST: tl.constexpr = 3.3895313892515355e38 if number == tl.bfloat16 else HALF
+    held = ()
+    for i in tl.static_range(len(parts)):
+        known = tl.where(parts[i] == parts[i], parts[i], 0.0)
+        held = held + (tl.minimum(tl.maximum(known, -MOST), MOST),)
+    scatter(held, slots, head, pages, page_stride, head_stride, HEAD_DIM, PIECE, PAGE)
+
+
+@triton.jit
+def scatter(
+    parts, slots, head, pages, page_stride, head_stride, HEAD_DIM: tl.constexpr,
+    PIECE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Rows as they are to their slots, int64; negative ones are left out. head: int64."""
     slot = tl.maximum(slots, 0)
     at = slot // PAGE * page_stride + head * head_stride + slot % PAGE * HEAD_DIM
     store_parts(pages + at, parts, slots >= 0, HEAD_DIM, PIECE)
@@ -293,7 +309,7 @@ def write_rows(
     """
     if CODE == 0:
         parts = scaled(parts, GAIN)
-        write_exact(parts, slots, head, codes, page_stride, head_stride, HEAD_DIM, PIECE, PAGE)
+        scatter(parts, slots, head, codes, page_stride, head_stride, HEAD_DIM, PIECE, PAGE)
         numbers = parts
     else:
         numbers = _write_codes(

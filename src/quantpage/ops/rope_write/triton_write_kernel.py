@@ -279,7 +279,8 @@ def write_kernel(
         for i in tl.static_range(TILES):
             head = first + i * HEADS
             here = real & (head < q_heads) if TILES > 1 else real
-            loaded = loaded + _loaded(q, wide * q_token + head * q_head, here, HEAD_DIM, PIECE)
+            at = wide * q_token + head.to(tl.int64) * q_head
+            loaded = loaded + _loaded(q, at, here, HEAD_DIM, PIECE)
         # Or the compiler loads rows only when positions have come.
         tl.debug_barrier()
         where = _positions_of(positions, token, real, angle_row, ROTARY)
@@ -312,7 +313,8 @@ def write_kernel(
                 # Rows past the last head have no map.
                 kept = tl.minimum(head, q_heads - 1)
                 parts = _turned(
-                    loaded[i * PARTS : (i + 1) * PARTS], q, wide * q_token + head * q_head,
+                    loaded[i * PARTS : (i + 1) * PARTS], q,
+                    wide * q_token + head.to(tl.int64) * q_head,
                     cosine, sine, signs, q_bias + head * HEAD_DIM, q_weight,
                     map_scale + kept // group * HEAD_DIM, map_mean, eps, here,
                     HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
@@ -321,8 +323,9 @@ def write_kernel(
                 to = q_out + (wide * q_heads + head) * HEAD_DIM
                 store_parts(to, parts, here, HEAD_DIM, PIECE)
     elif part < kv_parts:
-        head = part * HEADS + row % HEADS
-        at = wide * k_token + head * k_head
+        narrow = part * HEADS + row % HEADS
+        kv_head = narrow.to(tl.int64)
+        at = wide * k_token + kv_head * k_head
         loaded = _loaded(k, at, real, HEAD_DIM, PIECE)
         # Or the compiler loads rows only when positions have come.
         tl.debug_barrier()
@@ -335,27 +338,27 @@ def write_kernel(
         if PRODUCTS:
             signs = signs_of(ROWS, tl.float32)
         parts = _turned(
-            loaded, k, at, cosine, sine, signs, k_bias + head * HEAD_DIM, k_weight,
-            map_scale + head * HEAD_DIM, map_mean + head * HEAD_DIM, eps, real,
+            loaded, k, at, cosine, sine, signs, k_bias + narrow * HEAD_DIM, k_weight,
+            map_scale + narrow * HEAD_DIM, map_mean + narrow * HEAD_DIM, eps, real,
             HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
             FOLD, PRODUCTS, False, MAPPED,
         )  # fmt: skip
         if EXACT:
             write_exact(
-                parts, near, head, k_exact, k_exact_page, k_exact_head, HEAD_DIM, PIECE, PAGE
+                parts, near, kv_head, k_exact, k_exact_page, k_exact_head, HEAD_DIM, PIECE, PAGE
             )
         write_rows(
-            parts, real, slot, head, k_codes, k_scale, k_zero, k_page, k_page_head,
-            k_scale_page, k_scale_head, k_seen + (wide * kv_heads + head) * HEAD_DIM,
+            parts, real, slot, kv_head, k_codes, k_scale, k_zero, k_page, k_page_head,
+            k_scale_page, k_scale_head, k_seen + (wide * kv_heads + kv_head) * HEAD_DIM,
             K_CODE, K_SCALES, K_ZERO, K_SHARED, HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE,
             RETURN, K_BLOCK > 1, 1.0,
         )  # fmt: skip
     else:
-        head = (part - kv_parts) * HEADS + row % HEADS
-        v_parts = _loaded(v, wide * v_token + head * v_head, real, VALUE_DIM, V_PIECE)
+        kv_head = ((part - kv_parts) * HEADS + row % HEADS).to(tl.int64)
+        v_parts = _loaded(v, wide * v_token + kv_head * v_head, real, VALUE_DIM, V_PIECE)
         slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
         if BIAS or not V_PRODUCTS:
-            v_parts = _biased(v_parts, v_bias + head * VALUE_DIM, VALUE_DIM, V_PIECE, BIAS)
+            v_parts = _biased(v_parts, v_bias + kv_head * VALUE_DIM, VALUE_DIM, V_PIECE, BIAS)
         v_signs = real
         if V_PRODUCTS:
             v_signs = signs_of(ROWS, v_parts[0].dtype)
@@ -364,12 +367,12 @@ def write_kernel(
             v_parts = _hadamard(v_parts, v_signs, ROWS, V_PIECE, V_BLOCK, False, V_PRODUCTS, True)
         if EXACT:
             write_exact(
-                scaled(v_parts, V_GAIN), near, head, v_exact, v_exact_page, v_exact_head,
+                scaled(v_parts, V_GAIN), near, kv_head, v_exact, v_exact_page, v_exact_head,
                 VALUE_DIM, V_PIECE, PAGE,
             )  # fmt: skip
         write_rows(
-            v_parts, real, slot, head, v_codes, v_scale, v_zero, v_page, v_page_head,
-            v_scale_page, v_scale_head, v_seen + (wide * kv_heads + head) * VALUE_DIM,
+            v_parts, real, slot, kv_head, v_codes, v_scale, v_zero, v_page, v_page_head,
+            v_scale_page, v_scale_head, v_seen + (wide * kv_heads + kv_head) * VALUE_DIM,
             V_CODE, V_SCALES, V_ZERO, V_SHARED, VALUE_DIM, V_PIECE, PAGE, ROWS, V_LIMIT, HARDWARE,
             RETURN, V_BLOCK > 1, V_GAIN,
         )  # fmt: skip
