@@ -8,6 +8,8 @@
     ├── NonFiniteInput       checked mode met a NaN or an infinity (layer, tensor, token)
     ├── NoImplementation     every candidate refused; the message lists each reason
     ├── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
+    ├── QueueFull            too many requests wait; ask again later
+    ├── EngineStopped        the engine takes no requests any more
     └── Unavailable          a device or a package that this machine does not have
 
 ``PartlyPaged`` is a warning: the answer is right, and not all of it comes from quantized pages.
@@ -55,3 +57,11 @@ class Unavailable(QuantPageError):
 
 class PartlyPaged(UserWarning):
     """Some layers of a model do not read quantized pages; the message says how many and why."""
+
+
+class QueueFull(QuantPageError):
+    """Too many requests wait in an engine's queue."""
+
+
+class EngineStopped(QuantPageError):
+    """The engine takes no requests any more."""

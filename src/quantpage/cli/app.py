@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 import quantpage
-from quantpage.cli import INTERRUPTED, bench, capacity, doctor, evaluate, explain, formats, generate
+from quantpage.cli import (
+    INTERRUPTED,
+    bench,
+    capacity,
+    doctor,
+    evaluate,
+    explain,
+    formats,
+    generate,
+    serve,
+)
 from quantpage.cli.options import with_common
 from quantpage.errors import QuantPageError, Unavailable
 
@@ -19,6 +29,10 @@ EXTRAS = {
     "accelerate": "transformers",
     "gguf": "transformers",
     "matplotlib": "report",
+    "fastapi": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
 }
 """A package that a command may find absent -> the extra of quantpage that brings it."""
 
@@ -30,6 +44,7 @@ app = typer.Typer(
 )
 for _name, _module in (
     ("generate", generate),
+    ("serve", serve),
     ("evaluate", evaluate),
     ("capacity", capacity),
     ("formats", formats),

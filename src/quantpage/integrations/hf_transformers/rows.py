@@ -29,7 +29,7 @@ from quantpage.cache.reach import held_from, pages_seen
 from quantpage.cache.saved import SavedPages, write_pages
 from quantpage.errors import CacheError
 from quantpage.formats import KeyMap
-from quantpage.integrations.hf_transformers.memory import Memory
+from quantpage.integrations.hf_transformers.memory import Memory, Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,28 @@ class Step:
         out = x.new_zeros(self.rows * self.new, *x.shape[1:])
         out[self.keep] = x
         return out
+
+
+def plan_part(sequences: list[Sequence], shelf: Shelf, lengths: list[int]) -> Part:
+    """The step that ``sequences`` have reserved, ``lengths`` new tokens each, for the layers of
+    one reach."""
+    working = find_working(sequences, shelf.store.device)
+    tables = [each.pages for each in sequences]
+    exact_tables = [each.exact_pages for each in sequences]
+    if working is not None and working.codes is not None:
+        tables = [list(each) for each in working.codes.tables]
+    if working is not None and working.exact is not None:
+        exact_tables = [list(each) for each in working.exact.tables]
+    batch = plan_batch(
+        lengths,
+        [each.length + each.reserved for each in sequences],
+        # What is gone is never read: any page may stand for it.
+        [[max(page, 0) for page in each] for each in tables],
+        shelf.page_size,
+        shelf.store.device,
+        None if shelf.exact_pool is None else exact_tables,
+    )
+    return Part(batch, working)
 
 
 class Rows:
@@ -441,24 +463,7 @@ class Rows:
 
     def _part(self, reach: Reach, lengths: list[int]) -> Part:
         """The step that is reserved, for the layers of one reach."""
-        sequences, shelf = self.tables[reach], self.memory.shelves[reach]
-        working = find_working(sequences, shelf.store.device)
-        tables = [each.pages for each in sequences]
-        exact_tables = [each.exact_pages for each in sequences]
-        if working is not None and working.codes is not None:
-            tables = [list(each) for each in working.codes.tables]
-        if working is not None and working.exact is not None:
-            exact_tables = [list(each) for each in working.exact.tables]
-        batch = plan_batch(
-            lengths,
-            [each.length + each.reserved for each in sequences],
-            # What is gone is never read: any page may stand for it.
-            [[max(page, 0) for page in each] for each in tables],
-            self.page_size,
-            shelf.store.device,
-            None if shelf.exact_pool is None else exact_tables,
-        )
-        return Part(batch, working)
+        return plan_part(self.tables[reach], self.memory.shelves[reach], lengths)
 
     def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
         """[rows, new] bool of this step, remembered for the next; None: no padding at all."""

@@ -1,0 +1,64 @@
+"""`quantpage serve`: an OpenAI-compatible server over a quantized cache."""
+
+from typing import Annotated
+
+import typer
+
+from quantpage.cli.capacity import parse_bytes
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
+    kv_format: Annotated[
+        str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
+    ] = "int8",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Ask for it in every call.", envvar="QUANTPAGE_API_KEY"),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Of the cache, such as 4GiB.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers that share a step.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers in the queue.")] = 256,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer.")
+    ] = None,
+    step_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a step, prompts in chunks.")
+    ] = 256,
+    page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Serve a model to OpenAI clients: chat, completions, streams, tools, JSON schemas.
+
+    Requests share steps (continuous batching), known beginnings of prompts are found in their
+    pages. The embedded engine runs one model on one device; it has no parallelism over devices,
+    no speculative decoding, no adapters and no pictures.
+    """
+    from quantpage.server.run import ServeOptions, serve
+
+    serve(
+        ServeOptions(
+            model=model,
+            kv_format=kv_format,
+            page_size=page_size,
+            host=host,
+            port=port,
+            name=name,
+            api_key=api_key,
+            memory=None if memory is None else parse_bytes(memory),
+            max_requests=max_requests,
+            max_waiting=max_waiting,
+            context=context,
+            step_tokens=step_tokens,
+            prefix_cache=prefix_cache,
+            dtype=dtype,
+            device=device,
+        )
+    )

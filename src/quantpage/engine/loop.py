@@ -1,0 +1,269 @@
+"""The engine: one thread that owns the model and its pages, and calls that reach it safely."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quantpage.engine.holding import Remembered
+from quantpage.engine.request import Piece, Request, TokenChoice
+from quantpage.engine.sampling import Sampler
+from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
+from quantpage.engine.step import StepRunner
+from quantpage.engine.text import TextStream
+from quantpage.errors import EngineStopped, QuantPageError, QueueFull
+from quantpage.integrations.hf_transformers.attach import Attached
+
+_STEP_FAILURES = (RuntimeError, ValueError, MemoryError, QuantPageError)
+"""What a model or a kernel may raise in a step: its requests fail, the engine goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the start, and what stands now."""
+
+    running: int
+    waiting: int
+    pages: int
+    used_pages: int
+    """Held by answers or remembered prompts."""
+    remembered_pages: int
+    """Held by the prefix cache, which lets them go when answers need them."""
+    steps: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompts' tokens, found in the prefix cache."""
+    made_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A submitted request."""
+
+    answers: tuple[Answer, ...]
+
+
+class Engine:
+    """Continuous batching of one attached model.
+
+    ``submit(request, emit)`` returns at once; ``emit`` is called with a ``Piece`` for all that an
+    answer says, from the engine's thread, and must not block. Use as a context manager, or call
+    ``stop``.
+    """
+
+    def __init__(
+        self, attached: Attached, tokenizer: Any, limits: Limits, prefix_cache: bool = True
+    ) -> None:
+        self._runner = StepRunner(attached, limits)
+        self.tokenizer, self.limits = tokenizer, limits
+        shelves, page_size = self._runner.memory.shelves, self._runner.page_size
+        known = Remembered(shelves, page_size) if prefix_cache else None
+        self._scheduler = Scheduler(limits, page_size, shelves, known)
+        self._inbox: deque[list[Answer]] = deque()
+        self._wake = threading.Condition()
+        self._stopping, self._draining = False, False
+        self._steps = self._prompt_tokens = self._cached_tokens = self._made_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="quantpage-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, emit: Callable[[Piece], None]) -> Ticket:
+        """Queue a request.
+
+        Raises ValueError where it never fits, QueueFull when too many wait, EngineStopped.
+        """
+        self._scheduler.refuse(request)
+        answers = [
+            Answer(request, index, list(request.prompt), emit) for index in range(request.answers)
+        ]
+        with self._wake:
+            if self._stopping or self._draining:
+                raise EngineStopped("engine: expected a running engine, got one that was stopped")
+            waiting = sum(map(len, self._inbox)) + self._waiting()
+            if waiting + len(answers) > self.limits.max_waiting:
+                raise QueueFull(
+                    f"queue: expected at most {self.limits.max_waiting} waiting answers, got "
+                    f"{waiting + len(answers)}"
+                )
+            self._inbox.append(answers)
+            self._wake.notify()
+        return Ticket(tuple(answers))
+
+    def room(self, prompt: int, answers: int = 1) -> int:
+        """The longest answer in tokens that fits beside a prompt of so many, ``answers`` times."""
+        return self._scheduler.room(prompt, answers)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request's answers before the next step; those that ended are left alone."""
+        with self._wake:
+            for answer in ticket.answers:
+                answer.cancelled = True
+            self._wake.notify()
+
+    def stop(self, drain: bool = False, timeout: float | None = None) -> None:
+        """End the thread: after the answers under way (``drain``), or cancelling them.
+
+        timeout: seconds to drain; what is not done by then is cancelled.
+        """
+        with self._wake:
+            self._draining = True
+            if not drain:
+                self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            with self._wake:
+                self._stopping = True
+                self._wake.notify()
+            self._thread.join()
+
+    def stats(self) -> Stats:
+        """What the engine holds and has done, from any thread."""
+        shelves, known = self._runner.memory.shelves.values(), self._scheduler.known
+        return Stats(
+            running=len(self._scheduler.running),
+            waiting=self._waiting() + sum(map(len, list(self._inbox))),
+            pages=self.limits.pages,
+            used_pages=max(shelf.pool.used for shelf in shelves),
+            remembered_pages=0 if known is None else len(known),
+            steps=self._steps,
+            preemptions=self._scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            made_tokens=self._made_tokens,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._draining
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _waiting(self) -> int:
+        return sum(1 + len(each.siblings) for each in list(self._scheduler.waiting))
+
+    def _run(self) -> None:
+        """The thread; where it dies of something unforeseen, nobody is left waiting."""
+        try:
+            self._loop()
+        except BaseException as error:
+            with self._wake:
+                self._draining = self._stopping = True
+                inbox, self._inbox = list(self._inbox), deque()
+            for answers in inbox:
+                self._scheduler.add(answers)
+            self._end_all("error", error)
+            raise
+
+    def _loop(self) -> None:
+        """Take what came, drop what was cancelled, compute a step."""
+        scheduler = self._scheduler
+        while True:
+            with self._wake:
+                while not (self._inbox or scheduler.waiting or scheduler.running or self._draining):
+                    self._wake.wait()
+                inbox, self._inbox = list(self._inbox), deque()
+                stopping = self._stopping
+                idle = not (inbox or scheduler.waiting or scheduler.running)
+            for answers in inbox:
+                scheduler.add(answers)
+            if stopping:
+                self._end_all("cancelled", None)
+            if stopping or (idle and self._draining):
+                return
+            self._drop_cancelled()
+            scheduler.admit()
+            if scheduler.running:
+                self._step()
+
+    def _step(self) -> None:
+        chunks, copies = self._scheduler.next_step()
+        if not chunks:
+            return
+        try:
+            logits = self._runner.run(chunks, copies)
+            self._steps += 1
+            for chunk in chunks:
+                self._scheduler.committed(chunk)
+            self._answer(chunks, logits)
+        except _STEP_FAILURES as error:
+            self._scheduler.abandon(chunks)
+            self._runner.reset()
+            for answer in {id(each.answer): each.answer for each in chunks}.values():
+                for each in [answer, *answer.siblings]:
+                    self._emit(each, finish_reason="error", error=error)
+
+    def _answer(self, chunks: list[Chunk], logits: Any) -> None:
+        ready = [at for at, chunk in enumerate(chunks) if _complete(chunk.answer)]
+        plain = logits[ready].argmax(-1).tolist() if ready else []
+        for at, likeliest in zip(ready, plain, strict=True):
+            answer = chunks[at].answer
+            beside = self._scheduler.fork(answer) if answer.siblings else []
+            for each in [answer, *beside]:
+                if each.sampler is None:
+                    self._begin(each)
+                if each.sampler.plain:
+                    choice = each.sampler.take(likeliest)
+                else:
+                    choice = each.sampler.choose(logits[at])
+                self._take(each, choice)
+
+    def _begin(self, answer: Answer) -> None:
+        answer.sampler = Sampler(answer.request, answer.index)
+        answer.text = TextStream(self.tokenizer, answer.request.stop)
+        if answer.index == 0:
+            self._prompt_tokens += len(answer.request.prompt)
+            self._cached_tokens += answer.cached
+
+    def _take(self, answer: Answer, choice: TokenChoice) -> None:
+        """A token was chosen: say its text, and end the answer where it ends."""
+        request = answer.request
+        answer.tokens.append(choice.token)
+        self._made_tokens += 1
+        reason = "length" if answer.made >= request.max_tokens else None
+        text = ""
+        if choice.token in request.stop_tokens:
+            reason = "stop"
+        else:
+            text = answer.text.push(choice.token)
+            if answer.text.stopped or answer.sampler.done():
+                reason = "stop"
+        if reason is not None:
+            text += answer.text.finish()
+            self._scheduler.finish(answer)
+        choices = () if request.logprobs is None else (choice,)
+        self._emit(answer, text=text, choices=choices, finish_reason=reason)
+
+    def _drop_cancelled(self) -> None:
+        scheduler = self._scheduler
+        beside = [each for some in scheduler.waiting for each in some.siblings]
+        beside += [each for some in scheduler.running for each in some.siblings]
+        for answer in [*scheduler.running, *list(scheduler.waiting), *beside]:
+            if answer.cancelled:
+                self._drop(answer, "cancelled", None)
+
+    def _end_all(self, reason: str, error: BaseException | None) -> None:
+        scheduler = self._scheduler
+        while scheduler.running or scheduler.waiting:
+            self._drop((scheduler.running or list(scheduler.waiting))[0], reason, error)
+
+    def _drop(self, answer: Answer, reason: str, error: BaseException | None) -> None:
+        for each in [*self._scheduler.running, *self._scheduler.waiting]:
+            if answer in each.siblings:
+                each.siblings.remove(answer)
+        self._scheduler.finish(answer)
+        self._emit(answer, finish_reason=reason, error=error)
+
+    def _emit(self, answer: Answer, **news: Any) -> None:
+        answer.emit(Piece(answer.index, made=answer.made, cached=answer.cached, **news))
+
+
+def _complete(answer: Answer) -> bool:
+    """Whether all tokens of an answer are in pages, so that the logits say its next one."""
+    return answer.cached_length == len(answer.tokens)

@@ -1,0 +1,101 @@
+"""What is asked of the engine, and what it says while it answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. The names and meanings are those of OpenAI and vLLM."""
+
+    temperature: float = 1.0
+    """0: always the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, number added to its logit)."""
+    seed: int | None = None
+    """None: another answer each time. Answer i of a request draws from ``seed + i``."""
+
+    def __post_init__(self) -> None:
+        _between("temperature", self.temperature, 0, 100)
+        _between("top_p", self.top_p, 1e-6, 1)
+        _between("top_k", self.top_k, 0, 1 << 30)
+        _between("min_p", self.min_p, 0, 1)
+        _between("repetition_penalty", self.repetition_penalty, 1e-6, 100)
+        _between("presence_penalty", self.presence_penalty, -2, 2)
+        _between("frequency_penalty", self.frequency_penalty, -2, 2)
+        for token, bias in self.logit_bias:
+            _between(f"logit_bias[{token}]", bias, -100, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and what is wanted of its answers."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int
+    """Longest answer in tokens, at least 1."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end an answer, such as the model's end of sequence."""
+    answers: int = 1
+    """Independent answers, which share the prompt's pages."""
+    logprobs: int | None = None
+    """Alternatives to report with every token's log-probability; None: report nothing."""
+    grammar: Any = None
+    """A ``Grammar`` that the answer has to follow; None: free text."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt: expected at least one token, got none")
+        _between("max_tokens", self.max_tokens, 1, 1 << 40)
+        _between("n", self.answers, 1, 1 << 20)
+        if self.logprobs is not None:
+            _between("logprobs", self.logprobs, 0, 20)
+        if any(not text for text in self.stop):
+            raise ValueError("stop: expected texts of at least one character, got an empty one")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """A token that was chosen, and what the model gave the likeliest ones."""
+
+    token: int
+    logprob: float
+    """Natural logarithm of its probability before temperature, penalties and cuts."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of the likeliest, first the most likely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """News of one answer."""
+
+    answer: int
+    """Which of the request's answers."""
+    text: str = ""
+    """Follows what came before; characters whose last bytes are missing wait."""
+    choices: tuple[TokenChoice, ...] = ()
+    """Of the tokens since the last piece, where the request asked for log-probabilities."""
+    finish_reason: str | None = None
+    """'stop' (a stop text or token), 'length', 'cancelled' or 'error'; None: more will come."""
+    error: BaseException | None = None
+    """Why an answer ended in 'error'."""
+    made: int = 0
+    """Tokens of the answer so far."""
+    cached: int = 0
+    """Tokens of the prompt that were found in the prefix cache."""
+
+
+def _between(name: str, got: float, low: float, high: float) -> None:
+    if not low <= got <= high:
+        raise ValueError(f"{name}: expected {low:g} to {high:g}, got {got}")

@@ -1,0 +1,118 @@
+"""Choosing the next token: Transformers' own logits processors, and a generator an answer.
+
+An answer's draws depend on its seed and its logits alone, so that it does not matter which other
+requests share its steps.
+"""
+
+from collections import Counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantpage.engine.request import Request, TokenChoice
+
+
+class Grammar(Protocol):
+    """What an answer has to follow; one object a request, one ``Follower`` an answer."""
+
+    def follow(self) -> "Follower":
+        """A follower at the beginning."""
+
+
+class Follower(Protocol):
+    """Where in a grammar an answer stands."""
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """[1, vocabulary] logits with -inf where a token cannot come next."""
+
+    def take(self, token: int) -> None:
+        """Move past a token."""
+
+    def done(self) -> bool:
+        """Whether nothing but the end may follow."""
+
+
+class Sampler:
+    """The choices of one answer."""
+
+    def __init__(self, request: Request, answer: int) -> None:
+        sampling = request.sampling
+        self._logprobs, self._greedy = request.logprobs, sampling.temperature == 0
+        self._processors = _processors(sampling)
+        self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self._bias = dict(sampling.logit_bias)
+        self._made: Counter[int] = Counter()
+        self._tokens = list(request.prompt)
+        self._follower = None if request.grammar is None else request.grammar.follow()
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed((sampling.seed + answer) % (1 << 63))
+        self.plain = (
+            self._greedy
+            and self._logprobs is None
+            and self._follower is None
+            and not self._bias
+            and not self._presence
+            and not self._frequency
+            and sampling.repetition_penalty == 1
+        )
+        """Whether the choice is the largest logit and nobody asks for more."""
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor) -> TokenChoice:
+        """The next token of [vocabulary] float32 logits."""
+        scores = self._adjusted(logits.float().cpu()[None])
+        if self._greedy:
+            token = int(scores.argmax())
+        else:
+            weights = scores.softmax(-1)
+            token = int(torch.multinomial(weights[0], 1, generator=self._generator))
+        return self.take(token, logits)
+
+    def take(self, token: int, logits: Tensor | None = None) -> TokenChoice:
+        """Count a token as chosen."""
+        self._tokens.append(token)
+        self._made[token] += 1
+        if self._follower is not None:
+            self._follower.take(token)
+        if self._logprobs is None or logits is None:
+            return TokenChoice(token, 0.0)
+        known = logits.float().log_softmax(-1)
+        best = known.topk(self._logprobs) if self._logprobs else None
+        top = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TokenChoice(token, float(known[token]), tuple(top))
+
+    def done(self) -> bool:
+        """Whether the grammar is fulfilled and lets nothing follow."""
+        return self._follower is not None and self._follower.done()
+
+    def _adjusted(self, scores: Tensor) -> Tensor:
+        if self._follower is not None:
+            scores = self._follower.restrict(scores)
+        if self._bias:
+            scores[0, list(self._bias)] += torch.tensor(list(self._bias.values()))
+        if self._made and (self._presence or self._frequency):
+            counts = torch.tensor(list(self._made.values()), dtype=torch.float32)
+            scores[0, list(self._made)] -= self._presence + self._frequency * counts
+        return self._processors(torch.tensor([self._tokens]), scores)
+
+
+def _processors(sampling: Any) -> Any:
+    """Transformers' processors in the order in which ``generate`` applies them."""
+    from transformers.generation import logits_process as known
+
+    made = known.LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        made.append(known.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature not in (0, 1):
+        made.append(known.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        made.append(known.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        made.append(known.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        made.append(known.MinPLogitsWarper(sampling.min_p))
+    return made

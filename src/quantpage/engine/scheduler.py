@@ -1,0 +1,273 @@
+"""Who computes what in the next step: queues, pages, promises. Plain Python, no tensors.
+
+A step holds the next token of every running answer and, with what is left of its budget, chunks of
+prompts, oldest first. An answer is admitted with a *promise* of pages: its prompt and a part of its
+longest answer, since most answers end early. Promises together never exceed the pool, and what the
+prefix cache alone holds gives way. When answers grow beyond their promises and pages run out, the
+one admitted last is preempted: its pages go to the prefix cache as far as they are full, it waits
+at the head of the queue, and comes back with its longest answer promised whole. Such an answer is
+never preempted again, so that no request is preempted twice.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantpage.cache import PageCopy, Reach
+from quantpage.engine.holding import Holding, Remembered, Shelves
+from quantpage.engine.request import Request
+from quantpage.errors import OutOfPages
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine may hold and compute at once."""
+
+    pages: int
+    """Pages of codes, for running answers and remembered prompts together."""
+    max_running: int = 64
+    """Answers that share a step."""
+    max_waiting: int = 256
+    """Answers in the queue; one more is refused (QueueFull)."""
+    step_tokens: int = 256
+    """Tokens a step: decode and prompt chunks together."""
+    promised_share: float = 0.5
+    """Part of an answer's longest length that its admission counts on."""
+
+    def __post_init__(self) -> None:
+        for name in ("pages", "max_running", "max_waiting", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.step_tokens < self.max_running:
+            raise ValueError(
+                f"step_tokens: expected at least max_running {self.max_running}, so that every "
+                f"answer gets a token, got {self.step_tokens}"
+            )
+        if not 0 <= self.promised_share <= 1:
+            raise ValueError(f"promised_share: expected 0 to 1, got {self.promised_share}")
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One answer under way. Everything but ``cancelled`` belongs to the engine's thread."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    """The prompt and what was made so far."""
+    emit: Any
+    """Called with each Piece."""
+    sampler: Any = None
+    text: Any = None
+    holding: Holding | None = None
+    """Its pages; None while it waits."""
+    promise: int = 0
+    """Pages that admission counted on."""
+    whole: bool = False
+    """Its longest answer is promised; it is never preempted."""
+    cached: int = 0
+    cancelled: bool = False
+    siblings: list["Answer"] = field(default_factory=list)
+    """Answers to the same prompt that start from its pages once these are written."""
+
+    @property
+    def made(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def cached_length(self) -> int:
+        """Tokens whose keys and values are in pages."""
+        return 0 if self.holding is None else self.holding.length
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one answer that a step computes."""
+
+    answer: Answer
+    tokens: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the step's logits say the answer's next token."""
+        return self.answer.cached_length + self.tokens == len(self.answer.tokens)
+
+
+class Scheduler:
+    """Waiting and running answers, over pools that nobody else uses."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        page_size: int,
+        shelves: Shelves,
+        known: Remembered | None,
+    ) -> None:
+        self.limits, self.page_size, self.known = limits, page_size, known
+        self._shelves = shelves
+        self.waiting: deque[Answer] = deque()
+        self.running: list[Answer] = []
+        """In the order of admission."""
+        self.preemptions = 0
+
+    def refuse(self, request: Request) -> None:
+        """Raise ValueError for a request that never fits."""
+        if request.answers > self.limits.max_running:
+            raise ValueError(
+                f"n: expected at most {self.limits.max_running} answers at once, "
+                f"got {request.answers}"
+            )
+        need = self._whole(request) * request.answers
+        if need > self.limits.pages:
+            raise ValueError(
+                f"max_tokens: expected a prompt and {request.answers} longest answer(s) of at most "
+                f"{self.limits.pages} pages of {self.page_size} tokens, got {need} pages"
+            )
+
+    def room(self, prompt: int, answers: int) -> int:
+        """The longest answer in tokens that fits beside a prompt of so many, ``answers`` times."""
+        return (self.limits.pages // answers - 1) * self.page_size - prompt
+
+    def add(self, answers: list[Answer]) -> None:
+        """Queue the answers of one request."""
+        first, *rest = answers
+        first.siblings = rest
+        self.waiting.append(first)
+
+    def admit(self) -> None:
+        """Let waiting answers run, in their order, as long as their promises fit."""
+        while self.waiting:
+            answer = self.waiting[0]
+            group = [answer, *answer.siblings]
+            share = 1.0 if answer.whole else self.limits.promised_share
+            promise = self._promised(answer, share)
+            held = sum(each.promise for each in self.running)
+            held += sum(each.promise for runs in self.running for each in runs.siblings)
+            places = len(self.running) + sum(len(each.siblings) for each in self.running)
+            if (
+                places + len(group) > self.limits.max_running
+                or held + promise * len(group) > self.limits.pages
+            ):
+                return
+            self.waiting.popleft()
+            for each in group:
+                each.promise = promise
+            answer.holding = Holding(self._shelves)
+            if self.known is not None:
+                # At least one token is computed: its logits are the answer's first.
+                self.known.adopt(answer.holding, answer.tokens[:-1])
+                if not answer.made:
+                    answer.cached = answer.holding.length
+            self.running.append(answer)
+
+    def next_step(self) -> tuple[list[Chunk], list[tuple[Reach, PageCopy]]]:
+        """What to compute now, with its pages reserved, and the copies to make first."""
+        left = self.limits.step_tokens
+        chunks: list[Chunk] = []
+        copies: list[tuple[Reach, PageCopy]] = []
+        # Decode first: whoever reads an answer waits for its next token.
+        for answer in sorted(self.running, key=lambda each: _missing(each) > 1):
+            if answer not in self.running:
+                continue  # preempted for one before it
+            tokens = min(_missing(answer), left)
+            while tokens > 0:
+                assert answer.holding is not None
+                try:
+                    copies += answer.holding.reserve(tokens)
+                except OutOfPages:
+                    if self._make_room(answer, tokens, chunks):
+                        continue
+                    break
+                chunks.append(Chunk(answer, tokens))
+                left -= tokens
+                break
+        return chunks, copies
+
+    def committed(self, chunk: Chunk) -> None:
+        """A chunk is written: count it, remember its pages, start the answers beside it."""
+        answer = chunk.answer
+        assert answer.holding is not None
+        answer.holding.commit()
+        if answer.made == 0 and self.known is not None:
+            self.known.insert(answer.tokens[: answer.cached_length], answer.holding)
+
+    def fork(self, answer: Answer) -> list[Answer]:
+        """The answers to the same prompt, running from its pages now that they are written."""
+        started, answer.siblings = answer.siblings, []
+        assert answer.holding is not None
+        for each in started:
+            each.holding, each.cached = answer.holding.fork(), answer.cached
+            self.running.append(each)
+        return started
+
+    def finish(self, answer: Answer) -> None:
+        """An answer ended: its full pages are remembered, the rest is free."""
+        if answer.holding is not None:
+            self._let_go(answer)
+            self.running.remove(answer)
+            # A prompt that is cancelled before its answers have started takes nobody with it.
+            for each in reversed(answer.siblings):
+                self.waiting.appendleft(each)
+            answer.siblings = []
+        elif answer in self.waiting:
+            at = self.waiting.index(answer)
+            del self.waiting[at]
+            if answer.siblings:
+                first, *rest = answer.siblings
+                first.siblings = rest
+                self.waiting.insert(at, first)
+                answer.siblings = []
+
+    def abandon(self, chunks: list[Chunk]) -> None:
+        """A step failed: whatever its answers hold may be half written, and is let go."""
+        for answer in {id(chunk.answer): chunk.answer for chunk in chunks}.values():
+            if answer.holding is not None:
+                answer.holding.free()
+                answer.holding = None
+                self.running.remove(answer)
+
+    def _make_room(self, answer: Answer, tokens: int, chunks: list[Chunk]) -> bool:
+        """Free pages for ``reserve(tokens)``; False where the answer has to wait a step."""
+        assert answer.holding is not None
+        if self.known is not None and self.known.give_way(answer.holding.shortages(tokens)):
+            return True
+        busy = {id(chunk.answer) for chunk in chunks}
+        victims = (
+            each
+            for each in reversed(self.running)
+            if not each.whole and each is not answer and id(each) not in busy
+        )
+        victim = next(victims, None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, answer: Answer) -> None:
+        self.preemptions += 1
+        self._let_go(answer)
+        answer.whole = True
+        self.running.remove(answer)
+        self.waiting.appendleft(answer)
+
+    def _let_go(self, answer: Answer) -> None:
+        assert answer.holding is not None
+        if self.known is not None:
+            self.known.insert(answer.tokens[: answer.cached_length], answer.holding)
+        answer.holding.free()
+        answer.holding, answer.promise = None, 0
+
+    def _promised(self, answer: Answer, share: float) -> int:
+        """Pages of what an answer holds and ``share`` of what it may still make."""
+        rest = answer.request.max_tokens - answer.made
+        return -(-(len(answer.tokens) + int(share * rest)) // self.page_size) + 1
+
+    def _whole(self, request: Request) -> int:
+        # One more than the tokens take: answers that share a partly filled page copy it.
+        return -(-(len(request.prompt) + request.max_tokens) // self.page_size) + 1
+
+
+def _missing(answer: Answer) -> int:
+    """Tokens that have to be computed before the next one is known."""
+    return len(answer.tokens) - answer.cached_length

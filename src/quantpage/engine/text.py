@@ -1,0 +1,67 @@
+"""Tokens to text as they come: whole characters, and nothing of a stop text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\ufffd"
+"""What tokenizers write for bytes that are no character yet."""
+_CONTEXT = 6
+"""Tokens before a new one that are decoded with it: some tokenizers write a space or not by what
+stands before."""
+
+
+class TextStream:
+    """The text of one answer; ``push`` a token, get the characters that are certain."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._from, self._shown = 0, 0
+        self._held = ""
+        """Characters that may turn out to be the beginning of a stop text."""
+        self.stopped = False
+        """Whether a stop text came; nothing follows."""
+
+    def push(self, token: int) -> str:
+        """The characters that this token makes certain, perhaps none."""
+        self._tokens.append(token)
+        before = self._decode(self._from, self._shown)
+        now = self._decode(self._from, len(self._tokens))
+        if now.endswith(_UNFINISHED) or len(now) <= len(before):
+            return ""
+        self._shown = len(self._tokens)
+        self._from = max(0, self._shown - _CONTEXT)
+        return self._release(now[len(before) :])
+
+    def finish(self) -> str:
+        """What was held back, at the end of an answer that no stop text ended."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._from, self._shown)
+        rest = self._decode(self._from, len(self._tokens))[len(before) :]
+        return self._release(rest) + self._take_held()
+
+    def _release(self, text: str) -> str:
+        """``text`` and what was held, up to a stop text or what may become one."""
+        text, self._held = self._held + text, ""
+        found = [at for at in (text.find(each) for each in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        keep = max((_overlap(text, each) for each in self._stop), default=0)
+        if keep:
+            text, self._held = text[:-keep], text[-keep:]
+        return text
+
+    def _take_held(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest beginning of ``stop`` that ``text`` ends with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,210 @@
+"""The HTTP application: paths, errors in OpenAI's form, the page at `/`."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+import quantpage
+from quantpage.errors import EngineStopped, QuantPageError, QueueFull
+from quantpage.server.chat import Chat
+from quantpage.server.completions import Completion
+from quantpage.server.guard import Guard
+from quantpage.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from quantpage.server.serving import Served
+
+_RETRY_AFTER = "1"
+"""Seconds after which a full queue may be asked again."""
+_PAGE = Path(__file__).with_name("page.html")
+_NOT_HERE = ("embeddings", "responses", "audio/speech", "images/generations", "moderations")
+
+
+def create_app(
+    served: Served, api_key: str | None = None, max_body: int = 8 << 20, drain_seconds: float = 60
+) -> FastAPI:
+    """The application over one model.
+
+    api_key: None: everybody may ask. max_body: bytes. drain_seconds: how long answers under way
+    may go on after the server was told to stop.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(served.engine.stop, True, drain_seconds)
+
+    # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json says the same.
+    about: dict[str, Any] = {"title": "QuantPage", "version": quantpage.__version__}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    _errors(app)
+    _generation(app, served)
+    _facts(app, served)
+    return app
+
+
+def _generation(app: FastAPI, served: Served) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        _check_model(served, body.model)
+        return await _respond(Chat(served, body), bool(body.stream), request)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        _check_model(served, body.model)
+        return await _respond(Completion(served, body), bool(body.stream), request)
+
+    for path in _NOT_HERE:
+
+        @app.post(f"/v1/{path}", include_in_schema=False)
+        async def refused(request: Request) -> None:
+            raise HTTPException(
+                404,
+                f"{request.url.path}: this server generates text; expected /v1/chat/completions "
+                "or /v1/completions",
+            )
+
+
+def _facts(app: FastAPI, served: Served) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model."""
+        card = {"id": served.name, "object": "model", "created": 0, "owned_by": "local"}
+        return {"object": "list", "data": [card | {"max_model_len": served.context}]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """The one model, by its name."""
+        _check_model(served, name)
+        return (await models())["data"][0]
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """200 while requests are taken."""
+        return Response(status_code=200 if served.engine.alive else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Of this package."""
+        return {"version": quantpage.__version__}
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Counters in Prometheus' format."""
+        return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """A text's tokens."""
+        _check_model(served, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ValueError("prompt: expected a prompt or messages, got both or neither")
+        if body.messages is not None:
+            tokens = served.render(body.messages, None)
+        else:
+            tokens = served.encode(body.prompt or "", body.add_special_tokens)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """Tokens' text."""
+        _check_model(served, body.model)
+        bad = [token for token in body.tokens if token >= served.vocabulary]
+        if bad:
+            raise ValueError(f"tokens: expected ids below {served.vocabulary}, got {bad[0]}")
+        return {"prompt": served.tokenizer.decode(body.tokens)}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return _PAGE.read_text("utf-8")
+
+
+async def _respond(call: Any, stream: bool, request: Request) -> Response:
+    if stream:
+        events = call.stream()
+        # The first event is made here, so that a refusal is a status and not a broken stream.
+        first = await anext(events)
+        return StreamingResponse(_after(first, events), media_type="text/event-stream")
+    return JSONResponse(await _while_connected(call.whole(), request))
+
+
+async def _after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        yield first
+        async for each in events:
+            yield each
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+
+
+async def _while_connected(work: Awaitable[Any], request: Request) -> Any:
+    """The result of ``work``, which ends when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client went away")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, QuantPageError, ValueError):
+                await each
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_model(served: Served, name: str | None) -> None:
+    if name not in (None, served.name):
+        raise HTTPException(404, f"model: expected {served.name!r}, got {name!r}")
+
+
+def _errors(app: FastAPI) -> None:
+    def answer(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": param, "code": None}
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return JSONResponse({"error": error}, status, named)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = "unknown or not supported by this server"
+        return answer(400, f"{where or 'body'}: {message}", where or None)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404 and message == "Not Found":
+            message = f"{request.url.path}: no such path here; /openapi.json lists those that are"
+        return answer(error.status_code, message, **dict(error.headers or {}))
+
+    @app.exception_handler(ValueError)
+    async def wrong(_: Request, error: ValueError) -> JSONResponse:
+        message = str(error)
+        return answer(400, message, message.partition(":")[0])
+
+    @app.exception_handler(QueueFull)
+    async def full(_: Request, error: QueueFull) -> JSONResponse:
+        return answer(429, str(error), retry_after=_RETRY_AFTER)
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(_: Request, error: EngineStopped) -> JSONResponse:
+        return answer(503, str(error), retry_after=_RETRY_AFTER)
+
+    @app.exception_handler(QuantPageError)
+    async def failed(_: Request, error: QuantPageError) -> JSONResponse:
+        return answer(500, str(error))

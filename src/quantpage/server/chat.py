@@ -1,0 +1,115 @@
+"""`/v1/chat/completions`: messages through the model's template, tools, JSON, streams."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from quantpage.engine import Piece
+from quantpage.server.completions import Usage, event, failed, head, wants_usage
+from quantpage.server.protocol import ChatBody
+from quantpage.server.serving import Served, schema_of
+from quantpage.server.tools import ToolReader, offered, required_schema
+
+
+class Chat:
+    """One call of `/v1/chat/completions`."""
+
+    def __init__(self, served: Served, body: ChatBody) -> None:
+        self._served, self._body = served, body
+        tools = offered(body)
+        schema = required_schema(body)
+        self._reader_of = [ToolReader(tools, schema is not None) for _ in range(body.n)]
+        asked = schema_of(body)
+        if asked is not None and schema is not None:
+            raise ValueError("response_format: expected none beside a required tool call")
+        # A call that is required comes by the schema; the template may not know tools.
+        told = [each.model_dump(exclude_none=True) for each in tools] if schema is None else None
+        prompt = served.render(body.messages, told or None)
+        self.requests = [served.request(body, prompt, schema or asked)]
+        self._head = head("chat.completion", "chatcmpl", served.name)
+        self._usage = Usage(self.requests)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when all of it is there."""
+        count = self._body.n
+        texts, reasons = [""] * count, [""] * count
+        choices: list[list[Any]] = [[] for _ in range(count)]
+        async for at, piece in self._served.answers(self.requests):
+            index = piece.answer
+            self._usage.piece(at, piece)
+            if piece.finish_reason == "error":
+                raise failed(piece)
+            texts[index] += self._reader_of[index].push(piece.text, piece.finish_reason is not None)
+            choices[index] += piece.choices
+            reasons[index] = piece.finish_reason or ""
+        made = []
+        for index in range(count):
+            calls = self._reader_of[index].calls
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": texts[index] or (None if calls else ""),
+            }
+            if calls:
+                message["tool_calls"] = calls
+            made.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "finish_reason": "tool_calls" if calls else reasons[index],
+                    "logprobs": self._logprobs(choices[index]),
+                }
+            )
+        return self._head | {"choices": made, "usage": self._usage.report()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The same as events."""
+        self._head["object"] = "chat.completion.chunk"
+        for index in range(self._body.n):
+            yield self._event(index, {"role": "assistant", "content": ""})
+        async for at, piece in self._served.answers(self.requests):
+            self._usage.piece(at, piece)
+            if piece.finish_reason == "error":
+                yield event({"error": {"message": str(failed(piece)), "type": "server_error"}})
+                return
+            for made in self._events(piece):
+                yield made
+        if wants_usage(self._body.stream_options):
+            yield event(self._head | {"choices": [], "usage": self._usage.report()})
+        yield "data: [DONE]\n\n"
+
+    def _events(self, piece: Piece) -> list[str]:
+        reader, ended = self._reader_of[piece.answer], piece.finish_reason is not None
+        text, made = reader.push(piece.text, ended), []
+        if text or piece.choices:
+            made.append(self._event(piece.answer, {"content": text}, piece))
+        if ended:
+            calls = [call | {"index": at} for at, call in enumerate(reader.calls)]
+            if calls:
+                made.append(self._event(piece.answer, {"tool_calls": calls}))
+            reason = "tool_calls" if calls else piece.finish_reason
+            made.append(self._event(piece.answer, {}, reason=reason))
+        return made
+
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        piece: Piece | None = None,
+        reason: str | None = None,
+    ) -> str:
+        logprobs = None if piece is None else self._logprobs(list(piece.choices))
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        return event(self._head | {"choices": [choice]})
+
+    def _logprobs(self, choices: list[Any]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return {"content": [self._choice(each) for each in choices], "refusal": None}
+
+    def _choice(self, choice: Any) -> dict[str, Any]:
+        made = self._token(choice.token, choice.logprob)
+        made["top_logprobs"] = [self._token(token, logprob) for token, logprob in choice.top]
+        return made
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._served.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -1,0 +1,174 @@
+"""From a model folder to a server that answers."""
+
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantpage.engine import Engine, Limits
+from quantpage.server.metrics import Metrics
+from quantpage.server.serving import Served
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `quantpage serve` was asked for."""
+
+    model: str
+    kv_format: str = "int8"
+    page_size: int = 64
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    """What clients call the model; None: its folder's name."""
+    api_key: str | None = None
+    memory: int | None = None
+    """Bytes of the cache; None: every answer's longest, at most a quarter of what is free."""
+    max_requests: int = 64
+    max_waiting: int = 256
+    context: int | None = None
+    """Most tokens of a prompt and its answer; None: the model's own limit."""
+    step_tokens: int = 256
+    prefix_cache: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def serve(options: ServeOptions) -> None:
+    """Load, bind, answer until SIGTERM or Ctrl-C; answers under way are finished first."""
+    import uvicorn
+
+    from quantpage.server.app import create_app
+
+    listener = bind(options.host, options.port)
+    if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
+        _say(f"warning: {options.host} is reached from other machines, and no --api-key is asked")
+    attached, served = load(options)
+    # From here on clients are taken; those that come before the loop runs wait a moment.
+    listener.listen(128)
+    host, port = listener.getsockname()[:2]
+    _say(f"{served.name} on http://{host}:{port} (OpenAI: /v1; a page to chat: /)")
+    # uvicorn sends itself the signal that stopped it once more when it is done: a clean end is 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    config = uvicorn.Config(
+        create_app(served, options.api_key),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=60,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        served.engine.stop()
+        attached.detach()
+        listener.close()
+
+
+def load(options: ServeOptions) -> tuple[Any, Served]:
+    """(attached model, what is served), the engine running."""
+    import quantpage
+    from quantpage.integrations.hf_transformers.model import load_model, text_config
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _say(f"loading {options.model} on {device}")
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model, tokenizer = load_model(options.model, dtype, device)
+    text = text_config(model.config)
+    longest = getattr(text, "max_position_embeddings", None) or 1 << 20
+    context = options.context or longest
+    if context > longest:
+        raise ValueError(f"context: expected at most the model's {longest} tokens, got {context}")
+    attached = quantpage.attach(model, options.kv_format, page_size=options.page_size)
+    page, page16 = _page_bytes(model, attached)
+    limits = Limits(
+        pages=_pages(options, page, context, device),
+        max_running=options.max_requests,
+        max_waiting=options.max_waiting,
+        step_tokens=max(options.step_tokens, options.max_requests),
+    )
+    held = limits.pages * options.page_size
+    _say(
+        f"cache: {options.kv_format}, {limits.pages:,} pages = {held:,} tokens, "
+        f"{limits.pages * page / 2**20:,.0f} MiB ({limits.pages * page16 / 2**20:,.0f} in 16 bit)"
+    )
+    engine = Engine(attached, tokenizer, limits, options.prefix_cache)
+    name = options.name or Path(options.model).resolve().name
+    generation = model.generation_config
+    stop = generation.eos_token_id if generation.eos_token_id is not None else text.eos_token_id
+    served = Served(
+        name=name,
+        engine=engine,
+        tokenizer=tokenizer,
+        context=min(context, (limits.pages - 1) * options.page_size),
+        stop_tokens=frozenset([stop] if isinstance(stop, int) else stop or ()),
+        vocabulary=text.vocab_size,
+        defaults=_defaults(generation),
+        metrics=Metrics(name, engine, page16 - page),
+    )
+    return attached, served
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket, before anything slow: a port that is taken is known at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"host, port: cannot listen on {host}:{port}: {error}") from error
+    return listener
+
+
+def _page_bytes(model: Any, attached: Any) -> tuple[int, int]:
+    """Bytes of a page in all layers, as they are held and in the model's own dtype."""
+    from dataclasses import replace
+
+    from quantpage.integrations.hf_transformers.model import model_shape
+
+    shape = replace(model_shape(model.config), dtype=model.dtype)
+    size = attached.options.page_size
+    layouts = [shape.layout(each, size) for each in attached.new_cache().formats]
+    return (
+        sum(each.bytes_per_page() for each in layouts),
+        sum(each.unquantized_bytes_per_token() * size for each in layouts),
+    )
+
+
+def _pages(options: ServeOptions, page: int, context: int, device: str) -> int:
+    """Pages that the memory holds."""
+    memory = options.memory
+    if memory is None:
+        whole = options.max_requests * -(-context // options.page_size) * page
+        memory = min(whole, _free_bytes(device) // 4)
+    pages = memory // page
+    if pages < 2:
+        raise ValueError(f"memory: expected at least two pages of {page} bytes, got {memory} bytes")
+    return pages
+
+
+def _free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _defaults(generation: Any) -> dict[str, float]:
+    """The model's own sampling; greedy where it says that it does not sample."""
+    found = {name: getattr(generation, name, None) for name in _SAMPLING}
+    made = {name: value for name, value in found.items() if value is not None}
+    made.setdefault("temperature", 1.0)
+    return made
+
+
+def _say(text: str) -> None:
+    print(f"quantpage: {text}", file=sys.stderr, flush=True)

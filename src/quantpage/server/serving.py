@@ -1,0 +1,179 @@
+"""A model behind the server: prompts to tokens, bodies to engine requests, answers as they come."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from quantpage.engine import Engine, Piece, Request, Sampling
+from quantpage.engine.grammar import ANY_OBJECT, GrammarTokenizer, JsonGrammar
+from quantpage.server.metrics import Metrics
+from quantpage.server.protocol import ChatBody, CompletionBody, GenerationBody, Message
+
+
+@dataclass(slots=True)
+class Served:
+    """One model, its tokenizer, its engine, and what is counted about it."""
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    context: int
+    """Most tokens of a prompt and its answer."""
+    stop_tokens: frozenset[int]
+    vocabulary: int
+    defaults: dict[str, float]
+    """Sampling of the model's generation_config.json, for what a body leaves out."""
+    metrics: Metrics
+    _grammars: GrammarTokenizer | None = None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text."""
+        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        """The tokens of a chat through the model's template; ValueError in one sentence."""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ValueError("messages: this model has no chat template; use /v1/completions")
+        plain = [_plain(each) for each in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                plain, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+            if tools and text == self.tokenizer.apply_chat_template(
+                plain, add_generation_prompt=True, tokenize=False
+            ):
+                raise ValueError("tools: this model's chat template does not know tools")
+        except (TemplateError, KeyError, TypeError) as error:
+            raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
+        return self.encode(text, special=False)
+
+    def request(
+        self, body: GenerationBody, prompt: list[int], schema: dict[str, Any] | None = None
+    ) -> Request:
+        """What the engine is asked; ValueError names the parameter that cannot be."""
+        if not prompt:
+            raise ValueError("prompt: expected at least one token, got none")
+        bad = [token for token in prompt if not 0 <= token < self.vocabulary]
+        if bad:
+            raise ValueError(f"prompt: expected tokens below {self.vocabulary}, got {bad[0]}")
+        room = self.context - len(prompt)
+        wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens
+        if room < 1 or (wanted or 1) > room:
+            asked = "" if wanted is None else f" and {wanted} more"
+            raise ValueError(
+                f"max_tokens: expected at most {self.context} tokens together, "
+                f"got a prompt of {len(prompt)}{asked}"
+            )
+        if wanted is None:
+            most = 16 if isinstance(body, CompletionBody) else room
+            wanted = max(1, min(most, room, self.engine.room(len(prompt), body.n)))
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        return Request(
+            prompt=tuple(prompt),
+            max_tokens=wanted,
+            sampling=self._sampling(body),
+            stop=stop,
+            stop_tokens=frozenset() if body.ignore_eos else self.stop_tokens,
+            answers=body.n,
+            logprobs=_logprobs(body),
+            grammar=None if schema is None else self._grammar(schema),
+        )
+
+    async def answers(self, requests: list[Request]) -> AsyncIterator[tuple[int, Piece]]:
+        """(request, piece) of all of them as they come; leaving early cancels what is left."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
+
+        def listener(at: int) -> Any:
+            def emit(piece: Piece) -> None:
+                # The loop may be closed already when the server stops.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(news.put_nowait, (at, piece))
+
+            return emit
+
+        tickets, left = [], sum(each.answers for each in requests)
+        watches = [self.metrics.watch(each) for each in requests]
+        try:
+            for at, request in enumerate(requests):
+                tickets.append(self.engine.submit(request, listener(at)))
+            while left:
+                at, piece = await news.get()
+                watches[at].piece(piece)
+                left -= piece.finish_reason is not None
+                yield at, piece
+        finally:
+            for ticket in tickets:
+                self.engine.cancel(ticket)
+
+    def _sampling(self, body: GenerationBody) -> Sampling:
+        given = {
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": None if body.top_k is None else max(body.top_k, 0),
+            "min_p": body.min_p,
+            "repetition_penalty": body.repetition_penalty,
+        }
+        chosen: dict[str, Any] = self.defaults | {
+            name: value for name, value in given.items() if value is not None
+        }
+        return Sampling(
+            **chosen,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=self._bias(body.logit_bias or {}),
+            seed=body.seed,
+        )
+
+    def _bias(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+        made = []
+        for token, bias in given.items():
+            if not token.isdecimal() or int(token) >= self.vocabulary:
+                raise ValueError(
+                    f"logit_bias: expected token ids below {self.vocabulary}, got {token!r}"
+                )
+            made.append((int(token), bias))
+        return tuple(made)
+
+    def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
+        if self._grammars is None:
+            self._grammars = GrammarTokenizer(self.tokenizer, self.vocabulary)
+        return JsonGrammar(schema, self._grammars)
+
+
+def schema_of(body: ChatBody) -> dict[str, Any] | None:
+    """The JSON schema that ``response_format`` asks for; None: free text."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise ValueError("response_format: expected a json_schema with a schema, got none")
+    return wanted.json_schema.schema_
+
+
+def _logprobs(body: GenerationBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ValueError("top_logprobs: expected logprobs to be true beside it")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates know it: parts that are texts joined, others refused."""
+    made = {key: value for key, value in message.model_dump().items() if value is not None}
+    made.setdefault("content", "")
+    if isinstance(made["content"], list):
+        wrong = [part.get("type") for part in made["content"] if part.get("type") != "text"]
+        if wrong:
+            raise ValueError(f"messages: expected content of texts alone, got a part {wrong[0]!r}")
+        made["content"] = "".join(str(part.get("text", "")) for part in made["content"])
+    if made["role"] == "developer":
+        made["role"] = "system"
+    return made

@@ -1,0 +1,196 @@
+"""Requests that share steps, pages and a small pool answer as each of them does alone."""
+
+import random
+
+import pytest
+import torch
+
+from quantpage.engine import Limits, Request, Sampling
+from quantpage.errors import EngineStopped, QueueFull, UnsupportedModel
+from tests.engine.asked import Asked, ask_all, engine
+from tests.integrations.tiny_models import tiny
+
+pytestmark = pytest.mark.cpu
+
+
+def requests(count, longest=150, made=20):
+    """Prompts that share beginnings, greedy and sampled, some with several answers."""
+    draw = random.Random(5)
+    texts = [tuple(draw.choices(range(3, 128), k=draw.randrange(20, longest))) for _ in range(4)]
+    return [
+        Request(
+            prompt=texts[at % 4][: len(texts[at % 4]) - at // 4],
+            max_tokens=made,
+            sampling=Sampling(temperature=0 if at % 2 else 1, top_p=0.9, seed=at),
+            answers=2 if at % 5 == 0 else 1,
+        )
+        for at in range(count)
+    ]
+
+
+def leaked(engine):
+    """Bytes of pages that nobody should hold any more."""
+    engine._scheduler.known.clear()
+    return engine._runner.memory.used_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_format"),
+    [
+        ("llama", "none"),
+        ("llama", "int8"),
+        ("llama", "int4"),
+        ("llama", "k8v4"),
+        ("gemma3_window", "int8"),
+        ("gemma3_window", "int4"),
+        ("gpt_oss_sinks", "none"),
+    ],
+)
+def test_crowded_answers_equal_those_alone(name, kv_format):
+    model = tiny(name, torch.float32)
+    asked = requests(12, longest=90, made=56)
+    alone = []
+    for each in asked[:3]:
+        with engine(kv_format, model=model) as one:
+            alone += ask_all(one, [each])
+    with engine(kv_format, model=model) as crowd:
+        crowded = ask_all(crowd, asked)
+    # Pages for about a third of them, nothing promised beyond the prompts: answers are preempted.
+    limits = Limits(pages=30, max_running=32, step_tokens=64, promised_share=0)
+    with engine(kv_format, limits, model) as small:
+        tight = ask_all(small, asked, cancel=(3, 7, 11))
+        preempted = small.stats().preemptions
+        assert leaked(small) == 0
+    assert 0 < preempted <= sum(each.answers for each in asked)
+    assert [each.texts for each in alone] == [each.texts for each in crowded[:3]]
+    assert all(set(each.reasons) == {"length"} for each in crowded)
+    for at, (wide, narrow) in enumerate(zip(crowded, tight, strict=True)):
+        if at in (3, 7, 11):
+            assert set(narrow.reasons) == {"cancelled"}
+            assert wide.texts[0].startswith(narrow.texts[0])
+        else:
+            assert wide.texts == narrow.texts, at
+
+
+def test_greedy_answers_are_the_models_own():
+    model = tiny("llama", torch.float32)
+    ids = torch.tensor([requests(2)[1].prompt])
+    expected = model.generate(
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, ids.shape[1] :]
+    with engine("none", model=model) as one:
+        (got,) = ask_all(one, [requests(2)[1]])
+    assert [ord(letter) - 0x100 for letter in got.texts[0]] == expected.tolist()
+
+
+def test_a_known_prompt_is_found():
+    first = requests(1)[0]
+    with engine() as one:
+        miss, hit = Asked(one, first).wait(), Asked(one, first).wait()
+    assert miss.cached == 0
+    assert hit.cached == (len(first.prompt) - 1) // 16 * 16 > 0
+    assert miss.texts == hit.texts
+    with engine(prefix_cache=False) as one:
+        assert [Asked(one, first).wait().cached for _ in range(2)] == [0, 0]
+
+
+def test_answers_of_one_request_share_its_prompt():
+    request = Request(tuple(range(3, 103)), 8, Sampling(seed=1), answers=6)
+    with engine() as one:
+        asked = Asked(one, request).wait()
+        stats = one.stats()
+    assert len(set(asked.texts)) > 1
+    assert stats.prompt_tokens == 100
+    # The prompt once (two steps of 64 tokens), then one step a token.
+    assert stats.steps <= 2 + 8
+
+
+def test_stop_texts_and_tokens_end_an_answer():
+    request = requests(2)[1]
+    with engine() as one:
+        whole = Asked(one, request).wait().texts[0]
+        stop = Request(request.prompt, 20, request.sampling, stop=(whole[6:9], "never"))
+        asked = Asked(one, stop).wait()
+        assert asked.texts == [whole[: whole.index(whole[6:9])]]
+        assert asked.reasons == ["stop"]
+        token = ord(whole[4]) - 0x100
+        ended = Request(request.prompt, 20, request.sampling, stop_tokens=frozenset({token}))
+        assert Asked(one, ended).wait().texts == [whole[: whole.index(whole[4])]]
+
+
+def test_log_probabilities_are_the_models():
+    model = tiny("llama", torch.float32)
+    request = Request(tuple(range(3, 60)), 5, Sampling(seed=3), logprobs=3)
+    with engine("none", model=model) as one:
+        choices = Asked(one, request).wait().choices[0]
+    ids = torch.tensor([[*request.prompt, *(each.token for each in choices)]])
+    with torch.no_grad():
+        expected = model(ids).logits[0].log_softmax(-1)
+    for at, each in enumerate(choices):
+        row = expected[len(request.prompt) - 1 + at]
+        assert each.logprob == pytest.approx(float(row[each.token]), abs=1e-4)
+        assert [token for token, _ in each.top] == row.topk(3).indices.tolist()
+
+
+def test_what_never_fits_is_refused_and_a_full_queue_says_so():
+    limits = Limits(pages=12, max_running=2, max_waiting=3, step_tokens=16)
+    with engine(limits=limits) as one:
+        with pytest.raises(ValueError, match=r"max_tokens: expected .* at most 12 pages"):
+            Asked(one, Request((5,) * 20, 400))
+        with pytest.raises(ValueError, match="n: expected at most 2 answers"):
+            Asked(one, Request((5,), 1, answers=3))
+        some = []
+        with pytest.raises(QueueFull, match="at most 3 waiting"):
+            for _ in range(200):
+                some.append(Asked(one, Request((5,) * 30, 60)))
+        for each in some:
+            one.cancel(each.ticket)
+        assert all(set(each.wait().reasons) <= {"cancelled", "length"} for each in some)
+        assert Asked(one, Request((5,) * 30, 2)).wait().reasons == ["length"]
+
+
+def test_a_failing_step_takes_its_own_requests_and_no_other():
+    model = tiny("llama", torch.float32)
+    with engine(model=model) as one:
+        before = Asked(one, requests(2)[1]).wait()
+        broken = model.lm_head.forward
+
+        def fail(*_):
+            raise RuntimeError("out of memory, say")
+
+        model.lm_head.forward = fail
+        lost = Asked(one, requests(3)[2]).wait()
+        model.lm_head.forward = broken
+        assert lost.reasons == ["error"]
+        assert "out of memory" in str(lost.errors[0])
+        assert Asked(one, requests(2)[1]).wait().texts == before.texts
+        assert leaked(one) == 0
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stop_drains_or_cancels(drain):
+    with engine() as one:
+        asked = [Asked(one, each) for each in requests(4, made=40)]
+        one.stop(drain=drain)
+        reasons = {reason for each in asked for reason in each.wait().reasons}
+        assert reasons == ({"length"} if drain else {"cancelled"})
+        with pytest.raises(EngineStopped):
+            Asked(one, requests(1)[0])
+
+
+def test_models_whose_requests_cannot_share_a_step_are_refused():
+    model = tiny("llama", torch.float32)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModel, match="dynamic"), engine(model=model):
+        pass
+
+
+def test_limits_and_requests_name_what_is_wrong():
+    with pytest.raises(ValueError, match="step_tokens: expected at least max_running"):
+        Limits(pages=4, max_running=8, step_tokens=4)
+    with pytest.raises(ValueError, match="pages: expected at least 1"):
+        Limits(pages=0)
+    with pytest.raises(ValueError, match="temperature: expected 0 to 100"):
+        Sampling(temperature=-1)
+    with pytest.raises(ValueError, match="prompt: expected at least one token"):
+        Request((), 1)

@@ -1,0 +1,39 @@
+"""A tiny random model whose tokens are bytes, with a chat template that knows tools."""
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save_small(path, context=512):
+    """A folder that `quantpage serve` takes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: at for at, name in enumerate(["<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    tf.LlamaForCausalLM(config).float().save_pretrained(path)
+    return path

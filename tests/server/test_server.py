@@ -1,0 +1,273 @@
+"""The server as OpenAI's own client sees it, over real sockets on the loopback."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from quantpage.server.app import create_app  # noqa: E402
+from quantpage.server.run import ServeOptions, bind, load  # noqa: E402
+from tests.server.small import save_small  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    options = ServeOptions(
+        str(folder), name="small", memory=1 << 20, max_requests=16, max_waiting=32, page_size=16
+    )
+    attached, served = load(options)
+    listener = bind("127.0.0.1", 0)
+    app = create_app(served, KEY, max_body=100_000)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    attached.detach()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as made:
+        yield made
+
+
+def chat(client, text="Say something.", **options):
+    options = {"max_tokens": 8, "temperature": 0} | options
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model="small", messages=messages, **options)
+
+
+def complete(client, prompt="Once", **options):
+    options = {"max_tokens": 8, "temperature": 0} | options
+    return client.completions.create(model="small", prompt=prompt, **options)
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+    whole = chat(client, max_tokens=24)
+    pieces = list(chat(client, max_tokens=24, stream=True, stream_options={"include_usage": True}))
+    text = "".join(each.choices[0].delta.content or "" for each in pieces if each.choices)
+    assert text == whole.choices[0].message.content
+    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    usage = pieces[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (
+        whole.usage.prompt_tokens,
+        whole.usage.completion_tokens,
+    )
+    assert usage.completion_tokens == 24
+
+
+def test_several_prompts_and_answers_have_their_places(client):
+    got = complete(client, ["Once", "Twice"], n=2, logprobs=2)
+    assert [each.index for each in got.choices] == [0, 1, 2, 3]
+    alone = [complete(client, each).choices[0].text for each in ("Once", "Twice")]
+    assert [each.text for each in got.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert len(got.choices[0].logprobs.tokens) == 8
+    assert all(len(each) == 2 for each in got.choices[0].logprobs.top_logprobs)
+
+
+def test_tokens_are_a_prompt_too(client, http):
+    tokens = http.post("/tokenize", json={"prompt": "Once"}).json()["tokens"]
+    assert complete(client, tokens).choices[0].text == complete(client).choices[0].text
+    assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "Once"}
+
+
+def test_a_seed_repeats_an_answer(client):
+    some = [complete(client, temperature=1, seed=7, n=3, max_tokens=16) for _ in range(2)]
+    texts = [[each.text for each in got.choices] for got in some]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
+def test_log_probabilities(client):
+    got = chat(client, logprobs=True, top_logprobs=3)
+    content = got.choices[0].logprobs.content
+    assert len(content) == 8
+    for each in content:
+        assert each.logprob == each.top_logprobs[0].logprob <= 0
+        assert len(each.top_logprobs) == 3
+
+
+def test_stop(client):
+    whole = chat(client, max_tokens=24).choices[0].message.content
+    mark = whole[4:6]
+    got = chat(client, max_tokens=24, stop=[mark])
+    assert got.choices[0].message.content == whole[: whole.index(mark)]
+    assert got.choices[0].finish_reason == "stop"
+
+
+def test_biases_penalties_and_cuts_reach_the_choice(client, http):
+    (token,) = http.post("/tokenize", json={"prompt": "z"}).json()["tokens"]
+    assert complete(client, logit_bias={str(token): 100}).choices[0].text == "z" * 8
+    plain = complete(client, max_tokens=40).choices[0].text
+    assert complete(client, max_tokens=40, frequency_penalty=2).choices[0].text != plain
+    cut = {"top_k": 1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert complete(client, max_tokens=40, temperature=1, extra_body=cut).choices[0].text == plain
+
+
+def test_json_follows_its_schema(client):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 5}, "good": {"type": "boolean"}},
+        "required": ["name", "good"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    got = chat(client, max_tokens=200, temperature=1, seed=1, response_format=wanted)
+    found = json.loads(got.choices[0].message.content)
+    assert set(found) == {"name", "good"}
+    assert isinstance(found["good"], bool)
+    assert got.choices[0].finish_reason == "stop"
+
+
+def test_a_tool_that_is_required_is_called(client):
+    pytest.importorskip("llguidance")
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    got = chat(client, max_tokens=100, tools=[tool], tool_choice="required").choices[0]
+    assert got.finish_reason == "tool_calls"
+    (call,) = got.message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    pieces = chat(client, max_tokens=100, tools=[tool], tool_choice="required", stream=True)
+    calls = [c for each in pieces for c in each.choices[0].delta.tool_calls or []]
+    assert [c.function.arguments for c in calls] == [call.function.arguments]
+
+
+def test_a_known_prompt_is_counted(client):
+    text = "The same beginning, again and again. " * 3
+    first, again = (chat(client, text) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens >= 96
+    assert first.choices[0].message.content == again.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": 100_000}, "max_tokens: expected at most"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"extra_body": {"best_of": 3}}, "best_of: unknown or not supported"),
+        ({"extra_body": {"temperatur": 0}}, "temperatur: unknown"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias: expected token ids below"),
+        ({"n": 100}, "n: expected at most 16"),
+        ({"stop": [""]}, "stop"),
+        ({"top_logprobs": 2}, "top_logprobs: expected logprobs"),
+        ({"tool_choice": "required"}, "tool_choice: expected tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: expected a json_schema"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_name(client, options, said):
+    options = {"model": "small", "messages": [{"role": "user", "content": "Hi"}]} | options
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**options)
+    assert said in caught.value.message
+
+
+def test_other_paths_models_and_parts_are_refused(client, http):
+    with pytest.raises(openai.NotFoundError, match="expected 'small', got 'large'"):
+        client.completions.create(model="large", prompt="Hi")
+    with pytest.raises(openai.NotFoundError, match="this server generates text"):
+        client.embeddings.create(model="small", input="Hi")
+    picture = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    with pytest.raises(openai.BadRequestError, match="a part 'image_url'"):
+        chat(client, picture)
+    assert "no such path" in http.get("/v2").json()["error"]["message"]
+    got = http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert got.status_code == 400
+
+
+def test_the_key_and_the_size_of_a_body_come_first(url, http):
+    for sent in ({}, {"Authorization": "Bearer another"}, {"Authorization": KEY}):
+        assert httpx.get(f"{url}/v1/models", headers=sent).status_code == 401
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "QuantPage" in httpx.get(url).text
+    large = {"model": "small", "prompt": "x" * 200_000}
+    assert http.post("/v1/completions", json=large).status_code == 413
+
+    def chunks():
+        yield from [b"x" * 50_000] * 4
+
+    assert http.post("/v1/completions", content=chunks()).status_code == 413
+    assert http.get("/health", headers={"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
+
+
+def test_the_metrics_count_under_vllms_names(client, http):
+    def counted(name):
+        text = http.get("/metrics").text
+        (line,) = [each for each in text.splitlines() if each.startswith(f"vllm:{name}{{")]
+        return float(line.rsplit(" ", 1)[1])
+
+    before = counted("generation_tokens_total")
+    complete(client, max_tokens=7)
+    assert counted("generation_tokens_total") == before + 7
+    assert counted("num_requests_running") == 0
+    assert counted("time_to_first_token_seconds_count") >= 1
+
+
+def test_clients_that_leave_free_their_place(url, client, http):
+    def leave(at):
+        body = {"prompt": f"Number {at}", "max_tokens": 400, "stream": at % 2 == 0}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        try:
+            with (
+                httpx.Client(timeout=0.5) as one,
+                one.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as got,
+            ):
+                next(got.iter_lines())
+        except httpx.TimeoutException:
+            pass
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(leave, range(6)))
+    for _ in range(100):
+        text = http.get("/metrics").text
+        if 'num_requests_running{model_name="small"} 0.0' in text:
+            break
+        time.sleep(0.1)
+    assert 'num_requests_running{model_name="small"} 0.0' in text
+    assert 'num_requests_waiting{model_name="small"} 0.0' in text
+
+
+def test_more_than_the_queue_holds_is_told_to_come_again(client):
+    def ask(at):
+        try:
+            got = complete(client, f"{at}" * 40, max_tokens=60, extra_body={"ignore_eos": True})
+            return got.choices[0].finish_reason
+        except openai.RateLimitError as error:
+            return error.response.headers["retry-after"]
+
+    with ThreadPoolExecutor(80) as threads:
+        got = list(threads.map(ask, range(80)))
+    assert set(got) == {"length", "1"}
