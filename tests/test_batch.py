@@ -42,3 +42,14 @@ def test_an_empty_step():
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan_batch(*arguments, 16)
+
+
+def test_pages_that_were_given_back_are_nobodys():
+    tables = [[0, 0, 3], [0, 4]]
+    with pytest.raises(ValueError, match="a page that nobody else holds"):
+        plan_batch([1, 17], [48, 32], tables, 16)
+    plan = plan_batch([1, 17], [48, 32], tables, 16, first_pages=[2, 0])
+    assert plan.largest_page == 4
+    for wrong, said in (([2], "one a request"), ([4, 0], r"first_pages\[0\]: expected 0..3")):
+        with pytest.raises(ValueError, match=said):
+            plan_batch([1, 17], [48, 32], tables, 16, first_pages=wrong)

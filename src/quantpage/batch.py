@@ -70,6 +70,9 @@ class BatchPlan:
     host_context_lens: tuple[int, ...]
     """Host copy of ``context_lens``; under CUDA graphs an upper bound."""
     exact: ExactPlan | None = None
+    first_pages: tuple[int, ...] | None = None
+    """Host: logical page of each request from which on the tables hold its pages; those before were
+    given back, and no query of the step may see them (a window). None: all are there."""
     largest_page: int | None = field(init=False, repr=False, compare=False, default=None)
     """Largest page id that the step reads or writes, -1 where there is none; None: only the device
     knows."""
@@ -207,6 +210,17 @@ class BatchPlan:
                     f"query_lens[{row}], host_context_lens[{row}]: expected 0 <= new <= context "
                     f"< 2^31, got {new} and {context}"
                 )
+        if self.first_pages is None:
+            return
+        _set(self, first_pages=whole_numbers("first_pages", self.first_pages))
+        pages = tuple(context // size for context in self.host_context_lens)
+        if len(self.first_pages) != len(pages):
+            raise ValueError(
+                f"first_pages: expected {len(pages)}, one a request, got {len(self.first_pages)}"
+            )
+        for row, (first, most) in enumerate(zip(self.first_pages, pages, strict=True)):
+            if not 0 <= first <= most:
+                raise ValueError(f"first_pages[{row}]: expected 0..{most}, got {first}")
 
     def _check_tensors(self) -> None:
         for name, (given, dtype, shape) in self._tensors().items():
@@ -248,13 +262,15 @@ class BatchPlan:
         bounded = check_lengths(starts, contexts, new, self.host_context_lens)
         contexts = contexts.astype(np.int64)
         owners = check_positions(positions, new, contexts)
-        largest = check_page_table(table, slots, (new, contexts, owners, positions), self.page_size)
+        first = np.array(self.first_pages or (0,) * len(new), dtype=np.int64)
+        step = new, contexts, owners, positions, first
+        largest = check_page_table(table, slots, step, self.page_size)
         largest_exact = None
         if self.exact is not None:
             largest_exact = check_exact_table(
                 self.exact.page_table.numpy(),
                 self.exact.slots.numpy(),
-                (new, contexts, owners, positions),
+                step,
                 self.page_size,
             )
         _set(
@@ -296,12 +312,14 @@ def plan_batch(
     page_size: int,
     device: torch.device | str = "cpu",
     exact_tables: Sequence[Sequence[int]] | None = None,
+    first_pages: Sequence[int] | None = None,
 ) -> BatchPlan:
     """Build a step from host integers.
 
     query_lens: new tokens a request. context_lens: cached + new tokens a request.
     page_tables: pages of each request, enough for its context. exact_tables: logical page ->
-    exact page or -1, for formats that keep exact pages.
+    exact page or -1, for formats that keep exact pages. first_pages: logical page of each request
+    before which its tables may say anything, as no query of the step sees them; None: 0.
 
     Raises ValueError when a table is too short, lengths do not fit, a page is written by two
     requests, or an exact page that the step needs is missing.
@@ -345,6 +363,7 @@ def plan_batch(
             query_lens=query_lens,
             host_context_lens=context_lens,
             exact=exact,
+            first_pages=None if first_pages is None else tuple(first_pages),
         )
         return plan.to(device)
 

@@ -6,8 +6,8 @@ first wrong number where it is, what was expected and what came.
 
 import numpy as np
 
-Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""New tokens and contexts a request; owner and position a token. int64."""
+Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""New tokens and contexts a request; owner and position a token; first page a request. int64."""
 
 
 def places_of(new: np.ndarray, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,31 +38,40 @@ def check_positions(positions: np.ndarray, new: np.ndarray, contexts: np.ndarray
 
 def check_page_table(table: np.ndarray, slots: np.ndarray, step: Step, page_size: int) -> int:
     """The largest page id of the step."""
-    _, contexts, _, _ = step
-    used = -(-contexts // page_size)
-    inside = np.arange(table.shape[1]) < used[:, None]
+    inside, held = _inside(table, step, page_size)
     _refuse("page_table", inside & (table < 0), table, "page ids of at least 0 in the context")
-    _check_slots("page_table", "slots", (table, inside, slots), step, page_size)
+    _check_slots("page_table", "slots", (table, held, slots), step, page_size)
     return int(table.max(where=inside, initial=-1))
 
 
 def check_exact_table(table: np.ndarray, slots: np.ndarray, step: Step, page_size: int) -> int:
     """The largest exact page id of the step; the pages that its queries see exactly are there."""
-    new, contexts, _, _ = step
+    new, contexts, _, _, _ = step
     pages = np.arange(table.shape[1])
-    inside = pages < -(-contexts // page_size)[:, None]
+    inside, there = _inside(table, step, page_size)
     _refuse("exact.page_table", inside & (table < -1), table, "exact page ids, or -1")
     first = np.maximum((contexts - new) // page_size - 1, 0)[:, None]
-    needed = inside & (new > 0)[:, None] & ((pages >= first) | (pages == 0))
+    needed = there & (new > 0)[:, None] & ((pages >= first) | (pages == 0))
     _refuse(
         "exact.page_table",
         needed & (table < 0),
         table,
         "an exact page: queries see a request's first page, their own and the one before exactly",
     )
-    held = inside & (table >= 0)
+    held = there & (table >= 0)
     _check_slots("exact.page_table", "exact.slots", (table, held, slots), step, page_size)
-    return int(table.max(where=held, initial=-1))
+    return int(table.max(where=inside, initial=-1))
+
+
+def _inside(table: np.ndarray, step: Step, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entries that stand for a context's pages, and those of them that were not given back.
+
+    What was given back may be anything that can be read: a kernel may load it before it hides it.
+    """
+    _, contexts, _, _, first = step
+    pages = np.arange(table.shape[1])
+    inside = pages < -(-contexts // page_size)[:, None]
+    return inside, inside & (pages >= first[:, None])
 
 
 def _check_slots(
@@ -74,7 +83,7 @@ def _check_slots(
 ) -> None:
     """Slots are where the table puts their tokens, and nobody else holds a page that is written."""
     table, held, slots = given
-    _, _, owners, positions = step
+    _, _, owners, positions, _ = step
     logical = positions // page_size
     pages = table[owners, logical].astype(np.int64)
     wanted = np.where(pages < 0, -1, pages * page_size + positions % page_size)

@@ -115,3 +115,17 @@ def test_a_mask_that_shows_what_is_gone_is_refused():
         model.config.sliding_window = None
         with pytest.raises(CacheError, match="layer 0: expected a mask that shows no token before"):
             logits(model, ids[:, :1], [1], cache)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma3_window", "gpt_oss_sinks"])
+def test_rows_of_a_batch_leave_their_windows_side_by_side(name, kv_format):
+    model = tiny(name, torch.float32)
+    ids = tokens(3, 90)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with quantpage.attach(model, kv_format, page_size=16):
+        together = model.generate(ids, **options)
+        alone = [model.generate(ids[row : row + 1], **options) for row in range(3)]
+    assert together.shape == (3, 130)
+    # A first token that differs by rounding makes the rest of a random model's text another one.
+    assert torch.equal(together[:, 90], torch.cat(alone)[:, 90])

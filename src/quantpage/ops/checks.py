@@ -130,6 +130,8 @@ def check_attend(q: Tensor, layer: LayerKV, batch: BatchPlan, params: Any, needs
         told.mask_heads,
         told.mask_heads in (1, facts.kv_heads),
     )
+    if batch.first_pages is not None and told.mask == "causal" and not batch.bounded:
+        _check_given_back(batch, batch.first_pages, told.window)
     _check_needs(needs, facts, batch, q, told.mask)
     batch.passed.add(key)
 
@@ -244,6 +246,18 @@ def _check_pages(facts: LayerFacts, batch: BatchPlan) -> None:
     if batch.largest_exact_page is not None:
         _same("batch.exact.page_table", f"page ids below {facts.exact_pages}, its exact pages",
               batch.largest_exact_page, batch.largest_exact_page < facts.exact_pages)  # fmt: skip
+
+
+def _check_given_back(batch: BatchPlan, first_pages: tuple[int, ...], window: int | None) -> None:
+    """The window hides all pages that were given back."""
+    rows = zip(batch.query_lens, batch.host_context_lens, first_pages, strict=True)
+    for row, (new, context, first) in enumerate(rows):
+        seen = 0 if window is None else max(0, context - new - window + 1)
+        if new and seen // batch.page_size < first:
+            raise ValueError(
+                f"batch.first_pages[{row}]: expected at most {seen // batch.page_size}, as the "
+                f"mask shows keys from {seen} on; got {first}"
+            )
 
 
 def _check_needs(needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, mask: str) -> None:

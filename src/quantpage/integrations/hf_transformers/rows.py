@@ -5,6 +5,7 @@ out, one ``BatchPlan`` for layers of one reach) serves them all.
 """
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Listed
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -90,8 +91,14 @@ def plan_part(sequences: list[Sequence], shelf: Shelf, lengths: list[int]) -> Pa
         shelf.page_size,
         shelf.store.device,
         None if shelf.exact_pool is None else exact_tables,
+        [_first_there(each) for each in tables],
     )
     return Part(batch, working)
+
+
+def _first_there(pages: Listed[int]) -> int:
+    """Logical page after the last that was given back."""
+    return 1 + max((at for at, page in enumerate(pages) if page < 0), default=-1)
 
 
 class Rows:
@@ -222,6 +229,7 @@ class Rows:
             query_lens=(1,) * self.count,
             host_context_lens=ahead.host_context_lens,
             exact=exact,
+            first_pages=ahead.first_pages,
         )
 
     @property
@@ -276,7 +284,7 @@ class Rows:
         working = None if part is None or part.working is None else part.working.codes
         for row, sequence in enumerate(self.tables[reach]):
             pages = sequence.pages if working is None else working.tables[row]
-            first = 1 + max((at for at, page in enumerate(pages) if page < 0), default=-1)
+            first = _first_there(pages)
             if first > pages_seen(reach, sequence.length, sequence.length + 1, self.page_size)[0]:
                 raise CacheError(
                     f"layer {index}: expected pages from token {reach.first_seen(sequence.length)} "

@@ -50,6 +50,8 @@ class AttendFacts:
     sinks_device: torch.device | None
     mask: str
     """Its kind."""
+    window: int | None
+    """Keys that a query sees, at most; None: no such limit, or one that only the mask knows."""
     mask_batch: int
     """Requests that it describes; 1: all alike."""
     mask_heads: int
@@ -97,6 +99,7 @@ class AttendParams:
             None if sinks is None else sinks.shape[0],
             None if sinks is None else sinks.device,
             mask.kind,
+            mask.window if isinstance(mask, CausalMask) and not mask.sink_tokens else None,
             *_described(mask),
             self.checked,
         )
