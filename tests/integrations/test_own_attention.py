@@ -185,6 +185,26 @@ def test_a_compiled_model_is_refused(inner):
         quantpage.attach(model)
 
 
+@pytest.mark.parametrize("way", ["model", "forward", "module"])
+def test_a_model_that_is_compiled_while_attached_runs_as_it_is(way):
+    model, ids = tiny("llama"), tokens(1, 30)
+    with quantpage.attach(model, kv_format="int8") as attached, torch.no_grad():
+        wanted = model(ids).logits
+        if way == "model":
+            called = torch.compile(model)
+        else:
+            called = model
+            if way == "module":
+                model.compile()
+            else:
+                model.forward = torch.compile(model.forward)
+        cache = attached.new_cache()
+        called(ids[:, :29], past_key_values=cache)
+        got = called(ids[:, 29:], past_key_values=cache).logits
+    assert cache.get_seq_length() == 30
+    torch.testing.assert_close(got, wanted[:, 29:], atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("rows, pad", [(1, 0), (2, 0), (2, 3)])
 def test_bloom_in_batches(rows, pad):
     torch.manual_seed(0)

@@ -162,7 +162,10 @@ def _survey(
             # Layers that keep nothing (another layer's keys serve them) have no state to name.
             if hasattr(layer, "conv_states") or index in caching:
                 ledger.own_state.add(index)
-        elif index in caching:
+            continue
+        if hasattr(layer, "conv_states"):
+            ledger.own_state.add(index)
+        if index in caching:
             ledger.paged.add(index)
             why = why_dense(caching[index])
             if why is not None:
@@ -198,6 +201,5 @@ def _refuse_compiled(model: PreTrainedModel) -> None:
         if compiled or hasattr(forward, "_torchdynamo_orig_callable"):
             raise UnsupportedModel(
                 f"model: expected one that is not compiled, got torch.compile around "
-                f"{name or type(model).__name__}; pages change at every step, which a graph of "
-                "torch.compile does not (on a GPU, graph.DecodeGraph captures a decode step)"
+                f"{name or type(model).__name__}; compiled after attach() it runs, uncompiled"
             )

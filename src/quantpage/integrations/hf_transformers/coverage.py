@@ -83,7 +83,7 @@ class Ledger:
         """Say what is known before anything runs, where not every layer reads pages."""
         found = self.coverage()
         if not found.whole:
-            warnings.warn(f"{self.model}: {found}", PartlyPaged, stacklevel=4)
+            warnings.warn(f"{self.model}: {found}", PartlyPaged, stacklevel=3)
 
 
 def caching_modules(model: nn.Module, kind: type) -> dict[int, list[nn.Module]]:

@@ -60,6 +60,7 @@ class Supply:
             before = module.register_forward_pre_hook(self._before, with_kwargs=True)
             after = module.register_forward_hook(self._after, always_call=True)
             undo += [before.remove, after.remove]
+            _keep_from_compiling(module, undo)
             if hasattr(module, "_prepare_cache_for_generation"):
                 self._hook_generate(module, undo)
 
@@ -184,6 +185,21 @@ def attention_configs(model: PreTrainedModel, paged: Iterable[nn.Module]) -> lis
     configs += [each.config for each in decoders(model)]
     configs += [each.config for each in paged if hasattr(each, "config")]
     return list({id(each): each for each in configs}.values())
+
+
+def _keep_from_compiling(module: Any, undo: list[Callable[[], None]]) -> None:
+    """Let torch.compile run a forward as it is: what pages do at a step cannot be traced."""
+    before = vars(module).get("forward")
+    module.forward = ours = torch.compiler.disable(module.forward)
+
+    def restore() -> None:
+        if vars(module).get("forward") is not ours:
+            return
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+    undo.append(restore)
 
 
 def _refuse_foreign(given: Any) -> None:
