@@ -296,8 +296,12 @@ class PagedLayer(CacheLayerMixin):
     ) -> Tensor | None:
         """Write what waits, and bring the query into the basis of the cache."""
         if self._pending is None:
+            # Written before (a layer that reads another's pages, gradients): the query alone.
+            if q is None:
+                return None
+            mapped = q if pages.key_map is None else pages.key_map.queries(q)
             turned = self.layout.format.key.rotation == "hadamard"
-            return rotate(q) if turned and q is not None else q
+            return (rotate(mapped) if turned else mapped).to(q.dtype)
         k, v = self._pending
         written = serving.write_step(
             q, step.pack(k), step.pack(v), pages, step.parts[self.reach].batch, self._write_params
