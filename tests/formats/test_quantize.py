@@ -194,6 +194,22 @@ def test_fp8_is_cast_directly_and_saturates():
     assert quantized.codes.float().isfinite().all()
 
 
+def fp8_ties():
+    """Numbers halfway between two neighbours of e4m3, and the codes that half to even gives."""
+    bits = torch.arange(0, 0x7E, dtype=torch.uint8)
+    numbers = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    halfway = ((numbers[:-1] + numbers[1:]) / 2).float()
+    even = bits + (bits & 1)
+    return torch.cat([halfway, -halfway]), torch.cat([even, even | 0x80])
+
+
+def test_fp8_ties_go_to_even():
+    ties, wanted = fp8_ties()
+    spec = QuantSpec(FP8, dynamic=False)
+    made = quantize_static(ties.view(-1, 1, 42), torch.ones(1, 1), None, spec)
+    assert torch.equal(made.codes.view(torch.uint8).flatten(), wanted)
+
+
 def test_the_none_code_is_only_cast():
     spec, x = FORMATS["none"].key, torch.randn(3, 64).bfloat16()
     quantized = quantize(x, spec)

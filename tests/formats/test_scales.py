@@ -1,10 +1,12 @@
 """Static scales: what does not fit is refused, by layer, half, expectation and fact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quantpage.errors import FormatError
-from quantpage.formats import FORMATS
+from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.formats.scales import LayerScales, StaticScales
 
 pytestmark = pytest.mark.pure
@@ -75,19 +77,71 @@ def test_a_dynamic_format_takes_none():
         StaticScales(FORMATS["int8"], HEADS, WIDTH, {})
 
 
-def test_a_shard_has_its_own_heads():
-    whole = scales()
+PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
+
+
+@pytest.mark.parametrize("name", ["int8_static", "fp8_static", "int4_static"])
+def test_a_shard_has_its_own_heads(name):
+    whole = scales(name)
     part = whole.heads(1, 3)
-    assert part.kv_heads == 2
-    assert torch.equal(part.find(0).key_scale, whole.find(0).key_scale[1:3])
+    assert part.kv_heads == 2 and part.head_dim == WIDTH and set(part.layers) == {0, 1}
+    for index in (0, 1):
+        for plane in PLANES:
+            full, cut = getattr(whole.find(index), plane), getattr(part.find(index), plane)
+            assert (full is None) == (cut is None)
+            assert full is None or torch.equal(cut, full[1:3])
     with pytest.raises(ValueError, match=r"first, last: expected a range within 0..4"):
         whole.heads(3, 5)
+    with pytest.raises(ValueError, match=r"first, last: expected a range within 0..4, got 2..2"):
+        whole.heads(2, 2)
+
+
+def test_one_scale_a_tensor_serves_every_shard():
+    spec = QuantSpec(CODES["int8"], Granularity(per_head=False), dynamic=False)
+    form = KVFormat("tensor", spec, spec)
+    one = torch.full((1, 1), 0.5)
+    whole = StaticScales(form, HEADS, WIDTH, {0: LayerScales(one, one * 2)})
+    part = whole.heads(2, 3)
+    assert part.kv_heads == 1
+    assert torch.equal(part.find(0).key_scale, one)
+    assert torch.equal(part.find(0).value_scale, one * 2)
+
+
+def rebuilt(whole, layers, form=None):
+    return StaticScales(form or whole.format, HEADS, WIDTH, layers)
 
 
 def test_the_digest_knows_every_number():
-    whole = scales()
-    assert whole.digest() == StaticScales(whole.format, HEADS, WIDTH, whole.layers).digest()
-    altered = whole.layers[1].value_scale.clone()
-    altered[3, 31] += 1e-3
-    other = {**whole.layers, 1: LayerScales(whole.layers[1].key_scale, altered)}
-    assert StaticScales(whole.format, HEADS, WIDTH, other).digest() != whole.digest()
+    whole = scales("int4_static")
+    same = {1: whole.layers[1], 0: whole.layers[0]}
+    assert rebuilt(whole, same).digest() == whole.digest()
+    digests = {whole.digest()}
+    for index in (0, 1):
+        for plane in PLANES:
+            altered = getattr(whole.layers[index], plane).clone()
+            altered[3, 31] += 1e-3
+            other = {**whole.layers, index: replace(whole.layers[index], **{plane: altered})}
+            digests.add(rebuilt(whole, other).digest())
+    assert len(digests) == 9
+
+
+def test_the_digest_knows_whose_a_number_is():
+    first, second = (scales("int4_static").layers[0] for _ in range(2))
+    whole = rebuilt(scales("int4_static"), {0: first, 1: second})
+    swapped = replace(
+        first,
+        key_scale=first.value_scale,
+        value_scale=first.key_scale,
+        key_zero=first.value_zero,
+        value_zero=first.key_zero,
+    )
+    others = [
+        {0: second, 1: first},
+        {0: first, 2: second},
+        {0: first},
+        {0: swapped, 1: second},
+    ]
+    digests = {whole.digest(), *(rebuilt(whole, each).digest() for each in others)}
+    renamed = replace(whole.format, name="other")
+    digests.add(rebuilt(whole, whole.layers, renamed).digest())
+    assert len(digests) == 6

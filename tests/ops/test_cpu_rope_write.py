@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantpage.cache.views import LayerKV
+from quantpage.batch import plan_batch
+from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import NonFiniteInput
-from quantpage.formats import FORMATS
+from quantpage.formats import CODES, FORMATS, QuantSpec
 from quantpage.ops.gather import cpu as cpu_gather
 from quantpage.ops.gather import gather_request
 from quantpage.ops.rope_write import QKNorm, WriteParams, cpu, reference
 from quantpage.rope import rope_table
+from tests.formats.test_quantize import fp8_ties
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case
 
 pytestmark = [
@@ -140,3 +142,16 @@ def test_gather(name):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
             short = cpu_gather.gather_request(pages, table, context, torch.bfloat16)
             assert torch.equal(short, got.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_fp8_ties_go_to_even(isa):
+    ties, wanted = fp8_ties()
+    rows = torch.cat([ties, torch.zeros(-len(ties) % 64)]).view(-1, 1, 64)
+    spec = QuantSpec(CODES["fp8"], dynamic=False)
+    codes = torch.zeros(1, 1, 16, 64, dtype=torch.float8_e4m3fn)
+    half = QuantizedPages(spec, codes, torch.ones(1, 1, dtype=torch.float16))
+    batch = plan_batch([len(rows)], [len(rows)], [[0]], 16)
+    cpu.rope_write(None, rows, rows, LayerKV(half, half), batch, WriteParams(), isa=isa)
+    held = codes.view(torch.uint8)[0, 0].flatten()[: len(ties)]
+    assert torch.equal(held, wanted)

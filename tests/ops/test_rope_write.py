@@ -325,3 +325,25 @@ def test_keys_are_rounded_in_turn(implementation, name, head_dim):
         for rows in (got.k_rows, wanted.k_rows)
     ]  # fmt: skip
     torch.testing.assert_close(losses[0].mean(), losses[1].mean(), rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_rejected_draft_leaves_nothing_in_its_slots(implementation, name):
+    """Two codes share a byte: a slot that is written again holds the second row alone."""
+    write = write_of(implementation, name, 64)
+    batch = step(FORMATS[name].exact_pages is not None)
+    fresh, again = empty_layer(name), empty_layer(name)
+    q, k, v = inputs(30, seed=1)
+    write(q, k, v, fresh, batch, WriteParams())
+    write(*inputs(30, seed=2), again, batch, WriteParams())
+    write(q, k, v, again, batch, WriteParams())
+    for mine, other in ((fresh.key, again.key), (fresh.value, again.value)):
+        for plane, second in zip(
+            (mine.codes, mine.scale, mine.zero), (other.codes, other.scale, other.zero), strict=True
+        ):
+            assert plane is second is None or torch.equal(
+                plane.view(torch.uint8), second.view(torch.uint8)
+            )
+    for plane in ("exact_key", "exact_value"):
+        wanted, held = getattr(fresh, plane), getattr(again, plane)
+        assert wanted is held is None or torch.equal(wanted, held)
