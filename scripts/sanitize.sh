@@ -53,7 +53,7 @@ run() { # kernel, then what runs pytest
 # the kernel's first and the call, are counted and let pass, any other fails.
 dispatch_only() { # what the sanitizer said
   local said=$1 lines
-  lines=$(grep -nE '^def \w+_kernel\(|^    gl\.warp_specialize\(' src/quantpage/ops/attend/gluon_*_kernel.py |
+  lines=$(grep -nE '^def \w+_kernel\(|^    gl\.warp_specialize\(' src/quantpage/ops/attend/*/gluon_kernel.py |
     sed -E 's|^.*/([^/]+):([0-9]+):.*|\1:\2|')
   grep -oE '(Read|Write) access at .*' "$said" | grep -oE '\w+\.py:[0-9]+' | sort | uniq -c
   [ -n "$lines" ] && ! grep -E '^FAILED|[0-9] failed' "$said" &&

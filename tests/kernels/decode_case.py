@@ -3,7 +3,7 @@
 import json
 import sys
 
-from quantpage.ops.attend.triton_decode_kernel import decode_kernel
+from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from tests.kernels.aot import compile_kernel, resources
 
 CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
@@ -49,7 +49,7 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
 
 
 def write_arguments(code=1, block=128, zero=False, mapped=0):
-    from quantpage.ops.rope_write.triton_write_kernel import write_kernel as kernel
+    from quantpage.ops.rope_write.triton_kernel import write_kernel as kernel
 
     types = dict.fromkeys(
         ("q", "k", "v", "q_out", "k_seen", "v_seen", "k_exact", "v_exact", "q_weight", "k_weight",

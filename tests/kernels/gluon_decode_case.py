@@ -7,8 +7,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantpage.ops.attend.gluon_decode_kernel import decode_kernel
-from quantpage.ops.attend.triton_decode import KEY_UNITS, VALUE_UNITS
+from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
+from quantpage.ops.attend.decode.triton import KEY_UNITS, VALUE_UNITS
 from tests.kernels.aot import resources
 from tests.kernels.decode_case import decode_arguments
 

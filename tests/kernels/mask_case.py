@@ -8,11 +8,11 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
-from quantpage.ops.attend.gluon_prefill import dense_tile
-from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
-from quantpage.ops.attend.triton_mask_plan import _order_kernel
-from quantpage.ops.attend.triton_prefill import pages_tile
+from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
+from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
+from quantpage.ops.attend.interval.triton_plan import _order_kernel
+from quantpage.ops.attend.prefill.gluon import dense_tile
+from quantpage.ops.attend.prefill.triton import pages_tile
 from tests.kernels.aot import compile_kernel, resources
 
 FORMS = {

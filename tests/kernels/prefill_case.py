@@ -13,10 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantpage.ops.attend.gluon_prefill import dense_tile
-from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
-from quantpage.ops.attend.triton_prefill import pages_tile
-from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
+from quantpage.ops.attend.prefill.gluon import dense_tile
+from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
+from quantpage.ops.attend.prefill.triton import pages_tile
+from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from tests.kernels.aot import compile_kernel, resources
 
 CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}

@@ -14,7 +14,13 @@ from quantpage.cache import CacheLayout, PagedKVCache
 from quantpage.formats import FORMATS, KeyMap
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams, attend, merge_partials, reference
+from quantpage.ops.attend import (
+    CANDIDATES,
+    AttendParams,
+    attend,
+    merge_partials,
+    reference,
+)
 from quantpage.ops.dispatch import Call
 from quantpage.ops.rope_write import WriteParams
 from quantpage.ops.rope_write.reference import rope_write

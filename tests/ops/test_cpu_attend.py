@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, rotate
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask, RowIntervals, causal_document
-from quantpage.ops.attend import CANDIDATES, AttendParams, attend, cpu, reference
+from quantpage.ops.attend import (
+    CANDIDATES,
+    AttendParams,
+    attend,
+    cpu,
+    reference,
+)
 from quantpage.ops.dispatch import Call, choose
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case, poison
 

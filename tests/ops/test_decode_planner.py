@@ -7,7 +7,7 @@ import torch
 
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
-from quantpage.ops.attend.planner import MAX_ROWS, decode_tiles, row_tiles
+from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, row_tiles
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gpu_candidates import decode_refusals, gather_refusals, write_refusals
 

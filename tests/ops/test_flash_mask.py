@@ -14,7 +14,7 @@ from quantpage import masks
 from quantpage.formats import FORMATS
 from quantpage.masks import CausalMask, RowIntervals
 from quantpage.ops.attend import AttendParams, attend, reference, torch_blockwise
-from quantpage.ops.attend.mask_plan import (
+from quantpage.ops.attend.interval.plan import (
     EMPTY,
     FULL,
     PARTIAL,

@@ -26,9 +26,9 @@ from quantpage.formats import CODES, FORMATS, QuantSpec
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_op
-from quantpage.ops.attend.planner import DecodeTiles
+from quantpage.ops.attend.decode.launch import DecodeTiles
+from quantpage.ops.attend.decode.triton import attend
 from quantpage.ops.attend.reference import attend as reference
-from quantpage.ops.attend.triton_decode import attend
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)

@@ -11,8 +11,9 @@ from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, Step, assert_agrees, mak
 # isort: split
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams, prefill
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
+from quantpage.ops.attend.prefill import ways as prefill
 from quantpage.ops.attend.reference import attend as reference
 
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
 if HOPPER:
-    from quantpage.ops.attend import gluon_prefill
+    from quantpage.ops.attend.prefill import gluon as gluon_prefill
 
 # Operands of 11 bits (float16) or 8 (bfloat16), and an output of as many.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}

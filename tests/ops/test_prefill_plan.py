@@ -8,19 +8,19 @@ from quantpage.batch import plan_batch
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask
-from quantpage.ops.attend.prefill import (
-    Ways,
-    choose_ways,
-    gluon_refusals,
-    take_requests,
-    triton_refusals,
-)
-from quantpage.ops.attend.prefill_plan import (
+from quantpage.ops.attend.prefill.plan import (
     DenseShape,
     DenseTile,
     plan_pages,
     plan_passes,
     schedule,
+)
+from quantpage.ops.attend.prefill.ways import (
+    Ways,
+    choose_ways,
+    gluon_refusals,
+    take_requests,
+    triton_refusals,
 )
 from quantpage.ops.dispatch import Call
 

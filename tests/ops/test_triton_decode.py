@@ -32,11 +32,12 @@ from quantpage.batch import derive
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams, triton_decode
-from quantpage.ops.attend.planner import DecodeTiles
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.decode import triton as triton_decode
+from quantpage.ops.attend.decode.launch import DecodeTiles
+from quantpage.ops.attend.decode.triton import attend
+from quantpage.ops.attend.decode.triton_share import my_share
 from quantpage.ops.attend.reference import attend as reference
-from quantpage.ops.attend.triton_decode import attend
-from quantpage.ops.attend.triton_plan import my_share
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gpu_candidates import decode_refusals
 
@@ -186,7 +187,7 @@ def test_segments_join_to_the_whole(page_size, mask, joins):
     sinks = torch.randn(q.shape[1], device=DEVICE)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, sinks)
     ours = Implementation(
-        "triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [], joins=joins
+        "triton", "quantpage.ops.attend.decode.triton:attend", lambda call: [], joins=joins
     )
     out, lse = attend_op(q, layer, batch, params, ours)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)

@@ -17,16 +17,14 @@ from quantpage import masks
 from quantpage.batch import plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS
-from quantpage.ops.attend import (
-    AttendParams,
-    prefill,
-    triton_decode,
-    triton_flash_mask,
-    triton_prefill,
-)
-from quantpage.ops.gather.triton_gather import gather_request
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.decode import triton as triton_decode
+from quantpage.ops.attend.interval import triton as triton_flash_mask
+from quantpage.ops.attend.prefill import triton as triton_prefill
+from quantpage.ops.attend.prefill import ways as prefill
+from quantpage.ops.gather.triton import gather_request
 from quantpage.ops.rope_write import WriteParams
-from quantpage.ops.rope_write.triton_rope_write import rope_write
+from quantpage.ops.rope_write.triton import rope_write
 from quantpage.rope import rope_table
 
 pytestmark = TIER

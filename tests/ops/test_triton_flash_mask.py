@@ -14,18 +14,14 @@ from quantpage import masks
 from quantpage.batch import BatchPlan, derive
 from quantpage.formats import FORMATS
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend import (
-    AttendParams,
-    attend,
-    mask_plan,
-    reference,
-    triton_flash_mask,
-    triton_mask_plan,
-)
-from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
-from quantpage.ops.attend.mask_plan import MaskTile, lower
-from quantpage.ops.attend.triton_flash_mask import attend as triton_attend
-from quantpage.ops.attend.triton_flash_mask import lowered
+from quantpage.ops.attend import AttendParams, attend, reference
+from quantpage.ops.attend.interval import plan as mask_plan
+from quantpage.ops.attend.interval import triton as triton_flash_mask
+from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
+from quantpage.ops.attend.interval.candidates import MASK_CANDIDATES
+from quantpage.ops.attend.interval.plan import MaskTile, lower
+from quantpage.ops.attend.interval.triton import attend as triton_attend
+from quantpage.ops.attend.interval.triton import lowered
 from tests.masks.drawn import any_mask, every_kind
 from tests.ops.mask_cases import cached
 
@@ -40,7 +36,7 @@ def kernel(request, monkeypatch):
     """What serves the step, short as it is."""
     name = "triton_flash_mask"
     if request.param == "hopper":
-        from quantpage.ops.attend import gluon_flash_mask
+        from quantpage.ops.attend.interval import gluon as gluon_flash_mask
 
         name = "gluon_flash_mask"
         # So few rows would go to the portable kernel.

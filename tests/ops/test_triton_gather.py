@@ -9,7 +9,7 @@ from quantpage.cache.views import QuantizedPages
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.masks import FullMask
 from quantpage.ops.gather.reference import gather_request as reference
-from quantpage.ops.gather.triton_gather import gather_request, gather_rows
+from quantpage.ops.gather.triton import gather_request, gather_rows
 from tests.ops.triton_cases import DEVICE, GPU, TIER, Step, make_step
 
 pytestmark = TIER

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantpage.formats import rotate
-from quantpage.ops.triton_hadamard import rotate_in_place
+from quantpage.ops.triton.hadamard import rotate_in_place
 from tests.ops.triton_cases import DEVICE, TIER
 
 pytestmark = TIER

@@ -20,8 +20,10 @@ from tests.ops.triton_cases import (
 # isort: split
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams, prefill, triton_prefill
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
+from quantpage.ops.attend.prefill import triton as triton_prefill
+from quantpage.ops.attend.prefill import ways as prefill
 from quantpage.ops.attend.reference import attend as reference
 
 pytestmark = TIER

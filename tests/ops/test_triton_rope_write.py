@@ -10,7 +10,7 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import CODES, FORMATS, Granularity, KeyMap, QuantSpec
 from quantpage.ops.rope_write import QKNorm, WriteParams
 from quantpage.ops.rope_write.reference import rope_write as reference
-from quantpage.ops.rope_write.triton_rope_write import Shape, rope_write
+from quantpage.ops.rope_write.triton import Shape, rope_write
 from quantpage.rope import rope_table
 from tests.ops.triton_cases import DEVICE, GPU, TIER
 

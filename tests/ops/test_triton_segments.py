@@ -15,8 +15,11 @@ from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, TOLERANCE, Step, a
 from quantpage import masks
 from quantpage.formats import FORMATS
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams, attend, prefill, prefill_plan, triton_prefill
+from quantpage.ops.attend import AttendParams, attend
 from quantpage.ops.attend.params import exact_pairs
+from quantpage.ops.attend.prefill import plan as prefill_plan
+from quantpage.ops.attend.prefill import triton as triton_prefill
+from quantpage.ops.attend.prefill import ways as prefill
 from quantpage.ops.dispatch import Implementation
 from tests.ops.segment_cases import make_segments, oracle, spoil
 
@@ -24,19 +27,19 @@ pytestmark = TIER
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
 PORTABLE = Implementation(
-    "triton", "quantpage.ops.attend.triton_prefill:attend", lambda call: [], merge=MERGE
+    "triton", "quantpage.ops.attend.prefill.triton:attend", lambda call: [], merge=MERGE
 )
 DENSE = Implementation(
-    "gluon", "quantpage.ops.attend.gluon_prefill:attend", lambda call: [], merge=MERGE
+    "gluon", "quantpage.ops.attend.prefill.gluon:attend", lambda call: [], merge=MERGE
 )
 INTERVALS = Implementation(
-    "triton", "quantpage.ops.attend.triton_flash_mask:attend", lambda call: [], merge=MERGE
+    "triton", "quantpage.ops.attend.interval.triton:attend", lambda call: [], merge=MERGE
 )
 DENSE_INTERVALS = Implementation(
-    "gluon", "quantpage.ops.attend.gluon_flash_mask:attend", lambda call: [], merge=MERGE
+    "gluon", "quantpage.ops.attend.interval.gluon:attend", lambda call: [], merge=MERGE
 )
 DECODE = Implementation(
-    "triton", "quantpage.ops.attend.triton_decode:attend", lambda call: [], joins=True
+    "triton", "quantpage.ops.attend.decode.triton:attend", lambda call: [], joins=True
 )
 PAGE = 16
 EXACT = [name for name, form in FORMATS.items() if form.exact_pages is not None]
@@ -164,7 +167,7 @@ def test_interval_masks(name, kind, monkeypatch):
     step = Step((context - start,), (context,), PAGE, kv_heads=2, group=2, head_dim=32)
     runs = [INTERVALS]
     if HOPPER:
-        from quantpage.ops.attend import gluon_flash_mask
+        from quantpage.ops.attend.interval import gluon as gluon_flash_mask
 
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
         runs.append(DENSE_INTERVALS)
@@ -200,7 +203,7 @@ def test_what_is_not_finite_reaches_only_those_who_see_it(
     run = {"prefill": PORTABLE, "intervals": INTERVALS, "decode": DECODE}[kernel]
     runs = [run]
     if HOPPER and kernel != "decode" and least == 1:
-        from quantpage.ops.attend import gluon_flash_mask
+        from quantpage.ops.attend.interval import gluon as gluon_flash_mask
 
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
         runs.append(DENSE if kernel == "prefill" else DENSE_INTERVALS)

@@ -142,7 +142,7 @@ TOLERANCE = 1e-3
 def check_decode(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=None, dtype=None,
                  tolerance=TOLERANCE):  # fmt: skip
     """A decode launch of this shape (None: the planner's) against the float64 reference."""
-    from quantpage.ops.attend.triton_decode import attend
+    from quantpage.ops.attend.decode.triton import attend
 
     q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
     sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
@@ -165,7 +165,7 @@ def assert_agrees(out, lse, wanted, wanted_lse, tolerance: float, lse_tolerance:
 
 def check_replays(given, step: Step) -> None:
     """A graph of a decode step, captured once, replayed with other queries and lengths."""
-    from quantpage.ops.attend.triton_decode import attend
+    from quantpage.ops.attend.decode.triton import attend
 
     q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
     params = AttendParams(q.shape[-1] ** -0.5)

@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from quantpage.bench.mask_kinds import Made
 from quantpage.masks import END, ColumnIntervals
-from quantpage.ops.attend import triton_mask_plan
-from quantpage.ops.attend.mask_plan import MaskTile
+from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
+from quantpage.ops.attend.interval.plan import MaskTile
 
 BLOCK = 128
 

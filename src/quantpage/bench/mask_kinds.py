@@ -11,7 +11,7 @@ from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, quantize
 from quantpage.masks import ColumnIntervals
-from quantpage.ops.gather.triton_gather import gather_layer
+from quantpage.ops.gather.triton import gather_layer
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
 GROUP = Q_HEADS // KV_HEADS

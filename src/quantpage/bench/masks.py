@@ -39,16 +39,14 @@ from quantpage.bench.mask_kinds import (
 )
 from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
-from quantpage.ops.attend import (
-    AttendParams,
-    gluon_flash_mask,
-    gluon_prefill,
-    triton_decode,
-    triton_flash_mask,
-    triton_mask_plan,
-)
-from quantpage.ops.attend.mask_plan import MaskTile
-from quantpage.ops.gather.triton_gather import gather_layer
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.decode import triton as triton_decode
+from quantpage.ops.attend.interval import gluon as gluon_flash_mask
+from quantpage.ops.attend.interval import triton as triton_flash_mask
+from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
+from quantpage.ops.attend.interval.plan import MaskTile
+from quantpage.ops.attend.prefill import gluon as gluon_prefill
+from quantpage.ops.gather.triton import gather_layer
 
 GATE, FLEX_GATE = 8e-3, 1.5e-2
 LONG = 65536

@@ -35,7 +35,9 @@ from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.bench.prefill_peers import PAGE, PEERS, Case
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
-from quantpage.ops.attend import AttendParams, gluon_prefill, triton_prefill
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.prefill import gluon as gluon_prefill
+from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.gather import gather_request
 
 WARM_MS = 100

@@ -80,14 +80,12 @@ def _power_of_two(spec: QuantSpec) -> bool:
 
 DECODE_CANDIDATES = [
     Implementation(
-        "triton", "quantpage.ops.attend.triton_decode:attend", decode_refusals, joins=True
+        "triton", "quantpage.ops.attend.decode.triton:attend", decode_refusals, joins=True
     )
 ]
 WRITE_CANDIDATES = [
-    Implementation(
-        "triton", "quantpage.ops.rope_write.triton_rope_write:rope_write", write_refusals
-    )
+    Implementation("triton", "quantpage.ops.rope_write.triton:rope_write", write_refusals)
 ]
 GATHER_CANDIDATES = [
-    Implementation("triton", "quantpage.ops.gather.triton_gather:gather_request", gather_refusals)
+    Implementation("triton", "quantpage.ops.gather.triton:gather_request", gather_refusals)
 ]

@@ -13,7 +13,7 @@ def rotate_output(
 ) -> Float[Tensor, "tokens q_heads value_dim"]:
     """``formats.rotate`` of a result that nobody else holds: on a GPU it is overwritten."""
     if out.is_cuda and find_spec("triton") is not None:
-        from quantpage.ops.triton_hadamard import rotate_in_place
+        from quantpage.ops.triton.hadamard import rotate_in_place
 
         return rotate_in_place(out)
     return rotate(out)

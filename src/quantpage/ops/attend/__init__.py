@@ -16,10 +16,10 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
-from quantpage.ops.attend.mask_candidates import MASK_CANDIDATES
+from quantpage.ops.attend.interval.candidates import MASK_CANDIDATES
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill import PREFILL_CANDIDATES
+from quantpage.ops.attend.prefill.ways import PREFILL_CANDIDATES
 from quantpage.ops.checks import check_attend, needs_of, unchecked
 from quantpage.ops.cpu_refusals import refusals as cpu_refusals
 from quantpage.ops.dispatch import Implementation, refuse_nothing

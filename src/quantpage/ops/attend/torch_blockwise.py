@@ -15,7 +15,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend.mask_plan import EMPTY, FULL, tile_kinds
+from quantpage.ops.attend.interval.plan import EMPTY, FULL, tile_kinds
 from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact_pairs
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
 from quantpage.ops.checks import Needs, attends, unchecked

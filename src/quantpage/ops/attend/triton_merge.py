@@ -6,8 +6,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from quantpage.ops.attend.triton_pieces import LN2, LOG2E, join_row
-from quantpage.ops.attend.triton_plan import key_ranges
+from quantpage.ops.attend.decode.triton_pieces import LN2, LOG2E, join_row
+from quantpage.ops.attend.decode.triton_share import key_ranges
 
 
 @triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])

@@ -15,9 +15,9 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, row_tiles
+from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
-from quantpage.ops.attend.planner import DecodeTiles, decode_tiles, row_tiles
-from quantpage.ops.attend.triton_decode_kernel import decode_kernel
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 from quantpage.ops.checks import Needs, attends
 from quantpage.ops.gpu_candidates import decode_refusals
@@ -122,7 +122,7 @@ def attend(
         "maxnreg": tiles.registers, "launch_pdl": overlap,
     }  # fmt: skip
     if tiles.wgmma:
-        from quantpage.ops.attend.gluon_decode_kernel import decode_kernel as wgmma_kernel
+        from quantpage.ops.attend.decode.gluon_kernel import decode_kernel as wgmma_kernel
 
         wgmma_kernel[(programs,)](*given, *places, **fixed)
     else:

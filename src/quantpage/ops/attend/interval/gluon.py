@@ -1,6 +1,6 @@
 """Interval masks in prefill on Hopper: a 16-bit workspace and the tiles that the planner listed.
 
-As gluon_prefill (read that first), for masks: pages are dequantized once into a workspace, the
+As prefill/gluon (read that first), for masks: pages are dequantized once into a workspace, the
 planner lists what each query tile visits, and the kernel visits it. When the workspace would exceed
 its cap, passes run over kv_heads. Exact pages are few keys a query and go to the portable kernel.
 """
@@ -17,19 +17,19 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend.gluon_mask_kernel import mask_kernel
-from quantpage.ops.attend.gluon_prefill import dense_tile, descriptor, padded_width
-from quantpage.ops.attend.mask_candidates import gluon_mask_refusals
-from quantpage.ops.attend.mask_once import once_a_step
-from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile
+from quantpage.ops.attend.interval.candidates import gluon_mask_refusals
+from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
+from quantpage.ops.attend.interval.once import once_a_step
+from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile
+from quantpage.ops.attend.interval.triton import attend as portable
+from quantpage.ops.attend.interval.triton import lowered
+from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles, visit_order
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill_plan import WORKSPACE_BYTES
-from quantpage.ops.attend.triton_flash_mask import attend as portable
-from quantpage.ops.attend.triton_flash_mask import lowered
-from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles, visit_order
-from quantpage.ops.attend.triton_prefill import exponent_scale, workspace_dtype
+from quantpage.ops.attend.prefill.gluon import dense_tile, descriptor, padded_width
+from quantpage.ops.attend.prefill.plan import WORKSPACE_BYTES
+from quantpage.ops.attend.prefill.triton import exponent_scale, workspace_dtype
 from quantpage.ops.checks import Needs, attends, unchecked
-from quantpage.ops.gather.triton_gather import gather_layer
+from quantpage.ops.gather.triton import gather_layer
 
 FEW_ROWS = 256
 """Packed rows a request up to which pages are read directly: a workspace would be written for two
@@ -47,7 +47,7 @@ class MaskStep:
     spans: Tensor
     """int32 [requests, 5] (gather): request, 0, rows to write, context, first row."""
     work: Tensor
-    """int32 [items, 8]: see gluon_mask_kernel.WORK_FIELDS, in the order of the plan's items."""
+    """int32 [items, 8]: see gluon_kernel.WORK_FIELDS, in the order of the plan's items."""
 
 
 @lru_cache(maxsize=32)

@@ -5,14 +5,14 @@ planner listed for them: full ones run without mask code, partial ones load the 
 tiles on no list are not read. Short steps (decode, verification) cut each list into ``splits``
 programs, whose results are merged by log-sum-exp.
 
-triton_flash_parts says how codes and scales enter.
+flash/triton_parts says how codes and scales enter.
 """
 
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_flash_parts import LOG2E, accumulate, finish, load_queries, scores
-from quantpage.ops.attend.triton_mask_plan import hidden_rows, visible_range
+from quantpage.ops.attend.flash.triton_parts import LOG2E, accumulate, finish, load_queries, scores
+from quantpage.ops.attend.interval.triton_plan import hidden_rows, visible_range
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Decode: split-KV attention over quantized pages for 1 to 16 query tokens a request.
 
-One launch of a fixed grid walks equal shares of all tiles (triton_plan); rows that were cut are
+One launch of a fixed grid walks equal shares of all tiles (triton_share); rows that were cut are
 joined by it (triton_pieces) or by a second (triton_merge). Codes are read as 32-bit words
-(triton_words) and multiplied in float16, in which every code is exact; scales never touch a code:
+(ops/triton/words) and multiplied in float16, in which every code is exact; scales never touch one:
 
     S = (q . k_code) * k_scale[token] + sum(q) * k_zero[token]
     O = sum (p * v_scale[token]) v_code + sum(p * v_zero[token])
@@ -22,9 +22,9 @@ query's sum takes that off again.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_decode_parts import query_part, store_parts
-from quantpage.ops.attend.triton_pieces import finish_empty, join_cut
-from quantpage.ops.attend.triton_plan import (
+from quantpage.ops.attend.decode.triton_parts import query_part, store_parts
+from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
+from quantpage.ops.attend.decode.triton_share import (
     key_ranges,
     keys_of_all,
     my_share,
@@ -33,7 +33,7 @@ from quantpage.ops.attend.triton_plan import (
     shown_keys,
     tile_ranges,
 )
-from quantpage.ops.attend.triton_words import load_plane, log2_fast, unpack4, unpack8
+from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)

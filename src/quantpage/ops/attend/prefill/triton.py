@@ -1,7 +1,7 @@
 """Prefill on any CUDA GPU: the portable kernel, over pages or over a 16-bit workspace.
 
-The host side of triton_prefill_kernel: views in, nothing read back. Requests with many rows go
-through a workspace (attend/prefill), which is a layer of unquantized pages to the same kernel; the
+The host side of triton_kernel: views in, nothing read back. Requests with many rows go
+through a workspace (prefill/ways), which is a layer of unquantized pages to the same kernel; the
 others, and exact pages, are dequantized in registers.
 """
 
@@ -18,20 +18,20 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import CODES, QuantSpec
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import triton_decode
+from quantpage.ops.attend.decode import triton as triton_decode
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
-from quantpage.ops.attend.prefill import Ways, choose_ways, take_requests, triton_refusals
-from quantpage.ops.attend.prefill_plan import (
+from quantpage.ops.attend.prefill.plan import (
     DensePass,
     DenseShape,
     DenseTile,
     plan_pages,
     plan_passes,
 )
+from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
+from quantpage.ops.attend.prefill.ways import Ways, choose_ways, take_requests, triton_refusals
 from quantpage.ops.attend.triton_merge import merge_partials
-from quantpage.ops.attend.triton_prefill_kernel import prefill_pages_kernel
 from quantpage.ops.checks import Needs, attends, unchecked
-from quantpage.ops.gather.triton_gather import gather_layer
+from quantpage.ops.gather.triton import gather_layer
 
 LOG2E = 1.4426950408889634
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}

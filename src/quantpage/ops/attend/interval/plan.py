@@ -11,7 +11,7 @@ section 4.1), a query tile of a row mask by those of its ranges. That never call
 full that is not; it may call one partial that is empty (two intervals that together hide it) or
 full.
 
-``plan_tiles`` is the oracle of the device planner (triton_mask_plan) and lays its answer out in the
+``plan_tiles`` is the oracle of the device planner (triton_plan) and lays its answer out in the
 same way: one list of fixed capacity a query tile and mask head, full tiles ascending from the
 front, partial tiles from the back.
 """

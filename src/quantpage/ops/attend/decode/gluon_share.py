@@ -1,13 +1,13 @@
-"""triton_plan for the Hopper decode kernel: the same shares, with layouts; and its pages.
+"""triton_share for the Hopper decode kernel: the same shares, with layouts; and its pages.
 
-What triton_plan says of scalars or of one element serves both kernels as it is.
+What triton_share says of scalars or of one element serves both kernels as it is.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend import triton_plan
-from quantpage.ops.attend.gluon_compat import async_copy
+from quantpage.ops.attend.decode import triton_share as triton_plan
+from quantpage.ops.triton.gluon_compat import async_copy
 
 key_ranges = gluon.jit(triton_plan.key_ranges.fn)
 shown_keys = gluon.jit(triton_plan.shown_keys.fn)

@@ -12,7 +12,7 @@ K_SCALED, V_SCALED: 0 no scale, 1 one a token, 2 one a channel (static), 3 sever
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_codes import to_float16
+from quantpage.ops.triton.codes import to_float16
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)

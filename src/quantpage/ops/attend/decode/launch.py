@@ -41,7 +41,7 @@ class DecodeTiles:
     gather: int = 0
     """Pieces of a row that one program joins at once; 0: a launch of its own joins them."""
     wgmma: bool = False
-    """The Hopper kernel (gluon_decode_kernel): a warpgroup a program, codes in units of four."""
+    """The Hopper kernel (gluon_kernel): a warpgroup a program, codes in units of four."""
 
 
 def decode_tiles(

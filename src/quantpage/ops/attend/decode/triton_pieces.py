@@ -1,4 +1,4 @@
-"""Rows that were cut, joined by the program that arrives last; see triton_plan for who has what.
+"""Rows that were cut, joined by the program that arrives last; see triton_share for who has what.
 
 triton_merge's launch of its own joins them by the same arithmetic (``join_row``).
 

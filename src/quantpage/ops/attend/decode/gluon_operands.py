@@ -14,7 +14,7 @@ product wants of it: registers are renamed, never moved. Three ways in:
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend import triton_words
+from quantpage.ops.triton import words as triton_words
 
 # Bytes of two codes each -> the even codes and the odd ones, as stored: 8 too large.
 _NIBBLES = gl.constexpr(

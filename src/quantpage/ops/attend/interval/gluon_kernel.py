@@ -1,6 +1,6 @@
 """Interval masks on Hopper: one TMA warp feeds two warpgroups of wgmma with the planned key tiles.
 
-The sibling of gluon_prefill_kernel (read that first: tiles, pipeline and softmax are its own). What
+The sibling of prefill/gluon_kernel (read that first: tiles, pipeline and softmax are its own). What
 differs is where key tiles come from: the planner's list of the query tile, partial tiles first, of
 which only those load the mask's integers. The TMA warp reads the list one entry ahead, so that
 scattered tiles cost no more than neighbours. Each thread reads the bounds of one key, before the
@@ -14,14 +14,7 @@ the order and back, which evens out what a static share can.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.gluon_compat import (
-    fence_async_shared,
-    mbarrier,
-    tma_load,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from quantpage.ops.attend.gluon_flash_parts import (
+from quantpage.ops.attend.flash.gluon_parts import (
     LN2,
     capped,
     finish,
@@ -29,6 +22,13 @@ from quantpage.ops.attend.gluon_flash_parts import (
     online_softmax,
     start_barriers,
     start_rows,
+)
+from quantpage.ops.triton.gluon_compat import (
+    fence_async_shared,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 # Argument lists stay in rows.

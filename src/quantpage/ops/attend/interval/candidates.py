@@ -5,7 +5,7 @@ Imports no triton: dispatch asks for refusals on any machine.
 
 from dataclasses import replace
 
-from quantpage.ops.attend.prefill import TRITON_MERGE, gluon_refusals, triton_refusals
+from quantpage.ops.attend.prefill.ways import TRITON_MERGE, gluon_refusals, triton_refusals
 from quantpage.ops.dispatch import Call, Implementation
 
 
@@ -29,13 +29,13 @@ def _mask_refusals(call: Call) -> list[str]:
 MASK_CANDIDATES: list[Implementation] = [
     Implementation(
         "gluon",
-        "quantpage.ops.attend.gluon_flash_mask:attend",
+        "quantpage.ops.attend.interval.gluon:attend",
         gluon_mask_refusals,
         merge=TRITON_MERGE,
     ),
     Implementation(
         "triton",
-        "quantpage.ops.attend.triton_flash_mask:attend",
+        "quantpage.ops.attend.interval.triton:attend",
         triton_mask_refusals,
         merge=TRITON_MERGE,
     ),

@@ -21,7 +21,7 @@ from quantpage.ops.rope_write.triton_products import (
     widened,
 )
 from quantpage.ops.rope_write.triton_rows import scaled, store_parts, write_exact, write_rows
-from quantpage.ops.triton_hadamard import between_pieces, hadamard
+from quantpage.ops.triton.hadamard import between_pieces, hadamard
 
 
 @triton.jit

@@ -15,14 +15,14 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
-from quantpage.ops.attend.mask_candidates import triton_mask_refusals
-from quantpage.ops.attend.mask_once import once_a_step
-from quantpage.ops.attend.mask_plan import MaskTile, lower
+from quantpage.ops.attend.interval.candidates import triton_mask_refusals
+from quantpage.ops.attend.interval.once import once_a_step
+from quantpage.ops.attend.interval.plan import MaskTile, lower
+from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
+from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
-from quantpage.ops.attend.triton_flash_mask_kernel import flash_mask_kernel
-from quantpage.ops.attend.triton_mask_plan import mask_arguments, plan_tiles
-from quantpage.ops.attend.triton_prefill import (
+from quantpage.ops.attend.prefill.triton import (
     OPERANDS,
     PagesHalf,
     exponent_scale,

@@ -9,7 +9,7 @@ Numbers of a quantized cache are kept in float16: codes are exact in it and scal
 to 11 bits (bfloat16: 8). An unquantized cache keeps its dtype.
 
 Exact pages are few keys a query: that segment goes to the portable kernel, as do requests with too
-few rows to be worth a workspace (attend/prefill).
+few rows to be worth a workspace (prefill/ways).
 """
 
 from functools import lru_cache
@@ -23,13 +23,13 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import triton_prefill
-from quantpage.ops.attend.gluon_compat import TensorDescriptor
-from quantpage.ops.attend.gluon_prefill_kernel import prefill_kernel
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill import choose_ways, gluon_refusals
-from quantpage.ops.attend.prefill_plan import DensePass, DenseShape, DenseTile, plan_passes
+from quantpage.ops.attend.prefill import triton as triton_prefill
+from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
+from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
+from quantpage.ops.attend.prefill.ways import choose_ways, gluon_refusals
 from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.triton.gluon_compat import TensorDescriptor
 
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 

@@ -16,8 +16,8 @@ from quantpage.ops.checks import Needs, writes
 from quantpage.ops.gpu_candidates import write_refusals
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
+from quantpage.ops.rope_write.triton_kernel import write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
-from quantpage.ops.rope_write.triton_write_kernel import write_kernel
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 

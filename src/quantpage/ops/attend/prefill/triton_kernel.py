@@ -1,7 +1,7 @@
 """Prefill straight from pages in portable Triton: codes are dequantized in registers, tile by tile.
 
 A program takes BM rows of (token, query head of one kv_head) pairs and walks the keys that they may
-see; triton_flash_parts says how codes and scales enter.
+see; flash/triton_parts says how codes and scales enter.
 
 Keys come in two ranges, near the request's start (sink tokens, the first exact page) and up to the
 query; tiles that every row sees whole are computed without a mask.
@@ -10,11 +10,11 @@ query; tiles that every row sees whole are computed without a mask.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_flash_parts import LOG2E, accumulate, finish, load_queries, scores
+from quantpage.ops.attend.flash.triton_parts import LOG2E, accumulate, finish, load_queries, scores
 
 WORK_FIELDS: tl.constexpr = tl.constexpr(9)
-"""int32 a work item: prefill_plan.WORK_FIELDS names them."""
-# SEGMENT: 0 all, 1 body, 2 exact. K_SCALED, V_SCALED: triton_flash_parts.
+"""int32 a work item: prefill/plan.WORK_FIELDS names them."""
+# SEGMENT: 0 all, 1 body, 2 exact. K_SCALED, V_SCALED: flash/triton_parts.
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def prefill_pages_kernel(
     STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One program a (work item, kv_head); see prefill_plan for both tables."""
+    """One program a (work item, kv_head); see prefill/plan for both tables."""
     tile = tl.load(order + tl.program_id(0))
     head = tile % heads
     item = work + tile // heads * WORK_FIELDS

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.ops.attend.triton_codes import to_float16
 from quantpage.ops.checks import gathers
+from quantpage.ops.triton.codes import to_float16
 
 KEYS_A_TILE = 32
 

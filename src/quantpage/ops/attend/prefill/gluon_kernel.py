@@ -15,14 +15,7 @@ product of this one (4 to 7 % slower).
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.gluon_compat import (
-    fence_async_shared,
-    mbarrier,
-    tma_load,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from quantpage.ops.attend.gluon_flash_parts import (
+from quantpage.ops.attend.flash.gluon_parts import (
     LN2,
     LOG2E,
     capped,
@@ -32,9 +25,16 @@ from quantpage.ops.attend.gluon_flash_parts import (
     start_barriers,
     start_rows,
 )
+from quantpage.ops.triton.gluon_compat import (
+    fence_async_shared,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 WORK_FIELDS = gl.constexpr(9)
-"""int32 a work item: prefill_plan.WORK_FIELDS names them."""
+"""int32 a work item: prefill/plan.WORK_FIELDS names them."""
 
 
 @gluon.jit

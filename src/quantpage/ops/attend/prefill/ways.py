@@ -111,10 +111,10 @@ def _version(capability: tuple[int, int]) -> str:
 TRITON_MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
 PREFILL_CANDIDATES = [
     Implementation(
-        "gluon", "quantpage.ops.attend.gluon_prefill:attend", gluon_refusals, merge=TRITON_MERGE
+        "gluon", "quantpage.ops.attend.prefill.gluon:attend", gluon_refusals, merge=TRITON_MERGE
     ),
     Implementation(
-        "triton", "quantpage.ops.attend.triton_prefill:attend", triton_refusals, merge=TRITON_MERGE
+        "triton", "quantpage.ops.attend.prefill.triton:attend", triton_refusals, merge=TRITON_MERGE
     ),
 ]
 """In order of preference."""

@@ -4,7 +4,7 @@
     O [channels, rows] = V [channels, keys] p [keys, rows]          mma, V from registers
 
 Codes come by asynchronous copy and are unpacked in registers, where they are the first operand: 8
-to 64 query rows cost the same unpacking (gluon_decode_operands). Warps share the keys in the first
+to 64 query rows cost the same unpacking (gluon_operands). Warps share the keys in the first
 product and the channels in the second, so that p crosses warps through shared memory and each
 warp's outputs are whole. mma reads p there without the proxy fence that wgmma would need: that
 fence waits for every copy under way.
@@ -12,23 +12,14 @@ fence waits for every copy under way.
 A row's scores are taken from an anchor: its largest p * v_scale when the anchor was set, less
 SHIFT. It follows only where a score is more than SLACK above that, since p would leave float16. So
 most tiles reduce one flag instead of a maximum a row. The plan, cut rows, masks and their names are
-those of triton_decode_kernel.
+those of triton_kernel.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend import triton_words
-from quantpage.ops.attend.gluon_compat import (
-    async_copy,
-    fence_async_shared,
-    mma_v2,
-    thread_barrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from quantpage.ops.attend.gluon_decode_operands import (
+from quantpage.ops.attend.decode.gluon_operands import (
     byte_layout,
     byte_operand,
     copy_layout,
@@ -45,7 +36,7 @@ from quantpage.ops.attend.gluon_decode_operands import (
     value_operand,
     whole_score,
 )
-from quantpage.ops.attend.gluon_decode_plan import (
+from quantpage.ops.attend.decode.gluon_share import (
     copy_codes,
     here,
     key_ranges,
@@ -59,7 +50,16 @@ from quantpage.ops.attend.gluon_decode_plan import (
     tile_at,
     tile_ranges,
 )
-from quantpage.ops.attend.gluon_flash_parts import LN2, LOG2E
+from quantpage.ops.attend.flash.gluon_parts import LN2, LOG2E
+from quantpage.ops.triton import words as triton_words
+from quantpage.ops.triton.gluon_compat import (
+    async_copy,
+    fence_async_shared,
+    mma_v2,
+    thread_barrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 log2_fast = gluon.jit(triton_words.log2_fast.fn)
 
@@ -138,8 +138,8 @@ def decode_kernel(
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Arguments as in triton_decode_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
-    # Integer codes are multiplied as bytes, others as units (gluon_decode_operands).
+    """Arguments as in triton_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
+    # Integer codes are multiplied as bytes, others as units (gluon_operands).
     BYTES: gl.constexpr = K_CODE == 1 or K_CODE == 3
     BLOCK: gl.constexpr = 64 if K_CODE == 3 else 128
     K_UNITS: gl.constexpr = HEAD_DIM // (4 if K_CODE == 2 else 128 // BLOCK)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend.mask_plan import MaskPlan, MaskTile, query_tiles
+from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile, query_tiles
 from quantpage.ops.attend.params import SEGMENTS, Segment
 
 END: tl.constexpr = tl.constexpr(2**31 - 1)

@@ -1,0 +1,1 @@
+"""What the kernels of prefill and of interval masks share."""

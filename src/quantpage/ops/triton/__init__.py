@@ -1,0 +1,1 @@
+"""What kernels of several ops share, in Triton and Gluon."""
