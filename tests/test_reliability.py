@@ -18,7 +18,7 @@ NAMED = sorted({name for row in ROWS for name in re.findall(r"`(tests/\S+::\S+)`
 
 
 @lru_cache
-def tests_of(path: str) -> set[str]:
+def names_in(path: str) -> set[str]:
     body = ast.parse((ROOT / path).read_text()).body
     return {each.name for each in body if isinstance(each, ast.FunctionDef)}
 
@@ -26,7 +26,7 @@ def tests_of(path: str) -> set[str]:
 @pytest.mark.parametrize("name", NAMED)
 def test_every_test_that_the_table_names_exists(name):
     path, test = name.split("::")
-    assert test.startswith("test_") and test in tests_of(path)
+    assert test.startswith("test_") and test in names_in(path)
 
 
 def test_every_defect_has_a_promise_and_a_test():

@@ -1,4 +1,4 @@
-"""Defects that other systems shipped, as tests that this one passes; docs/reliability.md lists them.
+"""Defects that other systems shipped, as tests that this one passes (docs/reliability.md).
 
 Each is named after what it protects from and runs over every implementation that this machine has:
 plain torch, the compiled core, and the Triton kernels on a GPU or in Triton's interpreter.
