@@ -93,9 +93,18 @@ def progress() -> Progress:
     )
 
 
-def new_table(*columns: str, title: str | None = None) -> Table:
-    """A table without lines down its sides: the first column to the left, the others right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def new_table(*columns: str, left: int = 1) -> Table:
+    """A table without lines down its sides: ``left`` columns of words, the others of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for at, name in enumerate(columns):
-        table.add_column(name, justify="right" if at else "left")
+        table.add_column(name, justify="left" if at < left else "right")
     return table
+
+
+def in_units(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1000 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"

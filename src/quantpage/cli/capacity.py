@@ -1,58 +1,142 @@
 """`quantpage capacity`: how many tokens and requests fit in a memory, per format."""
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from quantpage.console import OUT
+from quantpage import console
+from quantpage.cache.sizes import LayerPlan, held_bytes, prompt_bytes, unquantized_bytes
+from quantpage.cli.options import AsJson, PageSize
+from quantpage.cli.shapes import TP, Counted, HeadDim, KVHeads, Layers, ModelOrNone, read_counted
 from quantpage.errors import FormatError
-from quantpage.formats import FORMATS, KVFormat
-
-if TYPE_CHECKING:
-    from quantpage.integrations.hf_transformers.model import ModelShape
+from quantpage.formats import FORMATS
+from quantpage.formats.per_layer import LayerFormats, split_choices
 
 _UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def command(
-    model: Annotated[str, typer.Option(help="Model folder (only its configuration is read).")],
-    memory: Annotated[str, typer.Option(help="Memory for the cache, such as 40GiB or 800MB.")],
-    context: Annotated[int, typer.Option(help="Tokens of one request.")] = 8192,
-    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
-) -> None:
-    """Tokens and requests that fit, per format, from the layout that the cache allocates."""
-    from quantpage.integrations.hf_transformers.model import load_config, model_shape
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one format takes, and how much of it fits."""
 
+    format: str
+    bytes_per_token: int
+    """That one more token takes for good: of layers without a window."""
+    request_bytes: int
+    """That a request of the context holds between steps, states of other layers counted."""
+    sixteen_bit_bytes: int
+    """What Transformers' own cache holds of it, the same states counted."""
+    prompt_bytes: int
+    """The most that its prompt takes while it is computed."""
+    requests: int
+    """Of the context, of which one is still computing its prompt."""
+    longest: int
+    """Tokens of one request that fills the memory."""
+
+
+def command(
+    memory: Annotated[str, typer.Option(help="Memory of one device, such as 40GiB or 800MB.")],
+    model: ModelOrNone = None,
+    layers: Layers = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 8192,
+    kv_format: Annotated[
+        str, typer.Option(help="Only these, comma separated; also one a layer. Default: all.")
+    ] = "",
+    tp: TP = 1,
+    weights: Annotated[
+        str, typer.Option(help="Taken off the memory first: bf16, int8 or none.")
+    ] = "none",
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens a step; default: the whole prompt.")
+    ] = None,
+    page_size: PageSize = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens and requests that fit, per format, from the layouts that the cache allocates.
+
+    Counted as attach allocates it: windows, latents, states of other layers, pages kept exact. A
+    model that attach refuses is refused.
+    """
     budget = parse_bytes(memory)
-    if context < 1:
-        raise ValueError(f"context: expected at least 1 token, got {context}")
-    shape = model_shape(load_config(model))
-    table = Table(
-        title=f"{budget / 2**30:.4g} GiB, {shape.layers} layers, {shape.kv_heads} kv_heads, "
-        f"head_dim {shape.head_dim}, page_size {page_size}",
-        title_justify="left",
-    )
-    for column in ("format", "bytes a token", "tokens", f"requests of {context:,}", "against none"):
-        table.add_column(column, justify="left" if column == "format" else "right")
-    baseline = tokens_in(budget, shape, FORMATS["none"], page_size)
-    refused = []
-    for name, each in FORMATS.items():
+    counted = read_counted(model, layers, kv_heads, head_dim, tp)
+    taken = _weights(counted, weights, tp)
+    if taken >= budget:
+        raise ValueError(
+            f"memory: expected more than the weights ({taken / 2**30:.4g} GiB a device in "
+            f"{weights}), got {memory}"
+        )
+    rows, refused = [], {}
+    for name in split_choices(kv_format) or FORMATS:
         try:
-            per_token = shape.layers * shape.layout(each, page_size).bytes_per_token()
+            plans = counted.plans(LayerFormats.parse(name), page_size)
         except FormatError as error:
-            table.add_row(name)
-            refused.append(f"{name}: not for this head_dim. {error}")
+            if kv_format:
+                raise
+            refused[name] = str(error)
             continue
-        tokens = tokens_in(budget, shape, each, page_size)
-        requests = requests_in(budget, shape, each, page_size, context)
-        ratio = f"{tokens / baseline:.2f}x" if baseline else "-"
-        table.add_row(name, f"{per_token:,}", f"{tokens:,}", f"{requests:,}", ratio)
-    OUT.print(table)
-    for reason in refused:
-        OUT.print(reason)
+        rows.append(row_of(name, plans, counted.state_bytes, budget - taken, context, chunk))
+    if as_json:
+        console.print_json(
+            {
+                "memory_bytes": budget,
+                "weight_bytes": taken,
+                "tp": tp,
+                "context": context,
+                "chunk": chunk,
+                "page_size": page_size,
+                "cache": counted.about,
+                "state_bytes": counted.states,
+                "rows": [asdict(row) for row in rows],
+                "refused": refused,
+            }
+        )
+        return
+    _print(rows, refused, counted, context)
+    _print_base(counted, budget, taken, weights, tp)
+
+
+def row_of(
+    name: str,
+    plans: Sequence[LayerPlan],
+    state_bytes: int,
+    budget: int,
+    context: int,
+    chunk: int | None,
+) -> Row:
+    """One format, of which layers have these ``plans``, in ``budget`` bytes."""
+    held = held_bytes(plans, context) + state_bytes
+    peak = prompt_bytes(plans, context, chunk=chunk) + state_bytes
+    return Row(
+        format=name,
+        bytes_per_token=sum(e.layout.bytes_per_token() for e in plans if not e.reach.limited),
+        request_bytes=held,
+        sixteen_bit_bytes=unquantized_bytes(plans, context) + state_bytes,
+        prompt_bytes=peak,
+        # All but one are held, and that one computes its prompt.
+        requests=(budget - peak) // held + 1 if peak <= budget else 0,
+        longest=longest_in(plans, budget - state_bytes),
+    )
+
+
+def longest_in(plans: Sequence[LayerPlan], budget: int) -> int:
+    """Tokens of the longest request that is held in ``budget`` bytes; a number without end where
+    every layer has a window that fits is cut off at 2^40."""
+    kinds = {plan: list(plans).count(plan) for plan in dict.fromkeys(plans)}
+
+    def fits(tokens: int) -> bool:
+        return sum(n * plan.held_bytes(tokens) for plan, n in kinds.items()) <= budget
+
+    low, high = 0, 1 << 40
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def parse_bytes(text: str) -> int:
@@ -66,18 +150,55 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def tokens_in(budget: int, shape: "ModelShape", kv_format: KVFormat, page_size: int) -> int:
-    """Tokens of one request that fill ``budget``: whole pages, its exact pages counted."""
-    layout = shape.layout(kv_format, page_size)
-    left = budget // shape.layers - layout.exact_bytes_per_request()
-    return max(0, layout.pages_in(left)) * page_size
+def _weights(counted: Counted, weights: str, tp: int) -> int:
+    if weights not in ("bf16", "int8", "none"):
+        raise ValueError(f"weights: expected bf16, int8 or none; got {weights!r}")
+    if weights == "none":
+        return 0
+    if counted.config is None:
+        raise ValueError("weights: expected none without --model, as no weights are known")
+    from quantpage.integrations.hf_transformers.checkpoint import errors_in_one_sentence
+    from quantpage.integrations.hf_transformers.sizes import weight_bytes
+
+    with console.status("counting the weights"), errors_in_one_sentence("the model"):
+        return weight_bytes(counted.config, weights, tp)
 
 
-def requests_in(
-    budget: int, shape: "ModelShape", kv_format: KVFormat, page_size: int, context: int
-) -> int:
-    """Requests of ``context`` tokens that fit, each with its own last page and exact pages."""
-    layout = shape.layout(kv_format, page_size)
-    pages = -(-context // page_size)
-    request = pages * layout.bytes_per_page() + layout.exact_bytes_per_request()
-    return budget // (shape.layers * request)
+def _print(rows: list[Row], refused: dict[str, str], counted: Counted, context: int) -> None:
+    console.print_line(counted.about)
+    table = console.new_table(
+        "format",
+        "bytes a\ntoken",
+        f"a request\nof {context:,}",
+        "of 16\nbit",
+        "its\nprompt",
+        "requests",
+        "longest\nrequest",
+    )
+    for row in rows:
+        table.add_row(
+            row.format,
+            f"{row.bytes_per_token:,}",
+            console.in_units(row.request_bytes),
+            f"{row.request_bytes / row.sixteen_bit_bytes:.1%}",
+            console.in_units(row.prompt_bytes),
+            f"{row.requests:,}",
+            f"{row.longest:,}" if row.longest < 1 << 40 else "any",
+        )
+    console.OUT.print(table)
+    for name, reason in refused.items():
+        console.print_line(f"{name}: not for this model. {reason}")
+
+
+def _print_base(counted: Counted, budget: int, taken: int, weights: str, tp: int) -> None:
+    where = f"on each of {tp} devices" if tp > 1 else "on one device"
+    console.print_line(
+        f"{console.in_units(budget - taken)} for the cache {where}"
+        + (f", beside {console.in_units(taken)} of weights in {weights}" if taken else "")
+        + ". of 16 bit: against Transformers' own cache. its prompt: the most that one request "
+        "takes while its prompt is computed; all other requests are held meanwhile."
+    )
+    for kind, size in counted.states.items():
+        console.print_line(
+            f"{kind}: {console.in_units(size)} of states a request, not quantized, counted"
+        )

@@ -104,7 +104,7 @@ def to_table(rows: list[Forced], answer: Answer) -> Table:
         own = row is reference
         table.add_row(
             row.cache,
-            in_units(row.held_bytes),
+            console.in_units(row.held_bytes),
             f"{row.held_bytes / reference.held_bytes:.0%}",
             f"{row.prompt_tokens_per_s:.1f}",
             "-" if decode is None else f"{decode:.1f}",
@@ -125,12 +125,3 @@ def explanation(rows: list[Forced], answer: Answer, page_size: int) -> str:
         f"{pages * page_size:,} tokens at least. same token, KL (nats a token): against "
         f"{REFERENCE}; `none` shows what the arithmetic alone changes."
     )
-
-
-def in_units(size: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"

@@ -108,7 +108,7 @@ def _heads_in_words(call: Call) -> str:
 
 
 def _print_table(choices: Sequence[Choice]) -> None:
-    table = console.new_table("format", *OPS)
+    table = console.new_table("format", *OPS, left=1 + len(OPS))
     for name in dict.fromkeys(each.format for each in choices):
         chosen = {each.op: each.chosen or "nothing" for each in choices if each.format == name}
         table.add_row(name, *(chosen[op] for op in OPS))
@@ -160,9 +160,15 @@ def _as_data(call: Call, choices: Sequence[Choice]) -> dict[str, Any]:
 
 def _heads(model: str) -> dict[str, Any]:
     """What a model folder's configuration says of a ``Call``."""
-    from quantpage.integrations.hf_transformers.model import load_config, model_shape
+    from quantpage.integrations.hf_transformers.model import (
+        load_config,
+        model_shape,
+        refuse_unsupported,
+    )
 
-    shape = model_shape(load_config(model))
+    config = load_config(model)
+    refuse_unsupported(config)
+    shape = model_shape(config)
     return {
         "dtype": shape.dtype,
         "q_heads": shape.q_heads,

@@ -1,59 +1,98 @@
 """`quantpage formats`: every format, generated from FORMATS."""
 
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import asdict, dataclass
 
-import typer
-from rich.table import Table
-
-from quantpage.console import OUT
+from quantpage import console
+from quantpage.cli.options import AsJson
+from quantpage.cli.shapes import HeadDim, KVHeads, Layers, ModelOrNone, read_counted
 from quantpage.errors import FormatError
 from quantpage.formats import ALIASES, FORMATS, KVFormat, QuantSpec
+from quantpage.formats.per_layer import LayerFormats
+
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One format in words."""
+
+    format: str
+    codes: str
+    scale_for_each: str
+    scales: str
+    bits_per_value: str
+    bytes_per_token: int | None
+    """Of all layers without a window; None: no model is known."""
+    exact_pages: int
+    """Pages a request that are kept in 16 bits beside the codes."""
+    also_called: tuple[str, ...]
+    summary: str
 
 
 def command(
-    model: Annotated[
-        str | None, typer.Option(help="Model folder: adds the bytes one of its tokens takes.")
-    ] = None,
-    head_dim: Annotated[
-        int, typer.Option(min=1, help="Channels of a head, for bits a value.")
-    ] = 128,
+    model: ModelOrNone = None,
+    layers: Layers = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the cache formats: bits, who owns a scale, static or dynamic, bytes a token."""
-    shape = None
-    if model is not None:
-        from quantpage.integrations.hf_transformers.model import load_config, model_shape
+    """List the cache formats: bits, who owns a scale, static or dynamic, bytes a token.
 
-        shape = model_shape(load_config(model))
-        head_dim = shape.head_dim
-    table = Table(title=f"Formats at head_dim {head_dim}", title_justify="left")
-    for column in ("format", "codes", "a scale for each", "scales", "bits a value"):
-        table.add_column(column)
-    if shape is not None:
-        table.add_column("bytes a token", justify="right")
-    refused = []
+    Bytes are those of a model, or of --layers, --kv-heads and --head-dim; --head-dim alone is for
+    bits a value.
+    """
+    counted = None
+    if model is not None or layers is not None or kv_heads is not None:
+        counted = read_counted(model, layers, kv_heads, head_dim, tp=1)
+        head_dim = counted.head_dim
+    width = HEAD_DIM if head_dim is None else head_dim
+    rows, refused = [], {}
     for name, each in FORMATS.items():
         try:
-            row = [_of_both(each, describe, head_dim) for describe in _COLUMNS]
-            if shape is not None:
-                row.append(f"{shape.layers * shape.layout(each, 64).bytes_per_token():,}")
+            size = None
+            if counted is not None:
+                plans = counted.plans(LayerFormats(each), 64)
+                size = sum(e.layout.bytes_per_token() for e in plans if not e.reach.limited)
+            rows.append(_row(each, width, size))
         except FormatError as error:
-            row = []
-            refused.append(f"{name}: not for this head_dim. {error}")
-        table.add_row(name, *row)
-    OUT.print(table)
-    for reason in refused:
-        OUT.print(reason)
-    for name, each in FORMATS.items():
-        if each.exact_pages is not None:
-            OUT.print(
-                f"{name}: a query sees the first page, its own and the one before unquantized; "
-                f"{each.exact_pages.kept_pages} pages a request are kept so, in 16 bits."
-            )
-    for name in FORMATS:
-        others = ", ".join(alias for alias, target in ALIASES.items() if target == name)
-        if others:
-            OUT.print(f"{name}: also called {others}.")
+            refused[name] = str(error)
+    if as_json:
+        console.print_json(
+            {"head_dim": width, "formats": [asdict(row) for row in rows], "refused": refused}
+        )
+        return
+    about = f"head_dim {width}" if counted is None else counted.about
+    _print(rows, refused, about, counted is not None)
+
+
+def _row(each: KVFormat, head_dim: int, size: int | None) -> Row:
+    codes, owner, when, bits = (_of_both(each, describe, head_dim) for describe in _COLUMNS)
+    aliases = tuple(alias for alias, target in ALIASES.items() if target == each.name)
+    kept = 0 if each.exact_pages is None else each.exact_pages.kept_pages
+    return Row(each.name, codes, owner, when, bits, size, kept, aliases, each.summary)
+
+
+def _print(rows: list[Row], refused: dict[str, str], about: str, sized: bool) -> None:
+    console.print_line(about)
+    columns = ["format", "codes", "a scale\nfor each", "scales", "bits a\nvalue"]
+    table = console.new_table(*columns, *(["bytes a\ntoken"] if sized else []), left=4)
+    for row in rows:
+        cells = [row.format, row.codes, row.scale_for_each, row.scales, row.bits_per_value]
+        table.add_row(*cells, *([f"{row.bytes_per_token:,}"] if sized else []))
+    console.OUT.print(table)
+    for name, reason in refused.items():
+        console.print_line(f"{name}: not for this head_dim. {reason}")
+    exact = [row for row in rows if row.exact_pages]
+    if exact:
+        console.print_line(
+            f"{', '.join(row.format for row in exact)}: a query sees the first page, its own and "
+            f"the one before unquantized; up to {max(row.exact_pages for row in exact)} pages a "
+            "request are kept so, in 16 bits."
+        )
+    for row in rows:
+        if row.also_called:
+            console.print_line(f"{row.format}: also called {', '.join(row.also_called)}.")
 
 
 def _of_both(kv_format: KVFormat, describe: Callable[[QuantSpec, int], str], head_dim: int) -> str:

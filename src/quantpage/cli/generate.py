@@ -120,7 +120,7 @@ def _drop(text: str) -> None:
 
 def _report(answer: "Answer", rows: "list[Forced]", request: "GenerateRequest") -> None:
     """What the answer took, on stderr."""
-    from quantpage.cli.comparison import explanation, in_units, to_table
+    from quantpage.cli.comparison import explanation, to_table
 
     new = len(answer.answer_ids)
     console.note("")
@@ -128,8 +128,8 @@ def _report(answer: "Answer", rows: "list[Forced]", request: "GenerateRequest") 
     # The first token is the prompt's.
     console.note(f"answer  {_speed(new - 1, answer.decode_seconds)} after the first")
     console.note(
-        f"cache   {in_units(answer.held_bytes)} held in {request.kv_format}; "
-        f"{in_units(answer.sixteen_bit_bytes)} are the same tokens in the model's dtype"
+        f"cache   {console.in_units(answer.held_bytes)} held in {request.kv_format}; "
+        f"{console.in_units(answer.sixteen_bit_bytes)} are the same tokens in the model's dtype"
     )
     if answer.finish == "length":
         console.note(f"cut off at --max-new-tokens {request.max_new_tokens}")

@@ -217,8 +217,8 @@ def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
 
 def held_bytes(cache: Any) -> int:
     """What a cache's tensors take: ours as allocated, Transformers' by its layers."""
-    if hasattr(cache, "used_bytes"):
-        return getattr(cache, "allocated_bytes", cache.used_bytes)()
+    if hasattr(cache, "allocated_bytes"):
+        return cache.allocated_bytes()
     planes = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(each.nbytes for each in planes if isinstance(each, torch.Tensor))
 

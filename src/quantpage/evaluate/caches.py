@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import DynamicCache, QuantizedCache
 
-from quantpage.cache import CacheLayout
 from quantpage.evaluate.score import Attaching
 from quantpage.formats import FORMATS
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import model_shape
+from quantpage.integrations.hf_transformers.sizes import cache_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,16 @@ class Candidate:
 
 def ours(config: Any, name: str, page_size: int) -> Candidate:
     """A row for one of our formats, or for one a layer."""
-    shape = model_shape(config)
-    chosen = LayerFormats.parse(name)
-    formats = chosen.of_layers(shape.layers)
-    layouts = [
-        CacheLayout(shape.kv_heads, shape.head_dim, each, page_size, torch.bfloat16)
-        for each in formats
-    ]
-    bits = [
-        spec.bits_per_value(shape.head_dim) for each in formats for spec in (each.key, each.value)
-    ]
-    kept = max(0 if each.exact_pages is None else each.exact_pages.kept_pages for each in formats)
-    exact = f"<= {kept * page_size}" if kept else "0"
+    shape = replace(cache_shape(config), dtype=torch.bfloat16)
+    layouts = [plan.layout for plan in shape.layers(LayerFormats.parse(name), page_size)]
+    bits, numbers = 0.0, 0
+    for each in layouts:
+        for spec, width in ((each.format.key, each.head_dim), (each.format.value, each.v_dim)):
+            bits += spec.bits_per_value(width) * width * each.kv_heads
+            numbers += width * each.kv_heads
+    exact = (each.format.exact_pages for each in layouts)
+    kept = max(0 if each is None else each.kept_pages for each in exact)
+    words = f"<= {kept * page_size}" if kept else "0"
 
     @contextmanager
     def attaching(model: Any) -> Iterator[Callable[[], Any]]:
@@ -55,9 +53,9 @@ def ours(config: Any, name: str, page_size: int) -> Candidate:
 
     return Candidate(
         name=name,
-        bits_per_value=sum(bits) / len(bits),
+        bits_per_value=bits / numbers,
         bytes_per_token=sum(each.bytes_per_token() for each in layouts),
-        sixteen_bit_tokens=exact if any(each.quantized for each in formats) else "all",
+        sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
         attaching=attaching,
     )
 

@@ -23,9 +23,12 @@ _SHOWN = 3
 def find_files(path: str | Path) -> tuple[Path, str | None]:
     """The folder that holds a model, and the GGUF file in it where there is no config.json.
 
-    Raises FileNotFoundError in one sentence when ``path`` is no model.
+    ``path``: the folder, its config.json or a .gguf file. Raises FileNotFoundError in one sentence
+    when it is no model.
     """
     path = Path(path)
+    if path.is_file() and path.name == "config.json":
+        return path.parent, None
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if not path.is_dir():
