@@ -20,8 +20,11 @@ assert cpu_core.find_core() is not None, cpu_core.absence()
 
 import pytest
 
-names = ("attend", "rope_write", "products")
-tests = [f"tests/ops/test_cpu_{name}.py" for name in names]
+names = (
+    "cpu_attend", "cpu_intervals", "cpu_rope_write", "cpu_products",
+    "unlike_values", "hidden_numbers", "far_pages",
+)
+tests = [f"tests/ops/test_{name}.py" for name in names]
 quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 sys.exit(pytest.main([*tests, *quiet, *sys.argv[2:]]))
 PYTHON

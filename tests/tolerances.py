@@ -1,6 +1,6 @@
 """How far an implementation may be from the float64 reference, and where the numbers come from.
 
-``assert_agrees`` measures what is allowed: twice the error of plain attention in a 16-bit dtype on
+``allowed`` measures what may be off: twice the error of plain attention in a 16-bit dtype on
 the same values, and a floor of a few units of the output's own dtype. The two functions below it
 bound float32 arithmetic from its unit, for implementations that round nothing to 16 bits.
 
@@ -9,10 +9,13 @@ sqrt(n) u in practice. Attention is two of them (head_dim, then context) with an
 between, which turns an absolute error of a score into a relative one of a weight.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
+from quantpage.formats import rotate
 from quantpage.ops.attend import AttendParams, reference
 from quantpage.ops.attend.params import exact_pairs
 from quantpage.ops.gather.reference import gather_request
@@ -20,6 +23,58 @@ from quantpage.ops.gather.reference import gather_request
 FLOAT32_UNIT = 2.0**-24
 FLOOR = 16
 """Units of the output's dtype, of the step's largest number, that any order of sums may cost."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a step's results are, and how far off they may be."""
+
+    want: torch.Tensor
+    want_lse: torch.Tensor
+    error: torch.Tensor
+    """[q_heads, 1]: of a head's outputs."""
+    lse_error: torch.Tensor
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """AssertionError says what is off, and by how much."""
+        empty = self.want_lse.isneginf()
+        assert torch.equal(lse.isneginf(), empty)
+        assert out[empty].eq(0).all()
+        if empty.all():
+            return
+        floor = FLOOR * torch.finfo(out.dtype).eps * self.want.abs().max()
+        off = (out.double() - self.want).abs().amax(-1) - self.error[:, 0] - floor
+        worst = (out.double() - self.want)[~empty].abs().max()
+        over = off[~empty].max()
+        assert over <= 0, f"output: error {worst:.3g}, {over:.3g} more than allowed"
+        wrong = (lse.double() - self.want_lse)[~empty].abs()
+        slack = FLOOR * FLOAT32_UNIT * (1 + self.want_lse[~empty].abs())
+        assert (wrong <= self.lse_error + slack).all(), (
+            f"log-sum-exp: error {wrong.max():.3g}, allowed {self.lse_error:.3g}"
+        )
+
+
+def allowed(
+    q: torch.Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    low: torch.dtype = torch.float16,
+    model_basis: bool = False,
+) -> Allowed:
+    """Twice the error of a run in ``low`` on the same values; a head's is that of its worst row,
+    because single rows of the plain run may be lucky.
+
+    model_basis: outputs are turned back, as attend's own argument says.
+    """
+    want, want_lse = reference.attend(q, layer, batch, params)
+    plain, plain_lse = attend_in(low, q, layer, batch, params)
+    if model_basis and layer.value.spec.rotation == "hadamard":
+        want, plain = rotate(want), rotate(plain)
+    seen = ~want_lse.isneginf()
+    error = 2 * (plain - want).abs().amax((0, -1)).unsqueeze(-1)
+    lse_error = 2 * (plain_lse - want_lse)[seen].abs().max() if seen.any() else torch.zeros(())
+    return Allowed(want, want_lse, error, lse_error)
 
 
 def assert_agrees(
@@ -30,29 +85,8 @@ def assert_agrees(
     params: AttendParams,
     low: torch.dtype = torch.float16,
 ) -> None:
-    """Output and log-sum-exp of a step are as good as twice the error of a run in ``low``.
-
-    got: in the basis of the cache. The error of a row of the output is its largest; rows that see
-    nothing must be 0 and -inf.
-    """
-    out, lse = got[0].double(), got[1].double()
-    want, want_lse = reference.attend(q, layer, batch, params)
-    plain, plain_lse = attend_in(low, q, layer, batch, params)
-    empty = want_lse.isneginf()
-    assert torch.equal(lse.isneginf(), empty)
-    assert out[empty].eq(0).all()
-    unit = FLOOR * torch.finfo(got[0].dtype).eps
-    size = want.abs().max() if want.numel() else 0.0
-    error, allowed = (out - want).abs().amax(-1), 2 * (plain - want).abs().amax((0, -1))
-    # A head's error is that of its worst row: single rows of the plain run may be lucky.
-    over = error - allowed[None] - unit * size
-    assert (over[~empty] <= 0).all(), (
-        f"output: error {error[~empty].max():.3g}, {over[~empty].max():.3g} more than allowed"
-    )
-    off, may = (lse - want_lse)[~empty].abs(), (plain_lse - want_lse)[~empty].abs()
-    assert (off <= 2 * may.max() + FLOOR * FLOAT32_UNIT * (1 + want_lse[~empty].abs())).all(), (
-        f"log-sum-exp: error {off.max():.3g}, plain {low} {may.max():.3g}"
-    )
+    """One result of a step, in the basis of the cache; see ``allowed``."""
+    allowed(q, layer, batch, params, low).check(*got)
 
 
 def attend_in(

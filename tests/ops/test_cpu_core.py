@@ -1,5 +1,6 @@
 """Finding the compiled core, and what is said where there is none."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,30 @@ def call():
     return example_call(device_info("cpu"), FORMATS["int8"])
 
 
-def test_there_is_a_core_or_a_reason():
-    assert (cpu_core.find_core() is None) == bool(cpu_core.absence())
+def test_where_a_compiler_is_there_is_a_core():
+    """An installation without one says why; a compiler is not such a reason."""
+    if shutil.which("c++") or shutil.which("g++"):
+        assert cpu_core.absence() == ""
+        found = cpu_core.core()
+        assert cpu_core.ISAS[found.isa] in ("baseline", "avx2", "avx512")
+        numbers = torch.ones(1 << 12, dtype=torch.int64)
+        assert found.read(numbers.data_ptr(), 1 << 15, 1) == 1 << 12
+    else:
+        assert cpu_core.find_core() is None
+        assert "no compiled core" in cpu_core.absence()
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_file_that_is_no_library_is_a_reason(tmp_path, monkeypatch, content):
+    path = tmp_path / "libquantpage_cpu.so"
+    path.write_bytes(content)
+    monkeypatch.setattr(cpu_core, "_chosen", path)
+    cpu_core._open.cache_clear()
+    try:
+        found, reason = cpu_core._open()
+        assert found is None and str(path) in reason
+    finally:
+        cpu_core._open.cache_clear()
 
 
 def test_without_a_core_torch_answers(call, monkeypatch):
