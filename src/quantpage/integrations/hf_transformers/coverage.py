@@ -112,9 +112,12 @@ def why_dense(modules: Iterable[nn.Module]) -> str | None:
 
 
 def crosses(modules: Iterable[nn.Module]) -> bool:
-    """Whether a layer attends to an encoder's tokens instead of its own."""
-    names = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
-    return any(names & set(inspect.signature(type(each).forward).parameters) for each in modules)
+    """Whether a layer attends to an encoder's tokens alone, whose keys it caches once (Mllama)."""
+    return all(
+        getattr(each, "is_cross_attention", False)
+        or "cross_attention_states" in inspect.signature(type(each).forward).parameters
+        for each in modules
+    )
 
 
 @lru_cache
