@@ -11,6 +11,7 @@ forked process with a time limit. docs/models.md is written from the table by --
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -26,14 +27,14 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers.models.auto import modeling_auto as auto  # noqa: E402
+import torch
+import transformers
+from transformers.models.auto import modeling_auto as auto
 
-import quantpage  # noqa: E402
-from quantpage.errors import PartlyPaged, UnsupportedModel  # noqa: E402
-from quantpage.formats import FORMATS, dequantize, quantize, rotate  # noqa: E402
-from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in  # noqa: E402
+import quantpage
+from quantpage.errors import PartlyPaged, UnsupportedModel
+from quantpage.formats import FORMATS, dequantize, quantize, rotate
+from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
 
 LISTS = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -41,40 +42,9 @@ LISTS = {
 }
 VERDICTS = ("kernels", "partly", "dense", "refused", "wrong", "silent", "late error", "not tried")
 PROMPT, NEW, PAD = 40, 6, 7
-SMALL = {
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "d_embed": 64,
-    "embedding_size": 64, "word_embed_proj_dim": 64, "hidden_dim": 64, "vision_hidden_size": 64,
-    "projection_dim": 64, "mm_hidden_size": 64, "vision_embed_dim": 64, "out_hidden_size": 64,
-    "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "n_heads": 4, "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4, "attention_heads": 4, "num_key_value_heads": 2, "n_head_kv": 2,
-    "num_kv_heads": 2, "head_dim": 16, "attention_head_dim": 16, "rotary_dim": 8, "d_kv": 16,
-    "global_head_dim": 16, "swa_head_dim": 16, "v_head_dim": 16,
-    "intermediate_size": 96, "ffn_dim": 96, "d_ff": 96, "n_inner": 96, "ffn_hidden_size": 96,
-    "decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "intermediate_size_mlp": 96, "expert_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
-    "vocab_size": 128, "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512,
-    "max_sequence_length": 512, "max_seq_len": 512, "seq_length": 512,
-    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
-    "topk_group": 1, "num_shared_experts": 1, "n_shared_experts": 1, "zero_expert_num": 1,
-    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-    "sliding_window": 24, "attention_chunk_size": 24, "attention_window_size": 24,
-    "first_k_dense_replace": 1, "num_kv_shared_layers": 0,
-    "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
-    "mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "n_mamba_heads": 2,
-    "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "state_size": 16,
-    "mamba_dt_rank": 8, "mamba_expand": 2, "num_heads_linear": 4, "lru_width": 64,
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "vision_feature_layer": -1, "image_size": 32, "patch_size": 8,
-    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "laurel_rank": 8,
-    "depth": 2, "num_mem_blocks": 1, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
-    "rope_head_dim": 8, "d_inner": 128, "window_size": 24, "block_size": 8, "dropout": 0.0,
-}  # fmt: skip
-"""What a number of a configuration becomes, by its name."""
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
-OTHER_LAYERS = {"encoder_layers": 2, "depth": 2, "num_mem_blocks": 1}
-TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+CLOSE, CLOSE_ROUNDED = 2e-3, 0.1
+"""Relative errors of logits in float32: what a router's near tie may add, and what eight bits whose
+codes flip do over a few layers. Attention that is wrong is off by tens of percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,88 +63,6 @@ class Row:
     skipped: str = ""
     """Ways that the class does not run unattached either."""
     why: str = ""
-
-
-def small_arguments(config_class, given=None):
-    """Arguments of a configuration class that make a tiny model."""
-    found = config_class() if given is None else given
-    numbers = {}
-    held = {k: v for k, v in vars(found).items() if not k.startswith("_")}
-    names = set(found.to_dict()) | set(held)
-    for name in names & SMALL.keys():
-        old = getattr(found, name, None)
-        if isinstance(old, (int, float)) and not isinstance(old, bool):
-            numbers[name] = SMALL[name]
-    heads = next((n for n in ("num_attention_heads", "n_head", "num_heads") if n in names), None)
-    for kv in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
-        if kv in numbers and heads and getattr(found, kv) == getattr(found, heads, None):
-            numbers[kv] = 4
-    layers = next((n for n in LAYERS if n in names), None)
-    old = getattr(found, layers, None) if layers else None
-    kinds = getattr(found, "layer_types", None)
-    kinds = kinds or getattr(found, "layers_block_type", None)
-    if isinstance(old, int):
-        keep = list(range(min(4, old)))
-        if isinstance(kinds, list) and len(kinds) == old:
-            firsts = sorted({kind: at for at, kind in reversed(list(enumerate(kinds)))}.values())
-            keep = sorted((firsts + [i for i in range(old) if i not in firsts])[: max(4, len(firsts))])
-        numbers[layers] = len(keep)
-        for name in names:
-            value = getattr(found, name, None)
-            if isinstance(value, (list, tuple)) and len(value) == old:
-                numbers[name] = type(value)(value[i] for i in keep)
-    for name, value in OTHER_LAYERS.items():
-        if isinstance(getattr(found, name, None), int):
-            numbers[name] = value
-    numbers |= {name: at for at, name in enumerate(TOKENS) if name in names}
-    for name in ("initializer_range", "init_std"):
-        if name in names:
-            numbers[name] = 0.2
-    for name in names:
-        value = getattr(found, name, None)
-        if name.endswith(("image_token_id", "image_token_index", "video_token_id", "audio_token_id")):
-            numbers[name] = 127
-        elif "token_id" in name and isinstance(value, int) and name not in numbers and value > 127:
-            numbers[name] = 126
-        elif "dropout" in name and isinstance(value, float):
-            numbers[name] = 0.0
-    for name, sub in (getattr(config_class, "sub_configs", None) or {}).items():
-        inner = getattr(found, name, None)
-        if inner is not None and hasattr(inner, "to_dict"):
-            shrunk = small_arguments(type(inner), inner)
-            numbers[name] = {**_plain(inner), **shrunk}
-            if hasattr(inner, "model_type"):
-                numbers[name]["model_type"] = inner.model_type
-    return numbers
-
-
-def _plain(config):
-    skipped = ("transformers_version", "architectures", "_name_or_path", "id2label", "label2id")
-    return {k: v for k, v in config.to_dict().items() if k not in skipped}
-
-
-def build(kind, model_type):
-    """The class, its weights drawn wide enough that attention matters."""
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    config = config_class(**small_arguments(config_class))
-    if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
-        config.is_decoder = True
-    name = LISTS[kind][model_type]
-    name = name[0] if isinstance(name, (list, tuple)) else name
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    try:
-        model = model_class._from_config(config, attn_implementation="eager")
-    except ValueError:
-        model = model_class(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter_name, each in model.named_parameters():
-            if each.ndim >= 2 and each.is_floating_point():
-                each.copy_(torch.randn(each.shape, generator=generator) * 0.15)
-            elif not parameter_name.endswith("norm.weight") and each.std() == 0 == each.mean():
-                each.copy_(torch.randn(each.shape, generator=generator) * 0.1)
-    return model.float().eval()
 
 
 def tokens(rows, length, seed):
@@ -268,83 +156,92 @@ def attached(model, kv_format):
 
 def judge(kind, model_type):
     """A Row for one class."""
-    base = {"kind": kind, "model_type": model_type, "name": str(LISTS[kind][model_type])}
+    name = LISTS[kind][model_type]
+    name = name[0] if isinstance(name, (list, tuple)) else name
+    base = {"kind": kind, "model_type": model_type, "name": name}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = build(kind, model_type)
-            base["name"] = type(model).__name__
+            model = build(model_type, name)
             wanted = {"steps": (None, stepwise(model)[0])}
             if not torch.isfinite(wanted["steps"][1]).all():
                 raise ValueError("its logits are not finite")
     except Exception as error:  # noqa: BLE001
+        refusal = refused(locals().get("model"))
+        if refusal:
+            return Row(**base, verdict="refused", why=refusal)
+        return Row(**base, verdict="not tried", why=said(error))
+    for way, run in ways().items():
+        # A way that the class does not go unattached says nothing.
+        with contextlib.suppress(Exception):
+            wanted[way] = run(model)
+    base["skipped"] = ", ".join(way for way in ways() if way not in wanted)
+    refusal = refused(model)
+    if refusal:
+        return Row(**base, verdict="refused", why=refusal)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        errors, found = {}, None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                attached(model, "int8").detach()
-        except UnsupportedModel as refusal:
-            return Row(**base, verdict="refused", why=str(refusal))
-        except Exception:  # noqa: BLE001
-            pass
-        return Row(**base, verdict="not tried", why=_said(error))
-    skipped = []
-    for name, run in ways().items():
-        try:
-            wanted[name] = run(model)
-        except Exception:  # noqa: BLE001
-            skipped.append(name)
-    base["skipped"] = ", ".join(skipped)
-    said = []
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                # Refusals come here, before anything runs.
-                at = attached(model, "none")
-            except UnsupportedModel as refusal:
-                return Row(**base, verdict="refused", why=str(refusal))
-            errors = {}
-            with at:
-                got = {"steps": (None, stepwise(model)[0])}
-                errors["steps"] = apart(got["steps"], wanted["steps"])
-                for name, run in ways().items():
-                    if name in wanted:
-                        step = name
-                        errors[name] = apart(run(model), wanted[name])
-            step = "int8"
+            with attached(model, "none"):
+                errors["steps"] = apart((None, stepwise(model)[0]), wanted["steps"])
+                for way, run in ways().items():
+                    if way in wanted:
+                        errors[way] = None
+                        errors[way] = apart(run(model), wanted[way])
             with attached(model, "int8") as at:
-                quantized, cache = stepwise(model)
-                coverage = at.coverage
-        said = [each for each in caught if issubclass(each.category, PartlyPaged)]
-    except Exception as error:  # noqa: BLE001
-        place = locals().get("step", "steps")
-        return Row(**base, verdict="late error", why=f"{place}: {_said(error)}")
+                found = *stepwise(model), at.coverage
+        except Exception as error:  # noqa: BLE001
+            place = next((way for way, each in errors.items() if each is None), "steps")
+            return Row(**base, verdict="late error", why=f"{place}: {said(error)}")
+    told = any(issubclass(each.category, PartlyPaged) for each in caught)
+    return compared(base, model, errors, found, told)
+
+
+def compared(base, model, errors, found, told):
+    """The Row of a class that ran: found is its int8 logits, cache and coverage."""
+    quantized, cache, coverage = found
     rounding_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        control = stepwise(model)[0]
-    worst = max(errors, key=errors.get)
-    base |= {"coverage": str(coverage), "error": errors[worst]}
-    base["int8_error"] = apart((None, quantized), (None, control))
-    if not errors[worst] < 2e-3:
-        off = ", ".join(f"{name} {value:.0e}" for name, value in errors.items() if not value < 2e-3)
-        return Row(**base, verdict="wrong", why=off)
-    if not base["int8_error"] < 0.1:
-        return Row(**base, verdict="wrong", why=f"int8 {base['int8_error']:.0e}")
+        rounded = apart((None, quantized), (None, stepwise(model)[0]))
+    base |= {"coverage": str(coverage), "error": max(errors.values()), "int8_error": rounded}
+    off = [f"{way} {value:.0e}" for way, value in errors.items() if not value < CLOSE]
+    if not rounded < CLOSE_ROUNDED:
+        off.append(f"int8 {rounded:.0e}")
+    if off:
+        return Row(**base, verdict="wrong", why=", ".join(off))
     if not hasattr(cache, "used_bytes") or not cache.used_bytes():
         return Row(**base, verdict="silent", why="nothing in pages")
     if coverage.whole:
         return Row(**base, verdict="kernels")
-    if not said:
+    if not told:
         return Row(**base, verdict="silent", why=str(coverage))
     verdict = "partly" if coverage.paged else "dense"
-    return Row(**base, verdict=verdict, why="; ".join(each for each, _ in coverage.dense))
+    return Row(**base, verdict=verdict, why="; ".join(why for why, _ in coverage.dense))
 
 
-def _said(error):
+def refused(model):
+    """What attach says where it refuses a model; None where it takes it."""
+    if model is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attached(model, "int8").detach()
+    except UnsupportedModel as refusal:
+        return str(refusal)
+    except Exception:  # noqa: BLE001
+        # Whatever else goes wrong is seen where the model is run.
+        return None
+    return None
+
+
+def said(error):
+    """An error in one line, and where it came from."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {said[0][:160] if said else ''}"
+    first = (str(error).strip().splitlines() or [""])[0][:160]
+    return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {first}"
 
 
 def in_a_process(kind, model_type, limit):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from scripts.sweep_models import read
 
 pytestmark = pytest.mark.cpu

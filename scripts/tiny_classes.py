@@ -1,0 +1,137 @@
+"""Any class of Transformers, tiny and random: its configuration shrunk by the names of its numbers.
+
+A configuration's defaults are a real model's. Widths, heads, experts and the like become what SMALL
+says; of the layers, one of each kind stays, and every list of the layers is cut alike.
+"""
+
+import torch
+import transformers
+
+SMALL = {
+    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "d_embed": 64,
+    "embedding_size": 64, "word_embed_proj_dim": 64, "hidden_dim": 64, "vision_hidden_size": 64,
+    "projection_dim": 64, "mm_hidden_size": 64, "vision_embed_dim": 64, "out_hidden_size": 64,
+    "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "n_heads": 4,
+    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "attention_heads": 4,
+    "num_key_value_heads": 2, "n_head_kv": 2,
+    "num_kv_heads": 2, "head_dim": 16, "attention_head_dim": 16, "rotary_dim": 8, "d_kv": 16,
+    "global_head_dim": 16, "swa_head_dim": 16, "v_head_dim": 16,
+    "intermediate_size": 96, "ffn_dim": 96, "d_ff": 96, "n_inner": 96, "ffn_hidden_size": 96,
+    "decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "intermediate_size_mlp": 96,
+    "expert_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
+    "vocab_size": 128, "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512,
+    "max_sequence_length": 512, "max_seq_len": 512, "seq_length": 512,
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
+    "topk_group": 1, "num_shared_experts": 1, "n_shared_experts": 1, "zero_expert_num": 1,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "sliding_window": 24, "attention_chunk_size": 24, "attention_window_size": 24,
+    "first_k_dense_replace": 1, "num_kv_shared_layers": 0,
+    "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
+    "mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "n_mamba_heads": 2,
+    "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "state_size": 16,
+    "mamba_dt_rank": 8, "mamba_expand": 2, "num_heads_linear": 4, "lru_width": 64,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "vision_feature_layer": -1, "image_size": 32, "patch_size": 8,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "laurel_rank": 8,
+    "depth": 2, "num_mem_blocks": 1, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
+    "rope_head_dim": 8, "d_inner": 128, "window_size": 24, "block_size": 8, "dropout": 0.0,
+}  # fmt: skip
+"""What a number of a configuration becomes, by its name."""
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+OTHER_LAYERS = {"encoder_layers": 2, "depth": 2, "num_mem_blocks": 1}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+
+
+def small_arguments(config_class, given=None):
+    """Arguments of a configuration class that make a tiny model."""
+    found = config_class() if given is None else given
+    names = set(found.to_dict()) | {name for name in vars(found) if not name.startswith("_")}
+    numbers = {**_widths(found, names), **_layers(found, names), **_tokens(found, names)}
+    for name in getattr(config_class, "sub_configs", None) or {}:
+        inner = getattr(found, name, None)
+        if inner is not None and hasattr(inner, "to_dict"):
+            numbers[name] = {**_plain(inner), **small_arguments(type(inner), inner)}
+            numbers[name]["model_type"] = inner.model_type
+    return numbers
+
+
+def _widths(found, names):
+    numbers = {}
+    for name in names & SMALL.keys():
+        old = getattr(found, name, None)
+        if isinstance(old, (int, float)) and not isinstance(old, bool):
+            numbers[name] = SMALL[name]
+    heads = next((n for n in ("num_attention_heads", "n_head", "num_heads") if n in names), None)
+    for kv in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
+        if kv in numbers and heads and getattr(found, kv) == getattr(found, heads, None):
+            numbers[kv] = 4
+    for name in names:
+        if "dropout" in name and isinstance(getattr(found, name, None), float):
+            numbers[name] = 0.0
+    return numbers | {name: 0.2 for name in ("initializer_range", "init_std") if name in names}
+
+
+def _layers(found, names):
+    """As few layers as there are kinds, four at least, and every list of the layers cut alike."""
+    numbers = {}
+    layers = next((n for n in LAYERS if n in names), None)
+    old = getattr(found, layers, None) if layers else None
+    kinds = getattr(found, "layer_types", None)
+    kinds = kinds or getattr(found, "layers_block_type", None)
+    if isinstance(old, int):
+        keep = list(range(min(4, old)))
+        if isinstance(kinds, list) and len(kinds) == old:
+            firsts = sorted({kind: at for at, kind in reversed(list(enumerate(kinds)))}.values())
+            rest = [at for at in range(old) if at not in firsts]
+            keep = sorted((firsts + rest)[: max(4, len(firsts))])
+        numbers[layers] = len(keep)
+        for name in names:
+            value = getattr(found, name, None)
+            if isinstance(value, (list, tuple)) and len(value) == old:
+                numbers[name] = type(value)(value[i] for i in keep)
+    for name, value in OTHER_LAYERS.items():
+        if isinstance(getattr(found, name, None), int):
+            numbers[name] = value
+    return numbers
+
+
+def _tokens(found, names):
+    numbers = {name: at for at, name in enumerate(TOKENS) if name in names}
+    for name in names:
+        value = getattr(found, name, None)
+        if name.endswith(PLACES):
+            numbers[name] = 127
+        elif "token_id" in name and isinstance(value, int) and name not in numbers and value > 127:
+            numbers[name] = 126
+    return numbers
+
+
+def _plain(config):
+    skipped = ("transformers_version", "architectures", "_name_or_path", "id2label", "label2id")
+    return {k: v for k, v in config.to_dict().items() if k not in skipped}
+
+
+def build(model_type, name):
+    """The class of this name, its weights drawn wide enough that attention matters."""
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    config = config_class(**small_arguments(config_class))
+    if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        config.is_decoder = True
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    try:
+        model = model_class._from_config(config, attn_implementation="eager")
+    except ValueError:
+        model = model_class(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, each in model.named_parameters():
+            if each.ndim >= 2 and each.is_floating_point():
+                each.copy_(torch.randn(each.shape, generator=generator) * 0.15)
+            elif not parameter_name.endswith("norm.weight") and each.std() == 0 == each.mean():
+                each.copy_(torch.randn(each.shape, generator=generator) * 0.1)
+    return model.float().eval()
