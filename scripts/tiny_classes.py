@@ -26,7 +26,7 @@ SMALL = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
     "topk_group": 1, "num_shared_experts": 1, "n_shared_experts": 1, "zero_expert_num": 1,
-    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "sliding_window": 24, "attention_chunk_size": 24, "attention_window_size": 24,
     "first_k_dense_replace": 1, "num_kv_shared_layers": 0,
     "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
@@ -41,7 +41,12 @@ SMALL = {
 }  # fmt: skip
 """What a number of a configuration becomes, by its name."""
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
-OTHER_LAYERS = {"encoder_layers": 2, "depth": 2, "num_mem_blocks": 1}
+ENCODERS = ("encoder_layers", "depth")
+PARTICULAR = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+"""What a default does not tell."""
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
@@ -51,6 +56,7 @@ def small_arguments(config_class, given=None):
     found = config_class() if given is None else given
     names = set(found.to_dict()) | {name for name in vars(found) if not name.startswith("_")}
     numbers = {**_widths(found, names), **_layers(found, names), **_tokens(found, names)}
+    numbers |= PARTICULAR.get(getattr(found, "model_type", ""), {})
     for name in getattr(config_class, "sub_configs", None) or {}:
         inner = getattr(found, name, None)
         if inner is not None and hasattr(inner, "to_dict"):
@@ -63,7 +69,8 @@ def _widths(found, names):
     numbers = {}
     for name in names & SMALL.keys():
         old = getattr(found, name, None)
-        if isinstance(old, (int, float)) and not isinstance(old, bool):
+        missing = old is None and name in ("num_experts_per_tok", "head_dim")
+        if missing or (isinstance(old, (int, float)) and not isinstance(old, bool)):
             numbers[name] = SMALL[name]
     heads = next((n for n in ("num_attention_heads", "n_head", "num_heads") if n in names), None)
     for kv in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
@@ -93,9 +100,9 @@ def _layers(found, names):
             value = getattr(found, name, None)
             if isinstance(value, (list, tuple)) and len(value) == old:
                 numbers[name] = type(value)(value[i] for i in keep)
-    for name, value in OTHER_LAYERS.items():
+    for name in ENCODERS:
         if isinstance(getattr(found, name, None), int):
-            numbers[name] = value
+            numbers[name] = numbers.get(layers, 2)
     return numbers
 
 
@@ -112,7 +119,7 @@ def _tokens(found, names):
 
 def _plain(config):
     skipped = ("transformers_version", "architectures", "_name_or_path", "id2label", "label2id")
-    return {k: v for k, v in config.to_dict().items() if k not in skipped}
+    return {k: v for k, v in config.to_diff_dict().items() if k not in skipped}
 
 
 def build(model_type, name):
