@@ -5,6 +5,7 @@
     ├── CacheError           pages, page tables, saved caches
     │   ├── OutOfPages       the pool has no free page left
     │   └── CorruptCache     a saved cache that is truncated, altered, or of another format
+    ├── CorruptCalibration   a file of `quantpage calibrate` that is damaged or of another model
     ├── NonFiniteInput       checked mode met a NaN or an infinity (layer, tensor, token)
     ├── NoImplementation     every candidate refused; the message lists each reason
     ├── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
@@ -37,6 +38,10 @@ class OutOfPages(CacheError):
 
 class CorruptCache(CacheError):
     """A saved cache that is truncated, altered, or of another format."""
+
+
+class CorruptCalibration(QuantPageError):
+    """A file of `quantpage calibrate` that is damaged, of another version or of another model."""
 
 
 class NonFiniteInput(QuantPageError, ValueError):

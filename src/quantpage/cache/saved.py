@@ -52,7 +52,12 @@ def write_pages(path: Path | str, saved: SavedPages) -> None:
         "layouts": json.dumps({str(i): _layout_record(x) for i, x in saved.layouts.items()}),
         "note": json.dumps(saved.note),
     }
-    metadata["checksum"] = _checksum(metadata, planes)
+    metadata["checksum"] = checksum(metadata, planes)
+    write_whole(path, planes, metadata)
+
+
+def write_whole(path: Path, planes: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -77,10 +82,10 @@ def read_pages(path: Path | str, expected: Mapping[int, CacheLayout] | None = No
             planes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CorruptCache(f"{path}: expected a whole safetensors file, got {error}") from error
-    checksum = metadata.pop("checksum", "none")
-    found = _checksum(metadata, planes)
-    if checksum != found:
-        raise CorruptCache(f"{path}: expected checksum {checksum}, got {found}: it was altered")
+    said = metadata.pop("checksum", "none")
+    found = checksum(metadata, planes)
+    if said != found:
+        raise CorruptCache(f"{path}: expected checksum {said}, got {found}: it was altered")
     layouts = {int(i): _layout(x) for i, x in json.loads(metadata["layouts"]).items()}
     if expected is not None:
         _check_layouts(path, layouts, expected)
@@ -111,7 +116,8 @@ def _check_layouts(
                 )
 
 
-def _checksum(metadata: Mapping[str, str], planes: Mapping[str, Tensor]) -> str:
+def checksum(metadata: Mapping[str, str], planes: Mapping[str, Tensor]) -> str:
+    """Of everything else in a file."""
     made = blake2b(digest_size=16)
     for name in sorted(metadata):
         made.update(f"{name}={metadata[name]}\n".encode())

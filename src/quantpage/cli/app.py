@@ -11,6 +11,7 @@ import quantpage
 from quantpage.cli import (
     INTERRUPTED,
     bench,
+    calibrate,
     capacity,
     doctor,
     evaluate,
@@ -46,6 +47,7 @@ for _name, _module in (
     ("generate", generate),
     ("serve", serve),
     ("evaluate", evaluate),
+    ("calibrate", calibrate),
     ("capacity", capacity),
     ("formats", formats),
     ("explain", explain),

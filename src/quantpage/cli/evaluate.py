@@ -28,6 +28,13 @@ def command(
     scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 1024,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Of our formats' keys: auto (from the weights, where keys have biases), none, or "
+            "a file of `quantpage calibrate`."
+        ),
+    ] = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
 ) -> None:
@@ -52,6 +59,7 @@ def command(
             scored=scored,
             page_size=page_size,
             dtype=dtype,
+            calibration=calibration,
         )
     )
     title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ class Candidate:
     """How many tokens a request keeps in 16 bits beside the body; 'prefill': the prompt's own
     forward sees it unquantized."""
     attaching: Attaching
+    calibration: str = "none"
+    """Where key maps come from."""
 
 
-def ours(config: Any, name: str, page_size: int) -> Candidate:
+def ours(config: Any, name: str, page_size: int, calibration: str = "auto") -> Candidate:
     """A row for one of our formats, or for one a layer."""
     shape = replace(cache_shape(config), dtype=torch.bfloat16)
     layouts = [plan.layout for plan in shape.layers(LayerFormats.parse(name), page_size)]
@@ -46,9 +49,11 @@ def ours(config: Any, name: str, page_size: int) -> Candidate:
     kept = max(0 if each is None else each.kept_pages for each in exact)
     words = f"<= {kept * page_size}" if kept else "0"
 
+    wanted = None if calibration == "none" else calibration
+
     @contextmanager
     def attaching(model: Any) -> Iterator[Callable[[], Any]]:
-        with attach(model, kv_format=name, page_size=page_size) as attached:
+        with attach(model, kv_format=name, page_size=page_size, calibration=wanted) as attached:
             yield attached.new_cache
 
     return Candidate(
@@ -57,6 +62,7 @@ def ours(config: Any, name: str, page_size: int) -> Candidate:
         bytes_per_token=sum(each.bytes_per_token() for each in layouts),
         sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
         attaching=attaching,
+        calibration=Path(calibration).name,
     )
 
 
@@ -121,7 +127,9 @@ def unquantized(model: Any) -> Iterator[Callable[[], Any]]:
     yield lambda: DynamicCache(config=model.config)
 
 
-def find_candidates(config: Any, names: list[str], page_size: int) -> list[Candidate]:
+def find_candidates(
+    config: Any, names: list[str], page_size: int, calibration: str = "auto"
+) -> list[Candidate]:
     """A row for each name: of PEERS, or whatever LayerFormats reads."""
     found = []
     for name in names:
@@ -130,7 +138,7 @@ def find_candidates(config: Any, names: list[str], page_size: int) -> list[Candi
             continue
         if not all(each.dynamic for each in LayerFormats.parse(name).formats):
             raise ValueError(f"formats: {name} needs given scales; expected dynamic formats")
-        found.append(ours(config, name, page_size))
+        found.append(ours(config, name, page_size, calibration))
     return found
 
 

@@ -33,6 +33,8 @@ class Row:
     prompt: int
     chunk: int
     page_size: int
+    calibration: str
+    """Where key maps come from: 'auto', 'none' or a file's name."""
     model: str
     text: str
     dtype: str

@@ -41,6 +41,8 @@ class EvaluateRequest:
     page_size: int = 64
     dtype: str = "float32"
     device: str = "auto"
+    calibration: str = "auto"
+    """Of keys in our formats, as ``attach`` takes it; 'none' for None."""
 
     def __post_init__(self) -> None:
         for name in ("windows", "prompt", "scored", "chunk"):
@@ -57,7 +59,7 @@ def evaluate(request: EvaluateRequest) -> list[Row]:
     """
     config = load_config(request.model)
     names = list(request.formats) or default_names()
-    candidates = find_candidates(config, names, request.page_size)
+    candidates = find_candidates(config, names, request.page_size, request.calibration)
     limit = getattr(text_config(config), "max_position_embeddings", None)
     if limit is not None and request.prompt + request.scored > limit:
         raise ValueError(
@@ -118,6 +120,7 @@ def _row(
         prompt=request.prompt,
         chunk=request.chunk,
         page_size=request.page_size,
+        calibration=candidate.calibration,
         model=Path(request.model).name,
         text=text,
         dtype=request.dtype,

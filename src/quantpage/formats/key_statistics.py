@@ -13,10 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_map import KeyMap
+from quantpage.formats.quantize import dequantize, quantize
+from quantpage.formats.rotate import rotate
+from quantpage.formats.spec import QuantSpec
 
 _FLOOR = 1e-4
 """Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
+_KEPT, _MOST = 64, 512
+"""Keys that are kept of one text, and of all."""
+POWERS = (0.0, 0.5, 1.0)
+"""Of the best scale a channel, tried by ``choose_map``."""
 
 
 @dataclass(slots=True)
@@ -28,6 +36,8 @@ class KeyStatistics:
     """Sum of q q' over tokens, mean over the query heads of a kv_head."""
     key_products: Float[Tensor, "kv_heads head_dim head_dim"]
     key_sums: Float[Tensor, "kv_heads head_dim"]
+    keys: Float[Tensor, "rows kv_heads head_dim"]
+    """Some of them, float32: what roundings are tried on."""
 
     @classmethod
     def of(
@@ -45,6 +55,7 @@ class KeyStatistics:
             torch.einsum("thgi,thgj->hij", grouped, grouped) / group,
             torch.einsum("thi,thj->hij", k, k),
             k.sum(0),
+            k[:: max(1, -(-tokens // _KEPT))].float(),
         )
 
     def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
@@ -54,6 +65,7 @@ class KeyStatistics:
             self.query_products + other.query_products,
             self.key_products + other.key_products,
             self.key_sums + other.key_sums,
+            torch.cat([self.keys, other.keys])[-_MOST:],
         )
 
     @property
@@ -79,6 +91,62 @@ class KeyStatistics:
         # Of a head's scales only their ratios matter.
         scale = (logs - logs.mean(1, keepdim=True)).exp()
         return KeyMap(scale.float().contiguous(), taken.float().contiguous() if mean else None)
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenMap:
+    """A layer's map, and what the keys that were kept lose by it."""
+
+    key_map: KeyMap
+    """Without feedback: that depends on the codes, and the metric says it."""
+    powers: tuple[float, ...]
+    """Of each kv_head, one of POWERS."""
+    loss: float
+    """Mean of ``e' W e`` relative to that of ``k' W k``, keys about their mean."""
+    plain_loss: float
+    """Without a map, channels rounded by themselves."""
+
+
+def choose_map(statistics: KeyStatistics, spec: QuantSpec, mean: bool = True) -> ChosenMap:
+    """The power of each kv_head's scales with the least loss, rounded as ``spec`` does.
+
+    spec: dynamic. mean: take it out.
+    """
+    maps = [statistics.key_map(mean, power) for power in POWERS]
+    losses = torch.stack([_loss(statistics, spec, each) for each in maps])
+    best = losses.argmin(0)
+    heads = torch.arange(len(best))
+    scale = torch.stack([each.scale for each in maps])[best, heads]
+    apart = statistics.keys.double() - statistics.mean
+    size = _weighed(apart, statistics.metric).sum()
+    return ChosenMap(
+        KeyMap(scale.contiguous(), maps[0].mean),
+        tuple(POWERS[each] for each in best.tolist()),
+        float(losses[best, heads].sum() / size),
+        float(_loss(statistics, spec, None).sum() / size),
+    )
+
+
+def _loss(statistics: KeyStatistics, spec: QuantSpec, key_map: KeyMap | None) -> Tensor:
+    """[kv_heads]."""
+    turned = spec.rotation == "hadamard"
+    keys = statistics.keys
+    x = keys if key_map is None else key_map.keys(keys)
+    x = rotate(x) if turned else x
+    if key_map is None or not spec.code.integer:
+        codes = quantize(x, spec)
+    else:
+        feedback = with_feedback(key_map, statistics.metric, turned).feedback
+        assert feedback is not None
+        codes = quantize_with_feedback(x, spec, feedback)
+    seen = dequantize(*codes, spec)
+    seen = rotate(seen) if turned else seen
+    seen = seen if key_map is None else key_map.restored(seen)
+    return _weighed((seen - keys).double(), statistics.metric)
+
+
+def _weighed(x: Float[Tensor, "rows kv_heads head_dim"], metric: Tensor) -> Tensor:
+    return torch.einsum("thi,hij,thj->h", x, metric, x) / len(x)
 
 
 def _floored(x: Float[Tensor, "kv_heads head_dim"]) -> Tensor:

@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from quantpage.errors import CorruptCalibration
 from quantpage.formats import KeyMap, KVFormat
 from quantpage.formats.key_statistics import KeyStatistics
-from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.calibration import Calibration, takes_means
 from quantpage.integrations.hf_transformers.statistics import has_key_biases, measure_random
 
 AUTO = "auto"
@@ -29,22 +30,27 @@ class KeyMaps:
 
 
 def find_key_maps(
-    model: PreTrainedModel, formats: Sequence[KVFormat], calibration: str | Path | None
+    model: PreTrainedModel,
+    formats: Sequence[KVFormat],
+    calibration: str | Path | None,
+    implementation: str | None,
 ) -> KeyMaps:
     """The maps for a format a layer.
 
-    calibration: AUTO, None for none, or a file of `quantpage calibrate`.
+    calibration: AUTO, None for none, or a file of `quantpage calibrate`. implementation: as
+    ``attach`` was told; only torch and the CPU core round in turn.
     """
     if calibration is None:
         return KeyMaps("none")
     if calibration != AUTO:
-        raise ValueError(f"calibration: expected 'auto' or None, got {str(calibration)!r}")
+        in_turn = model.device.type == "cpu" or implementation == "torch"
+        return _of_file(model, formats, calibration, in_turn)
     if not any(each.key.quantized for each in formats):
         return KeyMaps("none: keys are not quantized")
     if not has_key_biases(model):
         return KeyMaps("none: keys have no bias")
     found = _of_weights(model)
-    mean = getattr(text_config(model.config), "attn_logit_softcapping", None) is None
+    mean = takes_means(model)
     layers = {
         index: statistics.key_map(mean)
         for index, statistics in found.items()
@@ -59,6 +65,23 @@ def find_key_maps(
         )
         return KeyMaps("none: attention cannot be measured")
     return KeyMaps("the weights (random tokens)", layers)
+
+
+def _of_file(
+    model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Path, in_turn: bool
+) -> KeyMaps:
+    found = Calibration.load(path)
+    found.check(model, path)
+    softcapped = not takes_means(model)
+    layers: dict[int, KeyMap] = {}
+    for index, each in found.layers.items():
+        if index >= len(formats) or (softcapped and each.key_map.mean is not None):
+            raise CorruptCalibration(f"{path}: expected one of this model, got layer {index} of it")
+        made = each.for_codes(formats[index])
+        if made is not None:
+            layers[index] = made if in_turn else each.key_map
+    how = "" if in_turn else ", channels rounded by themselves"
+    return KeyMaps(f"{Path(path).name}{how}", layers)
 
 
 _measured: WeakKeyDictionary[nn.Module, tuple[object, dict[int, KeyStatistics]]]

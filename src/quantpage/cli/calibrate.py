@@ -1,0 +1,83 @@
+"""`quantpage calibrate`: what text says of a model's keys, in a file for attach and evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantpage import console
+from quantpage.cli.options import Device, Model, check_writable
+
+
+def command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure on; default: Austen's novels, from Debian."),
+    ] = None,
+    kv_format: Annotated[
+        str, typer.Option(help="The format, or one a layer, that maps are chosen for.")
+    ] = "int4",
+    tokens: Annotated[int, typer.Option(min=256, help="Of the text, evenly spread.")] = 8192,
+    window: Annotated[int, typer.Option(min=128, help="Tokens a forward.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure a model's keys and queries on text and choose how its keys are cached.
+
+    One pass. The file is for attach(calibration=...) and for --calibration of generate and
+    evaluate: a mean and scales a channel of every layer's keys, and by which metric they are
+    rounded; formats keep their bytes.
+    """
+    import torch
+
+    from quantpage.evaluate.score import cut_windows
+    from quantpage.evaluate.text import default_path, obtain, read
+    from quantpage.formats.key_statistics import ChosenMap
+    from quantpage.formats.per_layer import LayerFormats
+    from quantpage.hardware import find_device
+    from quantpage.integrations.hf_transformers.calibration import calibrate
+    from quantpage.integrations.hf_transformers.model import (
+        load_config,
+        load_model,
+        model_shape,
+    )
+
+    check_writable(out, "out")
+    chosen = LayerFormats.parse(kv_format)
+    chosen.refuse_static()
+    formats = chosen.of_layers(model_shape(load_config(model)).layers)
+    if window > tokens:
+        raise ValueError(f"window: expected at most --tokens {tokens:,}, got {window:,}")
+    content = read(obtain(default_path()) if text is None else text)
+    where = find_device(device)
+    with console.status(f"loading {model}"):
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        loaded, tokenizer = load_model(model, wanted, where)
+    windows = cut_windows(tokenizer, content, tokens // window, window - 1, 1)
+    table: list[tuple[int, ChosenMap]] = []
+    with console.progress() as progress:
+        task = progress.add_task("measuring", total=len(windows))
+
+        def pieces():
+            for each in windows:
+                yield each.tokens
+                progress.advance(task)
+
+        note = {
+            "text": "austen.txt" if text is None else text.name,
+            "tokens": len(windows) * window,
+            "kv_format": chosen.name,
+        }
+        made = calibrate(
+            loaded, pieces(), formats, note, lambda index, each: table.append((index, each))
+        )
+    made.save(out)
+    for index, each in table:
+        scales = " ".join(f"{power:g}" for power in each.powers)
+        console.print_line(
+            f"layer {index:3d}  loss {each.plain_loss:.1e} -> {each.loss:.1e}  "
+            f"scales to the power {scales}"
+        )
+    console.note(f"written: {out}")

@@ -1,0 +1,176 @@
+"""What text says of a model's keys and queries, in a file for ``attach(calibration=...)``.
+
+    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q'
+    metadata     kind, version, model (a digest), note (JSON), checksum over everything else
+
+The maps are chosen for one format and hold for others; rounding in turn follows from the metric
+and the codes of the format at hand when the file is read.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpage.cache.saved import checksum, write_whole
+from quantpage.errors import CorruptCalibration, UnsupportedModel
+from quantpage.formats import KeyMap, KVFormat
+from quantpage.formats.feedback import with_feedback
+from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
+from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.statistics import measure
+
+KIND = "quantpage calibration"
+VERSION = "1"
+SKIPPED = 64
+"""First tokens of a text that are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCalibration:
+    """One layer."""
+
+    key_map: KeyMap
+    """Without feedback."""
+    metric: Float[Tensor, "kv_heads head_dim head_dim"]
+    """Mean of q q', float32."""
+
+    def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
+        """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
+        spec = kv_format.key
+        if not spec.quantized:
+            return None
+        if not spec.code.integer:
+            return self.key_map
+        return with_feedback(self.key_map, self.metric, spec.rotation == "hadamard")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Every layer's, of one model."""
+
+    model: str
+    """``weights_digest`` of it."""
+    layers: Mapping[int, LayerCalibration]
+    note: Mapping[str, Any]
+    """Where it comes from: text, tokens, format, losses."""
+
+    def save(self, path: Path | str) -> None:
+        """Write a file, whole or not at all."""
+        planes: dict[str, Tensor] = {}
+        for index, each in self.layers.items():
+            planes[f"{index}.scale"] = each.key_map.scale.cpu()
+            if each.key_map.mean is not None:
+                planes[f"{index}.mean"] = each.key_map.mean.cpu()
+            planes[f"{index}.metric"] = each.metric.cpu()
+        metadata = {"kind": KIND, "version": VERSION, "model": self.model}
+        metadata["note"] = json.dumps(dict(self.note))
+        metadata["checksum"] = checksum(metadata, planes)
+        write_whole(Path(path), planes, metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Calibration":
+        """What ``save`` wrote; CorruptCalibration unless it is whole."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                "calibration: expected 'auto', None or a file that `quantpage calibrate` wrote, "
+                f"got {path}"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                planes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CorruptCalibration(
+                f"{path}: expected a whole safetensors file, got {error}"
+            ) from error
+        for name, wanted in (("kind", KIND), ("version", VERSION)):
+            if metadata.get(name) != wanted:
+                raise CorruptCalibration(
+                    f"{path}: expected {name} {wanted!r}, got {metadata.get(name)!r}"
+                )
+        said = metadata.pop("checksum", "none")
+        if said != checksum(metadata, planes):
+            raise CorruptCalibration(f"{path}: expected checksum {said}: it was altered")
+        layers = {
+            index: LayerCalibration(
+                KeyMap(planes[f"{index}.scale"], planes.get(f"{index}.mean")),
+                planes[f"{index}.metric"],
+            )
+            for index in sorted({int(name.partition(".")[0]) for name in planes})
+        }
+        return cls(metadata["model"], layers, json.loads(metadata["note"]))
+
+    def check(self, model: nn.Module, path: Path | str) -> None:
+        """CorruptCalibration where it is of another model."""
+        if self.model != weights_digest(model):
+            raise CorruptCalibration(f"{path}: expected one of this model, got one of another")
+
+
+def calibrate(
+    model: PreTrainedModel,
+    texts: Iterable[Int[Tensor, "1 tokens"]],
+    formats: Sequence[KVFormat],
+    note: Mapping[str, Any],
+    each: Callable[[int, ChosenMap], None] | None = None,
+) -> Calibration:
+    """Measure a model on texts, one forward each, and choose every layer's map.
+
+    formats: of the layers, dynamic. note: what to remember. each: told of a layer when it is done.
+    """
+    if not any(form.key.quantized for form in formats):
+        raise ValueError(
+            f"kv_format: expected quantized keys, as nothing else is calibrated; got "
+            f"{formats[0].name}"
+        )
+    found = measure(model, texts, SKIPPED)
+    if not found:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: expected attention through Transformers' interface, got its "
+            "own code, which cannot be measured"
+        )
+    mean = takes_means(model)
+    layers, losses = {}, {}
+    for index, statistics in sorted(found.items()):
+        if index >= len(formats) or not formats[index].key.quantized:
+            continue
+        chosen = choose_map(_on_cpu(statistics), formats[index].key, mean)
+        metric = statistics.metric.float().cpu().contiguous()
+        layers[index] = LayerCalibration(chosen.key_map, metric)
+        losses[str(index)] = [chosen.plain_loss, chosen.loss]
+        if each is not None:
+            each(index, chosen)
+    return Calibration(weights_digest(model), layers, {**note, "losses": losses})
+
+
+def takes_means(model: nn.Module) -> bool:
+    """Whether a mean may be taken out of keys: not under a softcap, which is no sum."""
+    return getattr(text_config(model.config), "attn_logit_softcapping", None) is None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells models apart whatever their dtype: shapes and a few numbers of norms and biases."""
+    made = blake2b(digest_size=16)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1 and not weight.is_meta:
+            few = weight.detach()[:: max(1, weight.numel() // 8)].bfloat16().tolist()
+            made.update(f"{name} {tuple(weight.shape)} {few}\n".encode())
+    return made.hexdigest()
+
+
+def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
+    return KeyStatistics(
+        statistics.tokens,
+        statistics.query_products.cpu(),
+        statistics.key_products.cpu(),
+        statistics.key_sums.cpu(),
+        statistics.keys.cpu(),
+    )

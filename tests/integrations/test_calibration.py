@@ -1,0 +1,160 @@
+"""`quantpage calibrate` and its file: of one text, good for another, never for another model."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+import quantpage
+from quantpage.cli.app import run
+from quantpage.errors import CorruptCalibration
+from quantpage.formats import FORMATS
+from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
+from tests.integrations.tiny_models import save_tiny, tiny, tokens
+
+pytestmark = pytest.mark.cpu
+
+
+def texts(seeds=(1, 2, 3), length=400):
+    return [tokens(1, length, seed) for seed in seeds]
+
+
+def made(model, name="int4", layers=3):
+    return calibrate(model, texts(), [FORMATS[name]] * layers, {"text": "random"})
+
+
+def uneven(dtype=torch.float32):
+    """The llama with queries that look into some channels and hardly into others."""
+    model = tiny("llama", dtype)
+    sizes = 2.0 ** -torch.arange(8).repeat(2).to(dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.view(4, 16, 64).mul_(sizes[:, None] * 2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return uneven()
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "llama.safetensors"
+    made(model).save(path)
+    return path
+
+
+@torch.inference_mode()
+def logits(model, ids, cache=None):
+    return model(ids, past_key_values=cache, use_cache=True).logits[0, 16:].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("kv_format", ["k=int4,v=int8", "k=int8,v=none", "int4"])
+def test_a_calibrated_cache_is_nearer_on_other_tokens(model, file, kv_format):
+    ids = tokens(1, 300, seed=9)
+    exact = logits(model, ids, DynamicCache())
+    found = {}
+    for calibration in (file, None):
+        with quantpage.attach(
+            model, kv_format=kv_format, page_size=16, calibration=calibration
+        ) as attached:
+            other = logits(model, ids)
+        found[calibration] = (exact.exp() * (exact - other)).sum(-1).mean().item()
+        assert attached.calibration == ("none" if calibration is None else "llama.safetensors")
+    assert found[file] < 0.6 * found[None]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_results_do_not_depend_on_the_cut(file, chunk):
+    model, ids = uneven(torch.float64), tokens(1, 100)
+    with quantpage.attach(model, kv_format="int4", page_size=16, calibration=file):
+        whole = model(ids, use_cache=True).logits
+        out, cache = [], None
+        for start in range(0, 100, chunk):
+            step = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            out.append(step.logits)
+    torch.testing.assert_close(torch.cat(out, 1), whole, atol=1e-8, rtol=0)
+
+
+def test_losses_fall_in_every_layer(model):
+    found = made(model)
+    assert sorted(found.layers) == [0, 1, 2]
+    assert all(after < 0.5 * before for before, after in found.note["losses"].values())
+
+
+def test_a_file_says_what_was_saved(model, file):
+    found, loaded = made(model), Calibration.load(file)
+    assert loaded.model == found.model and loaded.note["text"] == "random"
+    for index, layer in found.layers.items():
+        theirs = loaded.layers[index]
+        assert theirs.key_map.digest() == layer.key_map.digest()
+        assert torch.equal(theirs.metric, layer.metric)
+
+
+def test_a_file_serves_the_model_in_any_dtype(file):
+    model = uneven().bfloat16()
+    quantpage.attach(model, kv_format="int8", calibration=file).detach()
+
+
+def test_formats_of_other_codes_take_what_they_can(model, file):
+    wanted = (("none", False, False), ("fp8", True, False), ("int8", True, True))
+    for name, mapped, in_turn in wanted:
+        with quantpage.attach(model, kv_format=name, calibration=file) as attached:
+            maps = attached.options.key_maps
+            assert bool(maps) == mapped
+            assert all((each.feedback is not None) == in_turn for each in maps.values())
+
+
+def test_another_model_is_refused_and_nothing_changes(file):
+    model = tiny("mistral_window", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.5)
+    before = model.config._attn_implementation
+    with pytest.raises(CorruptCalibration, match="expected one of this model"):
+        quantpage.attach(model, calibration=file)
+    assert model.config._attn_implementation == before
+
+
+def test_damaged_files_are_refused(model, file, tmp_path):
+    cut = tmp_path / "cut"
+    cut.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CorruptCalibration, match="whole safetensors file"):
+        quantpage.attach(model, calibration=cut)
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    planes = load_file(file)
+    planes["0.scale"] = planes["0.scale"] * 2
+    save_file(planes, tmp_path / "altered", metadata)
+    with pytest.raises(CorruptCalibration, match="it was altered"):
+        quantpage.attach(model, calibration=tmp_path / "altered")
+    save_file(planes, tmp_path / "other", {"kind": "something"})
+    with pytest.raises(CorruptCalibration, match="expected kind 'quantpage calibration'"):
+        quantpage.attach(model, calibration=tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"calibration: expected .* a file"):
+        quantpage.attach(model, calibration=tmp_path / "nothing")
+
+
+def test_what_cannot_be_calibrated_says_why(model):
+    with pytest.raises(ValueError, match="kv_format: expected quantized keys"):
+        made(model, "none")
+
+
+def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "model")
+    words = " ".join(f"w{i}" for i in tokens(1, 4000)[0].tolist())
+    (tmp_path / "words.txt").write_text(words)
+    out = tmp_path / "made.safetensors"
+    given = ["--model", str(folder), "--text", str(tmp_path / "words.txt")]
+    asked = ["calibrate", *given, "--out", str(out), "--tokens", "1024", "--window", "256"]
+    assert run(asked) == 0
+    assert "layer   2  loss" in capsys.readouterr().out
+    asked = ["evaluate", *given, "--formats", "int4", "--windows", "1", "--prompt", "64"]
+    csv = tmp_path / "rows.csv"
+    assert run([*asked, "--scored", "32", "--calibration", str(out), "--csv", str(csv)]) == 0
+    assert "made.safetensors" in csv.read_text()
+    assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int5"]) == 2
+    assert run(["calibrate", *given, "--out", str(tmp_path), "--tokens", "1024"]) == 2
+    assert run(["calibrate", *given, "--out", str(out), "--window", "9000"]) == 2
