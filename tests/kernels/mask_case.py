@@ -32,11 +32,13 @@ def compile_dense(head_dim=128, group=4, **form):
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], gl.float16)
     rows = f"tensordesc<fp16[{tile.keys}, {head_dim}],{layout!r}>"
     types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16",
-             "lse_ptr": "*fp32", "sinks_ptr": "*fp32", "scale": "fp32", "cap": "fp32"}  # fmt: skip
+             "lse_ptr": "*fp32", "sinks_ptr": "*fp32", "scale": "fp32", "cap": "fp32",
+             "v_scale": "*fp16", "v_zero": "*fp16"}  # fmt: skip
     fixed = {
         "G": group, "D": head_dim, "DV": head_dim, "BM": tile.rows, "BN": tile.keys,
         "DP": head_dim, "DVP": head_dim, "STAGES": tile.stages, "PER_HEAD": False, "SHARED": True,
-        "BODY": False, "SOFTCAP": False, "SINKS": False, "SHIFT": 8,
+        "BODY": False, "SOFTCAP": False, "SINKS": False, "SHIFT": 8, "V_STATIC": False,
+        "V_ZERO": False, "V_GROUPS": 1,
     } | form  # fmt: skip
     signature, constants, aligned = {}, {}, {}
     for at, name in enumerate(mask_kernel.arg_names):
@@ -82,6 +84,8 @@ def main() -> None:
     """Compile every case."""
     made = {f"dense {name}": compile_dense(**form) for name, form in FORMS.items()}
     made["dense causal 1, group 1"] = compile_dense(group=1, **FORMS["causal 1"])
+    given = {"SINKS": True, "V_STATIC": True, "V_ZERO": True, "V_GROUPS": 128}
+    made["dense causal 1, given scales"] = compile_dense(**FORMS["causal 1"], **given)
     made["dense causal 1, 256"] = compile_dense(head_dim=256, **FORMS["causal 1"])
     made["pages both 4"] = compile_pages(512, FORMS["both 4"])
     made["pages rows 1, decode"] = compile_pages(4, FORMS["rows 1"])

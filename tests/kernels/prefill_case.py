@@ -63,12 +63,14 @@ def compile_dense(head_dim=128, dtype="fp16", **flags):
     types |= {"order": "*i32", "work": "*i32", "scale": "fp32", "cap": "fp32"}
     for name in ("lse_ptr", "carry_ptr", "carry_lse_ptr", "sinks_ptr"):
         types[name] = "*fp32"
+    types["v_scale"] = types["v_zero"] = "*fp16"
     fixed = {
         "G": 4, "D": head_dim, "DV": head_dim, "BM": tile.rows, "BN": tile.keys,
         "DP": head_dim, "DVP": head_dim,
         "STAGES": tile.stages, "CAUSAL": True, "WINDOW": False, "BODY": False,
         "SOFTCAP": False, "SINKS": False,
         "CARRY": False, "SHIFT": 8 if dtype == "fp16" else 0,
+        "V_STATIC": False, "V_ZERO": False, "V_GROUPS": 1,
     }  # fmt: skip
     fixed |= flags
     signature, constants, aligned = {}, {}, {}
@@ -99,6 +101,7 @@ DENSE = {
     "dense 256": {"head_dim": 256},
     "dense window, sinks": {"WINDOW": True, "SINKS": True},
     "dense carried": {"CARRY": True},
+    "dense given scales": {"SINKS": True, "V_STATIC": True, "V_ZERO": True, "V_GROUPS": 128},
 }
 
 

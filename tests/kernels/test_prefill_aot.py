@@ -41,7 +41,15 @@ def test_ampere_uses_its_tensor_cores(compiled):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense 128", "dense 64", "dense 256", "dense window, sinks", "dense carried"]
+    "name",
+    [
+        "dense 128",
+        "dense 64",
+        "dense 256",
+        "dense window, sinks",
+        "dense carried",
+        "dense given scales",
+    ],
 )
 def test_dense_kernel_is_wgmma_fed_by_tma(compiled, name):
     found = compiled[name]
@@ -49,8 +57,9 @@ def test_dense_kernel_is_wgmma_fed_by_tma(compiled, name):
     # Serialized wgmma shows as one arrive each; here one a matrix product, in two consumers.
     assert count(found, r"WARPGROUP\.ARRIVE") == 8
     assert count(found, "USETMAXREG") >= 3
-    # Launch arguments may be parked once around the role switch; nothing of the loop is.
-    assert count(found, "LDL|STL") <= 24
+    # Launch arguments may be parked once around the role switch, and a row's end has more of them
+    # where scales are given; nothing of the loop is.
+    assert count(found, "LDL|STL") <= (64 if "given" in name else 24)
     assert found["shared"] <= 227 * 1024
 
 

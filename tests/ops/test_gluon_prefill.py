@@ -92,6 +92,15 @@ def test_softcap_and_sink_logits():
     check(FORMATS["int4"].key, FORMATS["int4"].value, RAGGED, sinks=True)
 
 
+@pytest.mark.parametrize("name", ["int4_static", "int8_static", "fp8_static"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_numbers_of_given_scales_are_not_rounded(name, sinks):
+    """A mean over many keys shows what every key's rounding has in common."""
+    step = Step((300,), (40_000,), page_size=64, kv_heads=1, head_dim=128)
+    given = FORMATS[name]
+    check(given.key, given.value, step, sinks=sinks, dtype=torch.float16)
+
+
 def test_groups_of_channels():
     spec = QuantSpec(CODES["int4"], Granularity(group=32), zero_point=True)
     check(spec, spec, RAGGED)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.ops.checks import gathers
+from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
 from quantpage.ops.triton.codes import to_float16
 
 KEYS_A_TILE = 32
@@ -46,7 +47,7 @@ def _gather_kernel(
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     GROUPS: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    SCALES: tl.constexpr,
     ZERO: tl.constexpr,
     LIMIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -86,9 +87,9 @@ def _gather_kernel(
         if CODE != 0:
             number = to_float16(number, CODE, OLD)
         number = number.to(tl.float32)
-        if CODE != 0:
+        if SCALES != 0:
             group = channel // (HEAD_DIM // GROUPS)
-            if DYNAMIC:
+            if SCALES == 1:
                 plane = page * scale_page + from_head * scale_head + slot * GROUPS
                 if GROUPS == 1:
                     own = plane[:, None]
@@ -113,17 +114,13 @@ def _gather_kernel(
         else:
             # A key that a mask hides may be a freed page's, whose scale is anything.
             number = tl.where(number == number, number, 0.0)
-            if not DYNAMIC:
+            if SCALES != 1:
                 # Dynamic scales and zeros of keys that are not seen were loaded as 0.
                 number = tl.where(seen[:, None], number, 0.0)
             number = tl.minimum(tl.maximum(number, -LIMIT), LIMIT)
         row = (to_row + offset).to(tl.int64) * out_row + head.to(tl.int64) * out_head
         written = (offset < count)[:, None] & inside[None, :]
         tl.store(out + row[:, None] + channel[None, :], number.to(out.dtype.element_ty), written)
-
-
-CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
-"""A code's number inside kernels."""
 
 
 def gather_rows(
@@ -141,7 +138,7 @@ def gather_rows(
     (-1), become 0. max_span_keys: host bound of keys_to_write. Heads first_head .. are written.
     Numbers saturate at the finite range of ``out``; unquantized ones that are not finite stay so.
     """
-    _launch(pages, None, page_table, spans, max_span_keys, (out, None), first_head)
+    _launch((operand(pages), None), page_table, spans, max_span_keys, (out, None), first_head)
 
 
 def gather_layer(
@@ -155,27 +152,22 @@ def gather_layer(
     """A workspace: ``gather_rows`` of keys and of values, in one launch where they are alike.
 
     Values are finite, since a matrix product takes 0 times NaN to rows that do not see it. A value
-    that was not, as unquantized pages may hold, makes its key NaN: of scores a mask selects.
+    that was not, as unquantized pages may hold, makes its key NaN: of scores a mask selects. Values
+    whose scales are given stay codes (operand.dense_operand says why).
     """
-    halves = (layer.key, layer.value)
-    if not layer.value.spec.quantized:
-        _launch(layer.key, None, page_table, spans, max_span_keys, (outs[0], None), first_head)
-        _launch(
-            layer.value,
-            None,
-            page_table,
-            spans,
-            max_span_keys,
-            (outs[1], None),
-            first_head,
-            outs[0],
-        )
+    key, value = operand(layer.key), operand(layer.value)
+    at = (page_table, spans, max_span_keys)
+    if _alike((layer.key, layer.value), outs) and value.scales not in (NO_SCALES, STATIC):
+        _launch((key, value), *at, outs, first_head)
         return
-    if _alike(halves, outs):
-        _launch(*halves, page_table, spans, max_span_keys, outs, first_head)
-        return
-    for half, out in zip(halves, outs, strict=True):
-        _launch(half, None, page_table, spans, max_span_keys, (out, None), first_head)
+    _launch((key, None), *at, (outs[0], None), first_head)
+    marks = outs[0] if value.scales == NO_SCALES else None
+    _launch((value._replace(scales=_kept(value)), None), *at, (outs[1], None), first_head, marks)
+
+
+def _kept(value: Operand) -> int:
+    """Scales that a workspace's values are multiplied by."""
+    return NO_SCALES if value.scales == STATIC else value.scales
 
 
 def _alike(halves: tuple[QuantizedPages, QuantizedPages], outs: tuple[Tensor, Tensor]) -> bool:
@@ -191,8 +183,7 @@ def _alike(halves: tuple[QuantizedPages, QuantizedPages], outs: tuple[Tensor, Te
 
 
 def _launch(
-    pages: QuantizedPages,
-    too: QuantizedPages | None,
+    halves: tuple[Operand, Operand | None],
     page_table: Tensor,
     spans: Tensor,
     max_span_keys: int,
@@ -200,60 +191,43 @@ def _launch(
     first_head: int,
     marks: Tensor | None = None,
 ) -> None:
-    """too: the other half, alike in everything but its addresses. marks: the rows of keys that are
+    """halves: the second is alike in everything but its addresses. marks: the rows of keys that are
     to be NaN where a value is not finite.
     """
     if spans.shape[0] == 0 or max_span_keys <= 0:
         return
-    out = outs[0]
-    spec, width, scale = pages.spec, pages.head_dim, pages.scale
-    dynamic = spec.quantized and spec.dynamic
-    if scale is None:
-        strides = (0, 0)
-    elif dynamic:
-        strides = (scale.stride(0), scale.stride(1))
-    else:
-        strides = (0, 0 if scale.shape[0] == 1 else scale.stride(0))
-    halves = 1 if too is None else 2
-    heads = out.shape[0] * halves
+    out, (half, too) = outs[0], halves
+    heads = out.shape[0] * (1 if too is None else 2)
     _gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), heads)](
-        *_planes(pages),
+        *half.planes,
         out,
-        *(_planes(pages) if too is None else _planes(too)),
+        *(half if too is None else too).planes,
         out if outs[1] is None else outs[1],
         out if marks is None else marks,
         page_table,
         spans,
-        pages.codes.stride(0),
-        pages.codes.stride(1),
-        *strides,
+        *half.strides,
+        *half.scale_strides,
         page_table.stride(0),
         out.stride(0),
         out.stride(1),
         0 if marks is None else marks.stride(0),
         0 if marks is None else marks.stride(1),
         first_head,
-        CODE=CODE_KINDS[spec.code.name],
-        HEAD_DIM=width,
-        WIDTH=triton.next_power_of_2(width),
-        PAGE=pages.page_size,
-        GROUPS=1 if scale is None else scale.shape[-1],
-        DYNAMIC=dynamic,
-        ZERO=pages.zero is not None,
+        CODE=half.code,
+        HEAD_DIM=half.head_dim,
+        WIDTH=triton.next_power_of_2(half.head_dim),
+        PAGE=half.page_size,
+        GROUPS=half.groups,
+        SCALES=half.scales,
+        ZERO=half.has_zero,
         LIMIT=torch.finfo(out.dtype).max,
         TILE=KEYS_A_TILE,
         OLD=out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 9),
-        HALVES=halves,
+        HALVES=1 if too is None else 2,
         MARKS=marks is not None,
         num_warps=4,
     )
-
-
-def _planes(pages: QuantizedPages) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Codes as bytes where Triton has no type for them, scales, zeros."""
-    codes = pages.codes
-    fp8 = codes.dtype == torch.float8_e4m3fn
-    return codes.view(torch.uint8) if fp8 else codes, pages.scale, pages.zero
 
 
 @gathers("cuda")

@@ -9,17 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.cache.views import LayerKV
 from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import device_info
 from quantpage.ops.checks import Needs, writes
 from quantpage.ops.gpu_candidates import write_refusals
+from quantpage.ops.operand import A_TOKEN, Operand, operand
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
 from quantpage.ops.rope_write.triton_kernel import write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
-
-CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +112,10 @@ def rope_write(
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
     shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)
     piece = shape.piece
-    key, key_fixed = _half(layer.key, width)
-    value, value_fixed = _half(layer.value, value_width)
-    near_key, _ = (key, None) if exact is None else _half(exact.key, width)
-    near_value, _ = (value, None) if exact is None else _half(exact.value, value_width)
+    key, value = operand(layer.key), operand(layer.value)
+    near_key, near_value = key, value
+    if exact is not None:
+        near_key, near_value = operand(exact.key), operand(exact.value)
     products = can_multiply(layer.key.spec, k, shape)
     if q is not None:
         products = products and can_multiply(layer.key.spec, q, shape)
@@ -132,10 +131,10 @@ def rope_write(
         k if q_out is None else q_out,
         k if k_seen is None else k_seen,
         v if v_seen is None else v_seen,
-        *key["planes"],
-        *value["planes"],
-        near_key["planes"][0],
-        near_value["planes"][0],
+        *key.planes,
+        *value.planes,
+        near_key.codes,
+        near_value.codes,
         batch.slots,
         batch.slots if exact is None or batch.exact is None else batch.exact.slots,
         batch.positions,
@@ -155,13 +154,15 @@ def rope_write(
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        *key["strides"],
-        *value["strides"],
-        *near_key["strides"][:2],
-        *near_value["strides"][:2],
+        *key.strides,
+        *key.scale_strides,
+        *value.strides,
+        *value.scale_strides,
+        *near_key.strides,
+        *near_value.strides,
         0 if rope is None else rope.cos.stride(0),
-        **{f"K_{name}": fixed for name, fixed in key_fixed.items()},
-        **{f"V_{name}": fixed for name, fixed in value_fixed.items()},
+        **{f"K_{name}": fixed for name, fixed in _fixed(key, layer.key.spec).items()},
+        **{f"V_{name}": fixed for name, fixed in _fixed(value, layer.value.spec).items()},
         HEAD_DIM=width,
         PIECE=_piece(layer.key.spec, width, piece),
         VALUE_DIM=value_width,
@@ -189,36 +190,16 @@ def rope_write(
     return Written(q_out, k_seen, v_seen)
 
 
-def _half(pages: QuantizedPages, width: int) -> tuple[dict, dict]:
-    """Kernel arguments of the K or the V pages, and what is compiled in."""
-    spec, codes, scale = pages.spec, pages.codes, pages.scale
-    if codes.dtype == torch.float8_e4m3fn:
-        codes = codes.view(torch.uint8)
-    if scale is None:
-        kind, strides, shared = 0, (0, 0), 1
-    elif spec.dynamic:
-        kind, strides = 1, (scale.stride(0), scale.stride(1))
-        groups = scale.shape[-1]
-        shared = triton.next_power_of_2(width) if groups == 1 else width // groups
-    else:
-        kind, strides = 2, (0, 0 if scale.shape[0] == 1 else scale.stride(0))
-        shared = width // scale.shape[-1]
-    # A plane that does not exist is never touched: the codes stand in for it.
-    given = {
-        "planes": (
-            codes,
-            codes if scale is None else scale,
-            codes if pages.zero is None else pages.zero,
-        ),
-        "strides": (codes.stride(0), codes.stride(1), *strides),
-    }
+def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:
+    """What is compiled in of the K or the V pages."""
+    # One dynamic scale is of all channels, those that a power of two adds too.
+    whole = half.scales == A_TOKEN and half.groups == 1
     limit = torch.finfo(spec.scale_dtype).max if spec.scale_dtype != torch.float64 else 3.4e38
-    fixed = {
-        "CODE": CODE_KINDS[spec.code.name],
-        "SCALES": kind,
-        "ZERO": pages.zero is not None,
-        "SHARED": shared,
+    return {
+        "CODE": half.code,
+        "SCALES": half.scales,
+        "ZERO": half.has_zero,
+        "SHARED": triton.next_power_of_2(half.head_dim) if whole else half.shared,
         "LIMIT": limit,
-        "BLOCK": rotation_block(width) if spec.rotation == "hadamard" else 1,
+        "BLOCK": rotation_block(half.head_dim) if spec.rotation == "hadamard" else 1,
     }
-    return given, fixed

@@ -21,8 +21,7 @@ from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 from quantpage.ops.checks import Needs, attends
 from quantpage.ops.gpu_candidates import decode_refusals
-
-CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+from quantpage.ops.operand import STATIC, Operand, operand
 
 # In what the Hopper kernel reads codes, where it is not words.
 KEY_UNITS = {"int8": torch.int8, "int4": torch.int8}
@@ -97,22 +96,23 @@ def attend(
     parts = min(128, max(4, triton.next_power_of_2(pieces)))
     overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    k, k_fixed = _operand(layer.key, KEY_UNITS if tiles.wgmma else {})
-    v, v_fixed = _operand(layer.value, VALUE_UNITS if tiles.wgmma else {})
+    key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
+    k = operand(layer.key, key_units.get(layer.key.spec.code.name, torch.int32))
+    v = operand(layer.value, value_units.get(layer.value.spec.code.name, torch.int32))
     given = (
-        q, k["codes"], v["codes"], k["scale"], v["scale"], k["zero"], v["zero"], batch.page_table,
+        q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
         batch.query_starts, batch.context_lens, params.sinks if final else None,
     )  # fmt: skip
     places = (
         out, lse, part_out, part_lse, cuts, params.softmax_scale,
         params.softcap if params.softcap is not None else 1.0, batch.num_requests, kv_heads,
-        tiles.min_tiles, *mask_numbers, q.stride(0), q.stride(1), *k["strides"][:2],
-        *v["strides"][:2], *k["strides"][2:], *v["strides"][2:], batch.page_table.stride(0),
+        tiles.min_tiles, *mask_numbers, q.stride(0), q.stride(1), *k.strides, *v.strides,
+        *k.scale_strides, *v.scale_strides, batch.page_table.stride(0),
         out.stride(0), out.stride(1),
     )  # fmt: skip
-    fixed = {f"K_{name}": value for name, value in k_fixed.items()}
-    fixed |= {f"V_{name}": value for name, value in v_fixed.items()}
-    fixed |= {
+    fixed = {
+        "K_CODE": k.code, "K_SCALES": k.scales, "K_ZERO": k.has_zero, "K_SHARED": _shared(k),
+        "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "VALUE_DIM": value_width, "GROUP": group, "PAGE": batch.page_size,
         "ROWS": rows, "ROW_TILES": tiles_of_rows, "TILE": tiles.tile,
         "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
@@ -185,34 +185,9 @@ def _chunk(requests: int) -> int:
     return 32 if requests <= 32 else 128 if requests <= 128 else 512
 
 
-def _operand(pages: QuantizedPages, units: dict[str, torch.dtype]) -> tuple[dict, dict]:
-    """Kernel arguments of one half: codes in units (by default words), planes, strides; and what is
-    compiled in.
-    """
-    spec, codes, scale = pages.spec, pages.codes, pages.scale
-    if spec.quantized:
-        codes = codes.view(units.get(spec.code.name, torch.int32))
-    if scale is None:
-        kind, scale_strides = 0, (0, 0)
-    elif spec.dynamic:
-        kind, scale_strides = 1, (scale.stride(0), scale.stride(1))
-    else:
-        kind, scale_strides = 2, (0, 0 if scale.shape[0] == 1 else scale.stride(0))
-    shared = 1 if scale is None or kind == 1 else pages.head_dim // scale.shape[-1]
-    given = {
-        "codes": codes,
-        # A plane that does not exist is never read: any pointer stands in for it.
-        "scale": codes if scale is None else scale,
-        "zero": codes if pages.zero is None else pages.zero,
-        "strides": (codes.stride(0), codes.stride(1), *scale_strides),
-    }
-    fixed = {
-        "CODE": CODE_KINDS[spec.code.name],
-        "SCALES": kind,
-        "ZERO": pages.zero is not None,
-        "SHARED": shared,
-    }
-    return given, fixed
+def _shared(half: Operand) -> int:
+    """Channels that share a static scale."""
+    return half.shared if half.scales == STATIC else 1
 
 
 def _paired(pages: QuantizedPages) -> bool:

@@ -78,6 +78,30 @@ def finish(acc, m, mass, layout: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
+def given_scales(
+    o, m, mass, sinks_ptr, heads, v_scale, v_zero, DV: gl.constexpr, V_GROUPS: gl.constexpr,
+    V_ZERO: gl.constexpr, SINKS: gl.constexpr, SHIFT: gl.constexpr, o_layout: gl.constexpr,
+    DVP: gl.constexpr,
+):  # fmt: skip
+    """Outputs over codes as outputs over numbers; v_scale, v_zero: of the kv_head."""
+    channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
+    inside = channel < DV
+    own = channel // (DV // V_GROUPS)
+    scale = gl.load(v_scale + own, mask=inside, other=0.0).to(gl.float32)
+    o = o * scale[None, :]
+    if V_ZERO:
+        # A sink logit has no value: the zero belongs to what the keys alone weigh.
+        weight = gl.where(mass == 0.0, 0.0, 1.0)
+        if SINKS:
+            sink = gl.load(sinks_ptr + heads).to(gl.float32) * LOG2E
+            weight -= gl.exp2(sink - m + SHIFT) / gl.where(mass == 0.0, 1.0, mass)
+        zero = gl.load(v_zero + own, mask=inside, other=0.0).to(gl.float32)
+        weight = gl.convert_layout(weight, gl.SliceLayout(1, o_layout))
+        o += weight[:, None] * zero[None, :]
+    return o
+
+
+@gluon.jit
 def start_barriers(full, empty, STAGES: gl.constexpr):
     """A stage is filled by one producer and emptied by two consumers."""
     for i in gl.static_range(STAGES):

@@ -30,6 +30,7 @@ from quantpage.ops.attend.prefill.plan import WORKSPACE_BYTES
 from quantpage.ops.attend.prefill.triton import exponent_scale, workspace_dtype
 from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.triton import gather_layer
+from quantpage.ops.operand import Operand, given_values
 
 FEW_ROWS = 256
 """Packed rows a request up to which pages are read directly: a workspace would be written for two
@@ -129,6 +130,7 @@ def attend(
             (step, plan, form, order),
             head0,
             body_page=batch.page_size if segment == "body" else 0,
+            values=given_values(layer),
         )
     return out, lse
 
@@ -141,9 +143,12 @@ def launch(
     planned: tuple[MaskStep, MaskPlan, ColumnIntervals | RowIntervals, Tensor],
     head0: int = 0,
     body_page: int = 0,
-    persistent: bool = True,
+    values: Operand | None = None,
 ) -> None:
-    """One pass over the kv_heads that the workspace holds, from ``head0`` on."""
+    """One pass over the kv_heads that the workspace holds, from ``head0`` on.
+
+    values: whose scales are given, so that the workspace holds their codes; None: numbers.
+    """
     (k, v), (out, lse), (step, plan, form, order) = workspace, results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
     heads, head_dim, width = k.shape[0], q.shape[2], v.shape[2]
@@ -151,9 +156,7 @@ def launch(
     tile = dense_tile(max(padded, padded_v))
     scale, cap = exponent_scale(params)
     items = len(step.work)
-    grid = items * heads
-    if persistent:
-        grid = min(grid, device_info(q.device).processors)
+    grid = min(items * heads, device_info(q.device).processors)
     given = mask_arguments(form, q.device)
     columns = isinstance(form, ColumnIntervals)
     mask_kernel[(grid,)](
@@ -163,6 +166,9 @@ def launch(
         out,
         lse,
         lse if params.sinks is None else params.sinks,
+        lse if values is None else values.scale,
+        lse if values is None else values.zero,
+        0 if values is None else values.scale_strides[1],
         order,
         step.work,
         plan.tiles,
@@ -202,5 +208,8 @@ def launch(
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
         SHIFT=8 if k.dtype == torch.float16 else 0,
+        V_STATIC=values is not None,
+        V_ZERO=values is not None and values.has_zero,
+        V_GROUPS=1 if values is None else values.groups,
         num_warps=4,
     )

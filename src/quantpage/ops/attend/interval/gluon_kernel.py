@@ -18,6 +18,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     LN2,
     capped,
     finish,
+    given_scales,
     load_queries,
     online_softmax,
     start_barriers,
@@ -210,14 +211,16 @@ def _softmax(
 
 @gluon.jit
 def _consumer(
-    q_ptr, out_ptr, lse_ptr, sinks_ptr, order, work, tiles, counts, mask_ptr, spans, q_smem,
+    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work, tiles, counts,
+    mask_ptr, spans, q_smem,
     k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items, heads, head0, q_heads,
     q_token, q_head, scale, cap, width, m_batch, m_head, capacity, mask_heads, page_size,
     G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     DP: gl.constexpr, DVP: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
     VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr, PER_HEAD: gl.constexpr,
     SHARED: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    SHIFT: gl.constexpr,
+    SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
+    V_GROUPS: gl.constexpr,
 ):
     dtype: gl.constexpr = k_smem.dtype
     ROWS: gl.constexpr = BM // 2
@@ -327,6 +330,12 @@ def _consumer(
             count += 1
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
+            if V_STATIC:
+                at_scale = (head0 + head).to(gl.int64) * vs_head
+                o = given_scales(
+                    o, m, mass, sinks_ptr, first_head + rows % G, v_scale + at_scale,
+                    v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
+                )  # fmt: skip
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
             gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
 
@@ -335,13 +344,15 @@ def _consumer(
     do_not_specialize=["rounds", "items", "heads", "head0", "head_rows", "width", "capacity"]
 )
 def mask_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, order, work, tiles, counts, mask_ptr,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work,
+    tiles, counts, mask_ptr,
     spans, rounds, items, heads, head0, head_rows, q_heads, q_token, q_head, scale, cap, width,
     m_batch, m_head, capacity, mask_heads, page_size, G: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr,
     STAGES: gl.constexpr, VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr,
     PER_HEAD: gl.constexpr, SHARED: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, SHIFT: gl.constexpr,
+    SINKS: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
+    V_GROUPS: gl.constexpr,
 ):
     """One launch over all work items of one workspace; see the module."""
     dtype: gl.constexpr = k_desc.dtype
@@ -360,21 +371,25 @@ def mask_kernel(
             (
                 _consumer,
                 (
-                    q_ptr, out_ptr, lse_ptr, sinks_ptr, order, work, tiles, counts, mask_ptr,
+                    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work,
+                    tiles, counts, mask_ptr,
                     spans, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items,
                     heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head,
                     capacity, mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, 0, STAGES, VECTORS,
-                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT,
+                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC,
+                    V_ZERO, V_GROUPS,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q_ptr, out_ptr, lse_ptr, sinks_ptr, order, work, tiles, counts, mask_ptr,
+                    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work,
+                    tiles, counts, mask_ptr,
                     spans, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items,
                     heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head,
                     capacity, mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, 1, STAGES, VECTORS,
-                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT,
+                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC,
+                    V_ZERO, V_GROUPS,
                 ),
             ),
             (

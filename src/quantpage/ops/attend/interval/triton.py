@@ -24,12 +24,13 @@ from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.prefill.triton import (
     OPERANDS,
-    PagesHalf,
     exponent_scale,
+    operand_dtype,
     padded_width,
     pages_tile,
 )
 from quantpage.ops.checks import Needs, attends
+from quantpage.ops.operand import operand
 
 MIN_SPLIT_TILES = 4
 """Smallest share of a split: a partial result costs a write and a merge."""
@@ -93,9 +94,7 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
     padded, padded_v = padded_width(head_dim), padded_width(width)
     tile, warps = pages_tile(max(padded, padded_v), group * batch.max_query_len)
     scale, cap = exponent_scale(params)
-    key, value = PagesHalf(layer.key), PagesHalf(layer.value)
-    quantized = layer.key.spec.quantized or layer.value.spec.quantized
-    operand = torch.float16 if quantized else layer.key.codes.dtype
+    key, value = operand(layer.key), operand(layer.value)
     capability = device_info(q.device).capability
     given = mask_arguments(form, q.device)
     columns = isinstance(form, ColumnIntervals)
@@ -124,8 +123,8 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         q.stride(0),
         q.stride(1),
         batch.page_table.stride(0),
-        *key.codes_strides,
-        *value.codes_strides,
+        *key.strides,
+        *value.strides,
         *key.scale_strides,
         *value.scale_strides,
         scale,
@@ -142,8 +141,8 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         V_CODE=value.code,
         K_SCALED=key.scaled,
         V_SCALED=value.scaled,
-        K_ZERO=layer.key.spec.zero_point,
-        V_ZERO=layer.value.spec.zero_point,
+        K_ZERO=key.has_zero,
+        V_ZERO=value.has_zero,
         K_GROUPS=key.groups,
         V_GROUPS=value.groups,
         VECTORS=given["tensor"].shape[2] if columns else 1,
@@ -154,9 +153,9 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         SEGMENT=SEGMENTS[segment],
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
-        SHIFT=8 if quantized else 0,
+        SHIFT=8 if key.code or value.code else 0,
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
-        OPERAND=OPERANDS[operand],
+        OPERAND=OPERANDS[operand_dtype(key, value)],
         num_warps=warps,
     )

@@ -29,6 +29,7 @@ from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
 from quantpage.ops.attend.prefill.ways import choose_ways, gluon_refusals
 from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.operand import Operand, given_values
 from quantpage.ops.triton.gluon_compat import TensorDescriptor
 
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -69,6 +70,7 @@ def _attend_workspace(results, q, layer, batch, params, segment, members) -> Non
     body_page = batch.page_size if segment == "body" else 0
     lens = (batch.query_lens, batch.host_context_lens)
     carried = None
+    values = given_values(layer)
     for each, spans, order, items in _device_passes(*lens, shape, members, str(q.device)):
         dtype = triton_prefill.workspace_dtype(layer, q.dtype)
         k, v = triton_prefill.fill_workspace(each, spans, layer, batch.page_table, dtype)
@@ -77,18 +79,22 @@ def _attend_workspace(results, q, layer, batch, params, segment, members) -> Non
             parts = (each.work.parts, tokens, q_heads)
             part_out = torch.empty(*parts, v.shape[2], dtype=torch.float32, device=q.device)
             part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-            launch(q, (k, v), (part_out, part_lse, None), params, planned, body_page)
+            launch(q, (k, v), (part_out, part_lse, None), params, planned, body_page, values)
             triton_prefill.merge_parts(part_out, part_lse, params.sinks, results)
             continue
         if carried is None and not each.final:
             carried = torch.empty(out.shape, dtype=torch.float32, device=q.device)
         target = out if each.final else carried
-        launch(q, (k, v), (target, lse, carried), params, planned, body_page)
+        launch(q, (k, v), (target, lse, carried), params, planned, body_page, values)
 
 
-def launch(q, workspace, results, params: AttendParams, planned, body_page: int = 0) -> None:
+def launch(
+    q, workspace, results, params: AttendParams, planned, body_page: int = 0,
+    values: Operand | None = None,
+) -> None:  # fmt: skip
     """One pass: queries against the filled workspace.
 
+    values: whose scales are given, so that the workspace holds their codes; None: numbers.
     results: (out, lse, float32 partials that carried rows start from).
     planned: (the pass, its order and items on the device, its shape).
     """
@@ -109,6 +115,9 @@ def launch(q, workspace, results, params: AttendParams, planned, body_page: int 
         carried if each.carried else lse,
         lse,
         params.sinks if sinks else lse,
+        lse if values is None else values.scale,
+        lse if values is None else values.zero,
+        0 if values is None else values.scale_strides[1],
         order,
         items,
         rounds,
@@ -140,6 +149,9 @@ def launch(q, workspace, results, params: AttendParams, planned, body_page: int 
         SINKS=sinks,
         CARRY=each.carried,
         SHIFT=8 if k.dtype == torch.float16 else 0,
+        V_STATIC=values is not None,
+        V_ZERO=values is not None and values.has_zero,
+        V_GROUPS=1 if values is None else values.groups,
         num_warps=4,
     )
 

@@ -20,6 +20,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     LOG2E,
     capped,
     finish,
+    given_scales,
     load_queries,
     online_softmax,
     start_barriers,
@@ -130,13 +131,15 @@ def _softmax(
 
 @gluon.jit
 def _consumer(
-    q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, order, work, q_smem, k_smem,
+    q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order,
+    work, q_smem, k_smem,
     v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows, q_heads, q_token,
     q_head, scale, cap, window, sink_tokens, sink_tiles, page_size, G: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr,
     DVP: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    CARRY: gl.constexpr, SHIFT: gl.constexpr,
+    CARRY: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
+    V_GROUPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     ROWS: gl.constexpr = BM // 2
@@ -255,6 +258,12 @@ def _consumer(
             count += 1
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
+            if V_STATIC:
+                at_scale = (head0 + head).to(gl.int64) * vs_head
+                o = given_scales(
+                    o, m, mass, sinks_ptr, first_head + rows % G, v_scale + at_scale,
+                    v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
+                )  # fmt: skip
             if CARRY:
                 before = gl.load(carry_lse_ptr + lse_at, mask=rows < new * G, other=-float("inf"))
                 before = before * LOG2E
@@ -287,12 +296,14 @@ def _consumer(
     ]
 )
 def prefill_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, order, work,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
+    vs_head, order, work,
     rounds, heads, head0, head_rows, part_rows, q_heads, q_token, q_head, scale, cap, window,
     sink_tokens, sink_tiles, page_size, G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, CARRY: gl.constexpr, SHIFT: gl.constexpr,
+    SINKS: gl.constexpr, CARRY: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr,
+    V_ZERO: gl.constexpr, V_GROUPS: gl.constexpr,
 ):  # fmt: skip
     """One launch over all work items of one workspace; see the module."""
     dtype: gl.constexpr = k_desc.dtype
@@ -309,18 +320,20 @@ def prefill_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, order, work, q_smem,
+                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
+                vs_head, order, work, q_smem,
                 k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows,
                 q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles, page_size,
                 G, D, DV, BM, BN, DP, DVP, 0, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS, CARRY,
-                SHIFT,
+                SHIFT, V_STATIC, V_ZERO, V_GROUPS,
             )),
             (_consumer, (
-                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, order, work, q_smem,
+                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
+                vs_head, order, work, q_smem,
                 k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows,
                 q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles, page_size,
                 G, D, DV, BM, BN, DP, DVP, 1, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS, CARRY,
-                SHIFT,
+                SHIFT, V_STATIC, V_ZERO, V_GROUPS,
             )),
             (_producer, (
                 k_desc, v_desc, order, work, k_smem, v_smem, k_full, k_empty, v_full, v_empty,

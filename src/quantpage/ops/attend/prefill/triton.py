@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import CODES, QuantSpec
+from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.decode import triton as triton_decode
@@ -32,11 +31,10 @@ from quantpage.ops.attend.prefill.ways import Ways, choose_ways, take_requests, 
 from quantpage.ops.attend.triton_merge import merge_partials
 from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.triton import gather_layer
+from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, operand
 
 LOG2E = 1.4426950408889634
-CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_UNQUANTIZED = QuantSpec(CODES["none"])
 
 
 def pages_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
@@ -87,8 +85,8 @@ def attend_others(results, q, layer, batch, params, segment: Segment, ways: Ways
         rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
         shape, warps = _pages_shape(q, layer, params, rows, 1)
         planned = _device_pages(*lens, shape, members, str(q.device))
-        table = batch.page_table
-        _launch(results, q, layer, table, params, (segment, batch.page_size), planned, warps)
+        halves, rule = (operand(layer.key), operand(layer.value)), (segment, batch.page_size)
+        _launch(results, q, halves, batch.page_table, params, rule, planned, warps)
 
 
 def empty_results(q: Tensor, layer: LayerKV, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -141,28 +139,33 @@ def _attend_workspace(results, q, layer, batch, params, segment, members) -> Non
     lens = (batch.query_lens, batch.host_context_lens)
     shape, warps = _pages_shape(q, layer, params, max(lens[0]), 2)
     dtype = workspace_dtype(layer, q.dtype)
+    key, value = operand(layer.key), operand(layer.value)
+    rule = (segment, batch.page_size)
     for each, spans, table, planned in _device_passes(*lens, shape, members, str(q.device)):
-        rows = fill_workspace(each, spans, layer, batch.page_table, dtype)
-        pages = LayerKV(_as_pages(rows[0], shape.tile.keys), _as_pages(rows[1], shape.tile.keys))
-        rule = (segment, batch.page_size)
-        _launch(results, q, pages, table, params, rule, planned, warps, each.head0)
+        k, v = fill_workspace(each, spans, layer, batch.page_table, dtype)
+        halves = (
+            dense_operand(k, shape.tile.keys, key._replace(scales=NO_SCALES)),
+            dense_operand(v, shape.tile.keys, value, each.head0),
+        )
+        _launch(results, q, halves, table, params, rule, planned, warps, each.head0)
 
 
-def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: int = 0) -> None:
-    """One launch; rule: the segment and the page size that it is defined by.
+def _launch(results, q, halves, table, params, rule, planned, warps: int, head0: int = 0) -> None:
+    """One launch; halves: operands of K and V. rule: the segment and the page size that defines it.
 
     planned: order, items, parts, shape. head0: the q_heads of the layer's first kv_head.
     """
     (out, lse), (order, items, parts, shape) = results, planned
+    key: Operand
+    value: Operand
+    key, value = halves
     tokens, q_heads, _ = q.shape
     target, target_lse = out, lse
     if parts > 1:
         target = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(parts, tokens, q_heads, dtype=torch.float32, device=q.device)
     sinks = params.sinks is not None and parts == 1
-    key, value = PagesHalf(layer.key), PagesHalf(layer.value)
-    quantized = key.code != 0 or value.code != 0
-    operand = torch.float16 if quantized else layer.key.codes.dtype
+    number = operand_dtype(key, value)
     capability = device_info(q.device).capability
     mask, tile = params.mask, shape.tile
     scale, cap = exponent_scale(params)
@@ -176,15 +179,15 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         target,
         target_lse,
         params.sinks if sinks else lse,
-        layer.kv_heads,
+        key.codes.shape[1],
         head0,
         q_heads,
         tokens * q_heads,
         q.stride(0),
         q.stride(1),
         table.stride(0),
-        *key.codes_strides,
-        *value.codes_strides,
+        *key.strides,
+        *value.strides,
         *key.scale_strides,
         *value.scale_strides,
         scale,
@@ -192,20 +195,20 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         shape.window or 0,
         shape.sink_tokens,
         G=shape.group,
-        D=layer.key.head_dim,
-        DV=layer.value.head_dim,
-        DP=padded_width(layer.key.head_dim),
-        DVP=padded_width(layer.value.head_dim),
+        D=key.head_dim,
+        DV=value.head_dim,
+        DP=padded_width(key.head_dim),
+        DVP=padded_width(value.head_dim),
         BM=tile.rows,
         BN=tile.keys,
-        SLOTS=layer.page_size,
+        SLOTS=key.page_size,
         PAGE=rule[1],
         K_CODE=key.code,
         V_CODE=value.code,
         K_SCALED=key.scaled,
         V_SCALED=value.scaled,
-        K_ZERO=layer.key.spec.zero_point,
-        V_ZERO=layer.value.spec.zero_point,
+        K_ZERO=key.has_zero,
+        V_ZERO=value.has_zero,
         K_GROUPS=key.groups,
         V_GROUPS=value.groups,
         WINDOW=shape.window is not None,
@@ -213,38 +216,19 @@ def _launch(results, q, layer, table, params, rule, planned, warps: int, head0: 
         SEGMENT=SEGMENTS[rule[0]],
         SOFTCAP=params.softcap is not None,
         SINKS=sinks,
-        SHIFT=8 if operand == torch.float16 else 0,
+        SHIFT=8 if number == torch.float16 else 0,
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
-        OPERAND=OPERANDS[operand],
+        OPERAND=OPERANDS[number],
         num_warps=warps,
     )
     if parts > 1:
         merge_parts(target, target_lse, params.sinks, results)
 
 
-class PagesHalf:
-    """One half of a layer as the kernel's arguments."""
-
-    __slots__ = ("code", "codes_strides", "groups", "planes", "scale_strides", "scaled")
-
-    def __init__(self, pages: QuantizedPages) -> None:
-        codes, scale, spec = pages.codes, pages.scale, pages.spec
-        if codes.dtype == torch.float8_e4m3fn:
-            codes = codes.view(torch.uint8)
-        self.code = CODE_KINDS[spec.code.name]
-        self.codes_strides = (codes.stride(0), codes.stride(1))
-        self.groups = spec.granularity.groups(pages.head_dim)
-        if scale is None:
-            self.planes, self.scale_strides, self.scaled = (codes, codes, codes), (0, 0), 0
-            return
-        self.planes = (codes, scale, scale if pages.zero is None else pages.zero)
-        if spec.dynamic:
-            self.scale_strides = (scale.stride(0), scale.stride(1))
-            self.scaled = 1 if self.groups == 1 else 3
-        else:
-            self.scale_strides = (0, scale.stride(0) if scale.shape[0] > 1 else 0)
-            self.scaled = 2
+def operand_dtype(key: Operand, value: Operand) -> torch.dtype:
+    """Of queries and probabilities in products: float16 beside codes, else the pages' own."""
+    return torch.float16 if key.code or value.code else key.codes.dtype
 
 
 def _pages_shape(
@@ -288,11 +272,6 @@ def _device_passes(query_lens, context_lens, shape: DenseShape, members, device:
         table = _workspace_table(each, len(query_lens), max(context_lens), shape)
         made.append((each, _on_device(each.spans, device), _on_device(table, device), planned))
     return tuple(made)
-
-
-def _as_pages(rows: Tensor, keys: int) -> QuantizedPages:
-    """A workspace [heads, rows, D] as unquantized pages of one key tile each."""
-    return QuantizedPages(_UNQUANTIZED, rows.unflatten(1, (-1, keys)).transpose(0, 1))
 
 
 def _workspace_table(each: DensePass, requests: int, longest: int, shape: DenseShape) -> np.ndarray:
