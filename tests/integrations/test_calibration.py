@@ -1,5 +1,7 @@
 """`quantpage calibrate` and its file: of one text, good for another, never for another model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -8,7 +10,7 @@ from transformers import DynamicCache
 
 import quantpage
 from quantpage.cli.app import run
-from quantpage.errors import CorruptCalibration
+from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
 from tests.integrations.tiny_models import save_tiny, tiny, tokens
@@ -158,3 +160,68 @@ def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
     assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int5"]) == 2
     assert run(["calibrate", *given, "--out", str(tmp_path), "--tokens", "1024"]) == 2
     assert run(["calibrate", *given, "--out", str(out), "--window", "9000"]) == 2
+
+
+@pytest.mark.parametrize("rule", ["absmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["int8_static", "fp8_static", "int4_static"])
+def test_static_formats_take_their_scales_from_a_file(model, tmp_path, name, rule):
+    path = tmp_path / "static.safetensors"
+    found = calibrate(model, texts(), [FORMATS[name]] * 3, {}, rule=rule)
+    found.save(path)
+    ids = tokens(1, 150, seed=9)
+    exact = logits(model, ids, DynamicCache())
+    with quantpage.attach(model, kv_format=name, page_size=16, calibration=path) as attached:
+        out = model(ids, use_cache=True)
+        held = out.past_key_values.rows.layer(1)
+    for half, scale, zero in (
+        (held.key, found.static[1].key_scale, found.static[1].key_zero),
+        (held.value, found.static[1].value_scale, found.static[1].value_zero),
+    ):
+        assert torch.equal(half.scale, scale)
+        assert zero is None or torch.equal(half.zero, zero)
+    other = out.logits[0, 16:].double().log_softmax(-1)
+    assert (exact.exp() * (exact - other)).sum(-1).mean() < (1.0 if "int4" in name else 0.1)
+    assert attached.calibration.startswith("static.safetensors")
+
+
+def test_static_scales_in_windows_and_mixed_with_dynamic_layers(tmp_path):
+    model = tiny("mistral_window", torch.float32)
+    forms = [FORMATS["int8_static"], FORMATS["int8"], FORMATS["int8_static"]]
+    found = calibrate(model, texts(), forms, {})
+    assert sorted(found.static) == [0, 2] and sorted(found.layers) == [1]
+    path = tmp_path / "mixed.safetensors"
+    found.save(path)
+    ids = tokens(1, 150, seed=9)
+    exact = logits(model, ids, DynamicCache())
+    name = "int8_static,layers=1:int8"
+    with quantpage.attach(model, kv_format=name, page_size=16, calibration=path):
+        other = logits(model, ids)
+    assert (exact.exp() * (exact - other)).sum(-1).mean() < 0.1
+
+
+@pytest.mark.parametrize("calibration", ["auto", None])
+def test_static_formats_without_scales_are_refused(model, calibration):
+    with pytest.raises(FormatError, match="expected a file with static scales for fp8"):
+        quantpage.attach(model, kv_format="fp8_static", calibration=calibration)
+
+
+def test_scales_of_another_format_or_shape_are_refused(model, file, tmp_path):
+    with pytest.raises(FormatError, match="expected static scales for int8_static, got none"):
+        quantpage.attach(model, kv_format="int8_static", calibration=file)
+    found = calibrate(model, texts(), [FORMATS["fp8_static"]] * 3, {})
+    found.save(tmp_path / "fp8")
+    with pytest.raises(FormatError, match="for int8_static, got them for fp8_static"):
+        quantpage.attach(model, kv_format="int8_static", calibration=tmp_path / "fp8")
+    scales = dict(found.static)
+    scales[1] = replace(scales[1], key_scale=scales[1].key_scale[:, :0])
+    replace(found, static=scales).save(tmp_path / "wrong")
+    with pytest.raises(FormatError, match=r"layer 1, key scale: expected \(2, 1\)"):
+        quantpage.attach(model, kv_format="fp8_static", calibration=tmp_path / "wrong")
+    del scales[1]
+    replace(found, static=scales).save(tmp_path / "missing")
+    with pytest.raises(FormatError, match="layer 1: expected static scales"):
+        quantpage.attach(model, kv_format="fp8_static", calibration=tmp_path / "missing")
+    scales[1] = replace(found.static[1], value_scale=found.static[1].value_scale * torch.nan)
+    replace(found, static=scales).save(tmp_path / "nan")
+    with pytest.raises(FormatError, match=r"layer 1, value scale.*: expected positive finite"):
+        quantpage.attach(model, kv_format="fp8_static", calibration=tmp_path / "nan")

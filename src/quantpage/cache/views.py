@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantpage.formats import CODES, KeyMap, QuantSpec
+from quantpage.formats.scales import ScalePair
 
 _UNQUANTIZED = QuantSpec(CODES["none"])
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -256,6 +257,16 @@ class LayerKV:
             object.__setattr__(self, "_facts", made)
             return made
         return self._facts
+
+    @property
+    def static(self) -> tuple[ScalePair, ScalePair]:
+        """((key scale, key zero), (value scale, value zero)) where they were given, as
+        ``PagedKVCache.add_layer`` takes them."""
+        key, value = self.key, self.value
+        return (
+            (None, None) if key.spec.dynamic else (key.scale, key.zero),
+            (None, None) if value.spec.dynamic else (value.scale, value.zero),
+        )
 
     def exact(self) -> "LayerKV":
         """The exact pages as a layer of their own, unquantized."""

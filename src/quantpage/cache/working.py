@@ -64,6 +64,7 @@ class Working:
             0 if codes is None else codes.count,
             0 if exact is None else exact.count,
             pages.device,
+            pages.static,
         )
         if codes is not None:
             copy_rows(pages, made, codes.brought)

@@ -1,7 +1,7 @@
 """`quantpage calibrate`: what text says of a model's keys, in a file for attach and evaluate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -19,6 +19,10 @@ def command(
     kv_format: Annotated[
         str, typer.Option(help="The format, or one a layer, that maps are chosen for.")
     ] = "int4",
+    scales: Annotated[
+        str,
+        typer.Option(help="Of a static format, from ranges: absmax, percentile or mse."),
+    ] = "mse",
     tokens: Annotated[int, typer.Option(min=256, help="Of the text, evenly spread.")] = 8192,
     window: Annotated[int, typer.Option(min=128, help="Tokens a forward.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -34,6 +38,7 @@ def command(
 
     from quantpage.evaluate.score import cut_windows
     from quantpage.evaluate.text import default_path, obtain, read
+    from quantpage.formats.channel_ranges import Rule
     from quantpage.formats.key_statistics import ChosenMap
     from quantpage.formats.per_layer import LayerFormats
     from quantpage.hardware import find_device
@@ -46,8 +51,9 @@ def command(
 
     check_writable(out, "out")
     chosen = LayerFormats.parse(kv_format)
-    chosen.refuse_static()
     formats = chosen.of_layers(model_shape(load_config(model)).layers)
+    if scales not in get_args(Rule):
+        raise ValueError(f"scales: expected one of {', '.join(get_args(Rule))}; got {scales!r}")
     if window > tokens:
         raise ValueError(f"window: expected at most --tokens {tokens:,}, got {window:,}")
     content = read(obtain(default_path()) if text is None else text)
@@ -71,7 +77,12 @@ def command(
             "kv_format": chosen.name,
         }
         made = calibrate(
-            loaded, pieces(), formats, note, lambda index, each: table.append((index, each))
+            loaded,
+            pieces(),
+            formats,
+            note,
+            lambda index, each: table.append((index, each)),
+            scales,  # type: ignore[arg-type]
         )
     made.save(out)
     for index, each in table:
@@ -80,4 +91,6 @@ def command(
             f"layer {index:3d}  loss {each.plain_loss:.1e} -> {each.loss:.1e}  "
             f"scales to the power {scales}"
         )
+    if made.static:
+        console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")
     console.note(f"written: {out}")

@@ -136,8 +136,12 @@ def find_candidates(
         if name in PEERS:
             found.append(peer(config, name))
             continue
-        if not all(each.dynamic for each in LayerFormats.parse(name).formats):
-            raise ValueError(f"formats: {name} needs given scales; expected dynamic formats")
+        static = not all(each.dynamic for each in LayerFormats.parse(name).formats)
+        if static and calibration in ("auto", "none"):
+            raise ValueError(
+                f"formats: {name} needs given scales; expected dynamic formats, or a file of "
+                "`quantpage calibrate`"
+            )
         found.append(ours(config, name, page_size, calibration))
     return found
 

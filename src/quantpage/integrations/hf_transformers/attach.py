@@ -104,8 +104,8 @@ def attach(
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
     NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
-    on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`;
-    None: keys as they are.
+    on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`,
+    which static formats need; None: keys as they are.
 
     Use as ``with attach(model, ...):`` and call ``model.generate(...)`` or ``model(...)`` as
     always. Raises UnsupportedModel, FormatError or ValueError before anything is changed.
@@ -116,7 +116,6 @@ def attach(
         raise ValueError("model: expected a model that is not attached yet; detach it first")
     refuse_unsupported(model.config)
     formats = LayerFormats.of(kv_format)
-    formats.refuse_static()
     options = CacheOptions(
         formats=formats,
         page_size=page_size,
@@ -137,7 +136,7 @@ def attach(
     if mask is not None:
         _refuse_mask(model, mask, cache, options.ledger)
     maps = find_key_maps(model, cache.formats, calibration, implementation)
-    attached.options = replace(options, key_maps=maps.layers)
+    attached.options = replace(options, key_maps=maps.layers, static=maps.static)
     attached.calibration = maps.source
     functions.register()
     paged = [module for index in options.ledger.paged for module in caching[index]]

@@ -24,12 +24,12 @@ from quantpage.attention import AttentionBackend, LayerAttention, build, find_ba
 from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
 from quantpage.errors import CacheError, UnsupportedModel
-from quantpage.formats import KeyMap, KVFormat, rotate
+from quantpage.formats import KeyMap, KVFormat, StaticScales, rotate
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.coverage import Ledger
 from quantpage.integrations.hf_transformers.lazy import LazyKV, with_gradient
-from quantpage.integrations.hf_transformers.memory import Memory
+from quantpage.integrations.hf_transformers.memory import Basis, Memory
 from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
 from quantpage.integrations.hf_transformers.rows import Rows, Step
 from quantpage.masks import CausalMask, Mask
@@ -53,6 +53,8 @@ class CacheOptions:
     checked: bool = False
     key_maps: Mapping[int, KeyMap] = field(default_factory=dict)
     """By layer; a layer without one caches keys as they are."""
+    static: StaticScales | None = None
+    """Of the layers with a static format, on the model's device."""
     own_state: frozenset[int] = frozenset()
     """Layers that stay Transformers' own though they cache keys and values (cross-attention)."""
     ledger: Ledger = field(default_factory=Ledger, compare=False)
@@ -97,7 +99,12 @@ class PagedLayer(CacheLayerMixin):
             dtype=key_states.dtype,
             value_head_dim=value_states.shape[-1],
         )
-        self._rows.add_layer(self.index, self.layout, self.reach, key_states, self._key_map())
+        static = None
+        if not self._format.dynamic:
+            assert options.static is not None
+            static = options.static.find(self.index).pairs
+        basis = Basis(static, self._key_map())
+        self._rows.add_layer(self.index, self.layout, self.reach, key_states, basis)
         self.is_initialized = True
 
     def _key_map(self) -> KeyMap | None:

@@ -1,6 +1,7 @@
 """What text says of a model's keys and queries, in a file for ``attach(calibration=...)``.
 
-    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q'
+    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q'; for a
+                 static format <layer>.key_scale, .key_zero, .value_scale, .value_zero instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
 The maps are chosen for one format and hold for others; rounding in turn follows from the metric
@@ -9,7 +10,7 @@ and the codes of the format at hand when the file is read.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.cache.saved import checksum, write_whole
-from quantpage.errors import CorruptCalibration, UnsupportedModel
-from quantpage.formats import KeyMap, KVFormat
+from quantpage.errors import CorruptCalibration, FormatError, UnsupportedModel
+from quantpage.formats import KeyMap, KVFormat, LayerScales, StaticScales
+from quantpage.formats.channel_ranges import ChannelRanges, Rule
 from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
 from quantpage.integrations.hf_transformers.model import text_config
@@ -29,13 +31,14 @@ from quantpage.integrations.hf_transformers.statistics import measure
 
 KIND = "quantpage calibration"
 VERSION = "1"
+_PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
 SKIPPED = 64
 """First tokens of a text that are not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCalibration:
-    """One layer."""
+    """One layer of a dynamic format."""
 
     key_map: KeyMap
     """Without feedback."""
@@ -45,7 +48,7 @@ class LayerCalibration:
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
         spec = kv_format.key
-        if not spec.quantized:
+        if not spec.quantized or not spec.dynamic:
             return None
         if not spec.code.integer:
             return self.key_map
@@ -61,6 +64,8 @@ class Calibration:
     layers: Mapping[int, LayerCalibration]
     note: Mapping[str, Any]
     """Where it comes from: text, tokens, format, losses."""
+    static: Mapping[int, LayerScales] = field(default_factory=dict)
+    """Scales of the layers with a static format."""
 
     def save(self, path: Path | str) -> None:
         """Write a file, whole or not at all."""
@@ -70,6 +75,11 @@ class Calibration:
             if each.key_map.mean is not None:
                 planes[f"{index}.mean"] = each.key_map.mean.cpu()
             planes[f"{index}.metric"] = each.metric.cpu()
+        for index, scales in self.static.items():
+            for name in _PLANES:
+                plane = getattr(scales, name)
+                if plane is not None:
+                    planes[f"{index}.{name}"] = plane.cpu()
         metadata = {"kind": KIND, "version": VERSION, "model": self.model}
         metadata["note"] = json.dumps(dict(self.note))
         metadata["checksum"] = checksum(metadata, planes)
@@ -100,14 +110,46 @@ class Calibration:
         said = metadata.pop("checksum", "none")
         if said != checksum(metadata, planes):
             raise CorruptCalibration(f"{path}: expected checksum {said}: it was altered")
+        indices = sorted({int(name.partition(".")[0]) for name in planes})
         layers = {
             index: LayerCalibration(
                 KeyMap(planes[f"{index}.scale"], planes.get(f"{index}.mean")),
                 planes[f"{index}.metric"],
             )
-            for index in sorted({int(name.partition(".")[0]) for name in planes})
+            for index in indices
+            if f"{index}.metric" in planes
         }
-        return cls(metadata["model"], layers, json.loads(metadata["note"]))
+        static = {
+            index: LayerScales(**{name: planes.get(f"{index}.{name}") for name in _PLANES})
+            for index in indices
+            if index not in layers
+        }
+        return cls(metadata["model"], layers, json.loads(metadata["note"]), static)
+
+    def scales(self, formats: Sequence[KVFormat], path: Path | str) -> StaticScales | None:
+        """The static scales of the layers whose format is static; None where none is.
+
+        FormatError for scales that are missing, of another format, or wrong in shape or number.
+        """
+        wanted = {index: each for index, each in enumerate(formats) if not each.dynamic}
+        if not wanted:
+            return None
+        first, made_for = next(iter(wanted.values())), self.note.get("static_format")
+        if any(each != first for each in wanted.values()):
+            names = ", ".join(sorted({each.name for each in wanted.values()}))
+            raise FormatError(f"kv_format: expected one static format in all layers, got {names}")
+        if made_for != first.name:
+            raise FormatError(
+                f"{path}: expected static scales for {first.name}, got "
+                f"{'none' if made_for is None else f'them for {made_for}'} "
+                f"(quantpage calibrate --kv-format {first.name})"
+            )
+        sizes = self.note["sizes"]
+        layers = {index: each for index, each in self.static.items() if index in wanted}
+        found = StaticScales(first, sizes[0], sizes[1], layers, sizes[2])
+        for index in wanted:
+            found.find(index)
+        return found
 
     def check(self, model: nn.Module, path: Path | str) -> None:
         """CorruptCalibration where it is of another model."""
@@ -121,26 +163,40 @@ def calibrate(
     formats: Sequence[KVFormat],
     note: Mapping[str, Any],
     each: Callable[[int, ChosenMap], None] | None = None,
+    rule: Rule = "mse",
 ) -> Calibration:
-    """Measure a model on texts, one forward each, and choose every layer's map.
+    """Measure a model on texts, one forward each, and choose every layer's map, or its scales.
 
-    formats: of the layers, dynamic. note: what to remember. each: told of a layer when it is done.
+    formats: of the layers; those that are static are one. note: what to remember. each: told of a
+    layer's map when it is chosen. rule: how much of a range static scales cover.
     """
+    static_names = {form.name for form in formats if not form.dynamic}
+    if len(static_names) > 1:
+        names = ", ".join(sorted(static_names))
+        raise FormatError(f"kv_format: expected one static format in all layers, got {names}")
     if not any(form.key.quantized for form in formats):
         raise ValueError(
             f"kv_format: expected quantized keys, as nothing else is calibrated; got "
             f"{formats[0].name}"
         )
-    found = measure(model, texts, SKIPPED)
+    ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = {} if static_names else None
+    found = measure(model, texts, SKIPPED, ranges=ranges)
     if not found:
         raise UnsupportedModel(
             f"{type(model).__name__}: expected attention through Transformers' interface, got its "
             "own code, which cannot be measured"
         )
     mean = takes_means(model)
-    layers, losses = {}, {}
+    layers, losses, static, sizes = {}, {}, {}, None
     for index, statistics in sorted(found.items()):
-        if index >= len(formats) or not formats[index].key.quantized:
+        if index >= len(formats) or not formats[index].quantized:
+            continue
+        if not formats[index].dynamic:
+            assert ranges is not None
+            static[index] = _static(ranges[index], formats[index], rule)
+            sizes = [*ranges[index][0].low.shape, ranges[index][1].low.shape[1]]
+            continue
+        if not formats[index].key.quantized:
             continue
         chosen = choose_map(_on_cpu(statistics), formats[index].key, mean)
         metric = statistics.metric.float().cpu().contiguous()
@@ -148,7 +204,20 @@ def calibrate(
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
-    return Calibration(weights_digest(model), layers, {**note, "losses": losses})
+    made = {**note, "losses": losses}
+    if static:
+        made |= {"static_format": next(iter(static_names)), "sizes": sizes, "rule": rule}
+    return Calibration(weights_digest(model), layers, made, static)
+
+
+def _static(
+    ranges: tuple[ChannelRanges, ChannelRanges], kv_format: KVFormat, rule: Rule
+) -> LayerScales:
+    (key, key_zero), (value, value_zero) = (
+        each.scales(spec, rule) if spec.quantized and not spec.dynamic else (None, None)
+        for each, spec in zip(ranges, (kv_format.key, kv_format.value), strict=True)
+    )
+    return LayerScales(key, value, key_zero, value_zero)
 
 
 def takes_means(model: nn.Module) -> bool:

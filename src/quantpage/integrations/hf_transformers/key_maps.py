@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpage.errors import CorruptCalibration
-from quantpage.formats import KeyMap, KVFormat
+from quantpage.errors import CorruptCalibration, FormatError
+from quantpage.formats import KeyMap, KVFormat, StaticScales
 from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.calibration import Calibration, takes_means
 from quantpage.integrations.hf_transformers.statistics import has_key_biases, measure_random
@@ -27,6 +27,8 @@ class KeyMaps:
     """In words, for reports."""
     layers: Mapping[int, KeyMap] = field(default_factory=dict)
     """By layer; a layer without one caches keys as they are."""
+    static: StaticScales | None = None
+    """Of the layers with a static format."""
 
 
 def find_key_maps(
@@ -40,6 +42,13 @@ def find_key_maps(
     calibration: AUTO, None for none, or a file of `quantpage calibrate`. implementation: as
     ``attach`` was told; only torch and the CPU core round in turn.
     """
+    if calibration is None or calibration == AUTO:
+        for each in formats:
+            if not each.dynamic:
+                raise FormatError(
+                    f"calibration: expected a file with static scales for {each.name} (quantpage "
+                    f"calibrate --kv-format {each.name}), got {calibration!r}"
+                )
     if calibration is None:
         return KeyMaps("none")
     if calibration != AUTO:
@@ -81,7 +90,9 @@ def _of_file(
         if made is not None:
             layers[index] = made if in_turn else each.key_map
     how = "" if in_turn else ", channels rounded by themselves"
-    return KeyMaps(f"{Path(path).name}{how}", layers)
+    static = found.scales(formats, path)
+    device = model.device
+    return KeyMaps(f"{Path(path).name}{how}", layers, None if static is None else static.to(device))
 
 
 _measured: WeakKeyDictionary[nn.Module, tuple[object, dict[int, KeyStatistics]]]

@@ -5,6 +5,7 @@ shelf. A model whose layers all see everything has one, one with windows in some
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,17 @@ from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Reach,
 from quantpage.cache.ledger import Ledger
 from quantpage.errors import CacheError
 from quantpage.formats import KeyMap
+from quantpage.formats.scales import ScalePair
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What codes of a layer are read by besides its layout."""
+
+    static: tuple[ScalePair, ScalePair] | None = None
+    """Scales that were given, of a static format."""
+    key_map: KeyMap | None = None
+
 
 _GROWTH = 32
 """A pool that is full grows by what is needed, or by one page in so many: a page more costs every
@@ -94,11 +106,11 @@ class Memory:
         layout: CacheLayout,
         reach: Reach,
         device: torch.device,
-        key_map: KeyMap | None = None,
+        basis: Basis = Basis(),
     ) -> None:
         """Allocate a layer, unless another cache has; CacheError where its layout was another.
 
-        Pages that are there keep their key map: what they hold was written by it.
+        Pages that are there keep their basis: what they hold was written by it.
         """
         shelf = self._of_layer.get(index)
         if shelf is None:
@@ -106,7 +118,7 @@ class Memory:
                 for each in self.shelves.values():
                     each.store = PagedKVCache(*each.size, device)
             shelf = self.shelves[reach]
-            shelf.store.add_layer(index, layout, key_map=key_map)
+            shelf.store.add_layer(index, layout, basis.static, basis.key_map)
             self._of_layer[index] = shelf
             self.note_peak()
         elif shelf.store.layouts[index] != layout:

@@ -29,8 +29,7 @@ from quantpage.cache import (
 from quantpage.cache.reach import held_from, pages_seen
 from quantpage.cache.saved import SavedPages, write_pages
 from quantpage.errors import CacheError
-from quantpage.formats import KeyMap
-from quantpage.integrations.hf_transformers.memory import Memory, Shelf
+from quantpage.integrations.hf_transformers.memory import Basis, Memory, Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +135,10 @@ class Rows:
         layout: CacheLayout,
         reach: Reach,
         like: Tensor,
-        key_map: KeyMap | None = None,
+        basis: Basis,
     ) -> None:
         """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
-        self.memory.add_layer(index, layout, reach, like.device, key_map)
+        self.memory.add_layer(index, layout, reach, like.device, basis)
         if not self.tables:
             self.tables = {
                 each: [shelf.new_sequence() for _ in range(like.shape[0])]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 
+from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.coverage import caching_modules, uses_interface
@@ -67,23 +68,32 @@ def measure(
     texts: Iterable[Int[Tensor, "1 tokens"]],
     skipped: int,
     positions: Int[Tensor, "1 tokens"] | None = None,
+    ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = None,
 ) -> dict[int, KeyStatistics]:
     """Statistics of every layer whose attention goes through Transformers' interface.
 
     texts: one forward each. skipped: first tokens of each that are not counted; models park
     attention on them, with keys like no others. positions: of the tokens; None: 0, 1, 2, ...
-    Layers without keys in the usual sense are missing.
+    ranges: where to put those of keys and of values, of all tokens; None: nowhere. Layers without
+    keys in the usual sense are missing.
     """
     found: dict[int, KeyStatistics] = {}
 
-    def look(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def look(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         index = getattr(module, "layer_idx", None)
         if index is not None and query.shape[-1] == key.shape[-1]:
             # [1, heads, tokens, head_dim]
             q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
             made = KeyStatistics.of(q, k)
             found[index] = found[index] + made if index in found else made
-        return functions.attention_function(module, query, key, *args, **kwargs)
+            if ranges is not None:
+                seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
+                if index in ranges:
+                    seen = [a + b for a, b in zip(ranges[index], seen, strict=True)]
+                ranges[index] = (seen[0], seen[1])
+        return functions.attention_function(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(NAME, look)
     AttentionMaskInterface.register(NAME, functions.mask_function)
