@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpage.explain import Choice, candidates_of, distinct_refusals, example_call, explain
+from quantpage.explain import OPS, Choice, candidates_of, distinct_refusals, example_call, explain
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo, device_info
 
@@ -54,6 +54,13 @@ def test_candidates_of_one_op_come_in_order_of_preference():
     assert any("CUDA" in " ".join(reasons) for _, reasons in said)
     with pytest.raises(ValueError, match="op: expected one of rope_write, prefill"):
         candidates_of(call, "attention")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_implementations_of_one_op_are_told_apart(op):
+    call = example_call(device_info("cpu"), FORMATS["int8"])
+    labels = [who for who, _ in candidates_of(call, op)]
+    assert len(set(labels)) == len(labels)
 
 
 def test_the_example_is_an_8b_llama():

@@ -1,6 +1,7 @@
 """What importing costs, and who may import what."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,36 @@ def test_the_public_surface_is_what_was_promised():
     assert quantpage.BACKENDS["flash"].name == "flash"
     with pytest.raises(AttributeError, match="no attribute 'flash_attention'"):
         quantpage.flash_attention  # noqa: B018
+
+
+def test_type_checkers_see_what_is_loaded():
+    """The imports that only they read are the table's, name by name."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {each.name: node.module for node in typed.body for each in node.names}
+    assert seen == quantpage._PUBLIC
+
+
+def test_public_names_are_typed(tmp_path):
+    """What mypy makes of them, as a user's code has them: none is Any."""
+    pytest.importorskip("mypy")
+    lines = [f"reveal_type(quantpage.{name})" for name in quantpage.__all__]
+    (tmp_path / "user.py").write_text("import quantpage\n" + "\n".join(lines) + "\n")
+    given = ["--no-error-summary", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
+    environment = {**os.environ, "MYPYPATH": str(SOURCE.parent)}
+    call = [sys.executable, "-m", "mypy", *given, str(tmp_path / "user.py")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    revealed = [line for line in done.stdout.splitlines() if "user.py" in line]
+    assert len(revealed) == len(quantpage.__all__), done.stdout
+    assert [line for line in revealed if '"Any"' in line or " error: " in line] == []
+
+
+def test_without_transformers_a_name_says_what_it_needs():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import quantpage; quantpage.FORMATS\n"
+        "try: quantpage.attach\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("pip install 'quantpage[transformers]'")

@@ -9,7 +9,31 @@ triton nor transformers.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # What a type checker and an editor see; the names below are loaded when first used.
+    from quantpage.attention import BACKENDS as BACKENDS
+    from quantpage.attention import build as build
+    from quantpage.attention import find_backend as find_backend
+    from quantpage.batch import BatchPlan as BatchPlan
+    from quantpage.batch import plan_batch as plan_batch
+    from quantpage.cache import CacheLayout as CacheLayout
+    from quantpage.cache import LayerKV as LayerKV
+    from quantpage.cache import PagedKVCache as PagedKVCache
+    from quantpage.cache import QuantizedPages as QuantizedPages
+    from quantpage.errors import QuantPageError as QuantPageError
+    from quantpage.formats import FORMATS as FORMATS
+    from quantpage.formats import KVFormat as KVFormat
+    from quantpage.formats import find_format as find_format
+    from quantpage.formats.per_layer import LayerFormats as LayerFormats
+    from quantpage.integrations.hf_transformers import QuantPageCache as QuantPageCache
+    from quantpage.integrations.hf_transformers import attach as attach
+    from quantpage.masks import CausalMask as CausalMask
+    from quantpage.masks import FullMask as FullMask
+    from quantpage.ops.attend import AttendParams as AttendParams
+    from quantpage.ops.rope_write import WriteParams as WriteParams
+    from quantpage.rope import rope_table as rope_table
 
 __version__ = "0.1.0"
 
@@ -42,7 +66,13 @@ __all__ = sorted(["__version__", *_PUBLIC])
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        try:
+            return getattr(import_module(_PUBLIC[name]), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "transformers":
+                raise
+            message = f"quantpage.{name} needs transformers: pip install 'quantpage[transformers]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
     raise AttributeError(f"module 'quantpage' has no attribute {name!r}")
 
 

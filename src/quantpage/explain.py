@@ -116,8 +116,10 @@ def _label(found: Implementation, candidates: list[Implementation]) -> str:
     """Its name; where others have the same, also what its module is about."""
     if sum(each.name == found.name for each in candidates) == 1:
         return found.name
-    module = found.target.partition(":")[0].rpartition(".")[2].removeprefix(f"{found.name}_")
-    return f"{found.name} ({module})"
+    *_, room, module = found.target.partition(":")[0].split(".")
+    about = module.removeprefix(f"{found.name}_")
+    # A module that is called as the implementation stands in a room for what it is about.
+    return f"{found.name} ({room if about == found.name else about})"
 
 
 DEVICES: dict[str, DeviceInfo] = {
