@@ -1,11 +1,13 @@
 """What a cache holds: pages that no query will see are given back, and nothing else changes."""
 
+import gc
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.errors import CacheError
+from quantpage.errors import CacheError, OutOfPages
 from quantpage.formats import FORMATS
 from tests.integrations.tiny_models import tiny, tokens
 
@@ -129,3 +131,119 @@ def test_rows_of_a_batch_leave_their_windows_side_by_side(name, kv_format):
     assert together.shape == (3, 130)
     # A first token that differs by rounding makes the rest of a random model's text another one.
     assert torch.equal(together[:, 90], torch.cat(alone)[:, 90])
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_window"])
+def test_a_known_maximum_is_allocated_once(name, kv_format):
+    model, ids = tiny(name), tokens(2, 300)
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE, max_tokens=300):
+        _, cache = logits(model, ids, [200])
+        size = cache.rows.memory.size
+        cache = logits(model, ids[:, 200:], range(1, 101), cache)[1]
+        assert cache.rows.memory.size == size, "nothing grew"
+        before = cache.get_seq_length(), held(cache)
+        with pytest.raises(OutOfPages, match="max_tokens: expected at most 300 tokens a row"):
+            logits(model, ids[:, :1], [1], cache)
+        full = max(pages for pages, _ in size)
+        assert full == 2 * -(-300 // PAGE) and before[1] == held(cache)
+    with pytest.raises(ValueError, match="max_tokens: expected at least 1 token, got 0"):
+        quantpage.attach(model, max_tokens=0)
+
+
+def test_growth_is_modest_and_is_given_back():
+    model, ids = tiny("llama"), tokens(1, 900)
+    with quantpage.attach(model, kv_format="int8", page_size=PAGE):
+        _, cache = logits(model, ids[:, :640], [640])
+        assert cache.used_bytes() == cache.allocated_bytes()
+        for end in range(641, 901, 20):
+            _, cache = logits(model, ids[:, end - 1 : end + 19], [20], cache)
+            cache.flush()
+            assert cache.allocated_bytes() <= 1.04 * cache.used_bytes()
+        assert cache.allocated_bytes() < cache.peak_bytes() < 1.5 * cache.allocated_bytes()
+        full = cache.allocated_bytes()
+        cache.crop(-600)
+        assert cache.trim() == full - cache.allocated_bytes() > 0
+        assert cache.used_bytes() == cache.allocated_bytes()
+        got, _ = logits(model, ids[:, 300:320], [20], cache)
+        wanted, _ = logits(model, ids[:, :320], [320])
+    torch.testing.assert_close(got, wanted[:, 300:], atol=1e-8, rtol=0)
+
+
+def test_shared_pages_count_once():
+    model, ids = tiny("llama"), tokens(1, 64)
+    with quantpage.attach(model, page_size=PAGE) as attached:
+        _, cache = logits(model, ids, [64])
+        cache.flush()
+        once = cache.used_bytes()
+        cache.batch_repeat_interleave(3)
+        assert cache.used_bytes() == once == cache.allocated_bytes()
+        assert cache.unquantized_bytes() == 3 * 64 * 3 * 2 * 2 * 16 * 8
+        fork = cache.fork()
+        assert (fork.used_bytes(), fork.allocated_bytes()) == (once, once)
+        prompts = attached.prompts()
+        prompts.learn(ids)
+        known = prompts.new_cache(torch.cat([ids, ids], 1))
+        other = prompts.new_cache(torch.cat([ids, ids], 1))
+        assert known.used_bytes() == other.used_bytes() == known.allocated_bytes() == once
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int4"])
+@pytest.mark.parametrize("name", ["gemma3_window", "mistral_window"])
+def test_known_prompts_and_files_with_windows(name, kv_format, tmp_path):
+    model, system = tiny(name), tokens(1, 160)
+    ids = torch.cat([system, tokens(1, 30, seed=7)], 1)
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE) as attached:
+        wanted, _ = logits(model, ids, [190])
+        prompts = attached.prompts()
+        assert prompts.learn(system) == (10 if name == "gemma3_window" else 3)
+        for _ in range(2):
+            cache = prompts.new_cache(ids)
+            assert cache.get_seq_length() == 160
+            assert [pages for pages, _ in held(cache)] == [
+                2 if layer.is_sliding else 10 for layer in cache.layers
+            ], "a hit takes the pages that a window of 24 sees"
+            got, cache = logits(model, ids[:, 160:], [30], cache)
+            torch.testing.assert_close(got, wanted[:, 160:], atol=1e-8, rtol=0)
+        longer, _ = logits(model, ids[:, :1], [1], cache.fork())
+        attached.save_cache(cache, tmp_path / "cache.pages")
+        loaded = attached.load_cache(tmp_path / "cache.pages")
+        assert held(loaded) == held(cache)
+        assert loaded.allocated_bytes() == loaded.used_bytes() == cache.used_bytes()
+        again, _ = logits(model, ids[:, :1], [1], loaded)
+        assert torch.equal(again, longer)
+        # Another prompt with the same beginning, shorter than what was learnt: its window is gone.
+        assert prompts.new_cache(ids[:, :120]).get_seq_length() == 0
+
+
+def test_many_short_generations_leave_nothing():
+    model, ids = tiny("gemma3_window", torch.float32), tokens(2, 40)
+    gc.collect()
+    with quantpage.attach(model, kv_format="int4", page_size=PAGE) as attached:
+        prompts = attached.prompts(max_pages=8)
+        before = None
+        for turn in range(60):
+            logits(model, ids, [40])
+            cache = prompts.new_cache(tokens(1, 40, seed=turn))
+            logits(model, tokens(1, 40, seed=turn), [40], cache)
+            prompts.remember(tokens(1, 40, seed=turn), cache)
+            del cache
+            gc.collect()
+            alive = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+            if turn == 20:
+                before = alive, prompts.new_cache(ids[:1]).allocated_bytes()
+        assert (alive, prompts.new_cache(ids[:1]).allocated_bytes()) == before
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int4"])
+def test_a_short_window_rolled_back_to_its_edge(kv_format):
+    model, ids = tiny("mistral_window"), tokens(1, 120)
+    model.config.sliding_window = 2
+    with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
+        wanted, _ = logits(model, ids, [120])
+        for start in range(90, 97):
+            _, cache = logits(model, ids, range(60, start + 1))
+            cache.flush()
+            cache.crop(-PAGE)
+            got, _ = logits(model, ids[:, start - PAGE :], [1, 2, 40], cache)
+            torch.testing.assert_close(got, wanted[:, start - PAGE : start + 24], atol=1e-8, rtol=0)

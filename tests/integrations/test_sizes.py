@@ -102,6 +102,7 @@ def states(cache):
     )
 
 
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
 def test_what_is_counted_is_what_is_held(name):

@@ -278,3 +278,24 @@ def test_a_mean_under_a_softcap_is_refused(implementation):
         attend(q.float(), layer, batch, AttendParams(0.2, softcap=30.0), implementation)
     scaled = replace(layer, key_map=KeyMap(layer.key_map.scale))
     attend(q.float(), scaled, batch, AttendParams(0.2, softcap=30.0), implementation)
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4", "k8v4"])
+def test_pages_that_a_window_has_left_may_be_any_page(implementation, name):
+    mask, size = CausalMask(window=37), 16
+    case = cached(name, [150, 230])
+    skip_if_refused(implementation, case, name, "prefill", mask)
+    used = {page for table in case.tables for page in table}
+    # Nobody's: poison in every slot. An exact page that stands for another is poison as well.
+    poison = min(set(range(len(used) + 2)) - used)
+    for new in ((1, 1), (40, 7)):
+        chunks = [(len(q) - n, len(q)) for q, n in zip(case.q, new, strict=True)]
+        whole = _run(implementation, case, chunks, mask)
+        left = [(start - mask.window + 1) // size for start, _ in chunks]
+        assert min(left) > 3
+        tables = [
+            [poison] * gone + table[gone:] for gone, table in zip(left, case.tables, strict=True)
+        ]
+        exact = None if case.exact_tables is None else tables
+        part = _run(implementation, replace(case, tables=tables, exact_tables=exact), chunks, mask)
+        assert torch.equal(part, whole)

@@ -73,3 +73,15 @@ def held_from(reach: Reach, length: int) -> int:
     chunked attention as well."""
     window = reach.window or reach.chunk
     return max(0, length - window + 1) if window else 0
+
+
+def most_pages(reach: Reach, tokens: int, page_size: int) -> tuple[int, int]:
+    """(pages, exact pages) that a request of up to ``tokens`` holds at most, in a prompt's step or
+    while tokens come one by one."""
+    limit = reach.window or reach.chunk
+    found = [(0, 0)]
+    for length in range(max(1, tokens - limit - 2 * page_size), tokens + 1):
+        for query in (kept_from(length - 1, page_size), kept_from_within(0, length, page_size)):
+            rule = reach, query, length, page_size
+            found.append((len(pages_seen(*rule)), len(exact_seen(*rule))))
+    return max(pages for pages, _ in found), max(exact for _, exact in found)

@@ -35,7 +35,7 @@ class WorkingPages:
     """How many a layer needs of one kind, and what is copied where."""
 
     count: int
-    tables: tuple[tuple[int, ...], ...]
+    tables: list[list[int]]
     """Of each request: logical page -> working page, -1 where the step does not read it."""
     brought: Pairs
     """From the cache to the working pages, before the step."""
@@ -107,7 +107,7 @@ def _working(
     held = [each.exact_pages if exact else each.pages for each in requests]
     if not any(pages[at] < 0 for pages, seen in zip(held, read, strict=True) for at in seen):
         return None
-    count, tables = 0, []
+    count, tables = 0, list[list[int]]()
     brought: list[tuple[int, int]] = []
     kept: list[tuple[int, int]] = []
     for request, pages, seen in zip(requests, held, read, strict=True):
@@ -120,8 +120,8 @@ def _working(
             if at >= written and pages[at] >= 0:
                 kept.append((count, pages[at]))
             count += 1
-        tables.append(tuple(table))
-    return WorkingPages(count, tuple(tables), _pairs(brought, device), _pairs(kept, device))
+        tables.append(table)
+    return WorkingPages(count, tables, _pairs(brought, device), _pairs(kept, device))
 
 
 def _pairs(pairs: list[tuple[int, int]], device: torch.device) -> Pairs:

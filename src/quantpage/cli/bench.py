@@ -186,6 +186,30 @@ def bookkeeping(
     run(out, operations)
 
 
+def memory(
+    model: Annotated[str, typer.Option(help="Model folder.")] = "",
+    shape: Annotated[str, typer.Option(help="Heads, windows and layers of a known model.")] = "",
+    out: Out = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 4096,
+    formats: Annotated[
+        str, typer.Option(help="Separated by ','.")
+    ] = "none,int8,int8_exact,fp8,k8v4,int4",
+    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
+    threads: Threads = None,
+) -> None:
+    """What a prompt leaves in memory and took at most, beside Transformers' own cache."""
+    check_writable(out, "out")
+    from quantpage.bench.memory import SHAPES, run
+
+    if bool(model) == bool(shape) or (shape and shape not in SHAPES):
+        raise ValueError(
+            f"model, shape: expected a folder or one of {', '.join(SHAPES)}; got {model or shape!r}"
+        )
+    run(
+        model or shape, _names(formats), context, page_size, threads or torch.get_num_threads(), out
+    )
+
+
 def _names(text: str, by: str = ",") -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(by) if name.strip())
 
@@ -205,5 +229,5 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping):
+for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping, memory):
     app.command(_command.__name__.replace("_", "-"))(with_common(_command))

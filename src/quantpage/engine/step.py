@@ -17,7 +17,7 @@ from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.cache import PagedLayer
 from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.rows import Step, plan_part
+from quantpage.integrations.hf_transformers.step import Step, plan_part
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""

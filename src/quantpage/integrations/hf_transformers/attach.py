@@ -85,7 +85,8 @@ class Attached:
         self.detach()
 
 
-def attach(
+# One more than the house allows: independent options of the one entry, all but two by name.
+def attach(  # noqa: PLR0913
     model: nn.Module,
     kv_format: str | KVFormat | LayerFormats = "int8",
     *,
@@ -95,6 +96,7 @@ def attach(
     implementation: str | None = None,
     checked: bool = False,
     calibration: str | Path | None = AUTO,
+    max_tokens: int | None = None,
 ) -> Attached:
     """Keep ``model``'s key-value cache in quantized pages.
 
@@ -106,6 +108,8 @@ def attach(
     NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
     on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`,
     which static formats need; None: keys as they are.
+    max_tokens: that a row will hold at most; its pages are then allocated once, and more tokens
+    raise OutOfPages. None: pages are added as they are needed.
 
     Use as ``with attach(model, ...):`` and call ``model.generate(...)`` or ``model(...)`` as
     always. Raises UnsupportedModel, FormatError or ValueError before anything is changed.
@@ -123,6 +127,7 @@ def attach(
         mask=mask,
         implementation=implementation,
         checked=checked,
+        max_tokens=max_tokens,
     )
     _refuse_compiled(model)
     caching = caching_modules(model, type(text_config(model.config)))

@@ -59,10 +59,13 @@ class CacheOptions:
     """Layers that stay Transformers' own though they cache keys and values (cross-attention)."""
     ledger: Ledger = field(default_factory=Ledger, compare=False)
     """Which layers read pages, noted as they run."""
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1 token, got {self.max_tokens}")
 
 
 class PagedLayer(CacheLayerMixin):
@@ -368,7 +371,7 @@ class QuantPageCache(Cache):
                     continue
                 exact = self.formats[index].exact_pages is not None
                 kinds[reaches[index]] = exact or kinds.get(reaches[index], False)
-            memory = Memory(options.page_size, kinds)
+            memory = Memory(options.page_size, kinds, options.max_tokens)
         self.rows = Rows(memory)
         self.rows.lent = lent_layers(config)
         self._in_core: list[PagedLayer] | None = None

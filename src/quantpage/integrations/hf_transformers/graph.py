@@ -13,7 +13,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.rows import Part, Step
+from quantpage.integrations.hf_transformers.step import Part, Step
 
 _WARM_UPS = 2
 """Steps before the capture: kernels compile and workspaces are allocated outside of it."""

@@ -11,6 +11,7 @@ import torch
 
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PagePool, Reach, Sequence
 from quantpage.cache.ledger import Ledger
+from quantpage.cache.reach import most_pages
 from quantpage.errors import CacheError
 from quantpage.formats import KeyMap
 from quantpage.formats.scales import ScalePair
@@ -80,10 +81,12 @@ class Memory:
     inside and outside of it.
     """
 
-    def __init__(self, page_size: int, kinds: Mapping[Reach, bool]) -> None:
+    def __init__(
+        self, page_size: int, kinds: Mapping[Reach, bool], max_tokens: int | None = None
+    ) -> None:
         """kinds: the reaches of the model's layers, each with whether one of its layers' formats
-        keeps exact pages."""
-        self.page_size = page_size
+        keeps exact pages. max_tokens: that a row will have at most; None: not known."""
+        self.page_size, self.max_tokens = page_size, max_tokens
         self.ledger = Ledger()
         """Of the pools and all who hold their pages."""
         self.shelves = {
@@ -147,12 +150,23 @@ class Memory:
         return tuple(shelf.size for shelf in self.shelves.values())
 
     @torch.inference_mode(False)
-    def make_room(self, shelf: Shelf, pages: int, exact_pages: int) -> None:
-        """Grow until so many pages of a shelf are free."""
+    def make_room(self, shelf: Shelf, pages: int, exact_pages: int, rows: int = 0) -> None:
+        """Grow until so many pages of a shelf are free.
+
+        rows: that ask for them; where it is known how long they will be, all that they will take
+        is made at once.
+        """
+        most = (0, 0)
+        if self.max_tokens is not None:
+            most = most_pages(shelf.reach, self.max_tokens, self.page_size)
         moved = False
-        for pool, need in ((shelf.pool, pages), (shelf.exact_pool, exact_pages)):
+        for pool, need, each in (
+            (shelf.pool, pages, most[0]),
+            (shelf.exact_pool, exact_pages, most[1]),
+        ):
             if pool is not None and need > pool.free:
-                pool.grow(max(need - pool.free, pool.capacity // _GROWTH))
+                more = need - pool.free, pool.capacity // _GROWTH, each * rows - pool.capacity
+                pool.grow(max(more))
                 moved = True
         if moved:
             standing = self.allocated_bytes()

@@ -5,9 +5,7 @@ out, one ``BatchPlan`` for layers of one reach) serves them all.
 """
 
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Listed
 from copy import copy
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan, ExactPlan, plan_batch
+from quantpage.batch import BatchPlan, ExactPlan
 from quantpage.cache import (
     CacheLayout,
     LayerKV,
@@ -23,81 +21,12 @@ from quantpage.cache import (
     Prefix,
     Reach,
     Sequence,
-    Working,
-    find_working,
 )
 from quantpage.cache.reach import held_from, pages_seen
 from quantpage.cache.saved import SavedPages, write_pages
-from quantpage.errors import CacheError
-from quantpage.integrations.hf_transformers.memory import Basis, Memory, Shelf
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A step for the layers of one reach."""
-
-    batch: BatchPlan
-    working: Working | None = None
-    """What a layer works in, where the step reads pages that are not kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward's new tokens."""
-
-    start: int
-    """Tokens a row before it, padding included."""
-    new: int
-    rows: int
-    parts: dict[Reach, Part]
-    keep: Tensor | None
-    """Indices of the tokens that are not padding among rows * new; None: all of them."""
-    opened: dict[int, LayerKV] = field(default_factory=dict)
-    """Layer -> the working pages of this step, while somebody may read them once more."""
-    closed: set[int] = field(default_factory=set)
-    """Layers whose working pages were there and are gone."""
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
-        # Of a single token as one operation: a decode step comes here three times a layer.
-        flat = x.squeeze(2) if self.new == 1 else x.transpose(1, 2).flatten(0, 1)
-        return flat if self.keep is None else flat[self.keep]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[tokens, heads, width] -> [rows * new, heads, width], zeros for padding."""
-        if self.keep is None:
-            return x
-        out = x.new_zeros(self.rows * self.new, *x.shape[1:])
-        out[self.keep] = x
-        return out
-
-
-def plan_part(sequences: list[Sequence], shelf: Shelf, lengths: list[int]) -> Part:
-    """The step that ``sequences`` have reserved, ``lengths`` new tokens each, for the layers of
-    one reach."""
-    working = find_working(sequences, shelf.store.device)
-    tables = [each.pages for each in sequences]
-    exact_tables = [each.exact_pages for each in sequences]
-    if working is not None and working.codes is not None:
-        tables = [list(each) for each in working.codes.tables]
-    if working is not None and working.exact is not None:
-        exact_tables = [list(each) for each in working.exact.tables]
-    batch = plan_batch(
-        lengths,
-        [each.length + each.reserved for each in sequences],
-        # What is gone is never read: any page may stand for it.
-        [[max(page, 0) for page in each] for each in tables],
-        shelf.page_size,
-        shelf.store.device,
-        None if shelf.exact_pool is None else exact_tables,
-        [_first_there(each) for each in tables],
-    )
-    return Part(batch, working)
-
-
-def _first_there(pages: Listed[int]) -> int:
-    """Logical page after the last that was given back."""
-    return 1 + max((at for at, page in enumerate(pages) if page < 0), default=-1)
+from quantpage.errors import CacheError, OutOfPages
+from quantpage.integrations.hf_transformers.memory import Basis, Memory
+from quantpage.integrations.hf_transformers.step import Part, Step, first_there, plan_part
 
 
 class Rows:
@@ -170,8 +99,7 @@ class Rows:
         keep = None
         if kept is not None:
             keep = kept.flatten().nonzero().flatten().to(self._device)
-        parts = {reach: self._part(reach, lengths) for reach in self.tables}
-        self._step = Step(start, new, self.count, parts, keep)
+        self._step = Step(start, new, self.count, self._parts(lengths), keep)
         return self._step
 
     def told_padding(self, start: int, new: int) -> Tensor | None:
@@ -208,7 +136,7 @@ class Rows:
             raise CacheError("reserve_ahead: expected rows without padding, got padded rows")
         start = self._length
         self._reserve([tokens] * self.count, sparse=False)
-        parts = {reach: self._part(reach, [tokens] * self.count) for reach in self.tables}
+        parts = self._parts([tokens] * self.count)
         self._step = Step(start, tokens, self.count, parts, None)
         return {reach: self._first_token(part.batch, start) for reach, part in parts.items()}
 
@@ -283,7 +211,7 @@ class Rows:
         working = None if part is None or part.working is None else part.working.codes
         for row, sequence in enumerate(self.tables[reach]):
             pages = sequence.pages if working is None else working.tables[row]
-            first = _first_there(pages)
+            first = first_there(pages)
             if first > pages_seen(reach, sequence.length, sequence.length + 1, self.page_size)[0]:
                 raise CacheError(
                     f"layer {index}: expected pages from token {reach.first_seen(sequence.length)} "
@@ -456,21 +384,34 @@ class Rows:
         self._step = None
 
     def _reserve(self, lengths: list[int], sparse: bool) -> None:
+        limit = self.memory.max_tokens
+        longest = max(
+            (each.length + new for each, new in zip(self.sequences, lengths, strict=True)),
+            default=0,
+        )
+        if limit is not None and longest > limit:
+            raise OutOfPages(
+                f"max_tokens: expected at most {limit} tokens a row, as attach was told, got "
+                f"{longest}"
+            )
         for reach, sequences in self.tables.items():
             needs = [
                 sequence.pages_needed(tokens, sparse)
                 for sequence, tokens in zip(sequences, lengths, strict=True)
             ]
             need, exact_need = (sum(column) for column in zip(*needs, strict=True))
-            self.memory.make_room(self.memory.shelves[reach], need, exact_need)
+            self.memory.make_room(self.memory.shelves[reach], need, exact_need, self.count)
         for reach, sequences in self.tables.items():
             store = self.memory.shelves[reach].store
             for sequence, tokens in zip(sequences, lengths, strict=True):
                 store.copy_pages(sequence.reserve(tokens, sparse))
 
-    def _part(self, reach: Reach, lengths: list[int]) -> Part:
-        """The step that is reserved, for the layers of one reach."""
-        return plan_part(self.tables[reach], self.memory.shelves[reach], lengths)
+    def _parts(self, lengths: list[int]) -> dict[Reach, Part]:
+        """The step that is reserved, for the layers of every reach."""
+        return {
+            reach: plan_part(sequences, self.memory.shelves[reach], lengths)
+            for reach, sequences in self.tables.items()
+        }
 
     def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
         """[rows, new] bool of this step, remembered for the next; None: no padding at all."""

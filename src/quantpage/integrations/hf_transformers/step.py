@@ -1,0 +1,88 @@
+"""One step of all rows: what its layers share, and the pages that each of them works in."""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quantpage.batch import BatchPlan, plan_batch
+from quantpage.cache import LayerKV, Reach, Sequence, Working, find_working
+from quantpage.integrations.hf_transformers.memory import Shelf
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A step for the layers of one reach."""
+
+    batch: BatchPlan
+    working: Working | None = None
+    """What a layer works in, where the step reads pages that are not kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward's new tokens."""
+
+    start: int
+    """Tokens a row before it, padding included."""
+    new: int
+    rows: int
+    parts: dict[Reach, Part]
+    keep: Tensor | None
+    """Indices of the tokens that are not padding among rows * new; None: all of them."""
+    opened: dict[int, LayerKV] = field(default_factory=dict)
+    """Layer -> the working pages of this step, while somebody may read them once more."""
+    closed: set[int] = field(default_factory=set)
+    """Layers whose working pages were there and are gone."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
+        # Of a single token as one operation: a decode step comes here three times a layer.
+        flat = x.squeeze(2) if self.new == 1 else x.transpose(1, 2).flatten(0, 1)
+        return flat if self.keep is None else flat[self.keep]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[tokens, heads, width] -> [rows * new, heads, width], zeros for padding."""
+        if self.keep is None:
+            return x
+        out = x.new_zeros(self.rows * self.new, *x.shape[1:])
+        out[self.keep] = x
+        return out
+
+
+def plan_part(rows: Rows[Sequence], shelf: Shelf, lengths: Rows[int]) -> Part:
+    """The step that ``rows`` have reserved, ``lengths`` new tokens each, for the layers of a
+    shelf."""
+    device = shelf.store.device
+    working = find_working(rows, device)
+    codes, exact = (None, None) if working is None else (working.codes, working.exact)
+    tables = [each.pages for each in rows] if codes is None else codes.tables
+    near = [each.exact_pages for each in rows] if exact is None else exact.tables
+    first_pages = None
+    if shelf.reach.limited:
+        first_pages = [first_there(each) for each in tables]
+        # What a window has left is hidden, but a kernel may load it before: it has to be readable.
+        tables = [[max(page, 0) for page in table] for table in tables]
+        near = [_with_ends(*each) for each in zip(rows, near, strict=True)]
+    batch = plan_batch(
+        lengths,
+        [each.length + each.reserved for each in rows],
+        tables,
+        shelf.page_size,
+        device,
+        None if shelf.exact_pool is None else near,
+        first_pages,
+    )
+    return Part(batch, working)
+
+
+def first_there(pages: Rows[int]) -> int:
+    """Logical page after the last that was given back."""
+    return 1 + max((at for at, page in enumerate(pages) if page < 0), default=-1)
+
+
+def _with_ends(row: Sequence, table: Rows[int]) -> list[int]:
+    """Exact pages of a row, of which kernels load the first and the one before the next token's
+    even where a window has left them."""
+    ends = {0, row.length // row.page_size - 1}
+    return [0 if page < 0 and at in ends else page for at, page in enumerate(table)]
