@@ -106,8 +106,9 @@ def attach(  # noqa: PLR0913
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
     NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
-    on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`,
-    which static formats need; None: keys as they are.
+    on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`;
+    None: keys as they are. Static formats need such a file, or a checkpoint's folder that holds
+    their scales ('auto': the one that the model was loaded from).
     max_tokens: that a row will hold at most; its pages are then allocated once, and more tokens
     raise OutOfPages. None: pages are added as they are needed.
 

@@ -13,6 +13,8 @@ from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import KeyMap, KVFormat, StaticScales
 from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.calibration import Calibration, takes_means
+from quantpage.integrations.hf_transformers.checkpoint_scales import read_checkpoint_scales
+from quantpage.integrations.hf_transformers.model import model_shape
 from quantpage.integrations.hf_transformers.statistics import has_key_biases, measure_random
 
 AUTO = "auto"
@@ -42,14 +44,12 @@ def find_key_maps(
     calibration: AUTO, None for none, or a file of `quantpage calibrate`. implementation: as
     ``attach`` was told; only torch and the CPU core round in turn.
     """
-    if calibration is None or calibration == AUTO:
-        for each in formats:
-            if not each.dynamic:
-                raise FormatError(
-                    f"calibration: expected a file with static scales for {each.name} (quantpage "
-                    f"calibrate --kv-format {each.name}), got {calibration!r}"
-                )
+    static = next((each for each in formats if not each.dynamic), None)
+    if static is not None and (calibration == AUTO or _is_folder(calibration)):
+        return _of_checkpoint(model, formats, static, calibration)
     if calibration is None:
+        if static is not None:
+            raise _no_scales(static, calibration)
         return KeyMaps("none")
     if calibration != AUTO:
         in_turn = model.device.type == "cpu" or implementation == "torch"
@@ -74,6 +74,37 @@ def find_key_maps(
         )
         return KeyMaps("none: attention cannot be measured")
     return KeyMaps("the weights (random tokens)", layers)
+
+
+def _no_scales(static: KVFormat, calibration: str | Path | None) -> FormatError:
+    return FormatError(
+        f"calibration: expected a file with static scales for {static.name} (quantpage calibrate "
+        f"--kv-format {static.name}), or a checkpoint's folder that holds them, got "
+        f"{calibration if calibration is None else str(calibration)!r}"
+    )
+
+
+def _is_folder(calibration: str | Path | None) -> bool:
+    return calibration is not None and Path(calibration).is_dir()
+
+
+def _of_checkpoint(
+    model: PreTrainedModel, formats: Sequence[KVFormat], static: KVFormat, given: str | Path | None
+) -> KeyMaps:
+    """Static scales out of a checkpoint's own files; AUTO: those the model was loaded from."""
+    name = model.name_or_path if given == AUTO else str(given)
+    if not name or not Path(name).is_dir():
+        raise _no_scales(static, given)
+    names = sorted({each.name for each in formats if not each.dynamic})
+    if len(names) > 1:
+        raise FormatError(
+            f"kv_format: expected one static format in all layers, got {', '.join(names)}"
+        )
+    shape = model_shape(model.config)
+    found = read_checkpoint_scales(Path(name), formats, shape.kv_heads, shape.head_dim)
+    if found is None:
+        raise _no_scales(static, given)
+    return KeyMaps(f"scales of {Path(name).name}", {}, found.to(model.device))
 
 
 def _of_file(
