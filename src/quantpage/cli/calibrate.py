@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Measure a model's keys and queries on text and choose how its keys are cached.
 
-    One pass. The file is for attach(calibration=...) and for --calibration of generate and
+    One pass. The file is for attach(calibration=...) and for --calibration of generate, serve and
     evaluate: a mean and scales a channel of every layer's keys, and by which metric they are
     rounded; formats keep their bytes.
     """

@@ -46,7 +46,7 @@ def compare(model: Any, answer: Answer, request: GenerateRequest) -> list[Forced
     for name in (REFERENCE, *names):
         with (
             console.status(f"the same answer through {name}"),
-            _attached(model, name, request.page_size) as cache,
+            _attached(model, name, request) as cache,
         ):
             forced = _force(model, tokens, answer.prompt_ids.shape[1], cache)
         found[name], held[name], speeds[name] = forced
@@ -66,12 +66,18 @@ def compare(model: Any, answer: Answer, request: GenerateRequest) -> list[Forced
 
 
 @contextmanager
-def _attached(model: Any, name: str, page_size: int) -> Iterator[Any]:
+def _attached(model: Any, name: str, request: GenerateRequest) -> Iterator[Any]:
     """An empty cache; None: the one that the model makes for itself."""
     if name == REFERENCE:
         yield None
     else:
-        with attach(model, kv_format=name, page_size=page_size) as attached:
+        own = name == request.kv_format
+        with attach(
+            model,
+            kv_format=name,
+            page_size=request.page_size,
+            calibration=request.key_maps if own else None,
+        ) as attached:
             yield attached.new_cache()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantpage.cli.options import check_writable
+from quantpage.cli.options import Calibration, check_writable
 from quantpage.console import OUT
 from quantpage.formats.per_layer import split_choices
 
@@ -28,13 +28,7 @@ def command(
     scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 1024,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="Of our formats' keys: auto (from the weights, where keys have biases), none, or "
-            "a file of `quantpage calibrate`."
-        ),
-    ] = "auto",
+    calibration: Calibration = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
 ) -> None:

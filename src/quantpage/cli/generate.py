@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Device, Model, PageSize
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
 
 if TYPE_CHECKING:
     from quantpage.cli.comparison import Forced
@@ -47,6 +47,7 @@ def command(
         list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
     ] = None,
     page_size: PageSize = 64,
+    calibration: Calibration = "auto",
     compare: Annotated[
         bool, typer.Option(help="Force the answer through other caches, and compare.")
     ] = False,
@@ -85,6 +86,7 @@ def command(
         sampling=Sampling(temperature, top_p, top_k, seed),
         stop=tuple(stop or ()),
         page_size=page_size,
+        calibration=calibration,
         dtype=dtype,
         device=device,
         weights=weights,

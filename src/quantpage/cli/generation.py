@@ -72,6 +72,8 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
     page_size: int = 64
+    calibration: str = "auto"
+    """'auto', 'none' or a file."""
     dtype: str = "auto"
     device: str = "auto"
     weights: str = "model"
@@ -91,6 +93,11 @@ class GenerateRequest:
             raise ValueError("prompt: expected some text, got an empty prompt")
         if not all(self.stop):
             raise ValueError("stop: expected some text, got an empty one")
+
+    @property
+    def key_maps(self) -> str | None:
+        """``calibration`` as ``attach`` takes it."""
+        return None if self.calibration == "none" else self.calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ class Session:
 
     def __init__(self, request: GenerateRequest) -> None:
         """Load, and encode every prompt; ValueError for one that does not fit the model."""
-        LayerFormats.parse(request.kv_format).refuse_static()
+        LayerFormats.parse(request.kv_format)
         device = find_device(request.device)
         dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
         self.request = request
@@ -139,7 +146,12 @@ class Session:
         torch.manual_seed(request.sampling.seed)
         with (
             console.status(f"reading {ids.shape[1]:,} tokens") as waiting,
-            attach(model, kv_format=request.kv_format, page_size=request.page_size),
+            attach(
+                model,
+                kv_format=request.kv_format,
+                page_size=request.page_size,
+                calibration=request.key_maps,
+            ),
         ):
             printer = _Printer(self.tokenizer, StopFilter(request.stop, write), waiting.stop)
             start = time.perf_counter()

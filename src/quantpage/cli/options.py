@@ -16,6 +16,13 @@ Model = Annotated[
 ]
 PageSize = Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Of cached keys: auto (from the weights, where keys have biases), none, or a file of "
+        "`quantpage calibrate`."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

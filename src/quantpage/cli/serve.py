@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from quantpage.cli.capacity import parse_bytes
+from quantpage.cli.options import Calibration
 
 
 def command(
@@ -29,6 +30,7 @@ def command(
         int, typer.Option(min=1, help="Tokens a step, prompts in chunks.")
     ] = 256,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    calibration: Calibration = "auto",
     prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
     dtype: Annotated[
         str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
@@ -48,6 +50,7 @@ def command(
             model=model,
             kv_format=kv_format,
             page_size=page_size,
+            calibration=None if calibration == "none" else calibration,
             host=host,
             port=port,
             name=name,

@@ -24,6 +24,8 @@ class ServeOptions:
     model: str
     kv_format: str = "int8"
     page_size: int = 64
+    calibration: str | None = "auto"
+    """As ``attach`` takes it."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
@@ -87,7 +89,12 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     context = options.context or longest
     if context > longest:
         raise ValueError(f"context: expected at most the model's {longest} tokens, got {context}")
-    attached = quantpage.attach(model, options.kv_format, page_size=options.page_size)
+    attached = quantpage.attach(
+        model,
+        options.kv_format,
+        page_size=options.page_size,
+        calibration=options.calibration,
+    )
     page, page16 = _page_bytes(model, attached)
     limits = Limits(
         pages=_pages(options, page, context, device),
