@@ -34,14 +34,14 @@ KINDS = sorted(every_kind(24))
 @pytest.fixture(params=["portable", "hopper"] if HOPPER else ["portable"])
 def kernel(request, monkeypatch):
     """What serves the step, short as it is."""
-    name = "triton_flash_mask"
+    name = "triton"
     if request.param == "hopper":
         from quantpage.ops.attend.interval import gluon as gluon_flash_mask
 
-        name = "gluon_flash_mask"
+        name = "gluon"
         # So few rows would go to the portable kernel.
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
-    target = f"quantpage.ops.attend.{name}:attend"
+    target = f"quantpage.ops.attend.interval.{name}:attend"
     return next(each for each in MASK_CANDIDATES if each.target == target)
 
 
