@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.errors import CacheError, OutOfPages
+from quantpage.cache.saved import SavedPages, read_pages, write_pages
+from quantpage.errors import CacheError, CorruptCache, OutOfPages
 from quantpage.formats import FORMATS
 from tests.integrations.tiny_models import tiny, tokens
 
@@ -247,3 +248,16 @@ def test_a_short_window_rolled_back_to_its_edge(kv_format):
             cache.crop(-PAGE)
             got, _ = logits(model, ids[:, start - PAGE :], [1, 2, 40], cache)
             torch.testing.assert_close(got, wanted[:, start - PAGE : start + 24], atol=1e-8, rtol=0)
+
+
+def test_pages_without_tables_are_no_cache(tmp_path):
+    model, ids = tiny("llama"), tokens(1, 40)
+    path = tmp_path / "pages"
+    with quantpage.attach(model, page_size=PAGE) as attached:
+        _, cache = logits(model, ids, [40])
+        attached.save_cache(cache, path)
+        saved = read_pages(path)
+        note = {name: each for name, each in saved.note.items() if name != "tables"}
+        write_pages(path, SavedPages(saved.layouts, saved.planes, note))
+        with pytest.raises(CorruptCache, match="expected the page tables of a cache"):
+            attached.load_cache(path)

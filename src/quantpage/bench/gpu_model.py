@@ -110,17 +110,23 @@ class GpuModelRequest:
 
 def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, object]:
     """One row of the CSV."""
-    with attach(model, kv_format=kv_format, page_size=64) as attached:
+    new = 8 + ROUNDS * given.steps + 4
+    longest = given.context + new
+    with attach(model, kv_format=kv_format, page_size=64, max_tokens=longest) as attached:
         prompt = prompt_speed(model, attached, given.context)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         cache = filled_cache(model, attached, given.batch, given.context)
+        stands = torch.cuda.memory_allocated() - before
         first = torch.zeros(given.batch, dtype=torch.int64, device="cuda")
-        graph = DecodeGraph(model, cache, first, 8 + ROUNDS * given.steps + 4)
+        graph = DecodeGraph(model, cache, first, new)
         graph.run(8)
         times = [milliseconds(lambda: graph.run(given.steps)) for _ in range(ROUNDS)]
         if given.profile:
             profile(graph, 4)
-        used = cache.used_bytes()
+        promised = cache.allocated_bytes()
+        peak = torch.cuda.max_memory_allocated() - before
     step = statistics.median(times) / given.steps
     return {
         "kv_format": kv_format,
@@ -130,7 +136,9 @@ def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, obj
         "prompt_tokens_per_s": round(prompt, 1),
         "decode_ms": round(step, 3),
         "decode_tokens_per_s": round(given.batch / step * 1e3, 1),
-        "cache_gib": round(used / 2**30, 3),
+        "cache_gib": round(promised / 2**30, 3),
+        "allocator_cache_gib": round(stands / 2**30, 3),
+        "allocator_peak_gib": round(peak / 2**30, 3),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -144,7 +152,7 @@ def run(given: GpuModelRequest) -> None:
     model = build(given.layers)
     show = RowPrinter(
         kv_format=10, batch=-5, context=-7, prompt_tokens_per_s=-19, decode_ms=-9,
-        decode_tokens_per_s=-19, cache_gib=-9,
+        decode_tokens_per_s=-19, cache_gib=-9, allocator_peak_gib=-18,
     )  # fmt: skip
     rows = []
     for name in given.formats:

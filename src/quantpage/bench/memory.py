@@ -5,8 +5,8 @@
 
 Every row is a process of its own, which first answers a short prompt. "held" are the pages that
 hold tokens, "standing" are all tensors of the cache, "peak" is by how much the process (on a GPU
-the allocator) grew at most during the prompt. Shapes are models of the heads, windows and layers of
-their name whose other sizes are as small as they can be, with random weights.
+the allocator) grew at most during the prompt. Shapes are models of the kv_heads, windows and layers
+of their name whose other sizes are as small as they can be, with random weights.
 """
 
 import gc
@@ -40,18 +40,18 @@ _SMALL = {
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b": (
         "LlamaConfig",
-        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+        {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8}
         | {"head_dim": 128},
     ),
     "gemma-3-27b": (
         "Gemma3TextConfig",
-        {"num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16}
+        {"num_hidden_layers": 62, "num_attention_heads": 16, "num_key_value_heads": 16}
         | {"head_dim": 128, "sliding_window": 1024}
         | {"layer_types": [*(_REPEATED * 10), *_REPEATED[:2]]},
     ),
     "gpt-oss-120b": (
         "GptOssConfig",
-        {"num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8}
+        {"num_hidden_layers": 36, "num_attention_heads": 8, "num_key_value_heads": 8}
         | {"head_dim": 64, "sliding_window": 128, "num_local_experts": 2}
         | {"num_experts_per_tok": 1},
     ),

@@ -117,6 +117,8 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     saved = read_pages(path)
     if saved.note.get("model") != model_digest(attached.model):
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
+    if "tables" not in saved.note:
+        raise CorruptCache(f"{path}: expected the page tables of a cache, got pages without them")
     empty = attached.new_cache()
     for index, layout in saved.layouts.items():
         form, page_size = empty.formats[index], empty.options.page_size
