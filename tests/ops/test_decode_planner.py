@@ -8,8 +8,14 @@ import torch
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, row_tiles
-from quantpage.ops.dispatch import Call
-from quantpage.ops.gpu_candidates import decode_refusals, gather_refusals, write_refusals
+from quantpage.ops.dispatch import Call, choose
+from quantpage.ops.gpu_candidates import (
+    DECODE_CANDIDATES,
+    decode_refusals,
+    gather_refusals,
+    hopper_decode_refusals,
+    write_refusals,
+)
 
 pytestmark = pytest.mark.pure
 H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
@@ -81,3 +87,25 @@ def test_writes_of_keys_that_are_rounded_in_turn_are_refused():
     assert not write_refusals(CALL)
     reasons = write_refusals(replace(CALL, in_turn=True))
     assert reasons == ["rounds each channel of a key by itself, got a key map with feedback."]
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"device": replace(H200, capability=(8, 0))}, "compute capability 9.0, got 8.0"),
+        ({"format": FORMATS["none"]}, "reads codes, got keys as they come"),
+        ({"head_dim": 64, "value_head_dim": 64}, "128 or 256, got 64 and 64"),
+        ({"value_head_dim": 256}, "128 or 256, got 128 and 256"),
+        ({"phase": "prefill"}, "got prefill"),
+    ],
+)
+def test_the_hopper_kernel_says_what_it_needs(change, said):
+    assert said in " ".join(hopper_decode_refusals(replace(CALL, **change)))
+
+
+@pytest.mark.parametrize("name", [n for n, form in FORMATS.items() if form.key.quantized])
+def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
+    call = replace(CALL, format=FORMATS[name])
+    assert choose(DECODE_CANDIDATES, call).name == "gluon"
+    assert choose(DECODE_CANDIDATES, call, "triton").name == "triton"
+    assert choose(DECODE_CANDIDATES, replace(call, head_dim=64, value_head_dim=64)).name == "triton"

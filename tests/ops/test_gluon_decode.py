@@ -1,7 +1,6 @@
 """The Hopper decode against the float64 reference; needs a GPU of compute capability 9.0."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_op
 from quantpage.ops.attend.decode.launch import DecodeTiles
-from quantpage.ops.attend.decode.triton import attend
 from quantpage.ops.attend.reference import attend as reference
 from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 
@@ -36,10 +34,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
+if HOPPER:
+    from quantpage.ops.attend.decode.gluon import attend
+
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
 QUANTIZED = [name for name, given in FORMATS.items() if given.key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
-check = partial(check_decode, tiles=TILES)
+
+
+def check(*given, **options):
+    check_decode(*given, **{"tiles": TILES, "run": attend} | options)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -167,7 +171,7 @@ def test_pages_of_a_wider_cell_and_beyond_two_to_the_31():
 
 def test_a_graph_of_drafts_replays_with_new_lengths():
     step = Step((8,) * 5, (700, 33, 150, 9, 512), page_size=64, head_dim=128)
-    check_replays(FORMATS["int8"], step)
+    check_replays(FORMATS["int8"], step, attend)
 
 
 @pytest.mark.parametrize("requests", [40, 200])

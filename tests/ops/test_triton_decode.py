@@ -33,7 +33,7 @@ from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.attend.decode import triton as triton_decode
+from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.decode.triton import attend
 from quantpage.ops.attend.decode.triton_share import my_share
@@ -159,7 +159,7 @@ def test_rows_of_many_pieces_are_joined_in_groups(queries):
     for gather in (2, 4, 0):
         check(spec, spec, step, tiles=replace(tiles, gather=gather))
         # The next launch, or a replayed graph, counts from where this one began.
-        assert not any(kept.any() for each in triton_decode._counters.values() for kept in each)
+        assert not any(kept.any() for each in workspaces._counters.values() for kept in each)
 
 
 @pytest.mark.parametrize("key,value", [("int8", "int4"), ("none", "int8"), ("int4", "none")])

@@ -161,6 +161,12 @@ def test_a_mixed_step_is_its_requests(rows, monkeypatch):
     check(FORMATS["int8"].key, FORMATS["int8"].value, step)
 
 
+def test_decodes_of_a_mixed_step_that_the_decode_kernel_refuses_read_pages():
+    """Several scales a token: served in prefill, so that a decode beside a prompt is served."""
+    spec = QuantSpec(CODES["int8"], Granularity(group=16))
+    check(spec, spec, Step((1, 40), (90, 60), kv_heads=1, group=2, head_dim=64))
+
+
 def test_chunks_give_what_the_whole_gives(way):
     """Queries of a later chunk see the same keys as in one long prefill, to rounding."""
     given = FORMATS["int8"]

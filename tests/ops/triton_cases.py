@@ -140,10 +140,14 @@ TOLERANCE = 1e-3
 
 
 def check_decode(key, value, step, mask=CAUSAL, softcap=None, sinks=False, tiles=None, dtype=None,
-                 tolerance=TOLERANCE):  # fmt: skip
-    """A decode launch of this shape (None: the planner's) against the float64 reference."""
+                 tolerance=TOLERANCE, run=None):  # fmt: skip
+    """A decode launch of this shape (None: the planner's) against the float64 reference.
+
+    run: an implementation; None: Triton's.
+    """
     from quantpage.ops.attend.decode.triton import attend
 
+    attend = run or attend
     q, layer, batch = make_step(key, value, step, mask, dtype or torch.float16)
     sink = torch.randn(q.shape[1], device=DEVICE) if sinks else None
     params = AttendParams(q.shape[-1] ** -0.5, mask, softcap, sink)
@@ -163,10 +167,14 @@ def assert_agrees(out, lse, wanted, wanted_lse, tolerance: float, lse_tolerance:
     assert (lse.cpu() - wanted_lse)[~empty].abs().max() < lse_tolerance
 
 
-def check_replays(given, step: Step) -> None:
-    """A graph of a decode step, captured once, replayed with other queries and lengths."""
+def check_replays(given, step: Step, run=None) -> None:
+    """A graph of a decode step, captured once, replayed with other queries and lengths.
+
+    run: an implementation; None: Triton's.
+    """
     from quantpage.ops.attend.decode.triton import attend
 
+    attend = run or attend
     q, layer, batch = make_step(given.key, given.value, step, CAUSAL)
     params = AttendParams(q.shape[-1] ** -0.5)
     attend(q, layer, batch, params)

@@ -98,6 +98,14 @@ def needs_of(function: Callable[..., Any]) -> Needs:
     return getattr(function, "needs", ANY)
 
 
+def serves(
+    function: Callable[..., Any], q: Tensor, layer: LayerKV, phase: Phase, mask: str
+) -> bool:
+    """Whether a function behind an entry can serve a call like this; looked up."""
+    facts = layer.facts
+    return not _refused(needs_of(function), facts, q.shape[1], q.dtype, phase, mask)
+
+
 def unchecked(function: Callable[P, Result]) -> Callable[P, Result]:
     """The function behind its entry, for callers that have passed one with the same arguments."""
     return getattr(function, "__wrapped__", function)

@@ -11,6 +11,8 @@ from quantpage.formats import QuantSpec
 from quantpage.ops.dispatch import Call, Implementation, unknown_codes
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+HOPPER_WIDTHS = (128, 256)
+"""head_dims of the Hopper decode kernel, the same for keys and values."""
 
 
 def _device_refusals(call: Call) -> list[str]:
@@ -34,7 +36,7 @@ def _device_refusals(call: Call) -> list[str]:
 
 
 def decode_refusals(call: Call) -> list[str]:
-    """Split-KV decode: the Triton kernel, and on sm_90 the Hopper one where it is faster."""
+    """Split-KV decode in Triton."""
     reasons = _device_refusals(call)
     if call.phase != "decode":
         reasons.append(f"serves decode (at most 16 new tokens a request), got {call.phase}.")
@@ -52,6 +54,24 @@ def decode_refusals(call: Call) -> list[str]:
             reasons.append(f"{name} head_dim in whole 32-bit words, got {width}.")
         if not spec.quantized and call.dtype == torch.float32:
             reasons.append(f"16-bit {name} pages, got float32.")
+    return reasons
+
+
+def hopper_decode_refusals(call: Call) -> list[str]:
+    """As the Triton kernel, and what the Hopper one needs besides."""
+    reasons = decode_refusals(call)
+    capability, widths = call.device.capability, (call.head_dim, call.value_head_dim)
+    if capability is not None and capability != (9, 0):
+        reasons.append(f"needs compute capability 9.0, got {capability[0]}.{capability[1]}.")
+    for name, spec in (("keys", call.format.key), ("values", call.format.value)):
+        if not spec.quantized:
+            reasons.append(f"reads codes, got {name} as they come.")
+    if widths[0] != widths[1] or widths[0] not in HOPPER_WIDTHS:
+        reasons.append(
+            f"one head_dim of keys and values, 128 or 256, got {widths[0]} and {widths[1]}."
+        )
+    if not reasons and find_spec("triton.experimental.gluon") is None:
+        reasons.append("needs Triton 3.6 or later, which brings Gluon.")
     return reasons
 
 
@@ -80,8 +100,11 @@ def _power_of_two(spec: QuantSpec) -> bool:
 
 DECODE_CANDIDATES = [
     Implementation(
+        "gluon", "quantpage.ops.attend.decode.gluon:attend", hopper_decode_refusals, joins=True
+    ),
+    Implementation(
         "triton", "quantpage.ops.attend.decode.triton:attend", decode_refusals, joins=True
-    )
+    ),
 ]
 WRITE_CANDIDATES = [
     Implementation("triton", "quantpage.ops.rope_write.triton:rope_write", write_refusals)

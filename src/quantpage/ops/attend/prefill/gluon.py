@@ -23,12 +23,14 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend.decode.gluon import attend as decode
+from quantpage.ops.attend.decode.triton import attend as triton_decode
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
 from quantpage.ops.attend.prefill.ways import choose_ways, gluon_refusals
-from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.checks import Needs, attends, serves, unchecked
 from quantpage.ops.operand import Operand, given_values
 from quantpage.ops.triton.gluon_compat import TensorDescriptor
 
@@ -57,10 +59,13 @@ def attend(
         return unchecked(triton_prefill.attend)(q, layer, batch, params, segment)
     out, lse = triton_prefill.empty_results(q, layer, segment)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", segment == "all")
+    # Decode's Hopper kernel hands on what it does not take, so that Triton's says what is served.
+    decodes = segment == "all" and serves(triton_decode, q, layer, "decode", params.mask.kind)
+    ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", decodes)
     if ways.workspace != ():
         _attend_workspace((out, lse), q, layer, batch, params, segment, ways.workspace)
-    triton_prefill.attend_others((out, lse), q, layer, batch, params, segment, ways)
+    triton_prefill.decode_rows((out, lse), q, layer, batch, params, ways.decode, decode)
+    triton_prefill.attend_pages((out, lse), q, layer, batch, params, segment, ways.pages)
     return out, lse
 
 

@@ -17,7 +17,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend.decode import triton as triton_decode
+from quantpage.ops.attend.decode.triton import attend as decode
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.prefill.plan import (
     DensePass,
@@ -29,7 +29,7 @@ from quantpage.ops.attend.prefill.plan import (
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from quantpage.ops.attend.prefill.ways import Ways, choose_ways, take_requests, triton_refusals
 from quantpage.ops.attend.triton_merge import merge_partials
-from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.checks import Needs, attends, serves, unchecked
 from quantpage.ops.gather.triton import gather_layer
 from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, operand
 
@@ -66,22 +66,27 @@ def attend(
     ways = Ways(pages=None)
     if segment != "exact":
         group = q.shape[1] // layer.kv_heads
-        ways = choose_ways(batch.query_lens, group, "triton", segment == "all")
+        decodes = segment == "all" and serves(decode, q, layer, "decode", params.mask.kind)
+        ways = choose_ways(batch.query_lens, group, "triton", decodes)
     if ways.workspace != ():
         _attend_workspace((out, lse), q, layer, batch, params, segment, ways.workspace)
-    attend_others((out, lse), q, layer, batch, params, segment, ways)
+    decode_rows((out, lse), q, layer, batch, params, ways.decode, decode)
+    attend_pages((out, lse), q, layer, batch, params, segment, ways.pages)
     return out, lse
 
 
-def attend_others(results, q, layer, batch, params, segment: Segment, ways: Ways) -> None:
-    """The requests of a step that need no workspace: from pages, and by the decode kernel."""
-    out, lse = results
-    if ways.decode:
-        taken, rows = take_requests(batch, ways.decode)
-        decode = unchecked(triton_decode.attend)
-        out[rows], lse[rows] = decode(q[rows], layer, taken, params)
-    if ways.pages != () and batch.num_tokens:
-        lens, members = (batch.query_lens, batch.host_context_lens), ways.pages
+def decode_rows(results, q, layer, batch, params, members, decode) -> None:
+    """The requests of a step that are decodes, by a decode kernel's ``attend``."""
+    if members:
+        out, lse = results
+        taken, rows = take_requests(batch, members)
+        out[rows], lse[rows] = unchecked(decode)(q[rows], layer, taken, params)
+
+
+def attend_pages(results, q, layer, batch, params, segment: Segment, members) -> None:
+    """The requests of a step that read pages as they lie; members None: all."""
+    if members != () and batch.num_tokens:
+        lens = (batch.query_lens, batch.host_context_lens)
         rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
         shape, warps = _pages_shape(q, layer, params, rows, 1)
         planned = _device_pages(*lens, shape, members, str(q.device))

@@ -1,0 +1,47 @@
+"""Decode on Hopper: the host side of gluon_kernel, which hands on what the planner gives to Triton.
+
+The planner (decode/launch) knows where each kernel is the faster one: steps of many short rows, of
+long contexts in few rows and unquantized pages go to the Triton kernel, exact pages always.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.decode import triton
+from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
+from quantpage.ops.attend.decode.launch import DecodeTiles
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.gpu_candidates import HOPPER_WIDTHS, hopper_decode_refusals
+
+
+@attends(Needs(hopper_decode_refusals, kind="cuda"))
+def attend(
+    q: Float[Tensor, "tokens q_heads head_dim"],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+    tiles: DecodeTiles | None = None,
+    earlier: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    """As decode/triton.attend."""
+    if tiles is None:
+        tiles = triton.planned(q, layer, batch, segment, hopper=serves(q, layer))
+    if not tiles.wgmma:
+        return unchecked(triton.attend)(q, layer, batch, params, segment, tiles, earlier)
+    made = triton.arrange(q, layer, batch, params, segment, tiles)
+    if made.programs:
+        decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
+        triton.join(made)
+    return made.out, made.lse
+
+
+def serves(q: Tensor, layer: LayerKV) -> bool:
+    """Whether the Hopper kernel takes these widths on this device."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    return q.shape[-1] == layer.value.head_dim and layer.value.head_dim in HOPPER_WIDTHS

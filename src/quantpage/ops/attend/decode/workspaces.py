@@ -1,0 +1,54 @@
+"""Memory that decode launches keep: partial results, and counters that each leaves as zeros.
+
+It belongs to a device and a stream. Calls on one stream share it, so that two graphs captured on
+one stream must not be replayed at the same time.
+"""
+
+import torch
+from torch import Tensor
+
+COUNTERS = 2**20
+"""Counters of a device's pool (4 MB), of which each stream takes its part."""
+
+_counters: dict[tuple[int | None, int], list[Tensor]] = {}
+_pools: dict[int | None, Tensor] = {}
+_workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
+
+
+def counters_of(device: torch.device, count: int) -> Tensor:
+    """Zeros that every launch leaves as zeros, this stream's own.
+
+    They come from a pool that is filled outside of any graph: a graph that was captured with them
+    may be replayed before any other. A launch that dies midway, as the device's context does with
+    it, is the only one that leaves them otherwise.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _counters.setdefault((device.index, stream), [])
+    if kept and kept[-1].numel() >= count:
+        return kept[-1]
+    size = max(2**14, 1 << (count - 1).bit_length())
+    pool = _pools.get(device.index)
+    if pool is None or pool.numel() < size:
+        pool = torch.zeros(max(COUNTERS, size), dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # Filled by the graph itself, and so of use to this call alone.
+                return pool
+            torch.cuda.synchronize(device)
+    # Smaller ones stay: a captured graph may still count in them.
+    kept.append(pool[:size])
+    _pools[device.index] = pool[size:]
+    return kept[-1]
+
+
+def workspace(device: torch.device, sizes: tuple[int, int, int]):
+    """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
+    the beginning of one that goes on), and where each row's pieces are.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _workspaces.setdefault((device.index, stream), [])
+    if not kept or any(t.numel() < n for t, n in zip(kept[-3:], sizes, strict=True)):
+        # Smaller workspaces stay: a captured graph may still write to them.
+        dtypes = (torch.float32, torch.float32, torch.int32)
+        kept += [torch.empty(n, dtype=d, device=device) for n, d in zip(sizes, dtypes, strict=True)]
+    return kept[-3], kept[-2], kept[-1]
