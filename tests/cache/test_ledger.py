@@ -181,21 +181,27 @@ def test_pages_have_one_text():
     known.check()
 
 
-def test_a_finalizer_waits_for_the_operation_that_it_came_into():
+def test_what_an_owner_leaves_is_done_before_the_next_operation():
     ledger, order = Ledger(), []
 
+    class Owner:
+        pass
+
+    owner = Owner()
+    ledger.when_gone(owner, lambda: order.append("freed"))
+
     def operation():
-        ledger.later(lambda: order.append("freed"))
+        nonlocal owner
+        owner = None
         order.append("operation")
         raise OutOfPages("no")
 
     with pytest.raises(OutOfPages):
         ledger.whole(operation)
-    assert order == ["operation"]
+    assert order == ["operation"], "not in the middle of one that may be undone"
     ledger.whole(order.append, "next")
+    ledger.settle()
     assert order == ["operation", "freed", "next"]
-    ledger.later(lambda: order.append("at once"))
-    assert order[-1] == "at once"
 
 
 def test_threads_share_a_pool():

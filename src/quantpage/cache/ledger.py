@@ -11,14 +11,15 @@ no harm where nothing had been changed yet.
       ledger.note(put_back, ...)   before any other change
       other.whole(part)            part of the same operation: undone with it, or alone
 
-One thread at a time is inside. A finalizer may run in the middle of an operation of its own
-thread, so it does not change the books but asks for that (``later``). A copy of all that may change
-would be as safe as notes are, and cost the length of a page table at every token.
+One thread at a time is inside. A finalizer may run in the middle of an operation of its own thread,
+and what is raised in it is lost, Ctrl-C too: so nothing is done in one but to queue what is to be
+done, in one instruction (``when_gone``). A copy of all that may change would be as safe as notes
+are, and cost the length of a page table at every token.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,41 +27,47 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class _Gone(weakref.ref):
+    """Of an owner; what is to be done without it."""
+
+    __slots__ = ("act",)
+    act: Callable[[], object]
+
+
 class Ledger:
     """The notes of one group of books: a pool, the pools beside it, and who holds their pages."""
 
-    __slots__ = ("_later", "_notes", "lock")
+    __slots__ = ("_notes", "_waiting", "_watching", "lock")
 
     def __init__(self) -> None:
         self.lock = RLock()
         self._notes: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = None
-        self._later: deque[Callable[[], object]] = deque()
+        self._watching: set[_Gone] = set()
+        self._waiting: deque[_Gone] = deque()
 
     def whole(self, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """``act(...)``, of which nothing remains when it raises."""
         with self.lock:
             if self._notes is not None:
                 return self._part(act, *args, **kwargs)
-            while self._later:
-                waiting = self._later[0]
-                self._alone(waiting)
-                # A finalizer in between may have done and taken it.
-                with suppress(ValueError):
-                    self._later.remove(waiting)
+            while self._waiting:
+                self._alone(self._waiting[0].act)
+                self._watching.discard(self._waiting[0])
+                self._waiting.popleft()
             return self._alone(act, *args, **kwargs)
 
-    def later(self, act: Callable[[], object]) -> None:
-        """``whole(act)`` now, or before the next operation where one is under way.
+    def when_gone(self, owner: object, act: Callable[[], object]) -> None:
+        """``act``, whole, before the first operation after ``owner`` is no more.
 
-        For finalizers. act: doing it twice must be as doing it once.
+        act: doing it twice must be as doing it once; it does not know the owner.
         """
-        self._later.append(act)
-        if self.lock.acquire(blocking=False):
-            try:
-                if self._notes is None:
-                    self.whole(_nothing)
-            finally:
-                self.lock.release()
+        gone = _Gone(owner, self._waiting.append)
+        gone.act = act
+        self._watching.add(gone)
+
+    def settle(self) -> None:
+        """Do what waits for owners that are no more."""
+        self.whole(_nothing)
 
     def _alone(self, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         notes: list[tuple[Callable[..., object], tuple[Any, ...]]] = []

@@ -62,7 +62,7 @@ class PagedKVCache:
         static: ((key scale, key zero), (value scale, value zero)) for static formats.
         key_map: what is done to keys before they are cached.
         """
-        if index in self._layers:
+        if index in self.layouts:
             raise CacheError(f"layer {index}: expected a new index, it is there already")
         if not layout.format.dynamic and static is None:
             raise ValueError(

@@ -164,12 +164,13 @@ class Sequence:
         if self.reserved:
             raise CacheError("fork: expected the last step to be committed first")
         made = Sequence(self._pool, self.page_size, self._exact_pool, self.reach)
-        made.length, made._looked_at = self.length, self._looked_at
-        made.pages, made.exact_pages = list(self.pages), list(self.exact_pages)
-        self._ledger.whole(made._hold)
+        self._ledger.whole(made._become, self)
         return made
 
-    def _hold(self) -> None:
+    def _become(self, other: "Sequence") -> None:
+        self._ledger.keep(self, "length", "_looked_at", "pages", "exact_pages")
+        self.length, self._looked_at = other.length, other._looked_at
+        self.pages, self.exact_pages = list(other.pages), list(other.exact_pages)
         for pages, pool in self._tables():
             pool.share_all(page for page in pages if page >= 0)
 

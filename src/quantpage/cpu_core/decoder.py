@@ -69,21 +69,22 @@ class Decoder:
         self._tensors = [
             part for each in blocks for part in (*each.project.tensors, *each.finish.tensors)
         ]
-        self._addresses: list[int] = []
-        self._dtype: torch.dtype | None = None
+        # One value, so that no thread sees a half of it: addresses, and the dtype that is served.
+        self._known: tuple[list[int], torch.dtype, bool] | None = None
         self._buffers: dict[tuple[object, ...], _Buffers] = {}
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core runs all blocks in this dtype."""
         # One look at all of them: a step has no time to ask each.
         addresses = [each.data_ptr() for each in self._tensors]
-        if addresses != self._addresses or dtype != self._dtype:
+        known = self._known
+        if known is None or addresses != known[0] or dtype != known[1]:
             self._buffers.clear()
             served = all(
                 each.project.serves(dtype) and each.finish.serves(dtype) for each in self._blocks
             )
-            self._addresses, self._dtype = addresses, dtype if served else None
-        return self._dtype == dtype
+            known = self._known = (addresses, dtype, served)
+        return known[2]
 
     def __call__(
         self,

@@ -58,23 +58,23 @@ class _Packed:
         self._matrices, self._norm = tuple(matrices), norm
         parts = [part for each in matrices for part in each if part is not None]
         self.tensors = parts if norm is None else [*parts, norm.weight]
-        self._addresses: list[int] = []
-        self._dtype: torch.dtype | None = None
+        # One value, so that no thread sees a half of it: addresses, and the dtype that is served.
+        self._known: tuple[list[int], torch.dtype, bool] | None = None
         self.fields: tuple[int, ...] = ()
         """Norm, then four fields a weight."""
         self.eps = 0.0 if norm is None else norm.eps
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core multiplies activations of this dtype by these."""
-        addresses = [each.data_ptr() for each in self.tensors]
-        if addresses != self._addresses or dtype != self._dtype:
-            self._addresses, self._dtype = addresses, None
-            if all(_serves(each, self._matrices[0], dtype) for each in self._matrices) and (
+        addresses, known = [each.data_ptr() for each in self.tensors], self._known
+        if known is None or addresses != known[0] or dtype != known[1]:
+            served = all(_serves(each, self._matrices[0], dtype) for each in self._matrices) and (
                 self._norm is None or _plain(self._norm.weight, dtype)
-            ):
-                self._dtype = dtype
+            )
+            if served:
                 self._pack()
-        return self._dtype == dtype
+            known = self._known = (addresses, dtype, served)
+        return known[2]
 
     def _pack(self) -> None:
         self.code = CODES[self._matrices[0].weight.dtype]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import nn
@@ -76,7 +77,9 @@ class Attached:
     def detach(self) -> None:
         """Restore the model exactly; calling it again changes nothing."""
         while self._undo:
-            self._undo.pop()()
+            # Only then taken off the list: Ctrl-C may come between, and doing it again is harmless.
+            self._undo[-1]()
+            self._undo.pop()
 
     def __enter__(self) -> "Attached":
         return self
@@ -117,8 +120,7 @@ def attach(  # noqa: PLR0913
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"model: expected a Transformers model, got {type(model).__name__}")
-    if model.config._attn_implementation == functions.NAME:
-        raise ValueError("model: expected a model that is not attached yet; detach it first")
+    _refuse_attached(model)
     refuse_unsupported(model.config)
     formats = LayerFormats.of(kv_format)
     options = CacheOptions(
@@ -144,15 +146,35 @@ def attach(  # noqa: PLR0913
     maps = find_key_maps(model, cache.formats, calibration, implementation)
     attached.options = replace(options, key_maps=maps.layers, static=maps.static)
     attached.calibration = maps.source
-    functions.register()
     paged = [module for index in options.ledger.paged for module in caching[index]]
-    if all(uses_interface(module) for module in paged):
-        use_attention(attention_configs(model, paged), functions.NAME, attached._undo)
-    if implementation in (None, "cpu"):
-        cpu_step.install(model, attached._undo)
-    Supply(model, attached.new_cache, mask is not None).install(attached._undo)
+    with _attaching:
+        _refuse_attached(model)
+        try:
+            _install(attached, model, paged)
+        except BaseException:
+            attached.detach()
+            raise
     options.ledger.announce()
     return attached
+
+
+_attaching = Lock()
+
+
+def _refuse_attached(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation == functions.NAME:
+        raise ValueError("model: expected a model that is not attached yet; detach it first")
+
+
+def _install(attached: Attached, model: PreTrainedModel, paged: list[nn.Module]) -> None:
+    """Change the model; what takes each change back is noted beside it."""
+    options = attached.options
+    functions.register()
+    if all(uses_interface(module) for module in paged):
+        use_attention(attention_configs(model, paged), functions.NAME, attached._undo)
+    if options.implementation in (None, "cpu"):
+        cpu_step.install(model, attached._undo)
+    Supply(model, attached.new_cache, options.mask is not None).install(attached._undo)
 
 
 def _survey(

@@ -8,6 +8,7 @@ padding is never written, so that a left-padded row equals the same row alone.
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from quantpage.integrations.hf_transformers.lazy import LazyKV, with_gradient
 from quantpage.integrations.hf_transformers.memory import Basis, Memory
 from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
 from quantpage.integrations.hf_transformers.rows import Rows, Step
+from quantpage.integrations.hf_transformers.turns import Turns
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops import gather
 from quantpage.ops.attend import AttendParams
@@ -130,11 +132,7 @@ class PagedLayer(CacheLayerMixin):
         """Take [rows, kv_heads, new, head_dim] keys and values; hand back lazy ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self._rows.count:
-            raise ValueError(
-                f"past_key_values: expected {self._rows.count} rows, as the cache holds, got "
-                f"{key_states.shape[0]} (batch_repeat_interleave makes more of one)"
-            )
+        self._rows.begin(key_states.shape[0])
         self.flush()
         self._pending = (key_states.detach(), value_states.detach())
         self.length += key_states.shape[2]
@@ -174,6 +172,10 @@ class PagedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
+        with self._rows.still():
+            return self._attend(query, params, padding)
+
+    def _attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
         rows, q_heads, new, _ = query.shape
         params = self._own_mask(params)
         serving = self._serving(q_heads, query.dtype, params.mask)
@@ -195,7 +197,15 @@ class PagedLayer(CacheLayerMixin):
         padding: Tensor | None,
     ) -> Tensor:
         """``update`` and ``attend`` of [rows * new, heads, head_dim], padding included."""
-        self.flush()
+        with self._rows.still():
+            self._rows.begin(q.shape[0] // new)
+            self.flush()
+            return self._attend_packed((q, k, v), new, params, padding)
+
+    def _attend_packed(
+        self, qkv: tuple[Tensor, ...], new: int, params: AttendParams, padding: Tensor | None
+    ) -> Tensor:
+        q, k, v = qkv
         params = self._own_mask(params)
         serving = self._serving(q.shape[1], q.dtype, params.mask)
         step = self._rows.step(self.length, new, padding)
@@ -211,9 +221,12 @@ class PagedLayer(CacheLayerMixin):
 
     def flush(self) -> None:
         """Write what waits, for a reader other than our attention function."""
-        if self._pending is None:
-            return
-        new = self._pending[0].shape[2]
+        if self._pending is not None:
+            with self._rows.still():
+                self._flush(self._pending[0].shape[2])
+
+    def _flush(self, new: int) -> None:
+        assert self._pending is not None
         start = self.length - new
         step = self._rows.step(start, new, self._rows.told_padding(start, new))
         key, pages = self._pending[0], self._rows.open(self.index, step, self.reach)
@@ -227,6 +240,10 @@ class PagedLayer(CacheLayerMixin):
         from query to query, and results must not depend on how the work was cut. Tokens that have
         left the layer's window are zeros.
         """
+        with self._rows.still():
+            return self._dequantized(which)
+
+    def _dequantized(self, which: str) -> Tensor:
         self.flush()
         rows = self._rows
         view = rows.readable(self.index)
@@ -284,8 +301,17 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._pending, self.length = None, 0
+        self.put_back((0, False))
         self._rows.clear()
+
+    def mark(self) -> tuple[int, bool]:
+        """What ``put_back`` needs, when nothing waits."""
+        return self.length, self._had_gradient
+
+    def put_back(self, mark: tuple[int, bool]) -> None:
+        """Be as at ``mark``; what waits is dropped."""
+        self._pending = None
+        self.length, self._had_gradient = mark
 
     def _open(self, step: Step, mask: Mask) -> tuple[LayerKV, BatchPlan]:
         """The step's pages of this layer and its plan, for a mask that shows no more than them."""
@@ -376,6 +402,9 @@ class QuantPageCache(Cache):
         self.rows.lent = lent_layers(config)
         self._in_core: list[PagedLayer] | None = None
         """All layers, once it is known that the compiled core serves them."""
+        self.turns = Turns()
+        self.core_run: Any = None
+        """How far the compiled core is in the forward under way (cpu_step)."""
         super().__init__(
             layers=[
                 self._layer(index, each, reach)
@@ -400,10 +429,36 @@ class QuantPageCache(Cache):
             )
         return stock
 
+    def forward(self, act: Callable[[], Any]) -> Any:
+        """``act()``, a forward that brings tokens; should it not return, they were never there."""
+
+        def run() -> Any:
+            made = act()
+            self.turns.spent = False
+            return made
+
+        # A model's body inside of the model is part of the same forward.
+        return act() if self.turns.mine else self.turns.take(run, self._begin, self._put_back)
+
+    def _begin(self) -> list[tuple[PagedLayer, tuple[int, bool]]] | None:
+        if self.rows.frozen is not None:
+            return None
+        self._flush()
+        # True while state that cannot be put back changes.
+        self.turns.spent = bool(self._stock())
+        return [(layer, layer.mark()) for layer in self.paged()]
+
+    def _put_back(self, before: list[tuple[PagedLayer, tuple[int, bool]]]) -> None:
+        self.rows.cancel()
+        self.rows.attention_mask = self.core_run = None
+        for layer, mark in before:
+            layer.put_back(mark)
+
     def begin_step(
-        self, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
+        self, rows: int, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
     ) -> tuple[list[LayerKV], list[BatchPlan]] | None:
-        """Count ``new`` tokens of every row, for a caller who lets the core write them.
+        """Count ``new`` tokens of every row, for a caller who lets the core write them in
+        ``rows.still()``.
 
         Returns the pages and the step's plan of every layer; None where that is not possible.
         """
@@ -412,18 +467,19 @@ class QuantPageCache(Cache):
             if len(layers) != len(self.layers):
                 return None
             self._in_core = layers
-        layers, rows = self._in_core, self.rows
+        layers = self._in_core
+        self.rows.begin(rows)
         for layer in layers:
             layer.flush()
-        step = rows.step(layers[0].length, new, padding)
-        if step.keep is not None and step.keep.numel() != rows.count * new:
+        step = self.rows.step(layers[0].length, new, padding)
+        if step.keep is not None and step.keep.numel() != rows * new:
             return None
         if any(part.working is not None for part in step.parts.values()):
             return None
         for layer in layers:
             layer.length += new
         return (
-            [rows.layer(layer.index) for layer in layers],
+            [self.rows.layer(layer.index) for layer in layers],
             [step.parts[layer.reach].batch for layer in layers],
         )
 
@@ -432,13 +488,17 @@ class QuantPageCache(Cache):
 
         ``copy.deepcopy``, which Transformers' documentation uses for this, does the same.
         """
-        self.flush()
+        return self.turns.take(self._fork)
+
+    def _fork(self) -> "QuantPageCache":
+        self._flush()
         return self.over(self.rows.fork())
 
     def over(self, rows: Rows) -> "QuantPageCache":
         """The same cache over other rows, in any memory."""
         made = copy(self)
         made.rows, made._in_core = rows, None
+        made.turns, made.core_run = Turns(), None
         made.layers = [
             each.fork(rows) if isinstance(each, PagedLayer) else deepcopy(each)
             for each in self.layers
@@ -447,6 +507,9 @@ class QuantPageCache(Cache):
 
     def flush(self) -> None:
         """Write keys and values that wait, and count them: the pages hold every token."""
+        self.turns.take(self._flush)
+
+    def _flush(self) -> None:
         for layer in self.paged():
             layer.flush()
         self.rows.settle()
@@ -474,17 +537,36 @@ class QuantPageCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
         # Transformers counts with tensors, which would change under the lengths that are kept.
-        tokens_to_remove = int(tokens_to_remove)
+        self.turns.take(partial(self._crop, int(tokens_to_remove)))
+
+    def _crop(self, tokens_to_remove: int) -> None:
         lengths = {layer.length for layer in self.paged()}
         length = max(lengths, default=0)
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
         for layer in self.paged():
             layer.flush()
-        self.rows.crop(length - drop)
-        for layer in self.paged():
-            layer.length = min(layer.length, length - drop)
-        for stock in self._stock():
-            stock.crop(tokens_to_remove)
+
+        def paged() -> None:
+            self.rows.crop(length - drop)
+            for layer in self.paged():
+                self.rows.memory.ledger.note(layer.put_back, layer.mark())
+                layer.length = min(layer.length, length - drop)
+
+        self._change(paged, lambda stock: stock.crop(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget everything; the next prompt may have another number of rows."""
+        self.turns.spent = False
+        self.turns.take(self._reset)
+
+    def _reset(self) -> None:
+        def paged() -> None:
+            for layer in self.paged():
+                self.rows.memory.ledger.note(layer.put_back, layer.mark())
+                layer.put_back((0, False))
+            self.rows.clear()
+
+        self._change(paged, lambda stock: stock.reset())
 
     def set_length(self, length: int) -> None:
         """What Transformers is told to be cached (graphs count on the device; kept prompts)."""
@@ -521,10 +603,25 @@ class QuantPageCache(Cache):
         return self.rows.unquantized_bytes()
 
     def _select(self, rows: list[int], apply: Callable[[Any], object]) -> None:
-        self.flush()
-        self.rows.select(rows)
-        for each in self._stock():
-            apply(each)
+        def select() -> None:
+            self._flush()
+            self._change(partial(self.rows.select, rows), apply)
+
+        self.turns.take(select)
+
+    def _change(self, paged: Callable[[], None], stock: Callable[[Any], object]) -> None:
+        """What is done to the pages, whole, and to each state beside them."""
+        beside = self._stock()
+        try:
+            self.turns.spent = bool(beside)
+            self.rows.memory.ledger.whole(paged)
+        except (CacheError, ValueError):
+            # Refused, with nothing changed.
+            self.turns.spent = False
+            raise
+        for each in beside:
+            stock(each)
+        self.turns.spent = False
 
     def paged(self) -> list[PagedLayer]:
         """The layers whose keys and values are in pages."""

@@ -8,6 +8,7 @@ Prompts, training and whatever the core does not know run the model's own code.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -55,7 +56,8 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             layers: Any = module.layers
             blocks = [vars(each)["forward"] for each in layers]
             if len({each.block()[2:5] for each in blocks}) == 1:
-                hook = module.register_forward_pre_hook(_Chain(module, blocks).begin)
+                chain_of_all = _Chain(module, blocks)
+                hook = module.register_forward_pre_hook(chain_of_all.begin, with_kwargs=True)
                 undo.append(hook.remove)
 
 
@@ -232,6 +234,15 @@ def _rotary(embeddings: tuple[Tensor, Tensor], rows: int, heads: int) -> Rotary:
     return Rotary(cos.flatten(0, 1).contiguous(), sin.flatten(0, 1).contiguous(), heads)
 
 
+@dataclass(slots=True)
+class _Run:
+    """One forward of a decoder whose blocks may run in one call; its cache holds it."""
+
+    chain: "_Chain"
+    out: Tensor | None = None
+    """What the last block made, once all have run."""
+
+
 class _Chain:
     """All blocks of a decoder in one call, made when the first of them is asked."""
 
@@ -239,16 +250,16 @@ class _Chain:
         self._parts, self._blocks = _Parts(model), blocks
         self._decoder = Decoder([each.block() for each in blocks])
         self._q_heads = blocks[0].block().q_heads
-        self._ready = False
-        self._out: Tensor | None = None
         for each in self._blocks:
             each.chain = self
 
-    def begin(self, module: Any, args: tuple[Any, ...]) -> None:
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of the decoder: whether nobody looks into it or has changed it."""
+        found = [each for each in (*args, *kwargs.values()) if type(each) is QuantPageCache]
+        if len(found) != 1:
+            return
         layers = module.layers
-        self._out = None
-        self._ready = (
+        ready = (
             not module.training
             and len(layers) == len(self._blocks) == module.config.num_hidden_layers
             and self._parts.same()
@@ -258,6 +269,8 @@ class _Chain:
                 for layer, block in zip(layers, self._blocks, strict=True)
             )
         )
+        # On the cache, not here: other threads run this decoder with caches of their own.
+        found[0].core_run = _Run(self) if ready else None
 
     def run(
         self,
@@ -268,28 +281,34 @@ class _Chain:
         embeddings: tuple[Tensor, Tensor],
     ) -> Tensor | None:
         """What the last block makes of it; None where blocks run one by one."""
-        if not self._ready:
+        now = cache.core_run if type(cache) is QuantPageCache else None
+        if now is None or now.chain is not self:
             return None
-        if self._out is None and block is self._blocks[0]:
-            self._out = self._run(x, mask, cache, embeddings)
-            self._ready = self._out is not None
-            return self._out
-        return x if x is self._out else None
+        if now.out is None and block is self._blocks[0]:
+            now.out = self._run(x, mask, cache, embeddings)
+            if now.out is None:
+                cache.core_run = None
+            return now.out
+        return x if x is now.out else None
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, cache: Any, embeddings: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: QuantPageCache,
+        embeddings: tuple[Tensor, Tensor],
     ) -> Tensor | None:
         if (
-            type(cache) is not QuantPageCache
-            or not _served_here(x, self._blocks[0].weight)
+            not _served_here(x, self._blocks[0].weight)
             or (mask is not None and mask.ndim != 2)
             or not self._decoder.serves(x.dtype)
         ):
             return None
         rows, new, width = x.shape
         padding = functions.facts_of(mask, None).padding
-        begun = cache.begin_step(new, padding, self._q_heads, x.dtype)
-        if begun is None:
-            return None
         cos, sin = (each.expand(rows, -1, -1).reshape(rows * new, -1) for each in embeddings)
-        return self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)
+        with cache.rows.still():
+            begun = cache.begin_step(rows, new, padding, self._q_heads, x.dtype)
+            if begun is None:
+                return None
+            return self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)

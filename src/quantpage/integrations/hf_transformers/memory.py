@@ -70,6 +70,9 @@ class Shelf:
 
     def resize(self) -> None:
         """As many pages in the store as the pools have."""
+        if self.store.device.type == "cuda":
+            # What other streams still write would be lost in the copy.
+            torch.cuda.synchronize(self.store.device)
         exact = 0 if self.exact_pool is None else self.exact_pool.capacity
         self.store.grow(self.pool.capacity - self.store.pages, exact - self.store.exact_pages)
 
@@ -151,11 +154,14 @@ class Memory:
 
     @torch.inference_mode(False)
     def make_room(self, shelf: Shelf, pages: int, exact_pages: int, rows: int = 0) -> None:
-        """Grow until so many pages of a shelf are free.
+        """Grow until so many pages of a shelf are free, or not at all.
 
         rows: that ask for them; where it is known how long they will be, all that they will take
         is made at once.
         """
+        self.ledger.whole(self._make_room, shelf, pages, exact_pages, rows)
+
+    def _make_room(self, shelf: Shelf, pages: int, exact_pages: int, rows: int) -> None:
         most = (0, 0)
         if self.max_tokens is not None:
             most = most_pages(shelf.reach, self.max_tokens, self.page_size)
@@ -177,6 +183,11 @@ class Memory:
     @torch.inference_mode(False)
     def trim(self) -> int:
         """Give back the pages after the last that is held, in every layer; bytes given back."""
+        with self.ledger.lock:
+            return self._trim()
+
+    def _trim(self) -> int:
+        # Not whole: a pool may be smaller than its store, and never larger.
         before = self.allocated_bytes()
         for shelf in self.shelves.values():
             shelf.pool.trim()
@@ -187,6 +198,7 @@ class Memory:
 
     def used_bytes(self) -> int:
         """Bytes of the pages that are held, whoever holds them."""
+        self.ledger.settle()
         return sum(
             shelf.store.used_bytes(
                 shelf.pool.used, 0 if shelf.exact_pool is None else shelf.exact_pool.used

@@ -5,10 +5,10 @@ out, one ``BatchPlan`` for layers of one reach) serves them all.
 """
 
 from collections.abc import Iterator, Mapping
-from copy import copy
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,14 +28,19 @@ from quantpage.errors import CacheError, OutOfPages
 from quantpage.integrations.hf_transformers.memory import Basis, Memory
 from quantpage.integrations.hf_transformers.step import Part, Step, first_there, plan_part
 
+if TYPE_CHECKING:
+    from _thread import RLock
+
+
 
 class Rows:
     """The rows of a batch, in a memory that other caches may share."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory, self.page_size = memory, memory.page_size
-        self.tables: dict[Reach, list[Sequence]] = {}
-        """The rows, with a page table each for the layers of every reach."""
+        self._held: list[dict[Reach, list[Sequence]]] = [{}]
+        # Pages of a cache that nobody uses any more go back to a memory that others share.
+        memory.ledger.when_gone(self, partial(_free_all, self._held))
         self._kept: Tensor | None = None
         """[rows, tokens] bool: False where a token was padding; None: never padding."""
         self._length = 0
@@ -47,6 +52,15 @@ class Rows:
         attention function, which knows the padding by itself."""
         self.frozen: Step | None = None
         """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
+
+    @property
+    def tables(self) -> dict[Reach, list[Sequence]]:
+        """The rows, with a page table each for the layers of every reach."""
+        return self._held[0]
+
+    @tables.setter
+    def tables(self, tables: dict[Reach, list[Sequence]]) -> None:
+        self._held[0] = tables
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -67,12 +81,27 @@ class Rows:
         basis: Basis,
     ) -> None:
         """Allocate a layer as soon as its keys are known; ``like`` is [rows, ...]."""
-        self.memory.add_layer(index, layout, reach, like.device, basis)
+        with self.memory.ledger.lock:
+            self.memory.add_layer(index, layout, reach, like.device, basis)
+        self.begin(like.shape[0])
+
+    def begin(self, rows: int) -> None:
+        """Have so many rows; ValueError where there are others."""
+        if self.tables and rows != self.count:
+            raise ValueError(
+                f"past_key_values: expected {self.count} rows, as the cache holds, got "
+                f"{rows} (batch_repeat_interleave makes more of one)"
+            )
         if not self.tables:
             self.tables = {
-                each: [shelf.new_sequence() for _ in range(like.shape[0])]
+                each: [shelf.new_sequence() for _ in range(rows)]
                 for each, shelf in self.memory.shelves.items()
             }
+
+    def still(self) -> "RLock":
+        """To be held while pages are read or written: other caches in this memory may make it
+        grow, and pages move."""
+        return self.memory.ledger.lock
 
     def layer(self, index: int) -> LayerKV:
         """The pages of one layer."""
@@ -88,7 +117,11 @@ class Rows:
             return self.frozen
         if self._step is not None and (self._step.start, self._step.new) == (start, new):
             return self._step
+        return self.memory.ledger.whole(self._begin_step, start, new, padding)
+
+    def _begin_step(self, start: int, new: int, padding: Tensor | None) -> Step:
         self.settle()
+        self._note("_step", "_kept")
         if start != self._length:
             raise CacheError(
                 f"step: expected it to start after {self._length} cached tokens, got {start}"
@@ -131,7 +164,11 @@ class Rows:
         For CUDA graphs: the plans' host lengths are those of the last token, upper bounds for
         all. The tokens count as cached from then on.
         """
+        return self.memory.ledger.whole(self._reserve_ahead, tokens)
+
+    def _reserve_ahead(self, tokens: int) -> dict[Reach, BatchPlan]:
         self.settle()
+        self._note("_step")
         if self._kept is not None:
             raise CacheError("reserve_ahead: expected rows without padding, got padded rows")
         start = self._length
@@ -226,7 +263,11 @@ class Rows:
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; pages are shared, not copied."""
+        self.memory.ledger.whole(self._select, rows)
+
+    def _select(self, rows: list[int]) -> None:
         self.settle()
+        self._note("tables", "_kept")
         forked = {
             reach: [sequences[row].fork() for row in rows]
             for reach, sequences in self.tables.items()
@@ -238,8 +279,12 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same rows again, in the same memory; pages are shared, not copied."""
+        return self.memory.ledger.whole(self._fork)
+
+    def _fork(self) -> "Rows":
         self.settle()
-        made = copy(self)
+        made = Rows(self.memory)
+        made._kept, made._length, made.lent = self._kept, self._length, self.lent
         made.tables = {
             reach: [each.fork() for each in sequences] for reach, sequences in self.tables.items()
         }
@@ -247,6 +292,11 @@ class Rows:
 
     def adopt(self, prefixes: Mapping[Reach, Prefix]) -> None:
         """Begin a single row with pages that another cache in this memory wrote."""
+        self.memory.ledger.whole(self._adopt, prefixes)
+
+    def _adopt(self, prefixes: Mapping[Reach, Prefix]) -> None:
+        self._note("tables", "_length")
+        self.tables = {}
         for reach, prefix in prefixes.items():
             sequence = self.memory.shelves[reach].new_sequence()
             sequence.adopt(prefix)
@@ -314,23 +364,40 @@ class Rows:
         made._length = saved.note["length"]
         return made
 
-    def __del__(self) -> None:
-        """Pages of a cache that nobody uses any more go back to a memory that others share."""
-        self._free()
+    def cancel(self) -> None:
+        """Take the step under way back, as if it had not begun: its tokens were not written."""
+        self.memory.ledger.whole(self._cancel)
+
+    def _cancel(self) -> None:
+        self._note("_step", "_kept", "tables")
+        for sequence in self._all():
+            sequence.cancel()
+        self._step = None
+        if self._kept is not None:
+            self._kept = self._kept[:, : self._length] if self._length else None
+        if not self._length:
+            # The next prompt may have another number of rows.
+            self.tables = {}
+
+    def _note(self, *names: str) -> None:
+        self.memory.ledger.keep(self, *names)
 
     def _all(self) -> Iterator[Sequence]:
         """The rows in every table."""
         return chain.from_iterable(self.tables.values())
 
     def _free(self) -> None:
-        for sequence in self._all():
-            sequence.free()
+        _free(self.tables)
 
     def crop(self, length: int) -> None:
         """Forget tokens from ``length`` (padding counted) on, in every row.
 
         Raises CacheError, with nothing changed, where a page that the next token needs is gone.
         """
+        self.memory.ledger.whole(self._crop, length)
+
+    def _crop(self, length: int) -> None:
+        self._note("_step", "_kept", "_length")
         if self._kept is None:
             tokens = [length] * self.count
         else:
@@ -350,9 +417,13 @@ class Rows:
         self._length = length
 
     def clear(self) -> None:
-        """Forget every token; pages stay allocated for the next prompt."""
+        """Forget every token and row; pages stay allocated for the next prompt."""
+        self.memory.ledger.whole(self._clear)
+
+    def _clear(self) -> None:
+        self._note("_step", "_kept", "_length", "tables")
         self._free()
-        self._step, self._kept, self._length = None, None, 0
+        self._step, self._kept, self._length, self.tables = None, None, 0, {}
 
     def used_bytes(self) -> int:
         """Bytes of the pages that these rows hold; one that several hold counts once."""
@@ -376,11 +447,14 @@ class Rows:
 
     def settle(self) -> None:
         """Commit the step under way."""
-        if self._step is None:
-            return
+        if self._step is not None:
+            self.memory.ledger.whole(self._settle, self._step)
+
+    def _settle(self, step: Step) -> None:
+        self._note("_step", "_length")
         for sequence in self._all():
             sequence.commit()
-        self._length = self._step.start + self._step.new
+        self._length = step.start + step.new
         self._step = None
 
     def _reserve(self, lengths: list[int], sparse: bool) -> None:
@@ -439,3 +513,12 @@ class Rows:
             now = padding[:, start : start + new]
         self._kept = torch.cat([before, now], 1)
         return now
+
+
+def _free_all(held: list[dict[Reach, list[Sequence]]]) -> None:
+    _free(held[0])
+
+
+def _free(tables: Mapping[Reach, list[Sequence]]) -> None:
+    for sequence in chain.from_iterable(tables.values()):
+        sequence.free()

@@ -6,16 +6,18 @@ and after a forward it is checked that the model kept its keys and values in our
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpage.errors import UnsupportedModel
+from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.arguments import (
     CACHE_NAMES,
     cache_argument,
@@ -53,16 +55,85 @@ class Supply:
     ) -> None:
         self._model, self._new_cache, self._masked = model, new_cache, masked
         self._under_way = threading.local()
+        self._running: dict[object, int] = {}
+        """Forwards of all threads: the thread of each."""
+        self._closing = False
 
     def install(self, undo: list[Callable[[], None]]) -> None:
         """Hook every decoder in the model; undo: is given what takes each hook back."""
+        undo.insert(0, self._open_again)
         for module in decoders(self._model):
+            self._hook_forward(module, undo)
             before = module.register_forward_pre_hook(self._before, with_kwargs=True)
             after = module.register_forward_hook(self._after, always_call=True)
             undo += [before.remove, after.remove]
             _keep_from_compiling(module, undo)
             if hasattr(module, "_prepare_cache_for_generation"):
                 self._hook_generate(module, undo)
+        # Done first.
+        undo.append(self._close)
+
+    def _close(self) -> None:
+        """Wait until the forwards of other threads are over; those that come after wait, too."""
+        if get_ident() in self._running.values():
+            raise CacheError("detach: expected to be called when no forward is under way here")
+        self._closing = True
+        while self._running:
+            time.sleep(1e-3)
+
+    def _open_again(self) -> None:
+        self._closing = False
+
+    def _hook_forward(self, module: Any, undo: list[Callable[[], None]]) -> None:
+        own = vars(module).get("forward")
+        forward = module.forward
+
+        @wraps(forward)
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            return self._run(module, partial(forward, *args, **kwargs))
+
+        def put_back() -> None:
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+
+        undo.append(put_back)
+        module.forward = whole
+
+    def _run(self, module: nn.Module, act: Callable[[], Any]) -> Any:
+        """A forward, entirely or not at all; ``_after`` hears of no Ctrl-C."""
+        frames, outer, number = self._frames(), self._depth(), object()
+        depth = len(frames)
+        mine = depth > outer and frames[-1].module is module
+        try:
+            try:
+                if not outer:
+                    self._enter(number)
+                self._under_way.depth = depth
+                if not mine or frames[-1].cache is None:
+                    return act()
+                return frames[-1].cache.forward(act)
+            except BaseException:
+                if mine:
+                    del frames[depth - 1 :]
+                raise
+            finally:
+                self._leave(number, outer)
+        finally:
+            # Again: Ctrl-C may have come just before the line above.
+            self._leave(number, outer)
+
+    def _enter(self, number: object) -> None:
+        self._running[number] = get_ident()
+        while self._closing:
+            self._running.pop(number, None)
+            time.sleep(1e-3)
+            self._running[number] = get_ident()
+
+    def _leave(self, number: object, outer: int) -> None:
+        self._under_way.depth = outer
+        self._running.pop(number, None)
 
     def _hook_generate(self, module: Any, undo: list[Callable[[], None]]) -> None:
         generate, prepare = module.generate, module._prepare_cache_for_generation
@@ -98,6 +169,10 @@ class Supply:
             self._under_way.frames = []
         return self._under_way.frames
 
+    def _depth(self) -> int:
+        """Forwards of this thread that run."""
+        return getattr(self._under_way, "depth", 0)
+
     @torch.compiler.disable
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,6 +186,8 @@ class Supply:
         if given is not None:
             _refuse_foreign(given)
         frames = self._frames()
+        # What Ctrl-C left between a hook and its forward.
+        del frames[self._depth() :]
         if not frames and given is None and self._wants_cache(module, kwargs):
             given = self._new_cache()
         if not frames and given is None and self._masked:
