@@ -168,6 +168,6 @@ def test_attached_once_by_two_threads(switching):
         model = tiny("llama", torch.float32)
         found = in_threads(*[lambda model=model: quantpage.attach(model)] * 2)
         errors = [each for each in found if isinstance(each, ValueError)]
-        assert len(errors) == 1 and "not attached yet" in str(errors[0])
+        assert len(errors) == 1 and "not attached yet" in str(errors[0]), found
         next(each for each in found if each not in errors).detach()
         assert model.config._attn_implementation == "eager"
