@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -120,35 +120,35 @@ def attach(  # noqa: PLR0913
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"model: expected a Transformers model, got {type(model).__name__}")
-    _refuse_attached(model)
-    refuse_unsupported(model.config)
-    formats = LayerFormats.of(kv_format)
-    options = CacheOptions(
-        formats=formats,
-        page_size=page_size,
-        backend=find_backend(backend),
-        mask=mask,
-        implementation=implementation,
-        checked=checked,
-        max_tokens=max_tokens,
-    )
-    _refuse_compiled(model)
-    caching = caching_modules(model, type(text_config(model.config)))
-    options = replace(
-        options, own_state=frozenset(index for index, each in caching.items() if crosses(each))
-    )
-    attached = Attached(model, options)
-    # Built once now, so that a format or a layer that cannot be fails before the model changes.
-    cache = attached.new_cache()
-    _survey(model, cache, caching, options.ledger)
-    if mask is not None:
-        _refuse_mask(model, mask, cache, options.ledger)
-    maps = find_key_maps(model, cache.formats, calibration, implementation)
-    attached.options = replace(options, key_maps=maps.layers, static=maps.static)
-    attached.calibration = maps.source
-    paged = [module for index in options.ledger.paged for module in caching[index]]
+    # What another thread has changed halfway would be taken for the model.
     with _attaching:
         _refuse_attached(model)
+        refuse_unsupported(model.config)
+        formats = LayerFormats.of(kv_format)
+        options = CacheOptions(
+            formats=formats,
+            page_size=page_size,
+            backend=find_backend(backend),
+            mask=mask,
+            implementation=implementation,
+            checked=checked,
+            max_tokens=max_tokens,
+        )
+        _refuse_compiled(model)
+        caching = caching_modules(model, type(text_config(model.config)))
+        options = replace(
+            options, own_state=frozenset(index for index, each in caching.items() if crosses(each))
+        )
+        attached = Attached(model, options)
+        # Built once now, so that a format or a layer that cannot be fails before the model changes.
+        cache = attached.new_cache()
+        _survey(model, cache, caching, options.ledger)
+        if mask is not None:
+            _refuse_mask(model, mask, cache, options.ledger)
+        maps = find_key_maps(model, cache.formats, calibration, implementation)
+        attached.options = replace(options, key_maps=maps.layers, static=maps.static)
+        attached.calibration = maps.source
+        paged = [module for index in options.ledger.paged for module in caching[index]]
         try:
             _install(attached, model, paged)
         except BaseException:
@@ -158,7 +158,7 @@ def attach(  # noqa: PLR0913
     return attached
 
 
-_attaching = Lock()
+_attaching = RLock()
 
 
 def _refuse_attached(model: PreTrainedModel) -> None:

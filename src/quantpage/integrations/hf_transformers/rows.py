@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from _thread import RLock
 
 
-
 class Rows:
     """The rows of a batch, in a memory that other caches may share."""
 
