@@ -1,6 +1,7 @@
 """Heads and pages so far apart that 32-bit offsets wrap: kernels read and write the right place.
 
-The memory between them is mapped and never touched.
+The memory between them is mapped and never touched; on a GPU it is allocated, up to 40 GiB a test,
+so that several of these tests at once (pytest -n) do not fit one.
 """
 
 import mmap
