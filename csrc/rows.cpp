@@ -127,47 +127,65 @@ static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to
       to[c] = (uint8_t)(((int32_t)codes[2 * c] + 8) | ((int32_t)codes[2 * c + 1] + 8) << 4);
 }
 
-// Codes of a row in the metric that `factor` is of, and their loss (formats/feedback).
-static float round_in_turn(const Pages& p, const float* x, const Affine* groups, const float* factor, float* codes) {
-  const int64_t dim = p.head_dim, count = dim / p.groups;
+// Ranges that a row is tried with (formats/feedback).
+static const double FACTORS[] = {1.05, 1.0, 0.92, 0.85, 0.78};
+constexpr int64_t TRIES = 5;
+struct Try {
+  alignas(64) float target[512];
+  alignas(64) float codes[512];
+  Affine groups[512];
+  uint8_t scale[2048], zero[2048];
+  float loss;
+};
+// Codes and losses of a row by the ranges of `count` tries, in the metric that `factor` is of. A channel
+// waits for the one before it, so the tries go side by side.
+static void round_in_turn(const Pages& p, const float* x, const float* factor, Try* tries, int64_t count) {
+  const int64_t dim = p.head_dim, channels = dim / p.groups;
   const float top = p.code == INT8 ? 127.f : 7.f, bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
   const float magic = 12582912.f;
-  alignas(64) float target[512];
-  memcpy(target, x, 4 * dim);
-  float loss = 0;
-  for (int64_t i = dim - 1; i >= 0; i--) {
-    const float scale = groups[i / count].scale, zero = groups[i / count].zero, *row = factor + i * dim;
-    float y = (target[i] - zero) / scale;
-    y = y > top ? top : y < bottom ? bottom : y;
-    codes[i] = (y + magic) - magic;
-    const float seen = scale * codes[i] + zero, off = seen - target[i], error = seen - x[i];
-    loss += row[i] * (off * off);
-    for (int64_t j = 0; j < i; j++) target[j] -= error * row[j];
+  for (int64_t t = 0; t < count; t++) {
+    memcpy(tries[t].target, x, 4 * dim);
+    tries[t].loss = 0;
   }
-  return loss;
+  for (int64_t i = dim - 1; i >= 0; i--) {
+    const float* row = factor + i * dim;
+    float error[TRIES];
+    for (int64_t t = 0; t < count; t++) {
+      Try& each = tries[t];
+      const Affine by = each.groups[i / channels];
+      float y = (each.target[i] - by.zero) / by.scale;
+      y = y > top ? top : y < bottom ? bottom : y;
+      const float code = (y + magic) - magic, seen = by.scale * code + by.zero, off = seen - each.target[i];
+      each.codes[i] = code;
+      each.loss += row[i] * (off * off);
+      error[t] = seen - x[i];
+    }
+    for (int64_t t = 0; t < count; t++) {
+      float* target = tries[t].target;
+      for (int64_t j = 0; j < i; j++) target[j] -= error[t] * row[j];
+    }
+  }
 }
 // The range with the least loss, if any is a number: its codes and planes in place of the plain ones.
 static void choose_range(const Pages& p, const float* x, const Affine* plain, const float* factor, float* codes,
                          uint8_t* scale, uint8_t* zero) {
-  static const double factors[] = {1.05, 1.0, 0.92, 0.85, 0.78};
-  alignas(64) float tried[512];
-  uint8_t scales[2048], zeros[2048];
-  Affine groups[512];
+  Try tries[TRIES];
   const bool whole = !p.dynamic || p.code == INT8;
-  const int64_t count = p.head_dim / p.groups, size = p.scale_type == F32 ? 4 : 2;
-  float least = INFINITY;
-  for (double by : factors) {
-    if (whole && by != 1.0) continue;
+  const int64_t channels = p.head_dim / p.groups, size = p.scale_type == F32 ? 4 : 2, count = whole ? 1 : TRIES;
+  for (int64_t t = 0; t < count; t++)
     for (int64_t g = 0; g < p.groups; g++)
-      groups[g] = p.dynamic ? measure(p, x + g * count, count, scales + g * size, zeros + g * size, by) : plain[g];
-    const float loss = round_in_turn(p, x, groups, factor, tried);
-    if (!(loss < least)) continue;
-    least = loss;
-    memcpy(codes, tried, 4 * p.head_dim);
-    if (!p.dynamic) continue;
-    memcpy(scale, scales, size * p.groups);
-    if (p.zero) memcpy(zero, zeros, size * p.groups);
-  }
+      tries[t].groups[g] = p.dynamic ? measure(p, x + g * channels, channels, tries[t].scale + g * size,
+                                               tries[t].zero + g * size, whole ? 1.0 : FACTORS[t])
+                                     : plain[g];
+  round_in_turn(p, x, factor, tries, count);
+  const Try* best = nullptr;
+  for (int64_t t = 0; t < count; t++)
+    if (tries[t].loss < (best ? best->loss : INFINITY)) best = tries + t;
+  if (!best) return;
+  memcpy(codes, best->codes, 4 * p.head_dim);
+  if (!p.dynamic) return;
+  memcpy(scale, best->scale, size * p.groups);
+  if (p.zero) memcpy(zero, best->zero, size * p.groups);
 }
 
 // One row into its page; `seen`, if given, is what the page now holds. `factor`: for rounding in turn.

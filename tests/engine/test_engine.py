@@ -41,6 +41,8 @@ def leaked(engine):
         ("llama", "int8"),
         ("llama", "int4"),
         ("llama", "k8v4"),
+        ("qwen2_bias", "int8"),
+        ("qwen2_bias", "int4"),
         ("gemma3_window", "int8"),
         ("gemma3_window", "int4"),
         ("gpt_oss_sinks", "none"),
