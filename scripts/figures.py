@@ -62,6 +62,38 @@ def accuracy() -> str:
     return table([*head, "KL, mean", "KL, 99 %", "top-1"], map(line, read("accuracy-smollm2.csv")))
 
 
+def calibrated() -> str:
+    """KL and top-1 of two models on two texts: keys as they are, from the weights, calibrated."""
+    rows = read("accuracy-calibrated.csv")
+    columns = {
+        ("smollm2", "austen.txt"): "SmolLM2, Austen",
+        ("smollm2", "handbook.txt"): "SmolLM2, handbook",
+        ("qwen2.5-coder-0.5b", "austen.txt"): "Qwen2.5-Coder, Austen",
+        ("qwen2.5-coder-0.5b", "handbook.txt"): "Qwen2.5-Coder, handbook",
+    }
+    measured = {(row["model"], row["text"]) for row in rows}
+    columns = {each: said for each, said in columns.items() if each in measured}
+    kinds = {
+        "none": "as they are",
+        "auto": "mapped, from the weights",
+        "file": "calibrated on the other text",
+    }
+
+    def cell(cache: str, kind: str, model: str, text: str) -> str:
+        for row in rows:
+            here = row["calibration"] if row["calibration"] in kinds else "file"
+            if (row["cache"], here, row["model"], row["text"]) == (cache, kind, model, text):
+                return f"{float(row['kl_mean']):.1e}, {float(row['top1']):.1%}"
+        return MISSING
+
+    lines = [
+        [f"`{cache}`", said, *(cell(cache, kind, *column) for column in columns)]
+        for cache in ("int8", "int4")
+        for kind, said in kinds.items()
+    ]
+    return table(["cache", "keys", *columns.values()], lines)
+
+
 def _decode_rows() -> Rows:
     """One query a request at the main shape."""
     main = {"new": "1", "q_heads": "32", "head_dim": "128", "page_size": "64"}
@@ -312,6 +344,7 @@ def cpu_model() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "calibrated": calibrated,
     "decode": decode,
     "decode-shares": decode_shares,
     "decode-drafts": decode_drafts,
