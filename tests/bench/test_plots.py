@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from quantpage.bench.plots import draw_bars, draw_roofline, read_rows
+from quantpage.bench.plots import PICTURES, read_rows
+from quantpage.cli.app import run
 
 pytestmark = pytest.mark.pure
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-decode.csv"
@@ -34,9 +35,13 @@ def test_a_file_without_rows_is_refused():
         read_rows(RESULTS, op="write")
 
 
-def test_pictures_come_from_the_rows(tmp_path):
+def test_the_pictures_of_the_docs_are_drawn(tmp_path, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    for draw in (draw_roofline, draw_bars):
-        draw(RESULTS, tmp_path / "picture.png")
-        assert (tmp_path / "picture.png").stat().st_size > 10_000
+    given = ["bench", "plots", "--images", str(tmp_path / "new")]
+    assert run([*given, "--results", str(RESULTS.parent)]) == 0
+    made = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.name for path in made} == {f"{name}.png" for name in PICTURES}
+    assert all(path.stat().st_size > 10_000 for path in made)
+    assert run([*given, "--results", str(tmp_path)]) == 2
+    assert "results: expected" in capsys.readouterr().err

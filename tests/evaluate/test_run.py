@@ -1,6 +1,7 @@
 """`quantpage evaluate` from a model folder to its files."""
 
 import csv
+import json
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -90,6 +91,14 @@ def test_the_command_writes_csv_and_markdown(folder, tmp_path, capsys):
     assert rows[1]["tokens"] == "12" and rows[1]["torch"] == torch.__version__
     assert (tmp_path / "a.md").read_text().count("\n") == 4
     assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_the_rows_as_data(folder, capsys):
+    given = ["evaluate", "--model", str(folder), "--text", str(folder / "words.txt"), "--json"]
+    given += ["--formats", "int8", "--windows", "1", "--prompt", "20", "--scored", "12"]
+    assert run(given) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["cache"] == "int8" and row["tokens"] == 12 and row["kl_mean"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Pictures of CSV rows, and of nothing else: what is drawn was measured and is committed.
 
 The roofline: time against the bytes that a decode must read, one line a format, and the copy
-bandwidth as the limit. The bars: times of each case, a colour a format.
+bandwidth as the limit. The bars: TFLOP/s of each case or kind of mask, a colour an implementation.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +18,23 @@ COLOURS = {
     "int4": "#d9480f",
     "k8v4": "#9c36b5",
 }
+
+_PREFILL_BARS = (
+    ("cuDNN", "bf16", "#444444"),
+    ("FlashAttention-2", "bf16", "#aaaaaa"),
+    ("cuDNN after a gather", "bf16 pages", "#777777"),
+    ("gluon", "int8", COLOURS["int8"]),
+    ("gluon", "fp8", COLOURS["fp8"]),
+    ("gluon", "int4", COLOURS["int4"]),
+    ("triton", "int8", "#9ec9e8"),
+)
+"""Implementation and format as the CSV names them, and a colour."""
+_OURS = "flash_mask"
+_MASK_BARS = {
+    _OURS: ("flash_mask, int8 pages, gather and planner included", "#2c7bb6"),
+    "FlexAttention bf16": ("FlexAttention, bf16", "#fdae61"),
+}
+"""Implementation as the CSV names it -> what it is called, and a colour."""
 
 
 def read_rows(path: Path, op: str = "decode", head_dim: int = 128) -> list[dict[str, str]]:
@@ -63,29 +80,75 @@ def draw_roofline(source: Path, target: Path) -> None:
     plt.close(figure)
 
 
-def draw_bars(source: Path, target: Path) -> None:
-    """A group of bars a case, the cases that every format was timed on first."""
+def draw_prefill(source: Path, target: Path) -> None:
+    """TFLOP/s of each implementation, a group of bars a shape; only shapes of head_dim 128."""
     import matplotlib.pyplot as plt
 
-    rows = read_rows(source)
-    names = sorted({r["format"] for r in rows}, key=lambda n: list(COLOURS).index(n))
-    cases = list(dict.fromkeys(r["case"] for r in rows))
-    cases.sort(key=lambda case: -len([r for r in rows if r["case"] == case]))
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    width = 0.8 / len(names)
-    for at, name in enumerate(names):
-        times = {r["case"]: float(r["microseconds"]) for r in _of(rows, name)}
-        places = [i + at * width for i, case in enumerate(cases) if case in times]
-        heights = [times[case] for case in cases if case in times]
-        bars = axes.bar(places, heights, width * 0.92, label=name, color=COLOURS[name])
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], cases)
-    axes.set(yscale="log", ylabel="microseconds a layer")
-    axes.set_title(f"Decode, requests x context, {rows[0]['device']}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=len(names))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target)
+    rows = [row for row in _read(source) if row["tflops"]]
+    cases = list(dict.fromkeys(row["case"] for row in rows if "dim" not in row["case"]))
+    found = {(r["case"], r["implementation"], r["format"]): float(r["tflops"]) for r in rows}
+    figure, axis = plt.subplots(figsize=(10, 4.4))
+    for index, (implementation, name, colour) in enumerate(_PREFILL_BARS):
+        heights = [found.get((case, implementation, name), 0.0) for case in cases]
+        where = [at + (index - (len(_PREFILL_BARS) - 1) / 2) * 0.12 for at in range(len(cases))]
+        axis.bar(where, heights, 0.11, color=colour, label=f"{implementation}, {name}")
+    axis.set_xticks(range(len(cases)), cases)
+    axis.set(ylabel="TFLOP/s", title="Prefill, 32 query heads, 8 kv_heads, head_dim 128 (H200)")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(ncols=3, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
     plt.close(figure)
+
+
+def draw_masks(source: Path, target: Path) -> None:
+    """TFLOP/s of every kind of mask, and FlexAttention beside it where the file has it."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in _read(source) if row["part"] == "attend"]
+    found = {
+        (row["implementation"], int(row["tokens"]), row["kind"]): float(row["tflops"])
+        for row in rows
+        if row["implementation"] in _MASK_BARS
+    }
+    kinds = list(dict.fromkeys(kind for *_, kind in found))[::-1]
+    # Only some kinds are measured at the longest size.
+    sizes = sorted({n for _, n, _ in found if all((_OURS, n, kind) in found for kind in kinds)})
+    width = 2 + 4 * len(sizes)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(width, 4.6), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        drawn = [who for who in _MASK_BARS if any((who, size, kind) in found for kind in kinds)]
+        height = 0.8 / len(drawn)
+        for at, who in enumerate(drawn):
+            label, colour = _MASK_BARS[who]
+            places = [y + 0.4 - (at + 0.5) * height for y in range(len(kinds))]
+            speeds = [found.get((who, size, kind), 0.0) for kind in kinds]
+            axis.barh(places, speeds, height, color=colour, label=label)
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.set(xlabel="TFLOP/s of visible pairs", title=f"{size:,} tokens, {rows[0]['device']}")
+        axis.grid(axis="x", alpha=0.3)
+    named = {
+        label: bars
+        for axis in axes[0]
+        for bars, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named, loc="lower center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+PICTURES: dict[str, Callable[[Path, Path], None]] = {
+    "h200-decode": draw_roofline,
+    "h200-prefill": draw_prefill,
+    "h200-masks": draw_masks,
+}
+"""The pictures of the docs: NAME.csv of the results -> NAME.png, by this function."""
+
+
+def _read(source: Path) -> list[dict[str, str]]:
+    with source.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _of(rows: Sequence[dict[str, str]], name: str) -> list[dict[str, str]]:

@@ -94,7 +94,8 @@ def run(arguments: Sequence[str]) -> int:
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         where = "quantpage" if context is None else context.command_path
-        return _say(f"{error.format_message().strip()} (see {where} --help)", WRONG_INPUT, verbose)
+        said = error.format_message().strip().removesuffix(".")
+        return _say(f"{said} (see {where} --help)", WRONG_INPUT, verbose)
     except SystemExit as error:
         # So rich and typer leave when the reader of stdout has gone, as `head` does.
         return BROKEN_PIPE if error.code == 1 else int(error.code or 0)

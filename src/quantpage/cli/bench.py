@@ -210,6 +210,26 @@ def memory(
     )
 
 
+def plots(
+    results: Annotated[Path, typer.Option(help="Folder with the CSV files.")] = Path(
+        "benchmarks/results"
+    ),
+    images: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/images"),
+) -> None:
+    """Draw the pictures of the docs from committed CSV files, and from nothing else."""
+    from quantpage.bench.plots import PICTURES
+
+    sources = {results / f"{name}.csv": draw for name, draw in PICTURES.items()}
+    missing = [str(source) for source in sources if not source.is_file()]
+    if missing:
+        raise FileNotFoundError(f"results: expected {', '.join(missing)}, found none")
+    images.mkdir(parents=True, exist_ok=True)
+    for source, draw in sources.items():
+        target = images / f"{source.stem}.png"
+        draw(source, target)
+        print(target)
+
+
 def _names(text: str, by: str = ",") -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(by) if name.strip())
 
@@ -229,5 +249,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-for _command in (decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping, memory):
+for _command in (
+    decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping, memory, plots,
+):  # fmt: skip
     app.command(_command.__name__.replace("_", "-"))(with_common(_command))

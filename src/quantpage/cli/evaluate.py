@@ -1,17 +1,21 @@
 """`quantpage evaluate`: what each format costs in accuracy, on real text."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantpage.cli.options import Calibration, check_writable
-from quantpage.console import OUT
+from quantpage import console
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, check_writable
 from quantpage.formats.per_layer import split_choices
+
+if TYPE_CHECKING:
+    from quantpage.evaluate.report import Row
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.")],
+    model: Model,
     text: Annotated[
         Path | None,
         typer.Option(help="English text to score; default: Austen's novels, from Debian."),
@@ -26,11 +30,13 @@ def command(
     windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1024,
     scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 1024,
-    page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    page_size: PageSize = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     calibration: Calibration = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Score real text through each cache format and compare with the unquantized cache.
 
@@ -53,12 +59,22 @@ def command(
             scored=scored,
             page_size=page_size,
             dtype=dtype,
+            device=device,
             calibration=calibration,
         )
     )
-    title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"
-    OUT.print(report.to_table(rows, title))
+    if as_json:
+        console.print_json([asdict(row) for row in rows])
+    else:
+        _print(rows, prompt)
     if csv is not None:
         report.write(csv, report.to_csv(rows))
     if markdown is not None:
         report.write(markdown, report.to_markdown(rows))
+
+
+def _print(rows: "list[Row]", prompt: int) -> None:
+    from quantpage.evaluate import report
+
+    title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"
+    console.OUT.print(report.to_table(rows, title))
