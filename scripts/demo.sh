@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-.venv/bin/python -m quantpage.demo_model --to models/smollm2
+.venv/bin/python -m quantpage.demo_model --to models/smollm2 > /dev/null
 exec .venv/bin/quantpage generate --model models/smollm2 --kv-format int8 --compare \
   --max-new-tokens 96 --prompt "${1:-Why is the sky blue? Answer in three sentences.}"

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh requirements-dev.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-.venv/bin/python -m quantpage.demo_model --to models/smollm2
+.venv/bin/python -m quantpage.demo_model --to models/smollm2 > /dev/null
 if [ $# -gt 0 ]; then
   exec .venv/bin/pytest "$@"
 fi

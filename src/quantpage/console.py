@@ -35,6 +35,7 @@ def quiet_libraries() -> None:
     # Read when transformers is imported: its advice is for its own users, not for ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loaded = sys.modules.get("transformers")
     if loaded is not None:
