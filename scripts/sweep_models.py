@@ -1,17 +1,20 @@
 """Every causal and image-text class of Transformers, tiny and random, attached and not.
 
-    python scripts/sweep_models.py --out docs/models.csv            # all; about an hour on one core
+    python scripts/sweep_models.py --out benchmarks/results/models.csv    # all: ten minutes
     python scripts/sweep_models.py --only llama,gemma3 -v           # some, with what went wrong
 
 A class is built from its configuration, shrunk by the names of its numbers. What it says unattached
 with eager attention is compared with what it says attached: a prompt, chunks and single tokens
 through a cache, a left-padded batch, beams and prompt lookup with format ``none``; and with int8,
 where the control rounds keys and values as they go into Transformers' own cache. A class is a
-forked process with a time limit. docs/models.md is written from the table by --table.
+forked process with a time limit.
+
+    python scripts/sweep_models.py --out benchmarks/results/models.csv --document docs/models.md
 """
 
 import argparse
 import contextlib
+import copy
 import csv
 import json
 import os
@@ -34,12 +37,13 @@ from transformers.models.auto import modeling_auto as auto
 import quantpage
 from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS, dequantize, quantize, rotate
-from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
+from quantpage.integrations.hf_transformers.arguments import cache_as
 
 LISTS = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "image-text": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
+START, END = "<!-- sweep -->", "<!-- end of sweep -->"
 VERDICTS = ("kernels", "partly", "dense", "refused", "wrong", "silent", "late error", "not tried")
 PROMPT, NEW, PAD = 40, 6, 7
 CLOSE, CLOSE_ROUNDED = 2e-3, 0.1
@@ -72,15 +76,18 @@ def tokens(rows, length, seed):
 
 @torch.no_grad()
 def stepwise(model, new_cache=None):
-    """Logits of a prompt, a chunk and single tokens through one cache."""
+    """Logits of a prompt, a chunk and single tokens through one cache, and the cache."""
     ids, found = tokens(2, PROMPT + 9, 3), []
-    cache = None if new_cache is None else new_cache()
+    cache = DynamicCache(config=model.config) if new_cache is None else new_cache()
     ends = [PROMPT, PROMPT + 5, *range(PROMPT + 6, PROMPT + 10)]
     for start, end in zip([0, *ends], ends, strict=False):
-        given = {} if cache is None else cache_as(model, cache)
         mask = torch.ones(2, end, dtype=torch.long)
-        out = model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=True, **given)
-        cache = (caches_in(out) or [cache])[0]
+        out = model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask,
+            use_cache=True,
+            **cache_as(model, cache),
+        )
         found.append(out.logits)
     return torch.cat(found, 1), cache
 
@@ -163,7 +170,8 @@ def judge(kind, model_type):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = build(model_type, name)
-            wanted = {"steps": (None, stepwise(model)[0])}
+            # Each run gets a copy: some models keep positions of their last call.
+            wanted = {"steps": (None, stepwise(copy.deepcopy(model))[0])}
             if not torch.isfinite(wanted["steps"][1]).all():
                 raise ValueError("its logits are not finite")
     except Exception as error:  # noqa: BLE001
@@ -174,7 +182,7 @@ def judge(kind, model_type):
     for way, run in ways().items():
         # A way that the class does not go unattached says nothing.
         with contextlib.suppress(Exception):
-            wanted[way] = run(model)
+            wanted[way] = run(copy.deepcopy(model))
     base["skipped"] = ", ".join(way for way in ways() if way not in wanted)
     refusal = refused(model)
     if refusal:
@@ -183,16 +191,17 @@ def judge(kind, model_type):
         warnings.simplefilter("always")
         errors, found = {}, None
         try:
-            with attached(model, "none"):
-                errors["steps"] = apart((None, stepwise(model)[0]), wanted["steps"])
-                for way, run in ways().items():
-                    if way in wanted:
-                        errors[way] = None
-                        errors[way] = apart(run(model), wanted[way])
-            with attached(model, "int8") as at:
-                found = *stepwise(model), at.coverage
+            for way in wanted:
+                errors[way], tried = None, copy.deepcopy(model)
+                with attached(tried, "none") as at:
+                    steps = way == "steps"
+                    got = (None, stepwise(tried, at.new_cache)[0]) if steps else ways()[way](tried)
+                errors[way] = apart(got, wanted[way])
+            tried = copy.deepcopy(model)
+            with attached(tried, "int8") as at:
+                found = *stepwise(tried, at.new_cache), at.coverage
         except Exception as error:  # noqa: BLE001
-            place = next((way for way, each in errors.items() if each is None), "steps")
+            place = next((way for way, each in errors.items() if each is None), "int8")
             return Row(**base, verdict="late error", why=f"{place}: {said(error)}")
     told = any(issubclass(each.category, PartlyPaged) for each in caught)
     return compared(base, model, errors, found, told)
@@ -204,7 +213,7 @@ def compared(base, model, errors, found, told):
     rounding_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rounded = apart((None, quantized), (None, stepwise(model)[0]))
+        rounded = apart((None, quantized), (None, stepwise(copy.deepcopy(model))[0]))
     base |= {"coverage": str(coverage), "error": max(errors.values()), "int8_error": rounded}
     off = [f"{way} {value:.0e}" for way, value in errors.items() if not value < CLOSE]
     if not rounded < CLOSE_ROUNDED:
@@ -228,7 +237,7 @@ def refused(model):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attached(model, "int8").detach()
+            attached(copy.deepcopy(model), "int8").detach()
     except UnsupportedModel as refusal:
         return str(refusal)
     except Exception:  # noqa: BLE001
@@ -284,13 +293,41 @@ def read(path):
     return [Row(**row) for row in rows]
 
 
+def document(rows, path):
+    """Write the table of docs/models.md between its marks."""
+    counts = [
+        f"| {verdict} | " + " | ".join(
+            str(sum(r.kind == kind and r.verdict == verdict for r in rows)) for kind in LISTS
+        ) + " |"
+        for verdict in VERDICTS
+    ]  # fmt: skip
+    lines = [f"Transformers {transformers.__version__}, {len(rows)} entries.", ""]
+    lines += ["| verdict | " + " | ".join(LISTS) + " |", "| --- | --- | --- |", *counts, ""]
+    for kind in LISTS:
+        whole = sorted(r.model_type for r in rows if r.kind == kind and r.verdict == "kernels")
+        lines += [f"**{kind}, on the kernels**: " + ", ".join(whole) + ".", ""]
+    lines += ["| entry | verdict | coverage, or why |", "| --- | --- | --- |"]
+    for row in sorted(rows, key=lambda r: (VERDICTS.index(r.verdict), r.kind, r.model_type)):
+        if row.verdict != "kernels":
+            told = row.coverage or row.why
+            told = told.replace("|", "\\|").replace("<", "(").replace(">", ")")
+            lines.append(f"| {row.kind} {row.model_type} | {row.verdict} | {told} |")
+    text = path.read_text()
+    start, end = text.index(START) + len(START), text.index(END)
+    path.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--out", type=Path, help="CSV to write; rows that it has are kept")
     parser.add_argument("--limit", type=float, default=120, help="seconds for a class")
     parser.add_argument("-v", action="store_true", help="print every row")
+    parser.add_argument("--document", type=Path, help="a page to write the rows of --out into")
     arguments = parser.parse_args()
+    if arguments.document:
+        document(read(arguments.out), arguments.document)
+        return False
     torch.set_num_threads(1)
     wanted = arguments.only.split(",") if arguments.only else None
     done = []

@@ -24,7 +24,8 @@ SMALL = {
     "vocab_size": 128, "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512,
     "max_sequence_length": 512, "max_seq_len": 512, "seq_length": 512,
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
     "topk_group": 1, "num_shared_experts": 1, "n_shared_experts": 1, "zero_expert_num": 1,
     "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "sliding_window": 24, "attention_chunk_size": 24, "attention_window_size": 24,
@@ -41,9 +42,20 @@ SMALL = {
 }  # fmt: skip
 """What a number of a configuration becomes, by its name."""
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+NEEDED = (
+    "num_experts_per_tok",
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "n_shared_experts",
+)
+"""Numbers whose default is None and that a tiny model needs all the same."""
 ENCODERS = ("encoder_layers", "depth")
 PARTICULAR = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "zamba2": {"hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 """What a default does not tell."""
@@ -56,28 +68,42 @@ def small_arguments(config_class, given=None):
     found = config_class() if given is None else given
     names = set(found.to_dict()) | {name for name in vars(found) if not name.startswith("_")}
     numbers = {**_widths(found, names), **_layers(found, names), **_tokens(found, names)}
-    numbers |= PARTICULAR.get(getattr(found, "model_type", ""), {})
+    numbers |= PARTICULAR.get(_get(found, "model_type"), {})
     for name in getattr(config_class, "sub_configs", None) or {}:
-        inner = getattr(found, name, None)
+        inner = _get(found, name)
         if inner is not None and hasattr(inner, "to_dict"):
             numbers[name] = {**_plain(inner), **small_arguments(type(inner), inner)}
             numbers[name]["model_type"] = inner.model_type
     return numbers
 
 
+def _get(config, name):
+    """An attribute; None where there is none, or one a layer (Gemma 4 says so)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001
+        return None
+
+
 def _widths(found, names):
     numbers = {}
     for name in names & SMALL.keys():
-        old = getattr(found, name, None)
-        missing = old is None and name in ("num_experts_per_tok", "head_dim")
+        old = _get(found, name)
+        missing = old is None and name in NEEDED
         if missing or (isinstance(old, (int, float)) and not isinstance(old, bool)):
             numbers[name] = SMALL[name]
     heads = next((n for n in ("num_attention_heads", "n_head", "num_heads") if n in names), None)
     for kv in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
-        if kv in numbers and heads and getattr(found, kv) == getattr(found, heads, None):
+        if kv in numbers and heads and _get(found, kv) == _get(found, heads):
             numbers[kv] = 4
+    for name in ("rope_parameters", "rope_scaling"):
+        held = _get(found, name)
+        if isinstance(held, dict) and "mrope_section" in held:
+            half = int(8 * held.get("partial_rotary_factor", 1.0))
+            section = [half - 2 * (half // 4), half // 4, half // 4]
+            numbers[name] = {**held, "mrope_section": section}
     for name in names:
-        if "dropout" in name and isinstance(getattr(found, name, None), float):
+        if "dropout" in name and isinstance(_get(found, name), float):
             numbers[name] = 0.0
     return numbers | {name: 0.2 for name in ("initializer_range", "init_std") if name in names}
 
@@ -86,9 +112,9 @@ def _layers(found, names):
     """As few layers as there are kinds, four at least, and every list of the layers cut alike."""
     numbers = {}
     layers = next((n for n in LAYERS if n in names), None)
-    old = getattr(found, layers, None) if layers else None
-    kinds = getattr(found, "layer_types", None)
-    kinds = kinds or getattr(found, "layers_block_type", None)
+    old = _get(found, layers) if layers else None
+    kinds = _get(found, "layer_types")
+    kinds = kinds or _get(found, "layers_block_type")
     if isinstance(old, int):
         keep = list(range(min(4, old)))
         if isinstance(kinds, list) and len(kinds) == old:
@@ -97,11 +123,11 @@ def _layers(found, names):
             keep = sorted((firsts + rest)[: max(4, len(firsts))])
         numbers[layers] = len(keep)
         for name in names:
-            value = getattr(found, name, None)
+            value = _get(found, name)
             if isinstance(value, (list, tuple)) and len(value) == old:
                 numbers[name] = type(value)(value[i] for i in keep)
     for name in ENCODERS:
-        if isinstance(getattr(found, name, None), int):
+        if isinstance(_get(found, name), int):
             numbers[name] = numbers.get(layers, 2)
     return numbers
 
@@ -109,7 +135,7 @@ def _layers(found, names):
 def _tokens(found, names):
     numbers = {name: at for at, name in enumerate(TOKENS) if name in names}
     for name in names:
-        value = getattr(found, name, None)
+        value = _get(found, name)
         if name.endswith(PLACES):
             numbers[name] = 127
         elif "token_id" in name and isinstance(value, int) and name not in numbers and value > 127:
@@ -124,11 +150,11 @@ def _plain(config):
 
 def build(model_type, name):
     """The class of this name, its weights drawn wide enough that attention matters."""
-    config_class = transformers.CONFIG_MAPPING[model_type]
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class or transformers.CONFIG_MAPPING[model_type]
     config = config_class(**small_arguments(config_class))
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
-    model_class = getattr(transformers, name)
     torch.manual_seed(0)
     try:
         model = model_class._from_config(config, attn_implementation="eager")

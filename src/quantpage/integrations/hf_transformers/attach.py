@@ -134,6 +134,7 @@ def attach(  # noqa: PLR0913
             checked=checked,
             max_tokens=max_tokens,
         )
+        _refuse_own_cache(model)
         _refuse_compiled(model)
         caching = caching_modules(model, type(text_config(model.config)))
         options = replace(
@@ -185,19 +186,22 @@ def _survey(
 ) -> None:
     """Write down what each layer will do; UnsupportedModel where none can have pages."""
     ledger.model, ledger.layers = type(model).__name__, len(cache.layers)
+    kinds = getattr(text_config(model.config), "layer_types", None) or []
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, PagedLayer):
-            # Layers that keep nothing (another layer's keys serve them) have no state to name.
-            if hasattr(layer, "conv_states") or index in caching:
-                ledger.own_state.add(index)
-            continue
-        if hasattr(layer, "conv_states"):
-            ledger.own_state.add(index)
-        if index in caching:
+        stateless = index < len(kinds) and kinds[index] in ("moe", "mlp")
+        if isinstance(layer, PagedLayer) and index in caching:
             ledger.paged.add(index)
             why = why_dense(caching[index])
             if why is not None:
                 ledger.dense[index] = why
+        # Layers that keep nothing (another layer's keys serve them) have no state to name; one that
+        # Transformers would give keys, and whose code caches none, keeps something elsewhere.
+        if not stateless and (
+            hasattr(layer, "conv_states") or index in caching or isinstance(layer, PagedLayer)
+        ):
+            ledger.own_state.add(index)
+        if index in ledger.paged and not hasattr(layer, "conv_states"):
+            ledger.own_state.discard(index)
     if not ledger.paged:
         raise UnsupportedModel(
             f"{model.config.model_type}: expected layers that cache keys and values, found none "
@@ -219,6 +223,16 @@ def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledg
     heads, kv_heads = mask.heads, model_shape(model.config).kv_heads
     if heads not in (1, kv_heads):
         raise ValueError(f"mask: expected rows for 1 or {kv_heads} kv_heads, got {heads}")
+
+
+def _refuse_own_cache(model: PreTrainedModel) -> None:
+    """UnsupportedModel for a class that Transformers itself gives no cache of its usual kind."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise UnsupportedModel(
+            f"{model.config.model_type}: expected a model that takes Transformers' DynamicCache, "
+            f"got {type(model).__name__}, which has a kind of its own"
+        )
 
 
 def _refuse_compiled(model: PreTrainedModel) -> None:

@@ -93,7 +93,7 @@ def caching_modules(model: nn.Module, kind: type) -> dict[int, list[nn.Module]]:
     """
     found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        index = getattr(module, "layer_idx", None)
+        index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         config: Any = getattr(module, "config", None)
         other = config is not None and type(config.get_text_config(decoder=True)) is not kind
         if isinstance(index, int) and not other and _updates_cache(type(module).forward):
