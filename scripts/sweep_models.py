@@ -32,12 +32,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from transformers import DynamicCache
 from transformers.models.auto import modeling_auto as auto
 
 import quantpage
 from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS, dequantize, quantize, rotate
 from quantpage.integrations.hf_transformers.arguments import cache_as
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scripts.tiny_classes import build
 
 LISTS = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
