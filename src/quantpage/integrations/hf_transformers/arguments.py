@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Newest first."""
@@ -30,9 +31,15 @@ def cache_argument(module: nn.Module) -> str | None:
     return next((name for name in CACHE_NAMES if name in names), None)
 
 
+def cache_name(module: nn.Module) -> str:
+    """What a cache is called that this module is given, or hands on among what it does not name."""
+    usual = _names(GenerationMixin.prepare_inputs_for_generation)
+    return cache_argument(module) or next(name for name in CACHE_NAMES if name in usual)
+
+
 def cache_as(module: nn.Module, cache: Any) -> dict[str, Any]:
     """A cache as the argument of a module's forward."""
-    return {cache_argument(module) or CACHE_NAMES[0]: cache}
+    return {cache_name(module): cache}
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:

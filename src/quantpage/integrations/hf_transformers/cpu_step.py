@@ -27,7 +27,7 @@ from quantpage.cpu_core.products import (
     SecondHalf,
 )
 from quantpage.integrations.hf_transformers import functions
-from quantpage.integrations.hf_transformers.arguments import CACHE_NAMES, cache_argument, take_cache
+from quantpage.integrations.hf_transformers.arguments import cache_name, take_cache
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
 from quantpage.integrations.hf_transformers.llama_like import (
     is_linear,
@@ -144,7 +144,7 @@ class _Block:
         self.weight = before.weight
         self._sizes = [each.out_features // attention.head_dim for each in heads]
         self._window = window_of(attention)
-        self._cache_name = cache_argument(module) or CACHE_NAMES[0]
+        self._cache_name = cache_name(module)
         self.chain: _Chain | None = None
         """Of all blocks of the decoder, where they may run in one call."""
 

@@ -19,8 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.arguments import (
-    CACHE_NAMES,
     cache_argument,
+    cache_name,
     caches_in,
     parameters,
     take_cache,
@@ -68,8 +68,8 @@ class Supply:
             after = module.register_forward_hook(self._after, always_call=True)
             undo += [before.remove, after.remove]
             _keep_from_compiling(module, undo)
-            if hasattr(module, "_prepare_cache_for_generation"):
-                self._hook_generate(module, undo)
+        for module in generators(self._model):
+            self._hook_generate(module, undo)
         # Done first.
         undo.append(self._close)
 
@@ -137,7 +137,7 @@ class Supply:
 
     def _hook_generate(self, module: Any, undo: list[Callable[[], None]]) -> None:
         generate, prepare = module.generate, module._prepare_cache_for_generation
-        name = cache_argument(module) or CACHE_NAMES[0]
+        name = cache_name(module)
 
         @wraps(generate)
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ class Supply:
             )
         if given is not None:
             _refuse_arguments({**dict(zip(names, args, strict=False)), **kwargs})
-            kwargs[name or CACHE_NAMES[-1]] = given
+            kwargs[cache_name(module)] = given
             mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
             if given.rows.attention_mask is None:
                 given.rows.attention_mask = mask
@@ -242,15 +242,20 @@ class Supply:
 
 
 def decoders(model: PreTrainedModel) -> list[Any]:
-    """The model and those in it that run the same decoder, all of which take a cache."""
+    """The model and those in it that run the same decoder, as far as they take a cache."""
+    return [each for each in _of_one_decoder(model) if cache_argument(each) is not None]
+
+
+def generators(model: PreTrainedModel) -> list[Any]:
+    """Those of them that generate, which may hand a cache on without naming it."""
+    prepare = "_prepare_cache_for_generation"
+    return [each for each in _of_one_decoder(model) if hasattr(each, prepare)]
+
+
+def _of_one_decoder(model: PreTrainedModel) -> list[Any]:
     kind = type(text_config(model.config))
-    return [
-        each
-        for each in model.modules()
-        if isinstance(each, PreTrainedModel)
-        and cache_argument(each) is not None
-        and type(text_config(each.config)) is kind
-    ]
+    models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    return [each for each in models if type(text_config(each.config)) is kind]
 
 
 def attention_configs(model: PreTrainedModel, paged: Iterable[nn.Module]) -> list[Any]:
