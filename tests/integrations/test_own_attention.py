@@ -21,13 +21,13 @@ def gradients(model, run):
     return {name: each.grad for name, each in model.named_parameters()}
 
 
-def gptj():
-    config = tf.GPTJConfig(
-        vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256,
-        initializer_range=0.25,
-    )  # fmt: skip
+def foreign():
+    """A model whose attention is not a function that its configuration names."""
     torch.manual_seed(0)
-    return tf.GPTJForCausalLM(config).double().eval()
+    config = tf.BloomConfig(
+        vocab_size=128, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.25
+    )
+    return tf.BloomForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("own", ["eager", "sdpa"])
@@ -75,14 +75,14 @@ def test_gradients_of_embeddings_through_frozen_weights():
 
 
 def test_gradients_of_a_model_with_attention_of_its_own():
-    model, ids = gptj(), tokens(2, 40)
+    model, ids = foreign(), tokens(2, 40)
     wanted = gradients(model, lambda: model(ids, labels=ids).loss)
     with pytest.warns(PartlyPaged, match="0 of 2 layers read pages.*its own code"):
         attached = quantpage.attach(model, kv_format="none")
     with attached:
         got = gradients(model, lambda: model(ids, labels=ids).loss)
     for each in wanted:
-        torch.testing.assert_close(got[each], wanted[each], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(got[each], wanted[each], atol=1e-3, rtol=1e-2)
 
 
 def test_a_gradient_through_cached_tokens_is_refused_when_it_is_asked_for():
@@ -163,7 +163,7 @@ def test_a_mask_is_applied_or_refused():
         with pytest.raises(ValueError, match=r"mask: expected a forward under torch"):
             model.eval()(ids)
     with pytest.raises(ValueError, match="mask: expected a model whose layers all read pages"):
-        masked(gptj(), mask)
+        masked(foreign(), mask)
     with pytest.raises(ValueError, match=r"mask: expected a model without windows.*\[0, 2\]"):
         masked(tiny("gemma3_window"), mask)
     heads = torch.full((1, 4, 20, 1), 20, dtype=torch.int32)
@@ -207,11 +207,7 @@ def test_a_model_that_is_compiled_while_attached_runs_as_it_is(way):
 
 @pytest.mark.parametrize("rows, pad", [(1, 0), (2, 0), (2, 3)])
 def test_bloom_in_batches(rows, pad):
-    torch.manual_seed(0)
-    config = tf.BloomConfig(
-        vocab_size=128, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.25
-    )
-    model, ids = tf.BloomForCausalLM(config).eval(), tokens(rows, 20)
+    model, ids = foreign(), tokens(rows, 20)
     mask = torch.ones_like(ids)
     mask[0, :pad] = 0
     arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
