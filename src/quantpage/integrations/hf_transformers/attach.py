@@ -200,8 +200,8 @@ def _survey(
             hasattr(layer, "conv_states") or index in caching or isinstance(layer, PagedLayer)
         ):
             ledger.own_state.add(index)
-        if index in ledger.paged and not hasattr(layer, "conv_states"):
-            ledger.own_state.discard(index)
+        if hasattr(layer, "conv_states"):
+            ledger.beside.add(index)
     if not ledger.paged:
         raise UnsupportedModel(
             f"{model.config.model_type}: expected layers that cache keys and values, found none "

@@ -111,6 +111,7 @@ class PagedLayer(CacheLayerMixin):
         basis = Basis(static, self._key_map())
         self._rows.add_layer(self.index, self.layout, self.reach, key_states, basis)
         self.is_initialized = True
+        options.ledger.keep(self.index)
 
     def _key_map(self) -> KeyMap | None:
         """What is done to this layer's keys before they are cached."""

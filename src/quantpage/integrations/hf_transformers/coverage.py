@@ -54,6 +54,8 @@ class Ledger:
     layers: int = 0
     paged: set[int] = field(default_factory=set)
     own_state: set[int] = field(default_factory=set)
+    beside: set[int] = field(default_factory=set)
+    """Of the layers with a state of their own, those that have keys and values as well."""
     dense: dict[int, str] = field(default_factory=dict)
 
     def coverage(self) -> Coverage:
@@ -62,8 +64,12 @@ class Ledger:
             layers=self.layers,
             paged=len(self.paged - self.dense.keys()),
             dense=tuple(Counter(self.dense.values()).items()),
-            own_state=len(self.own_state),
+            own_state=len(self.own_state - (self.paged - self.beside)),
         )
+
+    def keep(self, layer: int) -> None:
+        """Note that a layer got keys and values, also where no module's number said so."""
+        self.paged.add(layer)
 
     def serve_densely(self, layer: int, why: str) -> None:
         """Note that a layer's pages were made dense; the first time for a reason, say so."""
