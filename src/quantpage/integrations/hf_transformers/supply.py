@@ -101,6 +101,7 @@ class Supply:
         undo.append(put_back)
         module.forward = whole
 
+    @torch.compiler.disable
     def _run(self, module: nn.Module, act: Callable[[], Any]) -> Any:
         """A forward, entirely or not at all; ``_after`` hears of no Ctrl-C."""
         frames, outer, number = self._frames(), self._depth(), object()
