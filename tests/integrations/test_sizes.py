@@ -53,6 +53,14 @@ ARCHITECTURES = {
     "gpt_oss": lambda: tf.GptOssConfig(
         **FOUR, head_dim=32, **MIXED, num_local_experts=2, num_experts_per_tok=1
     ),
+    "llama4": lambda: tf.Llama4TextConfig(
+        **FOUR,
+        head_dim=16,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        attention_chunk_size=64,
+    ),
     "olmo3": lambda: tf.Olmo3Config(**FOUR, sliding_window=48),
     "deepseek_v2": lambda: tf.DeepseekV2Config(**{**FOUR, **LATENT}),
     "deepseek_v3": lambda: tf.DeepseekV3Config(**{**FOUR, **LATENT}, n_group=1, topk_group=1),
@@ -172,6 +180,15 @@ MODELS = {
     ),
     "deepseek-v3": lambda: tf.DeepseekV3Config(),
     "qwen3-next": lambda: tf.Qwen3NextConfig(),
+    "llama-4-scout": lambda: tf.Llama4Config(
+        text_config={
+            "num_hidden_layers": 48,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_chunk_size": 8192,
+        }
+    ),
 }
 AT = 8192
 """Tokens of a request: 128 pages of 64."""
@@ -188,6 +205,9 @@ def by_hand(name, kv_format):
     near = 0 if kv_format != "int4" else 1
     if name == "llama-3.1-8b":
         return 32 * 8 * 2 * (8192 * row(128) + near * 192 * 2 * 128)
+    if name == "llama-4-scout":
+        # The query 64 back stands in the first chunk of 8,192.
+        return 48 * 8 * 2 * (8192 * row(128) + near * 192 * 2 * 128)
     if name == "qwen3-32b":
         return 64 * 8 * 2 * (8192 * row(128) + near * 192 * 2 * 128)
     if name == "gemma-3-27b":
@@ -215,6 +235,14 @@ def test_known_models_by_hand(name, kv_format):
     assert held_bytes(shape.layers(LayerFormats.parse(kv_format), 64), AT) == by_hand(
         name, kv_format
     )
+
+
+def test_chunked_layers_keep_the_last_chunk():
+    layers = cache_shape(MODELS["llama-4-scout"]()).layers(LayerFormats.parse("int8"), 64)
+    # 12 layers keep 313 pages; token 19,936 stands in the chunk from 16,384 on: 57 pages.
+    assert held_bytes(layers, 20_000) == (12 * 313 + 36 * 57) * 64 * 8 * 2 * 130
+    # Transformers keeps a chunk's worth, but one.
+    assert unquantized_bytes(layers, 20_000) == (12 * 20_000 + 36 * 8191) * 8 * 2 * 256
 
 
 def test_bytes_a_token_of_known_models():
