@@ -9,6 +9,8 @@ implementation does all of it in one call.
 """
 
 from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -27,6 +29,23 @@ from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 from quantpage.ops.rotate_output import rotate_output
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
+
+
+_ROOMS = {
+    "triton_decode": "decode.triton",
+    "triton_prefill": "prefill.triton",
+    "gluon_prefill": "prefill.gluon",
+    "triton_flash_mask": "interval.triton",
+    "gluon_flash_mask": "interval.gluon",
+}
+"""Kernels by the names that they had before they moved into rooms, for scripts written then."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A kernel's host module, imported when it is asked for: it imports triton."""
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{_ROOMS[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 CANDIDATES: list[Implementation] = [
