@@ -89,6 +89,7 @@ class PrefixCache:
             exact_pool.watch(self._alone_with_exact)
         self._ledger = pool.ledger
         self._seed, self._reach = seed, reach
+        self._roots = {seed}
         self._uses = 0
         self._entries: dict[bytes, _Entry] = {}
         # Page -> its entry, and those that may go: an entry without children whose page, or any
@@ -102,30 +103,30 @@ class PrefixCache:
         """Pages that are held."""
         return len(self._by_page)
 
-    def find(self, tokens: Tokens[int]) -> Prefix:
+    def find(self, tokens: Tokens[int], salt: bytes = b"") -> Prefix:
         """The longest known beginning of ``tokens``; changes nothing."""
         with self._ledger.lock:
-            return self._prefix([entry for _, entry in self._usable(tokens)])
+            return self._prefix([entry for _, entry in self._usable(tokens, salt)])
 
-    def acquire(self, tokens: Tokens[int]) -> Prefix:
+    def acquire(self, tokens: Tokens[int], salt: bytes = b"") -> Prefix:
         """``find``, held for the caller (``Sequence.adopt``) and counted as used now.
 
         Give all but the last token of a prompt: at least one has to be computed for its logits.
         """
-        return self._ledger.whole(self._acquire, tokens)
+        return self._ledger.whole(self._acquire, tokens, salt)
 
-    def hits(self, tokens: Tokens[int]) -> set[int]:
+    def hits(self, tokens: Tokens[int], salt: bytes = b"") -> set[int]:
         """Every count of pages at which a hit may end; a model with several tables takes the
         largest that all of them have."""
         with self._ledger.lock:
-            return {end for end, _ in self._ends(tokens)}
+            return {end for end, _ in self._ends(tokens, salt)}
 
-    def insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
+    def insert(self, tokens: Tokens[int], sequence: Sequence, salt: bytes = b"") -> int:
         """Remember the full pages of ``sequence``, which has cached ``tokens``; pages added.
 
         Tokens past ``sequence.length`` are not cached yet and are left out.
         """
-        return self._ledger.whole(self._insert, tokens, sequence)
+        return self._ledger.whole(self._insert, tokens, sequence, salt)
 
     def evict(self, pages: int) -> int:
         """Let go of up to ``pages`` pages that only this cache holds; how many became free.
@@ -150,8 +151,8 @@ class PrefixCache:
         with self._ledger.lock:
             self._check()
 
-    def _acquire(self, tokens: Tokens[int]) -> Prefix:
-        chain = self._usable(tokens)
+    def _acquire(self, tokens: Tokens[int], salt: bytes) -> Prefix:
+        chain = self._usable(tokens, salt)
         self._use(chain)
         prefix = self._prefix([entry for _, entry in chain])
         self._pool.share_all(page for page in prefix.pages if page >= 0)
@@ -159,8 +160,8 @@ class PrefixCache:
             self._exact_pool.share_all(page for page in prefix.exact_pages if page >= 0)
         return prefix
 
-    def _insert(self, tokens: Tokens[int], sequence: Sequence) -> int:
-        added, parent, chain = 0, self._seed, []
+    def _insert(self, tokens: Tokens[int], sequence: Sequence, salt: bytes) -> int:
+        added, parent, chain = 0, self._root(salt), []
         for index, own in enumerate(self._full_pages(tokens, sequence.length)):
             key = _chained(parent, own)
             entry = self._entries.get(key)
@@ -208,6 +209,14 @@ class PrefixCache:
         entry.exact_page = page
         self._ledger.note(self._by_exact_page.pop, page, None)
         self._by_exact_page[page] = key
+
+    def _root(self, salt: bytes) -> bytes:
+        """What the first page follows; salt: what keys depend on besides model and tokens."""
+        if not salt:
+            return self._seed
+        root = blake2b(self._seed + salt, digest_size=16).digest()
+        self._roots.add(root)
+        return root
 
     def _use(self, chain: list[tuple[bytes, _Entry]]) -> None:
         """Count the pages of a prompt as used now."""
@@ -294,14 +303,14 @@ class PrefixCache:
                 raise CacheError(f"prefix cache: page {entry.page} is remembered but not held")
             if entry.parent in children:
                 children[entry.parent] += 1
-            elif entry.parent != self._seed:
+            elif entry.parent not in self._roots:
                 raise CacheError(f"prefix cache: page {entry.page} follows a page that is gone")
         for key, entry in self._entries.items():
             if entry.children != children[key]:
                 raise CacheError(f"prefix cache: page {entry.page} miscounts what follows it")
 
-    def _walk(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, _Entry]]:
-        parent = self._seed
+    def _walk(self, tokens: Tokens[int], salt: bytes) -> Iterator[tuple[bytes, _Entry]]:
+        parent = self._root(salt)
         for own in self._full_pages(tokens, len(tokens)):
             key = _chained(parent, own)
             entry = self._entries.get(key)
@@ -310,11 +319,13 @@ class PrefixCache:
             yield key, entry
             parent = key
 
-    def _ends(self, tokens: Tokens[int]) -> Iterator[tuple[int, list[tuple[bytes, _Entry]]]]:
+    def _ends(
+        self, tokens: Tokens[int], salt: bytes
+    ) -> Iterator[tuple[int, list[tuple[bytes, _Entry]]]]:
         """(pages, their chain) of every hit whose next query finds what it sees."""
         chain: list[tuple[bytes, _Entry]] = []
         missing = -1
-        for each in self._walk(tokens):
+        for each in self._walk(tokens, salt):
             if each[1].page < 0:
                 missing = len(chain)
             chain.append(each)
@@ -323,9 +334,9 @@ class PrefixCache:
             ):
                 yield len(chain), chain
 
-    def _usable(self, tokens: Tokens[int]) -> list[tuple[bytes, _Entry]]:
+    def _usable(self, tokens: Tokens[int], salt: bytes) -> list[tuple[bytes, _Entry]]:
         """The known pages of ``tokens`` up to the last place where a hit may end."""
-        ends = [(0, list[tuple[bytes, _Entry]]()), *self._ends(tokens)]
+        ends = [(0, list[tuple[bytes, _Entry]]()), *self._ends(tokens, salt)]
         return ends[-1][1][: ends[-1][0]]
 
     def _seen(self, pages: int) -> range:

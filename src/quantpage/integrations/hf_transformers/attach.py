@@ -63,7 +63,10 @@ class Attached:
         return QuantPageCache(text_config(self.model.config), self.options, memory)
 
     def prompts(self, max_pages: int | None = None) -> Prompts:
-        """Beginnings of prompts that are computed once and found again by their tokens."""
+        """Beginnings of prompts that are computed once and found again by their tokens.
+
+        Raises UnsupportedModel where a token's keys depend on later tokens.
+        """
         return Prompts(self, max_pages)
 
     def save_cache(self, cache: QuantPageCache, path: Path | str) -> None:

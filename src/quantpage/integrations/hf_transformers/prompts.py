@@ -5,19 +5,21 @@ A cache that holds the beginning of a prompt is all that ``generate`` needs: it 
 to another process.
 """
 
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantpage.cache import PrefixCache
 from quantpage.cache.saved import read_pages
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.digest import model_digest
+from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.rows import Rows
+from quantpage.masks import Mask
 
 if TYPE_CHECKING:
     from quantpage.integrations.hf_transformers.attach import Attached
@@ -26,13 +28,18 @@ if TYPE_CHECKING:
 class Prompts:
     """Beginnings of prompts, kept in one memory for all caches that it makes.
 
-    The weights of the model must stay as they are.
+    Weights that change make it forget. Adapters that are switched without changing weights, and
+    pictures or sound, are no part of a prompt's tokens: ``salt`` names them.
     """
 
     def __init__(self, attached: "Attached", max_pages: int | None = None) -> None:
         """max_pages: remembered at most, least recently used out first, as soon as no cache reads
         them; None: no limit."""
         self._attached, self._max_pages = attached, max_pages
+        if attached.options.mask is not None:
+            _refuse_look_ahead(attached.options.mask)
+        self._limit = _length_limit(attached.model.config)
+        self._weights = self._stamp()
         first = attached.new_cache()
         _refuse_other_state(first)
         self._memory = first.rows.memory
@@ -48,48 +55,85 @@ class Prompts:
         """Pages of tokens that are remembered."""
         return max(map(len, self._known.values()), default=0)
 
-    def new_cache(self, ids: Int[Tensor, "1 tokens"]) -> QuantPageCache:
+    def new_cache(self, ids: Int[Tensor, "1 tokens"], salt: str = "") -> QuantPageCache:
         """A cache that holds the longest known beginning of ``ids``, short of the last token.
 
-        Give it to ``generate`` together with all of ``ids``.
+        Give it to ``generate`` together with all of ``ids``. salt: what keys and values depend on
+        besides the tokens (an adapter's name, a checksum of the pictures); only what was
+        remembered with the same is found.
         """
-        self._evict()
         made = self._attached.new_cache(self._memory)
-        tokens = _tokens(ids)[:-1]
+        self._memory.ledger.whole(self._begin, made, self._usable(_tokens(ids)[:-1], salt), salt)
+        return made
+
+    def _begin(self, made: QuantPageCache, tokens: list[int], salt: str) -> None:
+        self._evict()
+        stamp = self._stamp()
+        if stamp != self._weights:
+            for known in self._known.values():
+                known.clear()
+            self._weights = stamp
         # A hit ends where the pages that the next query sees are known in every table.
-        ends = [each.hits(tokens) for each in self._known.values()]
+        ends = [each.hits(tokens, salt.encode()) for each in self._known.values()]
         pages = max(set.intersection(*ends), default=0) if ends else 0
         if pages:
             tokens = tokens[: pages * self._memory.page_size]
-            made.rows.adopt({reach: each.acquire(tokens) for reach, each in self._known.items()})
+            made.rows.adopt(
+                {reach: each.acquire(tokens, salt.encode()) for reach, each in self._known.items()}
+            )
             made.set_length(len(tokens))
-        return made
 
-    def learn(self, ids: Int[Tensor, "1 tokens"]) -> int:
+    def _usable(self, tokens: list[int], salt: str) -> list[int]:
+        """As many of ``tokens`` as have keys and values that they alone decide."""
+        if self._limit is not None and len(tokens) >= self._limit:
+            return []
+        if salt:
+            return tokens
+        pictures = _placeholders(self._attached.model.config)
+        if pictures is None:
+            return tokens
+        return tokens[: next((at for at, each in enumerate(tokens) if each in pictures), None)]
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        """Tells whether somebody has written to the weights, moved or added some."""
+        return [(each.data_ptr(), each._version) for each in self._attached.model.parameters()]
+
+    def learn(self, ids: Int[Tensor, "1 tokens"], salt: str = "") -> int:
         """Compute ``ids``, a system prompt, as far as it is not known, and remember it.
 
         Returns the pages added. With exact pages a later prompt can use what was learnt up to
         the end of ``ids``, or of any other text that was learnt, but not up to a place between.
         """
-        cache = self.new_cache(ids)
+        cache = self.new_cache(ids, salt)
         with torch.inference_mode():
             # Without the head: no logits are asked for.
             body: Any = self._attached.model.base_model
             body(input_ids=ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True)
-        added = self.remember(ids, cache)
+        added = self.remember(ids, cache, salt)
         del cache
         self._evict()
         return added
 
-    def remember(self, ids: Int[Tensor, "1 tokens"], cache: QuantPageCache) -> int:
+    def remember(self, ids: Int[Tensor, "1 tokens"], cache: QuantPageCache, salt: str = "") -> int:
         """Remember the full pages of ``cache``, which holds ``ids`` (what ``generate`` returned,
-        say); pages added."""
+        say); pages added.
+
+        salt: as in ``new_cache``; without one nothing from the first picture on is remembered.
+        """
         if cache.rows.memory is not self._memory:
             raise ValueError("cache: expected one that new_cache() of these prompts made")
         cache.flush()
-        tokens = _tokens(ids)
+        if cache.rows.count != 1 or cache.rows.padded:
+            raise ValueError("cache: expected one row without padding, got others")
+        if self._limit is not None and cache.get_seq_length() > self._limit:
+            return 0
+        tokens = self._usable(_tokens(ids), salt)
+        return self._memory.ledger.whole(self._insert, tokens, cache, salt.encode())
+
+    def _insert(self, tokens: list[int], cache: QuantPageCache, salt: bytes) -> int:
         added = [
-            each.insert(tokens, cache.rows.tables[reach][0]) for reach, each in self._known.items()
+            each.insert(tokens, cache.rows.tables[reach][0], salt)
+            for reach, each in self._known.items()
         ]
         return max(added, default=0)
 
@@ -105,7 +149,7 @@ def save_cache(attached: "Attached", cache: QuantPageCache, path: Path | str) ->
     if not cache.get_seq_length():
         raise ValueError("cache: expected one that holds tokens, got an empty one")
     cache.flush()
-    cache.rows.save(path, {"model": model_digest(attached.model)})
+    cache.rows.save(path, {"model": _digest(attached)})
 
 
 def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
@@ -115,7 +159,7 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     """
     device = next(attached.model.parameters()).device
     saved = read_pages(path)
-    if saved.note.get("model") != model_digest(attached.model):
+    if saved.note.get("model") != _digest(attached):
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
     if "tables" not in saved.note:
         raise CorruptCache(f"{path}: expected the page tables of a cache, got pages without them")
@@ -132,14 +176,63 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     return made
 
 
-def model_digest(model: nn.Module) -> str:
-    """Tells models apart: name, shape and a few numbers of every parameter."""
-    made = blake2b(digest_size=16)
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        few = flat[:: max(1, flat.numel() // 8)].float().tolist()
-        made.update(f"{name} {tuple(weight.shape)} {weight.dtype} {few}\n".encode())
-    return made.hexdigest()
+def _digest(attached: "Attached") -> str:
+    return model_digest(attached.model, attached.options.mask)
+
+
+def _refuse_look_ahead(mask: Mask) -> None:
+    """UnsupportedModel where a token sees later ones: its keys depend on what follows it."""
+    bounds = getattr(mask, "bounds", None)
+    described = bounds.shape[-2] if isinstance(bounds, Tensor) else 0
+    length = max(described, 1024) + 1
+    if mask.kind == "causal" or getattr(mask, "causal", False):
+        return
+    bad = next((at for at in range(1, length) if mask.next_cut(at, length) != at), None)
+    if bad is not None:
+        raise UnsupportedModel(
+            f"mask: expected one under which no token sees a later one, as a page is known by the "
+            f"tokens up to its end; got one in which tokens before {bad} see tokens after it"
+        )
+
+
+def _length_limit(config: Any) -> int | None:
+    """Tokens up to which keys do not depend on the length of the prompt; None: never.
+
+    Rotary embeddings that are scaled by the length (longrope, dynamic) switch there.
+    """
+    text = text_config(config)
+    given = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for each in [given, *(part for part in given.values() if isinstance(part, dict))]:
+        kind = each.get("rope_type")
+        if kind in ("longrope", "dynamic"):
+            original = each.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limits.append(int(original or text.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def _placeholders(config: Any) -> set[int] | None:
+    """Tokens that stand for pictures or sound; None for a model of text.
+
+    Of a model that does not name them every token might be one.
+    """
+    if text_config(config) is config:
+        return None
+    named = {
+        value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int)
+        and name.endswith(("_token_id", "_token_index"))
+        and name.split("_")[0] in ("image", "video", "audio", "vision", "boi", "eoi", "speech")
+    }
+    return named or _EveryToken()
+
+
+class _EveryToken(set[int]):
+    def __contains__(self, token: object) -> bool:
+        return True
 
 
 def _tokens(ids: Tensor) -> list[int]:

@@ -67,6 +67,11 @@ class Rows:
         return next(iter(self.tables.values()), [])
 
     @property
+    def padded(self) -> bool:
+        """Whether some token was padding."""
+        return self._kept is not None and not bool(self._kept.all())
+
+    @property
     def count(self) -> int:
         """Rows of the batch."""
         return len(self.sequences)

@@ -1,0 +1,160 @@
+"""A file or a prompt's pages serve again only where keys and values would be the same."""
+
+import pytest
+import torch
+import transformers as tf
+
+import quantpage
+from quantpage import masks
+from quantpage.errors import CorruptCache, UnsupportedModel
+from quantpage.integrations.hf_transformers.digest import model_digest
+from quantpage.integrations.hf_transformers.prompts import _placeholders
+from tests.integrations.tiny_models import COMMON, tiny, tokens
+
+pytestmark = pytest.mark.cpu
+PAGE = 16
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**{**COMMON, **changes})).eval()
+
+
+def changed(change):
+    model = llama()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+OTHERS = {
+    "base of the rotation": lambda: llama(rope_parameters={**ROPE, "rope_theta": 1e6}),
+    "scaled rotation": lambda: llama(
+        rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}
+    ),
+    "epsilon": lambda: llama(rms_norm_eps=1e-2),
+    "one number": lambda: changed(lambda m: m.model.layers[1].mlp.down_proj.weight[3, 5].mul_(2)),
+    "one bit": lambda: changed(
+        lambda m: m.model.embed_tokens.weight.view(torch.int32)[50, 3].bitwise_xor_(1)
+    ),
+    "two numbers exchanged": lambda: changed(
+        lambda m: m.model.norm.weight.copy_(torch.arange(64.0)[torch.randperm(64)])
+    ),
+    "columns negated, through .data": lambda: changed(
+        lambda m: m.model.layers[0].self_attn.k_proj.weight.data[:, 1::3].mul_(-1)
+    ),
+    "a buffer": lambda: changed(lambda m: m.model.rotary_emb.inv_freq.mul_(1.01)),
+    "a module's own scaling": lambda: changed(
+        lambda m: setattr(m.model.layers[2].self_attn, "scaling", 0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_model(name, tmp_path):
+    with quantpage.attach(llama(), page_size=PAGE) as attached:
+        cache = attached.new_cache()
+        attached.model(tokens(1, 40), past_key_values=cache)
+        attached.save_cache(cache, tmp_path / "cache")
+        attached.load_cache(tmp_path / "cache")
+    with (
+        quantpage.attach(OTHERS[name](), page_size=PAGE) as attached,
+        pytest.raises(CorruptCache, match="expected pages of this model"),
+    ):
+        attached.load_cache(tmp_path / "cache")
+
+
+def test_the_same_model_however_it_came_to_be(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model_digest(loaded) == model_digest(model)
+    model.config.use_cache = False
+    model.train()
+    assert model_digest(loaded) == model_digest(model)
+
+
+def test_masks():
+    digests = {model_digest(llama(), mask) for mask in (
+        None, masks.prefix_lm(120, 100), masks.prefix_lm(120, 90), masks.CausalMask(window=9),
+    )}  # fmt: skip
+    assert len(digests) == 4
+
+
+def test_weights_that_are_elsewhere():
+    with pytest.raises(UnsupportedModel, match="expected a weight whose bytes can be read"):
+        model_digest(llama().to("meta"))
+
+
+def test_a_mask_that_looks_ahead_is_refused():
+    def prompts(mask):
+        model = tiny("llama")
+        with quantpage.attach(model, backend="flash_mask", mask=mask, page_size=PAGE) as attached:
+            return attached.prompts()
+
+    with pytest.raises(UnsupportedModel, match="no token sees a later one"):
+        prompts(masks.prefix_lm(120, 100))
+    prompts(masks.CausalMask(window=30, sink_tokens=2))
+    prompts(masks.causal_document([40, 80]))
+
+
+def test_a_rotation_that_the_length_scales():
+    def model(kind, **more):
+        config = tf.LlamaConfig(
+            **{**COMMON, "max_position_embeddings": 64},
+            rope_parameters={"rope_type": kind, "rope_theta": 1e4, **more},
+        )
+        torch.manual_seed(0)
+        return tf.AutoModelForCausalLM.from_config(config).double().eval()
+
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
+                "original_max_position_embeddings": 64}  # fmt: skip
+    for made in (model("dynamic", factor=2.0), model("longrope", **longrope)):
+        system = tokens(1, 40)
+        short, long = (torch.cat([system, tokens(1, n, 2)], 1) for n in (10, 50))
+        with quantpage.attach(made, "none", page_size=PAGE) as attached, torch.inference_mode():
+            prompts = attached.prompts()
+            assert prompts.learn(system) == 2
+            for ids, held in ((short, 32), (long, 0), (short, 32)):
+                wanted = made(ids).logits[:, -1]
+                cache = prompts.new_cache(ids)
+                assert cache.get_seq_length() == held
+                got = made(ids[:, held:], past_key_values=cache).logits[:, -1]
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+            cache = prompts.new_cache(long)
+            made(long, past_key_values=cache)
+            assert prompts.remember(long, cache) == 0
+
+
+def test_salt_and_changed_weights():
+    model, system = tiny("llama"), tokens(1, 40)
+    with quantpage.attach(model, page_size=PAGE) as attached:
+        prompts = attached.prompts()
+        assert prompts.learn(system, salt="one adapter") == 2
+        assert prompts.new_cache(system).get_seq_length() == 0
+        assert prompts.new_cache(system, salt="another").get_seq_length() == 0
+        assert prompts.new_cache(system, salt="one adapter").get_seq_length() == 32
+        prompts._known[next(iter(prompts._known))].check()
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        assert prompts.new_cache(system, salt="one adapter").get_seq_length() == 0
+        assert len(prompts) == 0
+
+
+def test_what_is_no_plain_prompt_is_not_remembered():
+    model, ids = tiny("llama"), tokens(1, 40)
+    with quantpage.attach(model, page_size=PAGE) as attached:
+        prompts = attached.prompts()
+        cache = prompts.new_cache(ids)
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="cache: expected one row without padding"):
+            prompts.remember(ids, cache)
+
+
+def test_pictures_are_no_tokens():
+    assert _placeholders(tf.LlamaConfig()) is None
+    found = _placeholders(tf.LlavaConfig(image_token_index=77))
+    assert found is not None and 77 in found and 5 not in found
