@@ -19,6 +19,7 @@ PAGES = (
     ROOT / "docs" / "write.md",
     ROOT / "docs" / "prefill.md",
     ROOT / "docs" / "masks.md",
+    ROOT / "docs" / "memory.md",
 )
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 SHAPES = ("16 x 32k", "64 x 4k", "128 x 1k", "8 x 8k", "1 x 32k", "1 x 4k")
@@ -342,6 +343,13 @@ def cpu_model() -> str:
     )
 
 
+def memory() -> str:
+    rows = read("cpu-memory.csv")
+    head = ("model", "tokens", "cache", "held, MiB", "standing, MiB", "of Transformers'")
+    columns = ("model", "context", "cache", "held_mib", "standing_mib", "of_transformers")
+    return table(head, ([row[name] for name in columns] for row in rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "calibrated": calibrated,
@@ -354,6 +362,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "masks": masks,
     "gpu-model": gpu_model,
     "cpu-model": cpu_model,
+    "memory": memory,
 }
 
 
