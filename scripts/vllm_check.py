@@ -1,0 +1,167 @@
+"""Does vLLM with QuantPage's pages say what it should? One random model, one setting a call.
+
+    vllm_check.py model FOLDER               a Llama in which attention decides, and prompts
+    vllm_check.py expect FOLDER FORMAT PAGE  what quantpage.attach answers (none: Transformers)
+    vllm_check.py run FOLDER KV_DTYPE ...    what vLLM answers, cold and over its prefix cache
+
+``run`` takes LLM()'s settings as name=value (JSON, or a text). --expect FORMAT-PAGE: tokens must be
+those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE first, which is
+what a chaotic format can promise (a rounding that differs once changes all that follows).
+Exit status 1 where they are not. scripts/vllm_check.sh runs all of it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+NEW = 24
+
+
+def make_model(folder: Path, given: argparse.Namespace) -> None:
+    """A model of four layers; weights large enough for attention to matter."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=4 * given.head_dim, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=given.head_dim, vocab_size=512,
+        max_position_embeddings=2048, initializer_range=0.12, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(getattr(torch, given.dtype)).eval().save_pretrained(folder)
+    long = [(7 * i * i + 3 * i + 11) % 500 + 3 for i in range(900)]
+    prompts = [
+        long[:300],
+        list(range(5, 25)),
+        long[:280],
+        long[:700],
+        [*long[:290], *range(40, 80)],
+    ]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def expect(folder: Path, given: argparse.Namespace) -> None:
+    """Greedy answers of Transformers over our cache, or over its own."""
+    from contextlib import nullcontext
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import quantpage
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, given.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    attached = quantpage.attach(model, kv_format=given.format, page_size=given.page)
+    rows = []
+    with nullcontext() if given.format == "none" else attached:
+        for prompt in json.loads((folder / "prompts.json").read_text()):
+            ids = torch.tensor([prompt], device=device)
+            out = model.generate(
+                ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
+                attention_mask=torch.ones_like(ids),
+            )  # fmt: skip
+            rows.append(out[0, len(prompt) :].tolist())
+    (folder / f"expect-{given.format}-{given.page}.json").write_text(json.dumps(rows))
+
+
+def run(folder: Path, given: argparse.Namespace) -> int:
+    """Two rounds of all prompts; 0 where every answer is the wanted one."""
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+    from vllm import LLM, SamplingParams
+
+    settings = {
+        "enforce_eager": True, "max_model_len": 1024, "dtype": given.dtype,
+        "skip_tokenizer_init": True, "disable_log_stats": False, "kv_cache_dtype": given.kv_dtype,
+        **dict(map(_setting, given.settings)),
+    }  # fmt: skip
+    if given.quantpage:
+        settings["additional_config"] = {"quantpage": given.quantpage}
+    llm = LLM(str(folder), **settings)
+    prompts = json.loads((folder / "prompts.json").read_text())
+    params = SamplingParams(temperature=0, max_tokens=NEW, detokenize=False, ignore_eos=True)
+    rounds = [
+        llm.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
+        for _ in range(2)
+    ]
+    answers = [[list(out.outputs[0].token_ids) for out in outs] for outs in rounds]
+    cached = [[out.num_cached_tokens for out in outs] for outs in rounds]
+    config = llm.llm_engine.vllm_config.cache_config
+    preempted = sum(
+        int(each.value) for each in llm.get_metrics() if each.name == "vllm:num_preemptions"
+    )
+    print(
+        f"{given.kv_dtype} {given.quantpage or ''} {' '.join(given.settings)}: "
+        f"{config.num_gpu_blocks} blocks of {config.block_size}, {preempted} preemptions, "
+        f"cached {cached[0]} then {cached[1]}"
+    )
+    wanted = None
+    if given.expect:
+        wanted = json.loads((folder / f"expect-{given.expect}.json").read_text())
+    elif given.agree and given.agree.exists():
+        wanted = json.loads(given.agree.read_text())
+    elif given.agree:
+        given.agree.write_text(json.dumps(answers[0]))
+    wanted = wanted or answers[0]
+    good = [
+        sum(_shared(got, want) == NEW for got, want in zip(row, wanted, strict=True))
+        for row in answers
+    ]
+    first = [[_shared(got, want) for got, want in zip(row, wanted, strict=True)] for row in answers]
+    print(
+        f"  as wanted: {good[0]} and {good[1]} of {len(prompts)}; "
+        f"tokens before a difference {first}"
+    )
+    return int(min(good) < len(prompts) and not given.report)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _shared(got: list[int], wanted: list[int]) -> int:
+    """Tokens before the first difference."""
+    same = (i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+    return next(same, len(wanted))
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in ("model", "expect", "run"):
+        each = kinds.add_parser(kind)
+        each.add_argument("folder", type=Path)
+        each.add_argument("--dtype", default="float32")
+        if kind == "model":
+            each.add_argument("--head-dim", type=int, default=64)
+        if kind == "expect":
+            each.add_argument("format")
+            each.add_argument("page", type=int)
+        if kind == "run":
+            each.add_argument("kv_dtype")
+            each.add_argument("settings", nargs="*", metavar="name=value")
+            each.add_argument("--quantpage", help="a format that this vLLM has no name for")
+            each.add_argument("--expect", metavar="FORMAT-PAGE")
+            each.add_argument("--agree", type=Path, metavar="FILE")
+            each.add_argument("--report", action="store_true", help="differences are no failure")
+    given = parser.parse_args()
+    made = {"model": make_model, "expect": expect, "run": run}[given.kind](given.folder, given)
+    return made or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

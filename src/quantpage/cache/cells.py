@@ -1,0 +1,127 @@
+"""Pages of an engine that owns its memory, as a ``LayerKV``: views, nothing is copied.
+
+Such an engine (vLLM) promises so many contiguous bytes a page and kv_head, a cell, and asks nothing
+of what lies in them. Ours holds, in this order,
+
+    [K codes | V codes | K scales | K zeros | V scales | V zeros]
+
+each with its page's tokens in order; a cell of exact pages holds [K | V] in the model's dtype. One
+plane after the other keeps every plane 16-byte aligned, which a scale beside each row would not,
+and a cell still belongs to one head: heads can be sent or sharded apart. Pages and heads may be
+any distance from each other (padding, several layers in one page).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats import QuantSpec
+from quantpage.formats.scales import ScalePair
+
+ALIGNMENT = 16
+"""Bytes: what the widest load of a kernel and its bulk copies ask of an address."""
+
+_NO_SCALES: tuple[ScalePair, ScalePair] = ((None, None), (None, None))
+
+
+def cell_bytes(layout: CacheLayout) -> int:
+    """Bytes of one page of one kv_head, codes with their scales and zeros."""
+    return layout.bytes_per_page() // layout.kv_heads
+
+
+def exact_cell_bytes(layout: CacheLayout) -> int:
+    """Bytes of one page of one kv_head in the model's own dtype."""
+    return layout.page_size * layout.unquantized_bytes_per_token() // layout.kv_heads
+
+
+def layer_of_cells(
+    cells: Tensor,
+    layout: CacheLayout,
+    static: tuple[ScalePair, ScalePair] | None = None,
+    exact: Tensor | None = None,
+) -> LayerKV:
+    """Views of ``layout``'s pages over memory that somebody else owns.
+
+    cells: uint8 [pages, kv_heads, cell_bytes(layout)], each cell contiguous.
+    static: ((key scale, key zero), (value scale, value zero)) for static formats.
+    exact: uint8 [exact pages, kv_heads, exact_cell_bytes(layout)], where the format keeps some.
+
+    Raises ValueError where the memory does not fit the layout.
+    """
+    _check("cells", cells, layout.kv_heads, cell_bytes(layout))
+    if (exact is not None) != (layout.format.exact_pages is not None):
+        have = "None" if exact is None else "a tensor"
+        wanted = "None" if layout.format.exact_pages is None else "a tensor"
+        raise ValueError(f"exact: expected {wanted} for format {layout.format.name}, got {have}")
+    if not layout.format.dynamic and static is None:
+        raise ValueError(
+            f"static: expected scales for the static format {layout.format.name}, got None"
+        )
+    memory = _Planes(cells, layout.page_size)
+    halves = (layout.format.key, layout.head_dim), (layout.format.value, layout.v_dim)
+    codes = [
+        memory.next(width // spec.code.values_per_byte, spec.code.storage or layout.dtype)
+        for spec, width in halves
+    ]
+    key, value = (
+        QuantizedPages(spec, plane, *_scales(memory, spec, width, given))
+        for (spec, width), plane, given in zip(halves, codes, static or _NO_SCALES, strict=True)
+    )
+    if exact is None:
+        return LayerKV(key, value)
+    _check("exact", exact, layout.kv_heads, exact_cell_bytes(layout))
+    memory = _Planes(exact, layout.page_size)
+    exact_key, exact_value = (memory.next(width, layout.dtype) for _, width in halves)
+    return LayerKV(key, value, exact_key, exact_value)
+
+
+def _scales(memory: "_Planes", spec: QuantSpec, width: int, given: ScalePair) -> ScalePair:
+    """Scale and zero: in the cell, or given for all pages."""
+    if not spec.quantized:
+        return None, None
+    if not spec.dynamic:
+        return given
+    groups = spec.granularity.groups(width)
+    scale = memory.next(groups, spec.scale_dtype)
+    return scale, memory.next(groups, spec.scale_dtype) if spec.zero_point else None
+
+
+@dataclass(slots=True)
+class _Planes:
+    """Cuts planes off the front of cells."""
+
+    cells: Tensor
+    page_size: int
+    used: int = 0
+    """Bytes of a cell that are cut off."""
+
+    def next(self, width: int, dtype: torch.dtype) -> Tensor:
+        """[pages, kv_heads, page_size, width] of ``dtype``."""
+        first = self.used
+        self.used += self.page_size * width * dtype.itemsize
+        plane = self.cells[..., first : self.used].view(dtype)
+        return plane.unflatten(-1, (self.page_size, width))
+
+
+def _check(name: str, cells: Tensor, kv_heads: int, size: int) -> None:
+    """Whole cells, of the right size, apart from each other and aligned."""
+    if cells.dtype != torch.uint8:
+        raise ValueError(f"{name}: expected bytes (torch.uint8), got {cells.dtype}")
+    if cells.ndim != 3 or tuple(cells.shape[1:]) != (kv_heads, size):
+        raise ValueError(
+            f"{name}: expected [pages, {kv_heads} kv_heads, {size} bytes], got {tuple(cells.shape)}"
+        )
+    if cells.stride(2) != 1:
+        raise ValueError(f"{name}: expected the bytes of a cell side by side, got strides "
+                         f"{cells.stride()}")  # fmt: skip
+    for what, offset in (
+        ("an address", cells.data_ptr()),
+        ("pages", cells.stride(0) if cells.shape[0] > 1 else 0),
+        ("kv_heads", cells.stride(1) if cells.shape[1] > 1 else 0),
+    ):
+        if offset % ALIGNMENT:
+            apart = what if what == "an address" else f"{what} at a distance"
+            raise ValueError(f"{name}: expected {apart} in whole {ALIGNMENT} bytes, got {offset}")

@@ -1,0 +1,122 @@
+"""vLLM's --kv-cache-dtype -> a format of ours: names, bytes, block sizes, refusals.
+
+Imports no vLLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quantpage.cache.layout import CacheLayout
+from quantpage.errors import FormatError, NoImplementation
+from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, find_format
+
+_FP8_TENSOR = QuantSpec(CODES["fp8"], Granularity(per_head=False), dynamic=False)
+FP8 = KVFormat("fp8_tensor", _FP8_TENSOR, _FP8_TENSOR, None, "one given scale a tensor")
+"""vLLM's "fp8": a scale for all keys of a layer and one for its values, from the checkpoint."""
+
+OWN_NAMES = tuple(
+    f"quantpage_{name}"
+    for name, form in FORMATS.items()
+    # Given scales a head or channel are in no checkpoint that vLLM reads.
+    if form.quantized and form.dynamic
+)
+"""Names of --kv-cache-dtype that a vLLM with names of plugins' own takes."""
+
+_CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
+
+NAMES: dict[str, KVFormat] = {
+    **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
+    **dict.fromkeys(("fp8", "fp8_e4m3"), FP8),
+    **{name: find_format(name) for name in _CHOOSABLE},
+    **{name: FORMATS[name.removeprefix("quantpage_")] for name in OWN_NAMES},
+}
+"""All names of --kv-cache-dtype that are served."""
+
+EXACT_PAGES = (64, 32, 16)
+"""Tokens of an exact page, the best first: longer pages keep more of the end of a context exact."""
+
+
+def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVFormat:
+    """The format of layers whose --kv-cache-dtype is ``name``.
+
+    additional: --additional-config; its "quantpage" names a format where vLLM has no name for it,
+    in the place of a *_per_token_head name. Raises ValueError for what cannot be served.
+    """
+    if name not in NAMES:
+        raise ValueError(f"--kv-cache-dtype: expected one of {', '.join(NAMES)}; got {name!r}")
+    wanted = (additional or {}).get("quantpage")
+    # Layers that --kv-cache-dtype-skip-layers leaves out are "auto".
+    if wanted is None or name == "auto":
+        return NAMES[name]
+    if name not in _CHOOSABLE:
+        raise ValueError(
+            f"--additional-config quantpage: expected --kv-cache-dtype {' or '.join(_CHOOSABLE)} "
+            f"beside it, got {name}"
+        )
+    form = find_format(str(wanted))
+    if not (form.quantized and form.dynamic):
+        known = ", ".join(each.removeprefix("quantpage_") for each in OWN_NAMES)
+        raise FormatError(f"--additional-config quantpage: expected one of {known}; got {wanted!r}")
+    return form
+
+
+def token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of one token and kv_head, its share of scales counted; widths: of a key, of a value."""
+    return CacheLayout(1, widths[0], form, 64, dtype, widths[1]).bytes_per_token()
+
+
+def exact_page(form: KVFormat, block_size: int, widths: tuple[int, int], dtype: torch.dtype) -> int:
+    """Tokens of an exact page: the most whose 16 bits fit into a block of codes.
+
+    Both kinds of pages come from vLLM's one pool, whose blocks all have the same bytes. Raises
+    ValueError where ``block_size`` is too small or no multiple of a page.
+    """
+    exact_bytes = sum(widths) * dtype.itemsize
+    coded = token_bytes(form, widths, dtype)
+    room = block_size * coded
+    for page in EXACT_PAGES:
+        if page * exact_bytes <= room and block_size % page == 0:
+            return page
+    small = EXACT_PAGES[-1]
+    least = -(-small * exact_bytes // (coded * small)) * small
+    raise ValueError(
+        f"--block-size: {form.name} keeps exact pages of {small} tokens or more in blocks of "
+        f"codes, expected a multiple of {small} from {least} on, got {block_size}"
+    )
+
+
+def refuse_layer(
+    form: KVFormat,
+    *,
+    sliding_window: int | None = None,
+    alibi: bool = False,
+    attn_type: str = "decoder",
+    shared: bool = False,
+    unknown: Sequence[str] = (),
+) -> None:
+    """NoImplementation, with every reason, for a layer of vLLM's that cannot be served.
+
+    attn_type: vLLM's word. shared: reads another layer's cache. unknown: names of arguments of
+    attention that are not known here.
+    """
+    said = []
+    if alibi:
+        said.append("ALiBi is not served.")
+    if attn_type != "decoder":
+        said.append(f"decoder layers are served, got a layer of type {attn_type}.")
+    if unknown:
+        said.append(f"attention with {', '.join(sorted(unknown))} is not served.")
+    if form.exact_pages is not None and sliding_window is not None:
+        said.append(
+            f"{form.name} keeps exact pages, which layers with a sliding window "
+            f"(here {sliding_window} tokens) do not have; int8 and fp8 serve them."
+        )
+    if form.exact_pages is not None and shared:
+        said.append(
+            f"{form.name} keeps exact pages, which layers that read another layer's cache do not "
+            "find; int8 and fp8 serve them."
+        )
+    if said:
+        raise NoImplementation("QuantPage cannot serve this model in vLLM: " + " ".join(said))

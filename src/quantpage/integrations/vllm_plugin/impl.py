@@ -1,0 +1,200 @@
+"""One layer in vLLM: views over its memory, then write and attend."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from quantpage.attention import LayerAttention, build, find_backend
+from quantpage.cache import CacheLayout, LayerKV
+from quantpage.cache.cells import layer_of_cells
+from quantpage.errors import NoImplementation
+from quantpage.formats import KVFormat, rotate
+from quantpage.formats.scales import ScalePair
+from quantpage.hardware import device_info
+from quantpage.integrations.vllm_plugin import compat, exact
+from quantpage.integrations.vllm_plugin.formats import exact_page, format_of, refuse_layer
+from quantpage.masks import CausalMask, FullMask, Mask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import Call
+from quantpage.ops.rope_write import WriteParams
+
+# vLLM's models rotate queries and keys themselves.
+_WRITE = WriteParams()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The one quantized format of this process.
+
+    vLLM asks a class method of the backend for the bytes of a page and hands it no name of a
+    format; layers are made before.
+    """
+
+    form: KVFormat
+    dtype: torch.dtype
+    """The model's."""
+
+    last: ClassVar["Served | None"] = None
+
+
+class QuantPageImpl(AttentionImpl):
+    """One layer."""
+
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None,
+        sliding_window=None, kv_cache_dtype="auto", logits_soft_cap=None,
+        attn_type=AttentionType.DECODER, kv_sharing_target_layer_name=None, sinks=None, **unknown,
+    ):  # fmt: skip
+        self.config = get_current_vllm_config()
+        self.form = format_of(kv_cache_dtype, self.config.additional_config)
+        self.shared = kv_sharing_target_layer_name is not None
+        refuse_layer(
+            self.form,
+            sliding_window=sliding_window,
+            alibi=alibi_slopes is not None,
+            attn_type=str(getattr(attn_type, "value", attn_type)),
+            shared=self.shared,
+            unknown=[name for name, given in unknown.items() if given is not None],
+        )
+        if self.form.exact_pages is not None and not compat.holds_exact_pages():
+            raise NoImplementation(
+                f"QuantPage cannot serve {self.form.name} in vLLM before 0.31, whose blocks hold "
+                "no exact pages; int8 and fp8 can be served."
+            )
+        # Names that vLLM's own code reads.
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window, self.sinks = sliding_window, sinks
+        self.dtype = torch.get_default_dtype()
+        self.softcap = logits_soft_cap or None
+        if self.form.quantized:
+            Served.last = Served(self.form, self.dtype)
+        self._companion: exact.ExactPagesLayer | None = None
+        self._companion_name = ""
+        self._view: LayerKV | None = None
+        self._view_of: tuple[object, ...] = ()
+        self._built: dict[tuple[bool, int], tuple[LayerAttention, AttendParams]] = {}
+
+    def process_weights_after_loading(self, act_dtype):
+        """Refuse what cannot run; stand a layer for the exact pages beside this one.
+
+        vLLM asks layers for their specs after this, and sink logits have their numbers only now.
+        """
+        layers = self.config.compilation_config.static_forward_context
+        (name,) = [each for each, layer in layers.items() if getattr(layer, "impl", None) is self]
+        self._built.clear()
+        widths = (self.head_size, layers[name].head_size_v)
+        self._attention(True, widths, 64, compat.device())
+        if self.form.exact_pages is None or self._companion is not None:
+            return
+        page = exact_page(self.form, self.config.cache_config.block_size, widths, self.dtype)
+        self._companion = exact.ExactPagesLayer(layers[name], widths, self.dtype, page)
+        self._companion_name = name + exact.SUFFIX
+        layers[self._companion_name] = self._companion
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
+        output_block_scale=None,
+    ):  # fmt: skip
+        """Write the step's keys and values, and attend into ``output``.
+
+        query [tokens, q_heads, head_dim], key and value [tokens, kv_heads, ..]: their first rows
+        are the step's, the rest is padding. All rows are written before any is read: a request may
+        hit a page that another one fills in this step.
+        """
+        if attn_metadata is None:
+            # vLLM measures how much memory the rest of a model takes.
+            return output.fill_(0)
+        plan = attn_metadata.plan
+        if self._companion is not None:
+            near = get_forward_context().attn_metadata[self._companion_name]
+            plan = attn_metadata.with_exact(near.page_table, near.slots)
+        view = self._views(layer, kv_cache)
+        widths = view.key.head_dim, view.value.head_dim
+        attention, params = self._attention(
+            attn_metadata.causal, widths, view.page_size, view.device
+        )
+        tokens = plan.num_tokens
+        q = query[:tokens]
+        if key is not None and not self.shared:
+            q = attention.write_step(q, key[:tokens], value[:tokens], view, plan, _WRITE).q
+        elif self.form.key.rotation == "hadamard":
+            q = rotate(q)
+        output[:tokens] = attention.attend_step(q, view, plan, params, lse_wanted=False).out
+        return output
+
+    def _views(self, layer, kv_cache: Tensor) -> LayerKV:
+        """Over vLLM's memory, made anew when it moves: after profiling, after sleep."""
+        near = None if self._companion is None else self._companion.kv_cache
+        found = (_place(kv_cache), None if near is None else _place(near))
+        if self._view is None or found != self._view_of:
+            static: tuple[ScalePair, ScalePair] | None = None
+            if not self.form.dynamic:
+                key, value = (each.view(1, 1) for each in (layer._k_scale, layer._v_scale))
+                static = (key, None), (value, None)
+            layout = CacheLayout(
+                self.num_kv_heads, self.head_size, self.form, kv_cache.shape[2], self.dtype,
+                layer.head_size_v,
+            )  # fmt: skip
+            held = None if near is None else _cells(near)
+            self._view = layer_of_cells(_cells(kv_cache), layout, static, held)
+            self._view_of = found
+        return self._view
+
+    def _attention(
+        self, causal: bool, widths: tuple[int, int], page_size: int, device: torch.device
+    ) -> tuple[LayerAttention, AttendParams]:
+        """Chosen once; NoImplementation where nothing but plain torch would serve a GPU."""
+        found = self._built.get((causal, page_size))
+        if found is not None:
+            return found
+        if not causal and self.sliding_window is not None:
+            raise NoImplementation(
+                f"QuantPage serves sliding windows (here {self.sliding_window} tokens) in causal "
+                "steps, got one in which new tokens see those after them."
+            )
+        mask: Mask = CausalMask(window=self.sliding_window) if causal else FullMask()
+        call = Call(
+            device_info(device), self.form, self.dtype, self.num_heads, self.num_kv_heads, *widths,
+            page_size,
+        )  # fmt: skip
+        attention = build(find_backend("flash"), mask, call)
+        chosen = (attention.write, attention.prefill, attention.decode)
+        if device.type != "cpu" and any(each.name == "torch" for each in chosen):
+            # Plain torch reads lengths from the host, which a graph's replay does not bring.
+            reasons = [
+                f"{each.name}: {' '.join(each.refusals(attention.call))}"
+                for each in chosen
+                if each.refusals(attention.call)
+            ]
+            raise NoImplementation(
+                f"no kernel serves format {self.form.name} with head_dim {widths[0]} in "
+                f"{self.dtype} on {call.device.name}. {' '.join(reasons)}".rstrip()
+            )
+        sinks = None if self.sinks is None else self.sinks.detach().float()
+        made = attention, AttendParams(self.scale, mask, self.softcap, sinks)
+        self._built[causal, page_size] = made
+        return made
+
+
+def _place(kv_cache: Tensor) -> tuple[object, ...]:
+    """What views over a cache depend on."""
+    return kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride()
+
+
+def _cells(kv_cache: Tensor) -> Tensor:
+    """uint8 [pages, kv_heads, bytes] of vLLM's [pages, kv_heads, page_size, content]."""
+    pages, heads, size, content = kv_cache.shape
+    if kv_cache.stride()[2:] != (content, 1):
+        raise ValueError(
+            f"kv_cache: expected the tokens of a block and head side by side, strides "
+            f"({content}, 1), got {kv_cache.stride()[2:]}"
+        )
+    flat = kv_cache.as_strided((pages, heads, size * content), (*kv_cache.stride()[:2], 1))
+    return flat.view(torch.uint8)

@@ -1,0 +1,166 @@
+"""What the plugin says to vLLM, as far as no vLLM is needed for it."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from quantpage.errors import FormatError, NoImplementation
+from quantpage.formats import FORMATS
+from quantpage.integrations.vllm_plugin.formats import (
+    FP8,
+    NAMES,
+    OWN_NAMES,
+    exact_page,
+    format_of,
+    refuse_layer,
+    token_bytes,
+)
+
+pytestmark = pytest.mark.pure
+
+
+def test_vllm_finds_the_plugin():
+    (ours,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "quantpage"]
+    assert ours.value == "quantpage.integrations.vllm_plugin:register"
+    code = (
+        "import sys, quantpage.integrations.vllm_plugin.formats as f\n"
+        "print(callable(f) or [m for m in ('vllm', 'triton', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_quantized_format_with_scales_of_its_own_has_a_name():
+    assert set(OWN_NAMES) == {
+        f"quantpage_{n}" for n in ("int8", "int8_exact", "fp8", "int4", "k8v4")
+    }
+    for name in OWN_NAMES:
+        assert format_of(name) is FORMATS[name.removeprefix("quantpage_")]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("auto", "none"),
+        ("bfloat16", "none"),
+        ("int8_per_token_head", "int8"),
+        ("fp8_per_token_head", "fp8"),
+        ("int4_per_token_head", "int4"),
+    ],
+)
+def test_names_of_vllm(name, wanted):
+    assert format_of(name) is FORMATS[wanted]
+
+
+def test_fp8_of_vllm_has_one_given_scale_a_tensor():
+    assert format_of("fp8") is FP8 and format_of("fp8_e4m3") is FP8
+    for spec in (FP8.key, FP8.value):
+        assert spec.granularity.scale_shape(8, 128) == (1, 1) and not spec.dynamic
+
+
+def test_additional_config_chooses_where_vllm_has_no_name():
+    chosen = {"quantpage": "k8v4", "other": 1}
+    assert format_of("int4_per_token_head", chosen) is FORMATS["k8v4"]
+    assert format_of("int4_per_token_head", {"quantpage": "int8_exact"}) is FORMATS["int8_exact"]
+    # Layers that are left out stay as they are.
+    assert format_of("auto", chosen) is FORMATS["none"]
+    assert format_of("int4_per_token_head", {}) is FORMATS["int4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "additional", "said"),
+    [
+        ("fp8_e5m2", None, "--kv-cache-dtype: expected one of auto, .*got 'fp8_e5m2'"),
+        ("quantpage_int3", None, "--kv-cache-dtype: expected one of .*quantpage_int4"),
+        (
+            "fp8",
+            {"quantpage": "k8v4"},
+            "expected --kv-cache-dtype int8_per_token_head or .*got fp8",
+        ),
+        ("int8_per_token_head", {"quantpage": "int5"}, "kv_format: expected one of .*'int5'"),
+        ("int8_per_token_head", {"quantpage": "none"}, "expected one of int8, .*got 'none'"),
+        ("int8_per_token_head", {"quantpage": "int8_static"}, "got 'int8_static'"),
+    ],
+)
+def test_names_that_cannot_be_served_are_refused(name, additional, said):
+    with pytest.raises((ValueError, FormatError), match=said):
+        format_of(name, additional)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("none", 512), ("int8", 260), ("fp8", 260), ("int4", 136), ("k8v4", 198)],
+)
+def test_bytes_a_token_and_head(name, wanted):
+    assert token_bytes(FORMATS[name], (128, 128), torch.bfloat16) == wanted
+
+
+# Two 16-bit rows of 128 channels are 512 bytes.
+@pytest.mark.parametrize(
+    ("name", "block", "page"),
+    [
+        ("int4", 256, 64), ("int4", 128, 32), ("int4", 64, 16), ("k8v4", 192, 64),
+        ("k8v4", 256, 64), ("k8v4", 128, 32), ("int8_exact", 128, 64), ("int8_exact", 64, 32),
+        ("int8_exact", 32, 16),
+    ],
+)  # fmt: skip
+def test_an_exact_page_fits_into_a_block_of_codes(name, block, page):
+    form = FORMATS[name]
+    assert exact_page(form, block, (128, 128), torch.bfloat16) == page
+    room = block * token_bytes(form, (128, 128), torch.bfloat16)
+    assert page * 512 <= room and block % page == 0
+    assert page == 64 or 2 * page * 512 > room or block % (2 * page)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "least"),
+    [
+        ("int4", 16, 64),
+        ("int4", 48, 64),
+        ("k8v4", 32, 48),
+        ("int8_exact", 16, 32),
+        ("int4", 72, 64),
+    ],
+)
+def test_a_block_too_small_for_an_exact_page_is_refused(name, block, least):
+    form = FORMATS[name]
+    said = (
+        f"--block-size: {name} keeps exact pages .* a multiple of 16 from {least} on, got {block}"
+    )
+    with pytest.raises(ValueError, match=said):
+        exact_page(form, block, (128, 128), torch.bfloat16)
+    # What the sentence advises is served.
+    assert exact_page(form, least, (128, 128), torch.bfloat16) >= 16
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("int8", {"alibi": True}, "ALiBi is not served"),
+        ("none", {"attn_type": "encoder_only"}, "decoder layers .* type encoder_only"),
+        ("int8", {"unknown": ["sparse", "chunk"]}, "attention with chunk, sparse is not served"),
+        ("int4", {"sliding_window": 4096}, "int4 keeps exact pages, .*sliding window .here 4096"),
+        ("k8v4", {"shared": True}, "k8v4 keeps exact pages, which layers that read another"),
+    ],
+)
+def test_layers_that_cannot_be_served_are_refused_in_a_sentence(name, asked, said):
+    with pytest.raises(NoImplementation, match=f"QuantPage cannot serve this model.*{said}"):
+        refuse_layer(FORMATS[name], **asked)
+
+
+def test_all_reasons_come_at_once():
+    with pytest.raises(NoImplementation) as raised:
+        refuse_layer(FORMATS["int4"], sliding_window=8, alibi=True, shared=True)
+    assert len(re.findall("ALiBi|sliding window|another layer", str(raised.value))) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_layers_are_served_by_every_format(name):
+    form = format_of(name)
+    refuse_layer(form)
+    if form.exact_pages is None:
+        refuse_layer(form, sliding_window=128, shared=True)
