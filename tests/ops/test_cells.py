@@ -89,9 +89,11 @@ WHO = [
 def test_cells_hold_what_our_own_pages_hold(form, who, page_size):
     if DEVICE == "cuda" and who.device is HOST:
         pytest.skip("reads memory of a CPU")
+    if DEVICE == "cpu" and who is TRITON and page_size > 16:
+        pytest.skip("one page_size is enough for an interpreter")
     own, theirs = layers(form, page_size, who.dtype)
     exact = form.exact_pages is not None
-    past = (page_size * 2 - 3, page_size + 1)
+    past = (page_size + 3, page_size - 1)
     for new, contexts in ((past, past), ((1, 4), (past[0] + 1, past[1] + 4))):
         phase = "prefill" if max(new) > 16 else "decode"
         call = Call(who.device, form, who.dtype, HEADS * GROUP, HEADS, *WIDTHS, page_size, phase)
