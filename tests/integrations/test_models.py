@@ -17,7 +17,7 @@ EXPECTED = {
     ("causal", "gpt_oss"): ("kernels", ""),
     ("causal", "llama4_text"): ("kernels", ""),
     ("image-text", "gemma3"): ("kernels", ""),
-    ("causal", "lfm2"): ("partly", "a state of their own"),
+    ("causal", "qwen3_next"): ("partly", "a state of their own"),
     ("causal", "falcon_h1"): ("partly", "a state of their own"),
     ("causal", "recurrent_gemma"): ("partly", "a state of their own"),
     ("causal", "bloom"): ("dense", "its own code"),
