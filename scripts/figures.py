@@ -347,7 +347,10 @@ def memory() -> str:
     rows = read("cpu-memory.csv")
     head = ("model", "tokens", "cache", "held, MiB", "standing, MiB", "of Transformers'")
     columns = ("model", "context", "cache", "held_mib", "standing_mib", "of_transformers")
-    return table(head, ([row[name] for name in columns] for row in rows))
+    return table(
+        (*head, "process at most, MiB"),
+        ([*(row[name] for name in columns), row["peak_mib"] or MISSING] for row in rows),
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {

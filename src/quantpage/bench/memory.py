@@ -12,6 +12,7 @@ can be, with random weights.
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -27,6 +28,9 @@ from quantpage.bench.measure import RowPrinter, current_commit, write_table
 
 OWN = "transformers"
 """The row of Transformers' own cache."""
+_GIVEN_BACK = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 20))
+"""glibc gives freed memory back from 1 MiB on: what it keeps otherwise made peaks of the same
+allocations scatter between 80 and 360 MiB."""
 DECODED = 8
 """Tokens that follow the prompt, a step each."""
 _REPEATED = ("sliding_attention",) * 5 + ("full_attention",)
@@ -92,7 +96,9 @@ def run(
     for name in (OWN, *formats):
         given = MemoryRequest(model, name, context, page_size, device, threads)
         command = [sys.executable, "-m", "quantpage.bench.memory", json.dumps(asdict(given))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | _GIVEN_BACK
+        )
         if done.returncode:
             raise RuntimeError(f"{name}: the process that measures it ended with\n{done.stderr}")
         row = json.loads(done.stdout.splitlines()[-1])
