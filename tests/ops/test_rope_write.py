@@ -148,6 +148,19 @@ def test_bias_norm_and_rope(implementation, name, after_rope, interleaved):
     same_pages(mine, theirs)
 
 
+def test_a_bias_is_added_before_anything_is_rounded(implementation):
+    write = write_of(implementation, "none", 64)
+    q, k, v = (each.bfloat16() for each in inputs(30))
+    bias = tuple(torch.full((each.shape[1], 64), 2.0**-9).bfloat16() for each in (q, k, v))
+    params = WriteParams(norm=QKNorm(torch.ones(64), torch.ones(64), eps=0.0), bias=bias)
+    mine, theirs = empty_layer("none"), empty_layer("none")
+    got = write(q, k, v, mine, step(False), params)
+    wanted = reference.rope_write(q.double(), k.double(), v.double(), theirs, step(False), params)
+    assert torch.equal(got.q, wanted.q.bfloat16())
+    torch.testing.assert_close(mine.key.codes, theirs.key.codes, atol=1e-5, rtol=1e-5)
+    assert torch.equal(mine.value.codes, theirs.value.codes)
+
+
 def test_rope_uses_absolute_positions(implementation):
     write = write_of(implementation, "none", 64)
     table = rope_table(64, 64)

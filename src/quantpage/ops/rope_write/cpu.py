@@ -41,11 +41,10 @@ def rope_write(
     kept: list[Tensor] = []
     dtype = k.dtype
     if params.bias is not None:
-        # In the inputs' own dtype, as the reference adds it.
-        q_bias, k_bias, v_bias = params.bias
-        wide = (k + k_bias).dtype
-        q = None if q is None else (q + q_bias).to(wide)
-        k, v = k + k_bias, (v + v_bias).to(wide)
+        # Widened, as the reference adds it.
+        q_bias, k_bias, v_bias = (each.float() for each in params.bias)
+        q = None if q is None else q + q_bias
+        k, v = k + k_bias, v + v_bias
     q = None if q is None else _rows(q, k.dtype)
     k, v = _rows(k, k.dtype), _rows(v, k.dtype)
     tokens, kv_heads, _ = k.shape

@@ -38,8 +38,9 @@ def rope_write(
     q_in, k_in = q, k
     if params.bias is not None:
         q_bias, k_bias, v_bias = params.bias
-        q = None if q is None else q + q_bias
-        k, v = k + k_bias, v + v_bias
+        # Widened first: a sum in 16 bits would be rounded before it is rotated.
+        q = None if q is None else _wide(q) + q_bias
+        k, v = _wide(k) + k_bias, _wide(v) + v_bias
     q, k = _norm_and_rope(q, k, batch, params)
     if layer.key_map is not None:
         q, k = (None if q is None else layer.key_map.queries(q)), layer.key_map.keys(k)

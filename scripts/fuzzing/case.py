@@ -1,0 +1,134 @@
+"""What is drawn of a case before it runs: everything that does not depend on how it goes."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from .numbers import FORMS
+from .shown import INTERVAL_KINDS
+
+KINDS = ("torch", "cpu", "triton", "cuda")
+"""Who computes: plain torch, the compiled core, Triton's interpreter, a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Shapes, formats and masks; ``str`` is its line."""
+
+    seed: int
+    number: int
+    kind: str
+    formats: tuple[str, ...]
+    """Of each layer."""
+    page_size: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    mask: str
+    """'causal', 'full', or a kind of intervals with a prefix 'interval '."""
+    window: int | None
+    sink_tokens: int
+    described: int
+    """Tokens that interval masks describe, about."""
+    each_its_own: bool
+    """A mask a request."""
+    softcap: float | None
+    sinks: bool
+    key_map: str
+    """'', 'scale', 'mean' (both)."""
+    write: tuple[str, ...]
+    """Of 'bias', 'norm', 'rope', 'norm after'."""
+    operations: int
+    longest: int
+    """Tokens that a request may reach."""
+
+    def __str__(self) -> str:
+        told = " ".join(
+            f"{each.name}={_word(getattr(self, each.name))}"
+            for each in fields(self)
+            if each.name not in ("seed", "number")
+        )
+        return f"--seed {self.seed} --case {self.number}  {told}"
+
+
+def _word(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def draw_case(seed: int, number: int, kinds: tuple[str, ...]) -> Case:
+    """Case ``number`` of a seed; kinds: the ones to draw from."""
+    rng = np.random.default_rng([seed, number])
+    # One number whatever there is to choose from, so that --only KIND draws the same case again.
+    kind = kinds[int(rng.random() * len(kinds))]
+    slow = kind == "triton"
+    formats = tuple(_one(rng, list(FORMS)) for _ in range(1 if slow or rng.random() < 0.7 else 2))
+    page_size = _one(rng, [16, 32] if slow else [16, 16, 32, 64, 128, 256])
+    head_dim = _one(rng, [64, 80, 96, 128] if slow else [64, 64, 80, 96, 128, 256])
+    value_dim = head_dim if rng.random() < 0.85 else _one(rng, [64, 128])
+    softcap = float(_one(rng, [5.0, 30.0])) if rng.random() < 0.2 else None
+    mask, window, sink_tokens = _mask(rng, page_size)
+    maps = ["", "", "", "scale"] if softcap else ["", "", "scale", "mean"]
+    write = _write(rng)
+    return Case(
+        seed,
+        number,
+        kind,
+        formats,
+        page_size,
+        kv_heads=_one(rng, [1, 2] if slow else [1, 2, 4]),
+        group=_one(rng, [1, 2, 4] if slow else [1, 2, 3, 4, 8]),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=_dtype(rng, kind),
+        mask=mask,
+        window=window,
+        sink_tokens=sink_tokens,
+        described=int(rng.integers(1, 5 * page_size)),
+        each_its_own=bool(rng.random() < 0.5),
+        softcap=softcap,
+        sinks=bool(rng.random() < 0.25),
+        key_map=_one(rng, maps),
+        write=write,
+        operations=int(rng.integers(2, 4)) if slow else int(rng.integers(4, 14)),
+        longest=int(min(400 if not slow else 100, page_size * 6 + 7)),
+    )
+
+
+def _one(rng: np.random.Generator, choices: list):
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _dtype(rng, kind: str) -> str:
+    if kind == "triton":
+        # Its interpreter has no bfloat16.
+        return _one(rng, ["float16", "float16", "float32"])
+    if kind == "cuda":
+        return _one(rng, ["float16", "bfloat16", "bfloat16", "float32"])
+    if kind == "cpu":
+        return _one(rng, ["float32", "float32", "bfloat16", "float16"])
+    return _one(rng, ["float32", "float32", "float64", "bfloat16", "float16"])
+
+
+def _mask(rng, page_size: int) -> tuple[str, int | None, int]:
+    drawn = rng.random()
+    if drawn < 0.3:
+        return "causal", None, 0
+    if drawn < 0.55:
+        # About borders of pages, where windows go wrong.
+        window = page_size * int(rng.integers(0, 4)) + int(rng.integers(-1, 3))
+        sink_tokens = int(rng.integers(1, 2 * page_size)) if rng.random() < 0.4 else 0
+        return "causal", max(window, 1), sink_tokens
+    if drawn < 0.62:
+        return "full", None, 0
+    return f"interval {_one(rng, list(INTERVAL_KINDS))}", None, 0
+
+
+def _write(rng) -> tuple[str, ...]:
+    steps = ["bias"] if rng.random() < 0.2 else []
+    if rng.random() < 0.3:
+        steps.append("rope")
+    if rng.random() < 0.2:
+        steps.append("norm after" if rng.random() < 0.3 else "norm")
+    return tuple(steps)
