@@ -2,8 +2,8 @@
 
 The measure is FlashAttention's: twice the error of a plain run on the same numbers whose operands,
 scores, probabilities and output are rounded to a lower precision (that of the implementation's
-products), a head's being that of its worst row, and a few units of the output's own dtype, which
-partial results and a last rotation round to.
+products), and a few units of the output's own dtype, which partial results and a last rotation
+round to.
 """
 
 from dataclasses import dataclass
@@ -157,7 +157,26 @@ def check(
     floor = FLOOR * max(UNITS[dtype], UNIT) * size + 16 * UNIT * np.abs(want).max(initial=0.0)
     if missing is not None and rule.sinks is not None:
         floor = floor + np.abs(want) * lse_allowed[..., None]
-    _most(off - 2 * error.max((0, 2), initial=0.0)[None, :, None] - floor, off, f"{where}: output")
+    floor = floor + _sums(q, seen, rule)
+    _most(off - 2 * error.max(initial=0.0) - floor, off, f"{where}: output")
+
+
+def _sums(q: np.ndarray, seen: Seen, rule: Rule) -> np.ndarray:
+    """[queries, q_heads, 1]: what sums of scores in float32 cost an output.
+
+    A dot product of n terms is off by about sqrt(n) units of their sizes, a weight relatively by
+    twice as much; the plain run of a single row may be lucky.
+    """
+    group = q.shape[1] // seen.k.shape[1]
+    terms, largest = np.zeros(q.shape[:2]), np.zeros(seen.k.shape[1])
+    for keys, values in ((seen.k, seen.v), (seen.near_k, seen.near_v)):
+        if keys is not None and values is not None:
+            most = np.nan_to_num(np.abs(keys), nan=0.0, posinf=0.0).max(0)
+            sizes = np.abs(np.nan_to_num(q)) * np.repeat(most, group, 0)
+            terms = np.maximum(terms, sizes.sum(-1) * rule.scale)
+            values = np.nan_to_num(np.abs(values), nan=0.0, posinf=0.0)
+            largest = np.maximum(largest, values.max((0, 2)))
+    return (2 * UNIT * q.shape[-1] ** 0.5 * terms * np.repeat(largest, group))[..., None]
 
 
 def _touched(seen: Seen, limit: float, q_heads: int) -> np.ndarray:
