@@ -243,7 +243,8 @@ def _columns(tokens, heads, rng):
 def _rows(tokens, heads, rng):
     first, queries = int(rng.integers(0, tokens)), int(rng.integers(1, tokens + 1))
     own = heads if rng.random() < 0.5 else 1
-    edges = np.sort(rng.integers(0, first + queries + 1, (own, queries, 4)), -1)
+    # Ranges may reach past the described queries.
+    edges = np.sort(rng.integers(0, first + queries + 20, (own, queries, 4)), -1)
     given = edges.reshape(own, queries, 2, 2)
     end = first + queries
 

@@ -133,6 +133,12 @@ def test_a_range_past_the_last_key_hinders_no_cut():
     assert mask.next_cut(1, 9) == 9
 
 
+def test_a_new_query_sees_no_later_key_that_the_last_described_one_saw():
+    mask = RowIntervals(torch.tensor([[0, 1], [1, 9]]).view(1, 1, 2, 1, 2))
+    seen = mask.materialize(torch.arange(1, 4), 6).int().tolist()
+    assert seen == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]
+
+
 def test_cuts_of_the_kinds():
     kinds = every_kind(24)
     assert kinds["image_spans"].next_cut(3, 24) == 8

@@ -51,8 +51,8 @@ def quantize(x: Float[Tensor, "*rows head_dim"], spec: QuantSpec) -> Quantized:
 
 def quantize_static(
     x: Float[Tensor, "*rows kv_heads head_dim"],
-    scale: Float[Tensor, "kv_heads groups"],
-    zero: Float[Tensor, "kv_heads groups"] | None,
+    scale: Float[Tensor, "kv_heads_or_1 groups"],
+    zero: Float[Tensor, "kv_heads_or_1 groups"] | None,
     spec: QuantSpec,
 ) -> Quantized:
     """Quantize rows with scales that were given; kv_heads may be 1 in ``scale``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 def weighted_sum(
     weights: Float[Tensor, "*heads queries keys"],
     values: Float[Tensor, "*heads keys value_dim"],
-    seen: Bool[Tensor, "*heads queries keys"] | None,
+    seen: Bool[Tensor, "*#heads queries keys"] | None,
 ) -> Float[Tensor, "*heads queries value_dim"]:
     """``weights @ values`` over the keys that each query sees; None: over all keys.
 

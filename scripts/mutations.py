@@ -1,0 +1,266 @@
+"""The defects that scripts/mutants.py makes: each is one that somebody could make by hand."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A text of a file, what stands there instead, and who has to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """pytest arguments, of which at least one test has to fail."""
+    fuzz: str = ""
+    """Arguments of scripts/fuzz.py that have to find it as well; empty: not its matter."""
+
+
+_TORCH, _CORE = "--only torch --cases 25 --seed 1", "--only cpu --cases 25 --seed 1"
+_SRC, _OPS = "src/quantpage/", "src/quantpage/ops/"
+_HF = "src/quantpage/integrations/hf_transformers/"
+
+MUTATIONS = (
+    # Who may see whom.
+    Mutation(
+        "a window's range one key short",
+        _SRC + "masks/base.py",
+        "first_query - self.window + 1)",
+        "first_query - self.window + 2)",
+        ("tests/masks/test_base.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "a window one key long",
+        _SRC + "masks/base.py",
+        "(k > q - self.window)",
+        "(k >= q - self.window)",
+        ("tests/masks/test_base.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "rows past the described ones see what came later",
+        _SRC + "masks/rows.py",
+        "clipped = found[:, :ranges].clamp(max=end)",
+        "clipped = found[:, :ranges]",
+        ("tests/masks/test_intervals.py",),
+    ),
+    Mutation(
+        "a key that a mask does not describe is not seen by itself",
+        _SRC + "masks/columns.py",
+        'ute = torch.where(past, causal, named.get("UTE", causal))',
+        'ute = torch.where(past, causal + 1, named.get("UTE", causal))',
+        ("tests/masks/test_intervals.py", "tests/masks/test_kinds.py"),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "a rebuilt mask's window lost",
+        _HF + "functions.py",
+        "MaskFacts(Rule(window=sliding_window), attention_mask)",
+        "MaskFacts(Rule(), attention_mask)",
+        ("tests/integrations/test_rebuilt_masks.py",),
+    ),
+    # What a number means.
+    Mutation(
+        "ties of fp8 away from zero",
+        _SRC + "formats/quantize.py",
+        "return scaled.clamp(-spec",
+        "return (scaled * (1 + 2.0**-20)).clamp(-spec",
+        ("tests/formats/test_quantize.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "nibbles the other way round",
+        _SRC + "formats/quantize.py",
+        "stored[..., 0::2] | (stored[..., 1::2] << 4)",
+        "stored[..., 1::2] | (stored[..., 0::2] << 4)",
+        ("tests/formats/test_quantize.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "codes from a zero that is not rounded",
+        _SRC + "formats/quantize.py",
+        "zero = low + half * (1.0 - factor) - spec.code.qmin * scale.to(work.dtype)",
+        "zero = low + half * (1.0 - factor) - (spec.code.qmin + 0.25) * scale.to(work.dtype)",
+        ("tests/formats/test_quantize.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "a shard takes the first heads",
+        _SRC + "formats/scales.py",
+        "plane[first:last]",
+        "plane[: last - first]",
+        ("tests/formats/test_scales.py",),
+    ),
+    Mutation(
+        "a digest that mixes layers up",
+        _SRC + "formats/scales.py",
+        'f"{index} {half} {plane is not None}"',
+        'f"{half} {plane is not None}"',
+        ("tests/formats/test_scales.py",),
+    ),
+    Mutation(
+        "queries mapped as keys are",
+        _SRC + "formats/key_map.py",
+        "return work / self.scale.to(work.dtype).repeat_interleave(group, 0)",
+        "return work * self.scale.to(work.dtype).repeat_interleave(group, 0)",
+        ("tests/formats/test_key_map.py", "tests/ops/test_attend.py"),
+        _TORCH,
+    ),
+    Mutation(
+        "a bias rounded before the rotation",
+        _OPS + "rope_write/reference.py",
+        "k, v = _wide(k) + k_bias, _wide(v) + v_bias",
+        "k, v = k + k_bias, v + v_bias",
+        ("tests/ops/test_rope_write.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "slot 0 not written",
+        _OPS + "rope_write/reference.py",
+        "keep = slots >= 0",
+        "keep = slots > 0",
+        ("tests/ops/test_rope_write.py",),
+        _TORCH,
+    ),
+    # Exact pages.
+    Mutation(
+        "the page before the query's own from its codes",
+        _OPS + "attend/params.py",
+        "(behind <= 1)",
+        "(behind <= 0)",
+        ("tests/ops/test_attend.py", "tests/ops/test_cpu_attend.py"),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "the body's end at a context of 1 past a page",
+        _OPS + "attend/decode/triton_share.py",
+        "b_high = ((context - 1) // PAGE - 1) * PAGE",
+        "b_high = (context // PAGE - 1) * PAGE",
+        ("tests/ops/test_triton_segments.py",),
+    ),
+    Mutation(
+        "the body begins a page late",
+        _OPS + "attend/torch_blockwise.py",
+        "return [(page_size, context)]",
+        "return [(2 * page_size, context)]",
+        ("tests/ops/test_attend.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "a sink counted in each segment",
+        _OPS + "attend/__init__.py",
+        "    bare = replace(params, sinks=None)\n    body",
+        "    bare = params\n    body",
+        ("tests/ops/test_attend.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "exact bytes one page short",
+        _SRC + "cache/layout.py",
+        "kept.kept_pages * self.exact_bytes_per_page()",
+        "(kept.kept_pages - 1) * self.exact_bytes_per_page()",
+        ("tests/cache/test_layout.py",),
+    ),
+    Mutation(
+        "the page before a rollback's end given back",
+        _SRC + "cache/reach.py",
+        "near = range(max(query // page_size - 1, seen.start), seen.stop)",
+        "near = range(max(query // page_size, seen.start), seen.stop)",
+        ("tests/cache/test_sequence.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    # Pages and who holds them.
+    Mutation(
+        "a window's last page given back",
+        _SRC + "cache/reach.py",
+        "max(0, query - self.window + 1) if self.window else 0",
+        "max(0, query - self.window + 17) if self.window else 0",
+        ("tests/cache/test_sequence.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "a page of two written by one of them",
+        _SRC + "cache/sequence.py",
+        "pool.references(pages[-1]) > 1",
+        "pool.references(pages[-1]) > 2",
+        ("tests/cache/test_sequence.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "a rejected draft counted",
+        _SRC + "cache/sequence.py",
+        "self._cut(self.length + accepted)",
+        "self._cut(self.length + self.reserved)",
+        ("tests/cache/test_sequence.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "pages swapped in in order of their ids",
+        _SRC + "cache/paged.py",
+        'plane[ids] = host.planes[f"{index}.{name}"]',
+        'plane[sorted(ids)] = host.planes[f"{index}.{name}"]',
+        ("tests/cache/test_saved.py",),
+        "--only torch --cases 60 --seed 1",
+    ),
+    Mutation(
+        "growing forgets the last page",
+        _SRC + "cache/paged.py",
+        "new[:both] = old[:both]",
+        "new[: both - 1] = old[: both - 1]",
+        ("tests/cache/test_paged.py",),
+    ),
+    Mutation(
+        "zeros not counted",
+        _SRC + "cache/layout.py",
+        "planes = 2 if spec.zero_point else 1",
+        "planes = 1",
+        ("tests/cache/test_paged.py", "tests/cache/test_layout.py"),
+    ),
+    Mutation(
+        "a softcap that does not give the size back",
+        _OPS + "attend/torch_blockwise.py",
+        "torch.tanh(scores / params.softcap) * params.softcap",
+        "torch.tanh(scores / params.softcap)",
+        ("tests/ops/test_attend.py",),
+        _TORCH,
+    ),
+    # Models.
+    Mutation(
+        "a dense reading not turned back",
+        _HF + "cache.py",
+        'if pages.spec.rotation == "hadamard"',
+        'if pages.spec.rotation == "none"',
+        ("tests/integrations/test_hf_transformers.py",),
+    ),
+    Mutation(
+        "crop counts padding",
+        _HF + "rows.py",
+        "tokens = self._kept[:, :length].sum(1).tolist()",
+        "tokens = [length] * self.count",
+        ("tests/integrations/test_hf_transformers.py", "tests/integrations/test_supply.py"),
+    ),
+    # Offsets past 2^31.
+    Mutation(
+        "offsets of heads in 32 bits, prefill",
+        _OPS + "attend/prefill/triton_kernel.py",
+        "k_codes += head.to(tl.int64) * k_head",
+        "k_codes += head * k_head",
+        ("tests/ops/test_triton_far.py",),
+    ),
+    Mutation(
+        "offsets of heads in 32 bits, masks",
+        _OPS + "attend/interval/triton_kernel.py",
+        "k_codes += head.to(tl.int64) * k_head",
+        "k_codes += head * k_head",
+        ("tests/ops/test_triton_far.py",),
+    ),
+    Mutation(
+        "offsets of heads in 32 bits, write",
+        _OPS + "rope_write/triton_kernel.py",
+        "kv_head = narrow.to(tl.int64)",
+        "kv_head = narrow",
+        ("tests/ops/test_triton_far.py",),
+    ),
+)
