@@ -5,8 +5,9 @@
     vllm_check.py run FOLDER KV_DTYPE ...    what vLLM answers, cold and over its prefix cache
 
 ``run`` takes LLM()'s settings as --set name=value .. (JSON, or a text). --expect FORMAT-PAGE:
-tokens must be those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE first, which is
-what a chaotic format can promise (a rounding that differs once changes all that follows).
+tokens must be those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE
+first, which is what a chaotic format can promise (a rounding that differs once changes all that
+follows).
 Exit status 1 where they are not. scripts/vllm_check.sh runs all of it.
 """
 
