@@ -30,7 +30,7 @@ check() { $env/bin/python scripts/vllm_check.py "$@" 2> $work/log.txt || { tail 
 mkdir -p $work
 rm -f $work/*.tokens
 [ -f $work/prompts.json ] || check model $work
-for each in none-16 int8-64 k8v4-16 int8_exact-32; do
+for each in none-16 int8-64 k8v4-16 int4-16 int8_exact-32; do
   [ -f $work/expect-$each.json ] || check expect $work "${each%-*}" "${each#*-}"
 done
 
@@ -54,6 +54,7 @@ case_ int8 "${int8[@]}" --set block_size=64 enable_prefix_caching=false
 case_ int8 "${int8[@]}" --set block_size=16
 case_ int8 "${int8[@]}" --set block_size=128
 case_ int8 "${int8[@]}" --set block_size=64 "$drafts"
+case_ int4 int4_per_token_head --expect int4-16 --set block_size=128
 case_ int4 "${int4[@]}"
 case_ int4 "${int4[@]}" --set enable_prefix_caching=false
 case_ int4 "${int4[@]}" --set max_num_batched_tokens=64 max_num_seqs=8
