@@ -137,7 +137,7 @@ MUTATIONS = (
         "the body's end at a context of 1 past a page",
         _OPS + "attend/decode/triton_share.py",
         "b_high = ((context - 1) // PAGE - 1) * PAGE",
-        "b_high = (context // PAGE - 1) * PAGE",
+        "b_high = ((context - 2) // PAGE - 1) * PAGE",
         ("tests/ops/test_triton_segments.py",),
     ),
     Mutation(

@@ -18,7 +18,7 @@ from quantpage.rope import apply_rope, rope_table
 
 pytestmark = pytest.mark.cpu
 
-IMPLEMENTATIONS = [each for each in CANDIDATES if ".triton_" not in each.target]
+IMPLEMENTATIONS = [each for each in CANDIDATES if each.name != "triton"]
 DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
 KV_HEADS, Q_HEADS, PAGE = 2, 6, 16
 
@@ -146,6 +146,15 @@ def test_bias_norm_and_rope(implementation, name, after_rope, interleaved):
     wanted = reference.rope_write(q.double(), k.double(), v.double(), theirs, step(exact), params)
     torch.testing.assert_close(got.q.double(), wanted.q, atol=1e-5, rtol=1e-5)
     same_pages(mine, theirs)
+
+
+def test_the_first_slot_of_all_is_written(implementation):
+    write = write_of(implementation, "int8", 64)
+    layer = empty_layer("int8")
+    q, k, v = inputs(1)
+    write(q, k, v, layer, plan_batch([1], [1], [[0]], PAGE), WriteParams())
+    kept = gather_request(layer.value, torch.tensor([0]), 1, torch.float32)
+    assert (rotate(kept) - v).norm() < 0.02 * v.norm()
 
 
 def test_a_bias_is_added_before_anything_is_rounded(implementation):
