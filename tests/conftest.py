@@ -1,9 +1,16 @@
-"""Every test starts from the same seed, and memory that nobody wrote is NaN."""
+"""Shapes in signatures are checked, every test starts from the same seed, and memory that nobody
+wrote is NaN.
+"""
 
 import os
 
 import pytest
 import torch
+
+from tests import shapes
+
+# Before anything of the package is imported.
+shapes.install()
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported: without a device kernels run in its interpreter.
