@@ -1,14 +1,23 @@
 """Pages that leave and come back: bit for bit, or an error and nothing."""
 
+import json
 import os
 import random
+import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantpage.cache import CacheLayout, PagedKVCache
-from quantpage.errors import CorruptCache
-from quantpage.formats import FORMATS, KeyMap
+from quantpage.cache.saved import read_pages
+from quantpage.cache.tensor_file import Damaged, open_whole
+from quantpage.errors import CacheError, CorruptCache
+from quantpage.formats import FORMATS, Code, KeyMap, KVFormat, QuantSpec
+from tests.cache.forging import Forged
 
 pytestmark = pytest.mark.cpu
 
@@ -165,3 +174,301 @@ def test_a_key_map_goes_with_its_pages(mean, tmp_path):
     cache.save(tmp_path / "pages")
     loaded = PagedKVCache.load(tmp_path / "pages")[0].layer(0).key_map
     assert cache.layer(0).key_map == mapped and loaded.digest() == mapped.digest()
+
+
+def test_safetensors_reads_what_we_write(tmp_path):
+    path = tmp_path / "pages"
+    filled().save(path)
+    theirs, ours = load_file(path), read_pages(path).planes
+    assert theirs.keys() == ours.keys()
+    for name, plane in ours.items():
+        assert torch.equal(theirs[name].view(torch.uint8), plane.view(torch.uint8))
+
+
+def test_scales_that_layers_share_are_saved(tmp_path):
+    layout = CacheLayout(2, 32, FORMATS["int8_static"], 16)
+    scale = torch.rand(layout.format.key.granularity.scale_shape(2, 32)) + 0.5
+    scale = scale.to(layout.format.key.scale_dtype)
+    cache = PagedKVCache(1)
+    for index in range(2):
+        cache.add_layer(index, layout, ((scale, None), (scale, None)))
+    cache.save(tmp_path / "pages")
+    loaded, _ = PagedKVCache.load(tmp_path / "pages")
+    assert torch.equal(loaded.layer(1).value.scale, scale)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_modes_are_those_of_an_ordinary_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        filled().save(tmp_path / "pages")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("pages", "plain")]
+    assert modes[0] == modes[1] == 0o666 & ~mask
+    (tmp_path / "pages").chmod(0o640)
+    filled().save(tmp_path / "pages")
+    assert stat.S_IMODE((tmp_path / "pages").stat().st_mode) == 0o640
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/pages")
+    filled().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there/pages").is_file()
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
+    """A file may grow to 8 KiB only: as on a full disk, an error amid the write."""
+    path = tmp_path / "pages"
+    filled(pages=1, exact_pages=1).save(path, note={"age": "old"})
+    script = f"""
+import resource
+from quantpage.errors import CacheError
+from tests.cache.test_saved import filled
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    filled(pages=40).save({str(path)!r})
+except CacheError as error:
+    print(error)
+"""
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert made.stdout == f"{path}: expected a place to write to, got File too large\n", made.stderr
+    assert PagedKVCache.load(path)[1] == {"age": "old"}
+    assert os.listdir(tmp_path) == ["pages"]
+
+
+@pytest.mark.parametrize("place", ["/dev/full", ".", "nothing/pages", "file/pages", "x" * 300])
+def test_places_that_are_none(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="expected a place to write to, got"):
+        filled().save(tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+class Stop(BaseException):
+    """As Ctrl-C is no Exception."""
+
+
+# Where it comes between the last write and the close, the file is closed as garbage.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_anywhere_leaves_one_whole_file(tmp_path):
+    """Raised before each line of the writer in turn."""
+    path, old, new = tmp_path / "pages", filled(pages=1), filled(pages=2)
+    old.save(path)
+    stopped = 0
+    for stop in range(1, 1000):
+        seen = 0
+
+        def trace(frame, event, _, stop=stop):
+            nonlocal seen
+            if not frame.f_code.co_filename.endswith("tensor_file.py"):
+                return None
+            if frame.f_code.co_name == "write_whole" and event == "line":
+                seen += 1
+                if seen == stop and "part.unlink" not in source(frame):
+                    raise Stop
+            return trace
+
+        sys.settrace(trace)
+        try:
+            new.save(path)
+        except Stop:
+            stopped += 1
+        finally:
+            sys.settrace(None)
+        assert os.listdir(tmp_path) == ["pages"]
+        assert PagedKVCache.load(path)[0].pages in (1, 2)
+        if seen < stop:
+            break
+        old.save(path)
+    assert stopped > 40
+
+
+def source(frame):
+    """The lines that clean up: an interruption of these is another interruption."""
+    import linecache
+
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return "part.unlink" if "suppress" in line else line
+
+
+def test_file_and_folder_reach_the_disk_in_order(tmp_path):
+    """What the kernel is asked for, as strace would show it: by an audit of the calls."""
+    calls, real = [], (os.fsync, os.replace)
+
+    def fsync(handle):
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        calls.append("folder" if folder else os.fstat(handle).st_size)
+        real[0](handle)
+
+    def replaced(source, target):
+        calls.append("replace")
+        real[1](source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "replace", replaced)
+        filled().save(tmp_path / "pages")
+    assert calls == [(tmp_path / "pages").stat().st_size, "replace", "folder"]
+
+
+def test_cut_short_between_open_and_read(tmp_path):
+    path = tmp_path / "pages"
+    filled(pages=40).save(path)
+    with (
+        pytest.raises(Damaged, match="expected a whole safetensors file, got"),
+        open_whole(path) as file,
+    ):
+        os.truncate(path, 20_000)
+        file.read()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    done = []
+
+    def load():
+        with pytest.raises(CorruptCache, match="expected a file, got a device or a pipe"):
+            PagedKVCache.load(tmp_path / "pipe")
+        done.append(True)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert done
+    with pytest.raises(CacheError, match="expected a file to read, got Is a directory"):
+        PagedKVCache.load(tmp_path)
+
+
+def test_a_code_that_a_file_cannot_name_is_not_written(tmp_path):
+    cache = PagedKVCache(1)
+    spec = QuantSpec(Code("int8", torch.int8, -100, 100, 8))
+    cache.add_layer(0, CacheLayout(2, 32, KVFormat("mine", spec, spec), 16))
+    with pytest.raises(ValueError, match="format: expected codes of"):
+        cache.save(tmp_path / "pages")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.fixture
+def forged(tmp_path):
+    filled(pages=2, exact_pages=1).save(tmp_path / "pages", note={"tokens": [1]})
+    return Forged(tmp_path / "pages")
+
+
+BAD = [-1, 0, 1, 3, 2**31, 2**70, 10**30, 1.5, True, None, "int8", "load", [], [1], {}, {"a": 1}]
+
+
+def test_forged_headers_give_nothing(forged):
+    """Every field of a tensor, each with what it cannot be; the checksum is as asked."""
+    for name in list(forged.header):
+        if name == "__metadata__":
+            continue
+        for field, at in [
+            ("dtype", None),
+            ("shape", None),
+            ("data_offsets", None),
+            (None, None),
+        ] + [(field, at) for field in ("shape", "data_offsets") for at in (0, 1)]:
+            for bad in [*BAD, "F64", "F8_E4M3", [0, 0], [2**40] * 3]:
+                with forged.edited() as header:
+                    if field is None:
+                        header[name] = bad
+                    elif at is None:
+                        header[name][field] = bad
+                    else:
+                        header[name][field][at] = bad
+                    unchanged = same(header, forged.header)
+                refused(forged, unchanged)
+
+
+def test_forged_descriptions_give_nothing(forged):
+    """Every value in the metadata, deep down, with a checksum that is right."""
+    for name in ("layouts", "counts", "note"):
+        given = json.loads(forged.header["__metadata__"][name])
+        for path in forged.paths(given):
+            if path[:1] == ["user"]:
+                continue
+            for bad in BAD:
+                edited = forged.put(given, path, bad)
+                forged.describe(name, json.dumps(edited))
+                refused(forged, same(edited, given))
+            forged.describe(name, json.dumps(forged.drop(given, path)))
+            refused(forged)
+            forged.describe(name, json.dumps(forged.put(given, [*path[:-1], "more"], 1)))
+            refused(forged, path[:-1] == [] and isinstance(given, list))
+        if name == "note":
+            forged.describe(name, json.dumps({**given, "user": [1]}))
+            refused(forged)
+        for text in ("", "[]", "1", "{", "NaN", "[" * 100_000, '{"a": 1, "a": 1}', "\ud800"):
+            forged.describe(name, text)
+            refused(forged)
+
+
+def same(one, other):
+    """As JSON: True is not 1."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def refused(forged, unchanged=False):
+    """CorruptCache in one sentence; a file whose values are the old ones is the old file.
+
+    Names of formats are free, and so are codes' zero points where no plane tells.
+    """
+    try:
+        loaded, note = PagedKVCache.load(forged.path)
+    except CorruptCache as error:
+        assert not unchanged, error
+        assert "\n" not in str(error) and len(str(error)) < 600
+        return
+    if unchanged:
+        assert loaded.layouts == forged.layouts
+    assert note == {"tokens": [1]} and (loaded.pages, loaded.exact_pages) == (2, 1)
+    for index, layout in loaded.layouts.items():
+        # What the planes hold decides: what differs cannot be told by any shape.
+        assert [each.shape for each in planes(loaded, index)] == forged.shapes[index], layout
+
+
+def test_forged_planes_come_and_go(forged):
+    names = [name for name in forged.header if name != "__metadata__"]
+    for name in names:
+        forged.without(name)
+        with pytest.raises(CorruptCache, match="missing and"):
+            PagedKVCache.load(forged.path)
+    forged.with_plane("0.key_map.mean", torch.zeros(2, 32))
+    with pytest.raises(CorruptCache, match="besides them"):
+        PagedKVCache.load(forged.path)
+    for bad in (torch.zeros(2, 32), torch.full((2, 32), torch.nan), torch.ones(3, 32)):
+        forged.with_plane("0.key_map.scale", bad)
+        with pytest.raises(CorruptCache, match=r"key.map"):
+            PagedKVCache.load(forged.path)
+    forged.with_plane("0.key_map.scale", torch.ones(2, 32))
+    assert PagedKVCache.load(forged.path)[0].layer(0).key_map is not None
+
+
+def test_random_damage_is_found(forged):
+    """Bytes flipped, taken out, put in: CorruptCache, or the very same cache."""
+    whole, draw = forged.path.read_bytes(), random.Random(7)
+    for _ in range(400):
+        made = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(1500 if draw.random() < 0.7 else len(made))
+            act = draw.randrange(4)
+            if act == 0:
+                made[at] ^= 1 << draw.randrange(8)
+            elif act == 1:
+                del made[at : at + draw.randint(1, 40)]
+            elif act == 2:
+                made[at:at] = draw.randbytes(draw.randint(1, 9))
+            else:
+                made[at : at + 8] = draw.choice([b"\0" * 8, b"\xff" * 8, b"[[[[[[[[", b"99999999"])
+        forged.path.write_bytes(made)
+        try:
+            loaded, note = PagedKVCache.load(forged.path)
+        except CorruptCache:
+            continue
+        assert note == {"tokens": [1]} and loaded.layouts == forged.layouts
+        for mine, theirs in zip(forged.planes, planes(loaded), strict=True):
+            assert torch.equal(mine, theirs)

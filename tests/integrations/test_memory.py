@@ -1,13 +1,14 @@
 """What a cache holds: pages that no query will see are given back, and nothing else changes."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.cache.saved import SavedPages, read_pages, write_pages
+from quantpage.cache.saved import read_pages, write_pages
 from quantpage.errors import CacheError, CorruptCache, OutOfPages
 from quantpage.formats import FORMATS
 from tests.integrations.tiny_models import tiny, tokens
@@ -258,6 +259,6 @@ def test_pages_without_tables_are_no_cache(tmp_path):
         attached.save_cache(cache, path)
         saved = read_pages(path)
         note = {name: each for name, each in saved.note.items() if name != "tables"}
-        write_pages(path, SavedPages(saved.layouts, saved.planes, note))
+        write_pages(path, replace(saved, note=note))
         with pytest.raises(CorruptCache, match="expected the page tables of a cache"):
             attached.load_cache(path)

@@ -17,8 +17,9 @@ from quantpage.cache.layout import CacheLayout
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.saved import SavedPages, read_pages, write_pages
 from quantpage.cache.sequence import PageCopy
+from quantpage.cache.tensor_file import shown, whole_number
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.errors import CacheError
+from quantpage.errors import CacheError, CorruptCache
 from quantpage.formats import KeyMap, QuantSpec
 from quantpage.formats.scales import ScalePair
 
@@ -142,7 +143,9 @@ class PagedKVCache:
         pages = range(self.pages) if pages is None else pages
         exact_pages = range(self.exact_pages) if exact_pages is None else exact_pages
         sizes = {"pages": len(pages), "exact_pages": len(exact_pages), "user": note or {}}
-        write_pages(path, SavedPages(self.layouts, self.to_save(pages, exact_pages), sizes))
+        counts = dict.fromkeys(self.layouts, (len(pages), len(exact_pages)))
+        planes = self.to_save(pages, exact_pages)
+        write_pages(path, SavedPages(self.layouts, counts, planes, sizes))
 
     def to_save(self, pages: Sequence[int], exact_pages: Sequence[int]) -> dict[str, Tensor]:
         """What a file keeps of every layer: these pages, and static scales, by their names."""
@@ -163,12 +166,20 @@ class PagedKVCache:
         """A cache with the saved pages, numbered from 0, and the note saved with them.
 
         expected: the layouts that the caller's model needs. Raises CorruptCache for a file that
-        is truncated, altered, or of another format.
+        is truncated, altered, or of another format, CacheError for one that cannot be read.
         """
         saved = read_pages(path, expected)
-        cache = cls(saved.note["pages"], saved.note["exact_pages"], device)
+        note = saved.note
+        if set(note) != {"pages", "exact_pages", "user"} or type(note["user"]) is not dict:
+            raise CorruptCache(f"{path}: expected the note of a PagedKVCache, got {shown(note)}")
+        sizes = (note["pages"], note["exact_pages"])
+        if not all(map(whole_number, sizes)) or any(
+            each != sizes for each in saved.counts.values()
+        ):
+            raise CorruptCache(f"{path}: expected as many pages as its layers have, got {sizes}")
+        cache = cls(*sizes, device)
         cache.fill(saved.layouts, saved.planes)
-        return cache, saved.note["user"]
+        return cache, note["user"]
 
     def fill(self, layouts: Mapping[int, CacheLayout], planes: dict[str, Tensor]) -> None:
         """Add these layers with what ``to_save`` gave of them, as many pages as there are here."""

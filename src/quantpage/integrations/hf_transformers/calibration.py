@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpage.cache.saved import checksum, write_whole
+from quantpage.cache.tensor_file import Damaged, open_whole, write_whole
 from quantpage.errors import CorruptCalibration, FormatError, UnsupportedModel
 from quantpage.formats import KeyMap, KVFormat, LayerScales, StaticScales
 from quantpage.formats.channel_ranges import ChannelRanges, Rule
@@ -82,7 +81,6 @@ class Calibration:
                     planes[f"{index}.{name}"] = plane.cpu()
         metadata = {"kind": KIND, "version": VERSION, "model": self.model}
         metadata["note"] = json.dumps(dict(self.note))
-        metadata["checksum"] = checksum(metadata, planes)
         write_whole(Path(path), planes, metadata)
 
     @classmethod
@@ -95,21 +93,14 @@ class Calibration:
                 f"got {path}"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                planes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CorruptCalibration(
-                f"{path}: expected a whole safetensors file, got {error}"
-            ) from error
-        for name, wanted in (("kind", KIND), ("version", VERSION)):
-            if metadata.get(name) != wanted:
-                raise CorruptCalibration(
-                    f"{path}: expected {name} {wanted!r}, got {metadata.get(name)!r}"
-                )
-        said = metadata.pop("checksum", "none")
-        if said != checksum(metadata, planes):
-            raise CorruptCalibration(f"{path}: expected checksum {said}: it was altered")
+            with open_whole(path) as file:
+                metadata = file.metadata
+                for name, wanted in (("kind", KIND), ("version", VERSION)):
+                    if metadata.get(name) != wanted:
+                        raise Damaged(f"expected {name} {wanted!r}, got {metadata.get(name)!r}")
+                planes = file.read()
+        except Damaged as error:
+            raise CorruptCalibration(f"{path}: {error}") from error
         indices = sorted({int(name.partition(".")[0]) for name in planes})
         layers = {
             index: LayerCalibration(

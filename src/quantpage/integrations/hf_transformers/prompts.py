@@ -14,11 +14,12 @@ from torch import Tensor
 
 from quantpage.cache import PrefixCache
 from quantpage.cache.saved import read_pages
+from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
 from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.rows import Rows
+from quantpage.integrations.hf_transformers.saved_rows import save_rows, saved_rows
 from quantpage.masks import Mask
 
 if TYPE_CHECKING:
@@ -149,21 +150,26 @@ def save_cache(attached: "Attached", cache: QuantPageCache, path: Path | str) ->
     if not cache.get_seq_length():
         raise ValueError("cache: expected one that holds tokens, got an empty one")
     cache.flush()
-    cache.rows.save(path, {"model": _digest(attached)})
+    save_rows(cache.rows, path, {"model": _digest(attached)})
 
 
+@torch.inference_mode(False)
 def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     """The cache that ``save_cache`` wrote, for the same model and formats.
 
-    Raises CorruptCache where model, formats or page size differ, or the file is damaged.
+    Raises CorruptCache where model, formats or page size differ, or the file is damaged, CacheError
+    where it cannot be read.
     """
     device = next(attached.model.parameters()).device
     saved = read_pages(path)
     if saved.note.get("model") != _digest(attached):
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
-    if "tables" not in saved.note:
-        raise CorruptCache(f"{path}: expected the page tables of a cache, got pages without them")
     empty = attached.new_cache()
+    layers = {each.index: each.reach for each in empty.paged()}
+    if set(saved.layouts) != set(layers):
+        raise CorruptCache(
+            f"{path}: expected layers {sorted(layers)}, got layers {sorted(saved.layouts)}"
+        )
     for index, layout in saved.layouts.items():
         form, page_size = empty.formats[index], empty.options.page_size
         if (form, page_size) != (layout.format, layout.page_size):
@@ -171,8 +177,12 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
                 f"{path}, layer {index}: expected {form.name} in pages of {page_size} tokens, "
                 f"got {layout.format.name} in pages of {layout.page_size}"
             )
-    made = empty.over(Rows.of_saved(empty.rows.memory, saved, device))
-    made.set_length(saved.note["length"])
+    try:
+        rows = saved_rows(empty.rows.memory, saved, layers, device)
+    except Damaged as error:
+        raise CorruptCache(f"{path}: {error}") from error
+    made = empty.over(rows)
+    made.set_length(rows.length)
     return made
 
 

@@ -7,7 +7,6 @@ out, one ``BatchPlan`` for layers of one reach) serves them all.
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +16,11 @@ from quantpage.batch import BatchPlan, ExactPlan
 from quantpage.cache import (
     CacheLayout,
     LayerKV,
-    PagedKVCache,
     Prefix,
     Reach,
     Sequence,
 )
 from quantpage.cache.reach import held_from, pages_seen
-from quantpage.cache.saved import SavedPages, write_pages
 from quantpage.errors import CacheError, OutOfPages
 from quantpage.integrations.hf_transformers.memory import Basis, Memory
 from quantpage.integrations.hf_transformers.step import Part, Step, first_there, plan_part
@@ -307,66 +304,19 @@ class Rows:
             self.tables[reach] = [sequence]
             self._length = sequence.length
 
-    def save(self, path: Path | str, note: dict[str, Any]) -> None:
-        """Write the rows and the pages that they hold to a file (cache/saved)."""
-        self.settle()
-        planes: dict[str, Tensor] = {}
-        tables = []
-        for reach, sequences in self.tables.items():
-            shelf = self.memory.shelves[reach]
-            held = [sorted(each) for each in shelf.held(sequences)]
-            planes |= shelf.store.to_save(*held)
-            number, exact_number = ({page: at for at, page in enumerate(each)} for each in held)
-            rows = [
-                {
-                    "length": each.length,
-                    "pages": [number.get(page, -1) for page in each.pages],
-                    "exact_pages": [exact_number.get(page, -1) for page in each.exact_pages],
-                }
-                for each in sequences
-            ]
-            tables.append(
-                {
-                    "reach": [reach.window, reach.chunk],
-                    "pages": len(held[0]),
-                    "exact_pages": len(held[1]),
-                    "layers": sorted(shelf.store.layouts),
-                    "rows": rows,
-                }
-            )
-        kept = None if self._kept is None else self._kept.int().tolist()
-        note = {**note, "length": self._length, "tables": tables, "kept": kept}
-        write_pages(path, SavedPages(self.memory.layouts, planes, note))
+    @property
+    def kept(self) -> Tensor | None:
+        """[rows, tokens] bool: False where a token was padding; None: never padding."""
+        return self._kept
 
-    @classmethod
-    def of_saved(cls, memory: Memory, saved: SavedPages, device: torch.device) -> "Rows":
-        """The rows that ``save`` wrote, in a memory that holds nothing yet."""
-        made, stores = cls(memory), {}
-        for table in saved.note["tables"]:
-            store = PagedKVCache(table["pages"], table["exact_pages"], device)
-            store.fill({index: saved.layouts[index] for index in table["layers"]}, saved.planes)
-            stores[Reach(*table["reach"])] = store
-        memory.fill(stores)
-        for table in saved.note["tables"]:
-            reach = Reach(*table["reach"])
-            shelf = memory.shelves[reach]
-            made.tables[reach] = [shelf.new_sequence() for _ in table["rows"]]
-            for name, pool in (("pages", shelf.pool), ("exact_pages", shelf.exact_pool)):
-                if pool is None:
-                    continue
-                # Every page of the file is held by some row: all are taken, shared, and let go
-                # once.
-                held = [pool.acquire() for _ in range(pool.free)]
-                for sequence, row in zip(made.tables[reach], table["rows"], strict=True):
-                    sequence.length = row["length"]
-                    pages = [page if page < 0 else pool.share(page) for page in row[name]]
-                    setattr(sequence, name, pages)
-                for page in held:
-                    pool.release(page)
-        if saved.note["kept"] is not None:
-            made._kept = torch.tensor(saved.note["kept"], dtype=torch.bool)
-        made._length = saved.note["length"]
-        return made
+    @property
+    def length(self) -> int:
+        """Tokens a row, padding counted."""
+        return self._length
+
+    def hold(self, tables: dict[Reach, list[Sequence]], kept: Tensor | None, length: int) -> None:
+        """Be what a file gave, in rows that hold nothing yet."""
+        self.tables, self._kept, self._length = tables, kept, length
 
     def cancel(self) -> None:
         """Take the step under way back, as if it had not begun: its tokens were not written."""
