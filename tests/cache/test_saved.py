@@ -472,3 +472,24 @@ def test_random_damage_is_found(forged):
         assert note == {"tokens": [1]} and loaded.layouts == forged.layouts
         for mine, theirs in zip(forged.planes, planes(loaded), strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_every_byte_belongs_to_one_tensor(forged):
+    names = [name for name in forged.header if name != "__metadata__"]
+    with forged.edited() as header:
+        header[names[-1]]["data_offsets"] = [each - 1 for each in header[names[-1]]["data_offsets"]]
+    with pytest.raises(CorruptCache, match="expected tensors without gap or overlap"):
+        PagedKVCache.load(forged.path)
+    forged.describe("note", forged.metadata["note"])
+    PagedKVCache.load(forged.path)
+    with open(forged.path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(CorruptCache, match="expected a whole safetensors file"):
+        PagedKVCache.load(forged.path)
+
+
+def test_a_name_twice_is_refused(forged):
+    note = forged.metadata["note"]
+    forged.describe("note", note.replace('"pages": 2', '"pages": 2, "pages": 2'))
+    with pytest.raises(CorruptCache, match="the same name twice"):
+        PagedKVCache.load(forged.path)

@@ -106,3 +106,13 @@ def test_a_layer_is_missing(attached, forged):
     forged.without("nothing")
     with pytest.raises(CorruptCache, match=r"expected layers \[0, 1"):
         attached.load_cache(forged.path)
+
+
+def test_a_page_that_a_query_sees_is_missing_in_one_fork(attached, forged):
+    for name in ("pages", "exact_pages"):
+        note = json.loads(forged.metadata["note"])
+        # Row 2 still holds what row 1 lets go.
+        note["tables"][0]["rows"][1][name][-1] = -1
+        forged.describe("note", json.dumps(note))
+        with pytest.raises(CorruptCache, match="whose last pages are still kept"):
+            attached.load_cache(forged.path)
