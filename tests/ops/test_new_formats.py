@@ -45,7 +45,7 @@ MADE = {name: KVFormat(name, spec, spec, summary="made here") for name, spec in 
 
 
 def implementations(candidates):
-    return [e for e in candidates if ".triton_" not in e.target and ".gluon_" not in e.target]
+    return [e for e in candidates if e.name not in ("triton", "gluon")]
 
 
 def call_of(kv_format):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 ANY_OBJECT = {"type": "object"}
-_WHITESPACE = {"whitespace_pattern": "[ ]?"}
+_WHITESPACE: Any = {"whitespace_pattern": "[ ]?"}
 """Between the parts of an answer; without a limit small models write spaces until the end."""
 
 
