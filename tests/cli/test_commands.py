@@ -31,7 +31,6 @@ def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
         (["generate", "--model", "x", "--prompt", " "], "expected some text"),
         (["generate", "--model", "x", "--prompt", "x", "--page-size", "0"], "page_size: expected"),
         (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int3"], "expected one of"),
-        (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int8_static"], "dynamic"),
         (["generate", "--model", "x", "--file", "nowhere"], "file: expected a text file"),
         (["capacity", "--model", ".", "--memory", "1GiB"], "expected config.json or one .gguf"),
         (["formats", "--head-dim", "-4"], "Invalid value for '--head-dim'"),

@@ -62,7 +62,7 @@ def test_a_choice_that_does_not_fit_changes_nothing():
     before = model.config._attn_implementation
     for kv_format, words in (
         ("int8,layers=3:int4", "expected layers of 0 to 2"),
-        (replace(FORMATS["int8_static"], name="given"), "given is static"),
+        (replace(FORMATS["int8_static"], name="given"), "static scales for given"),
     ):
         with pytest.raises(FormatError, match=words):
             attach(model, kv_format)
