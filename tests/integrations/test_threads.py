@@ -9,7 +9,8 @@ import torch
 import quantpage
 from quantpage.cpu_core.decoder import Decoder
 from quantpage.errors import CacheError
-from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
+from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu

@@ -15,8 +15,8 @@ from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.attach import Attached
-from quantpage.integrations.hf_transformers.cache import PagedLayer
 from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.step import Step, plan_part
 
 _MOVING_ROTATION = ("dynamic", "longrope")

@@ -13,7 +13,7 @@ from quantpage.errors import UnsupportedModel
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import cpu_step, functions
-from quantpage.integrations.hf_transformers.cache import CacheOptions, PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.coverage import (
     Coverage,
     Ledger,
@@ -30,6 +30,7 @@ from quantpage.integrations.hf_transformers.model import (
     text_config,
 )
 from quantpage.integrations.hf_transformers.own import use_attention
+from quantpage.integrations.hf_transformers.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
 from quantpage.integrations.hf_transformers.supply import Supply, attention_configs
 from quantpage.masks import Mask

@@ -28,13 +28,14 @@ from quantpage.cpu_core.products import (
 )
 from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.arguments import cache_name, take_cache
-from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.llama_like import (
     is_linear,
     is_llama_block,
     is_llama_model,
     window_of,
 )
+from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 
 
 def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:

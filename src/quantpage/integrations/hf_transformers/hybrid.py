@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from quantpage.cache import Reach
 from quantpage.formats import KVFormat
-from quantpage.integrations.hf_transformers.cache import CacheOptions, PagedLayer
+from quantpage.integrations.hf_transformers.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.rows import Rows
 
 HYBRID = tuple(

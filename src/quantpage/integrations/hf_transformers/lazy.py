@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
-    from quantpage.integrations.hf_transformers.cache import PagedLayer
+    from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 
 
 class LazyKV(torch.Tensor):

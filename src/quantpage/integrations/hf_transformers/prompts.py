@@ -16,9 +16,10 @@ from quantpage.cache import PrefixCache
 from quantpage.cache.saved import read_pages
 from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
-from quantpage.integrations.hf_transformers.cache import PagedLayer, QuantPageCache
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.saved_rows import save_rows, saved_rows
 from quantpage.masks import Mask
 
