@@ -164,13 +164,17 @@ def _counts(
     return found
 
 
+_GIVEN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that static scales may be given in."""
+
+
 def _check_planes(
     entries: Mapping[str, Entry],
     layouts: Mapping[int, CacheLayout],
     counts: Mapping[int, tuple[int, int]],
 ) -> None:
     """Exactly the tensors that such pages have, before one of them is read."""
-    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
     for index, layout in layouts.items():
         planes = _planes_of(layout, *counts[index])
         if f"{index}.key_map.scale" in entries:
@@ -185,18 +189,22 @@ def _check_planes(
         )
     for name, (dtype, shape) in wanted.items():
         entry = entries[name]
-        if (entry.dtype, entry.shape) != (dtype, shape):
+        fits = entry.dtype in _GIVEN if dtype is None else entry.dtype == dtype
+        if not fits or entry.shape != shape:
             raise Damaged(
-                f"{name}: expected {dtype} of shape {shape}, got {entry.dtype} of shape "
-                f"{entry.shape}"
+                f"{name}: expected {dtype or 'floating numbers'} of shape {shape}, got "
+                f"{entry.dtype} of shape {entry.shape}"
             )
 
 
 def _planes_of(
     layout: CacheLayout, pages: int, exact_pages: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of what ``PagedKVCache.to_save`` gives of a layer, its key map left out."""
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype and shape of what ``PagedKVCache.to_save`` gives of a layer, its key map left out.
+
+    None: static scales, which are of whatever floating dtype they were given in.
+    """
+    found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
     form = layout.format
     for half, spec, width in (
         ("key", form.key, layout.head_dim),
@@ -211,7 +219,7 @@ def _planes_of(
             if spec.dynamic:
                 shape = layout.scale_shape(spec, width, pages)
             for name in ("scale", "zero") if spec.zero_point else ("scale",):
-                found[f"{half}.{name}"] = (spec.scale_dtype, shape)
+                found[f"{half}.{name}"] = (spec.scale_dtype if spec.dynamic else None, shape)
         if form.exact_pages is not None:
             shape = (exact_pages, layout.kv_heads, layout.page_size, width)
             found[f"exact_{half}"] = (layout.dtype, shape)
