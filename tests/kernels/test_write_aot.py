@@ -12,6 +12,10 @@ pytestmark = pytest.mark.cpu
 # Of a program of two tiles of queries, or one of keys or of values, whatever the branch.
 INSTRUCTIONS = {"none": 800, "fp8": 1500, "int8": 2300, "int4": 2700, "int4 mapped": 3400}
 
+# A map of keys keeps a row's scales and means beside its numbers, at the cost of resident
+# programs. Its time on a GPU has not been measured yet.
+REGISTERS = {"int4 mapped": 144}
+
 
 @pytest.fixture(scope="module")
 def compiled():
@@ -39,5 +43,5 @@ def test_queries_are_rotated_without_shuffles(compiled):
 @pytest.mark.parametrize("name", list(INSTRUCTIONS))
 def test_registers_and_instructions_stay_in_their_budget(compiled, name):
     assert compiled[name]["spills"] == 0
-    assert compiled[name]["registers"] <= 96
+    assert compiled[name]["registers"] <= REGISTERS.get(name, 96)
     assert compiled[name]["instructions"] <= INSTRUCTIONS[name]
