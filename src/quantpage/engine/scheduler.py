@@ -88,11 +88,6 @@ class Chunk:
     answer: Answer
     tokens: int
 
-    @property
-    def last(self) -> bool:
-        """Whether the step's logits say the answer's next token."""
-        return self.answer.cached_length + self.tokens == len(self.answer.tokens)
-
 
 class Scheduler:
     """Waiting and running answers, over pools that nobody else uses."""
