@@ -229,7 +229,7 @@ MUTATIONS = (
     # Models.
     Mutation(
         "a dense reading not turned back",
-        _HF + "cache.py",
+        _HF + "paged_layer.py",
         'if pages.spec.rotation == "hadamard"',
         'if pages.spec.rotation == "none"',
         ("tests/integrations/test_hf_transformers.py",),
