@@ -95,10 +95,16 @@ def progress() -> Progress:
 
 
 def new_table(*columns: str, left: int = 1) -> Table:
-    """A table without lines down its sides: ``left`` columns of words, the others of numbers."""
+    """A table without lines down its sides: ``left`` columns of words, the others of numbers.
+
+    Long words (a format a layer) are folded, never cut off.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for at, name in enumerate(columns):
-        table.add_column(name, justify="left" if at < left else "right")
+        words = at < left
+        table.add_column(
+            name, justify="left" if words else "right", overflow="fold" if words else "ellipsis"
+        )
     return table
 
 

@@ -37,6 +37,15 @@ def test_formats_a_layer_are_rows(quantpage):
     given = ["explain", "--device", "cpu", "--kv-format", "k=int8,v=fp8,first1=int8", "--json"]
     data = json.loads(quantpage(*given).out)
     assert list(dict.fromkeys(e["format"] for e in data["choices"])) == ["k=int8,v=fp8", "int8"]
+    assert data["layers"] == {"k=int8,v=fp8": "the others", "int8": "first 1"}
+
+
+def test_of_a_model_it_says_which_layers(quantpage, folder):
+    given = ("explain", "--device", "cpu", "--model", folder, "--kv-format")
+    page = quantpage(*given, "int4,layers=0,2:k=fp8,v=int8").out
+    rows = [line.split() for line in page.splitlines() if " cpu " in line]
+    assert [row[:2] for row in rows[-2:]] == [["int4", "1"], ["k=fp8,v=int8", "0,"]]
+    assert "expected layers of 0 to 2" in quantpage(*given, "int4,layers=3:int8", code=2).err
 
 
 def test_the_same_as_data(quantpage):

@@ -17,6 +17,8 @@ from quantpage.errors import FormatError
 from quantpage.evaluate import caches, report
 from quantpage.evaluate.run import EvaluateRequest, evaluate
 from quantpage.evaluate.text import default_path
+from quantpage.formats import FORMATS, ExactPages
+from quantpage.formats.per_layer import LayerFormats
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu
@@ -66,6 +68,13 @@ def test_a_choice_a_layer_is_a_row_of_its_own(folder):
     assert pair.bytes_per_token == pytest.approx(
         (2 * eight.bytes_per_token + (eight.bytes_per_token + four.bytes_per_token) / 2) / 3
     )
+
+
+def test_choices_may_be_formats_of_ones_own(folder):
+    mine = replace(FORMATS["int8"], name="mine", exact_pages=ExactPages())
+    rows = evaluate(small(folder, formats=(mine, LayerFormats.parse("int8,first1=none"))))
+    assert [row.cache for row in rows] == ["mine", "int8,first1=none"]
+    assert rows[0].sixteen_bit_tokens == "<= 64"
 
 
 def test_the_command_writes_csv_and_markdown(folder, tmp_path, capsys):

@@ -60,6 +60,23 @@ def test_several_choices_in_one_text():
     assert split_choices("") == [] == split_choices(" , ")
 
 
+def test_a_misspelled_rule_stays_with_its_choice():
+    assert split_choices("int8,int4,layer=3:int8") == ["int8", "int4,layer=3:int8"]
+
+
+def test_which_layers_have_which_format():
+    formats = LayerFormats.parse("int4,first2=int8,layers=4,6-7:fp8,last1=int8")
+    assert {form.name: words for form, words in formats.places().items()} == {
+        "int4": "the others", "int8": "first 2, last 1", "fp8": "4, 6-7",
+    }  # fmt: skip
+    assert {form.name: words for form, words in formats.places(10).items()} == {
+        "int4": "2-3, 5, 8", "int8": "0-1, 9", "fp8": "4, 6-7",
+    }  # fmt: skip
+    assert LayerFormats.parse("int8").places() == {FORMATS["int8"]: "all"}
+    covered = LayerFormats.parse("int4,first2=int8").places(2)
+    assert covered == {FORMATS["int8"]: "0-1"}, "a format that no layer has is not listed"
+
+
 def test_a_format_of_ones_own():
     mine = replace(FORMATS["int8"], name="mine", exact_pages=FORMATS["int4"].exact_pages)
     assert LayerFormats.of(mine).of_layers(2) == (mine, mine)
@@ -79,6 +96,11 @@ def test_aliases_are_named_by_our_name():
     [
         ("", "got ''"),
         ("int8,", "got ''"),
+        ("layers=0-3:int8", "a format for all other layers first, such as int4,layers=0-3:int8"),
+        ("first2=int8,int4", "a format for all other layers first"),
+        ("int8,layer=0:int4", r"got 'layer=0:int4' \(did you mean layers=0:int4\?\)"),
+        ("int8,frist2=int4", r"got 'frist2=int4' \(did you mean first2=int4\?\)"),
+        ("int8,Last1=int4", r"got 'Last1=int4' \(did you mean last1=int4\?\)"),
         ("int8,first0=int4", "got 'first0=int4'"),
         ("int8,middle2=int4", "got 'middle2=int4'"),
         ("int8,first2=int3", r"got 'int3' \(did you mean int8\?\)"),
@@ -88,8 +110,9 @@ def test_aliases_are_named_by_our_name():
         ("int8,layers=:int4", "expected layers such as 0-3,20"),
         ("int8,layers=5-2:int4", "expected layers such as 0-3,20"),
         ("int8,layers=-1:int4", "expected layers such as 0-3,20"),
-        ("k=int8", "got 'k=int8'"),
-        ("v=int8,first1=int4", "got 'v=int8'"),
+        ("k=int8", "values by name, such as k=int8,v=int8; got 'k=int8'"),
+        ("k=int8,w=int4", "got 'k=int8'"),
+        ("v=int8,first1=int4", "such as v=int8,k=int8; got 'v=int8'"),
         ("k=int8,v=int4,k=int8", "got 'k=int8'"),
         ("k=int8,v=int3", "got 'int3'"),
         ("k=int8,v=", "got ''"),

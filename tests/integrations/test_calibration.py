@@ -12,6 +12,7 @@ import quantpage
 from quantpage.cli.app import run
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import FORMATS
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
 from tests.integrations.tiny_models import save_tiny, tiny, tokens
 
@@ -160,6 +161,28 @@ def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
     assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int5"]) == 2
     assert run(["calibrate", *given, "--out", str(tmp_path), "--tokens", "1024"]) == 2
     assert run(["calibrate", *given, "--out", str(out), "--window", "9000"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "mapped", "given"),
+    [
+        ("k=int8,v=int8_static", [0, 1, 2], [0, 1, 2]),
+        ("k=int8_static,v=int4", [], [0, 1, 2]),
+        ("k=none,v=fp8_static,layers=1:int8", [1], [0, 2]),
+    ],
+)
+def test_one_half_given_and_the_other_not(model, tmp_path, name, mapped, given):
+    path = tmp_path / "halves.safetensors"
+    found = calibrate(model, texts(), LayerFormats.parse(name).of_layers(3), {})
+    assert (sorted(found.layers), sorted(found.static)) == (mapped, given)
+    found.save(path)
+    ids = next(iter(texts()))
+    with torch.inference_mode():
+        exact = model(ids).logits.double().log_softmax(-1)
+        with quantpage.attach(model, name, page_size=16, calibration=path) as attached:
+            near = model(ids).logits.double().log_softmax(-1)
+            assert sorted(attached.options.key_maps) == mapped
+    assert 1e-7 < float((exact.exp() * (exact - near)).sum(-1).mean()) < 0.2
 
 
 @pytest.mark.parametrize("rule", ["absmax", "percentile", "mse"])

@@ -12,7 +12,7 @@ before its result agrees with plain torch.
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
-from quantpage.formats import FORMATS, QuantSpec
+from quantpage.formats import QuantSpec, find_format
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info
 from quantpage.ops.attend import CANDIDATES, AttendParams, attend, cpu
 
@@ -58,8 +59,6 @@ CASES = [
     *(Case(f"prompt {n}", 1, n, n, *LLAMA) for n in (1024, 2048)),
     *(Case(f"SmolLM2 prompt {n}", 1, n, n, *SMOL) for n in (1024, 4096)),
 ]
-DECODE_FORMATS = ("int8", "int4", "k8v4", "fp8", "none")
-PROMPT_FORMATS = ("int8", "int4", "fp8", "none")
 
 
 def as_cached(x: torch.Tensor) -> torch.Tensor:
@@ -86,14 +85,13 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
 
 def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     """A layer and the step over it, pages in random order, exact ones where the format has some."""
-    pages = -(-case.context // case.page_size)
+    form, pages = find_format(name), -(-case.context // case.page_size)
     order = torch.randperm(case.requests * pages).view(case.requests, pages).tolist()
     key, value = (
-        random_pages(spec, case.requests * pages, case)
-        for spec in (FORMATS[name].key, FORMATS[name].value)
+        random_pages(spec, case.requests * pages, case) for spec in (form.key, form.value)
     )
     exact, exact_key, exact_value = None, None, None
-    if FORMATS[name].exact_pages is not None:
+    if form.exact_pages is not None:
         # The first page, those of the new tokens, and the one before.
         first = (case.context - case.new) // case.page_size - 1
         count = sum(page == 0 or page >= first for page in range(pages))
@@ -131,7 +129,7 @@ def gate(name: str, case: Case) -> None:
         assert error < 1e-3, f"{name}, {ISAS[isa]}: {error:.1e} off plain torch"
 
 
-def contenders(case: Case) -> dict[str, Callable[[int], object]]:
+def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], object]]:
     """What is timed, by name; each takes the number of the sample."""
     decode = case.new == 1
     codes = case.requests * case.context * case.kv_heads * case.head_dim * 2
@@ -150,7 +148,7 @@ def contenders(case: Case) -> dict[str, Callable[[int], object]]:
             tensors = [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])]
             found[label] = partial(_prompt_sdpa, tensors)
     library, threads = core(), torch.get_num_threads()
-    for name in DECODE_FORMATS if decode else PROMPT_FORMATS:
+    for name in formats:
         made = [random_layer(name, case) for _ in range(layers)]
 
         def run(i: int, made: list = made, isa: int = library.isa) -> object:
@@ -208,11 +206,11 @@ def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[s
     return answer
 
 
-def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
+def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str, object]]:
     """CSV rows of one case, after the gate."""
-    for name in DECODE_FORMATS if case.new == 1 else PROMPT_FORMATS:
+    for name in formats:
         gate(name, case)
-    measured = measure(contenders(case), seconds)
+    measured = measure(contenders(case, formats), seconds)
     device = device_info("cpu").name
     commit = current_commit()
     rows = []
@@ -244,11 +242,14 @@ def rows_of(case: Case, seconds: float) -> list[dict[str, object]]:
     return rows
 
 
-def run(out: Path, threads: int, seconds: float, only: str) -> None:
+def run(out: Path, threads: int, seconds: float, only: str, formats: Sequence[str]) -> None:
     """Measure, print, and write the rows after every case.
 
-    seconds: of each case, about. only: cases whose name contains this.
+    seconds: of each case, about. only: cases whose name contains this. formats: names for
+    ``find_format``, of dynamic formats.
     """
+    for name in formats:
+        LayerFormats.of(find_format(name)).refuse_static()
     cases = [case for case in CASES if only in case.name]
     if not cases:
         names = ", ".join(case.name for case in CASES)
@@ -260,7 +261,7 @@ def run(out: Path, threads: int, seconds: float, only: str) -> None:
     )  # fmt: skip
     rows: list[dict[str, object]] = []
     for case in cases:
-        fresh = rows_of(case, seconds)
+        fresh = rows_of(case, seconds, formats)
         rows += fresh
         for row in fresh:
             show(row)

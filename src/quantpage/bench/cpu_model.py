@@ -25,17 +25,19 @@ from quantpage.bench.measure import RowPrinter, current_commit, write_table
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
-from quantpage.integrations.hf_transformers.model import load_model, model_shape
+from quantpage.integrations.hf_transformers.model import check_format, load_model, model_shape
 from quantpage.integrations.int8_weights import quantize_weights
 
-RUNS = (
-    ("transformers", None, "bf16"),
+Run = tuple[str, str | None, str]
+"""What it is called, cache format (None: Transformers' DynamicCache), weights."""
+REFERENCE: Run = ("transformers", None, "bf16")
+RUNS: tuple[Run, ...] = (
     ("none", "none", "bf16"),
     ("int8", "int8", "bf16"),
     ("int8", "int8", "int8"),
     ("int4", "int4", "int8"),
 )
-"""What it is called, cache format (None: Transformers' DynamicCache), weights."""
+"""Beside the reference, where no formats are asked for."""
 
 
 class Stepper:
@@ -104,10 +106,12 @@ def measure(
     return answer
 
 
-def prepare(plain: Any, prompts: bool, context: int) -> dict[tuple[str, str], Any]:
+def prepare(
+    plain: Any, prompts: bool, context: int, runs: Sequence[Run]
+) -> dict[tuple[str, str], Any]:
     """What takes its turn, by cache and weights, each with a model of its own."""
     ready: dict[tuple[str, str], Any] = {}
-    for name, kv_format, weights in RUNS:
+    for name, kv_format, weights in (REFERENCE, *runs):
         model = copy.deepcopy(plain)
         if weights == "int8":
             quantize_weights(model)
@@ -117,9 +121,21 @@ def prepare(plain: Any, prompts: bool, context: int) -> dict[tuple[str, str], An
 
 @torch.inference_mode()
 def run(
-    model: str, out: Path, threads: int, contexts: Sequence[int], prompts: bool, steps: int
+    model: str,
+    out: Path,
+    threads: int,
+    contexts: Sequence[int],
+    prompts: bool,
+    steps: int,
+    formats: Sequence[str] = (),
 ) -> None:
-    """Measure every context and write the CSV; prompts: whole prompts, not decode steps."""
+    """Measure every context and write the CSV; prompts: whole prompts, not decode steps.
+
+    formats: what ``attach`` takes, with the weights as they are; empty: RUNS.
+    """
+    for each in formats:
+        check_format(model, each)
+    runs = tuple((each, each, "bf16") for each in formats) or RUNS
     torch.set_num_threads(threads)
     plain, _ = load_model(model, torch.bfloat16)
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -132,7 +148,7 @@ def run(
     )
     rows = []
     for context in contexts:
-        ready = prepare(plain, prompts, context)
+        ready = prepare(plain, prompts, context, runs)
         taken = {key: each.step for key, each in ready.items()}
         measured = measure(taken, warmup, steps, clock)
         tokens = context if prompts else 1

@@ -7,6 +7,7 @@ import torch
 import typer
 
 from quantpage.cli.options import Model, check_writable, with_common
+from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import find_device
 
 app = typer.Typer(
@@ -143,7 +144,8 @@ def gpu_model(
     _ready(out)
     from quantpage.bench.gpu_model import GpuModelRequest, run
 
-    run(GpuModelRequest(batch, context, layers, steps, _names(formats), profile, out, commit))
+    names = tuple(split_choices(formats))
+    run(GpuModelRequest(batch, context, layers, steps, names, profile, out, commit))
 
 
 def cpu(
@@ -151,12 +153,16 @@ def cpu(
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Of each case, about.")] = 8.0,
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    formats: Annotated[
+        str, typer.Option(help="Separated by ','; keys and values apart: k=int8,v=int4.")
+    ] = "int8,int4,k8v4,fp8,none",
 ) -> None:
     """The compiled core's attention beside SDPA and a plain read (CPU)."""
     check_writable(out, "out")
     from quantpage.bench.cpu import run
 
-    run(out, threads or torch.get_num_threads(), seconds, only)
+    names = split_choices(formats)
+    run(out, threads or torch.get_num_threads(), seconds, only, names)
 
 
 def cpu_model(
@@ -166,13 +172,18 @@ def cpu_model(
     contexts: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "512,2048,8192",
     prompts: Annotated[bool, typer.Option("--prompts", help="Prompts, not decode steps.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 24,
+    formats: Annotated[
+        str,
+        typer.Option(help="Separated by ',', also one a layer; default: int8, int4 and none."),
+    ] = "",
 ) -> None:
     """A real model's decode steps beside Transformers' cache (CPU)."""
     check_writable(out, "out")
     from quantpage.bench.cpu_model import run
 
     tokens = _numbers(contexts, "contexts")
-    run(model, out, threads or torch.get_num_threads(), tokens, prompts, steps)
+    names = split_choices(formats)
+    run(model, out, threads or torch.get_num_threads(), tokens, prompts, steps, names)
 
 
 def bookkeeping(
@@ -206,7 +217,12 @@ def memory(
             f"model, shape: expected a folder or one of {', '.join(SHAPES)}; got {model or shape!r}"
         )
     run(
-        model or shape, _names(formats), context, page_size, threads or torch.get_num_threads(), out
+        model or shape,
+        split_choices(formats),
+        context,
+        page_size,
+        threads or torch.get_num_threads(),
+        out,
     )
 
 

@@ -1,6 +1,6 @@
 """`quantpage explain`: the device, what runs for each op and format, and every refusal once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from quantpage.explain import (
     explain,
     support_matrix,
 )
-from quantpage.formats import FORMATS, find_format
+from quantpage.formats import FORMATS, KVFormat, find_format
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import DeviceInfo, device_info, find_device
 from quantpage.ops.dispatch import Call
@@ -55,19 +55,25 @@ def command(
     if mask not in MASKS:
         raise ValueError(f"mask: expected causal, full or interval, got {mask!r}")
     info = device_info(find_device(device))
-    heads = {} if model is None else _heads(model)
+    heads, layers = ({}, None) if model is None else _heads(model)
     call = replace(example_call(info, FORMATS["none"], mask), **heads)
     if why is not None:
         _print_why(replace(call, format=find_format(why[0])), why[1], as_json)
         return
-    formats = FORMATS.values() if kv_format is None else LayerFormats.parse(kv_format).formats
+    formats: Sequence[KVFormat] = list(FORMATS.values())
+    places: dict[str, str] = {}
+    if kv_format is not None:
+        chosen = LayerFormats.parse(kv_format)
+        named = chosen.places(layers)
+        formats = list(named)
+        places = {each.name: words for each, words in named.items()} if chosen.rules else {}
     choices = [choice for each in formats for choice in explain(replace(call, format=each))]
     if as_json:
-        console.print_json(_as_data(call, choices))
+        console.print_json(_as_data(call, choices, places))
         return
     console.print_facts(_environment(info))
     console.OUT.print(f"\n{_heads_in_words(call)}")
-    _print_table(choices)
+    _print_table(choices, places)
     _print_refusals(choices)
 
 
@@ -107,11 +113,12 @@ def _heads_in_words(call: Call) -> str:
     )
 
 
-def _print_table(choices: Sequence[Choice]) -> None:
-    table = console.new_table("format", *OPS, left=1 + len(OPS))
+def _print_table(choices: Sequence[Choice], places: Mapping[str, str]) -> None:
+    columns = ("format", *(["layers"] if places else []), *OPS)
+    table = console.new_table(*columns, left=len(columns))
     for name in dict.fromkeys(each.format for each in choices):
         chosen = {each.op: each.chosen or "nothing" for each in choices if each.format == name}
-        table.add_row(name, *(chosen[op] for op in OPS))
+        table.add_row(name, *([places[name]] if places else []), *(chosen[op] for op in OPS))
     console.OUT.print(table)
 
 
@@ -143,7 +150,7 @@ def _print_why(call: Call, op: str, as_json: bool) -> None:
         console.print_line(f"  {who}: {' '.join(reasons) or serves}")
 
 
-def _as_data(call: Call, choices: Sequence[Choice]) -> dict[str, Any]:
+def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -> dict[str, Any]:
     return {
         "environment": _environment(call.device),
         "call": {
@@ -154,25 +161,28 @@ def _as_data(call: Call, choices: Sequence[Choice]) -> dict[str, Any]:
             "page_size": call.page_size,
             "mask": call.mask,
         },
+        "layers": dict(places),
         "choices": [asdict(choice) for choice in choices],
     }
 
 
-def _heads(model: str) -> dict[str, Any]:
-    """What a model folder's configuration says of a ``Call``."""
+def _heads(model: str) -> tuple[dict[str, Any], int]:
+    """(what a model folder's configuration says of a ``Call``, its layers)."""
     from quantpage.integrations.hf_transformers.model import (
         load_config,
         model_shape,
+        reaches_of,
         refuse_unsupported,
     )
 
     config = load_config(model)
     refuse_unsupported(config)
     shape = model_shape(config)
-    return {
+    heads = {
         "dtype": shape.dtype,
         "q_heads": shape.q_heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "value_head_dim": shape.head_dim,
     }
+    return heads, len(reaches_of(config))

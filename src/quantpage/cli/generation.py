@@ -11,11 +11,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from quantpage import console
 from quantpage.cache.layout import PAGE_SIZES
-from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.arguments import caches_in
-from quantpage.integrations.hf_transformers.model import load_model, text_config
+from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("model", "int8")
@@ -126,7 +125,7 @@ class Session:
 
     def __init__(self, request: GenerateRequest) -> None:
         """Load, and encode every prompt; ValueError for one that does not fit the model."""
-        LayerFormats.parse(request.kv_format)
+        check_format(request.model, request.kv_format)
         device = find_device(request.device)
         dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
         self.request = request

@@ -1,6 +1,6 @@
 """What is compared: our formats, and the quantized caches that Transformers has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from quantpage.evaluate.score import Attaching
-from quantpage.formats import FORMATS
+from quantpage.formats import FORMATS, KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.model import model_shape
@@ -23,7 +23,7 @@ class Candidate:
     """One row of the table."""
 
     name: str
-    """Of FORMATS, or 'hf-' and the backend and bits of a cache of Transformers."""
+    """Of a choice of formats, or 'hf-' and the backend and bits of a cache of Transformers."""
     bits_per_value: float
     """In the body: codes with their share of scales and zeros; 16 for unquantized."""
     bytes_per_token: float
@@ -36,10 +36,16 @@ class Candidate:
     """Where key maps come from."""
 
 
-def ours(config: Any, name: str, page_size: int, calibration: str = "auto") -> Candidate:
+def ours(
+    config: Any,
+    choice: str | KVFormat | LayerFormats,
+    page_size: int,
+    calibration: str = "auto",
+) -> Candidate:
     """A row for one of our formats, or for one a layer."""
+    formats = LayerFormats.of(choice)
     shape = replace(cache_shape(config), dtype=torch.bfloat16)
-    layouts = [plan.layout for plan in shape.layers(LayerFormats.parse(name), page_size)]
+    layouts = [plan.layout for plan in shape.layers(formats, page_size)]
     bits, numbers = 0.0, 0
     for each in layouts:
         for spec, width in ((each.format.key, each.head_dim), (each.format.value, each.v_dim)):
@@ -53,11 +59,11 @@ def ours(config: Any, name: str, page_size: int, calibration: str = "auto") -> C
 
     @contextmanager
     def attaching(model: Any) -> Iterator[Callable[[], Any]]:
-        with attach(model, kv_format=name, page_size=page_size, calibration=wanted) as attached:
+        with attach(model, formats, page_size=page_size, calibration=wanted) as attached:
             yield attached.new_cache
 
     return Candidate(
-        name=name,
+        name=choice if isinstance(choice, str) else formats.name,
         bits_per_value=bits / numbers,
         bytes_per_token=sum(each.bytes_per_token() for each in layouts),
         sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
@@ -128,21 +134,25 @@ def unquantized(model: Any) -> Iterator[Callable[[], Any]]:
 
 
 def find_candidates(
-    config: Any, names: list[str], page_size: int, calibration: str = "auto"
+    config: Any,
+    choices: Sequence[str | KVFormat | LayerFormats],
+    page_size: int,
+    calibration: str = "auto",
 ) -> list[Candidate]:
-    """A row for each name: of PEERS, or whatever LayerFormats reads."""
+    """A row for each choice: a name of PEERS, or whatever LayerFormats takes."""
     found = []
-    for name in names:
-        if name in PEERS:
-            found.append(peer(config, name))
+    for choice in choices:
+        if isinstance(choice, str) and choice in PEERS:
+            found.append(peer(config, choice))
             continue
-        static = not all(each.dynamic for each in LayerFormats.parse(name).formats)
+        formats = LayerFormats.of(choice)
+        static = not all(each.dynamic for each in formats.formats)
         if static and calibration in ("auto", "none"):
             raise ValueError(
-                f"formats: {name} needs given scales; expected dynamic formats, or a file of "
-                "`quantpage calibrate`"
+                f"formats: {formats.name} needs given scales; expected dynamic formats, or a file "
+                "of `quantpage calibrate`"
             )
-        found.append(ours(config, name, page_size, calibration))
+        found.append(ours(config, choice, page_size, calibration))
     return found
 
 

@@ -64,7 +64,10 @@ def to_table(rows: Sequence[Row], title: str) -> Table:
     for name, _ in _COLUMNS:
         left = name == "cache"
         heading = name.replace("/", "/\n").replace(" ", "\n")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        # A format a layer is as long as it is; figures are never broken.
+        table.add_column(
+            heading, justify="left" if left else "right", no_wrap=not left, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(show(row).replace(", ", ",\n") for _, show in _COLUMNS))
     return table

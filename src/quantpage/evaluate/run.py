@@ -15,6 +15,8 @@ from quantpage.evaluate.caches import Candidate, default_names, find_candidates,
 from quantpage.evaluate.report import Row
 from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
+from quantpage.formats import KVFormat
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers.model import load_config, load_model, text_config
 
@@ -28,8 +30,9 @@ class EvaluateRequest:
     model: str
     text: Path | None = None
     """A text file in UTF-8; None: Jane Austen's novels, kept in the user's cache folder."""
-    formats: tuple[str, ...] = ()
-    """Names of FORMATS and PEERS; empty: every dynamic format and every peer that is installed."""
+    formats: tuple[str | KVFormat | LayerFormats, ...] = ()
+    """Whatever ``attach`` takes, and names of PEERS; empty: every dynamic format and every peer
+    that is installed."""
     windows: int = 2
     prompt: int = 1024
     """Tokens read before the first scored one, in each window."""

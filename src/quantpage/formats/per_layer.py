@@ -6,13 +6,15 @@ k=int8,v=int4,first1=k=none,v=int8  keys and values by name, wherever a name may
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from quantpage.errors import FormatError
 from quantpage.formats.spec import KVFormat
 from quantpage.formats.table import find_format
 
+_KINDS = ("first", "last", "layers")
 _END = re.compile(r"(first|last)([1-9][0-9]*)=(.+)")
 _LAYERS = re.compile(r"layers=([^:]*):(.+)")
 _RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
@@ -38,6 +40,13 @@ class LayerRule:
             return f"{self.kind}{self.count}="
         words = (f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
         return f"layers={','.join(words)}:"
+
+    @property
+    def words(self) -> str:
+        """The layers, for a reader: "first 2", "0-3, 20"."""
+        if self.kind != "layers":
+            return f"{self.kind} {self.count}"
+        return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
 
     def of(self, layers: int) -> Iterator[int]:
         """The layers that it names, of so many; FormatError where there are fewer."""
@@ -75,11 +84,17 @@ class LayerFormats:
     def parse(cls, text: str) -> "LayerFormats":
         """Read the module's notation; FormatError says what was wrong."""
         name, *rules = _parts(text)
+        if _is_rule(name):
+            raise FormatError(
+                f"kv_format: expected a format for all other layers first, such as int4,{text}; "
+                f"got {text!r}"
+            )
+        default = find_format(name)
         found = [_rule(each) for each in rules]
         for kind in ("first", "last"):
             if sum(each.kind == kind for each in found) > 1:
                 raise FormatError(f"kv_format: expected one rule for {kind}, got two in {text!r}")
-        return cls(find_format(name), tuple(found))
+        return cls(default, tuple(found))
 
     @property
     def name(self) -> str:
@@ -91,6 +106,20 @@ class LayerFormats:
     def formats(self) -> tuple[KVFormat, ...]:
         """Each format that is named, once."""
         return tuple(dict.fromkeys((self.default, *(each.format for each in self.rules))))
+
+    def places(self, layers: int | None = None) -> dict[KVFormat, str]:
+        """Each format and its layers, in words: "0-3, 20" of ``layers`` layers; None: as named."""
+        if layers is not None:
+            chosen = self.of_layers(layers)
+            return {
+                form: in_ranges([at for at, each in enumerate(chosen) if each == form])
+                for form in self.formats
+                if form in chosen
+            }
+        words = {self.default: ["the others" if self.rules else "all"]}
+        for rule in self.rules:
+            words.setdefault(rule.format, []).append(rule.words)
+        return {form: ", ".join(each) for form, each in words.items()}
 
     def refuse_static(self) -> None:
         """Raise FormatError for formats whose scales would have to come from outside."""
@@ -122,11 +151,27 @@ def split_choices(text: str) -> list[str]:
     """Several choices separated by commas, each with its rules: "int8,int4,first1=int8" are two."""
     choices: list[str] = []
     for part in filter(None, _parts(text)):
-        if choices and re.match(r"(first|last)[0-9]*=|layers=", part):
+        if choices and _is_rule(part):
             choices[-1] = f"{choices[-1]},{part}"
         else:
             choices.append(part)
     return choices
+
+
+def in_ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 20] -> '0-2, 20'; ascending."""
+    ends: list[list[int]] = []
+    for layer in layers:
+        if ends and layer == ends[-1][1] + 1:
+            ends[-1][1] = layer
+        else:
+            ends.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+
+
+def _is_rule(part: str) -> bool:
+    """Whether it says which layers, rightly spelled or not; k= and v= say which half."""
+    return "=" in part and re.match(r"[kv]=", part) is None
 
 
 def _parts(text: str) -> list[str]:
@@ -151,7 +196,7 @@ def _rule(text: str) -> LayerRule:
     if layers is None:
         raise FormatError(
             "kv_format: expected rules such as first2=int8, last1=none or layers=0-3,20:int8 "
-            f"after the first comma, got {text!r}"
+            f"after the first comma, got {text!r}{_meant(text)}"
         )
     ranges = []
     for word in layers[1].split(","):
@@ -162,3 +207,14 @@ def _rule(text: str) -> LayerRule:
             )
         ranges.append((int(match[1]), int(match[2] or match[1])))
     return LayerRule("layers", find_format(layers[2]), ranges=tuple(ranges))
+
+
+def _meant(text: str) -> str:
+    """What a rule that is none may have been, for an error."""
+    word = re.match(r"([A-Za-z]+)([^=]*=)", text)
+    if word is None:
+        return ""
+    near = get_close_matches(word[1].lower(), _KINDS, n=1)
+    if not near or near[0] == word[1]:
+        return ""
+    return f" (did you mean {near[0]}{text[len(word[1]) :]}?)"

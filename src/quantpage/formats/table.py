@@ -90,6 +90,13 @@ def find_format(name: str) -> KVFormat:
         return _joined(find_format(keys), find_format(values))
     found = FORMATS.get(ALIASES.get(name, name))
     if found is None:
+        half = re.match(r"([kv])=(.*)", name)
+        if half is not None:
+            other = {"k": "v", "v": "k"}[half[1]]
+            raise FormatError(
+                f"kv_format: expected keys and values by name, such as "
+                f"{half[1]}={half[2] or 'int8'},{other}=int8; got {name!r}"
+            )
         names = ", ".join(FORMATS)
         near = get_close_matches(name.lower(), [*FORMATS, *ALIASES], n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""

@@ -76,11 +76,12 @@ def serve(options: ServeOptions) -> None:
 def load(options: ServeOptions) -> tuple[Any, Served]:
     """(attached model, what is served), the engine running."""
     import quantpage
-    from quantpage.integrations.hf_transformers.model import load_model, text_config
+    from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_format(options.model, options.kv_format)
     _say(f"loading {options.model} on {device}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype, device)

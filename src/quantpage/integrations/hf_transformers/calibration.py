@@ -113,7 +113,7 @@ class Calibration:
         static = {
             index: LayerScales(**{name: planes.get(f"{index}.{name}") for name in _PLANES})
             for index in indices
-            if index not in layers
+            if any(f"{index}.{name}" in planes for name in _PLANES)
         }
         return cls(metadata["model"], layers, json.loads(metadata["note"]), static)
 
@@ -165,10 +165,10 @@ def calibrate(
     if len(static_names) > 1:
         names = ", ".join(sorted(static_names))
         raise FormatError(f"kv_format: expected one static format in all layers, got {names}")
-    if not any(form.key.quantized for form in formats):
+    if not any(form.key.quantized or not form.dynamic for form in formats):
         raise ValueError(
-            f"kv_format: expected quantized keys, as nothing else is calibrated; got "
-            f"{formats[0].name}"
+            f"kv_format: expected quantized keys or given scales, as nothing else is calibrated; "
+            f"got {formats[0].name}"
         )
     ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = {} if static_names else None
     found = measure(model, texts, SKIPPED, ranges=ranges)
@@ -186,10 +186,10 @@ def calibrate(
             assert ranges is not None
             static[index] = _static(ranges[index], formats[index], rule)
             sizes = [*ranges[index][0].low.shape, ranges[index][1].low.shape[1]]
+        key = formats[index].key
+        if not (key.quantized and key.dynamic):
             continue
-        if not formats[index].key.quantized:
-            continue
-        chosen = choose_map(_on_cpu(statistics), formats[index].key, mean)
+        chosen = choose_map(_on_cpu(statistics), key, mean)
         metric = statistics.metric.float().cpu().contiguous()
         layers[index] = LayerCalibration(chosen.key_map, metric)
         losses[str(index)] = [chosen.plain_loss, chosen.loss]

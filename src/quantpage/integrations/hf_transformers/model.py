@@ -11,6 +11,7 @@ from quantpage.cache.layout import CacheLayout
 from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.errors import UnsupportedModel
 from quantpage.formats import KVFormat
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.checkpoint import (
     check_config,
     check_weights,
@@ -139,6 +140,13 @@ def load_config(path: str | Path) -> Any:
         check_config(folder / "config.json")
     with errors_in_one_sentence(path):
         return AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+
+
+def check_format(path: str | Path, kv_format: str | KVFormat | LayerFormats) -> None:
+    """FormatError for a choice that no model, or not this one, can have; no weights are read."""
+    formats = LayerFormats.of(kv_format)
+    if formats.rules:
+        formats.of_layers(len(reaches_of(load_config(path))))
 
 
 def load_model(
