@@ -3,7 +3,7 @@
 # usage: scripts/test.sh [pytest arguments]    (with arguments: only pytest)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh requirements-dev.txt
+scripts/setup.sh requirements-dev.txt requirements-docs.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m quantpage.demo_model --to models/smollm2 > /dev/null
 if [ $# -gt 0 ]; then

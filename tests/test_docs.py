@@ -1,5 +1,5 @@
-"""The Python blocks of README.md and docs/*.md run, print what is printed below them, and links
-lead somewhere.
+"""The Python blocks of README.md and of the pages in docs/ run, print what is printed below them,
+and links lead somewhere.
 
     ```python            runs; blocks of a file share their names, from the top down
     ```python fragment   does not run: a piece of a file, or something that needs a GPU
@@ -20,7 +20,7 @@ from quantpage.explain import support_matrix
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.is_file()]
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 MODEL = "models/smollm2"
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TOKENS = re.compile(r"max_new_tokens=\d+")

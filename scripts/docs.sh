@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The documentation site in build/site, from docs/ and the docstrings; whatever is wrong with it is an error.
+# usage: scripts/docs.sh             build/site/index.html opens without a server
+#        scripts/docs.sh --serve     build it again whenever a page changes
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh requirements-docs.txt
+# Pages and docstrings alone: nothing is fetched. The theme's team warns of another project's plans.
+export NO_MKDOCS_2_WARNING=1
+if [ "${1:-}" = --serve ]; then
+  exec .venv/bin/mkdocs serve
+fi
+.venv/bin/mkdocs build --strict --quiet
+echo "docs: build/site/index.html" >&2
