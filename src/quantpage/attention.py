@@ -42,7 +42,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     each.name: each
     for each in (
         AttentionBackend("flash", ("causal", "full")),
-        AttentionBackend("flash_mask", ("causal", "full", "interval")),
+        AttentionBackend("flash_mask", ("causal", "full", "interval", "asked")),
     )
 }
 

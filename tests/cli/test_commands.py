@@ -35,7 +35,7 @@ def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
         (["capacity", "--model", ".", "--memory", "1GiB"], "expected config.json or one .gguf"),
         (["formats", "--head-dim", "-4"], "Invalid value for '--head-dim'"),
         (["explain", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N"),
-        (["explain", "--mask", "some"], "mask: expected causal, full or interval"),
+        (["explain", "--mask", "some"], "mask: expected causal, full, interval or asked"),
         (["formats", "--wrong-flag"], "No such option"),
         (["formats", "--hed-dim", "4"], "--head-dim"),
         (["formts"], "Did you mean 'formats'?"),

@@ -95,6 +95,13 @@ def test_a_mask_that_looks_ahead_is_refused():
 
     with pytest.raises(UnsupportedModel, match="no token sees a later one"):
         prompts(masks.prefix_lm(120, 100))
+    # However far into the prompt, and in whatever form it is said.
+    spans = masks.image_spans(3000, [(2500, 2900)])
+    rows = torch.stack([torch.zeros(40), torch.arange(40) + 1], -1).int().view(1, 1, 40, 1, 2)
+    rows[:, :, 30, :, 1] = 33
+    for mask, first in ((spans, 2501), (masks.RowIntervals(rows), 31), (masks.FullMask(), 1)):
+        with pytest.raises(UnsupportedModel, match=f"tokens before {first} see"):
+            prompts(mask)
     prompts(masks.CausalMask(window=30, sink_tokens=2))
     prompts(masks.causal_document([40, 80]))
 

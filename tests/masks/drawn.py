@@ -1,10 +1,28 @@
 """Masks that hypothesis draws, and one of every kind."""
 
+from dataclasses import dataclass
+
 import torch
 from hypothesis import strategies as st
 
 from quantpage import masks
 from quantpage.masks import END, ColumnIntervals, Mask, RowIntervals
+
+
+@dataclass(frozen=True, slots=True)
+class Strided(Mask):
+    """A mask of a user's own, that no list of intervals a key can say: docs/adding-a-mask.md."""
+
+    window: int
+    stride: int
+
+    def visible(self, queries, keys, request=0, kv_head=0):
+        behind = queries[:, None] - keys[None, :]
+        return (behind >= 0) & ((behind < self.window) | (keys % self.stride == 0))
+
+    def key_range(self, first_query, last_query, keys, request=0):
+        return 0, min(last_query + 1, keys)
+
 
 FORMS = [(1, True), (2, True), (2, False), (4, False)]
 

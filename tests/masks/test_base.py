@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantpage.masks import CausalMask, ColumnIntervals, FullMask, RowIntervals, TreeMask
-from tests.masks.drawn import every_kind
+from tests.masks.drawn import Strided, every_kind
 
 pytestmark = pytest.mark.cpu
 KEYS = 23
@@ -52,3 +52,38 @@ def test_a_mask_that_is_built_from_its_own_tensors_says_the_same(name):
         again = ColumnIntervals(given, mask.causal, open_end=False, lengths=mask.lengths)
     queries = torch.arange(40)
     assert torch.equal(again.materialize(queries, 40), mask.materialize(queries, 40))
+
+
+def test_a_class_of_ones_own_needs_two_methods():
+    mask = Strided(2, 3)
+    assert (mask.kind, mask.form, mask.requests, mask.heads) == ("asked", mask, 1, 1)
+    assert mask.to("cpu") is mask
+    assert (mask.described(), mask.next_cut(5, 9), mask.next_cut(12, 9)) == (0, 5, 9)
+    assert mask & FullMask() is mask
+    assert FullMask() & mask is mask
+    with pytest.raises(ValueError, match=r"one form .* got CausalMask & Strided"):
+        CausalMask() & mask
+    with pytest.raises(TypeError, match="unsupported operand"):
+        mask & 3
+
+
+def test_either_of_two_masks_may_know_what_both_show():
+    class Nothing(Strided):
+        def intersect(self, other):
+            return self
+
+    nothing = Nothing(1, 1)
+    for other in (*every_kind(16).values(), CausalMask(), Strided(2, 3)):
+        assert other & nothing is nothing
+        assert nothing & other is nothing
+
+
+@pytest.mark.parametrize("name", every_kind(16))
+def test_what_a_mask_says_of_itself_is_what_its_form_says(name):
+    mask = every_kind(16)[name]
+    form = mask.form
+    assert isinstance(form, ColumnIntervals | RowIntervals)
+    queries = torch.arange(40)
+    assert torch.equal(form.materialize(queries, 40), mask.materialize(queries, 40))
+    assert (mask.requests, mask.heads) == (form.requests, form.heads)
+    assert mask.described() == form.described() == 16

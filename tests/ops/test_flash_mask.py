@@ -2,6 +2,7 @@
 tiles than pairs.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpage import masks
+from quantpage.explain import example_call
 from quantpage.formats import FORMATS
+from quantpage.hardware import DeviceInfo, device_info
 from quantpage.masks import CausalMask, RowIntervals
-from quantpage.ops.attend import AttendParams, attend, reference, torch_blockwise
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference, torch_blockwise
 from quantpage.ops.attend.interval.plan import (
     EMPTY,
     FULL,
@@ -24,7 +27,7 @@ from quantpage.ops.attend.interval.plan import (
     tile_kinds,
 )
 from quantpage.ops.dispatch import Implementation
-from tests.masks.drawn import any_mask, every_kind
+from tests.masks.drawn import Strided, any_mask, every_kind
 from tests.ops.mask_cases import cached
 
 pytestmark = pytest.mark.cpu
@@ -195,3 +198,23 @@ def test_plan_lists_full_tiles_first_and_partial_ones_from_the_back():
 def test_lower_refuses_what_has_no_intervals():
     with pytest.raises(ValueError, match="mask: expected an interval mask, got CausalMask"):
         lower(CausalMask())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("chunk", [(0, 70), (31, 70), (69, 70)])
+def test_a_mask_without_a_form_is_asked(name, chunk):
+    """By every implementation here; GPU kernels, which read intervals, refuse it by its kind."""
+    case = cached(name, [70], dtype=torch.float32)
+    q, batch = case.step([chunk])
+    params = AttendParams(0.2, Strided(4, 16))
+    wanted, wanted_lse = reference.attend(q, case.layer, batch, params)
+    call = replace(example_call(device_info("cpu"), FORMATS[name], "asked"), head_dim=32,
+                   value_head_dim=32, page_size=16, dtype=torch.float32)  # fmt: skip
+    served = [each for each in CANDIDATES if not each.refusals(call)]
+    assert {"torch"} <= {each.name for each in served} <= {"torch", "cpu"}
+    for each in served:
+        out, lse = attend(q, case.layer, batch, params, each, model_basis=False)
+        torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
+    gpu = replace(call, device=DeviceInfo("cuda", "a GPU", (9, 0), 132, 0), dtype=torch.bfloat16)
+    assert [each.name for each in CANDIDATES if not each.refusals(gpu)] == ["torch"]

@@ -9,7 +9,6 @@ import typer
 
 import quantpage
 from quantpage.cli import (
-    INTERRUPTED,
     bench,
     calibrate,
     capacity,
@@ -20,10 +19,9 @@ from quantpage.cli import (
     generate,
     serve,
 )
+from quantpage.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, UNAVAILABLE, WRONG_INPUT
 from quantpage.cli.options import with_common
 from quantpage.errors import QuantPageError, Unavailable
-
-WRONG_INPUT, UNAVAILABLE, BROKEN_PIPE = 2, 3, 141
 
 EXTRAS = {
     "transformers": "transformers",

@@ -24,7 +24,7 @@ from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import DeviceInfo, device_info, find_device
 from quantpage.ops.dispatch import Call
 
-MASKS = ("causal", "full", "interval")
+MASKS = ("causal", "full", "interval", "asked")
 
 
 def command(
@@ -35,7 +35,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Model folder: its heads; default: those of an 8B Llama.")
     ] = None,
-    mask: Annotated[str, typer.Option(help="causal, full or interval.")] = "causal",
+    mask: Annotated[str, typer.Option(help="causal, full, interval or asked.")] = "causal",
     why: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -53,7 +53,7 @@ def command(
         print(support_matrix())
         return
     if mask not in MASKS:
-        raise ValueError(f"mask: expected causal, full or interval, got {mask!r}")
+        raise ValueError(f"mask: expected causal, full, interval or asked, got {mask!r}")
     info = device_info(find_device(device))
     heads, layers = ({}, None) if model is None else _heads(model)
     call = replace(example_call(info, FORMATS["none"], mask), **heads)

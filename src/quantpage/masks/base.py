@@ -19,18 +19,36 @@ if TYPE_CHECKING:
 class Mask(ABC):
     """What every mask can say of itself."""
 
-    kind: ClassVar[str]
-    """'causal', 'full' or 'interval': what a backend or an implementation accepts."""
+    kind: ClassVar[str] = "asked"
+    """'causal', 'full', 'interval', or 'asked' pair by pair: what a backend or an implementation
+    accepts. An interval mask has a ``form`` that kernels read."""
+
+    @property
+    def form(self) -> "Mask":
+        """The same mask as planners and kernels read it: columns, rows, or itself."""
+        return self
+
+    @property
+    def requests(self) -> int:
+        """Requests that the mask tells apart; 1: one rule for all."""
+        return 1
+
+    @property
+    def heads(self) -> int:
+        """kv_heads that the mask tells apart; 1: one rule for all."""
+        return 1
 
     @property
     def per_head(self) -> bool:
         """True where kv_heads see different keys."""
         return self.heads > 1
 
-    @property
-    def heads(self) -> int:
-        """kv_heads that the mask tells apart; 1: one rule for all."""
-        return 1
+    def described(self, request: int = 0) -> int:
+        """Positions of a request that the mask describes; past them the rule of its form goes on.
+
+        0: the rule is the same everywhere.
+        """
+        return 0
 
     @abstractmethod
     def visible(
@@ -58,13 +76,19 @@ class Mask(ABC):
         keys = torch.arange(num_keys, device=queries.device)
         return self.visible(queries, keys, request, kv_head)
 
-    def next_cut(self, position: int, length: int, request: int = 0) -> int:
-        """First place at or after ``position`` where a prompt of ``length`` tokens may be cut.
+    def cuts(self, length: int, request: int = 0) -> Bool[Tensor, " length_plus_1"]:
+        """True at each place 0 .. length where a prompt of ``length`` tokens may be cut.
 
         No query before a cut sees a key after it, so that the chunks before the cut find all of
         their keys in the cache. Causal masks may be cut anywhere.
         """
-        return min(position, length)
+        return torch.ones(length + 1, dtype=torch.bool)
+
+    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+        """First place at or after ``position`` where a prompt of ``length`` tokens may be cut."""
+        if position >= length:
+            return length
+        return position + int(self.cuts(length, request)[position:].nonzero()[0])
 
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask with its tensors, where it has any, on ``device``."""
@@ -87,11 +111,25 @@ class Mask(ABC):
         seen = self.materialize(torch.arange(tokens), tokens, request, kv_head)
         return Picture(seen, *tile)
 
-    def __and__(self, other: "Mask") -> "Mask":
-        """What both masks show, where a mask can say it; ValueError says why it cannot."""
-        from quantpage.masks.compose import intersect
+    def intersect(self, other: "Mask") -> "Mask | None":
+        """What both masks show, in a form that this class knows; None: it knows none for ``other``.
 
-        return intersect(self, other)
+        ``a & b`` asks both. ValueError where the form cannot hold it.
+        """
+        return None
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """What both masks show, where one of the two can say it; ValueError says why it cannot."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        for one, another in ((self, other), (other, self)):
+            found = one.intersect(another)
+            if found is not None:
+                return found
+        raise ValueError(
+            f"mask: expected two masks of one form (columns & columns, rows & rows, or either & "
+            f"causal), got {type(self).__name__} & {type(other).__name__}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +173,19 @@ class CausalMask(Mask):
             start = max(0, first_query - self.window + 1)
         return min(start, keys), min(last_query + 1, keys)
 
+    def intersect(self, other: Mask) -> "CausalMask | None":
+        """The narrower window of two, over the same sink tokens."""
+        if not isinstance(other, CausalMask):
+            return None
+        if self.window is None or other.window is None:
+            return self if other.window is None else other
+        if self.sink_tokens != other.sink_tokens:
+            raise ValueError(
+                "mask: expected windows with the same sink_tokens, got "
+                f"{self.sink_tokens} & {other.sink_tokens}"
+            )
+        return CausalMask(min(self.window, other.window), self.sink_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class FullMask(Mask):
@@ -158,6 +209,12 @@ class FullMask(Mask):
         """All keys."""
         return 0, keys
 
-    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+    def cuts(self, length: int, request: int = 0) -> Bool[Tensor, " length_plus_1"]:
         """Only the start and the end: every query sees every key."""
-        return 0 if position == 0 else length
+        good = torch.zeros(length + 1, dtype=torch.bool)
+        good[[0, length]] = True
+        return good
+
+    def intersect(self, other: Mask) -> Mask:
+        """The other one."""
+        return other

@@ -1,5 +1,6 @@
 """What the masks' checks share: the first offending index, and its name in an error."""
 
+import torch
 from torch import Tensor
 
 END = 2**31 - 1
@@ -36,3 +37,22 @@ def check_lengths(given: tuple[int, ...] | None, batch: int, width: int) -> tupl
         if not 0 <= length <= width:
             raise ValueError(f"lengths[{row}]: expected 0..{width}, got {length}")
     return lengths
+
+
+def common_sizes(left: torch.Size, right: torch.Size, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of ``dims`` where they agree or one is 1 (batch and heads)."""
+    sizes = []
+    for dim in dims:
+        a, b = left[dim], right[dim]
+        if a != b and (dim > 1 or 1 not in (a, b)):
+            raise ValueError(
+                f"mask: expected shapes that agree, got {tuple(left)} & {tuple(right)}"
+            )
+        sizes.append(max(a, b))
+    return tuple(sizes)
+
+
+def widened(given: tuple[int, ...] | None, batch: int) -> tuple[int, ...]:
+    """``given``, an entry a batch row, or its one entry ``batch`` times."""
+    assert given is not None
+    return given * batch if len(given) == 1 else given

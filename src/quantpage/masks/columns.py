@@ -25,8 +25,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from quantpage.masks.base import Mask
-from quantpage.masks.checks import END, check_lengths, first_bad, pick, row_name
+from quantpage.masks.base import CausalMask, Mask
+from quantpage.masks.checks import (
+    END,
+    check_lengths,
+    common_sizes,
+    first_bad,
+    pick,
+    row_name,
+    widened,
+)
 
 NAMES = {
     (1, True): ("LTS",),
@@ -88,6 +96,11 @@ class ColumnIntervals(Mask):
         """As Mask: kv_heads that were given rows of their own, or 1."""
         return self.bounds.shape[1]
 
+    @property
+    def requests(self) -> int:
+        """As Mask: batch rows, or 1."""
+        return self.bounds.shape[0]
+
     def described(self, request: int = 0) -> int:
         """Keys that the mask describes; later ones are causal."""
         assert self.lengths is not None
@@ -141,15 +154,24 @@ class ColumnIntervals(Mask):
         found = seen.nonzero()
         return (0, 0) if not len(found) else (int(found[0]), int(found[-1]) + 1)
 
-    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+    def cuts(self, length: int, request: int = 0) -> Bool[Tensor, " length_plus_1"]:
         """As Mask: a cut p is good where every key from p on has its first viewer at p or later."""
         keys = torch.arange(length, device=self.bounds.device)
         good = torch.ones(length + 1, dtype=torch.bool, device=keys.device)
-        for head in range(self.bounds.shape[1]):
+        for head in range(self.heads if length else 0):
             viewer = self._first_viewer(keys, request, head)
             earliest = viewer.flip(0).cummin(0).values.flip(0)
             good[:length] &= earliest >= keys
-        return int(good[position:].nonzero()[0]) + position if position < length else length
+        return good
+
+    def intersect(self, other: Mask) -> "ColumnIntervals | None":
+        """Another column mask, or a causal one said in columns: hidden intervals are joined.
+
+        ValueError for a key with more than two of them.
+        """
+        if isinstance(other, CausalMask):
+            other = _of_causal(other, self)
+        return _joined(self, other) if isinstance(other, ColumnIntervals) else None
 
     def to(self, device: torch.device | str) -> "ColumnIntervals":
         """The same mask on ``device``."""
@@ -198,3 +220,72 @@ class ColumnIntervals(Mask):
                     f"got {int(low[bad])} > {int(high[bad])}"
                 )
         return found
+
+
+def _of_causal(causal: CausalMask, like: ColumnIntervals) -> ColumnIntervals:
+    """A causal mask over the keys that ``like`` describes."""
+    keys = torch.arange(like.bounds.shape[-1], device=like.bounds.device)
+    after = torch.full_like(keys, END)
+    if causal.window is not None:
+        after = torch.where(keys < causal.sink_tokens, after, keys + causal.window)
+    shape = (like.bounds.shape[0], 1, len(keys), 1)
+    vector = after.view(1, 1, -1, 1).expand(shape)
+    return ColumnIntervals(vector, open_end=False, lengths=like.lengths)
+
+
+def _joined(left: ColumnIntervals, right: ColumnIntervals) -> ColumnIntervals:
+    batch, heads, width = common_sizes(left.bounds.shape, right.bounds.shape, (0, 1, 3))
+    if widened(left.lengths, batch) != widened(right.lengths, batch):
+        raise ValueError(
+            f"mask: expected masks of the same keys, got lengths {left.lengths} & {right.lengths}"
+        )
+    keys = torch.arange(width, device=left.bounds.device)
+    causal = left.causal and right.causal
+    merged = torch.empty(batch, heads, width, 4, dtype=torch.int64, device=keys.device)
+    for row in range(batch):
+        for head in range(heads):
+            parts = [*left.hidden_rows(keys, row, head), *right.hidden_rows(keys, row, head)]
+            merged[row, head] = _union(parts, row, head)
+    if causal and not bool(((merged[..., 0] < END) & (merged[..., 3] > keys)).any()):
+        # Rows before the key are one of the two intervals; the other is the lower one.
+        return ColumnIntervals(_lower(merged, keys), open_end=False, lengths=left.lengths)
+    return ColumnIntervals(merged, False, open_end=False, lengths=left.lengths)
+
+
+def _union(parts: list[Tensor], row: int, head: int) -> Tensor:
+    """Four intervals a key, [n] tensors start, end, start, end, ..; at most two, [n, 4]."""
+    starts, ends = torch.stack(parts[::2], -1), torch.stack(parts[1::2], -1)
+    empty = starts >= ends
+    starts, ends = starts.masked_fill(empty, END), ends.masked_fill(empty, 0)
+    starts, order = starts.sort(-1)
+    reach = ends.gather(-1, order).cummax(-1).values
+    # A new interval begins where a start lies past everything before it.
+    fresh = torch.ones_like(starts, dtype=torch.bool)
+    fresh[:, 1:] = starts[:, 1:] > reach[:, :-1]
+    fresh &= starts < END
+    count = fresh.sum(-1)
+    if bool((count > 2).any()):
+        key = int((count > 2).nonzero()[0])
+        raise ValueError(
+            f"mask[{row}, {head}, {key}]: expected at most 2 hidden intervals of rows a key, "
+            f"as columns hold, got {int(count[key])}"
+        )
+    rank = fresh.cumsum(-1)
+    found = []
+    for index in (2, 1):
+        own = rank == index
+        start = torch.where(own & fresh, starts, END).amin(-1)
+        end = torch.where(own & (starts < END), reach, 0).amax(-1)
+        found += [start, torch.where(start < END, end, 0)]
+    return torch.stack(found, -1)
+
+
+def _lower(merged: Tensor, keys: Tensor) -> Tensor:
+    """[.., 4] with [0, key) in one interval -> LTS, LTE of what lies at or after the key."""
+    high_start, high_end, low_start, low_end = merged.unbind(-1)
+    # Key 0 has no row before it: its only interval, if any, is the first.
+    one = high_start == END
+    past = torch.where(one, low_end, high_end)
+    start = torch.where(one, torch.maximum(low_start, keys), high_start)
+    start = torch.where(start >= past, END, start)
+    return torch.stack([start, torch.where(start == END, 0, past)], -1)

@@ -18,8 +18,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from quantpage.masks.base import Mask
-from quantpage.masks.checks import check_lengths, first_bad, pick, row_name
+from quantpage.masks.base import CausalMask, Mask
+from quantpage.masks.checks import (
+    END,
+    check_lengths,
+    common_sizes,
+    first_bad,
+    pick,
+    row_name,
+    widened,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +83,15 @@ class RowIntervals(Mask):
         """As Mask: kv_heads that were given rows of their own, or 1."""
         return self.intervals.shape[1]
 
+    @property
+    def requests(self) -> int:
+        """As Mask: batch rows, or 1."""
+        return self.intervals.shape[0]
+
+    def described(self, request: int = 0) -> int:
+        """As Mask: up to the last described query."""
+        return self.span(request)[1]
+
     def span(self, request: int = 0) -> tuple[int, int]:
         """Positions of the first described query and after the last."""
         assert self.first is not None and self.lengths is not None
@@ -129,16 +146,22 @@ class RowIntervals(Mask):
                 high = max(high, min(int(ranges[:, 1].max()), keys))
         return (low, high) if low < high else (0, 0)
 
-    def next_cut(self, position: int, length: int, request: int = 0) -> int:
+    def cuts(self, length: int, request: int = 0) -> Bool[Tensor, " length_plus_1"]:
         """As Mask: a cut p is good where no query before p sees a key from p on."""
         queries = torch.arange(length, device=self.intervals.device)
         good = torch.ones(length + 1, dtype=torch.bool, device=queries.device)
-        for head in range(self.intervals.shape[1]):
+        for head in range(self.heads if length else 0):
             # A range past the last key holds nothing.
             ranges = self.visible_ranges(queries, request, head).clamp(max=length)
             ends = torch.where(ranges[..., 0] < ranges[..., 1], ranges[..., 1], 0).amax(1)
             good[1:length] &= ends.cummax(0).values[: length - 1] <= queries[1:]
-        return int(good[position:].nonzero()[0]) + position if position < length else length
+        return good
+
+    def intersect(self, other: Mask) -> "RowIntervals | None":
+        """Another row mask, or a causal one said in rows: ranges are intersected."""
+        if isinstance(other, CausalMask):
+            other = _of_causal(other, self)
+        return _common_ranges(self, other) if isinstance(other, RowIntervals) else None
 
     def to(self, device: torch.device | str) -> "RowIntervals":
         """The same mask on ``device``."""
@@ -177,3 +200,38 @@ class RowIntervals(Mask):
                 f"{row_name(name, at)}: expected ranges sorted and disjoint, got a start of "
                 f"{int(starts[at])} after an end of {int(reach[bad])}"
             )
+
+
+def _of_causal(causal: CausalMask, like: RowIntervals) -> RowIntervals:
+    """A causal mask over the queries that ``like`` describes."""
+    batch, _, queries = like.intervals.shape[:3]
+    assert like.first is not None
+    first = torch.tensor(like.first).view(-1, 1)
+    last = first + torch.arange(queries)
+    start = torch.zeros_like(last)
+    if causal.window is not None:
+        start = (last - causal.window + 1).clamp(min=0)
+    sink = start.clamp(max=causal.sink_tokens)
+    pairs = torch.stack([torch.zeros_like(sink), sink, start, last + 1], -1)
+    intervals = pairs.view(batch, 1, queries, 2, 2).to(like.intervals.device)
+    return RowIntervals(intervals, like.first, like.lengths)
+
+
+def _common_ranges(left: RowIntervals, right: RowIntervals) -> RowIntervals:
+    a, b = left.intervals, right.intervals
+    batch, _, _ = common_sizes(a.shape, b.shape, (0, 1, 2))
+    spans = [(widened(each.first, batch), widened(each.lengths, batch)) for each in (left, right)]
+    if spans[0] != spans[1]:
+        raise ValueError(
+            "mask: expected masks of the same queries, got (first, lengths) "
+            f"{spans[0]} & {spans[1]}"
+        )
+    starts = torch.maximum(a[..., :, None, 0], b[..., None, :, 0]).flatten(-2)
+    ends = torch.minimum(a[..., :, None, 1], b[..., None, :, 1]).flatten(-2)
+    ends = torch.maximum(starts, ends)
+    empty = starts == ends
+    order = starts.masked_fill(empty, END).argsort(-1)
+    pairs = torch.stack([starts.masked_fill(empty, 0), ends.masked_fill(empty, 0)], -1)
+    pairs = pairs.gather(-2, order[..., None].expand_as(pairs))
+    used = max(1, int((~empty).sum(-1).max()) if empty.numel() else 1)
+    return RowIntervals(pairs[..., :used, :], *spans[0])

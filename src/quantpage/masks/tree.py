@@ -97,6 +97,20 @@ class TreeMask(Mask):
         """Keys up to the last query."""
         return self.rows.key_range(first_query, last_query, keys, request)
 
+    @property
+    def form(self) -> RowIntervals:
+        """As Mask: rows."""
+        return self.rows
+
+    @property
+    def requests(self) -> int:
+        """As Mask: trees, or prompts that share one."""
+        return self.rows.requests
+
+    def described(self, request: int = 0) -> int:
+        """As Mask: up to the last node."""
+        return self.rows.described(request)
+
     def to(self, device: torch.device | str) -> "TreeMask":
         """The same mask on ``device``."""
         if self.bits.device == torch.device(device):

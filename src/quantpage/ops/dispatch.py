@@ -36,7 +36,7 @@ class Call:
     page_size: int
     phase: Phase = "prefill"
     mask: str = "causal"
-    """'causal' (windows and sinks too), 'full' or 'interval'."""
+    """'causal' (windows and sinks too), 'full', 'interval' or 'asked': ``Mask.kind``."""
     in_turn: bool = False
     """Of writing: keys have a map with feedback (formats/feedback)."""
 

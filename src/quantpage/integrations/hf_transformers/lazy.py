@@ -7,25 +7,36 @@ the attention interface) dequantizes it on first touch, so that such a model sta
 merely loses the speed.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-if TYPE_CHECKING:
-    from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
+
+class Pages(Protocol):
+    """The layer whose pages a lazy tensor stands for."""
+
+    index: int
+    length: int
+    """Tokens a row, padding included."""
+
+    def serve_densely(self, why: str) -> None:
+        """Say that attention reads dense tensors instead of these pages."""
+
+    def dequantized(self, which: str) -> Tensor:
+        """[rows, kv_heads, length, head_dim] of keys ('key') or values ('value')."""
 
 
 class LazyKV(torch.Tensor):
     """[rows, kv_heads, tokens, head_dim] of keys ('key') or values ('value') of one layer."""
 
-    layer: "PagedLayer"
+    layer: Pages
     which: str
     length: int
 
     @staticmethod
-    def __new__(cls, layer: "PagedLayer", which: str, like: Tensor, length: int) -> "LazyKV":
+    def __new__(cls, layer: Pages, which: str, like: Tensor, length: int) -> "LazyKV":
         """A stand-in shaped as ``like`` but ``length`` tokens long."""
         rows, heads, _, width = like.shape
         made = torch.Tensor._make_wrapper_subclass(
@@ -91,9 +102,3 @@ def with_gradient(dense: Tensor, fresh: Tensor, ended: bool) -> Tensor:
     if ended and start:
         cached = _EndOfGradients.apply(cached, fresh)
     return torch.cat([cached, now + (fresh - fresh.detach())], 2)
-
-
-def layer_behind(key: Tensor, value: Tensor) -> "PagedLayer | None":
-    """The layer whose pages these keys and values stand for; None: other tensors."""
-    layers = [getattr(each, "layer", None) for each in (key, value)]
-    return layers[0] if layers[0] is layers[1] else None

@@ -369,3 +369,9 @@ class PagedLayer(CacheLayerMixin):
             page_size=self.layout.page_size,
             in_turn=mapped is not None and mapped.feedback is not None,
         )
+
+
+def layer_behind(key: Tensor, value: Tensor) -> PagedLayer | None:
+    """The layer whose pages these keys and values stand for; None: other tensors."""
+    layers = [getattr(each, "layer", None) for each in (key, value)]
+    return layers[0] if layers[0] is layers[1] else None

@@ -6,11 +6,11 @@ to another process.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantpage.cache import PrefixCache
 from quantpage.cache.saved import read_pages
@@ -18,13 +18,21 @@ from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.digest import model_digest
+from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
+from quantpage.integrations.hf_transformers.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.saved_rows import save_rows, saved_rows
 from quantpage.masks import Mask
 
-if TYPE_CHECKING:
-    from quantpage.integrations.hf_transformers.attach import Attached
+
+class Caching(Protocol):
+    """An attached model, which makes caches."""
+
+    model: nn.Module
+    options: CacheOptions
+
+    def new_cache(self, memory: Memory | None = None) -> QuantPageCache:
+        """An empty cache, in a memory of its own where none is given."""
 
 
 class Prompts:
@@ -34,7 +42,7 @@ class Prompts:
     pictures or sound, are no part of a prompt's tokens: ``salt`` names them.
     """
 
-    def __init__(self, attached: "Attached", max_pages: int | None = None) -> None:
+    def __init__(self, attached: Caching, max_pages: int | None = None) -> None:
         """max_pages: remembered at most, least recently used out first, as soon as no cache reads
         them; None: no limit."""
         self._attached, self._max_pages = attached, max_pages
@@ -145,7 +153,7 @@ class Prompts:
                 each.evict(max(0, len(each) - self._max_pages))
 
 
-def save_cache(attached: "Attached", cache: QuantPageCache, path: Path | str) -> None:
+def save_cache(attached: Caching, cache: QuantPageCache, path: Path | str) -> None:
     """Write what ``cache`` holds to a file, whole or not at all."""
     _refuse_other_state(cache)
     if not cache.get_seq_length():
@@ -155,7 +163,7 @@ def save_cache(attached: "Attached", cache: QuantPageCache, path: Path | str) ->
 
 
 @torch.inference_mode(False)
-def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
+def load_cache(attached: Caching, path: Path | str) -> QuantPageCache:
     """The cache that ``save_cache`` wrote, for the same model and formats.
 
     Raises CorruptCache where model, formats or page size differ, or the file is damaged, CacheError
@@ -187,23 +195,22 @@ def load_cache(attached: "Attached", path: Path | str) -> QuantPageCache:
     return made
 
 
-def _digest(attached: "Attached") -> str:
+def _digest(attached: Caching) -> str:
     return model_digest(attached.model, attached.options.mask)
 
 
 def _refuse_look_ahead(mask: Mask) -> None:
     """UnsupportedModel where a token sees later ones: its keys depend on what follows it."""
-    bounds = getattr(mask, "bounds", None)
-    described = bounds.shape[-2] if isinstance(bounds, Tensor) else 0
-    length = max(described, 1024) + 1
-    if mask.kind == "causal" or getattr(mask, "causal", False):
-        return
-    bad = next((at for at in range(1, length) if mask.next_cut(at, length) != at), None)
-    if bad is not None:
-        raise UnsupportedModel(
-            f"mask: expected one under which no token sees a later one, as a page is known by the "
-            f"tokens up to its end; got one in which tokens before {bad} see tokens after it"
-        )
+    for request in range(mask.requests):
+        # Past what it describes a mask is causal, unless it is another rule everywhere.
+        length = max(mask.described(request), 1) + 1
+        closed = (~mask.cuts(length, request)).nonzero()
+        if len(closed):
+            raise UnsupportedModel(
+                f"mask: expected one under which no token sees a later one, as a page is known by "
+                f"the tokens up to its end; got one in which tokens before "
+                f"{int(closed[0])} see tokens after it"
+            )
 
 
 def _length_limit(config: Any) -> int | None:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.masks import ColumnIntervals, Mask, RowIntervals, TreeMask
+from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 
 QUERY_TILE = 128
 
@@ -29,7 +29,7 @@ def intervals_of(mask: Mask, batch: BatchPlan, kv_heads: int) -> Intervals:
     """
     global _last
     heads = kv_heads if mask.per_head else 1
-    form = mask.rows if isinstance(mask, TreeMask) else mask
+    form = mask.form
     facts: tuple[object, ...]
     if isinstance(form, ColumnIntervals):
         said, facts = form.bounds, ("columns", form.causal, form.lengths)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quantpage.masks import CausalMask, ColumnIntervals, Mask, RowIntervals, TreeMask
+from quantpage.masks import CausalMask, Mask
 
 Segment = Literal["all", "body", "exact"]
 """Which of the keys that the mask shows take part (formats with exact pages only).
@@ -100,18 +100,8 @@ class AttendParams:
             None if sinks is None else sinks.device,
             mask.kind,
             mask.window if isinstance(mask, CausalMask) and not mask.sink_tokens else None,
-            *_described(mask),
+            mask.requests,
+            mask.heads,
             self.checked,
         )
         object.__setattr__(self, "facts", facts)
-
-
-def _described(mask: Mask) -> tuple[int, int]:
-    """Requests and kv_heads that a mask tells apart."""
-    if isinstance(mask, TreeMask):
-        mask = mask.rows
-    if isinstance(mask, ColumnIntervals):
-        return mask.bounds.shape[0], mask.bounds.shape[1]
-    if isinstance(mask, RowIntervals):
-        return mask.intervals.shape[0], mask.intervals.shape[1]
-    return 1, 1

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend.interval.plan import EMPTY, FULL, tile_kinds
 from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact_pairs
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
@@ -120,8 +119,8 @@ def _tile_kinds(
     """Of each key tile: hidden from the whole query tile, and shown to all of it."""
     mask = params.mask
     count = len(range(keys[0], keys[1], KEY_TILE))
-    if not count or isinstance(mask, CausalMask | FullMask):
-        # ``key_range`` has left out what these hide.
+    if not count or mask.kind != "interval":
+        # ``key_range`` has left out what the others hide, as far as they say.
         return [False] * count, [False] * count
     kinds = torch.stack(
         [

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.masks import END, ColumnIntervals, Mask, RowIntervals, TreeMask
+from quantpage.masks import END, ColumnIntervals, Mask, RowIntervals
 from quantpage.ops.attend.params import Segment, exact_band
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -51,10 +51,9 @@ class MaskPlan:
 
 def lower(mask: Mask) -> ColumnIntervals | RowIntervals:
     """The form that planners and kernels read; ValueError for a mask without one."""
-    if isinstance(mask, TreeMask):
-        return mask.rows
-    if isinstance(mask, ColumnIntervals | RowIntervals):
-        return mask
+    form = mask.form
+    if isinstance(form, ColumnIntervals | RowIntervals):
+        return form
     raise ValueError(f"mask: expected an interval mask, got {type(mask).__name__}")
 
 
