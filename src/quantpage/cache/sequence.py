@@ -177,6 +177,10 @@ class Sequence:
     def crop(self, length: int) -> None:
         """Forget the tokens from ``length`` on.
 
+        A page is sure: ``length`` may be that much less than the most tokens that the request has
+        had between steps; into a sparse step as far as ``reach.ROLLBACK`` (or a page) before its
+        end, rejected tokens counted. Farther back it depends on which pages are still there.
+
         Raises CacheError, with nothing changed, when a page that the next query needs is no longer
         kept.
         """
