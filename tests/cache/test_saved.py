@@ -432,6 +432,18 @@ def refused(forged, unchanged=False):
         assert [each.shape for each in planes(loaded, index)] == forged.shapes[index], layout
 
 
+@pytest.mark.parametrize("kept", [1, 5])
+def test_how_many_exact_pages_are_kept_is_no_setting(tmp_path, kept):
+    filled("int8_exact").save(tmp_path / "pages")
+    forged = Forged(tmp_path / "pages")
+    layouts = json.loads(forged.header["__metadata__"]["layouts"])
+    assert layouts["0"]["exact_pages"] == 4
+    layouts["0"]["exact_pages"] = kept
+    forged.describe("layouts", json.dumps(layouts))
+    with pytest.raises(CorruptCache, match=f"exact_pages: expected 4 or null, got {kept}"):
+        PagedKVCache.load(forged.path)
+
+
 def test_forged_planes_come_and_go(forged):
     names = [name for name in forged.header if name != "__metadata__"]
     for name in names:

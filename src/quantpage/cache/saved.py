@@ -267,12 +267,14 @@ def _layout_record(layout: CacheLayout) -> dict[str, Any]:
 def _layout(name: str, record: Any) -> CacheLayout:
     _check_fields(name, record, _LAYOUT)
     kept = record["exact_pages"]
-    if kept is not None and kept < 1:
-        raise Damaged(f"{name}, exact_pages: expected at least 1, got {shown(kept)}")
+    if kept not in (None, ExactPages.kept_pages):
+        raise Damaged(
+            f"{name}, exact_pages: expected {ExactPages.kept_pages} or null, got {shown(kept)}"
+        )
     key, value = (_spec(f"{name}, {half}", record[half]) for half in ("key", "value"))
     dtype = _float(f"{name}, dtype", record["dtype"])
     try:
-        form = KVFormat(record["format"], key, value, None if kept is None else ExactPages(kept))
+        form = KVFormat(record["format"], key, value, None if kept is None else ExactPages())
         return CacheLayout(
             kv_heads=record["kv_heads"],
             head_dim=record["head_dim"],

@@ -6,7 +6,7 @@ joins a key spec and a value spec. Impossible combinations fail when they are bu
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -185,9 +185,10 @@ class ExactPages:
     ``kept_pages`` 16-bit pages a request beside the codes.
     """
 
-    kept_pages: int = 4
+    kept_pages: ClassVar[int] = 4
     """First page, the page in progress, and the two before it (one that its queries see, and one
-    more so that a rejected draft of up to a page of tokens can be rolled back)."""
+    more so that a rejected draft of up to a page of tokens can be rolled back). Sequence keeps no
+    more, whatever a format says: it is a fact of the rule, not a setting."""
 
 
 @dataclass(frozen=True, slots=True)

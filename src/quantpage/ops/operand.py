@@ -13,8 +13,9 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 
 CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 """A code's number inside kernels."""
-NO_SCALES, A_TOKEN, STATIC = 0, 1, 2
-"""Who owns scales: nobody, a token and kv_head (dynamic), a kv_head's channels (given)."""
+NO_SCALES, A_TOKEN, STATIC, SEVERAL = 0, 1, 2, 3
+"""Who owns scales: nobody, a token and kv_head (dynamic), a kv_head's channels (given); several are
+a token's where its channels share them in groups (``Operand.scaled``)."""
 
 
 class Operand(NamedTuple):
@@ -50,8 +51,8 @@ class Operand(NamedTuple):
 
     @property
     def scaled(self) -> int:
-        """``scales``, but 3 where a token has several."""
-        return 3 if self.scales == A_TOKEN and self.groups > 1 else self.scales
+        """``scales``, but SEVERAL where a token has more than one."""
+        return SEVERAL if self.scales == A_TOKEN and self.groups > 1 else self.scales
 
 
 def operand(pages: QuantizedPages, unit: torch.dtype | None = None) -> Operand:

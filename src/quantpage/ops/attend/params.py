@@ -22,23 +22,28 @@ SEGMENTS: dict[Segment, int] = {"all": 0, "body": 1, "exact": 2}
 """What a kernel is told: its SEGMENT argument."""
 
 
+NEAR_PAGES = 1
+"""Pages before its own that a query sees exactly."""
+
+
 def exact_pairs(
     queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"], page_size: int
 ) -> Bool[Tensor, "queries keys"]:
     """Which keys a query sees exactly: those of the first page, of its own and of the one before.
 
-    The one statement of the rule; kernels spell it out again. Keys in pages after the query's own
-    (masks that look ahead) are body.
+    Keys in pages after the query's own (masks that look ahead) are body. In Triton the rule is
+    attend/triton_segments, in the compiled core ``add_part`` (csrc/attend.cpp).
     """
     pages = keys[None] // page_size
     behind = queries[:, None] // page_size - pages
-    return (pages == 0) | ((behind >= 0) & (behind <= 1))
+    return (pages == 0) | ((behind >= 0) & (behind <= NEAR_PAGES))
 
 
 def exact_band(first: int, last: int, page_size: int) -> tuple[int, int]:
     """Half-open key range that holds, with the first page, all that queries first..last (inclusive)
     see exactly."""
-    return max(first // page_size - 1, 0) * page_size, (last // page_size + 1) * page_size
+    near = max(first // page_size - NEAR_PAGES, 0)
+    return near * page_size, (last // page_size + 1) * page_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,8 +6,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from quantpage.ops.attend.decode.triton_pieces import LN2, LOG2E, join_row
+from quantpage.ops.attend.decode.triton_pieces import join_row
 from quantpage.ops.attend.decode.triton_share import key_ranges
+from quantpage.ops.triton.common import LN2, LOG2E
 
 
 @triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])

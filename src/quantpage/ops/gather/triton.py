@@ -7,120 +7,15 @@ range of its keys and the row of the workspace where they go.
 
 import torch
 import triton
-import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.ops.checks import gathers
+from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
-from quantpage.ops.triton.codes import to_float16
 
 KEYS_A_TILE = 32
-
-
-@triton.jit(do_not_specialize=["table_row", "first_head", "mark_head", "mark_row"])
-def _gather_kernel(
-    codes,
-    scale,
-    zero,
-    out,
-    codes_too,
-    scale_too,
-    zero_too,
-    out_too,
-    marks,
-    page_table,
-    spans,
-    code_page,
-    code_head,
-    scale_page,
-    scale_head,
-    table_row,
-    out_head,
-    out_row,
-    mark_head,
-    mark_row,
-    first_head,
-    CODE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ZERO: tl.constexpr,
-    LIMIT: tl.constexpr,
-    TILE: tl.constexpr,
-    OLD: tl.constexpr,
-    HALVES: tl.constexpr,
-    MARKS: tl.constexpr,
-):
-    span = spans + tl.program_id(0) * 5
-    request = tl.load(span)
-    first_key = tl.load(span + 1)
-    count = tl.load(span + 2)
-    visible_end = tl.load(span + 3)
-    to_row = tl.load(span + 4)
-    head = tl.program_id(2) // HALVES
-    if HALVES == 2 and tl.program_id(2) % 2 == 1:
-        codes, scale, zero, out = codes_too, scale_too, zero_too, out_too
-    offset = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    if (request >= 0) & (tl.program_id(1) * TILE < count):
-        key = first_key + offset
-        seen = (offset < count) & (key < visible_end)
-        page = tl.load(page_table + request.to(tl.int64) * table_row + key // PAGE, seen, -1)
-        seen &= page >= 0
-        page = tl.maximum(page, 0).to(tl.int64)
-        slot = key % PAGE
-        channel = tl.arange(0, WIDTH)
-        inside = channel < HEAD_DIM
-        from_head = (first_head + head).to(tl.int64)
-        if CODE == 3:
-            pair = tl.arange(0, WIDTH // 2)
-            rows = codes + page * code_page + from_head * code_head + slot * (HEAD_DIM // 2)
-            mask = seen[:, None] & (pair < HEAD_DIM // 2)[None, :]
-            number = tl.load(rows[:, None] + pair[None, :], mask, 0)
-        else:
-            rows = codes + page * code_page + from_head * code_head + slot * HEAD_DIM
-            mask = seen[:, None] & inside[None, :]
-            number = tl.load(rows[:, None] + channel[None, :], mask, 0)
-        if CODE != 0:
-            number = to_float16(number, CODE, OLD)
-        number = number.to(tl.float32)
-        if SCALES != 0:
-            group = channel // (HEAD_DIM // GROUPS)
-            if SCALES == 1:
-                plane = page * scale_page + from_head * scale_head + slot * GROUPS
-                if GROUPS == 1:
-                    own = plane[:, None]
-                    mask = seen[:, None]
-                else:
-                    own = plane[:, None] + group[None, :]
-                    mask = seen[:, None] & inside[None, :]
-            else:
-                own = (from_head * scale_head + group)[None, :]
-                mask = inside[None, :]
-            number *= tl.load(scale + own, mask, 0.0).to(tl.float32)
-            if ZERO:
-                number += tl.load(zero + own, mask, 0.0).to(tl.float32)
-        if CODE == 0:
-            fine = tl.abs(number) < float("inf")
-            number = tl.where(fine, tl.minimum(tl.maximum(number, -LIMIT), LIMIT), number)
-            if MARKS:
-                number = tl.where(fine, number, 0.0)
-                bad = seen & (tl.max(fine.to(tl.int32) ^ 1, 1) > 0)
-                mark = (to_row + offset).to(tl.int64) * mark_row + head.to(tl.int64) * mark_head
-                tl.store(marks + mark, float("nan"), bad)
-        else:
-            # A key that a mask hides may be a freed page's, whose scale is anything.
-            number = tl.where(number == number, number, 0.0)
-            if SCALES != 1:
-                # Dynamic scales and zeros of keys that are not seen were loaded as 0.
-                number = tl.where(seen[:, None], number, 0.0)
-            number = tl.minimum(tl.maximum(number, -LIMIT), LIMIT)
-        row = (to_row + offset).to(tl.int64) * out_row + head.to(tl.int64) * out_head
-        written = (offset < count)[:, None] & inside[None, :]
-        tl.store(out + row[:, None] + channel[None, :], number.to(out.dtype.element_ty), written)
 
 
 def gather_rows(
@@ -198,7 +93,7 @@ def _launch(
         return
     out, (half, too) = outs[0], halves
     heads = out.shape[0] * (1 if too is None else 2)
-    _gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), heads)](
+    gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), heads)](
         *half.planes,
         out,
         *(half if too is None else too).planes,

@@ -13,6 +13,8 @@ has the instruction (sm_89 on) and else by its own rounding of the float32 bits.
 import triton
 import triton.language as tl
 
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, INT8, NONE, STATIC
+
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 _FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
@@ -214,7 +216,7 @@ def _code_of(
         exact = tl.where(tl.abs(quotient) < 1024.0, exact, quotient)
         # Clipping to whole numbers first changes no code, and keeps the rounding in its range.
         exact = tl.minimum(tl.maximum(exact, LOW), QMAX)
-    if CODE == 2:
+    if CODE == FP8:
         if HARDWARE:
             # Reading the converted pair back is miscompiled by ptxas 12.8: within a loop it gives
             # the pair of the iteration before. So whoever wants numbers rounds by hand.
@@ -222,7 +224,7 @@ def _code_of(
         else:
             return _e4m3(exact)
     else:
-        ROUND: tl.constexpr = _ROUND + 8.0 if CODE == 3 else _ROUND
+        ROUND: tl.constexpr = _ROUND + 8.0 if CODE == INT4 else _ROUND
         shifted = exact + ROUND
         return shifted.to(tl.int32, bitcast=True), shifted - ROUND
 
@@ -237,7 +239,7 @@ def _near_code_of(
     A last bit off the quotient moves a code where that is a rounding away from a tie, which the
     order of a rotation's sums does as well.
     """
-    ROUND: tl.constexpr = _ROUND + 8.0 if CODE == 3 else _ROUND
+    ROUND: tl.constexpr = _ROUND + 8.0 if CODE == INT4 else _ROUND
     shifted = tl.math.fma(x, inverse, offset) + ROUND if ZERO else tl.math.fma(x, inverse, ROUND)
     if not TAME:
         shifted = tl.minimum(tl.maximum(shifted, LOW + ROUND), QMAX + ROUND)
@@ -307,7 +309,7 @@ def write_rows(
     converts to e4m3. NEAR: the rows are sums, whose last bits are nobody's promise. GAIN: what
     the pieces are to be multiplied with.
     """
-    if CODE == 0:
+    if CODE == NONE:
         parts = scaled(parts, GAIN)
         scatter(parts, slots, head, codes, page_stride, head_stride, HEAD_DIM, PIECE, PAGE)
         numbers = parts
@@ -315,7 +317,7 @@ def write_rows(
         numbers = _write_codes(
             parts, slots, head, codes, scale, zero, page_stride, head_stride, scale_page,
             scale_head, CODE, SCALES, ZERO, SHARED, HEAD_DIM, PIECE, PAGE, ROWS, LIMIT,
-            HARDWARE and not RETURN, NEAR and CODE != 2 and LIMIT < 65536.0, GAIN,
+            HARDWARE and not RETURN, NEAR and CODE != FP8 and LIMIT < 65536.0, GAIN,
         )  # fmt: skip
     if RETURN:
         store_parts(seen, numbers, real, HEAD_DIM, PIECE)
@@ -333,21 +335,21 @@ def _write_codes(
     page = tl.maximum(slots, 0) // PAGE
     slot = tl.maximum(slots, 0) % PAGE
     at = page * page_stride + head * head_stride
-    QMAX: tl.constexpr = 448.0 if CODE == 2 else (127.0 if CODE == 1 else 7.0)
-    QMIN: tl.constexpr = -128.0 if CODE == 1 else -8.0
+    QMAX: tl.constexpr = 448.0 if CODE == FP8 else (127.0 if CODE == INT8 else 7.0)
+    QMIN: tl.constexpr = -128.0 if CODE == INT8 else -8.0
     LOW: tl.constexpr = QMIN if ZERO else -QMAX
-    GROUPS: tl.constexpr = PIECE // SHARED if SCALES == 1 and SHARED < HEAD_DIM else 1
+    GROUPS: tl.constexpr = PIECE // SHARED if SCALES == A_TOKEN and SHARED < HEAD_DIM else 1
     # A scale of 16 bits that was computed from these rows: quotients are finite, and clipped
     # only where the scale is subnormal or the largest there is.
-    TAME: tl.constexpr = SCALES == 1 and LIMIT < 65536.0
+    TAME: tl.constexpr = SCALES == A_TOKEN and LIMIT < 65536.0
     if not NEAR:
         parts = scaled(parts, GAIN)
     LEFT: tl.constexpr = GAIN if NEAR else 1.0
     parts, step, base, gain = _held(
-        parts, scale, zero, ZERO and SCALES == 1, SCALES == 1, QMAX, QMIN, LOW, LIMIT, TAME, LEFT,
-        HEAD_DIM, PIECE, ROWS, GROUPS,
+        parts, scale, zero, ZERO and SCALES == A_TOKEN, SCALES == A_TOKEN, QMAX, QMIN, LOW, LIMIT,
+        TAME, LEFT, HEAD_DIM, PIECE, ROWS, GROUPS,
     )  # fmt: skip
-    if SCALES == 1:
+    if SCALES == A_TOKEN:
         group = tl.arange(0, GROUPS)
         HELD: tl.constexpr = HEAD_DIM // SHARED if SHARED < HEAD_DIM else 1
         plane = page * scale_page + head * scale_head + slot * HELD
@@ -367,10 +369,10 @@ def _write_codes(
         base = _spread(base, ROWS, GROUPS, PIECE)
     else:
         gain = _spread(gain, ROWS, GROUPS, PIECE)
-    PER: tl.constexpr = 2 if CODE == 3 else 1
+    PER: tl.constexpr = 2 if CODE == INT4 else 1
     numbers = ()
     for i in tl.static_range(len(parts)):
-        if SCALES == 2:
+        if SCALES == STATIC:
             step, inverse, base = _given(
                 scale, zero, head * scale_head, i * PIECE, ZERO, SHARED, HEAD_DIM, PIECE, ROWS
             )
@@ -383,7 +385,7 @@ def _write_codes(
                 parts[i], step, inverse, base, CODE, ZERO, QMAX, LOW, TAME, HARDWARE
             )
         numbers = numbers + (number * step + base,)
-        if CODE == 3:
+        if CODE == INT4:
             first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
             byte = first + (second << 4)
         channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)

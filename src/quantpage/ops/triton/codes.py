@@ -8,6 +8,8 @@ float16. The interpreter runs the same arithmetic as shifts.
 import triton
 import triton.language as tl
 
+from quantpage.ops.triton.common import FP8, INT8
+
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
@@ -43,14 +45,14 @@ def to_float16(codes, CODE: tl.constexpr, OLD: tl.constexpr):
 
     OLD: no e4m3 conversion instruction (before sm_89).
     """
-    if CODE == 1:
+    if CODE == INT8:
         if INTERPRETED:
             number = codes.to(tl.float16)
         else:
             number = tl.inline_asm_elementwise(
                 _INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
             )
-    elif CODE == 2:
+    elif CODE == FP8:
         if INTERPRETED or OLD:
             # The exponent's bias is 7 in e4m3 and 15 in float16: move the bits, multiply by 2^8.
             size = ((codes.to(tl.int16) & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0

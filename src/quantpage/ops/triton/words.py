@@ -15,6 +15,8 @@ is exact in float16. Inline PTX is the fast way; the interpreter runs the same a
 import triton
 import triton.language as tl
 
+from quantpage.ops.triton.common import INT8
+
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
@@ -102,7 +104,7 @@ def _fp8_number(word, SHIFT: tl.constexpr):
 def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr):
     """int32 words of four 8-bit codes -> four float16 tensors of the same shape."""
     if INTERPRETED:
-        if CODE == 1:
+        if CODE == INT8:
             r0 = ((words << 24) >> 24).to(tl.float16)
             r1 = ((words << 16) >> 24).to(tl.float16)
             r2 = ((words << 8) >> 24).to(tl.float16)
@@ -113,7 +115,7 @@ def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr):
             r2 = _fp8_number(words, 16)
             r3 = _fp8_number(words, 24)
     else:
-        asm: tl.constexpr = INT8_ASM if CODE == 1 else (_FP8_SM80 if OLD else FP8_ASM)
+        asm: tl.constexpr = INT8_ASM if CODE == INT8 else (_FP8_SM80 if OLD else FP8_ASM)
         r0, r1, r2, r3 = tl.inline_asm_elementwise(
             asm,
             "=r,=r,=r,=r,r,r",

@@ -50,8 +50,9 @@ from quantpage.ops.attend.decode.gluon_share import (
     tile_at,
     tile_ranges,
 )
-from quantpage.ops.attend.flash.gluon_parts import LN2, LOG2E
+from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton import words as triton_words
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
     fence_async_shared,
@@ -140,9 +141,9 @@ def decode_kernel(
 ):
     """Arguments as in triton_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
     # Integer codes are multiplied as bytes, others as units (gluon_operands).
-    BYTES: gl.constexpr = K_CODE == 1 or K_CODE == 3
-    BLOCK: gl.constexpr = 64 if K_CODE == 3 else 128
-    K_UNITS: gl.constexpr = HEAD_DIM // (4 if K_CODE == 2 else 128 // BLOCK)
+    BYTES: gl.constexpr = K_CODE != FP8
+    BLOCK: gl.constexpr = 64 if K_CODE == INT4 else 128
+    K_UNITS: gl.constexpr = HEAD_DIM // (4 if K_CODE == FP8 else 128 // BLOCK)
     V_UNITS: gl.constexpr = VALUE_DIM // 4
     K_UNIT: gl.constexpr = k_codes.dtype.element_ty
     V_UNIT: gl.constexpr = v_codes.dtype.element_ty
@@ -259,7 +260,7 @@ def decode_kernel(
 
             asked = asked.to(gl.float32)
             terms = asked
-            if K_SCALES == 2:
+            if K_SCALES == STATIC:
                 static_at = head * k_scale_head + channel // K_SHARED
                 if K_ZERO:
                     terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
@@ -275,7 +276,7 @@ def decode_kernel(
                 q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
                 q_unit = gl.convert_layout(q_unit, s_rows)
                 q_bias = q_unit
-                if K_CODE == 3:
+                if K_CODE == INT4:
                     q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, s_rows)
                 unit = 1.0
             else:
@@ -334,10 +335,10 @@ def decode_kernel(
                     s, k = warpgroup_mma_wait(0, deps=(s, k))
                 else:
                     s = whole_score(s, TILE, ROWS, s_layout)
-                    if K_CODE == 3:
+                    if K_CODE == INT4:
                         s -= q_bias[None, :]
                     s = s.to(gl.float32) * q_unit[None, :]
-                if K_SCALES == 1:
+                if K_SCALES == A_TOKEN:
                     score = s * (ks.to(gl.float32) * score_scale)[:, None]
                     if K_ZERO:
                         score += q_sum[None, :] * kz.to(gl.float32)[:, None]
@@ -350,7 +351,7 @@ def decode_kernel(
                     bent = gl.exp2(score * (2.0 * LOG2E / softcap))
                     score = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
                 heavy = score
-                if V_SCALES == 1:
+                if V_SCALES == A_TOKEN:
                     log_vs = log2_fast(gl.maximum(vs.to(gl.float32), 1e-30))
                     heavy = score + log_vs[:, None]
                 if (key_start < all_low) | (key_start + TILE > all_high):
@@ -367,12 +368,11 @@ def decode_kernel(
                     if WINDOW:
                         near = key[:, None] > seat[None, :] - window
                         seen = seen & (near | (key < sink_tokens)[:, None])
-                    if SEGMENT != 0:
-                        behind = (seat // PAGE)[None, :] - (key // PAGE)[:, None]
-                        exact = ((behind >= 0) & (behind <= 1)) | (key < PAGE)[:, None]
-                        seen = seen & (exact if SEGMENT == 2 else ~exact)
+                    if SEGMENT != ALL_KEYS:
+                        exact = exact_pairs(seat[None, :], key[:, None], PAGE)
+                        seen = seen & (exact if SEGMENT == EXACT_KEYS else ~exact)
                     heavy = gl.where(seen, heavy, float("-inf"))
-                    if V_SCALES == 1:
+                    if V_SCALES == A_TOKEN:
                         # Where a key is hidden p is 0: what it is multiplied by has to be finite.
                         log_vs = gl.where(shown & (log_vs < float("inf")), log_vs, 0.0)
                         if V_ZERO:
@@ -409,13 +409,13 @@ def decode_kernel(
                         shrink, gl.SliceLayout(0, gl.SliceLayout(1, weights.type.layout))
                     )[None, None, :]
                     weights = weights * less
-                    if V_ZERO and V_SCALES == 1:
+                    if V_ZERO and V_SCALES == A_TOKEN:
                         offsets = offsets * less
                     acc = acc * gl.convert_layout(shrink, o_rows)[None, :]
                     p = gl.exp2(heavy - anchor[None, :])
                     p_smem.store(p.to(gl.float16))
                     thread_barrier()
-                if V_SCALES == 1:
+                if V_SCALES == A_TOKEN:
                     # p is of p * v_scale; the row's weight is of p.
                     light = gl.exp2(-log_vs)
                     weights += halved(p * light[:, None], ROWS)
@@ -423,7 +423,7 @@ def decode_kernel(
                         offsets += halved(p * (light * vz.to(gl.float32))[:, None], ROWS)
                 else:
                     weights += halved(p, ROWS)
-                if V_CODE == 2:
+                if V_CODE == FP8:
                     # Slots that no query sees may hold NaN.
                     v_key = key_start + gl.arange(0, TILE, gl.SliceLayout(1, v_load))
                     v_shown = shown_keys(
@@ -468,7 +468,7 @@ def decode_kernel(
                 piece = slot_id.to(gl.int64) * ROWS + gl.arange(0, ROWS, s_rows)
                 gl.store(part_lse + piece, row_lse, mask=real)
             o = acc * gl.convert_layout(ratio, o_rows)[None, :]
-            if V_ZERO and V_SCALES == 1:
+            if V_ZERO and V_SCALES == A_TOKEN:
                 o += gl.convert_layout(
                     gl.convert_layout(gl.sum(gl.sum(offsets, 0), 0), s_rows) * ratio, o_rows
                 )[None, :]
@@ -478,7 +478,7 @@ def decode_kernel(
             out_layout: gl.constexpr = o.type.layout
             out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
             out_channel = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, out_layout))
-            if V_SCALES == 2:
+            if V_SCALES == STATIC:
                 static_at = head * v_scale_head + out_channel // V_SHARED
                 o = o * gl.load(v_scale + static_at).to(gl.float32)[None, :]
                 if V_ZERO:

@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.triton import words as triton_words
+from quantpage.ops.triton.common import INT4, INT8
 
 # Bytes of two codes each -> the even codes and the odd ones, as stored: 8 too large.
 _NIBBLES = gl.constexpr(
@@ -38,13 +39,13 @@ _FP8_UNITS = gl.constexpr(triton_words.FP8_ASM.value)
 @gluon.jit
 def unpack(units, CODE: gl.constexpr):
     """Units of four codes -> four float16 tensors of the same shape."""
-    if CODE == 3:
+    if CODE == INT4:
         r0, r1, r2, r3 = gl.inline_asm_elementwise(
             _INT4_UNITS, "=r,=r,=r,=r,r", [units], dtype=(gl.float16,) * 4, is_pure=True, pack=2
         )
     else:
         r0, r1, r2, r3 = gl.inline_asm_elementwise(
-            _INT8_UNITS if CODE == 1 else _FP8_UNITS, "=r,=r,=r,=r,r,r", [units],
+            _INT8_UNITS if CODE == INT8 else _FP8_UNITS, "=r,=r,=r,=r,r,r", [units],
             dtype=(gl.float16,) * 4, is_pure=True, pack=2,
         )  # fmt: skip
     return r0, r1, r2, r3
@@ -112,8 +113,8 @@ def key_operand(
 def byte_operand(k, CODE: gl.constexpr, TILE: gl.constexpr, BYTES: gl.constexpr,
                   layout: gl.constexpr):  # fmt: skip
     """K [keys, channels] as int8 from its bytes, channels in the order of query_bytes."""
-    H: gl.constexpr = BYTES // (128 if CODE == 1 else 64)
-    if CODE == 1:
+    H: gl.constexpr = BYTES // (128 if CODE == INT8 else 64)
+    if CODE == INT8:
         k = gl.permute(gl.reshape(k, [TILE, H, 4, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2, 6))
         k = gl.reshape(k, [TILE, BYTES])
     else:
@@ -129,7 +130,7 @@ def byte_operand(k, CODE: gl.constexpr, TILE: gl.constexpr, BYTES: gl.constexpr,
 def query_bytes(q, CODE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """Queries [rows, channels] in the order in which threads hold K's bytes."""
     H: gl.constexpr = WIDTH // 128
-    if CODE == 1:
+    if CODE == INT8:
         q = gl.permute(gl.reshape(q, [ROWS, H, 4, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2, 6))
     else:
         q = gl.permute(gl.reshape(q, [ROWS, H, 4, 2, 2, 4, 2]), (0, 1, 3, 4, 6, 2, 5))

@@ -7,6 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode import triton_share as triton_plan
+from quantpage.ops.attend.triton_segments import ALL_KEYS
+from quantpage.ops.triton.common import A_TOKEN
 from quantpage.ops.triton.gluon_compat import async_copy
 
 key_ranges = gluon.jit(triton_plan.key_ranges.fn)
@@ -132,7 +134,7 @@ def my_share(
 def tile_at(t, a_first, a_tiles, b_first, WINDOW: gl.constexpr, SEGMENT: gl.constexpr):
     """Tile number t of a row, in the line of all keys."""
     tile = b_first + t
-    if WINDOW or SEGMENT != 0:
+    if WINDOW or SEGMENT != ALL_KEYS:
         tile = gl.where(t < a_tiles, a_first + t, b_first + t - a_tiles)
     return tile
 
@@ -190,11 +192,11 @@ def planes(
 ):  # fmt: skip
     """A tile's scales and zeros, ``none`` for those that the cache does not have."""
     ks, kz, vs, vz = none, none, none, none
-    if K_SCALES == 1:
+    if K_SCALES == A_TOKEN:
         ks = _plane(k_scale, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
         if K_ZERO:
             kz = _plane(k_zero, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
-    if V_SCALES == 1:
+    if V_SCALES == A_TOKEN:
         vs = _plane(v_scale, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
         if V_ZERO:
             vz = _plane(v_zero, v_page, page, table, key_start, last_key, PAGE, TILE, layout)

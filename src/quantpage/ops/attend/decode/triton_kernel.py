@@ -33,10 +33,9 @@ from quantpage.ops.attend.decode.triton_share import (
     shown_keys,
     tile_ranges,
 )
+from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, NONE, STATIC
 from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # Numbers that change from step to step or from model to model compile no kernel of their own.
@@ -132,9 +131,9 @@ def decode_kernel(
             query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
             sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
-    BIASED: tl.constexpr = K_CODE == 3
-    K_PARTS: tl.constexpr = 1 if K_CODE == 0 else (8 if K_CODE == 3 else 4)
-    V_PARTS: tl.constexpr = 1 if V_CODE == 0 else (8 if V_CODE == 3 else 4)
+    BIASED: tl.constexpr = K_CODE == INT4
+    K_PARTS: tl.constexpr = 1 if K_CODE == NONE else (8 if K_CODE == INT4 else 4)
+    V_PARTS: tl.constexpr = 1 if V_CODE == NONE else (8 if V_CODE == INT4 else 4)
     K_WORDS: tl.constexpr = HEAD_DIM // K_PARTS
     V_WORDS: tl.constexpr = VALUE_DIM // V_PARTS
     # Products need an inner and an outer width of at least 16.
@@ -143,8 +142,8 @@ def decode_kernel(
     # Widths of accumulators that this code does not have.
     V_WIDTH4: tl.constexpr = V_WIDTH if V_PARTS > 1 else 16
     V_WIDTH8: tl.constexpr = V_WIDTH if V_PARTS > 4 else 16
-    V_NUMBER: tl.constexpr = v_codes.dtype.element_ty if V_CODE == 0 else tl.float16
-    K_NUMBER: tl.constexpr = k_codes.dtype.element_ty if K_CODE == 0 else tl.float16
+    V_NUMBER: tl.constexpr = v_codes.dtype.element_ty if V_CODE == NONE else tl.float16
+    K_NUMBER: tl.constexpr = k_codes.dtype.element_ty if K_CODE == NONE else tl.float16
     SHIFT: tl.constexpr = 0.0 if tl.bfloat16 == V_NUMBER else 12.0
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, TILE)
@@ -189,46 +188,46 @@ def decode_kernel(
         kz_static = k_zero + head * k_scale_head
         q0, peak, q_sum = query_part(
             q, k_word * K_PARTS, q_rows, real, k_static, kz_static, HEAD_DIM,
-            K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+            K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
         )  # fmt: skip
         q1, q2, q3, q4, q5, q6, q7 = q0, q0, q0, q0, q0, q0, q0
         if K_PARTS > 1:
             q1, peak1, sum1 = query_part(
                 q, k_word * K_PARTS + 1, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             q2, peak2, sum2 = query_part(
                 q, k_word * K_PARTS + 2, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             q3, peak3, sum3 = query_part(
                 q, k_word * K_PARTS + 3, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             peak = tl.maximum(tl.maximum(peak, peak1), tl.maximum(peak2, peak3))
             q_sum += sum1 + sum2 + sum3
         if K_PARTS > 4:
             q4, peak4, sum4 = query_part(
                 q, k_word * K_PARTS + 4, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             q5, peak5, sum5 = query_part(
                 q, k_word * K_PARTS + 5, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             q6, peak6, sum6 = query_part(
                 q, k_word * K_PARTS + 6, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             q7, peak7, sum7 = query_part(
                 q, k_word * K_PARTS + 7, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == 2, (K_SCALES == 2) & K_ZERO, K_SHARED,
+                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
             )  # fmt: skip
             peak = tl.maximum(peak, tl.maximum(tl.maximum(peak4, peak5), tl.maximum(peak6, peak7)))
             q_sum += sum4 + sum5 + sum6 + sum7
         unit = 1.0
         q_sum = tl.sum(q_sum, 0)
-        if K_CODE != 0:
+        if K_CODE != NONE:
             peak = tl.max(peak)
             unit = tl.where(peak > 1e-30, 16384.0 / tl.maximum(peak, 1e-30), 1.0)
         odd: tl.constexpr = 0.0625 if BIASED else 1.0
@@ -286,7 +285,7 @@ def decode_kernel(
         v_base = v_codes + head * v_head
         for t in tl.range(first_tile, last_tile, num_stages=STAGES):
             tile = b_first + t
-            if WINDOW or SEGMENT != 0:
+            if WINDOW or SEGMENT != ALL_KEYS:
                 tile = tl.where(t < a_tiles, a_first + t, b_first + t - a_tiles)
             key_start = tile * TILE
             key = key_start + lane
@@ -319,7 +318,7 @@ def decode_kernel(
             # Scores are selected and integer codes are finite: only floats need the mask.
             k_mask = (k_word < K_WORDS)[None, :]
             v_mask = (v_word < V_WORDS)[:, None]
-            if V_CODE == 0 or V_CODE == 2:
+            if V_CODE == NONE or V_CODE == FP8:  # noqa: SIM109 - constants of the compiler
                 v_mask = v_mask & shown[None, :]
             k = tl.load(k_rows + k_word[None, :], k_mask, 0)
             if K_PARTS == 1:
@@ -344,7 +343,7 @@ def decode_kernel(
                 score = tl.dot(k5, q5, score)
                 score = tl.dot(k6, q6, score)
                 score = tl.dot(k7, q7, score)
-            if K_SCALES == 1:
+            if K_SCALES == A_TOKEN:
                 ks_page = page * k_scale_page + head * k_scale_head
                 ks_pair = 0
                 if PAIRS:
@@ -362,7 +361,7 @@ def decode_kernel(
                 # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
                 bent = tl.exp2(score * (2.0 * LOG2E / softcap))
                 score = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
-            if V_SCALES == 1:
+            if V_SCALES == A_TOKEN:
                 vs_page = page * v_scale_page + head * v_scale_head
                 vs_pair = 0
                 if PAIRS:
@@ -377,18 +376,17 @@ def decode_kernel(
                 if WINDOW:
                     near = (key[:, None] > seat[None, :] - window) | (key < sink_tokens)[:, None]
                     seen = seen & near
-                if SEGMENT != 0:
-                    behind = (seat // PAGE)[None, :] - (key // PAGE)[:, None]
-                    exact = ((behind >= 0) & (behind <= 1)) | (key < PAGE)[:, None]
-                    seen = seen & (exact if SEGMENT == 2 else ~exact)
+                if SEGMENT != ALL_KEYS:
+                    exact = exact_pairs(seat[None, :], key[:, None], PAGE)
+                    seen = seen & (exact if SEGMENT == EXACT_KEYS else ~exact)
                 score = tl.where(seen, score, float("-inf"))
-                if V_SCALES == 1:
+                if V_SCALES == A_TOKEN:
                     # Where a key is hidden p is 0: what it is multiplied by has to be finite.
                     vs = tl.where(shown & (vs < float("inf")), vs, 0.0)
                     if V_ZERO:
                         vz = tl.where(shown & (tl.abs(vz) < float("inf")), vz, 0.0)
             heavy = score
-            if V_SCALES == 1:
+            if V_SCALES == A_TOKEN:
                 # The row's peak is that of p * v_scale: the product is at most 2^SHIFT.
                 heavy = score + log2_fast(tl.maximum(vs, 1e-30))[:, None]
             new_top = tl.maximum(top, tl.max(heavy, 0))
@@ -396,7 +394,7 @@ def decode_kernel(
             shrink = tl.exp2(top - SHIFT - anchor)
             p = tl.exp2(score - anchor[None, :])
             weights = weights * shrink[None, :] + p
-            if V_SCALES == 1:
+            if V_SCALES == A_TOKEN:
                 if V_ZERO:
                     offsets = offsets * shrink[None, :] + p * vz[:, None]
                 p = p * vs[:, None]
@@ -463,8 +461,8 @@ def decode_kernel(
             mass = total * ratio
             vs_static = v_scale + head * v_scale_head
             vz_static = v_zero + head * v_scale_head
-            static: tl.constexpr = V_SCALES == 2
-            static_zero: tl.constexpr = (V_SCALES == 2) & V_ZERO
+            static: tl.constexpr = V_SCALES == STATIC
+            static_zero: tl.constexpr = (V_SCALES == STATIC) & V_ZERO
             # Two destinations of two types: the result, or a float32 partial.
             if complete:
                 to = out + token_at * out_token + q_head_at * out_head

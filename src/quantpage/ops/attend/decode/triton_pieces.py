@@ -12,8 +12,7 @@ replayed CUDA graph, finds it as this one did.
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from quantpage.ops.triton.common import LN2, LOG2E
 
 
 @triton.jit

@@ -20,6 +20,8 @@ launch depends on them and nothing is read back.
 import triton
 import triton.language as tl
 
+from quantpage.ops.attend.triton_segments import ALL_KEYS, BODY_KEYS, EXACT_KEYS, near_page
+
 CUT_COST = tl.constexpr(2)
 """Tiles in whose time a program ends one row and begins another (measured: docs/decode.md)."""
 
@@ -47,17 +49,17 @@ def key_ranges(
     a_high = tl.minimum(a_low + sink_tokens, low)
     b_low = low
     b_high = context
-    if SEGMENT == 1:
+    if SEGMENT == BODY_KEYS:
         a_low = a_low + PAGE
         b_low = tl.maximum(low, PAGE)
         if not FULL:
-            b_high = ((context - 1) // PAGE - 1) * PAGE
+            b_high = near_page(context - 1, PAGE) * PAGE
         a_high = tl.minimum(a_high, b_high)
-    if SEGMENT == 2:
+    if SEGMENT == EXACT_KEYS:
         if WINDOW:
             a_low = tl.where(sink_tokens > 0, 0, low)
         a_high = tl.minimum(context, PAGE)
-        b_low = tl.maximum((first // PAGE - 1) * PAGE, PAGE)
+        b_low = tl.maximum(near_page(first, PAGE) * PAGE, PAGE)
         if WINDOW:
             b_low = tl.where(sink_tokens > 0, b_low, tl.maximum(b_low, low))
     a_high = tl.maximum(a_low, a_high)
@@ -73,9 +75,9 @@ def shown_keys(
 ):  # fmt: skip
     """Keys that some query of the request sees."""
     shown = key < b_high
-    if WINDOW or SEGMENT != 0:
+    if WINDOW or SEGMENT != ALL_KEYS:
         shown = ((key >= a_low) & (key < a_high)) | ((key >= b_low) & shown)
-    if WINDOW and SEGMENT == 2:
+    if WINDOW and SEGMENT == EXACT_KEYS:
         shown &= (key >= first_seat - window + 1) | (key < sink_tokens)
     return shown
 
@@ -92,10 +94,10 @@ def keys_of_all(
         high = context
     if WINDOW:
         low = tl.maximum(context - window, 0)
-    if SEGMENT == 1:
+    if SEGMENT == BODY_KEYS:
         low = tl.maximum(low, PAGE)
-        high = tl.minimum(high, (first_seat // PAGE - 1) * PAGE)
-    if SEGMENT == 2:
+        high = tl.minimum(high, near_page(first_seat, PAGE) * PAGE)
+    if SEGMENT == EXACT_KEYS:
         high = 0
     return low, high
 

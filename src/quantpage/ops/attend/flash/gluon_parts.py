@@ -7,10 +7,8 @@ of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantpage.ops.triton.common import LOG2E
 from quantpage.ops.triton.gluon_compat import mbarrier
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit

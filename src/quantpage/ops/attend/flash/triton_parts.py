@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.triton.codes import to_float16
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from quantpage.ops.triton.common import A_TOKEN, INT4, LN2, NONE, SEVERAL, STATIC
 
 
 @triton.jit
@@ -25,12 +23,12 @@ def _rows_of(
     MASKED: tl.constexpr, OLD: tl.constexpr,
 ):  # fmt: skip
     """A tile of numbers [BN, DP], float16 or the cache's own dtype; hidden rows are 0."""
-    W: tl.constexpr = DP // 2 if CODE == 3 else DP
-    FULL: tl.constexpr = D // 2 if CODE == 3 else D
+    W: tl.constexpr = DP // 2 if CODE == INT4 else DP
+    FULL: tl.constexpr = D // 2 if CODE == INT4 else D
     channel = tl.arange(0, W)
     at = codes + code_at[:, None] + channel[None, :]
     # A nibble of 8 is the number 0.
-    other: tl.constexpr = 0x88 if CODE == 3 else 0
+    other: tl.constexpr = 0x88 if CODE == INT4 else 0
     if MASKED and FULL < W:
         number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
     elif MASKED:
@@ -39,9 +37,9 @@ def _rows_of(
         number = tl.load(at, (channel < FULL)[None, :], other)
     else:
         number = tl.load(at)
-    if CODE != 0:
+    if CODE != NONE:
         number = to_float16(number, CODE, OLD)
-    if SCALED == 3:
+    if SCALED == SEVERAL:
         channel = tl.arange(0, DP)
         keep = shown[:, None] & (channel < D)[None, :]
         own = scale_at[:, None] + (channel // (D // GROUPS))[None, :]
@@ -76,14 +74,14 @@ def load_queries(
     # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
     q = tl.where(tl.abs(q.to(tl.float32)) < float("inf"), q, float("nan"))
     q_sum = tl.zeros([q.shape[0]], tl.float32)
-    if K_SCALED == 2:
+    if K_SCALED == STATIC:
         own = channel // (D // K_GROUPS)
         q = q.to(tl.float32)
         if K_ZERO:
             q_sum = tl.sum(q * tl.load(k_zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
         q *= tl.load(k_scale + own, inside, 0.0).to(tl.float32)[None, :]
     q = q.to(OPERAND)
-    if K_SCALED == 1 and K_ZERO:
+    if K_SCALED == A_TOKEN and K_ZERO:
         q_sum = tl.sum(q.to(tl.float32), 1)
     return q, q_sum
 
@@ -101,13 +99,13 @@ def scores(
     )  # fmt: skip
     s = tl.dot(q, k.T, input_precision="ieee")
     rest = scale
-    if K_SCALED == 1:
+    if K_SCALED == A_TOKEN:
         s *= (_column(k_scale, scale_at, shown, MASKED) * scale)[None, :]
         if K_ZERO:
             own = _column(k_zero, scale_at, shown, MASKED) * scale
             s += own[None, :] * q_sum[:, None]
         rest = 1.0
-    elif K_SCALED == 2 and K_ZERO:
+    elif K_SCALED == STATIC and K_ZERO:
         s += q_sum[:, None]
     if SOFTCAP:
         s = cap - 2.0 * cap / (1.0 + tl.exp2(s * rest))
@@ -138,7 +136,7 @@ def accumulate(
         codes, v_scale, v_zero, code_at, scale_at, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO,
         V_GROUPS, MASKED, OLD,
     )  # fmt: skip
-    if V_SCALED == 1:
+    if V_SCALED == A_TOKEN:
         if V_ZERO:
             offset = p * _column(v_zero, scale_at, shown, MASKED)[None, :]
             if MASKED:
@@ -147,7 +145,7 @@ def accumulate(
         p *= _column(v_scale, scale_at, shown, MASKED)[None, :]
         if MASKED:
             p = tl.where(seen, p, 0.0)
-    if MASKED and (V_CODE == 0 or V_SCALED == 3):
+    if MASKED and (V_CODE == NONE or V_SCALED == SEVERAL):
         # A value that is not finite reaches the rows that see it, through their own weight of it:
         # in the product it would reach all of them, as 0 times NaN is NaN.
         bad = tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
@@ -166,7 +164,7 @@ def finish(
     total = tl.where(mass == 0.0, 1.0, mass)
     lse = tl.where(mass == 0.0, -float("inf"), (m - SHIFT + tl.log2(total)) * LN2)
     acc = (acc + zeros[:, None]) / total[:, None]
-    if V_SCALED == 2:
+    if V_SCALED == STATIC:
         channel = tl.arange(0, DVP)
         inside = channel < DV
         own = channel // (DV // V_GROUPS)

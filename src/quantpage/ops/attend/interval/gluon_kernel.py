@@ -15,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.gluon_parts import (
-    LN2,
     capped,
     finish,
     given_scales,
@@ -24,6 +23,8 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
+from quantpage.ops.attend.triton_segments import NEAR, near_queries
+from quantpage.ops.triton.common import LN2
 from quantpage.ops.triton.gluon_compat import (
     fence_async_shared,
     mbarrier,
@@ -145,10 +146,8 @@ def _column_words(
     gone = keys >= context
     if BODY:
         gone = gone | (keys < page_size)
-        own = keys // page_size * page_size
-        # Exact for queries of its own page and of the next (attend/params.exact_pairs).
-        near = _below(own + 2 * page_size, base, WIDE) & ~_below(own, base, WIDE)
-        hidden = hidden | near
+        first, end = near_queries(keys, page_size)
+        hidden = hidden | (_below(end, base, WIDE) & ~_below(first, base, WIDE))
     return ~gl.where(gone, hidden * 0 - 1, hidden)
 
 
@@ -175,8 +174,9 @@ def _masked_rows(
         seen = seen | ((k >= start[:, None]) & (k < end[:, None]))
     seen = seen & (k < context)
     if BODY:
+        # No near_pairs, written out: compiled from that it takes other registers, not timed yet.
         behind = q // page_size - k // page_size
-        seen = seen & (k >= page_size) & ((behind < 0) | (behind > 1))
+        seen = seen & (k >= page_size) & ((behind < 0) | (behind > NEAR))
     return gl.where(seen, s, -float("inf"))
 
 

@@ -11,8 +11,10 @@ flash/triton_parts says how codes and scales enter.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.flash.triton_parts import LOG2E, accumulate, finish, load_queries, scores
+from quantpage.ops.attend.flash.triton_parts import accumulate, finish, load_queries, scores
 from quantpage.ops.attend.interval.triton_plan import hidden_rows, visible_range
+from quantpage.ops.attend.triton_segments import BODY_KEYS, EXACT_KEYS, exact_pairs
+from quantpage.ops.triton.common import INT4, LOG2E
 
 
 @triton.jit
@@ -107,8 +109,8 @@ def _visit(
     STAGES: tl.constexpr,
 ):
     """Visits begin..stop of the list: full tiles from its front, partial ones from its back."""
-    K_ROW: tl.constexpr = D // 2 if K_CODE == 3 else D
-    V_ROW: tl.constexpr = DV // 2 if V_CODE == 3 else DV
+    K_ROW: tl.constexpr = D // 2 if K_CODE == INT4 else D
+    V_ROW: tl.constexpr = DV // 2 if V_CODE == INT4 else DV
     for visit in tl.range(begin, stop, num_stages=STAGES):
         tile = tl.load(visits + (capacity - 1 - visit if MASKED else visit))
         keys = tile * BN + tl.arange(0, BN)
@@ -129,11 +131,10 @@ def _visit(
             page = tl.maximum(page, 0)
             seen = _seen(mask, width, described, length, positions, keys, VECTORS, CAUSAL, RANGES)
             seen &= shown[None, :] & valid[:, None]
-            behind = (positions // PAGE)[:, None] - (keys // PAGE)[None, :]
-            near = (keys < PAGE)[None, :] | ((behind >= 0) & (behind <= 1))
-            if SEGMENT == 1:
+            near = exact_pairs(positions[:, None], keys[None, :], PAGE)
+            if SEGMENT == BODY_KEYS:
                 seen &= ~near
-            if SEGMENT == 2:
+            if SEGMENT == EXACT_KEYS:
                 seen &= near
             # A slot that no row sees may hold NaN: it is not loaded.
             shown = tl.max(seen.to(tl.int32), 0) > 0

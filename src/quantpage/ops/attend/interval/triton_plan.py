@@ -19,6 +19,7 @@ from quantpage.batch import BatchPlan
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile, query_tiles
 from quantpage.ops.attend.params import SEGMENTS, Segment
+from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, near_page
 
 END: tl.constexpr = tl.constexpr(2**31 - 1)
 LANES = 128
@@ -176,11 +177,11 @@ def _plan_kernel(
                 seen |= (high > tl.min(starts, 0)) & (low < tl.max(ends, 0))
             seen = (seen | full) & real
             full &= real
-        if SEGMENT != 0:
-            own_low = tl.maximum(first // PAGE - 1, 0) * PAGE
+        if SEGMENT != ALL_KEYS:
+            own_low = tl.maximum(near_page(first, PAGE), 0) * PAGE
             own_high = ((end - 1) // PAGE + 1) * PAGE
             near = (low < PAGE) | ((low < own_high) & (low + BN > own_low))
-            if SEGMENT == 2:
+            if SEGMENT == EXACT_KEYS:
                 seen &= near
                 full &= tile < 0
             else:

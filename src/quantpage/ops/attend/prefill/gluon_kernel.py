@@ -16,8 +16,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.gluon_parts import (
-    LN2,
-    LOG2E,
     capped,
     finish,
     given_scales,
@@ -26,6 +24,8 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
+from quantpage.ops.attend.triton_segments import near_page
+from quantpage.ops.triton.common import LN2, LOG2E
 from quantpage.ops.triton.gluon_compat import (
     fence_async_shared,
     mbarrier,
@@ -53,8 +53,7 @@ def _key_tiles(
     last = position + gl.minimum(row + BM - 1, new * G - 1) // G
     high = end
     if CAUSAL:
-        # Exact pages: a query's own and the one before (attend/params.exact_pairs).
-        body_high = gl.maximum(last // page_size - 1, 0) * page_size
+        body_high = gl.maximum(near_page(last, page_size), 0) * page_size
         high = gl.minimum(body_high if BODY else last + 1, end)
     low = 0
     if WINDOW:
@@ -186,8 +185,9 @@ def _consumer(
             first_limit = end
             if CAUSAL:
                 if BODY:
-                    limit = gl.minimum(gl.maximum(at_position // page_size - 1, 0) * page_size, end)
-                    first_limit = gl.maximum(first // page_size - 1, 0) * page_size
+                    limit = gl.maximum(near_page(at_position, page_size), 0) * page_size
+                    limit = gl.minimum(limit, end)
+                    first_limit = gl.maximum(near_page(first, page_size), 0) * page_size
                     first_limit = gl.minimum(first_limit, end)
                 else:
                     limit = gl.minimum(at_position + 1, end)

@@ -5,6 +5,7 @@ through a workspace (prefill/ways), which is a layer of unquantized pages to the
 others, and exact pages, are dequantized in registers.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -33,7 +34,7 @@ from quantpage.ops.checks import Needs, attends, serves, unchecked
 from quantpage.ops.gather.triton import gather_layer
 from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, operand
 
-LOG2E = 1.4426950408889634
+LOG2E = math.log2(math.e)
 OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

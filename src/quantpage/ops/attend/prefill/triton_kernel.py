@@ -10,7 +10,16 @@ query; tiles that every row sees whole are computed without a mask.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.flash.triton_parts import LOG2E, accumulate, finish, load_queries, scores
+from quantpage.ops.attend.flash.triton_parts import accumulate, finish, load_queries, scores
+from quantpage.ops.attend.triton_segments import (
+    ALL_KEYS,
+    BODY_KEYS,
+    EXACT_KEYS,
+    exact_pairs,
+    near_page,
+    near_pairs,
+)
+from quantpage.ops.triton.common import INT4, LOG2E
 
 WORK_FIELDS: tl.constexpr = tl.constexpr(9)
 """int32 a work item: prefill/plan.WORK_FIELDS names them."""
@@ -74,8 +83,8 @@ def _tiles(
 
     Pointers are of one kv_head; k_page and the like are strides of pages.
     """
-    K_ROW: tl.constexpr = D // 2 if K_CODE == 3 else D
-    V_ROW: tl.constexpr = DV // 2 if V_CODE == 3 else DV
+    K_ROW: tl.constexpr = D // 2 if K_CODE == INT4 else D
+    V_ROW: tl.constexpr = DV // 2 if V_CODE == INT4 else DV
     for key0 in tl.range(first, last, BN, num_stages=STAGES):
         keys = key0 + tl.arange(0, BN)
         shown = (keys >= low_key) & (keys < high_key)
@@ -97,12 +106,10 @@ def _tiles(
             seen = (column < limit[:, None]) & shown[None, :]
             if WINDOW:
                 seen &= (column >= low[:, None]) | (column < sink_tokens)
-            if SEGMENT == 2:
-                behind = (positions // PAGE)[:, None] - column // PAGE
-                seen &= (column < PAGE) | ((behind >= 0) & (behind <= 1))
-            if SEGMENT == 1 and not CAUSAL:
-                behind = (positions // PAGE)[:, None] - column // PAGE
-                seen &= (behind < 0) | (behind > 1)
+            if SEGMENT == EXACT_KEYS:
+                seen &= exact_pairs(positions[:, None], column, PAGE)
+            if SEGMENT == BODY_KEYS and not CAUSAL:
+                seen &= ~near_pairs(positions[:, None], column, PAGE)
             # A slot that no row sees may hold NaN: it is not loaded.
             shown = tl.max(seen.to(tl.int32), 0) > 0
         s, rest = scores(
@@ -216,11 +223,10 @@ def prefill_pages_kernel(
     first_limit = context
     high = context
     if CAUSAL:
-        if SEGMENT == 1:
-            # Exact pages: a query's own and the one before (attend/params.exact_pairs).
-            limit = tl.minimum(limit, tl.maximum(positions // PAGE - 1, 0) * PAGE)
-            first_limit = tl.minimum(context, tl.maximum(first // PAGE - 1, 0) * PAGE)
-            high = tl.minimum(context, tl.maximum(last // PAGE - 1, 0) * PAGE)
+        if SEGMENT == BODY_KEYS:
+            limit = tl.minimum(limit, tl.maximum(near_page(positions, PAGE), 0) * PAGE)
+            first_limit = tl.minimum(context, tl.maximum(near_page(first, PAGE), 0) * PAGE)
+            high = tl.minimum(context, tl.maximum(near_page(last, PAGE), 0) * PAGE)
         else:
             limit = tl.minimum(limit, positions + 1)
             first_limit = tl.minimum(context, first + 1)
@@ -236,18 +242,18 @@ def prefill_pages_kernel(
         near_high = tl.minimum(sink_tokens, high)
         from_key = tl.maximum(first - window + 1, 0)
         whole_from = last - window + 1
-    if SEGMENT == 1:
+    if SEGMENT == BODY_KEYS:
         near_low = PAGE
         from_key = tl.maximum(from_key, PAGE)
         whole_from = tl.maximum(whole_from, PAGE)
-    if SEGMENT == 2:
+    if SEGMENT == EXACT_KEYS:
         # The first page: what some row's window shows of it, or what a part of the keys has.
         near_low = base
         if WINDOW:
             near_low = tl.where(sink_tokens > 0, 0, tl.maximum(first - window + 1, 0))
         near_low = tl.minimum(near_low, PAGE)
         near_high = tl.maximum(tl.minimum(PAGE, high), near_low)
-        from_key = tl.maximum(from_key, tl.maximum(first // PAGE - 1, 0) * PAGE)
+        from_key = tl.maximum(from_key, tl.maximum(near_page(first, PAGE), 0) * PAGE)
         high = tl.minimum(high, (last // PAGE + 1) * PAGE)
     from_key = tl.maximum(from_key, near_high)
     if not WINDOW:
@@ -258,7 +264,7 @@ def prefill_pages_kernel(
     # Tiles start..whole_start and whole_end..high are masked, those between are seen by every row.
     whole_start = tl.maximum((tl.maximum(whole_from, from_key) + BN - 1) // BN * BN, start)
     whole_end = tl.maximum(first_limit // BN * BN, whole_start)
-    if SEGMENT == 2 or (SEGMENT == 1 and not CAUSAL):
+    if SEGMENT == EXACT_KEYS or (SEGMENT == BODY_KEYS and not CAUSAL):
         whole_start = tl.maximum((high + BN - 1) // BN * BN, start)
         whole_end = whole_start
 
@@ -270,7 +276,7 @@ def prefill_pages_kernel(
         sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
         m = sink
         mass = tl.full([BM], 2.0**SHIFT, tl.float32)
-    NEAR: tl.constexpr = SEGMENT == 2 or WINDOW
+    NEAR: tl.constexpr = SEGMENT == EXACT_KEYS or WINDOW
     # Parts: near keys, masked tiles, whole tiles, masked tiles.
     for part in tl.static_range(4):
         if part == 0:
@@ -281,7 +287,7 @@ def prefill_pages_kernel(
             begin, end, exists, until = whole_start, whole_end, from_key, high
         else:
             begin, end, exists, until = tl.maximum(whole_end, start), high, from_key, high
-        if (part == 1 and (WINDOW or SEGMENT != 0)) or (part == 0 and NEAR) or part >= 2:
+        if (part == 1 and (WINDOW or SEGMENT != ALL_KEYS)) or (part == 0 and NEAR) or part >= 2:
             acc, m, mass, zeros = _tiles(
                 acc,
                 m,
