@@ -12,6 +12,7 @@ from quantpage.cli import (
     bench,
     calibrate,
     capacity,
+    chat,
     doctor,
     evaluate,
     explain,
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 for _name, _module in (
     ("generate", generate),
+    ("chat", chat),
     ("serve", serve),
     ("evaluate", evaluate),
     ("calibrate", calibrate),

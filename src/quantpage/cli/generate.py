@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, check_writable
 
 if TYPE_CHECKING:
     from quantpage.cli.comparison import Forced
@@ -22,7 +22,14 @@ def command(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Read the prompt from a file (-: stdin); with --prompt, before each."),
+        typer.Option(
+            help="Read the prompt from a file (-: stdin); with --prompt, before each. With --out: "
+            "requests, a JSON object a line."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Answer the requests of --file in one batch, a JSON object a line."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System prompt, for the model's chat template.")
@@ -62,6 +69,10 @@ def command(
         bool, typer.Option(help="Give the prompt as it is, without the chat template.")
     ] = False,
     as_json: AsJson = False,
+    max_requests: Annotated[int, typer.Option(min=1, help="With --out: answers at once.")] = 32,
+    memory: Annotated[
+        str | None, typer.Option(help="With --out: of the cache, such as 4GiB.")
+    ] = None,
 ) -> None:
     """Generate text through a quantized, paged cache and report what it took and what it cost.
 
@@ -69,7 +80,50 @@ def command(
     that runs compare. --compare forces the same answer through this cache, through ours without
     quantization and through Transformers' own, and tabulates what each holds, its speed, and how
     often its most likely token is the one of Transformers' own cache.
+
+    With --out the lines of --file are requests with the names of OpenAI's completions (prompt or
+    messages, and their own sampling, where flags say what they leave out). They are answered in
+    one batch that is refilled as answers end. A run that was ended goes on where it was.
     """
+    if out is not None:
+        for name, given in (
+            ("prompt", prompt),
+            ("system", system),
+            ("compare", compare),
+            ("raw", raw),
+            ("json", as_json),
+        ):
+            if given:
+                raise ValueError(f"{name}: expected none beside --out, whose requests say it")
+        if file is None:
+            raise ValueError("file: expected the requests of --out, got none")
+        check_writable(out, "out")
+        from quantpage.cli.batch import Batch, answer_file
+
+        answer_file(
+            Batch(
+                model=model,
+                file=file,
+                out=out,
+                sampling={
+                    "max_tokens": max_new_tokens,
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "top_k": top_k,
+                    "seed": seed,
+                    "stop": stop,
+                },
+                kv_format=kv_format,
+                page_size=page_size,
+                calibration=calibration,
+                dtype=dtype,
+                device=device,
+                weights=weights,
+                max_requests=max_requests,
+                memory=memory,
+            )
+        )
+        return
     if not prompt and file is None:
         raise ValueError("prompt: expected --prompt or --file, got neither")
     read = None if file is None else _read(file)

@@ -125,16 +125,9 @@ class Session:
 
     def __init__(self, request: GenerateRequest) -> None:
         """Load, and encode every prompt; ValueError for one that does not fit the model."""
-        check_format(request.model, request.kv_format)
-        device = find_device(request.device)
-        dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
         self.request = request
-        with console.status(f"loading {request.model}"):
-            self.model, self.tokenizer = load_model(request.model, dtype, device)
-            if request.weights == "int8":
-                from quantpage.integrations.int8_weights import quantize_weights
-
-                quantize_weights(self.model)
+        self.model, self.tokenizer = load(request)
+        device = self.model.device
         self.encoded = [self._encode(prompt).to(device) for prompt in request.prompts]
         for ids in self.encoded:
             check_positions(self.model.config, ids.shape[1], request.max_new_tokens)
@@ -152,14 +145,14 @@ class Session:
                 calibration=request.key_maps,
             ),
         ):
-            printer = _Printer(self.tokenizer, StopFilter(request.stop, write), waiting.stop)
+            printer = Printer(self.tokenizer, StopFilter(request.stop, write), waiting.stop)
             start = time.perf_counter()
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=request.max_new_tokens,
                 streamer=printer,
-                stopping_criteria=StoppingCriteriaList([_Stopped(printer.filter)]),
+                stopping_criteria=StoppingCriteriaList([Stopped(printer.filter)]),
                 return_dict_in_generate=True,
                 pad_token_id=model.generation_config.pad_token_id or 0,
                 **request.sampling.arguments(),
@@ -206,6 +199,20 @@ class Session:
                 "leave --system out, or use --raw"
             ) from error
         return made["input_ids"]
+
+
+def load(request: GenerateRequest) -> tuple[Any, Any]:
+    """(model, tokenizer) of a request; a wrong format or device is known before they load."""
+    check_format(request.model, request.kv_format)
+    device = find_device(request.device)
+    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    with console.status(f"loading {request.model}"):
+        model, tokenizer = load_model(request.model, dtype, device)
+        if request.weights == "int8":
+            from quantpage.integrations.int8_weights import quantize_weights
+
+            quantize_weights(model)
+    return model, tokenizer
 
 
 def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
@@ -270,7 +277,7 @@ class StopFilter:
         return 0
 
 
-class _Printer(TextStreamer):
+class Printer(TextStreamer):
     """Hands text on as TextStreamer decodes it, and notes when the first token came."""
 
     def __init__(self, tokenizer: Any, filter: StopFilter, started: Callable[[], None]) -> None:
@@ -278,19 +285,25 @@ class _Printer(TextStreamer):
         self.filter, self._started = filter, started
         self.first_token: float | None = None
         self._calls = 0
+        self.tokens: list[int] = []
+        """Of the answer so far."""
 
     def put(self, value: torch.Tensor) -> None:
+        """The prompt, then a token a call."""
         self._calls += 1
+        if self._calls > 1:
+            self.tokens += value.flatten().tolist()
         if self._calls == 2:
             self.first_token = time.perf_counter()
             self._started()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Whole words."""
         self.filter.feed(text, stream_end)
 
 
-class _Stopped(StoppingCriteria):
+class Stopped(StoppingCriteria):
     """Ends the answer once a stop text came: asked after the streamer has had the token.
 
     Transformers' own stop strings need a tokenizer whose every token is a text of its own.
@@ -300,4 +313,5 @@ class _Stopped(StoppingCriteria):
         self._stopped = stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """[rows] bool: asked after every token."""
         return torch.full((input_ids.shape[0],), self._stopped.found, device=input_ids.device)

@@ -16,7 +16,13 @@ from quantpage.errors import EngineStopped, QuantPageError, QueueFull
 from quantpage.server.chat import Chat
 from quantpage.server.completions import Completion
 from quantpage.server.guard import Guard
-from quantpage.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from quantpage.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    first_problem,
+)
 from quantpage.server.serving import Served
 
 _RETRY_AFTER = "1"
@@ -178,11 +184,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            message = "unknown or not supported by this server"
+        where, message = first_problem(error.errors())
         return answer(400, f"{where or 'body'}: {message}", where or None)
 
     @app.exception_handler(StarletteHTTPException)

@@ -110,18 +110,29 @@ class Completion:
     ) -> dict[str, Any]:
         made = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         if self._body.logprobs is not None:
-            named = self._served.tokenizer.convert_ids_to_tokens
             made["logprobs"] = {
-                "tokens": named([each.token for each in choices]),
+                "tokens": self._named([each.token for each in choices]),
                 "token_logprobs": [each.logprob for each in choices],
                 "top_logprobs": [
                     dict(
-                        zip(named([t for t, _ in each.top]), [p for _, p in each.top], strict=True)
+                        zip(
+                            self._named([token for token, _ in each.top]),
+                            [logprob for _, logprob in each.top],
+                            strict=True,
+                        )
                     )
                     for each in choices
                 ],
             }
         return made
+
+    def _named(self, tokens: list[int]) -> list[str]:
+        """As the tokenizer writes them; models may have more tokens than their tokenizer."""
+        named = self._served.tokenizer.convert_ids_to_tokens(tokens)
+        return [
+            f"token_id:{token}" if name is None else name
+            for token, name in zip(tokens, named, strict=True)
+        ]
 
 
 def _prompts(served: Served, given: Any) -> list[list[int]]:

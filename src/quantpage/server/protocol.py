@@ -3,6 +3,7 @@
 A parameter that is not here is refused by its name (400): nothing is ignored without a word.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,14 @@ class Body(BaseModel):
     """Strict: unknown names and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
+    """(parameter, what is wrong with it) of the first of pydantic's errors."""
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    unknown = first["type"] == "extra_forbidden"
+    return where, "unknown or not supported by this server" if unknown else first["msg"]
 
 
 class StreamOptions(Body):

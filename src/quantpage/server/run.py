@@ -3,13 +3,13 @@
 import os
 import signal
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantpage import console
 from quantpage.engine import Engine, Limits
 from quantpage.server.metrics import Metrics
 from quantpage.server.serving import Served
@@ -41,6 +41,8 @@ class ServeOptions:
     prefix_cache: bool = True
     dtype: str = "auto"
     device: str = "auto"
+    weights: str = "model"
+    """'int8': weight-only int8 linears (CPU)."""
 
 
 def serve(options: ServeOptions) -> None:
@@ -85,6 +87,10 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     _say(f"loading {options.model} on {device}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype, device)
+    if options.weights == "int8":
+        from quantpage.integrations.int8_weights import quantize_weights
+
+        quantize_weights(model)
     text = text_config(model.config)
     longest = getattr(text, "max_position_embeddings", None) or 1 << 20
     context = options.context or longest
@@ -179,4 +185,4 @@ def _defaults(generation: Any) -> dict[str, float]:
 
 
 def _say(text: str) -> None:
-    print(f"quantpage: {text}", file=sys.stderr, flush=True)
+    console.note(f"quantpage: {text}")

@@ -70,12 +70,16 @@ class Attached:
         """
         return Prompts(self, max_pages)
 
-    def save_cache(self, cache: QuantPageCache, path: Path | str) -> None:
-        """Write what ``cache`` holds to a file."""
-        save_cache(self, cache, path)
+    def save_cache(self, cache: QuantPageCache, path: Path | str, note: Any = None) -> None:
+        """Write what ``cache`` holds to a file, with a note (JSON) for ``load_with_note``."""
+        save_cache(self, cache, path, note)
 
     def load_cache(self, path: Path | str) -> QuantPageCache:
         """The cache that ``save_cache`` wrote; CorruptCache for another model or format."""
+        return load_cache(self, path)[0]
+
+    def load_with_note(self, path: Path | str) -> tuple[QuantPageCache, Any]:
+        """``load_cache``, and the note that was saved with it."""
         return load_cache(self, path)
 
     def detach(self) -> None:

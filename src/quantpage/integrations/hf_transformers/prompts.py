@@ -153,18 +153,20 @@ class Prompts:
                 each.evict(max(0, len(each) - self._max_pages))
 
 
-def save_cache(attached: Caching, cache: QuantPageCache, path: Path | str) -> None:
-    """Write what ``cache`` holds to a file, whole or not at all."""
+def save_cache(
+    attached: Caching, cache: QuantPageCache, path: Path | str, note: Any = None
+) -> None:
+    """Write what ``cache`` holds and a note (JSON) to a file, whole or not at all."""
     _refuse_other_state(cache)
     if not cache.get_seq_length():
         raise ValueError("cache: expected one that holds tokens, got an empty one")
     cache.flush()
-    save_rows(cache.rows, path, {"model": _digest(attached)})
+    save_rows(cache.rows, path, {"model": _digest(attached), "user": note})
 
 
 @torch.inference_mode(False)
-def load_cache(attached: Caching, path: Path | str) -> QuantPageCache:
-    """The cache that ``save_cache`` wrote, for the same model and formats.
+def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any]:
+    """The cache and the note that ``save_cache`` wrote, for the same model and formats.
 
     Raises CorruptCache where model, formats or page size differ, or the file is damaged, CacheError
     where it cannot be read.
@@ -192,7 +194,7 @@ def load_cache(attached: Caching, path: Path | str) -> QuantPageCache:
         raise CorruptCache(f"{path}: {error}") from error
     made = empty.over(rows)
     made.set_length(rows.length)
-    return made
+    return made, saved.note.get("user")
 
 
 def _digest(attached: Caching) -> str:

@@ -1,0 +1,91 @@
+"""`quantpage generate --file requests.jsonl --out answers.jsonl`: many requests in one batch."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from quantpage import console
+from quantpage.cli.capacity import parse_bytes
+
+SOME_FAILED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the flags say."""
+
+    model: str
+    file: Path
+    out: Path
+    sampling: dict[str, Any]
+    """By the API's names, of requests that do not say it themselves."""
+    kv_format: str
+    page_size: int
+    calibration: str
+    dtype: str
+    device: str
+    weights: str
+    max_requests: int
+    memory: str | None
+
+
+def answer_file(batch: Batch) -> None:
+    """Answer what is not answered yet; leaves with SOME_FAILED where a line ended in an error."""
+    from quantpage.server.answer_file import AnswerFile
+    from quantpage.server.offline import answer_lines, read_lines
+    from quantpage.server.run import ServeOptions, load
+
+    defaults = {name: each for name, each in batch.sampling.items() if each is not None}
+    name = Path(batch.model).resolve().name
+    setting = {"model": name, "kv_format": batch.kv_format, "weights": batch.weights}
+    lines = read_lines(batch.file, defaults, setting)
+    with AnswerFile(batch.out) as file:
+        start = time.perf_counter()
+        if all(file.answered.get(each.id) == each.mark for each in lines):
+            console.note(f"{len(lines):,} of {len(lines):,} were answered before")
+            return
+        attached, served = load(
+            ServeOptions(
+                model=batch.model,
+                kv_format=batch.kv_format,
+                page_size=batch.page_size,
+                calibration=None if batch.calibration == "none" else batch.calibration,
+                memory=None if batch.memory is None else parse_bytes(batch.memory),
+                max_requests=batch.max_requests,
+                # Only so many wait as are asked at once, each of them with any number of answers.
+                max_waiting=1 << 30,
+                dtype=batch.dtype,
+                device=batch.device,
+                weights=batch.weights,
+            )
+        )
+        try:
+            start = time.perf_counter()
+            with console.progress() as bar:
+                task = bar.add_task("answers", total=len(lines))
+                counts = answer_lines(
+                    served,
+                    lines,
+                    file,
+                    lambda now: bar.update(task, completed=now.there + now.answered + now.failed),
+                )
+        finally:
+            served.engine.stop()
+            attached.detach()
+    seconds = time.perf_counter() - start
+    before = f", {counts.there:,} were there" if counts.there else ""
+    console.note(
+        f"{counts.answered:,} answered{before}, {counts.failed:,} failed: {counts.made_tokens:,} "
+        f"tokens in {seconds:.1f} s ({counts.made_tokens / seconds:.1f} a second)"
+    )
+    if counts.failed:
+        what = "1 line" if counts.failed == 1 else f"{counts.failed:,} lines"
+        print(
+            f"quantpage: {what} ended in an error, which {batch.out} says; another run tries again",
+            file=sys.stderr,
+        )
+        raise typer.Exit(SOME_FAILED)

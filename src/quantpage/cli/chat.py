@@ -1,0 +1,159 @@
+"""`quantpage chat`: a conversation in the terminal, over a quantized cache that is kept."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantpage import console
+from quantpage.cli.options import Calibration, Device, PageSize
+from quantpage.errors import QuantPageError
+
+if TYPE_CHECKING:
+    from quantpage.cli.conversation import Conversation
+
+_HELP = """\
+/reset       begin anew
+/save FILE   write the conversation and its cache to a file
+/load FILE   go on with a saved one, of the same model and format
+/help        this
+/exit        leave (or Ctrl-D); Ctrl-C ends an answer"""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation of /save.")] = None,
+    kv_format: Annotated[
+        str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
+    ] = "int8",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Of tokens that are so probable together; 1: all.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    ] = None,
+    page_size: PageSize = 64,
+    calibration: Calibration = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
+    ] = "auto",
+    device: Device = "auto",
+    weights: Annotated[
+        str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
+    ] = "model",
+) -> None:
+    """Talk with a model. The cache is kept: a turn computes only what is new in it.
+
+    A line is a question; /help lists what else a line may be. In a pipe every line of stdin is a
+    question, answers go to stdout and what they took to stderr.
+    """
+    from quantpage.cli.conversation import Conversation
+    from quantpage.cli.generation import GenerateRequest, Sampling
+    from quantpage.cli.generation import load as load_model
+    from quantpage.integrations.hf_transformers import attach
+
+    request = GenerateRequest(
+        model=model,
+        prompts=("a conversation",),
+        system=system,
+        kv_format=kv_format,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p, top_k, seed),
+        stop=tuple(stop or ()),
+        page_size=page_size,
+        calibration=calibration,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+    )
+    found, tokenizer = load_model(request)
+    with attach(
+        found, kv_format=kv_format, page_size=page_size, calibration=request.key_maps
+    ) as attached:
+        conversation = Conversation(attached, tokenizer, request)
+        if load is not None:
+            _act(conversation, f"/load {load}")
+        elif sys.stdin.isatty():
+            console.note("Ask something; /help says what else a line may be.")
+        for line in _lines():
+            try:
+                if not _act(conversation, line):
+                    return
+            except (ValueError, OSError, QuantPageError) as error:
+                # Whoever sits there can try again, a program cannot.
+                if not sys.stdin.isatty():
+                    raise
+                console.note(f"quantpage: {error}")
+
+
+def _act(conversation: "Conversation", line: str) -> bool:
+    """Do what a line says; False: leave."""
+    text = line.strip()
+    if not text.startswith("/"):
+        if text:
+            _ask(conversation, text)
+        return True
+    word, _, file = text.partition(" ")
+    file = file.strip()
+    if word in ("/save", "/load") and not file:
+        raise ValueError(f"{word}: expected a file, got none")
+    if word == "/exit":
+        return False
+    if word == "/reset":
+        conversation.reset()
+    elif word == "/save":
+        conversation.save(file)
+        console.note(f"saved to {file}")
+    elif word == "/load":
+        conversation.load(file)
+        turns = sum(each["role"] == "user" for each in conversation.messages)
+        console.note(f"{turns} questions and their answers from {file}")
+    elif word == "/help":
+        console.note(_HELP)
+    else:
+        raise ValueError(f"{word}: expected /reset, /save, /load, /help or /exit")
+    return True
+
+
+def _ask(conversation: "Conversation", text: str) -> None:
+    turn = conversation.say(text, _write)
+    print(flush=True)
+    new = turn.prompt_tokens - turn.kept_tokens
+    speed = turn.made_tokens / turn.seconds if turn.seconds else 0.0
+    console.note(
+        f"read {new:,} new of {turn.prompt_tokens:,} tokens, said {turn.made_tokens:,} in "
+        f"{turn.seconds:.2f} s ({speed:.1f} a second), cache "
+        f"{console.in_units(conversation.held_bytes())}" + (", stopped" if turn.interrupted else "")
+    )
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        # Lines can be edited and found again.
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
+            console.note("/exit or Ctrl-D leaves")
+        except EOFError:
+            print()
+            return

@@ -1,0 +1,161 @@
+"""A conversation over one cache that is kept: a turn computes only what the cache does not hold."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import StoppingCriteriaList
+
+from quantpage.cli.generation import GenerateRequest, Printer, StopFilter, Stopped
+from quantpage.errors import CacheError, CorruptCache
+from quantpage.integrations.hf_transformers.attach import Attached
+from quantpage.integrations.hf_transformers.model import text_config
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn took."""
+
+    prompt_tokens: int
+    """Of the whole conversation, the new question included."""
+    kept_tokens: int
+    """Of these, in the cache already."""
+    made_tokens: int
+    seconds: float
+    interrupted: bool
+    """Ctrl-C: the answer is as far as it came."""
+
+
+class Conversation:
+    """Messages, and the cache that holds them as far as they were computed."""
+
+    def __init__(self, attached: Attached, tokenizer: Any, request: GenerateRequest) -> None:
+        """request: everything but its prompts. ValueError for a model without a chat template."""
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"model: expected one with a chat template, got {request.model}, which "
+                "`quantpage generate` can continue texts with"
+            )
+        self._attached, self._tokenizer = attached, tokenizer
+        self._model: Any = attached.model
+        self._request = request
+        self._limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
+        torch.manual_seed(request.sampling.seed)
+        self.messages: list[dict[str, str]] = []
+        self._cache = attached.new_cache()
+        self._tokens: list[int] = []
+        """Those that the cache holds."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        system = self._request.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._forget()
+
+    def say(self, text: str, write: Callable[[str], None]) -> Turn:
+        """Ask, and hand the answer to ``write`` piece by piece; Ctrl-C ends it, and nothing else.
+
+        ValueError, with the conversation as it was, where it is too long for the model.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encode(messages)
+        room = None if self._limit is None else self._limit - len(ids)
+        if room is not None and room < 1:
+            raise ValueError(
+                f"conversation: expected fewer than {self._limit:,} tokens, as the model has so "
+                f"many positions; got {len(ids):,} (/reset begins anew)"
+            )
+        kept = self._keep_common(ids)
+        request, start = self._request, time.perf_counter()
+        printer = Printer(self._tokenizer, StopFilter(request.stop, write), lambda: None)
+        given = torch.tensor([ids], device=self._model.device)
+        interrupted = False
+        try:
+            self._model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                past_key_values=self._cache,
+                max_new_tokens=min(request.max_new_tokens, room or request.max_new_tokens),
+                streamer=printer,
+                stopping_criteria=StoppingCriteriaList([Stopped(printer.filter)]),
+                pad_token_id=self._model.generation_config.pad_token_id or 0,
+                **request.sampling.arguments(),
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+        except BaseException:
+            self._forget()
+            raise
+        # Of the answer, the cache holds what was fed back: all but the last token.
+        self._tokens = [*ids, *printer.tokens][: self._cache.get_seq_length()]
+        said = printer.filter.text
+        # A question that got no word of an answer was not asked.
+        if said or not interrupted:
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+        seconds = time.perf_counter() - start
+        return Turn(len(ids), kept, len(printer.tokens), seconds, interrupted)
+
+    def held_bytes(self) -> int:
+        """Of the cache."""
+        return self._cache.allocated_bytes()
+
+    def save(self, path: Path | str) -> None:
+        """Write messages and cache to a file, whole or not at all."""
+        note = {"messages": self.messages, "tokens": self._tokens}
+        self._attached.save_cache(self._cache, path, note)
+
+    def load(self, path: Path | str) -> None:
+        """Go on with what ``save`` wrote; where it raises, the conversation is as it was."""
+        cache, note = self._attached.load_with_note(path)
+        tokens = note.get("tokens") if type(note) is dict else None
+        messages = note.get("messages") if type(note) is dict else None
+        if (
+            type(tokens) is not list
+            or type(messages) is not list
+            or len(tokens) != cache.get_seq_length()
+            or cache.rows.count != 1
+            or not all(type(each) is int for each in tokens)
+            or not all(type(each) is dict and set(each) == {"role", "content"} for each in messages)
+        ):
+            raise CorruptCache(f"{path}: expected a conversation, got a cache without its messages")
+        self.messages, self._tokens, self._cache = messages, tokens, cache
+
+    def _forget(self) -> None:
+        self._cache = self._attached.new_cache()
+        self._tokens = []
+
+    def _keep_common(self, ids: list[int]) -> int:
+        """Cut the cache to what it has in common with ``ids``, short of the last; its length.
+
+        Not always all of it: a template may leave parts of old answers out, and a tokenizer may
+        cut an answer's text otherwise than the model wrote it.
+        """
+        pairs = zip(ids[:-1], self._tokens, strict=False)
+        differing = (at for at, (mine, held) in enumerate(pairs) if mine != held)
+        common = next(differing, min(len(ids) - 1, len(self._tokens)))
+        if 0 < common < len(self._tokens):
+            try:
+                self._cache.crop(common)
+            except CacheError:
+                # Pages that the next token would read are gone: windows, exact pages.
+                common = 0
+        if not common:
+            self._forget()
+        self._tokens = self._tokens[:common]
+        return common
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"messages: expected what the model's chat template takes ({error})"
+            ) from error
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)

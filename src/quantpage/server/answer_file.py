@@ -1,0 +1,126 @@
+"""A file of answers that grows line by line and may be continued after any end.
+
+    {"id": ..., "request": "<mark of what was asked>", "choices": [...], "usage": {...}}
+    {"id": ..., "request": "...", "error": "..."}
+
+A line is one write, so that whoever ends the process leaves at most a torn last line. Opening
+takes that line away, and lines of errors, which are tried again.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+Id = str | int
+
+_BEGINNING = b'{"id": '
+"""Of every line: what is torn and begins otherwise was not written here, and is left alone."""
+
+
+class AnswerFile:
+    """The answers so far, and a place for more. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError, with the file as it is, where it is no such file or is in use."""
+        # Links are followed: a file is replaced where it is.
+        self.path = path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            raise ValueError(f"out: expected a file, got {path}, which is something else")
+        self.answered: dict[Id, str] = {}
+        """Id -> the mark of what was asked, of every answer in the file."""
+        self._file = self._open()
+        try:
+            self._heal()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; ``record`` begins with its id."""
+        _write(self._file, json.dumps(record).encode() + b"\n")
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def _open(self) -> int:
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise ValueError(
+                f"out: expected a file that can be written, got {self.path} ({error.strerror})"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise ValueError(
+                f"out: expected a file for this process alone, got {self.path}, which another one "
+                "is writing"
+            ) from None
+        return file
+
+    def _heal(self) -> None:
+        """Read what is there; leave answers, whole lines, and nothing else."""
+        content = self.path.read_bytes()
+        *whole, rest = content.split(b"\n")
+        kept = [line for at, line in enumerate(whole, 1) if self._learn(at, line)]
+        if rest and _whole(rest):
+            kept += [rest] if self._learn(len(whole) + 1, rest) else []
+        elif rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+            self._refuse(len(whole) + 1, rest)
+        wanted = b"".join(line + b"\n" for line in kept)
+        if wanted == content:
+            return
+        part = self.path.with_name(f".{self.path.name}-{token_hex(8)}")
+        try:
+            with open(part, "xb") as file:
+                file.write(wanted)
+                file.flush()
+                os.fchmod(file.fileno(), os.fstat(self._file).st_mode & 0o777)
+                os.fsync(file.fileno())
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
+        healed = self._open()
+        os.close(self._file)
+        self._file = healed
+
+    def _learn(self, number: int, line: bytes) -> bool:
+        """Whether a line is an answer; it is remembered then."""
+        found = _whole(line)
+        if found is None:
+            self._refuse(number, line)
+        elif "error" not in found:
+            self.answered[found["id"]] = found["request"]
+            return True
+        return False
+
+    def _refuse(self, number: int, line: bytes) -> None:
+        shown = line[:60].decode("utf-8", "replace")
+        raise ValueError(
+            f"out: expected a new file or answers of this command, got {self.path} with line "
+            f"{number}: {shown!r}"
+        )
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """What a whole line of ours says; None for anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if type(found) is not dict or type(found.get("id")) not in (str, int):
+        return None
+    return found if type(found.get("request")) is str else None
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
