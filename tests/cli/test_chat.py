@@ -158,13 +158,15 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_a_wrong_line_nothing(folder):
     os.close(its)
     said = ""
 
-    def until(mark, seconds=120):
+    def until(mark, again=lambda: None):
         nonlocal said
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 120
         while not re.search(mark, said):
             assert time.monotonic() < end, said
             if select.select([mine], [], [], 1)[0]:
                 said += os.read(mine, 1 << 16).decode("utf-8", "replace")
+            else:
+                again()
         found, said = said, ""
         return found
 
@@ -172,8 +174,8 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_a_wrong_line_nothing(folder):
         until(r"> $")
         os.write(mine, b"/nothing\n")
         assert "/nothing: expected /reset" in until(r"(?s)expected.*> $")
-        process.send_signal(signal.SIGINT)
-        assert "Ctrl-D leaves" in until(r"(?s)leaves.*> $")
+        # Between its prompt and its reading of keys Python misses a signal: sent until it is heard.
+        until(r"(?s)Ctrl-D leaves.*> $", again=lambda: process.send_signal(signal.SIGINT))
         os.write(mine, b"Go on.\n")
         # The question's echo, and something of the answer.
         until(r"(?s)Go on\.\s+\S+")
