@@ -20,7 +20,7 @@ def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
     odd.config.head_dim = 40
     odd.config.save_pretrained(tmp_path)
     said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", tmp_path).out
-    assert "head_dim must be a multiple of 16 up to 512, got 40" in said
+    assert "head_dim that is a multiple of 16 up to 512, got 40" in said
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from quantpage import cpu_core
 from quantpage.explain import example_call, explain
 from quantpage.formats import CODES, FORMATS, KVFormat, QuantSpec
 from quantpage.hardware import device_info
-from quantpage.ops import cpu_refusals
-from quantpage.ops.cpu_refusals import refusals
+from quantpage.ops import refusals
 
 pytestmark = pytest.mark.cpu
 
@@ -49,8 +48,8 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path, monkeypatch, content):
 
 def test_without_a_core_torch_answers(call, monkeypatch):
     sentence = "no compiled core in this installation: it was made without a C++ compiler."
-    monkeypatch.setattr(cpu_refusals, "absence", lambda: sentence)
-    assert refusals(call) == [sentence]
+    monkeypatch.setattr(refusals, "absence", lambda: sentence)
+    assert refusals.CPU(call) == [sentence]
     for choice in explain(call):
         assert choice.chosen == "torch"
         assert ("cpu", sentence) in choice.refusals
@@ -68,7 +67,7 @@ def test_another_version_of_the_library_is_refused(monkeypatch, tmp_path):
 
 
 def test_refusals_name_what_came(call, monkeypatch):
-    monkeypatch.setattr(cpu_refusals, "absence", lambda: "")
+    monkeypatch.setattr(refusals, "absence", lambda: "")
     wide = QuantSpec(CODES["int8"], scale_dtype=torch.float64)
     odd = replace(
         call,
@@ -77,12 +76,12 @@ def test_refusals_name_what_came(call, monkeypatch):
         dtype=torch.float64,
         format=KVFormat("wide", wide, wide),
     )
-    assert refusals(odd) == [
-        "head_dim must be a multiple of 16 up to 512, got 40.",
-        "value_head_dim must be a multiple of 16 up to 512, got 1024.",
-        "queries must have 16 or 32 bits, got torch.float64.",
-        "scales of keys must have 16 or 32 bits, got torch.float64.",
-        "scales of values must have 16 or 32 bits, got torch.float64.",
+    assert refusals.CPU(odd) == [
+        "needs a head_dim that is a multiple of 16 up to 512, got 40.",
+        "needs a value_head_dim that is a multiple of 16 up to 512, got 1024.",
+        "needs queries in float32, bfloat16 or float16, got float64.",
+        "needs scales of 16 or 32 bits for keys, got float64.",
+        "needs scales of 16 or 32 bits for values, got float64.",
     ]
     cuda = replace(call, device=replace(call.device, kind="cuda"))
-    assert refusals(cuda) == ["needs a CPU, got cuda."]
+    assert refusals.CPU(cuda) == ["needs a CPU, got cuda."]

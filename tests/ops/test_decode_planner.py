@@ -7,15 +7,10 @@ import torch
 
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
+from quantpage.ops.attend import CANDIDATES
 from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, row_tiles
 from quantpage.ops.dispatch import Call, choose
-from quantpage.ops.gpu_candidates import (
-    DECODE_CANDIDATES,
-    decode_refusals,
-    gather_refusals,
-    hopper_decode_refusals,
-    write_refusals,
-)
+from quantpage.ops.refusals import DECODE_GLUON, DECODE_TRITON, GATHER_TRITON, WRITE_TRITON
 
 pytestmark = pytest.mark.pure
 H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
@@ -53,59 +48,64 @@ def test_every_call_has_a_launch(name, width, rows):
 def test_the_kernels_serve_every_named_format():
     for given in FORMATS.values():
         call = replace(CALL, format=given)
-        for refusals in (decode_refusals, write_refusals, gather_refusals):
+        for refusals in (DECODE_TRITON, WRITE_TRITON, GATHER_TRITON):
             assert refusals(call) == []
 
 
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"phase": "prefill"}, "serves decode (at most 16 new tokens a request), got prefill."),
-        ({"mask": "interval"}, "serves causal and full masks, got interval."),
-        ({"head_dim": 512}, "head_dim up to 256, got 512."),
-        ({"dtype": torch.float64}, "got torch.float64."),
+        (
+            {"phase": "prefill"},
+            "needs the decode phase (at most 16 new tokens a request), got prefill.",
+        ),
+        ({"mask": "interval"}, "needs a causal or full mask, got interval."),
+        ({"head_dim": 512}, "needs a head_dim up to 256, got 512."),
+        ({"dtype": torch.float64}, "in float16, bfloat16 or float32, got float64."),
         ({"device": DeviceInfo("cpu", "a CPU", None, 2, 0)}, "needs a CUDA device, got cpu."),
-        ({"device": replace(H200, capability=(7, 5))}, "8.0 or later, got (7, 5)."),
+        ({"device": replace(H200, capability=(7, 5))}, "8.0 or later, got 7.5."),
         (
             {"format": KVFormat("g", *[QuantSpec(CODES["int8"], Granularity(group=32))] * 2)},
-            "one dynamic scale a token and kv_head, got 4 for a key.",
+            "one dynamic scale a token and kv_head for keys, got 4.",
         ),
     ],
 )
 def test_decode_says_why_it_refuses(change, said):
-    reasons = decode_refusals(replace(CALL, **change))
+    reasons = DECODE_TRITON(replace(CALL, **change))
     assert any(said in reason for reason in reasons)
 
 
 def test_writes_of_uneven_groups_are_refused():
     odd = QuantSpec(CODES["int8"], Granularity(group=48))
-    reasons = write_refusals(replace(CALL, format=KVFormat("g", odd, odd), head_dim=96))
+    reasons = WRITE_TRITON(replace(CALL, format=KVFormat("g", odd, odd), head_dim=96))
     assert reasons and "got 48" in reasons[0]
 
 
 def test_writes_of_keys_that_are_rounded_in_turn_are_refused():
-    assert not write_refusals(CALL)
-    reasons = write_refusals(replace(CALL, in_turn=True))
-    assert reasons == ["rounds each channel of a key by itself, got a key map with feedback."]
+    assert not WRITE_TRITON(CALL)
+    reasons = WRITE_TRITON(replace(CALL, in_turn=True))
+    assert reasons == [
+        "needs keys that are rounded a channel by itself, got a key map with feedback."
+    ]
 
 
 @pytest.mark.parametrize(
     "change,said",
     [
         ({"device": replace(H200, capability=(8, 0))}, "compute capability 9.0, got 8.0"),
-        ({"format": FORMATS["none"]}, "reads codes, got keys as they come"),
+        ({"format": FORMATS["none"]}, "needs codes, got keys as they come"),
         ({"head_dim": 64, "value_head_dim": 64}, "128 or 256, got 64 and 64"),
         ({"value_head_dim": 256}, "128 or 256, got 128 and 256"),
         ({"phase": "prefill"}, "got prefill"),
     ],
 )
 def test_the_hopper_kernel_says_what_it_needs(change, said):
-    assert said in " ".join(hopper_decode_refusals(replace(CALL, **change)))
+    assert said in " ".join(DECODE_GLUON(replace(CALL, **change)))
 
 
 @pytest.mark.parametrize("name", [n for n, form in FORMATS.items() if form.key.quantized])
 def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     call = replace(CALL, format=FORMATS[name])
-    assert choose(DECODE_CANDIDATES, call).name == "gluon"
-    assert choose(DECODE_CANDIDATES, call, "triton").name == "triton"
-    assert choose(DECODE_CANDIDATES, replace(call, head_dim=64, value_head_dim=64)).name == "triton"
+    assert choose(CANDIDATES, call).name == "gluon"
+    assert choose(CANDIDATES, call, "triton").name == "triton"
+    assert choose(CANDIDATES, replace(call, head_dim=64, value_head_dim=64)).name == "triton"

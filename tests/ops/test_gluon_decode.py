@@ -23,11 +23,10 @@ from tests.ops.triton_cases import (
 # isort: split
 from quantpage.formats import CODES, FORMATS, QuantSpec
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend import CANDIDATES, AttendParams
 from quantpage.ops.attend import attend as attend_op
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.reference import attend as reference
-from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
 
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -40,6 +39,7 @@ if HOPPER:
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
 QUANTIZED = [name for name, given in FORMATS.items() if given.key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
+GLUON = next(each for each in CANDIDATES if each.target.endswith("decode.gluon:attend"))
 
 
 def check(*given, **options):
@@ -152,7 +152,7 @@ def test_segments_join_to_the_whole(name, mask):
     given = FORMATS[name]
     q, layer, batch = make_step(given.key, given.value, DRAFTS, mask, exact=True)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
-    out, lse = attend_op(q, layer, batch, params, DECODE_CANDIDATES[0])
+    out, lse = attend_op(q, layer, batch, params, GLUON)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE
     assert (lse.cpu() - wanted_lse).abs().max() < 1e-2

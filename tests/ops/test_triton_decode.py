@@ -39,7 +39,7 @@ from quantpage.ops.attend.decode.triton import attend
 from quantpage.ops.attend.decode.triton_share import my_share
 from quantpage.ops.attend.reference import attend as reference
 from quantpage.ops.dispatch import Call
-from quantpage.ops.gpu_candidates import decode_refusals
+from quantpage.ops.refusals import DECODE_TRITON
 
 pytestmark = TIER
 SMALL = DecodeTiles(tile=32, warps=4, stages=3, programs_per_processor=1, gather=16)
@@ -50,7 +50,7 @@ check = partial(check_decode, tiles=SMALL)
 def test_decode_reads_every_format(name):
     given = FORMATS[name]
     any_gpu = DeviceInfo("cuda", "a GPU", (9, 0), 1, 0)
-    reasons = decode_refusals(Call(any_gpu, given, torch.float16, 8, 2, 64, 64, 16, "decode"))
+    reasons = DECODE_TRITON(Call(any_gpu, given, torch.float16, 8, 2, 64, 64, 16, "decode"))
     if reasons:
         pytest.skip(" ".join(reasons))
     check(given.key, given.value, Step())

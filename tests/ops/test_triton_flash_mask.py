@@ -14,11 +14,10 @@ from quantpage import masks
 from quantpage.batch import BatchPlan, derive
 from quantpage.formats import FORMATS
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend import AttendParams, attend, reference
+from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference
 from quantpage.ops.attend.interval import plan as mask_plan
 from quantpage.ops.attend.interval import triton as triton_flash_mask
 from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
-from quantpage.ops.attend.interval.candidates import MASK_CANDIDATES
 from quantpage.ops.attend.interval.plan import MaskTile, lower
 from quantpage.ops.attend.interval.triton import attend as triton_attend
 from quantpage.ops.attend.interval.triton import lowered
@@ -42,7 +41,7 @@ def kernel(request, monkeypatch):
         # So few rows would go to the portable kernel.
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
     target = f"quantpage.ops.attend.interval.{name}:attend"
-    return next(each for each in MASK_CANDIDATES if each.target == target)
+    return next(each for each in CANDIDATES if each.target == target)
 
 
 def to_gpu(batch: BatchPlan) -> BatchPlan:

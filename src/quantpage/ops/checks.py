@@ -22,7 +22,8 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerFacts, LayerKV, QuantizedPages
 from quantpage.formats import KVFormat
 from quantpage.hardware import DeviceInfo, device_info
-from quantpage.ops.dispatch import Call, Phase, refuse_nothing
+from quantpage.ops.dispatch import Call, Phase
+from quantpage.ops.refusals import NOTHING, Refusals
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,7 +32,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Needs:
     """What one implementation asks of a call besides sense."""
 
-    refusals: Callable[[Call], list[str]] = refuse_nothing
+    refusals: Refusals = NOTHING
     """Asked once for calls that are alike."""
     kind: str | None = None
     """'cpu' or 'cuda': whose memory it reads. Tensors on a CPU pass for those of a GPU, as kernels
@@ -71,6 +72,7 @@ def writes(needs: Needs) -> Callable[[Callable[P, Result]], Callable[P, Result]]
             check_write((q, k, v), layer, batch, params, needs)
             return function(q, k, v, layer, batch, params, *more, **options)
 
+        entered.needs = needs  # type: ignore[attr-defined]
         return entered
 
     return behind

@@ -55,18 +55,6 @@ class Call:
         return self.q_heads // self.kv_heads
 
 
-def unknown_codes(call: Call) -> list[str]:
-    """A sentence for each code that compiled kernels have not been told of."""
-    said = []
-    for name, code in (("keys", call.format.key.code), ("values", call.format.value.code)):
-        if not code.known:
-            said.append(
-                f"codes of {name} must be int8, fp8 or int4 of formats/spec, got {code.name} "
-                f"({code.qmin:g} to {code.qmax:g} in {code.storage})."
-            )
-    return said
-
-
 @dataclass(frozen=True, slots=True)
 class Implementation:
     """One way to run an op."""
@@ -76,7 +64,8 @@ class Implementation:
     """'package.module:function', imported when first asked for, so that importing quantpage
     imports no triton."""
     refusals: Callable[[Call], list[str]]
-    """Sentences, each with the got and the wanted value; empty: can serve the call."""
+    """Sentences, each with the wanted and the got value; empty: can serve the call. See
+    ops/refusals."""
     whole: bool = False
     """Of attend: reads exact pages and turns outputs back itself, in one call."""
     joins: bool = False
@@ -97,11 +86,6 @@ class Implementation:
 def _load(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     return getattr(import_module(module), function)
-
-
-def refuse_nothing(call: Call) -> list[str]:
-    """The refusals of plain torch, which serves every call."""
-    return []
 
 
 def choose(

@@ -18,14 +18,11 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
-from quantpage.ops.attend.interval.candidates import MASK_CANDIDATES
+from quantpage.ops import refusals
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.prefill.ways import PREFILL_CANDIDATES
 from quantpage.ops.checks import check_attend, needs_of, unchecked
-from quantpage.ops.cpu_refusals import refusals as cpu_refusals
-from quantpage.ops.dispatch import Implementation, refuse_nothing
-from quantpage.ops.gpu_candidates import DECODE_CANDIDATES
+from quantpage.ops.dispatch import Implementation
 from quantpage.ops.rotate_output import rotate_output
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
@@ -48,12 +45,34 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
 CANDIDATES: list[Implementation] = [
-    *MASK_CANDIDATES,
-    *DECODE_CANDIDATES,
-    *PREFILL_CANDIDATES,
-    Implementation("cpu", "quantpage.ops.attend.cpu:attend", cpu_refusals, whole=True),
-    Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refuse_nothing),
+    Implementation(
+        "gluon", "quantpage.ops.attend.interval.gluon:attend", refusals.INTERVAL_GLUON, merge=_MERGE
+    ),
+    Implementation(
+        "triton",
+        "quantpage.ops.attend.interval.triton:attend",
+        refusals.INTERVAL_TRITON,
+        merge=_MERGE,
+    ),
+    Implementation(
+        "gluon", "quantpage.ops.attend.decode.gluon:attend", refusals.DECODE_GLUON, joins=True
+    ),
+    Implementation(
+        "triton", "quantpage.ops.attend.decode.triton:attend", refusals.DECODE_TRITON, joins=True
+    ),
+    Implementation(
+        "gluon", "quantpage.ops.attend.prefill.gluon:attend", refusals.PREFILL_GLUON, merge=_MERGE
+    ),
+    Implementation(
+        "triton",
+        "quantpage.ops.attend.prefill.triton:attend",
+        refusals.PREFILL_TRITON,
+        merge=_MERGE,
+    ),
+    Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True),
+    Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refusals.NOTHING),
 ]
 """In order of preference."""
 

@@ -14,13 +14,13 @@ from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
 from quantpage.cpu_core.records import ATTEND, CODES, layer_record, step_record
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops import refusals
 from quantpage.ops.attend.cpu_intervals import intervals_of
 from quantpage.ops.attend.params import AttendParams
 from quantpage.ops.checks import Needs, attends
-from quantpage.ops.cpu_refusals import refusals
 
 
-@attends(Needs(refusals, kind="cpu", host_lengths=True))
+@attends(Needs(refusals.CPU, kind="cpu", host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

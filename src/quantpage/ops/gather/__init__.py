@@ -1,16 +1,15 @@
 """Pages to dense rows: export, foreign attention, prefill workspaces."""
 
-from quantpage.ops.cpu_refusals import refusals as cpu_refusals
-from quantpage.ops.dispatch import Implementation, refuse_nothing
+from quantpage.ops import refusals
+from quantpage.ops.dispatch import Implementation
 from quantpage.ops.gather.reference import gather_request
-from quantpage.ops.gpu_candidates import GATHER_CANDIDATES
 
 __all__ = ["CANDIDATES", "gather_request"]
 
 
 CANDIDATES: list[Implementation] = [
-    *GATHER_CANDIDATES,
-    Implementation("cpu", "quantpage.ops.gather.cpu:gather_request", cpu_refusals),
-    Implementation("torch", "quantpage.ops.gather.reference:gather_request", refuse_nothing),
+    Implementation("triton", "quantpage.ops.gather.triton:gather_request", refusals.GATHER_TRITON),
+    Implementation("cpu", "quantpage.ops.gather.cpu:gather_request", refusals.CPU),
+    Implementation("torch", "quantpage.ops.gather.reference:gather_request", refusals.NOTHING),
 ]
 """In order of preference."""

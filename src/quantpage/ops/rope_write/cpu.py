@@ -13,13 +13,13 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
 from quantpage.cpu_core.records import CODES, WRITE, layer_record, step_record
+from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
-from quantpage.ops.cpu_refusals import refusals
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
 
 
-@writes(Needs(refusals, kind="cpu"))
+@writes(Needs(refusals.CPU, kind="cpu"))
 def rope_write(
     q: Float[Tensor, "tokens q_heads head_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],

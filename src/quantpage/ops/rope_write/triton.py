@@ -12,8 +12,8 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import device_info
+from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
-from quantpage.ops.gpu_candidates import write_refusals
 from quantpage.ops.operand import A_TOKEN, Operand, operand
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
@@ -77,7 +77,7 @@ def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
     )
 
 
-@writes(Needs(write_refusals, kind="cuda"))
+@writes(Needs(refusals.WRITE_TRITON, kind="cuda"))
 def rope_write(
     q: Float[Tensor, "tokens q_heads head_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],

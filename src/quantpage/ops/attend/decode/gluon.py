@@ -10,15 +10,15 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
+from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.checks import Needs, attends, unchecked
-from quantpage.ops.gpu_candidates import HOPPER_WIDTHS, hopper_decode_refusals
 
 
-@attends(Needs(hopper_decode_refusals, kind="cuda"))
+@attends(Needs(refusals.DECODE_GLUON, kind="cuda"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -44,4 +44,4 @@ def serves(q: Tensor, layer: LayerKV) -> bool:
     """Whether the Hopper kernel takes these widths on this device."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
-    return q.shape[-1] == layer.value.head_dim and layer.value.head_dim in HOPPER_WIDTHS
+    return q.shape[-1] == layer.value.head_dim and layer.value.head_dim in refusals.HOPPER_WIDTHS

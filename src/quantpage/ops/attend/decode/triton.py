@@ -16,13 +16,13 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, row_tiles
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from quantpage.ops.attend.decode.workspaces import counters_of, workspace
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 from quantpage.ops.checks import Needs, attends
-from quantpage.ops.gpu_candidates import decode_refusals
 from quantpage.ops.operand import STATIC, Operand, operand
 
 # In what the Hopper kernel reads codes, where it is not words.
@@ -33,7 +33,7 @@ OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
 
-@attends(Needs(decode_refusals, kind="cuda"))
+@attends(Needs(refusals.DECODE_TRITON, kind="cuda"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -17,7 +17,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend.interval.candidates import gluon_mask_refusals
+from quantpage.ops import refusals
 from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
 from quantpage.ops.attend.interval.once import once_a_step
 from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile
@@ -87,7 +87,7 @@ def heads_a_pass(kv_heads: int, head_bytes: int) -> int:
     return -(-kv_heads // -(-kv_heads // most))
 
 
-@attends(Needs(gluon_mask_refusals, kind="cuda", phase="prefill"))
+@attends(Needs(refusals.INTERVAL_GLUON, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -15,7 +15,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
-from quantpage.ops.attend.interval.candidates import triton_mask_refusals
+from quantpage.ops import refusals
 from quantpage.ops.attend.interval.once import once_a_step
 from quantpage.ops.attend.interval.plan import MaskTile, lower
 from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
@@ -43,7 +43,7 @@ def lowered(mask: Mask, device: torch.device) -> ColumnIntervals | RowIntervals:
     return lower(mask.to(device))
 
 
-@attends(Needs(triton_mask_refusals, kind="cuda"))
+@attends(Needs(refusals.INTERVAL_TRITON, kind="cuda"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -23,13 +23,14 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import attend as decode
 from quantpage.ops.attend.decode.triton import attend as triton_decode
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
-from quantpage.ops.attend.prefill.ways import choose_ways, gluon_refusals
+from quantpage.ops.attend.prefill.ways import choose_ways
 from quantpage.ops.checks import Needs, attends, serves, unchecked
 from quantpage.ops.operand import Operand, given_values
 from quantpage.ops.triton.gluon_compat import TensorDescriptor
@@ -44,7 +45,7 @@ def dense_tile(head_dim: int) -> DenseTile:
     return DenseTile(rows=128, keys=64, stages=2)
 
 
-@attends(Needs(gluon_refusals, kind="cuda", phase="prefill"))
+@attends(Needs(refusals.PREFILL_GLUON, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

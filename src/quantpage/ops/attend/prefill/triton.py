@@ -18,6 +18,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
+from quantpage.ops import refusals
 from quantpage.ops.attend.decode.triton import attend as decode
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.prefill.plan import (
@@ -28,7 +29,7 @@ from quantpage.ops.attend.prefill.plan import (
     plan_passes,
 )
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
-from quantpage.ops.attend.prefill.ways import Ways, choose_ways, take_requests, triton_refusals
+from quantpage.ops.attend.prefill.ways import Ways, choose_ways, take_requests
 from quantpage.ops.attend.triton_merge import merge_partials
 from quantpage.ops.checks import Needs, attends, serves, unchecked
 from quantpage.ops.gather.triton import gather_layer
@@ -51,7 +52,7 @@ def pages_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
     return DenseTile(rows=64, keys=32, stages=2), 4
 
 
-@attends(Needs(triton_refusals, kind="cuda", phase="prefill"))
+@attends(Needs(refusals.PREFILL_TRITON, kind="cuda", phase="prefill"))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,

@@ -17,14 +17,13 @@ split-KV kernel takes it.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, derive
-from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, unknown_codes
+from quantpage.ops.dispatch import DECODE_TOKENS
 
 WORKSPACE_ROWS = {"gluon": 256, "triton": 384}
 """Least rows of a request that are worth a workspace, by the kernel that reads it."""
@@ -59,65 +58,6 @@ def choose_ways(query_lens: tuple[int, ...], group: int, kernel: str, decodes: b
     if not pages and not decode:
         return Ways(workspace=None)
     return Ways(tuple(workspace), tuple(pages), tuple(decode))
-
-
-def triton_refusals(call: Call) -> list[str]:
-    """Why the portable kernel cannot serve ``call``."""
-    said = _shared_refusals(call)
-    if call.device.capability is not None and call.device.capability < (8, 0):
-        said.append(f"Needs compute capability 8.0, got {_version(call.device.capability)}.")
-    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        said.append(f"Takes float16, bfloat16 or float32 queries, got {call.dtype}.")
-    return said
-
-
-def gluon_refusals(call: Call) -> list[str]:
-    """Why the Hopper kernel cannot serve ``call``."""
-    said = _shared_refusals(call)
-    if call.device.capability is not None and call.device.capability != (9, 0):
-        said.append(f"Needs compute capability 9.0, got {_version(call.device.capability)}.")
-    if call.dtype not in (torch.float16, torch.bfloat16):
-        said.append(f"Takes float16 or bfloat16 queries, got {call.dtype}.")
-    for name, width in (("head_dim", call.head_dim), ("value_head_dim", call.value_head_dim)):
-        if width % 8:
-            said.append(
-                f"TMA copies rows of whole 16 bytes: {name} {width} is not a multiple of 8."
-            )
-    if not said and find_spec("triton.experimental.gluon") is None:
-        said.append("Needs Triton 3.6 or later, which brings Gluon.")
-    return said
-
-
-def _shared_refusals(call: Call) -> list[str]:
-    said = unknown_codes(call)
-    if call.device.kind != "cuda":
-        said.append(f"Runs on a CUDA device, got {call.device.kind}.")
-    elif find_spec("triton") is None:
-        said.append("Needs the package triton, which is not installed.")
-    if call.phase != "prefill":
-        said.append(f"Serves the prefill phase, got {call.phase}.")
-    if call.mask not in ("causal", "full"):
-        said.append(f"Takes causal and full masks, got {call.mask}.")
-    for name, width in (("head_dim", call.head_dim), ("value_head_dim", call.value_head_dim)):
-        if width > 256:
-            said.append(f"Takes a {name} of at most 256, got {width}.")
-    return said
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
-TRITON_MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
-PREFILL_CANDIDATES = [
-    Implementation(
-        "gluon", "quantpage.ops.attend.prefill.gluon:attend", gluon_refusals, merge=TRITON_MERGE
-    ),
-    Implementation(
-        "triton", "quantpage.ops.attend.prefill.triton:attend", triton_refusals, merge=TRITON_MERGE
-    ),
-]
-"""In order of preference."""
 
 
 def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan, Tensor]:

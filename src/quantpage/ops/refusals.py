@@ -1,0 +1,276 @@
+"""Why an implementation cannot serve a call: every condition and its sentence, once.
+
+A sentence says what is needed and what came: "needs a head_dim up to 256, got 320." Conditions are
+joined with ``refuse`` to what a candidate asks; the lists of this package's own stand at the end.
+Imports no triton, as dispatch asks on any machine.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import torch
+
+from quantpage.cpu_core import absence
+from quantpage.formats import QuantSpec
+from quantpage.ops.dispatch import DECODE_TOKENS, Call
+
+Condition = Callable[[Call], Iterator[str]]
+"""The sentences of one condition; none where a call fulfils it."""
+Refusals = Callable[[Call], list[str]]
+
+HOPPER_WIDTHS = (128, 256)
+"""head_dims of the Hopper decode kernel, the same for keys and values."""
+
+
+def refuse(*conditions: Condition, first: tuple[Condition, ...] = ()) -> Refusals:
+    """What a candidate says: the sentences of all ``conditions``, in their order.
+
+    first: where one of these says something, nothing else is asked.
+    """
+
+    def refusals(call: Call) -> list[str]:
+        for condition in first:
+            said = list(condition(call))
+            if said:
+                return said
+        return [said for condition in conditions for said in condition(call)]
+
+    return refusals
+
+
+# Where it runs.
+
+
+def device(kind: str) -> Condition:
+    """'cpu' or 'cuda'."""
+    named = {"cpu": "a CPU", "cuda": "a CUDA device"}[kind]
+
+    def condition(call: Call) -> Iterator[str]:
+        if call.device.kind != kind:
+            yield f"needs {named}, got {call.device.kind}."
+
+    return condition
+
+
+def capability(least: tuple[int, int], later: bool) -> Condition:
+    """Of a CUDA device; later: also newer ones."""
+    wanted = f"{_version(least)}{' or later' if later else ''}"
+
+    def condition(call: Call) -> Iterator[str]:
+        found = call.device.capability
+        if found is not None and (found < least or (found != least and not later)):
+            yield f"needs compute capability {wanted}, got {_version(found)}."
+
+    return condition
+
+
+def triton(call: Call) -> Iterator[str]:
+    """The package."""
+    if find_spec("triton") is None:
+        yield "needs Triton, which is not installed."
+
+
+def gluon(call: Call) -> Iterator[str]:
+    """Triton's lower level."""
+    if find_spec("triton") is not None and find_spec("triton.experimental.gluon") is None:
+        yield "needs Triton 3.6 or later, which brings Gluon."
+
+
+def core(call: Call) -> Iterator[str]:
+    """The compiled core."""
+    missing = absence()
+    if missing:
+        yield missing
+
+
+# What is asked.
+
+
+def phase(wanted: str) -> Condition:
+    """'prefill' or 'decode'."""
+    most = {"decode": "at most", "prefill": "more than"}[wanted]
+
+    def condition(call: Call) -> Iterator[str]:
+        if call.phase != wanted:
+            yield (
+                f"needs the {wanted} phase ({most} {DECODE_TOKENS} new tokens a request), "
+                f"got {call.phase}."
+            )
+
+    return condition
+
+
+def masks(*kinds: str) -> Condition:
+    """Kinds of mask that are served."""
+    article = "an" if kinds[0] == "interval" else "a"
+
+    def condition(call: Call) -> Iterator[str]:
+        if call.mask not in kinds:
+            yield f"needs {article} {_either(kinds)} mask, got {call.mask}."
+
+    return condition
+
+
+def queries(*dtypes: torch.dtype) -> Condition:
+    """Dtypes of queries, which keys and values share."""
+    wanted = _either(tuple(map(_short, dtypes)))
+
+    def condition(call: Call) -> Iterator[str]:
+        if call.dtype not in dtypes:
+            yield f"needs queries in {wanted}, got {_short(call.dtype)}."
+
+    return condition
+
+
+def in_any_order(call: Call) -> Iterator[str]:
+    """Of writing: no channel's code depends on another's."""
+    if call.in_turn:
+        yield "needs keys that are rounded a channel by itself, got a key map with feedback."
+
+
+# Channels and codes.
+
+
+def channels(most: int, multiple: int = 1) -> Condition:
+    """head_dims of keys and values."""
+    divides = f" that is a multiple of {multiple}" if multiple > 1 else ""
+
+    def condition(call: Call) -> Iterator[str]:
+        for name, width in _widths(call):
+            if width > most or width % multiple:
+                yield f"needs a {name}{divides} up to {most}, got {width}."
+
+    return condition
+
+
+def one_width(*wanted: int) -> Condition:
+    """The same head_dim of keys and values, one of ``wanted``."""
+
+    def condition(call: Call) -> Iterator[str]:
+        key, value = call.head_dim, call.value_head_dim
+        if key != value or key not in wanted:
+            yield (
+                f"needs one head_dim of keys and values, {_either(tuple(map(str, wanted)))}, "
+                f"got {key} and {value}."
+            )
+
+    return condition
+
+
+def rows_for_tma(call: Call) -> Iterator[str]:
+    """Rows of a 16-bit workspace that TMA can copy."""
+    for name, width in _widths(call):
+        if width % 8:
+            yield f"needs rows of whole 16 bytes, which TMA copies, got a {name} of {width}."
+
+
+def known_codes(call: Call) -> Iterator[str]:
+    """Codes that compiled kernels have been told of."""
+    for name, spec, _ in _halves(call):
+        code = spec.code
+        if not code.known:
+            yield (
+                f"needs int8, fp8 or int4 codes of formats/spec for {name}, got {code.name} "
+                f"({code.qmin:g} to {code.qmax:g} in {code.storage})."
+            )
+
+
+def codes(call: Call) -> Iterator[str]:
+    """Quantized pages."""
+    for name, spec, _ in _halves(call):
+        if not spec.quantized:
+            yield f"needs codes, got {name} as they come."
+
+
+def whole_words(call: Call) -> Iterator[str]:
+    """Rows of codes that are read 32 bits at a time."""
+    for name, spec, width in _halves(call):
+        if spec.quantized and width % (8 if spec.code.name == "int4" else 4):
+            yield f"needs {name} in whole 32-bit words, got a head_dim of {width}."
+
+
+def pages_of_16_bits(call: Call) -> Iterator[str]:
+    """Pages without codes in float16 or bfloat16."""
+    for name, spec, _ in _halves(call):
+        if not spec.quantized and call.dtype == torch.float32:
+            yield f"needs pages of 16 bits for {name} without codes, got float32."
+
+
+# Scales.
+
+
+def short_scales(call: Call) -> Iterator[str]:
+    """Dynamic scales in float16 or float32; given ones are brought there."""
+    for name, spec, _ in _halves(call):
+        if spec.quantized and spec.dynamic and spec.scale_dtype == torch.float64:
+            yield f"needs scales of 16 or 32 bits for {name}, got float64."
+
+
+def one_scale(call: Call) -> Iterator[str]:
+    """At most one dynamic scale a token and kv_head."""
+    for name, spec, width in _halves(call):
+        groups = spec.granularity.groups(width) if spec.quantized and spec.dynamic else 1
+        if groups > 1:
+            yield f"needs one dynamic scale a token and kv_head for {name}, got {groups}."
+
+
+def groups_of_powers(call: Call) -> Iterator[str]:
+    """Groups of channels with a scale that divide a tile of registers."""
+    for name, spec, _ in _halves(call):
+        group = spec.granularity.group
+        if spec.quantized and spec.dynamic and group is not None and group & (group - 1):
+            yield f"needs 16, 32, 64 .. channels with a scale for {name}, got {group}."
+
+
+def _halves(call: Call) -> Iterator[tuple[str, QuantSpec, int]]:
+    yield "keys", call.format.key, call.head_dim
+    yield "values", call.format.value, call.value_head_dim
+
+
+def _widths(call: Call) -> Iterator[tuple[str, int]]:
+    yield "head_dim", call.head_dim
+    yield "value_head_dim", call.value_head_dim
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+_16_BITS = (torch.float16, torch.bfloat16)
+_GPU: tuple[Condition, ...] = (known_codes, device("cuda"), triton, channels(256), short_scales)
+_PORTABLE = (*_GPU, capability((8, 0), later=True), queries(*_16_BITS, torch.float32))
+_PREFILL_ON_HOPPER = (
+    *_GPU, capability((9, 0), later=False), queries(*_16_BITS), rows_for_tma, gluon,
+)  # fmt: skip
+_DECODE = (
+    *_PORTABLE, phase("decode"), masks("causal", "full"), one_scale, whole_words, pages_of_16_bits,
+)  # fmt: skip
+
+NOTHING = refuse()
+"""Plain torch, which serves every call."""
+CPU = refuse(
+    known_codes,
+    channels(512, multiple=16),
+    queries(torch.float32, torch.bfloat16, torch.float16),
+    short_scales,
+    first=(device("cpu"), core),
+)
+"""The compiled core, in every op."""
+DECODE_TRITON = refuse(*_DECODE)
+DECODE_GLUON = refuse(
+    *_DECODE, capability((9, 0), later=False), codes, one_width(*HOPPER_WIDTHS), gluon
+)
+PREFILL_TRITON = refuse(*_PORTABLE, phase("prefill"), masks("causal", "full"))
+PREFILL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("causal", "full"))
+INTERVAL_TRITON = refuse(*_PORTABLE, masks("interval"))
+INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))
+WRITE_TRITON = refuse(*_PORTABLE, in_any_order, groups_of_powers)
+GATHER_TRITON = refuse(*_PORTABLE)
