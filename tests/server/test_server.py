@@ -12,7 +12,8 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
 from quantpage.server.app import create_app  # noqa: E402
-from quantpage.server.run import ServeOptions, bind, load  # noqa: E402
+from quantpage.server.options import ServeOptions  # noqa: E402
+from quantpage.server.run import bind, load  # noqa: E402
 from tests.server.small import save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu

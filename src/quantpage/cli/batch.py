@@ -37,7 +37,8 @@ def answer_file(batch: Batch) -> None:
     """Answer what is not answered yet; leaves with SOME_FAILED where a line ended in an error."""
     from quantpage.server.answer_file import AnswerFile
     from quantpage.server.offline import answer_lines, read_lines
-    from quantpage.server.run import ServeOptions, load
+    from quantpage.server.options import ServeOptions
+    from quantpage.server.run import load
 
     defaults = {name: each for name, each in batch.sampling.items() if each is not None}
     name = Path(batch.model).resolve().name

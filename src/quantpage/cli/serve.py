@@ -1,5 +1,6 @@
 """`quantpage serve`: an OpenAI-compatible server over a quantized cache."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -8,8 +9,24 @@ from quantpage.cli.capacity import parse_bytes
 from quantpage.cli.options import Calibration
 
 
+class EngineName(StrEnum):
+    """Who answers."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+    EMBEDDED = "embedded"
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="After --: further flags of vLLM's server.", metavar="[-- FLAGS]"),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="vllm: its server with our plugin; auto: that, where it is installed."),
+    ] = EngineName.AUTO,
     kv_format: Annotated[
         str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
     ] = "int8",
@@ -21,14 +38,18 @@ def command(
         typer.Option(help="Ask for it in every call.", envvar="QUANTPAGE_API_KEY"),
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Of the cache, such as 4GiB.")] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Answers that share a step.")] = 64,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Answers in the queue.")] = 256,
+    max_requests: Annotated[
+        int | None, typer.Option(min=1, help="Answers that share a step; embedded: 64.")
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=1, help="Answers in the queue; embedded: 256.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer.")
     ] = None,
     step_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens a step, prompts in chunks.")
-    ] = 256,
+        int | None, typer.Option(min=1, help="Tokens a step, prompts in chunks; embedded: 256.")
+    ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     calibration: Calibration = "auto",
     prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
@@ -36,14 +57,19 @@ def command(
         str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
+    ] = "model",
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streams, tools, JSON schemas.
 
     Requests share steps (continuous batching), known beginnings of prompts are found in their
-    pages. The embedded engine runs one model on one device; it has no parallelism over devices,
-    no speculative decoding, no adapters and no pictures.
+    pages. Where vLLM is installed and serves the model, it is vLLM's own server with our pages;
+    otherwise the embedded engine: one model on one device, without speculative decoding, adapters
+    and pictures.
     """
-    from quantpage.server.run import ServeOptions, serve
+    from quantpage.server.options import ServeOptions
+    from quantpage.server.run import serve
 
     serve(
         ServeOptions(
@@ -63,5 +89,8 @@ def command(
             prefix_cache=prefix_cache,
             dtype=dtype,
             device=device,
-        )
+            weights=weights,
+        ),
+        engine,
+        more or (),
     )

@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +12,32 @@ import torch
 from quantpage import console
 from quantpage.engine import Engine, Limits
 from quantpage.server.metrics import Metrics
+from quantpage.server.options import ServeOptions
 from quantpage.server.serving import Served
 
+_MAX_REQUESTS, _MAX_WAITING, _STEP_TOKENS = 64, 256, 256
+"""Where the options leave them to the engine."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """What `quantpage serve` was asked for."""
+def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ()) -> None:
+    """Load, bind, answer until SIGTERM or Ctrl-C; answers under way are finished first.
 
-    model: str
-    kv_format: str = "int8"
-    page_size: int = 64
-    calibration: str | None = "auto"
-    """As ``attach`` takes it."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    name: str | None = None
-    """What clients call the model; None: its folder's name."""
-    api_key: str | None = None
-    memory: int | None = None
-    """Bytes of the cache; None: every answer's longest, at most a quarter of what is free."""
-    max_requests: int = 64
-    max_waiting: int = 256
-    context: int | None = None
-    """Most tokens of a prompt and its answer; None: the model's own limit."""
-    step_tokens: int = 256
-    prefix_cache: bool = True
-    dtype: str = "auto"
-    device: str = "auto"
-    weights: str = "model"
-    """'int8': weight-only int8 linears (CPU)."""
-
-
-def serve(options: ServeOptions) -> None:
-    """Load, bind, answer until SIGTERM or Ctrl-C; answers under way are finished first."""
+    engine: 'vllm' becomes vLLM's own server, with ``more`` of its flags; 'embedded' is ours;
+    'auto' is vLLM where it is installed and does what the options say.
+    """
     import uvicorn
 
     from quantpage.server.app import create_app
+    from quantpage.server.vllm import become, choose
 
     listener = bind(options.host, options.port)
     if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         _say(f"warning: {options.host} is reached from other machines, and no --api-key is asked")
+    command = choose(engine, options, more)
+    if command is not None:
+        listener.close()
+        become(command)
     attached, served = load(options)
     # From here on clients are taken; those that come before the loop runs wait a moment.
     listener.listen(128)
@@ -103,11 +87,12 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         calibration=options.calibration,
     )
     page, page16 = _page_bytes(model, attached)
+    running = options.max_requests or _MAX_REQUESTS
     limits = Limits(
-        pages=_pages(options, page, context, device),
-        max_running=options.max_requests,
-        max_waiting=options.max_waiting,
-        step_tokens=max(options.step_tokens, options.max_requests),
+        pages=_pages(options, page, context, running, device),
+        max_running=running,
+        max_waiting=options.max_waiting or _MAX_WAITING,
+        step_tokens=max(options.step_tokens or _STEP_TOKENS, running),
     )
     held = limits.pages * options.page_size
     _say(
@@ -158,11 +143,11 @@ def _page_bytes(model: Any, attached: Any) -> tuple[int, int]:
     )
 
 
-def _pages(options: ServeOptions, page: int, context: int, device: str) -> int:
+def _pages(options: ServeOptions, page: int, context: int, running: int, device: str) -> int:
     """Pages that the memory holds."""
     memory = options.memory
     if memory is None:
-        whole = options.max_requests * -(-context // options.page_size) * page
+        whole = running * -(-context // options.page_size) * page
         memory = min(whole, _free_bytes(device) // 4)
     pages = memory // page
     if pages < 2:

@@ -72,6 +72,14 @@ def check_weights(folder: Path) -> None:
         check_safetensors(file)
 
 
+def tensor_names(folder: Path) -> Iterator[str]:
+    """The names of all tensors in a folder's safetensors files; their headers alone are read."""
+    for file in sorted(folder.glob("*.safetensors")):
+        check_safetensors(file)
+        with safe_open(file, "pt") as opened:
+            yield from opened.keys()
+
+
 def check_safetensors(file: Path) -> None:
     """ValueError for a file that is not all that its header says."""
     try:

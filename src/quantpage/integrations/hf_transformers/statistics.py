@@ -30,7 +30,7 @@ from quantpage.integrations.hf_transformers.supply import attention_configs
 NAME = "quantpage_statistics"
 """What ``model.config._attn_implementation`` says while a model is measured."""
 
-_BIASES = (
+KEY_BIASES = (
     "k_proj.bias", "key.bias", "key_proj.bias", "k_lin.bias", "qkv_proj.bias", "qkv.bias",
     "query_key_value.bias", "c_attn.bias", "Wqkv.bias", "att_proj.bias",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def has_key_biases(model: nn.Module) -> bool:
     return any(
         bias is not None and (bias.is_meta or bool(bias.any()))
         for name, bias in model.named_parameters()
-        if name.endswith(_BIASES)
+        if name.endswith(KEY_BIASES)
     )
 
 

@@ -1,0 +1,210 @@
+"""vLLM's own server with QuantPage as its attention backend: which flags of ours are which of its.
+
+Everything here is decided from what is given, so that it is tested without a vLLM.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from quantpage import console
+from quantpage.errors import QuantPageError, Unavailable
+from quantpage.formats import KVFormat
+from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
+from quantpage.integrations.hf_transformers.model import load_config, model_shape
+from quantpage.integrations.hf_transformers.statistics import KEY_BIASES
+from quantpage.integrations.vllm_plugin.formats import OWN_NAMES, exact_page
+from quantpage.integrations.vllm_plugin.here import VllmHere, find_vllm
+from quantpage.server.options import ServeOptions
+
+_BEFORE = {
+    "int8": ("int8_per_token_head", None),
+    "fp8": ("fp8_per_token_head", None),
+    "int4": ("int4_per_token_head", None),
+    "k8v4": ("int4_per_token_head", "k8v4"),
+    "int8_exact": ("int8_per_token_head", "int8_exact"),
+}
+"""For a vLLM without names of our own: its name, and what --additional-config says beside it."""
+LACKS = "one device, no speculative decoding, no adapters, no pictures"
+"""What whoever gets the embedded engine does without."""
+_NO_VLLM = (ValueError, QuantPageError, ImportError, OSError, RuntimeError)
+"""Why vLLM cannot serve: what it does not do, and how an installation of it may fail."""
+_MOST_PAGES = 16
+"""Pages of a block at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What its folder says of the model."""
+
+    architectures: tuple[str, ...]
+    head_dim: int
+    dtype: torch.dtype
+    key_biases: bool
+    """Its keys have biases, for which the embedded engine has key maps and vLLM has none."""
+    gguf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A process to become."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    """Besides this process's own; what nobody should read off a list of processes."""
+
+
+def build_command(
+    options: ServeOptions, model: ServedModel, here: VllmHere, more: Sequence[str] = ()
+) -> Command:
+    """vLLM's server as ``options`` say, with ``more`` of its own flags behind them.
+
+    Raises ValueError, with the option's name, for what vLLM does not serve so.
+    """
+    form = _format(options, model, here)
+    flags: dict[str, Any] = {
+        "--model": options.model,
+        "--served-model-name": options.name or Path(options.model).resolve().name,
+        "--host": options.host,
+        "--port": options.port,
+        # One backend stands for ours on a CPU, where none is chosen by name.
+        "--attention-backend": None if here.cpu else "CUSTOM",
+        **_cache_flags(form, here),
+        "--block-size": _block_size(form, options.page_size, model),
+        "--dtype": None if options.dtype == "auto" else options.dtype,
+        "--max-model-len": options.context,
+        "--max-num-seqs": options.max_requests,
+        "--max-num-batched-tokens": options.step_tokens,
+    }
+    environment = {}
+    if options.api_key is not None:
+        environment["VLLM_API_KEY"] = options.api_key
+    if options.memory is not None and here.cpu:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, options.memory >> 30))
+    elif options.memory is not None:
+        flags["--kv-cache-memory-bytes"] = options.memory
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in flags.items():
+        if value is not None:
+            arguments += [name, str(value)]
+    if not options.prefix_cache:
+        arguments.append("--no-enable-prefix-caching")
+    return Command((*arguments, *more), environment)
+
+
+def choose(engine: str, options: ServeOptions, more: Sequence[str]) -> Command | None:
+    """The command of vLLM's server; None, having said why, where the embedded engine serves.
+
+    engine: 'auto', 'vllm' or 'embedded'. Raises ValueError or Unavailable where vllm was asked
+    for and cannot be, and where ``more`` flags are for a vLLM that does not serve.
+    """
+    if engine not in ("auto", "vllm", "embedded"):
+        raise ValueError(f"engine: expected auto, vllm or embedded, got {engine!r}")
+    why = "as asked"
+    if engine != "embedded":
+        try:
+            here = find_vllm()
+            if here is None:
+                raise Unavailable("vLLM is not installed (pip install 'quantpage[vllm]')")
+            return build_command(options, describe(options.model), here, more)
+        except _NO_VLLM as error:
+            if engine == "vllm":
+                raise
+            why = str(error)
+    if more:
+        raise ValueError(
+            f"flags after --: expected none for the embedded engine ({why}), got {shlex.join(more)}"
+        )
+    console.note(f"quantpage: embedded engine ({why}): {LACKS}")
+    return None
+
+
+def describe(path: str) -> ServedModel:
+    """What ``build_command`` asks of a model's folder; no weights are read."""
+    config = load_config(path)
+    shape = model_shape(config)
+    folder, gguf = find_files(path)
+    return ServedModel(
+        architectures=tuple(config.architectures or ()),
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        key_biases=any(name.endswith(KEY_BIASES) for name in tensor_names(folder)),
+        gguf=gguf is not None,
+    )
+
+
+def become(command: Command) -> NoReturn:
+    """Print the command, and be it."""
+    # Names alone: a key is nobody's to read.
+    names = "".join(f"{name}=... " for name in sorted(command.environment))
+    console.note(f"quantpage: {names}{shlex.join(command.arguments)}")
+    environment = {**os.environ, **command.environment}
+    os.execve(command.arguments[0], command.arguments, environment)
+
+
+def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVFormat:
+    """The format of all layers; ValueError for every option that vLLM cannot follow."""
+    served = [each for each in model.architectures if each in here.architectures]
+    if model.gguf or not served:
+        what = "a .gguf file" if model.gguf else " or ".join(model.architectures) or "no class"
+        raise ValueError(f"model: expected one that vLLM {here.version} serves, got {what}")
+    formats = LayerFormats.of(options.kv_format)
+    form = formats.default
+    if formats.rules or (form.name not in _BEFORE and form.quantized):
+        raise ValueError(
+            f"kv_format: expected one for all layers of none, {', '.join(_BEFORE)}, as vLLM takes "
+            f"them; got {options.kv_format!r}"
+        )
+    if model.key_biases and form.key.code.name == "int4":
+        raise ValueError(
+            "kv_format: expected keys in 8 bits or more, as this model's have biases, which vLLM "
+            f"is not given key maps for; got {form.name}"
+        )
+    device = "cpu" if here.cpu else "cuda"
+    for name, given, wanted in (
+        ("device", options.device.partition(":")[0], ("auto", device)),
+        ("calibration", options.calibration, ("auto", None)),
+        ("max_waiting", options.max_waiting, (None,)),
+        ("weights", options.weights, ("model",)),
+        ("port", options.port, range(1, 1 << 16)),
+    ):
+        if given not in wanted:
+            raise ValueError(f"{name}: expected what vLLM {here.version} can do, got {given}")
+    return form
+
+
+def _cache_flags(form: KVFormat, here: VllmHere) -> dict[str, str]:
+    if not form.quantized:
+        return {}
+    if here.own_names:
+        assert f"quantpage_{form.name}" in OWN_NAMES
+        return {"--kv-cache-dtype": f"quantpage_{form.name}"}
+    name, additional = _BEFORE[form.name]
+    flags = {"--kv-cache-dtype": name}
+    if additional is not None:
+        flags["--additional-config"] = json.dumps({"quantpage": additional})
+    return flags
+
+
+def _block_size(form: KVFormat, page_size: int, model: ServedModel) -> int:
+    """Tokens of a block: a page; with exact pages, the fewest pages that take a whole one in 16
+    bits."""
+    if form.exact_pages is None:
+        return page_size
+    widths = (model.head_dim, model.head_dim)
+    for pages in range(1, _MOST_PAGES + 1):
+        try:
+            found = exact_page(form, pages * page_size, widths, model.dtype)
+        except ValueError:
+            continue
+        if found >= min(page_size, 64):
+            return pages * page_size
+    raise ValueError(f"page_size: expected one whose blocks hold an exact page, got {page_size}")
