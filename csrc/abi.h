@@ -63,7 +63,7 @@ struct Attend {
   Step step;
   const uint8_t* q;
   int64_t q_type, q_token, q_head;
-  // [tokens, q_heads, value_dim] contiguous, and [tokens, q_heads].
+  // [tokens, q_heads, value_dim] contiguous, and [tokens, q_heads] or null.
   uint8_t* out;
   int64_t out_type;
   float* lse;

@@ -43,7 +43,7 @@ static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_r
     const float* from = p.acc + row * dim;
     for (int64_t c = 0; c < dim; c += VW) storef(acc + c, loadf(acc + c) + splat(weight) * loadf(from + c));
   }
-  a.lse[out_row] = total == 0 ? -__builtin_inff() : peak + __builtin_logf(total);
+  if (a.lse) a.lse[out_row] = total == 0 ? -__builtin_inff() : peak + __builtin_logf(total);
   // Nothing seen: acc is 0 and stays so.
   const vf times = splat(total == 0 ? 0.f : 1.f / total);
   for (int64_t c = 0; c < dim; c += VW) storef(acc + c, loadf(acc + c) * times);

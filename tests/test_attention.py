@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpage.attention import build, find_backend
+from quantpage.attention import build_attention, find_backend
 from quantpage.batch import plan_batch
 from quantpage.cache import CacheLayout, PagedKVCache, PagePool, PrefixCache, Sequence
 from quantpage.formats import FORMATS
@@ -32,7 +32,7 @@ class Engine:
         if layout.format.exact_pages is not None:
             self.exact_pool = PagePool(40)
         call = Call(device_info("cpu"), layout.format, torch.float32, 4, 2, WIDTH, WIDTH, PAGE)
-        self.layer = build(find_backend("flash"), CausalMask(), call)
+        self.layer = build_attention(find_backend("flash"), CausalMask(), call)
         noise = torch.Generator().manual_seed(1)
         self.q, self.k, self.v = (
             torch.randn(TOKENS, heads, WIDTH, generator=noise) for heads in (4, 2, 2)

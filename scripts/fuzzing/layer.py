@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quantpage import AttendParams, CacheLayout, WriteParams, build, find_backend, find_format
+from quantpage import AttendParams, CacheLayout, WriteParams, find_backend, find_format
 from quantpage import rope_table as make_rope
 from quantpage.attention import LayerAttention
 from quantpage.batch import BatchPlan
@@ -66,7 +66,7 @@ class Layer:
             device, find_format(name), getattr(torch, case.dtype), case.kv_heads * case.group,
             case.kv_heads, case.head_dim, case.value_dim, case.page_size,
         )  # fmt: skip
-        run = build(find_backend(backend), mask, call, NAMES[case.kind])
+        run = build_attention(find_backend(backend), mask, call, NAMES[case.kind])
         return cls(case, name, _given(case, name, rng), run)
 
     @property

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # What a type checker and an editor see; the names below are loaded when first used.
     from quantpage.attention import BACKENDS as BACKENDS
-    from quantpage.attention import build as build
+    from quantpage.attention import Attended as Attended
+    from quantpage.attention import LayerAttention as LayerAttention
+    from quantpage.attention import build_attention as build_attention
     from quantpage.attention import find_backend as find_backend
     from quantpage.batch import BatchPlan as BatchPlan
     from quantpage.batch import plan_batch as plan_batch
@@ -27,25 +29,33 @@ if TYPE_CHECKING:
     from quantpage.formats import KVFormat as KVFormat
     from quantpage.formats import find_format as find_format
     from quantpage.formats.per_layer import LayerFormats as LayerFormats
+    from quantpage.hardware import device_info as device_info
     from quantpage.integrations.hf_transformers import QuantPageCache as QuantPageCache
     from quantpage.integrations.hf_transformers import attach as attach
     from quantpage.masks import CausalMask as CausalMask
     from quantpage.masks import FullMask as FullMask
     from quantpage.ops.attend import AttendParams as AttendParams
+    from quantpage.ops.attend import attend as attend
+    from quantpage.ops.dispatch import Call as Call
+    from quantpage.ops.gather import gather as gather
     from quantpage.ops.rope_write import WriteParams as WriteParams
+    from quantpage.ops.rope_write import rope_write as rope_write
     from quantpage.rope import rope_table as rope_table
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "AttendParams": "quantpage.ops.attend",
+    "Attended": "quantpage.attention",
     "BACKENDS": "quantpage.attention",
     "BatchPlan": "quantpage.batch",
+    "Call": "quantpage.ops.dispatch",
     "CacheLayout": "quantpage.cache",
     "CausalMask": "quantpage.masks",
     "FORMATS": "quantpage.formats",
     "FullMask": "quantpage.masks",
     "KVFormat": "quantpage.formats",
+    "LayerAttention": "quantpage.attention",
     "LayerFormats": "quantpage.formats.per_layer",
     "LayerKV": "quantpage.cache",
     "PagedKVCache": "quantpage.cache",
@@ -54,10 +64,14 @@ _PUBLIC = {
     "QuantizedPages": "quantpage.cache",
     "WriteParams": "quantpage.ops.rope_write",
     "attach": "quantpage.integrations.hf_transformers",
-    "build": "quantpage.attention",
+    "attend": "quantpage.ops.attend",
+    "build_attention": "quantpage.attention",
+    "device_info": "quantpage.hardware",
     "find_backend": "quantpage.attention",
     "find_format": "quantpage.formats",
+    "gather": "quantpage.ops.gather",
     "plan_batch": "quantpage.batch",
+    "rope_write": "quantpage.ops.rope_write",
     "rope_table": "quantpage.rope",
 }
 

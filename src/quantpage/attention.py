@@ -1,7 +1,8 @@
 """Attention backends: a write op, an attend op, and the masks that they accept.
 
-``build`` chooses the implementations of one layer once; the result is called at every step. Queries
-and keys go into the basis of the cache when they are written, and outputs leave it in attend.
+``build_attention`` chooses the implementations of one layer once; the result is called at every
+step. Queries and keys go into the basis of the cache when they are written, and outputs leave it in
+attend.
 """
 
 from dataclasses import dataclass, replace
@@ -52,8 +53,8 @@ class Attended(NamedTuple):
 
     out: Tensor
     """[tokens, q_heads, value_head_dim] in the query's dtype."""
-    lse: Tensor
-    """[tokens, q_heads], natural logarithm, at least float32."""
+    lse: Tensor | None
+    """[tokens, q_heads], natural logarithm, at least float32; None where it was not wanted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,15 +90,16 @@ class LayerAttention:
         batch: BatchPlan,
         params: AttendParams,
         lse_wanted: bool = True,
+        out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
     ) -> Attended:
         """Attend to what the pages hold; ``q`` as ``write_step`` handed it back.
 
-        lse_wanted: as in ``ops.attend.attend``. Raises ValueError for what does not belong
+        lse_wanted, out: as in ``ops.attend.attend``. Raises ValueError for what does not belong
         together, before anything runs.
         """
         self._check(layer, batch, params)
         chosen = self._serving(batch)
-        return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted))
+        return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted, out))
 
     def __call__(
         self,
@@ -157,7 +159,7 @@ def find_backend(name: str) -> AttentionBackend:
     return BACKENDS[name]
 
 
-def build(
+def build_attention(
     backend: AttentionBackend, mask: Mask, call: Call, implementation: str | None = None
 ) -> LayerAttention:
     """Choose what serves ``call`` under ``mask``.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpage import masks
-from quantpage.attention import build, find_backend
+from quantpage.attention import build_attention, find_backend
 from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, QuantizedPages
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, rotate
@@ -390,7 +390,7 @@ def built(name="int8", dtype=torch.float32, **changes):
         "page_size": PAGE,
     }
     call = Call(device_info("cpu"), FORMATS[name], dtype, **numbers | changes)
-    return build(find_backend("flash"), masks.CausalMask(), call)
+    return build_attention(find_backend("flash"), masks.CausalMask(), call)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from quantpage.errors import NonFiniteInput
 from quantpage.formats import CODES, FORMATS, KeyMap, QuantSpec
 from quantpage.formats.feedback import with_feedback
 from quantpage.ops.gather import cpu as cpu_gather
-from quantpage.ops.gather import gather_request
+from quantpage.ops.gather.reference import gather_request
 from quantpage.ops.rope_write import QKNorm, WriteParams, cpu, reference
 from quantpage.rope import rope_table
 from tests.formats.test_quantize import fp8_ties

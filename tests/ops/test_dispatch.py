@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpage.attention import BACKENDS, build, find_backend
+from quantpage.attention import BACKENDS, build_attention, find_backend
 from quantpage.errors import NoImplementation
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo
@@ -51,8 +51,8 @@ def test_when_all_refuse_every_reason_is_told():
 def test_backends_refuse_masks_in_a_sentence():
     rows = RowIntervals(torch.tensor([[[[[0, 1]]]]]))
     with pytest.raises(NoImplementation, match="flash takes a causal or full mask, got interval"):
-        build(find_backend("flash"), rows, CALL)
-    assert build(BACKENDS["flash"], CausalMask(), CALL, "torch").decode.name == "torch"
+        build_attention(find_backend("flash"), rows, CALL)
+    assert build_attention(BACKENDS["flash"], CausalMask(), CALL, "torch").decode.name == "torch"
 
 
 def test_an_unknown_backend_lists_the_names():

@@ -12,7 +12,7 @@ from quantpage.formats import FORMATS, KeyMap, dequantize, quantize, rotate
 from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import device_info
 from quantpage.ops.dispatch import Call
-from quantpage.ops.gather import gather_request
+from quantpage.ops.gather.reference import gather_request
 from quantpage.ops.rope_write import CANDIDATES, QKNorm, WriteParams, reference
 from quantpage.rope import apply_rope, rope_table
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantpage import masks
-from quantpage.attention import build, find_backend
+from quantpage.attention import build_attention, find_backend
 from quantpage.batch import plan_batch
 from quantpage.cache import CacheLayout, LayerKV, PagedKVCache, PrefixCache, QuantizedPages
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, rotate
@@ -44,7 +44,7 @@ def attention(implementation, form: KVFormat, dtype=torch.float16, mask=None, pa
     call = Call(device, form, dtype, HEADS, KV, WIDTH, WIDTH, page)
     mask = mask or masks.CausalMask()
     backend = find_backend("flash_mask" if mask.kind == "interval" else "flash")
-    return build(backend, mask, call, implementation)
+    return build_attention(backend, mask, call, implementation)
 
 
 def rows(tokens: int, dtype=torch.float16, device="cpu"):

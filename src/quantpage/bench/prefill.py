@@ -38,7 +38,7 @@ from quantpage.formats import FORMATS, QuantSpec
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.prefill import gluon as gluon_prefill
 from quantpage.ops.attend.prefill import triton as triton_prefill
-from quantpage.ops.gather import gather_request
+from quantpage.ops.gather.reference import gather_request
 
 WARM_MS = 100
 """Before a turn is timed, so that what ran before does not show: the power limit settles in 60 to

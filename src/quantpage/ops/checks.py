@@ -1,8 +1,9 @@
 """One checked entry before every op: a call that cannot be right raises before anything runs.
 
 Every implementation of rope_write, attend and gather stands behind ``writes``, ``attends`` or
-``gathers``, so that there is no way in that goes around them: the attention of ``build``, the op
-functions, an implementation called by hand. Kernels may therefore trust pages, widths and lengths.
+``gathers``, so that there is no way in that goes around them: the op functions, the attention of
+``build_attention``, an implementation called by hand. Kernels may therefore trust pages, widths and
+lengths.
 
 Views, plans and parameters are checked when they are built. Here it is asked whether they belong
 together. What was found right is kept in the plan (``BatchPlan.passed``) under what the answer
@@ -11,7 +12,7 @@ device, except in checked mode.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerFacts, LayerKV, QuantizedPages
-from quantpage.formats import KVFormat
-from quantpage.hardware import DeviceInfo, device_info
-from quantpage.ops.dispatch import Call, Phase
+from quantpage.hardware import DeviceInfo
+from quantpage.ops.dispatch import Phase, call_of
 from quantpage.ops.refusals import NOTHING, Refusals
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -144,6 +144,18 @@ def check_attend(q: Tensor, layer: LayerKV, batch: BatchPlan, params: Any, needs
         _check_given_back(batch, batch.first_pages, told.window)
     _check_needs(needs, facts, batch, q, told.mask)
     batch.passed.add(key)
+
+
+def check_out(out: Tensor, q: Tensor, width: int) -> None:
+    """ValueError where attention's output cannot go into ``out``."""
+    wanted = (q.shape[0], q.shape[1], width)
+    _same("out", f"{wanted}, a row a query", tuple(out.shape), tuple(out.shape) == wanted)
+    _same("out", f"{q.dtype} as the queries", out.dtype, out.dtype == q.dtype)
+    _same("out", f"it on {q.device} as the queries", out.device, out.device == q.device)
+    _same("out", "a contiguous last dimension", f"strides {out.stride()}",
+          out.stride(-1) == 1 or out.shape[-1] == 1)  # fmt: skip
+    _same("out", "memory of its own", "that of the queries",
+          not q.numel() or out.data_ptr() != q.data_ptr())  # fmt: skip
 
 
 def check_write(
@@ -285,21 +297,10 @@ def _check_needs(needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, m
 def _refused(
     needs: Needs, facts: LayerFacts, heads: int, dtype: torch.dtype, phase: Phase, mask: str
 ) -> list[str]:
-    device = device_info(facts.device)
+    call = call_of(facts, heads, dtype, phase, mask)
     if needs.kind == "cuda" and facts.device.type == "cpu":
-        device = DeviceInfo("cuda", "Triton's interpreter", None, 1, 0)
-    call = Call(
-        device,
-        KVFormat("of these pages", facts.key, facts.value),
-        dtype,
-        heads,
-        facts.kv_heads,
-        facts.head_dim,
-        facts.value_head_dim,
-        facts.page_size,
-        phase,
-        mask,
-    )
+        interpreter = DeviceInfo("cuda", "Triton's interpreter", None, 1, 0)
+        call = replace(call, device=interpreter)
     return needs.refusals(call)
 
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
+from quantpage.cache.views import LayerFacts
 from quantpage.errors import NoImplementation
-from quantpage.formats import KVFormat
-from quantpage.hardware import DeviceInfo
+from quantpage.formats import ExactPages, KVFormat
+from quantpage.hardware import DeviceInfo, device_info
 
 Phase = Literal["prefill", "decode"]
 DECODE_TOKENS = 16
@@ -68,6 +69,8 @@ class Implementation:
     ops/refusals."""
     whole: bool = False
     """Of attend: reads exact pages and turns outputs back itself, in one call."""
+    into: bool = False
+    """Of attend: takes ``out``, and ``lse_wanted``, False to leave the log-sum-exp away."""
     joins: bool = False
     """Of attend: the call for the exact pages takes the body's result in (``earlier``)."""
     merge: str = "quantpage.ops.attend.merge:merge_partials"
@@ -86,6 +89,46 @@ class Implementation:
 def _load(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     return getattr(import_module(module), function)
+
+
+@lru_cache(maxsize=1024)
+def call_of(
+    facts: LayerFacts,
+    q_heads: int,
+    dtype: torch.dtype,
+    phase: Phase,
+    mask: str = "causal",
+    in_turn: bool = False,
+) -> Call:
+    """The call that views themselves describe, in the words of dispatch."""
+    exact = None if facts.exact_pages is None else ExactPages()
+    return Call(
+        device_info(facts.device),
+        KVFormat("of these pages", facts.key, facts.value, exact),
+        dtype,
+        q_heads,
+        facts.kv_heads,
+        facts.head_dim,
+        facts.value_head_dim,
+        facts.page_size,
+        phase,
+        mask,
+        in_turn,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _found(candidates: tuple[Implementation, ...], call: Call, wanted: str | None):
+    return choose(candidates, call, wanted)
+
+
+def find(
+    candidates: Sequence[Implementation], call: Call, wanted: Implementation | str | None
+) -> Implementation:
+    """``wanted`` itself, or what ``choose`` says; looked up for calls that are alike."""
+    if isinstance(wanted, Implementation):
+        return wanted
+    return _found(tuple(candidates), call, wanted)
 
 
 def choose(

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
 )
 
-from quantpage.attention import AttentionBackend, LayerAttention, build, find_backend
+from quantpage.attention import AttentionBackend, LayerAttention, build_attention, find_backend
 from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
 from quantpage.errors import CacheError
@@ -174,7 +174,7 @@ class PagedLayer(CacheLayerMixin):
         pages, batch = self._open(step, params.mask)
         written = self._write(step.pack(query), step, pages, serving)
         assert written is not None
-        out = serving.attend_step(written, pages, batch, params, False).out
+        out = serving.attend_step(written, pages, batch, params, lse_wanted=False).out
         self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out).view(rows, new, q_heads, -1)
 
@@ -206,7 +206,7 @@ class PagedLayer(CacheLayerMixin):
         pages, batch = self._open(step, params.mask)
         written = serving.write_step(q, k, v, pages, batch, self._write_params)
         assert written.q is not None
-        out = serving.attend_step(written.q, pages, batch, params, False).out
+        out = serving.attend_step(written.q, pages, batch, params, lse_wanted=False).out
         self._rows.close(self.index, step, self.reach, read=True)
         return step.unpack(out)
 
@@ -350,7 +350,7 @@ class PagedLayer(CacheLayerMixin):
             if mask is not options.mask and mask.kind not in backend.mask_kinds:
                 # The model's own rule, whatever was asked for: chunks are intervals.
                 backend = find_backend("flash_mask")
-            found = build(backend, mask, call, options.implementation)
+            found = build_attention(backend, mask, call, options.implementation)
             self._chosen[mask.kind] = found
         return found
 

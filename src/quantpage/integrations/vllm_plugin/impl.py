@@ -9,7 +9,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from quantpage.attention import LayerAttention, build, find_backend
+from quantpage.attention import LayerAttention, build_attention, find_backend
 from quantpage.cache import CacheLayout, LayerKV
 from quantpage.cache.cells import layer_of_cells
 from quantpage.errors import NoImplementation
@@ -126,7 +126,7 @@ class QuantPageImpl(AttentionImpl):
             q = attention.write_step(q, key[:tokens], value[:tokens], view, plan, _WRITE).q
         elif self.form.key.rotation == "hadamard":
             q = rotate(q)
-        output[:tokens] = attention.attend_step(q, view, plan, params, lse_wanted=False).out
+        attention.attend_step(q, view, plan, params, lse_wanted=False, out=output[:tokens])
         return output
 
     def _views(self, layer, kv_cache: Tensor) -> LayerKV:
@@ -164,7 +164,7 @@ class QuantPageImpl(AttentionImpl):
             device_info(device), self.form, self.dtype, self.num_heads, self.num_kv_heads, *widths,
             page_size,
         )  # fmt: skip
-        attention = build(find_backend("flash"), mask, call)
+        attention = build_attention(find_backend("flash"), mask, call)
         chosen = (attention.write, attention.prefill, attention.decode)
         if device.type != "cpu" and any(each.name == "torch" for each in chosen):
             # Plain torch reads lengths from the host, which a graph's replay does not bring.

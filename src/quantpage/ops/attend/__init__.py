@@ -11,8 +11,8 @@ implementation does all of it in one call.
 from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
+from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,8 +21,8 @@ from quantpage.cache.views import LayerKV
 from quantpage.ops import refusals
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.checks import check_attend, needs_of, unchecked
-from quantpage.ops.dispatch import Implementation
+from quantpage.ops.checks import check_attend, check_out, needs_of, unchecked
+from quantpage.ops.dispatch import DECODE_TOKENS, Implementation, Phase, call_of, find
 from quantpage.ops.rotate_output import rotate_output
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
@@ -71,7 +71,7 @@ CANDIDATES: list[Implementation] = [
         refusals.PREFILL_TRITON,
         merge=_MERGE,
     ),
-    Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True),
+    Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True, into=True),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refusals.NOTHING),
 ]
 """In order of preference."""
@@ -82,35 +82,55 @@ def attend(
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
-    implementation: Implementation,
+    implementation: Implementation | str | None = None,
     model_basis: bool = False,
     lse_wanted: bool = True,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"] | None]:
     """Output in the query's dtype and natural log-sum-exp in at least float32.
 
-    ``implementation`` comes from ``dispatch.choose``. model_basis: turn the output back where
-    values are cached rotated. lse_wanted: False where nobody reads the log-sum-exp, which may then
-    be that of scores without the keys' mean (``KeyMap``).
+    implementation: a name, or what ``dispatch.choose`` gave; None: the first that serves the call.
+    model_basis: turn the output back where values are cached rotated. lse_wanted: False where
+    nobody reads the log-sum-exp, which is None then. out: where the output goes, and not to the
+    memory of ``q``; None: new.
+
+    Raises ValueError for what does not belong together, before anything runs, and
+    NoImplementation where the one that was named cannot serve the call.
     """
+    if not isinstance(implementation, Implementation):
+        phase: Phase = "decode" if batch.max_query_len <= DECODE_TOKENS else "prefill"
+        call = call_of(layer.facts, q.shape[1], q.dtype, phase, params.mask.kind)
+        implementation = find(CANDIDATES, call, implementation)
+    if out is not None:
+        check_out(out, q, layer.value.head_dim)
     mapped = layer.key_map
-    if mapped is None or mapped.mean is None:
-        return _attend(q, layer, batch, params, implementation, model_basis)
-    if params.softcap is not None:
-        raise ValueError(
-            "key_map: expected one without a mean, as a capped score is no sum of its parts; got "
-            f"one with a mean under softcap {params.softcap}"
-        )
-    if not lse_wanted and params.sinks is None:
-        return _attend(q, layer, batch, params, implementation, model_basis)
-    bare = replace(params, sinks=None)
-    out, lse = _attend(q, layer, batch, bare, implementation, model_basis)
-    missing = mapped.left_out(q, layer.key.spec.rotation == "hadamard")
-    assert missing is not None
-    lse = lse + missing * params.softmax_scale
-    if params.sinks is not None:
-        # Only now, as a sink's logit is compared with whole scores.
-        return merge_partials([out], [lse], params.sinks, out=torch.empty_like(out))
-    return out, lse
+    bare, missing = params, None
+    if mapped is not None and mapped.mean is not None:
+        if params.softcap is not None:
+            raise ValueError(
+                "key_map: expected one without a mean, as a capped score is no sum of its parts; "
+                f"got one with a mean under softcap {params.softcap}"
+            )
+        if lse_wanted or params.sinks is not None:
+            # Only then, as a sink's logit is compared with whole scores.
+            bare = replace(params, sinks=None)
+            missing = mapped.left_out(q, layer.key.spec.rotation == "hadamard")
+    wanted = _Wanted(model_basis, lse_wanted or missing is not None, out)
+    made, lse = _attend(q, layer, batch, bare, implementation, wanted)
+    if missing is not None:
+        assert lse is not None
+        lse = lse + missing * params.softmax_scale
+        if params.sinks is not None:
+            made, lse = merge_partials([made], [lse], params.sinks, out=made)
+    return made, lse if lse_wanted else None
+
+
+class _Wanted(NamedTuple):
+    """How the caller wants it; see ``attend``."""
+
+    model_basis: bool
+    lse: bool
+    out: Tensor | None
 
 
 def _attend(
@@ -118,25 +138,37 @@ def _attend(
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
-    implementation: Implementation,
-    model_basis: bool,
-) -> tuple[Tensor, Tensor]:
+    by: Implementation,
+    wanted: _Wanted,
+) -> tuple[Tensor, Tensor | None]:
     """``attend`` by scores of the keys as they are cached."""
-    run = implementation.load()
-    if implementation.whole:
-        return run(q, layer, batch, params, model_basis)
+    run, out = by.load(), wanted.out
+    told: dict[str, Any] = {"out": out, "lse_wanted": wanted.lse} if by.into else {}
+    if by.whole:
+        made, lse = run(q, layer, batch, params, wanted.model_basis, **told)
+        return _placed(made, out), lse
     if layer.exact_key is None:
-        out, lse = run(q, layer, batch, params)
+        made, lse = run(q, layer, batch, params, **told)
     else:
-        out, lse = _attend_segments(q, layer, batch, params, implementation)
-    if model_basis and layer.value.spec.rotation == "hadamard":
-        out = rotate_output(out)
-    return out.to(q.dtype), lse
+        made, lse = _attend_segments(q, layer, batch, params, by, told)
+    if wanted.model_basis and layer.value.spec.rotation == "hadamard":
+        made = rotate_output(made)
+    return _placed(made.to(q.dtype), out), lse
+
+
+def _placed(made: Tensor, out: Tensor | None) -> Tensor:
+    """``made``, in ``out`` where that was given."""
+    return made if out is None or made is out else out.copy_(made)
 
 
 def _attend_segments(
-    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Implementation
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    by: Implementation,
+    told: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     """Body and exact pages, each by a call, and their merge unless the second call does it."""
     run = by.load()
     check_attend(q, layer, batch, params, needs_of(run))
@@ -145,7 +177,9 @@ def _attend_segments(
     bare = replace(params, sinks=None)
     body = run(q, layer.body(), batch, bare, segment="body")
     if by.joins:
-        return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body)
+        return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body, **told)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
-    out = body[0].new_empty(body[0].shape, dtype=q.dtype)
+    out = told.get("out")
+    if out is None:
+        out = body[0].new_empty(body[0].shape, dtype=q.dtype)
     return by.load_merge()([body[0], near[0]], [body[1], near[1]], params.sinks, out=out)

@@ -28,11 +28,14 @@ def attend(
     params: AttendParams,
     model_basis: bool = False,
     isa: int | None = None,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"] | None]:
     """Output in the query's dtype and natural log-sum-exp in float32.
 
     Exact pages take part where the layer has some. model_basis: turn the output back where values
     are cached rotated. isa: an index of cpu_core.ISAS that the machine runs; None: the widest.
+    out: where the output goes, if it is contiguous. lse_wanted: False for no log-sum-exp.
     """
     library = core()
     if q.stride(2) != 1:
@@ -40,8 +43,9 @@ def attend(
     tokens, q_heads, _ = q.shape
     by_token, by_head, _ = q.stride()
     dtype = CODES[q.dtype]
-    out = q.new_empty(tokens, q_heads, layer.value.head_dim)
-    lse = torch.empty(tokens, q_heads)
+    if out is None or not out.is_contiguous():
+        out = q.new_empty(tokens, q_heads, layer.value.head_dim)
+    lse = torch.empty(tokens, q_heads) if lse_wanted else None
     mask, sinks = params.mask, params.sinks
     intervals: tuple[Tensor, ...] = ()
     kind, window, sink_tokens = 0, 0, 0
@@ -60,7 +64,7 @@ def attend(
         by_head,
         out.data_ptr(),
         dtype,
-        lse.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         *((each.data_ptr() for each in intervals) if intervals else (0, 0, 0)),
         mask.per_head,

@@ -1,10 +1,16 @@
 """Pages to dense rows: export, foreign attention, prefill workspaces."""
 
-from quantpage.ops import refusals
-from quantpage.ops.dispatch import Implementation
-from quantpage.ops.gather.reference import gather_request
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-__all__ = ["CANDIDATES", "gather_request"]
+from quantpage.cache.views import QuantizedPages
+from quantpage.formats import KVFormat
+from quantpage.hardware import device_info
+from quantpage.ops import refusals
+from quantpage.ops.dispatch import Call, Implementation, find
+
+__all__ = ["CANDIDATES", "gather"]
 
 
 CANDIDATES: list[Implementation] = [
@@ -13,3 +19,24 @@ CANDIDATES: list[Implementation] = [
     Implementation("torch", "quantpage.ops.gather.reference:gather_request", refusals.NOTHING),
 ]
 """In order of preference."""
+
+
+def gather(
+    pages: QuantizedPages,
+    page_table: Int[Tensor, " max_pages"],
+    context_len: int,
+    dtype: torch.dtype,
+    implementation: Implementation | str | None = None,
+) -> Float[Tensor, "context kv_heads head_dim"]:
+    """The first ``context_len`` keys or values of one request, dequantized.
+
+    pages: one half of a layer. Rows are in the basis of the cache. implementation: as in
+    ``ops.attend.attend``. Raises ValueError for what does not belong together.
+    """
+    if not isinstance(implementation, Implementation):
+        heads, width = pages.kv_heads, pages.head_dim
+        both = KVFormat("of these pages", pages.spec, pages.spec)
+        where = device_info(pages.codes.device)
+        call = Call(where, both, dtype, heads, heads, width, width, pages.page_size)
+        implementation = find(CANDIDATES, call, implementation)
+    return implementation.load()(pages, page_table, context_len, dtype)
