@@ -266,3 +266,16 @@ def test_foreign_attention_reads_through_dispatch(kv_format):
     cache.options = replace(cache.options, implementation="torch")
     wanted = [layer.dequantized(which) for layer, which in halves]
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_changes_nothing():
+    """generate(stop_strings=...) needs one, and hands it on to every forward."""
+    model = tiny("llama", torch.float32)
+    with quantpage.attach(model, kv_format="int8") as attached:
+        out = model.generate(
+            tokens(2, 20),
+            tokenizer=object(),
+            max_new_tokens=4,
+            do_sample=False,
+        )
+    assert out.shape[1] == 24 and attached.coverage.paged == 3

@@ -12,6 +12,7 @@ from quantpage.formats.per_layer import split_choices
 
 if TYPE_CHECKING:
     from quantpage.evaluate.report import Row
+    from quantpage.evaluate.run import EvaluateRequest
 
 
 def command(
@@ -27,9 +28,27 @@ def command(
             "all dynamic ones and the peers found."
         ),
     ] = "",
-    windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens read first in each window.")] = 1024,
-    scored: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 1024,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Places in the text; default: 2, with --budget 1.")
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens read first in each window; default: 1024 or 512."),
+    ] = None,
+    scored: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens scored in each window; default: 1024 or 256."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Find the choice a layer that loses least within so many bits a number "
+            "(5.0bits), of --formats (default: int8,int4), and print its --kv-format line."
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of the request whose bits --budget counts.")
+    ] = 8192,
     page_size: PageSize = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     calibration: Calibration = "auto",
@@ -43,34 +62,58 @@ def command(
     Teacher-forced as in generation: the prompt, then the scored tokens, all through the cache.
     The quantized caches of Transformers are scored too where their packages are installed
     (optimum-quanto, hqq); the forward of their prompt and up to 128 recent tokens are unquantized.
+    With --budget every layer's keys and values are quantized alone, one forward each, and the best
+    sum is looked for; progress says how long it takes.
     """
     from quantpage.evaluate import report
     from quantpage.evaluate.run import EvaluateRequest, evaluate
 
     check_writable(csv, "csv")
     check_writable(markdown, "markdown")
-    rows = evaluate(
-        EvaluateRequest(
-            model=model,
-            text=text,
-            formats=tuple(split_choices(formats)),
-            windows=windows,
-            prompt=prompt,
-            scored=scored,
-            page_size=page_size,
-            dtype=dtype,
-            device=device,
-            calibration=calibration,
-        )
+    usual = (2, 1024, 1024) if budget is None else (1, 512, 256)
+    request = EvaluateRequest(
+        model=model,
+        text=text,
+        formats=tuple(split_choices(formats)),
+        windows=windows or usual[0],
+        prompt=prompt or usual[1],
+        scored=scored or usual[2],
+        page_size=page_size,
+        dtype=dtype,
+        device=device,
+        calibration=calibration,
     )
+    if budget is not None:
+        if markdown is not None:
+            raise ValueError("markdown: expected none with --budget, which writes --csv or --json")
+        _advise(request, budget, context, csv, as_json)
+        return
+    rows = evaluate(request)
     if as_json:
         console.print_json([asdict(row) for row in rows])
     else:
-        _print(rows, prompt)
+        _print(rows, request.prompt)
     if csv is not None:
         report.write(csv, report.to_csv(rows))
     if markdown is not None:
         report.write(markdown, report.to_markdown(rows))
+
+
+def _advise(
+    request: "EvaluateRequest", budget: str, context: int, csv: Path | None, as_json: bool
+) -> None:
+    from quantpage.cli import advice as said
+    from quantpage.evaluate.report import write
+    from quantpage.evaluate.run import advise_model
+    from quantpage.hardware import find_device
+
+    found, text = advise_model(request, said.parse_bits(budget), context)
+    if csv is not None:
+        write(csv, said.to_csv(found, request, text, find_device(request.device).type))
+    if as_json:
+        console.print_json(said.as_data(found))
+    else:
+        said.print_advice(found)
 
 
 def _print(rows: "list[Row]", prompt: int) -> None:

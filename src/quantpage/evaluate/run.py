@@ -5,12 +5,14 @@ import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 import quantpage
 from quantpage import console
+from quantpage.evaluate.advise import CANDIDATES, Advice, advise, check_budget, forwards
 from quantpage.evaluate.caches import Candidate, default_names, find_candidates, unquantized
 from quantpage.evaluate.report import Row
 from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
@@ -63,6 +65,43 @@ def evaluate(request: EvaluateRequest) -> list[Row]:
     config = load_config(request.model)
     names = list(request.formats) or default_names()
     candidates = find_candidates(config, names, request.page_size, request.calibration)
+    model, windows, text = _prepare(request, config)
+    scores = _score_all(model, windows, candidates, request.chunk)
+    return [
+        _row(request, candidate, found, text, model.device.type)
+        for candidate, found in zip(candidates, scores, strict=True)
+    ]
+
+
+def advise_model(request: EvaluateRequest, budget: float, context: int) -> tuple[Advice, str]:
+    """(``advise`` for a model folder, the text's name); ``formats`` are what is chosen from.
+
+    budget: bits a number, of what a request of ``context`` tokens holds. Progress goes to stderr.
+    """
+    config = load_config(request.model)
+    chosen = request.formats or CANDIDATES
+    check_budget(config, budget, chosen, request.page_size, context)
+    model, windows, text = _prepare(request, config)
+    with console.progress() as progress:
+        total = forwards(config, len(windows), chosen)
+        task = progress.add_task("a layer and half at a time", total=total)
+        if not progress.console.is_terminal:
+            console.note(f"{total:,} forwards of {request.prompt + request.scored:,} tokens")
+        advice = advise(
+            model,
+            windows,
+            budget,
+            candidates=chosen,
+            page_size=request.page_size,
+            calibration=None if request.calibration == "none" else request.calibration,
+            context=context,
+            each=lambda: progress.advance(task),
+        )
+    return advice, text
+
+
+def _prepare(request: EvaluateRequest, config: Any) -> tuple[Any, list[Window], str]:
+    """(model, windows, the text's name), after what can be checked without weights."""
     limit = getattr(text_config(config), "max_position_embeddings", None)
     if limit is not None and request.prompt + request.scored > limit:
         raise ValueError(
@@ -75,15 +114,11 @@ def evaluate(request: EvaluateRequest) -> list[Row]:
     with console.status(f"loading {request.model}"):
         model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
     windows = cut_windows(tokenizer, content, request.windows, request.prompt, request.scored)
-    scores = _score_all(model, windows, candidates, request.chunk)
-    return [
-        _row(request, candidate, found, text.name, device.type)
-        for candidate, found in zip(candidates, scores, strict=True)
-    ]
+    return model, windows, text.name
 
 
 def _score_all(
-    model: object, windows: list[Window], candidates: list[Candidate], chunk: int
+    model: Any, windows: list[Window], candidates: list[Candidate], chunk: int
 ) -> list[Scores]:
     """Window by window, so that only one window's unquantized predictions are held."""
     scores = [Scores() for _ in candidates]
@@ -127,12 +162,19 @@ def _row(
         model=Path(request.model).name,
         text=text,
         dtype=request.dtype,
-        device=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        quantpage=f"{quantpage.__version__} {_commit()}".strip(),
-        date=datetime.now(UTC).date().isoformat(),
+        **made_with(device),
     )
+
+
+def made_with(device: str) -> dict[str, str]:
+    """The last columns of a row: on what, and with which versions."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "quantpage": f"{quantpage.__version__} {_commit()}".strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _commit() -> str:

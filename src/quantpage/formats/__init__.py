@@ -5,7 +5,7 @@ from quantpage.formats.quantize import Quantized, decode, dequantize, quantize, 
 from quantpage.formats.rotate import hadamard_matrix, rotate, rotation_block
 from quantpage.formats.scales import LayerScales, StaticScales
 from quantpage.formats.spec import CODES, Code, ExactPages, Granularity, KVFormat, QuantSpec
-from quantpage.formats.table import ALIASES, FORMATS, find_format
+from quantpage.formats.table import ALIASES, FORMATS, find_format, join
 
 __all__ = [
     "ALIASES",
@@ -24,6 +24,7 @@ __all__ = [
     "dequantize",
     "find_format",
     "hadamard_matrix",
+    "join",
     "quantize",
     "quantize_static",
     "rotate",

@@ -38,15 +38,14 @@ class LayerRule:
         """The layers, as they would be written."""
         if self.kind != "layers":
             return f"{self.kind}{self.count}="
-        words = (f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
-        return f"layers={','.join(words)}:"
+        return f"layers={_words(self.ranges, ',')}:"
 
     @property
     def words(self) -> str:
         """The layers, for a reader: "first 2", "0-3, 20"."""
         if self.kind != "layers":
             return f"{self.kind} {self.count}"
-        return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
+        return _words(self.ranges, ", ")
 
     def of(self, layers: int) -> Iterator[int]:
         """The layers that it names, of so many; FormatError where there are fewer."""
@@ -112,7 +111,9 @@ class LayerFormats:
         if layers is not None:
             chosen = self.of_layers(layers)
             return {
-                form: in_ranges([at for at, each in enumerate(chosen) if each == form])
+                form: _words(
+                    ranges_of([at for at, each in enumerate(chosen) if each == form]), ", "
+                )
                 for form in self.formats
                 if form in chosen
             }
@@ -158,15 +159,19 @@ def split_choices(text: str) -> list[str]:
     return choices
 
 
-def in_ranges(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 20] -> '0-2, 20'; ascending."""
-    ends: list[list[int]] = []
+def ranges_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """[0, 1, 2, 20] -> ((0, 2), (20, 20)); ascending."""
+    ends: list[tuple[int, int]] = []
     for layer in layers:
         if ends and layer == ends[-1][1] + 1:
-            ends[-1][1] = layer
+            ends[-1] = (ends[-1][0], layer)
         else:
-            ends.append([layer, layer])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+            ends.append((layer, layer))
+    return tuple(ends)
+
+
+def _words(ranges: tuple[tuple[int, int], ...], between: str) -> str:
+    return between.join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def _is_rule(part: str) -> bool:

@@ -87,7 +87,7 @@ def find_format(name: str) -> KVFormat:
     if pair is not None:
         first, second, value, key = pair.groups()
         keys, values = (first, second) if first is not None else (key, value)
-        return _joined(find_format(keys), find_format(values))
+        return join(find_format(keys), find_format(values))
     found = FORMATS.get(ALIASES.get(name, name))
     if found is None:
         half = re.match(r"([kv])=(.*)", name)
@@ -104,8 +104,8 @@ def find_format(name: str) -> KVFormat:
     return found
 
 
-def _joined(keys: KVFormat, values: KVFormat) -> KVFormat:
-    """A pair, under its own name where FORMATS has it."""
+def join(keys: KVFormat, values: KVFormat) -> KVFormat:
+    """The keys of one format and the values of another, under its own name where FORMATS has it."""
     made = KVFormat(
         f"k={keys.name},v={values.name}",
         keys.key,

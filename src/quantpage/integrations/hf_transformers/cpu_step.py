@@ -223,6 +223,8 @@ _HARMLESS = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    # Of generate(stop_strings=...), which some versions hand on to every forward.
+    "tokenizer",
 }
 """Arguments that a model may hand to its blocks and that do not change their result."""
 

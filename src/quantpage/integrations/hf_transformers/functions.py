@@ -52,6 +52,8 @@ _UNDERSTOOD = {
     "s_aux",
     "sliding_window",
     "softcap",
+    # Of generate(stop_strings=...), which some versions hand on to every forward.
+    "tokenizer",
     "use_cache",
 }
 """Arguments of attention that pages serve, or that do not change its result."""
