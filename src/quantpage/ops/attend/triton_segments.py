@@ -4,22 +4,26 @@ Gluon kernels call these too: nothing here needs a layout of its own.
 """
 
 import triton
-import triton.language as tl
+
+# The interpreter looks for it beside every kernel.
+import triton.language as tl  # noqa: F401
 
 from quantpage.ops.attend.params import NEAR_PAGES, SEGMENTS
+from quantpage.ops.triton.common import Constant
 
-ALL_KEYS: tl.constexpr = tl.constexpr(SEGMENTS["all"])
-BODY_KEYS: tl.constexpr = tl.constexpr(SEGMENTS["body"])
-EXACT_KEYS: tl.constexpr = tl.constexpr(SEGMENTS["exact"])
+ALL_KEYS = Constant(SEGMENTS["all"])
+BODY_KEYS = Constant(SEGMENTS["body"])
+EXACT_KEYS = Constant(SEGMENTS["exact"])
 
-NEAR: tl.constexpr = tl.constexpr(NEAR_PAGES)
+NEAR = Constant(NEAR_PAGES)
 """Pages before its own that a query sees exactly."""
 
 
 @triton.jit
 def exact_pairs(queries, keys, page_size):
     """Which keys a query sees exactly; queries and keys broadcast (params.exact_pairs)."""
-    return (keys < page_size) | near_pairs(queries, keys, page_size)
+    near = near_pairs(queries, keys, page_size)
+    return (keys < page_size) | near
 
 
 @triton.jit

@@ -21,7 +21,8 @@ import re
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from quantpage.ops.triton.common import INTERPRETED, Constant
+
 _LAYOUT = (
     r"sizePerThread = \[1, 8\], threadsPerWarp = \[8, 4\], warpsPerCTA = \[\d+, 1\], "
     r"order = \[1, 0\]"
@@ -122,15 +123,15 @@ def _turns(dtype: str) -> str:
     return "{\n " + "\n ".join(lines) + "\n}"
 
 
-_GUARDED: tl.constexpr = tl.constexpr(_split_products().replace("@GUARD ", ""))
-_PLAIN: tl.constexpr = tl.constexpr(re.sub(r"\n @GUARD .*", "", _split_products()))
-_HALF: tl.constexpr = tl.constexpr(_products("f16"))
-_BFLOAT: tl.constexpr = tl.constexpr(_products("bf16"))
-_HALF_TURN: tl.constexpr = tl.constexpr(_turns("f16"))
-_BFLOAT_TURN: tl.constexpr = tl.constexpr(_turns("bf16"))
-_OF_TURNS: tl.constexpr = tl.constexpr(",".join(["=r"] * 32 + ["r"] * 32))
-_OF_FLOATS: tl.constexpr = tl.constexpr(",".join(["=r"] * 16 + ["r"] * 24))
-_OF_PAIRS: tl.constexpr = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
+_GUARDED = Constant(_split_products().replace("@GUARD ", ""))
+_PLAIN = Constant(re.sub(r"\n @GUARD .*", "", _split_products()))
+_HALF = Constant(_products("f16"))
+_BFLOAT = Constant(_products("bf16"))
+_HALF_TURN = Constant(_turns("f16"))
+_BFLOAT_TURN = Constant(_turns("bf16"))
+_OF_TURNS = Constant(",".join(["=r"] * 32 + ["r"] * 32))
+_OF_FLOATS = Constant(",".join(["=r"] * 16 + ["r"] * 24))
+_OF_PAIRS = Constant(",".join(["=r"] * 8 + ["r"] * 8))
 
 
 @triton.jit

@@ -13,10 +13,10 @@ has the instruction (sm_89 on) and else by its own rounding of the float32 bits.
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, INT8, NONE, STATIC
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, INT8, NONE, STATIC, Constant
 
-_ROUND: tl.constexpr = tl.constexpr(12582912.0)
-_FLOAT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+_ROUND = Constant(12582912.0)
+_FLOAT_MAX = Constant(3.4028234663852886e38)
 
 
 @triton.jit

@@ -8,26 +8,24 @@ float16. The interpreter runs the same arithmetic as shifts.
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.common import FP8, INT8
-
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from quantpage.ops.triton.common import FP8, INT8, INTERPRETED, Constant
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
-_INT8: tl.constexpr = tl.constexpr("""{
+_INT8 = Constant("""{
  .reg .b32 x, magic, bias, t;
  mov.b32 magic, 0x64646464; mov.b32 bias, 0x64806480;
  xor.b32 x, $2, 0x80808080;
  prmt.b32 t, x, magic, 0x4140; sub.f16x2 $0, t, bias;
  prmt.b32 t, x, magic, 0x4342; sub.f16x2 $1, t, bias;
 }""")
-_FP8: tl.constexpr = tl.constexpr("""{
+_FP8 = Constant("""{
  .reg .b16 a, b;
  mov.b32 {a, b}, $2;
  cvt.rn.f16x2.e4m3x2 $0, a;
  cvt.rn.f16x2.e4m3x2 $1, b;
 }""")
 # Low nibbles first, then high ones; 0x6408 is 1024 + 8.
-_INT4: tl.constexpr = tl.constexpr("""{
+_INT4 = Constant("""{
  .reg .b32 x, magic, bias, t;
  mov.b32 magic, 0x64646464; mov.b32 bias, 0x64086408;
  and.b32 x, $4, 0x0f0f0f0f;

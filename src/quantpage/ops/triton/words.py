@@ -15,12 +15,10 @@ is exact in float16. Inline PTX is the fast way; the interpreter runs the same a
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.common import INT8
-
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from quantpage.ops.triton.common import INT8, INTERPRETED, Constant
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
-INT8_ASM: tl.constexpr = tl.constexpr("""{
+INT8_ASM = Constant("""{
  .reg .b32 a, b, x, y, magic, bias, t;
  mov.b32 magic, 0x64646464; mov.b32 bias, 0x64806480;
  xor.b32 a, $4, 0x80808080; xor.b32 b, $5, 0x80808080;
@@ -31,7 +29,7 @@ INT8_ASM: tl.constexpr = tl.constexpr("""{
  prmt.b32 t, y, magic, 0x4140; sub.f16x2 $2, t, bias;
  prmt.b32 t, y, magic, 0x4342; sub.f16x2 $3, t, bias;
 }""")
-FP8_ASM: tl.constexpr = tl.constexpr("""{
+FP8_ASM = Constant("""{
  .reg .b32 x, y; .reg .b16 a, b, c, d;
  prmt.b32 x, $4, $5, 0x5140;
  prmt.b32 y, $4, $5, 0x7362;
@@ -42,7 +40,7 @@ FP8_ASM: tl.constexpr = tl.constexpr("""{
  cvt.rn.f16x2.e4m3x2 $3, d;
 }""")
 # Before sm_89: the byte's exponent moved to float16's place, times 2^8 for the biases' difference.
-_FP8_SM80: tl.constexpr = tl.constexpr("""{
+_FP8_SM80 = Constant("""{
  .reg .b32 x, y, k, z, t, s;
  mov.b32 k, 0x5c005c00; mov.b32 z, 0;
  prmt.b32 x, $4, $5, 0x5140;
@@ -57,7 +55,7 @@ _FP8_SM80: tl.constexpr = tl.constexpr("""{
  lop3.b32 t, t, 0x3f803f80, s, 0xea; mul.f16x2 $3, t, k;
 }""")
 # Low nibbles are subtracted from 1024 + 8; high ones sit 4 bits up, so they are divided by 16.
-_INT4: tl.constexpr = tl.constexpr("""{
+_INT4 = Constant("""{
  .reg .b32 lo, hi, t, c, s, d;
  mov.b32 c, 0x64086408; mov.b32 s, 0x2c002c00; mov.b32 d, 0xd480d480;
  prmt.b32 lo, $8, $9, 0x5410;
@@ -75,7 +73,7 @@ _INT4: tl.constexpr = tl.constexpr("""{
 }""")
 
 # As stored: 1024 + n for low nibbles, 1024 + 16 n for high ones.
-_INT4_BIASED: tl.constexpr = tl.constexpr("""{
+_INT4_BIASED = Constant("""{
  .reg .b32 lo, hi;
  prmt.b32 lo, $8, $9, 0x5410;
  prmt.b32 hi, $8, $9, 0x7632;

@@ -52,7 +52,7 @@ from quantpage.ops.attend.decode.gluon_share import (
 )
 from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton import words as triton_words
-from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC, Constant
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
     fence_async_shared,
@@ -64,14 +64,14 @@ from quantpage.ops.triton.gluon_compat import (
 
 log2_fast = gluon.jit(triton_words.log2_fast.fn)
 
-SHIFT = gl.constexpr(6.0)
+SHIFT = Constant(6.0)
 """log2 of the largest p * v_scale of a row when its anchor was set."""
-SLACK = gl.constexpr(9.0)
+SLACK = Constant(9.0)
 """How far above that scores may go before the anchor follows: float16 holds 2^15."""
-FLOOR = gl.constexpr(-1e30)
+FLOOR = Constant(-1e30)
 """The anchor of a row that saw no key: a score of a key is far above it, -inf below."""
 
-FAR = gl.constexpr(((127 + 3) << 23) + 0x700000)
+FAR = Constant(((127 + 3) << 23) + 0x700000)
 """The bits of SHIFT + SLACK, 15."""
 
 

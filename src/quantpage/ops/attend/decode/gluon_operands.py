@@ -15,15 +15,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.triton import words as triton_words
-from quantpage.ops.triton.common import INT4, INT8
+from quantpage.ops.triton.common import INT4, INT8, Constant
 
 # Bytes of two codes each -> the even codes and the odd ones, as stored: 8 too large.
-_NIBBLES = gl.constexpr(
-    "and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;"
-)
+_NIBBLES = Constant("and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;")
 
 # Halves a.i of two units in one register become the pair (a.r, b.r) in each of four.
-_INT4_UNITS = gl.constexpr("""{
+_INT4_UNITS = Constant("""{
  .reg .b32 x, t, c, s, d;
  mov.b32 c, 0x64086408; mov.b32 s, 0x2c002c00; mov.b32 d, 0xd480d480;
  lop3.b32 t, $4, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $0, t, c;
@@ -32,8 +30,8 @@ _INT4_UNITS = gl.constexpr("""{
  lop3.b32 t, x, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $2, t, c;
  lop3.b32 t, x, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $3, t, s, d;
 }""")
-_INT8_UNITS = gl.constexpr(triton_words.INT8_ASM.value)
-_FP8_UNITS = gl.constexpr(triton_words.FP8_ASM.value)
+_INT8_UNITS = Constant(triton_words.INT8_ASM.value)
+_FP8_UNITS = Constant(triton_words.FP8_ASM.value)
 
 
 @gluon.jit

@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode import triton_share as triton_plan
+from quantpage.ops.attend.decode.triton_share import CUT_COST
 from quantpage.ops.attend.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import A_TOKEN
 from quantpage.ops.triton.gluon_compat import async_copy
@@ -17,7 +18,6 @@ keys_of_all = gluon.jit(triton_plan.keys_of_all.fn)
 tile_ranges = gluon.jit(triton_plan.tile_ranges.fn)
 even_pieces = gluon.jit(triton_plan.even_pieces.fn)
 row_programs = gluon.jit(triton_plan.row_programs.fn)
-CUT_COST = gl.constexpr(triton_plan.CUT_COST.value)
 
 
 @gluon.jit

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.attend.triton_segments import ALL_KEYS, BODY_KEYS, EXACT_KEYS, near_page
+from quantpage.ops.triton.common import Constant
 
-CUT_COST = tl.constexpr(2)
+CUT_COST = Constant(2)
 """Tiles in whose time a program ends one row and begins another (measured: docs/decode.md)."""
 
 

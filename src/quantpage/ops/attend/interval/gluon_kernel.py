@@ -24,7 +24,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_rows,
 )
 from quantpage.ops.attend.triton_segments import NEAR, near_queries
-from quantpage.ops.triton.common import LN2
+from quantpage.ops.triton.common import LN2, Constant
 from quantpage.ops.triton.gluon_compat import (
     fence_async_shared,
     mbarrier,
@@ -35,7 +35,7 @@ from quantpage.ops.triton.gluon_compat import (
 
 # Argument lists stay in rows.
 # fmt: off
-WORK_FIELDS = gl.constexpr(8)
+WORK_FIELDS = Constant(8)
 """int32 a work item: token row, new tokens, position of the first, first packed row, workspace row,
 request, context, unused."""
 

@@ -20,8 +20,9 @@ from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile, query_tiles
 from quantpage.ops.attend.params import SEGMENTS, Segment
 from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, near_page
+from quantpage.ops.triton.common import Constant
 
-END: tl.constexpr = tl.constexpr(2**31 - 1)
+END = Constant(2**31 - 1)
 LANES = 128
 """Key tiles judged at once."""
 

@@ -25,7 +25,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_rows,
 )
 from quantpage.ops.attend.triton_segments import near_page
-from quantpage.ops.triton.common import LN2, LOG2E
+from quantpage.ops.triton.common import LN2, LOG2E, Constant
 from quantpage.ops.triton.gluon_compat import (
     fence_async_shared,
     mbarrier,
@@ -34,7 +34,7 @@ from quantpage.ops.triton.gluon_compat import (
     warpgroup_mma_wait,
 )
 
-WORK_FIELDS = gl.constexpr(9)
+WORK_FIELDS = Constant(9)
 """int32 a work item: prefill/plan.WORK_FIELDS names them."""
 
 

@@ -19,9 +19,9 @@ from quantpage.ops.attend.triton_segments import (
     near_page,
     near_pairs,
 )
-from quantpage.ops.triton.common import INT4, LOG2E
+from quantpage.ops.triton.common import INT4, LOG2E, Constant
 
-WORK_FIELDS: tl.constexpr = tl.constexpr(9)
+WORK_FIELDS = Constant(9)
 """int32 a work item: prefill/plan.WORK_FIELDS names them."""
 # SEGMENT: 0 all, 1 body, 2 exact. K_SCALED, V_SCALED: flash/triton_parts.
 
