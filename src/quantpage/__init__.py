@@ -78,7 +78,7 @@ _PUBLIC = {
 __all__ = sorted(["__version__", *_PUBLIC])
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     if name in _PUBLIC:
         try:
             return getattr(import_module(_PUBLIC[name]), name)
@@ -88,6 +88,11 @@ def __getattr__(name: str) -> Any:
             message = f"quantpage.{name} needs transformers: pip install 'quantpage[transformers]'"
             raise ModuleNotFoundError(message, name=error.name) from error
     raise AttributeError(f"module 'quantpage' has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:
+    # To a type checker a name that is not imported above is an error, and no Any.
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,12 @@
 """Answers that follow a JSON schema: llguidance says which tokens may come next."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANY_OBJECT = {"type": "object"}
 _WHITESPACE: Any = {"whitespace_pattern": "[ ]?"}
@@ -33,11 +36,12 @@ class JsonGrammar:
 class GrammarTokenizer:
     """llguidance's table of a Transformers tokenizer; made once, it takes a second."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
         """vocabulary: width of the model's logits."""
         from llguidance.hf import from_tokenizer
 
-        self.table = from_tokenizer(tokenizer, n_vocab=vocabulary)
+        # It takes fewer kinds by its types than it does.
+        self.table = from_tokenizer(cast(Any, tokenizer), n_vocab=vocabulary)
         self.vocabulary = vocabulary
 
 

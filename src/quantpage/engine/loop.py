@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantpage.engine.holding import Remembered
 from quantpage.engine.request import Piece, Request, TokenChoice
@@ -14,6 +14,9 @@ from quantpage.engine.step import StepRunner
 from quantpage.engine.text import TextStream
 from quantpage.errors import EngineStopped, QuantPageError, QueueFull
 from quantpage.integrations.hf_transformers.attach import Attached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _STEP_FAILURES = (RuntimeError, ValueError, MemoryError, QuantPageError)
 """What a model or a kernel may raise in a step: its requests fail, the engine goes on."""
@@ -54,8 +57,17 @@ class Engine:
     """
 
     def __init__(
-        self, attached: Attached, tokenizer: Any, limits: Limits, prefix_cache: bool = True
+        self,
+        attached: Attached,
+        tokenizer: "PreTrainedTokenizerBase",
+        limits: Limits,
+        prefix_cache: bool = True,
     ) -> None:
+        """tokenizer: the model's. prefix_cache: False forgets prompts with their answers.
+
+        Raises UnsupportedModel for models with another state than keys and values, or with
+        rotations that change with the longest request of a step.
+        """
         self._runner = StepRunner(attached, limits)
         self.tokenizer, self.limits = tokenizer, limits
         shelves, page_size = self._runner.memory.shelves, self._runner.page_size

@@ -1,7 +1,8 @@
 """What is asked of the engine, and what it says while it answers."""
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from quantpage.engine.grammar import JsonGrammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class Request:
     """Independent answers, which share the prompt's pages."""
     logprobs: int | None = None
     """Alternatives to report with every token's log-probability; None: report nothing."""
-    grammar: Any = None
-    """A ``Grammar`` that the answer has to follow; None: free text."""
+    grammar: JsonGrammar | None = None
+    """A schema that the answer has to follow; None: free text."""
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -1,7 +1,10 @@
 """Tokens to text as they come: whole characters, and nothing of a stop text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"
 """What tokenizers write for bytes that are no character yet."""
@@ -13,7 +16,7 @@ stands before."""
 class TextStream:
     """The text of one answer; ``push`` a token, get the characters that are certain."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
         self._from, self._shown = 0, 0
@@ -58,7 +61,8 @@ class TextStream:
         return held
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+        # One text for one row of tokens, whatever its type says.
+        return cast(str, self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
 
 
 def _overlap(text: str, stop: str) -> int:

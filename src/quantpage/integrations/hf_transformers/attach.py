@@ -1,5 +1,6 @@
 """Attaching quantized pages to a Transformers model, and taking them off again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
@@ -44,7 +45,7 @@ class Attached:
     options: CacheOptions
     calibration: str = "none"
     """Where the key maps come from, in words."""
-    _undo: list[Any] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def formats(self) -> LayerFormats:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import copy, deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
 from quantpage.integrations.hf_transformers.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.rows import Rows
 from quantpage.integrations.hf_transformers.turns import Turns
+
+T = TypeVar("T")
 
 _STOCK = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -76,10 +78,10 @@ class QuantPageCache(Cache):
             )
         return stock
 
-    def forward(self, act: Callable[[], Any]) -> Any:
+    def forward(self, act: Callable[[], T]) -> T:
         """``act()``, a forward that brings tokens; should it not return, they were never there."""
 
-        def run() -> Any:
+        def run() -> T:
             made = act()
             self.turns.spent = False
             return made

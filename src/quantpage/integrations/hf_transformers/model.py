@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,18 @@ from quantpage.integrations.hf_transformers.checkpoint import (
     find_files,
     refuse_incomplete,
 )
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    class Decoder(PreTrainedModel, GenerationMixin):
+        """What Transformers' AutoModelForCausalLM loads."""
+
 
 REFUSED: dict[str, str] = {
     "doge": "its attention learns a mask that is no function of positions",
@@ -90,7 +102,7 @@ def lent_layers(config: Any) -> frozenset[int]:
     return frozenset(last - own[::-1].index(kind) for kind in {*kinds[-shared:]} & {*own})
 
 
-def refuse_unsupported(config: Any) -> None:
+def refuse_unsupported(config: "PreTrainedConfig") -> None:
     """Raise UnsupportedModel, in one sentence, for models that cannot work."""
     model_type = config.model_type
     if model_type in REFUSED:
@@ -107,7 +119,7 @@ def refuse_unsupported(config: Any) -> None:
             raise UnsupportedModel(f"{model_type}: layer type {kind}: {_REFUSED_LAYERS[kind]}")
 
 
-def model_shape(config: Any) -> ModelShape:
+def model_shape(config: "PreTrainedConfig") -> ModelShape:
     """Heads and layers of a configuration.
 
     Raises UnsupportedModel when it names no attention heads.
@@ -151,7 +163,7 @@ def check_format(path: str | Path, kv_format: str | KVFormat | LayerFormats) -> 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
-) -> tuple[Any, Any]:
+) -> "tuple[Decoder, PreTrainedTokenizerBase]":
     """(model, tokenizer) of a folder with safetensors or a GGUF file, in evaluation mode.
 
     Raises UnsupportedModel for a model that cannot be attached, ValueError for files that are

@@ -5,7 +5,7 @@ layer each; ``cache/sizes`` counts their bytes.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from quantpage.integrations.hf_transformers.model import (
     refuse_unsupported,
     text_config,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 WEIGHTS = ("bf16", "int8", "none")
 """How the weights are counted: as they come in 16 bits, linear layers in int8, or not at all."""
@@ -76,12 +79,12 @@ class CacheShape:
         return sum(self.states.values())
 
 
-def cache_shape(config: Any, tp: int = 1) -> CacheShape:
+def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
     """The cache that ``attach`` gives a model of this configuration.
 
     tp: devices that share the heads (tensor parallelism); a head that is not divided is on all of
     them. Raises UnsupportedModel, in one sentence, for what ``attach`` refuses and for what the
-    configuration does not tell.
+    configuration does not tell, ValueError for ``tp`` below 1.
     """
     if tp < 1:
         raise ValueError(f"tp: expected at least 1 device, got {tp}")
