@@ -71,7 +71,7 @@ def one_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         value_head_dim=64,
         page_size=16,
     )
-    layer = quantpage.build(quantpage.find_backend("flash"), quantpage.CausalMask(128), call)
+    layer = quantpage.build_attention(quantpage.find_backend("flash"), quantpage.CausalMask(128), call)
     out, lse = layer(q, k, v, view, batch, write, attend)
     request.commit()
     return out + lse[..., None]
