@@ -71,10 +71,12 @@ def one_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         value_head_dim=64,
         page_size=16,
     )
-    layer = quantpage.build_attention(quantpage.find_backend("flash"), quantpage.CausalMask(128), call)
-    out, lse = layer(q, k, v, view, batch, write, attend)
+    backend = quantpage.find_backend("flash")
+    layer = quantpage.build_attention(backend, quantpage.CausalMask(128), call)
+    attended = layer(q, k, v, view, batch, write, attend)
+    assert_type(attended, quantpage.Attended)
     request.commit()
-    return out + lse[..., None]
+    return attended.out
 
 
 def batches(attached: Attached, tokenizer: PreTrainedTokenizerBase) -> list[str]:
