@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import quantpage
+
 pytestmark = pytest.mark.pure
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +30,7 @@ MISTAKES = {
 """What stands in the program -> a mistake in its place, and what mypy says of it."""
 
 
-def test_it_passes_and_mistakes_are_noticed(tmp_path):
+def test_it_passes_and_mistakes_are_noticed_and_no_public_name_is_any(tmp_path):
     right = PROGRAM.read_text()
     wrong = right
     for stands, (mistake, _) in MISTAKES.items():
@@ -36,9 +38,12 @@ def test_it_passes_and_mistakes_are_noticed(tmp_path):
         wrong = wrong.replace(stands, mistake)
     broken = tmp_path / "broken_program.py"
     broken.write_text(wrong)
+    names = tmp_path / "names.py"
+    shown = [f"reveal_type(quantpage.{name})" for name in quantpage.__all__]
+    names.write_text("\n".join(["import quantpage", *shown, ""]))
     # One run: the time is that of reading torch and Transformers.
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-error-summary", str(PROGRAM), str(broken)],
+        [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, (PROGRAM, broken, names))],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -46,6 +51,9 @@ def test_it_passes_and_mistakes_are_noticed(tmp_path):
     )
     said = done.stdout.splitlines()
     assert [line for line in said if "user_program.py" in line] == []
+    revealed = [line for line in said if "names.py" in line]
+    assert len(revealed) == len(shown), done.stdout
+    assert [line for line in revealed if '"Any"' in line or ": error: " in line] == []
     noticed = {
         int(n): line for line in said for n in re.findall(r"broken_program\.py:(\d+): error", line)
     }
