@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """cos and sin of every position."""
+    """cos and sin of every position. Raises ValueError for two of unlike shape or dtype."""
 
     cos: Float[Tensor, "positions half_rotary"]
     sin: Float[Tensor, "positions half_rotary"]
@@ -53,7 +53,11 @@ def rope_table(
     interleaved: bool = False,
     device: torch.device | str = "cpu",
 ) -> RopeTable:
-    """The standard table: angle(p, i) = p * theta^(-2i / rotary_dim)."""
+    """The standard table: angle(p, i) = p * theta^(-2i / rotary_dim).
+
+    rotary_dim: channels that are rotated, an even number. interleaved: as RopeTable has it. Raises
+    ValueError for sizes that cannot be.
+    """
     if rotary_dim % 2 or rotary_dim < 2:
         raise ValueError(f"rotary_dim: expected an even number of at least 2, got {rotary_dim}")
     if max_positions < 1 or not (isfinite(theta) and theta > 0):

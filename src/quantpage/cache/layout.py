@@ -15,7 +15,10 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """One layer's pages, K and V, with named dimensions."""
+    """One layer's pages, K and V, with named dimensions.
+
+    Raises ValueError for sizes that cannot be, FormatError where a format does not fit head_dim.
+    """
 
     kv_heads: int
     head_dim: int

@@ -31,7 +31,7 @@ class HostPages:
     """Pages of every layer, copied to the host."""
 
     planes: dict[str, Tensor]
-    """By layer and plane: "3.key.codes"."""
+    """By layer and plane, "3.key.codes": [pages, ...] each."""
     pages: int
     exact_pages: int
 
@@ -60,8 +60,10 @@ class PagedKVCache:
     ) -> None:
         """Allocate layer ``index``.
 
-        static: ((key scale, key zero), (value scale, value zero)) for static formats.
-        key_map: what is done to keys before they are cached.
+        static: ((key scale, key zero), (value scale, value zero)) for static formats, each
+        [kv_heads or 1, groups], None where there is none. key_map: what is done to keys before
+        they are cached. Raises CacheError for an index that is there, ValueError for scales that
+        do not belong to the layout.
         """
         if index in self.layouts:
             raise CacheError(f"layer {index}: expected a new index, it is there already")
@@ -115,7 +117,10 @@ class PagedKVCache:
     def swap_in(
         self, host: HostPages, pages: Sequence[int], exact_pages: Sequence[int] = ()
     ) -> None:
-        """Copy ``host``'s pages to the pages given, in the order in which they were taken."""
+        """Copy ``host``'s pages to the pages given, in the order in which they were taken.
+
+        Raises ValueError for another number of pages than were taken.
+        """
         for name, taken, given in (
             ("pages", host.pages, len(pages)),
             ("exact_pages", host.exact_pages, len(exact_pages)),
@@ -148,7 +153,7 @@ class PagedKVCache:
         write_pages(path, SavedPages(self.layouts, counts, planes, sizes))
 
     def to_save(self, pages: Sequence[int], exact_pages: Sequence[int]) -> dict[str, Tensor]:
-        """What a file keeps of every layer: these pages, and static scales, by their names."""
+        """What a file keeps of every layer, by name: its pages, [pages, ...], and static scales."""
         static = {
             f"{index}.{name}": plane
             for index, view in self._layers.items()
@@ -182,7 +187,10 @@ class PagedKVCache:
         return cache, note["user"]
 
     def fill(self, layouts: Mapping[int, CacheLayout], planes: dict[str, Tensor]) -> None:
-        """Add these layers with what ``to_save`` gave of them, as many pages as there are here."""
+        """Add these layers with what ``to_save`` gave of them, as many pages as there are here.
+
+        planes: [pages, ...] each, by the names that ``to_save`` gave.
+        """
         for index, layout in layouts.items():
             pair = [
                 _static_pair(planes, f"{index}.{half}", spec, self.device)

@@ -11,7 +11,8 @@ class PagePool:
     """Page ids 0 .. capacity - 1 with reference counts.
 
     The lowest free page is given first, so that what is held lies low and ``trim`` finds the rest.
-    Every operation is whole (cache/ledger) and may be called from any thread.
+    Every operation is whole (cache/ledger) and may be called from any thread. Raises ValueError for
+    a capacity below 0.
     """
 
     def __init__(self, capacity: int, ledger: Ledger | None = None) -> None:

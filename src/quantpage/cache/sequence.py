@@ -125,7 +125,7 @@ class Sequence:
 
         tokens: how many of them count, from the first; None: all. The rest of a draft that is
         rejected here may be of any length (``crop`` comes too late for a long one), unless the
-        step was sparse.
+        step was sparse: then CacheError, and nothing changed. ValueError for more than there are.
         """
         accepted = self.reserved if tokens is None else tokens
         if not 0 <= accepted <= self.reserved:
@@ -160,7 +160,10 @@ class Sequence:
         self.length = len(self.pages) * self.page_size
 
     def fork(self) -> "Sequence":
-        """Another request with the same tokens, sharing every page."""
+        """Another request with the same tokens, sharing every page.
+
+        Raises CacheError during a step, before ``commit`` or ``cancel``.
+        """
         if self.reserved:
             raise CacheError("fork: expected the last step to be committed first")
         made = Sequence(self._pool, self.page_size, self._exact_pool, self.reach)
@@ -190,7 +193,7 @@ class Sequence:
         self._ledger.whole(self._cut, length)
 
     def check_crop(self, length: int) -> None:
-        """What ``crop`` refuses, of the tokens of a step under way, too; changes nothing."""
+        """What ``crop`` refuses (CacheError, ValueError), of a step under way, too."""
         if not 0 <= length <= self.length + self.reserved:
             raise ValueError(f"length: expected 0..{self.length + self.reserved}, got {length}")
         self._refuse_missing("crop", length)

@@ -21,7 +21,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPages:
-    """K pages, or V pages, of one layer."""
+    """K pages, or V pages, of one layer.
+
+    Raises ValueError for planes that do not belong together: dimensions, dtypes, devices, strides.
+    """
 
     spec: QuantSpec
     codes: Tensor
@@ -143,7 +146,10 @@ _facts_of = lru_cache(maxsize=4096)(LayerFacts)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class LayerKV:
-    """Both halves of one layer, and its exact pages where the format keeps some."""
+    """Both halves of one layer, and its exact pages where the format keeps some.
+
+    Raises ValueError for halves that do not belong together, and exact pages of one alone.
+    """
 
     key: QuantizedPages
     value: QuantizedPages
@@ -260,8 +266,8 @@ class LayerKV:
 
     @property
     def static(self) -> tuple[ScalePair, ScalePair]:
-        """((key scale, key zero), (value scale, value zero)) where they were given, as
-        ``PagedKVCache.add_layer`` takes them."""
+        """((key scale, key zero), (value scale, value zero)) where they were given,
+        [kv_heads or 1, groups] each, as ``PagedKVCache.add_layer`` takes them."""
         key, value = self.key, self.value
         return (
             (None, None) if key.spec.dynamic else (key.scale, key.zero),

@@ -37,7 +37,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and what is wanted of its answers."""
+    """A prompt and what is wanted of its answers.
+
+    Raises ValueError for what cannot be asked.
+    """
 
     prompt: tuple[int, ...]
     """Token ids, at least one."""

@@ -21,7 +21,10 @@ from quantpage.errors import OutOfPages
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine may hold and compute at once."""
+    """What an engine may hold and compute at once.
+
+    Raises ValueError for limits below 1, and a step with fewer tokens than answers.
+    """
 
     pages: int
     """Pages of codes, for running answers and remembered prompts together."""

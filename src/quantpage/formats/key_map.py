@@ -104,7 +104,10 @@ class KeyMap:
         return KeyMap(*(None if x is None else x.to(device) for x in self._planes))  # type: ignore[arg-type]
 
     def heads(self, first: int, last: int) -> "KeyMap":
-        """The map of kv_heads first .. last - 1: what one of several shards needs."""
+        """The map of kv_heads first .. last - 1: what one of several shards needs.
+
+        Raises ValueError for heads that are not there.
+        """
         if not 0 <= first < last <= self.kv_heads:
             raise ValueError(
                 f"first, last: expected a range within 0..{self.kv_heads}, got {first}..{last}"

@@ -68,7 +68,10 @@ class LayerFormats:
 
     @classmethod
     def of(cls, choice: "str | KVFormat | LayerFormats") -> "LayerFormats":
-        """From whatever names formats: a text for ``parse``, or a format of one's own for all."""
+        """From whatever names formats: a text for ``parse``, or a format of one's own for all.
+
+        Raises ValueError for anything else, FormatError for a text that names none.
+        """
         if isinstance(choice, LayerFormats):
             return choice
         if isinstance(choice, KVFormat):

@@ -23,7 +23,8 @@ ScalePair = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LayerScales:
-    """The static scales of one layer; None for a half that is dynamic or unquantized."""
+    """The static scales of one layer, [kv_heads or 1, groups] each; None for a half that is dynamic
+    or unquantized, and for a zero of a symmetric code."""
 
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
@@ -33,13 +34,17 @@ class LayerScales:
 
     @property
     def pairs(self) -> tuple[ScalePair, ScalePair]:
-        """((key scale, key zero), (value scale, value zero)), as ``add_layer`` takes them."""
+        """((key scale, key zero), (value scale, value zero)), [kv_heads or 1, groups] each, as
+        ``add_layer`` takes them."""
         return (self.key_scale, self.key_zero), (self.value_scale, self.value_zero)
 
 
 @dataclass(frozen=True, slots=True)
 class StaticScales:
-    """Scales of every layer for one format; shapes are checked when it is built."""
+    """Scales of every layer for one format; shapes are checked when it is built.
+
+    Raises FormatError for a scale that is missing, superfluous, not finite or of another shape.
+    """
 
     format: KVFormat
     kv_heads: int
@@ -91,7 +96,10 @@ class StaticScales:
         return StaticScales(self.format, self.kv_heads, self.head_dim, moved, self.value_head_dim)
 
     def heads(self, first: int, last: int) -> "StaticScales":
-        """The scales of kv_heads first .. last - 1: what one of several shards needs."""
+        """The scales of kv_heads first .. last - 1: what one of several shards needs.
+
+        Raises ValueError for heads that are not there.
+        """
         if not 0 <= first < last <= self.kv_heads:
             raise ValueError(
                 f"first, last: expected a range within 0..{self.kv_heads}, got {first}..{last}"

@@ -15,7 +15,10 @@ from quantpage.errors import FormatError
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """An integer (or e4m3 bit pattern) that stands for a number."""
+    """An integer (or e4m3 bit pattern) that stands for a number.
+
+    Raises FormatError for what no storage holds.
+    """
 
     name: str
     """'int8', 'fp8', 'int4', or 'none' for numbers kept as they are."""
@@ -98,7 +101,7 @@ class Granularity:
     Granularity(per_head=False)           refused        [1, 1]  (a tensor)
     ====================================  =============  ==============================
 
-    where ".." is pages, kv_heads, page_size.
+    where ".." is pages, kv_heads, page_size. Raises FormatError for a group below 1.
     """
 
     group: int | None = None
@@ -111,7 +114,10 @@ class Granularity:
             raise FormatError(f"group: expected at least 1 channel, got {self.group}")
 
     def groups(self, head_dim: int) -> int:
-        """Scales that one token of one head needs (dynamic) or one head (static)."""
+        """Scales that one token of one head needs (dynamic) or one head (static).
+
+        Raises FormatError where a group does not divide head_dim.
+        """
         if self.group is None:
             return 1
         if head_dim % self.group:
@@ -125,7 +131,10 @@ class Granularity:
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """How K, or V, of one layer is quantized: ``number = scale * code + zero``."""
+    """How K, or V, of one layer is quantized: ``number = scale * code + zero``.
+
+    Raises FormatError for facts that exclude each other.
+    """
 
     code: Code
     granularity: Granularity = field(default_factory=Granularity)
@@ -193,7 +202,10 @@ class ExactPages:
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """A named pair of specs: how K and how V of a layer are cached."""
+    """A named pair of specs: how K and how V of a layer are cached.
+
+    Raises FormatError for halves that exclude each other.
+    """
 
     name: str
     key: QuantSpec

@@ -137,7 +137,8 @@ class CausalMask(Mask):
     """Query i sees keys up to and including its own position.
 
     window: only the last ``window`` keys, its own included (None: all). sink_tokens: with a
-    window, the first tokens of the request stay visible (StreamingLLM, arXiv 2309.17453).
+    window, the first tokens of the request stay visible (StreamingLLM, arXiv 2309.17453). Raises
+    ValueError for a window below 1 and sink tokens below 0.
     """
 
     kind: ClassVar[str] = "causal"
@@ -174,7 +175,7 @@ class CausalMask(Mask):
         return min(start, keys), min(last_query + 1, keys)
 
     def intersect(self, other: Mask) -> "CausalMask | None":
-        """The narrower window of two, over the same sink tokens."""
+        """The narrower window of two; ValueError for other sink tokens."""
         if not isinstance(other, CausalMask):
             return None
         if self.window is None or other.window is None:

@@ -120,7 +120,10 @@ def qk_sparse(tokens: int, gaps: Sequence[tuple[int, int]]) -> ColumnIntervals:
 
 
 def random_eviction(evicted_at: Int[Tensor, " tokens"]) -> ColumnIntervals:
-    """Causal; key j is gone from query ``evicted_at[j]`` on (END: kept)."""
+    """Causal; key j is gone from query ``evicted_at[j]`` on (END: kept).
+
+    Raises ValueError for a key that would be gone before it came.
+    """
     early = (evicted_at <= torch.arange(len(evicted_at), device=evicted_at.device)).nonzero()
     if len(early):
         key = int(early[0])

@@ -32,7 +32,10 @@ from quantpage.masks.checks import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowIntervals(Mask):
-    """Visible key ranges a query; see the module."""
+    """Visible key ranges a query; see the module.
+
+    Raises ValueError for ranges, lengths and first positions that cannot be.
+    """
 
     kind: ClassVar[str] = "interval"
     intervals: Int[Tensor, "batch heads queries ranges 2"]
@@ -65,7 +68,8 @@ class RowIntervals(Mask):
     ) -> "RowIntervals":
         """FastDeploy's ``attn_mask_offsets``: (start, end) of each new token of a ragged batch.
 
-        query_starts: [0, .., tokens]; context_lens: cached + new tokens of each request.
+        query_starts: [0, .., tokens]; context_lens: cached + new tokens of each request. Raises
+        ValueError for another number of offsets or requests.
         """
         tokens = query_starts[-1]
         if offsets.numel() != 2 * tokens:

@@ -25,7 +25,11 @@ MAX_NODES = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TreeMask(Mask):
-    """A bit mask over the last tokens; everything before them is seen."""
+    """A bit mask over the last tokens; everything before them is seen.
+
+    Raises ValueError for trees of another shape or dtype, or too many nodes, and for a node that
+    does not see itself.
+    """
 
     kind: ClassVar[str] = "interval"
     prefix: tuple[int, ...]
@@ -63,7 +67,11 @@ class TreeMask(Mask):
     def from_parents(
         cls, prefix: Sequence[int] | int, parents: Sequence[int] | Sequence[Sequence[int]]
     ) -> "TreeMask":
-        """parents[i]: the node that node i continues, -1 for the prompt's own continuations."""
+        """parents[i]: the node that node i continues, -1 for the prompt's own continuations.
+
+        prefix: tokens before the tree, of every request or of each. Raises ValueError for a parent
+        that does not come before.
+        """
         several = len(parents) > 0 and not isinstance(parents[0], int)
         trees: list[Any] = list(parents) if several else [parents]
         words = []

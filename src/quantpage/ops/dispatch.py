@@ -24,7 +24,10 @@ DECODE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The facts of a call that do not change from step to step."""
+    """The facts of a call that do not change from step to step.
+
+    Raises ValueError for counts below 1 and q_heads that are no multiple of kv_heads.
+    """
 
     device: DeviceInfo
     format: KVFormat

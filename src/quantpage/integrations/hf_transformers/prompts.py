@@ -129,6 +129,7 @@ class Prompts:
         say); pages added.
 
         salt: as in ``new_cache``; without one nothing from the first picture on is remembered.
+        Raises ValueError for a cache that these prompts did not make, or with several rows.
         """
         if cache.rows.memory is not self._memory:
             raise ValueError("cache: expected one that new_cache() of these prompts made")

@@ -69,7 +69,11 @@ _facts_of = lru_cache(maxsize=1024)(AttendFacts)
 
 @dataclass(frozen=True, slots=True)
 class AttendParams:
-    """softmax(softcap(q . k * softmax_scale) + mask) over keys and sink logits, times v."""
+    """softmax(softcap(q . k * softmax_scale) + mask) over keys and sink logits, times v.
+
+    Raises ValueError for a scale or a softcap that is not finite and above 0, and for sinks of
+    another shape or dtype.
+    """
 
     softmax_scale: float
     mask: Mask = field(default_factory=CausalMask)

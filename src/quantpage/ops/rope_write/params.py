@@ -14,7 +14,10 @@ from quantpage.rope import RopeTable
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """RMS norm of each head of Q and K (Qwen3, Gemma 3)."""
+    """RMS norm of each head of Q and K (Qwen3, Gemma 3).
+
+    Raises ValueError for weights of unlike size or another dtype, and an eps below 0.
+    """
 
     q_weight: Float[Tensor, " head_dim"]
     k_weight: Float[Tensor, " head_dim"]
@@ -62,7 +65,8 @@ _facts_of = lru_cache(maxsize=1024)(WriteFacts)
 class WriteParams:
     """bias -> [norm] -> RoPE -> [norm] -> key map -> Hadamard -> quantize -> scatter.
 
-    The key map and what follows belong to the pages.
+    The key map and what follows belong to the pages. Raises ValueError for biases that are not
+    three, [heads, head_dim] each.
     """
 
     rope: RopeTable | None = None
