@@ -7,7 +7,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Code : int64_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, FP8 = 5 };
+enum Code : int64_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, FP8 = 5, INT6 = 6, INT3 = 7 };
 enum MaskKind : int64_t { CAUSAL = 0, FULL = 1, INTERVALS = 2 };
 
 // K pages or V pages of one layer. Strides are in bytes, of page, head and token.

@@ -28,7 +28,10 @@ template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, c
   }
   const uint8_t* from = run.k;
   for (int64_t j = 0; j < RUN; j++) {
-    if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, dim, s.words + j * dim);
+    if constexpr (CODE == INT6 || CODE == INT3) {
+      spread_row(CODE, from, dim, s.key_bytes);
+      key_words<INT8>(s.key_bytes, dim, s.words + j * dim);
+    } else if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, dim, s.words + j * dim);
     else key_floats<CODE>(from, dim, s.floats + j * dim);
     // Rows past the end of a short run repeat its last one.
     if (j + 1 < run.count) from += stride;
@@ -57,6 +60,8 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
       case F16: keys_of_run<F16>(s, run, ahead, key.row_stride); break;
       case INT8: keys_of_run<INT8>(s, run, ahead, key.row_stride); break;
       case INT4: keys_of_run<INT4>(s, run, ahead, key.row_stride); break;
+      case INT6: keys_of_run<INT6>(s, run, ahead, key.row_stride); break;
+      case INT3: keys_of_run<INT3>(s, run, ahead, key.row_stride); break;
       default: keys_of_run<FP8>(s, run, ahead, key.row_stride);
     }
   }
@@ -88,6 +93,15 @@ static void list_rows(const Run* runs, int64_t num_runs, const uint8_t* Run::*si
     const uint8_t* first = runs[r].*side;
     for (int64_t j = 0; j < RUN; j++) rows[r * RUN + j] = first + j * row_stride;
     for (int64_t j = runs[r].count; j < RUN; j++) rows[r * RUN + j] = first + (runs[r].count - 1) * row_stride;
+  }
+}
+
+// Rows of codes in planes, spread once for all that reads them in this tile.
+static void spread_values(const Pages& value, const Scratch& s, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; i++) {
+    uint8_t* to = s.value_bytes + i * s.value_dim;
+    spread_row(value.code, s.value_rows[i], s.value_dim, to);
+    s.value_rows[i] = to;
   }
 }
 
@@ -235,8 +249,8 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
     const float zero = hsum(loadf(s.zero_sum + r * VW)), lift = hsum(loadf(s.lift + r * VW));
     if (!s.value_words)
       for (int64_t c = 0; c < s.value_dim; c += VW) storef(to + c, loadf(acc + c) + splat(zero));
-    else if (value.code == INT8) put_back<INT8>(acc, s.value_dim, s.halves, zero, lift, to);
-    else put_back<INT4>(acc, s.value_dim, s.halves, zero, lift, to);
+    else if (value.code == INT4) put_back<INT4>(acc, s.value_dim, s.halves, zero, lift, to);
+    else put_back<INT8>(acc, s.value_dim, s.halves, zero, lift, to);
     if (!value.scale || value.dynamic) continue;
     for (int64_t c = 0; c < s.value_dim; c++) {
       to[c] *= static_number(value, value.scale, value.scale_head, item.kv_head, c);
@@ -260,6 +274,7 @@ static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory
     for (int64_t r = 0; r < n; r++)
       score_run(*item, s, runs[r], at == 0 && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
     list_rows(runs, n, &Run::v, value.row_stride, s.value_rows);
+    if (s.value_words && planed(value.code)) spread_values(value, s, n * RUN);
     const bool again = soften(*item, s, runs, n, at);
     fetch_planes(runs + n, rest - n < RUNS ? rest - n : RUNS);
     const bool more = rest >= 2 * n;

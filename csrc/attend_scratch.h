@@ -28,6 +28,8 @@ struct Scratch {
   float* mass;
   // Static values by channel: scale and zero over the largest scale; null where one scale is all.
   float *channel_scale, *channel_zero;
+  // Codes in planes, spread: a key's, and the tile's values'.
+  uint8_t *key_bytes, *value_bytes;
   // What is known of the codes of the tile's value rows.
   Content* content;
   // Sums over lanes that are added up at the end, a vector a row.
@@ -37,7 +39,7 @@ struct Scratch {
 };
 
 static bool integer_path(const Pages& p) {
-  return (p.code == INT8 || p.code == INT4) && (!p.dynamic || p.groups == 1) && p.head_dim <= 512;
+  return (p.code == INT8 || p.code == INT4 || planed(p.code)) && (!p.dynamic || p.groups == 1) && p.head_dim <= 512;
 }
 static bool grouped(const Pages& p) {
   return p.scale && !integer_path(p) && p.dynamic && (p.groups > 1 || p.zero || p.code != FP8);
@@ -60,8 +62,9 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   s.value_step = STEP * 8 * value.row_stride / s.key_dim;
   s.key_words = integer_path(key);
   s.value_words = integer_path(value);
-  s.halves = in_halves(value.code, s.value_dim);
-  s.width = s.value_words ? value_width(value.code, s.value_dim) : s.value_dim;
+  const int64_t value_code = spread_code(value.code);
+  s.halves = in_halves(value_code, s.value_dim);
+  s.width = s.value_words ? value_width(value_code, s.value_dim) : s.value_dim;
   take(s.query16, s.padded * s.key_dim);
   take(s.query32, s.padded * s.key_dim);
   for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top, &s.mass})
@@ -77,6 +80,8 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   const bool channels = s.value_words && by_channel(value);
   for (float** each : {&s.channel_scale, &s.channel_zero}) take(*each, channels ? s.value_dim : 0);
   if (!channels) s.channel_scale = s.channel_zero = nullptr;
+  take(s.key_bytes, s.key_words && planed(key.code) ? s.key_dim : 0);
+  take(s.value_bytes, s.value_words && planed(value.code) ? TILE * s.value_dim : 0);
   take(s.content, TILE);
   take(s.acc, s.padded * s.width);
   take(s.value_rows, TILE);

@@ -14,7 +14,7 @@ namespace CONCAT(isa_, SUFFIX) {
 // Vectors of dwords that a piece of VW * 4 bytes of a row makes.
 template <int64_t CODE> constexpr int vectors() { return CODE == INT4 ? 8 : 4; }
 static inline int64_t row_bytes(int64_t code, int64_t dim) {
-  return code == F32 ? 4 * dim : code == BF16 || code == F16 ? 2 * dim : code == INT4 ? dim / 2 : dim;
+  return code == F32 ? 4 * dim : code == BF16 || code == F16 ? 2 * dim : code == INT4 ? dim / 2 : code == INT6 ? dim * 6 / 8 : code == INT3 ? dim * 3 / 8 : dim;
 }
 static inline int64_t value_width(int64_t code, int64_t dim) {
   if (code != INT8 && code != INT4) return dim;

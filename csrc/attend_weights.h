@@ -100,7 +100,7 @@ static Content find_content(const Pages& value, const Scratch& s, const uint8_t*
   constexpr int64_t PART = 16;
   const bool nibbles = value.code == INT4;
   // Against codes of a few hundred rows, whose errors add up to sqrt(rows) of a code's own.
-  const float faint = nibbles ? 1.f : 8.f;
+  const int faint = value.code == INT8 ? 8 : value.code == INT6 ? 2 : 1;
   uint8_t any = 0;
   for (int64_t c = 0; c < s.value_dim; c += PART) {
     uint8_t loud = 0;
@@ -109,14 +109,14 @@ static Content find_content(const Pages& value, const Scratch& s, const uint8_t*
         const int code = nibbles ? (row[j / 2] >> 4 * (j % 2) & 15) - 8 : (int8_t)row[j];
         const float number = (float)code * s.channel_scale[j] + s.channel_zero[j];
         any |= (uint8_t)(code != 0);
-        loud |= (uint8_t)(number >= faint || number <= -faint);
+        loud |= (uint8_t)(number >= (float)faint || number <= (float)-faint);
       }
     } else if (nibbles) {
       for (int64_t b = c / 2; b < (c + PART) / 2; b++) loud |= row[b] ^ 0x88;
     } else {
       for (int64_t b = c; b < c + PART; b++) {
         any |= row[b];
-        loud |= (uint8_t)((uint8_t)(row[b] + 7) > 14);
+        loud |= (uint8_t)((uint8_t)(row[b] + faint - 1) > 2 * (faint - 1));
       }
     }
     if (loud) return LOUD;

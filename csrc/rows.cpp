@@ -86,6 +86,12 @@ static float put_scale(uint8_t* to, int64_t type, float x) {
   return put_rounded(to, type, x > least ? x : least);
 }
 
+// The largest code, and the smallest one of codes with a zero point.
+static inline float top_of(int64_t code) {
+  return code == INT8 ? 127.f : code == INT6 ? 31.f : code == INT4 ? 7.f : code == INT3 ? 3.f : 448.f;
+}
+static inline float bottom_of(int64_t code) { return -1.f - top_of(code); }
+
 struct Affine {
   float scale, zero;
 };
@@ -97,16 +103,15 @@ static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* sc
     low = x[c] < low ? x[c] : low;
     high = x[c] > high ? x[c] : high;
   }
-  const float qmax = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
+  const float qmax = top_of(p.code);
   if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) * (float)factor / qmax), 0};
-  const float qmin = p.code == INT8 ? -128.f : -8.f;
+  const float qmin = bottom_of(p.code);
   const float half = high / 2 - low / 2;
   const float step = put_scale(scale, p.scale_type, half * (float)factor / (qmax - qmin) * 2);
   return {step, put_rounded(zero, p.scale_type, low + half * (float)(1 - factor) - qmin * step)};
 }
 static void encode(const Pages& p, const float* x, int64_t count, Affine by, float* codes) {
-  const float top = p.code == INT8 ? 127.f : p.code == INT4 ? 7.f : 448.f;
-  const float bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
+  const float top = top_of(p.code), bottom = p.zero ? bottom_of(p.code) : -top;
   for (int64_t c = 0; c < count; c++) {
     float y = (p.zero ? x[c] - by.zero : x[c]) / by.scale;
     y = y > top ? top : y < bottom ? bottom : y;
@@ -117,12 +122,27 @@ static void encode(const Pages& p, const float* x, int64_t count, Affine by, flo
   const float magic = 12582912.f;
   for (int64_t c = 0; c < count; c++) codes[c] = (codes[c] + magic) - magic;
 }
+// One plane of a row: `bits` bits of every code from bit `from` on (formats/spec).
+static void put_plane(const uint8_t* lifted, int64_t dim, int64_t from, int64_t bits, uint8_t* to) {
+  const int64_t bytes = dim * bits / 8;
+  for (int64_t b = 0; b < bytes; b++) {
+    uint32_t byte = 0;
+    for (int64_t j = 0; j < 8 / bits; j++) byte |= (uint32_t)(lifted[j * bytes + b] >> from & ((1 << bits) - 1)) << j * bits;
+    to[b] = (uint8_t)byte;
+  }
+}
 static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to) {
   if (code == INT8)
     for (int64_t c = 0; c < dim; c++) to[c] = (uint8_t)(int8_t)(int32_t)codes[c];
   else if (code == FP8)
     for (int64_t c = 0; c < dim; c++) to[c] = float_to_fp8(codes[c]);
-  else
+  else if (planed(code)) {
+    const int64_t bits = code == INT6 ? 6 : 3, low = code == INT6 ? 4 : 2;
+    uint8_t lifted[512];
+    for (int64_t c = 0; c < dim; c++) lifted[c] = (uint8_t)((int32_t)codes[c] + (1 << (bits - 1)));
+    put_plane(lifted, dim, 0, low, to);
+    put_plane(lifted, dim, low, bits - low, to + dim * low / 8);
+  } else
     for (int64_t c = 0; c < dim / 2; c++)
       to[c] = (uint8_t)(((int32_t)codes[2 * c] + 8) | ((int32_t)codes[2 * c + 1] + 8) << 4);
 }
@@ -141,7 +161,7 @@ struct Try {
 // waits for the one before it, so the tries go side by side.
 static void round_in_turn(const Pages& p, const float* x, const float* factor, Try* tries, int64_t count) {
   const int64_t dim = p.head_dim, channels = dim / p.groups;
-  const float top = p.code == INT8 ? 127.f : 7.f, bottom = !p.zero ? -top : p.code == INT8 ? -128.f : -8.f;
+  const float top = top_of(p.code), bottom = p.zero ? bottom_of(p.code) : -top;
   const float magic = 12582912.f;
   for (int64_t t = 0; t < count; t++) {
     memcpy(tries[t].target, x, 4 * dim);

@@ -30,6 +30,13 @@ static void dequantize_row(const Pages& p, int64_t head, const uint8_t* row, con
     case F16: row_numbers<F16>(row, dim, out); break;
     case INT8: row_numbers<INT8>(row, dim, out); break;
     case INT4: row_numbers<INT4>(row, dim, out); break;
+    case INT6:
+    case INT3: {
+      alignas(64) uint8_t bytes[512];
+      spread_row(p.code, row, dim, bytes);
+      row_numbers<INT8>(bytes, dim, out);
+      break;
+    }
     default: row_numbers<FP8>(row, dim, out);
   }
   if (!p.scale) return;

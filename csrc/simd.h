@@ -245,6 +245,28 @@ static inline vf fold_halves(vf v) {
 #endif
 }
 
+// ---- codes in planes (formats/spec) ----------------------------------------------------------
+static inline bool planed(int64_t code) { return code == INT6 || code == INT3; }
+// What such a row is read as once it is spread.
+static inline int64_t spread_code(int64_t code) { return planed(code) ? INT8 : code; }
+// Codes of a row as bytes: 8-bit operations on neighbours, which the compiler does a vector at a time.
+template <int64_t BITS, int64_t LOW> static inline void spread_planes(const uint8_t* row, int64_t dim, uint8_t* out) {
+  constexpr int64_t HIGH = BITS - LOW, LOWS = 8 / LOW, HIGHS = 8 / HIGH;
+  const int64_t low_bytes = dim / LOWS, high_bytes = dim / HIGHS;
+  const uint8_t* high = row + low_bytes;
+  for (int64_t j = 0; j < LOWS; j++)
+    for (int64_t b = 0; b < low_bytes; b++) out[j * low_bytes + b] = (uint8_t)(row[b] >> j * LOW & ((1 << LOW) - 1));
+  for (int64_t j = 0; j < HIGHS; j++)
+    for (int64_t b = 0; b < high_bytes; b++) {
+      const uint8_t top = (uint8_t)((high[b] >> j * HIGH & ((1 << HIGH) - 1)) << LOW);
+      out[j * high_bytes + b] = (uint8_t)((out[j * high_bytes + b] | top) - (1 << (BITS - 1)));
+    }
+}
+static inline void spread_row(int64_t code, const uint8_t* row, int64_t dim, uint8_t* out) {
+  if (code == INT6) spread_planes<6, 4>(row, dim, out);
+  else spread_planes<3, 2>(row, dim, out);
+}
+
 // ---- numbers of other types as floats ---------------------------------------------------------
 static inline float half_to_float(uint16_t h) {
   // Exponents 0 and 31 come out right: subnormals by the product, infinity and NaN by the patch.

@@ -25,7 +25,7 @@ class Spec:
     """Keys, or values, of a format."""
 
     code: str
-    """'none', 'int8', 'fp8' or 'int4'."""
+    """'none', 'int8', 'fp8', 'int6', 'int4' or 'int3'."""
     rotated: bool = False
     zero: bool = False
     given: str = ""
@@ -34,12 +34,12 @@ class Spec:
     @property
     def low(self) -> float:
         """The least code."""
-        return {"int8": -128.0, "int4": -8.0}[self.code] if self.zero else -self.high
+        return -self.high - 1 if self.zero else -self.high
 
     @property
     def high(self) -> float:
         """The largest code."""
-        return {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[self.code]
+        return {"int8": 127.0, "int6": 31.0, "int4": 7.0, "int3": 3.0, "fp8": 448.0}[self.code]
 
 
 _INT8, _INT4, _FP8 = Spec("int8", True), Spec("int4", True, True), Spec("fp8")
@@ -49,7 +49,9 @@ FORMS: dict[str, tuple[Spec, Spec, bool]] = {
     "int8": (_INT8, _INT8, False),
     "int8_exact": (_INT8, _INT8, True),
     "fp8": (_FP8, _FP8, False),
+    "int6": (Spec("int6", True, True), Spec("int6", True, True), False),
     "int4": (_INT4, _INT4, True),
+    "int3": (Spec("int3", True, True), Spec("int3", True, True), True),
     "k8v4": (_INT8, _INT4, True),
     "int8_static": (_INT8_GIVEN, _INT8_GIVEN, False),
     "fp8_static": (Spec("fp8", given="head"), Spec("fp8", given="head"), False),
@@ -99,7 +101,21 @@ def decode(spec: Spec, stored: np.ndarray) -> np.ndarray:
     if spec.code == "int4":
         pair = np.stack([stored & 15, stored >> 4], -1).astype(np.float64) - 8
         return pair.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
+    if spec.code in PLANES:
+        bits, start, found = sum(PLANES[spec.code]), 0, 0.0
+        width = stored.shape[-1] * 8 // bits
+        weight = 1
+        for wide in PLANES[spec.code]:
+            plane = stored[..., start : start + width * wide // 8]
+            parts = [plane >> shift & (2**wide - 1) for shift in range(0, 8, wide)]
+            found = found + weight * np.concatenate(parts, -1).astype(np.float64)
+            start, weight = start + plane.shape[-1], weight * 2**wide
+        return found - 2.0 ** (bits - 1)
     return stored.astype(np.float64)
+
+
+PLANES = {"int6": (4, 2), "int3": (2, 1)}
+"""Bits of a row's planes, the lowest first."""
 
 
 def finite(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.cpu
 
 SPECS = {
     "int8": FORMATS["int8"].key,
+    "int6": FORMATS["int6"].key,
     "int4": FORMATS["int4"].key,
+    "int3": FORMATS["int3"].key,
     "symmetric": QuantSpec(CODES["int4"]),
     "groups": QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True),
 }

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, dequantize, quantize
-from quantpage.formats.quantize import pack_nibbles, quantize_static, unpack_nibbles
+from quantpage.formats.quantize import pack, pack_nibbles, quantize_static, unpack, unpack_nibbles
 
 pytestmark = pytest.mark.cpu
 
-INT4, INT8, FP8 = (CODES[name] for name in ("int4", "int8", "fp8"))
+INT3, INT4, INT6, INT8, FP8 = (CODES[name] for name in ("int3", "int4", "int6", "int8", "fp8"))
 SPECS = {
     "int8": QuantSpec(INT8),
     "int8_groups": QuantSpec(INT8, Granularity(32)),
@@ -26,6 +26,10 @@ SPECS = {
     "int4": QuantSpec(INT4),
     "int4_zero": QuantSpec(INT4, zero_point=True),
     "int4_zero_groups": QuantSpec(INT4, Granularity(16), zero_point=True),
+    "int6": QuantSpec(INT6),
+    "int6_zero": QuantSpec(INT6, zero_point=True),
+    "int3_zero": QuantSpec(INT3, zero_point=True),
+    "int3_groups": QuantSpec(INT3, Granularity(32)),
     "fp8": QuantSpec(FP8),
     "fp8_groups": QuantSpec(FP8, Granularity(32)),
 }
@@ -276,3 +280,24 @@ def test_rows_do_not_depend_on_their_neighbours(name, seed, rows):
         for whole, part in zip(together, alone, strict=True):
             if whole is not None:
                 assert torch.equal(whole[row : row + 1].view(torch.uint8), part.view(torch.uint8))
+
+
+@pytest.mark.parametrize("code", [INT6, INT3], ids=lambda code: code.name)
+@pytest.mark.parametrize("width", [16, 80, 256])
+def test_planes_hold_every_code_where_they_say(code, width):
+    codes = torch.randint(int(code.qmin), int(code.qmax) + 1, (5, 2, width))
+    stored = pack(codes, code)
+    assert stored.dtype == torch.uint8 and stored.shape == (5, 2, code.stored(width))
+    assert code.stored(width) * 8 == width * code.bits
+    assert code.channels(code.stored(width)) == width
+    assert torch.equal(unpack(stored, code).long(), codes)
+    # By the words of formats/spec, a channel at a time.
+    start, taken, lifted = 0, 0, codes - int(code.qmin)
+    for bits in code.fields:
+        size = width * bits // 8
+        for channel in range(width):
+            byte = stored[..., start + channel % size].long() >> (bits * (channel // size))
+            wanted = lifted[..., channel] >> taken
+            assert torch.equal(byte % 2**bits, wanted % 2**bits)
+        start, taken = start + size, taken + bits
+    assert start == stored.shape[-1]

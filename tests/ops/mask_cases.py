@@ -88,7 +88,7 @@ def _half(spec: QuantSpec, shape, written, dtype, noise) -> QuantizedPages:
         planes = (pages, kv_heads, page_size, groups)
     else:
         planes = spec.granularity.scale_shape(kv_heads, head_dim)
-    unit = 1.5 / {"int8": 127, "fp8": 80, "int4": 8}[spec.code.name]
+    unit = 1.5 / {"fp8": 80}.get(spec.code.name, spec.code.qmax)
     scale = (torch.rand(planes, generator=noise) + 0.5) * unit
     zero = torch.randn(planes, generator=noise) * 0.3 if spec.zero_point else None
     kept = [each if each is None else each.to(spec.scale_dtype) for each in (scale, zero)]

@@ -158,7 +158,7 @@ def test_fp8_ties_go_to_even(isa):
     assert torch.equal(held, wanted)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int4", "int3"])
 def test_every_instruction_set_rounds_in_turn(name):
     torch.manual_seed(4)
     _, layer, batch = make_case(FORMATS[name], SHAPE, torch.bfloat16)

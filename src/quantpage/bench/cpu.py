@@ -71,7 +71,7 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
     shape = (pages, case.kv_heads, case.page_size)
     if not spec.quantized:
         return QuantizedPages(spec, as_cached(torch.randn(*shape, case.head_dim).bfloat16()))
-    row = case.head_dim // spec.code.values_per_byte
+    row = spec.code.stored(case.head_dim)
     codes = torch.randint(0, 256, (*shape, row), dtype=torch.uint8)
     if spec.code.name == "fp8":
         # Not NaN.

@@ -66,7 +66,7 @@ def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
         return QuantizedPages(
             spec, torch.randn(*shape, case.head_dim, device="cuda", dtype=torch.bfloat16)
         )
-    row = case.head_dim // spec.code.values_per_byte
+    row = spec.code.stored(case.head_dim)
     codes = torch.randint(0, 256, (*shape, row), device="cuda", dtype=torch.uint8)
     if spec.code.name == "fp8":
         # Exponents below the largest: no NaN.

@@ -63,7 +63,7 @@ def layer_of_cells(
     memory = _Planes(cells, layout.page_size)
     halves = (layout.format.key, layout.head_dim), (layout.format.value, layout.v_dim)
     codes = [
-        memory.next(width // spec.code.values_per_byte, spec.code.storage or layout.dtype)
+        memory.next(spec.code.stored(width), spec.code.storage or layout.dtype)
         for spec, width in halves
     ]
     key, value = (

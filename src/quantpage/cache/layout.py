@@ -40,9 +40,12 @@ class CacheLayout:
             )
         for spec, width in ((self.format.key, self.head_dim), (self.format.value, self.v_dim)):
             spec.granularity.groups(width)
-            if width % spec.code.values_per_byte:
+            if width % spec.code.step:
+                wanted = (
+                    "an even number" if spec.code.step == 2 else f"a multiple of {spec.code.step}"
+                )
                 raise FormatError(
-                    f"head_dim: expected an even number for {spec.code.name} codes, got {width}"
+                    f"head_dim: expected {wanted} for {spec.code.name} codes, got {width}"
                 )
 
     @property
@@ -51,8 +54,8 @@ class CacheLayout:
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     def codes_shape(self, spec: QuantSpec, width: int, pages: int) -> tuple[int, int, int, int]:
-        """[pages, kv_heads, page_size, width / values_per_byte]."""
-        return (pages, self.kv_heads, self.page_size, width // spec.code.values_per_byte)
+        """[pages, kv_heads, page_size, row]."""
+        return (pages, self.kv_heads, self.page_size, spec.code.stored(width))
 
     def scale_shape(self, spec: QuantSpec, width: int, pages: int) -> tuple[int, int, int, int]:
         """[pages, kv_heads, page_size, groups]; dynamic scales only."""
@@ -89,7 +92,7 @@ class CacheLayout:
 
     def _token_bytes(self, spec: QuantSpec, width: int) -> int:
         itemsize = (spec.code.storage or self.dtype).itemsize
-        codes = self.kv_heads * width // spec.code.values_per_byte * itemsize
+        codes = self.kv_heads * spec.code.stored(width) * itemsize
         if not spec.quantized or not spec.dynamic:
             return codes
         planes = 2 if spec.zero_point else 1

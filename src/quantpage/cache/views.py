@@ -28,7 +28,7 @@ class QuantizedPages:
 
     spec: QuantSpec
     codes: Tensor
-    """[pages, kv_heads, page_size, head_dim / values_per_byte]."""
+    """[pages, kv_heads, page_size, row], where row is ``code.stored(head_dim)``."""
     scale: Tensor | None = None
     """Dynamic: [pages, kv_heads, page_size, groups]. Static: [kv_heads or 1, groups].
     None for the 'none' code."""
@@ -78,7 +78,7 @@ class QuantizedPages:
     @property
     def head_dim(self) -> int:
         """Channels of a head."""
-        return self.codes.shape[3] * self.spec.code.values_per_byte
+        return self.spec.code.channels(self.codes.shape[3])
 
     def _check_plane(self, name: str, plane: Tensor) -> None:
         dynamic = self.spec.dynamic

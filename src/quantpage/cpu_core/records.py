@@ -25,6 +25,8 @@ CODES = {
     torch.float8_e4m3fn: 5,
 }
 """Storage dtype -> csrc/abi.h's Code."""
+PLANED = {"int6": 6, "int3": 7}
+"""The same of codes whose bits lie in planes, by name."""
 
 _PAGES = 18
 _NO_PAGES = (0,) * _PAGES
@@ -46,8 +48,8 @@ def pages_fields(pages: QuantizedPages) -> tuple[int, ...]:
     codes, spec = pages.codes, pages.spec
     size = codes.itemsize
     by_page, by_head, by_row, _ = codes.stride()
-    code = CODES[codes.dtype]
-    head_dim = codes.shape[3] * spec.code.values_per_byte
+    code = PLANED[spec.code.name] if spec.code.fields else CODES[codes.dtype]
+    head_dim = spec.code.channels(codes.shape[3])
     scale, zero = pages.scale, pages.zero
     return (
         codes.data_ptr(),

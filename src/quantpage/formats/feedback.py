@@ -27,7 +27,7 @@ from quantpage.formats.key_map import KeyMap
 from quantpage.formats.quantize import (
     Quantized,
     finite,
-    pack_nibbles,
+    pack,
     quantize,
     quantize_static,
     rounded_range,
@@ -129,8 +129,7 @@ def _round_in_turn(
         error = number - work[..., i]
         target[..., :i] -= error[..., None] * factor[:, i, :i]
     # A NaN target has a NaN loss: its codes are not kept.
-    whole = codes.nan_to_num(0.0).to(torch.int8)
-    return pack_nibbles(whole) if spec.code.values_per_byte == 2 else whole, loss
+    return pack(codes.nan_to_num(0.0).to(torch.int8), spec.code), loss
 
 
 def _chosen(where: Tensor, one: Quantized, other: Quantized) -> Quantized:

@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quantpage.formats.spec import QuantSpec
+from quantpage.formats.spec import Code, QuantSpec
 
 
 class Quantized(NamedTuple):
     """Codes with their scales; ``zero`` is None for symmetric specs."""
 
     codes: Tensor
-    """[*rows, head_dim / values_per_byte] in the code's storage dtype."""
+    """[*rows, row] in the code's storage dtype, where row is ``code.stored(head_dim)``."""
     scale: Tensor | None
     """[*rows, groups] in the spec's scale dtype; None for the 'none' code or static scales."""
     zero: Tensor | None
@@ -83,9 +83,47 @@ def dequantize(
 
 def decode(codes: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes as numbers, unscaled: [*rows, head_dim]. Exact in float16 and wider."""
-    if spec.code.values_per_byte == 2:
-        return unpack_nibbles(codes).to(dtype)
-    return codes.to(dtype)
+    return unpack(codes, spec.code).to(dtype)
+
+
+def pack(codes: Tensor, code: Code) -> Tensor:
+    """Whole codes [*rows, head_dim] as a row of them is stored, of ``code.stored(head_dim)``."""
+    if code.fields:
+        return _pack_planes(codes, code)
+    if code.values_per_byte == 2:
+        return pack_nibbles(codes.to(torch.int8))
+    return codes.to(code.storage)
+
+
+def unpack(stored: Tensor, code: Code) -> Tensor:
+    """Rows as they are stored -> codes [*rows, head_dim]; floats stay in their storage."""
+    if code.fields:
+        return _unpack_planes(stored, code)
+    return unpack_nibbles(stored) if code.values_per_byte == 2 else stored
+
+
+def _pack_planes(codes: Tensor, code: Code) -> Tensor:
+    lifted = codes.to(torch.int16) + (1 << (code.bits - 1))
+    planes, taken = [], 0
+    for bits in code.fields:
+        parts = ((lifted >> taken) & ((1 << bits) - 1)).unflatten(-1, (8 // bits, -1))
+        shifts = torch.arange(0, 8, bits, dtype=torch.int16, device=codes.device)
+        planes.append((parts << shifts[:, None]).sum(-2).to(torch.uint8))
+        taken += bits
+    return torch.cat(planes, -1)
+
+
+def _unpack_planes(stored: Tensor, code: Code) -> Tensor:
+    width = code.channels(stored.shape[-1])
+    planes = stored.split([width * bits // 8 for bits in code.fields], -1)
+    codes = torch.zeros(*stored.shape[:-1], width, dtype=torch.int16, device=stored.device)
+    taken = 0
+    for bits, plane in zip(code.fields, planes, strict=True):
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stored.device)
+        parts = (plane.unsqueeze(-2) >> shifts[:, None]) & ((1 << bits) - 1)
+        codes += parts.flatten(-2).to(torch.int16) << taken
+        taken += bits
+    return (codes - (1 << (code.bits - 1))).to(torch.int8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -152,6 +190,4 @@ def _encode(work: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -
         return scaled.clamp(-spec.code.qmax, spec.code.qmax).to(spec.code.storage)
     low = spec.code.qmin if zero is not None else -spec.code.qmax
     codes = scaled.round().clamp(low, spec.code.qmax)
-    if spec.code.values_per_byte == 2:
-        return pack_nibbles(codes.to(torch.int8))
-    return codes.to(spec.code.storage)
+    return pack(codes, spec.code)

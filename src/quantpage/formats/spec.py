@@ -21,7 +21,7 @@ class Code:
     """
 
     name: str
-    """'int8', 'fp8', 'int4', or 'none' for numbers kept as they are."""
+    """'int8', 'fp8', 'int6', 'int4', 'int3', or 'none' for numbers kept as they are."""
     storage: torch.dtype | None
     """Tensor dtype of the codes; None: the model's own dtype."""
     qmin: float
@@ -32,9 +32,17 @@ class Code:
     """Bits a number takes; 16 is assumed for 'none' where a model's dtype is not known."""
     values_per_byte: int = 1
     """2 for int4: byte b of a row holds channel 2b in its low nibble, 2b+1 in its high one."""
+    fields: tuple[int, ...] = ()
+    """Bits of each plane of a row, the lowest first, for codes of no power of two: 4 and 2 for
+    int6. The low 4 bits of all channels come first, then the high 2; a plane of w bits takes
+    B = w / 8 of a byte a channel, and its byte b holds channels b, b + B, b + 2 B and so on from
+    its lowest bits up, so that a mask leaves neighbours in neighbouring bytes."""
 
     def __post_init__(self) -> None:
         if self.storage is None:
+            return
+        if self.fields:
+            self._check_fields()
             return
         held = _HELD.get((self.storage, self.values_per_byte))
         if held is None:
@@ -50,6 +58,33 @@ class Code:
                 f"code {self.name}: expected qmin..qmax around 0 within {held[0]}..{held[1]} of "
                 f"{self.storage}, got {self.qmin}..{self.qmax}"
             )
+
+    def _check_fields(self) -> None:
+        half = 1 << (self.bits - 1)
+        whole = sum(self.fields) == self.bits <= 8 and set(self.fields) <= {1, 2, 4}
+        if not whole or self.storage != torch.uint8 or self.values_per_byte != 1:
+            raise FormatError(
+                f"code {self.name}: expected planes of 1, 2 or 4 bits that are {self.bits} bits "
+                f"together in torch.uint8, got {self.fields} in {self.storage}"
+            )
+        if not (-half <= min(self.qmin, -self.qmax) and 0 < self.qmax < half and self.qmin < 0):
+            raise FormatError(
+                f"code {self.name}: expected qmin..qmax around 0 within {-half}..{half - 1}, got "
+                f"{self.qmin}..{self.qmax}"
+            )
+
+    @property
+    def step(self) -> int:
+        """Channels that take whole bytes: a row is a multiple of so many."""
+        return 8 // min(self.fields) if self.fields else self.values_per_byte
+
+    def stored(self, channels: int) -> int:
+        """Elements of ``storage`` that a row of so many channels takes."""
+        return channels * self.bits // 8 if self.fields else channels // self.values_per_byte
+
+    def channels(self, stored: int) -> int:
+        """Channels of a row of so many elements of ``storage``."""
+        return stored * 8 // self.bits if self.fields else stored * self.values_per_byte
 
     @property
     def integer(self) -> bool:
@@ -83,7 +118,9 @@ CODES = {
     "none": Code("none", None, 0, 0, 16),
     "int8": Code("int8", torch.int8, -128, 127, 8),
     "fp8": Code("fp8", torch.float8_e4m3fn, -448, 448, 8),
+    "int6": Code("int6", torch.uint8, -32, 31, 6, fields=(4, 2)),
     "int4": Code("int4", torch.uint8, -8, 7, 4, values_per_byte=2),
+    "int3": Code("int3", torch.uint8, -4, 3, 3, fields=(2, 1)),
 }
 _KNOWN = dict(CODES)
 

@@ -32,6 +32,8 @@ from quantpage.formats.spec import CODES, ExactPages, Granularity, KVFormat, Qua
 
 _INT8 = QuantSpec(CODES["int8"], rotation="hadamard")
 _FP8 = QuantSpec(CODES["fp8"])
+_INT6 = QuantSpec(CODES["int6"], zero_point=True, rotation="hadamard")
+_INT3 = QuantSpec(CODES["int3"], zero_point=True, rotation="hadamard")
 _INT4 = QuantSpec(CODES["int4"], zero_point=True, rotation="hadamard")
 _INT8_STATIC = QuantSpec(CODES["int8"], Granularity(group=1), dynamic=False)
 _FP8_STATIC = QuantSpec(CODES["fp8"], dynamic=False)
@@ -52,8 +54,10 @@ FORMATS: dict[str, KVFormat] = {
         _named("int8", _INT8, _INT8, "int8, rotated, one scale a token and kv_head"),
         _named("int8_exact", _INT8, _INT8, "int8 with exact pages", exact=True),
         _named("fp8", _FP8, _FP8, "float8 e4m3, one scale a token and kv_head"),
+        _named("int6", _INT6, _INT6, "6 bits, rotated, zero point"),
         _named("int4", _INT4, _INT4, "4 bits, rotated, zero point, exact pages", exact=True),
         _named("k8v4", _INT8, _INT4, "int8 keys, 4-bit values, exact pages", exact=True),
+        _named("int3", _INT3, _INT3, "3 bits, rotated, zero point, exact pages", exact=True),
         _named("int8_static", _INT8_STATIC, _INT8_STATIC, "int8, one given scale a channel"),
         _named("fp8_static", _FP8_STATIC, _FP8_STATIC, "float8 e4m3, one given scale a kv_head"),
         _named("int4_static", _INT4_STATIC, _INT4_STATIC, "4 bits, given scale, zero a channel"),

@@ -164,15 +164,19 @@ def rows_for_tma(call: Call) -> Iterator[str]:
             yield f"needs rows of whole 16 bytes, which TMA copies, got a {name} of {width}."
 
 
-def known_codes(call: Call) -> Iterator[str]:
+def known_codes(*names: str) -> Condition:
     """Codes that compiled kernels have been told of."""
-    for name, spec, _ in _halves(call):
-        code = spec.code
-        if not code.known:
-            yield (
-                f"needs int8, fp8 or int4 codes of formats/spec for {name}, got {code.name} "
-                f"({code.qmin:g} to {code.qmax:g} in {code.storage})."
-            )
+
+    def condition(call: Call) -> Iterator[str]:
+        for name, spec, _ in _halves(call):
+            code = spec.code
+            if not code.known or (spec.quantized and code.name not in names):
+                yield (
+                    f"needs {_either(names)} codes of formats/spec for {name}, got {code.name} "
+                    f"({code.qmin:g} to {code.qmax:g} in {code.storage})."
+                )
+
+    return condition
 
 
 def codes(call: Call) -> Iterator[str]:
@@ -245,7 +249,13 @@ def _version(capability: tuple[int, int]) -> str:
 
 
 _16_BITS = (torch.float16, torch.bfloat16)
-_GPU: tuple[Condition, ...] = (known_codes, device("cuda"), triton, channels(256), short_scales)
+_GPU: tuple[Condition, ...] = (
+    known_codes("int8", "fp8", "int4"),
+    device("cuda"),
+    triton,
+    channels(256),
+    short_scales,
+)
 _PORTABLE = (*_GPU, capability((8, 0), later=True), queries(*_16_BITS, torch.float32))
 _PREFILL_ON_HOPPER = (
     *_GPU, capability((9, 0), later=False), queries(*_16_BITS), rows_for_tma, gluon,
@@ -257,7 +267,7 @@ _DECODE = (
 NOTHING = refuse()
 """Plain torch, which serves every call."""
 CPU = refuse(
-    known_codes,
+    known_codes("int8", "fp8", "int6", "int4", "int3"),
     channels(512, multiple=16),
     queries(torch.float32, torch.bfloat16, torch.float16),
     short_scales,
