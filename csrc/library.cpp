@@ -49,14 +49,8 @@ EXPORT int64_t quantpage_isa() {
   return -1;
 }
 
-// Sizes of the records, so that the Python side can refuse a library of another version.
-EXPORT void quantpage_abi(int64_t* sizes) {
-  sizes[0] = sizeof(Attend);
-  sizes[1] = sizeof(Write);
-  sizes[2] = sizeof(Gather);
-  sizes[3] = sizeof(Project);
-  sizes[4] = sizeof(Finish);
-}
+// The records that this was compiled with, so that Python can refuse a library of another version.
+EXPORT const char* quantpage_interface() { return RECORDS; }
 
 // Reads bytes in order, for the read limit that the bench compares with; 64-byte aligned.
 EXPORT int64_t quantpage_read(const uint8_t* bytes, int64_t size, int64_t threads) {

@@ -4,45 +4,6 @@
 #pragma once
 #include "abi.h"
 
-// Rows of one type, as nn.Linear holds them.
-struct Weight {
-  const uint8_t* numbers;
-  int64_t rows;
-  // BF16, a row of INT8 each; null for the other types.
-  const uint8_t* scale;
-  // Of the activations' type; null: none.
-  const uint8_t* bias;
-};
-
-// out[t] = W norm(x[t]) for up to three weights, their rows one after the other.
-struct Project {
-  // [tokens, width] of `type`; weights are of `code`.
-  const uint8_t* x;
-  int64_t type, code, tokens, width;
-  // Of an RMS norm, in `type`; null: none.
-  const uint8_t* norm;
-  Weight weights[3];
-  // [tokens, rows of all weights] of `type`.
-  uint8_t* out;
-  // Rotary embedding, half-split, of the first `rotated` heads: [tokens, head_dim] of `type`, or null.
-  const uint8_t *cos, *sin;
-  int64_t head_dim, rotated;
-  int64_t threads, isa;
-  double eps;
-};
-
-// The second half of a block: y = residual + O a, out = y + D (silu(G n) * U n) with n = norm(y).
-struct Finish {
-  // [tokens, attended_width], [tokens, width] and [tokens, width] of `type`.
-  const uint8_t *attended, *residual;
-  uint8_t* out;
-  int64_t type, code, tokens, attended_width, width;
-  const uint8_t* norm;
-  Weight output, gate, up, down;
-  int64_t threads, isa;
-  double eps;
-};
-
 // Results are the same bits whatever the number of threads and of tokens.
 struct Products {
   // [tokens, width] as floats: read, RMS norm, or silu(gate) * up of floats side by side.

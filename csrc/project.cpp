@@ -182,10 +182,10 @@ EXPORT int64_t quantpage_run(const uint8_t* program, int64_t size) {
     const void* record = head + 2;
     int64_t failed = 1;
     switch (head[0]) {
-      case 0: failed = quantpage_project((const Project*)record); break;
-      case 1: failed = quantpage_write((const Write*)record); break;
-      case 2: failed = quantpage_attend((const Attend*)record); break;
-      case 3: failed = quantpage_finish((const Finish*)record); break;
+      case PROJECT: failed = quantpage_project((const Project*)record); break;
+      case WRITE: failed = quantpage_write((const Write*)record); break;
+      case ATTEND: failed = quantpage_attend((const Attend*)record); break;
+      case FINISH: failed = quantpage_finish((const Finish*)record); break;
     }
     if (failed) return failed;
     at += 16 + head[1];

@@ -15,7 +15,7 @@ from typing import Any
 # so that there is one pool of threads.
 import torch  # noqa: F401
 
-from quantpage.cpu_core import records
+from quantpage.cpu_core import interface
 
 ISAS = ("baseline", "avx2", "avx512")
 """Instruction sets that the core is compiled for, by the number that the library uses."""
@@ -84,12 +84,11 @@ def _open() -> tuple[Core | None, str]:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return None, f"no compiled core in this installation: {error}."
-    sizes = (ctypes.c_int64 * len(records.SIZES))()
-    library.quantpage_abi(sizes)
-    if tuple(sizes) != records.SIZES or not hasattr(library, "quantpage_run"):
+    differs = _difference(library)
+    if differs:
         return None, (
-            "no compiled core in this installation: expected one with records of "
-            f"{records.SIZES} bytes, got an older one of {tuple(sizes)}; install the package again."
+            f"no compiled core in this installation: {differs}; it was compiled from another "
+            "version, install the package again."
         )
     library.quantpage_isa.restype = ctypes.c_int64
     isa = library.quantpage_isa()
@@ -102,6 +101,14 @@ def _open() -> tuple[Core | None, str]:
     run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return Core(**calls, run=run, read=read, isa=isa), ""
+
+
+def _difference(library: ctypes.CDLL) -> str:
+    """Where the records of a library are not ours, in words."""
+    if not hasattr(library, "quantpage_interface"):
+        return "expected a library that describes its records, got one without quantpage_interface"
+    library.quantpage_interface.restype = ctypes.c_char_p
+    return interface.difference(library.quantpage_interface().decode())
 
 
 def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:

@@ -17,20 +17,10 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
+from quantpage.cpu_core.interface import ATTEND, FINISH, PROJECT, WRITE, Record, number
 from quantpage.cpu_core.products import Projection, Rotary, SecondHalf
-from quantpage.cpu_core.records import (
-    ATTEND,
-    CODES,
-    FINISH,
-    LAYER_BYTES,
-    PROJECT,
-    STEP_BYTES,
-    WRITE,
-    layer_record,
-    step_record,
-)
+from quantpage.cpu_core.records import CODES, layer_record, step_record
 
-_KINDS = {"project": 0, "write": 1, "attend": 2, "finish": 3}
 _KEPT = 16
 """Shapes of steps whose buffers are kept."""
 
@@ -131,68 +121,83 @@ class Decoder:
             cos, sin = (torch.empty(tokens, dim, dtype=like.dtype) for _ in range(2))
             mixed = torch.empty(tokens, first.project.rows, dtype=x.dtype)
             q, attended = (torch.empty(tokens, heads * dim, dtype=x.dtype) for _ in range(2))
-            lse = torch.empty(tokens, heads)
         pieces = []
         for each in self._blocks:
             turned = Rotary(cos, sin, each.q_heads + each.kv_heads)
-            ends = _write_end(each, mixed, q), _attend_end(each, q, attended, lse)
+            ends = _write_end(each, mixed, q), _attend_end(each, q, attended)
             pieces.append(
                 (
-                    _head("project", PROJECT.size)
-                    + each.project.record(x, mixed, turned)
-                    + _head("write", LAYER_BYTES + STEP_BYTES + WRITE.size),
-                    ends[0] + _head("attend", LAYER_BYTES + STEP_BYTES + ATTEND.size),
-                    ends[1] + _head("finish", FINISH.size) + each.finish.record(attended, x, x),
+                    _head(PROJECT) + each.project.record(x, mixed, turned) + _head(WRITE),
+                    ends[0] + _head(ATTEND),
+                    ends[1] + _head(FINISH) + each.finish.record(attended, x, x),
                 )
             )
-        return _Buffers(x, cos, sin, pieces, [mixed, q, attended, lse])
+        return _Buffers(x, cos, sin, pieces, [mixed, q, attended])
 
 
-def _head(kind: str, size: int) -> bytes:
-    return struct.pack("=2q", _KINDS[kind], size)
+def _head(record: Record) -> bytes:
+    return struct.pack("=2q", number(record.name.upper()), record.size)
 
 
 def _write_end(block: Block, mixed: Tensor, q_out: Tensor) -> bytes:
-    """Write of csrc/abi.h after layer and step; q and k come rotated."""
+    """Write after layer and step; q and k come rotated and normed."""
     row, dim, at = block.project.rows, block.head_dim, mixed.data_ptr()
     k_at = at + block.q_heads * dim * mixed.itemsize
-    v_at = k_at + block.kv_heads * dim * mixed.itemsize
-    strides = (row, dim) * 3
-    no_rope, no_norm = (0, 0, 0, 0), (0, 0, 0)
     return WRITE.pack(
-        *(at, k_at, v_at),
-        CODES[mixed.dtype],
-        *strides,
-        *(q_out.data_ptr(), 0, 0),
-        *no_rope,
-        *no_norm,
-        mixed.shape[0],
-        block.q_heads,
-        block.kv_heads,
-        torch.get_num_threads(),
-        core().isa,
-        0.0,
+        q=at,
+        k=k_at,
+        v=k_at + block.kv_heads * dim * mixed.itemsize,
+        type=CODES[mixed.dtype],
+        q_token=row,
+        q_head=dim,
+        k_token=row,
+        k_head=dim,
+        v_token=row,
+        v_head=dim,
+        q_out=q_out.data_ptr(),
+        k_rows=0,
+        v_rows=0,
+        cos=0,
+        sin=0,
+        half_rotary=0,
+        interleaved=0,
+        q_norm=0,
+        k_norm=0,
+        norm_after=0,
+        tokens=mixed.shape[0],
+        q_heads=block.q_heads,
+        kv_heads=block.kv_heads,
+        threads=torch.get_num_threads(),
+        isa=core().isa,
+        eps=0.0,
     )
 
 
-def _attend_end(block: Block, q: Tensor, out: Tensor, lse: Tensor) -> bytes:
-    """Attend of csrc/abi.h after layer and step: causal, without sinks."""
+def _attend_end(block: Block, q: Tensor, out: Tensor) -> bytes:
+    """Attend after layer and step: causal, without sinks, and nobody reads its log-sum-exp."""
     dtype, dim = CODES[q.dtype], block.head_dim
-    no_sinks, no_intervals, causal, no_sink_tokens = 0, (0, 0, 0, 0), 0, 0
     return ATTEND.pack(
-        *(q.data_ptr(), dtype, block.q_heads * dim, dim),
-        *(out.data_ptr(), dtype, lse.data_ptr()),
-        no_sinks,
-        *no_intervals,
-        q.shape[0],
-        block.q_heads,
-        block.kv_heads,
-        causal,
-        block.window or 0,
-        no_sink_tokens,
-        1,
-        torch.get_num_threads(),
-        core().isa,
-        block.scale,
-        0.0,
+        q=q.data_ptr(),
+        q_type=dtype,
+        q_token=block.q_heads * dim,
+        q_head=dim,
+        out=out.data_ptr(),
+        out_type=dtype,
+        lse=0,
+        sinks=0,
+        starts=0,
+        low=0,
+        high=0,
+        per_head=0,
+        tokens=q.shape[0],
+        q_heads=block.q_heads,
+        kv_heads=block.kv_heads,
+        mask=number("CAUSAL"),
+        window=block.window or 0,
+        sink_tokens=0,
+        model_basis=1,
+        threads=torch.get_num_threads(),
+        isa=core().isa,
+        softmax_scale=block.scale,
+        softcap=0.0,
     )

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import CODES, FINISH, PROJECT
+from quantpage.cpu_core.interface import FINISH, PROJECT, WEIGHT
+from quantpage.cpu_core.records import CODES
 
 MAX_TOKENS = 16
 """More are served better by a matrix product that keeps the weights in the cache for all."""
@@ -60,8 +61,10 @@ class _Packed:
         self.tensors = parts if norm is None else [*parts, norm.weight]
         # One value, so that no thread sees a half of it: addresses, and the dtype that is served.
         self._known: tuple[list[int], torch.dtype, bool] | None = None
-        self.fields: tuple[int, ...] = ()
-        """Norm, then four fields a weight."""
+        self.norm = 0
+        """Address of its weight."""
+        self.weights: list[tuple[int, ...]] = []
+        """Fields of WEIGHT."""
         self.eps = 0.0 if norm is None else norm.eps
 
     def serves(self, dtype: torch.dtype) -> bool:
@@ -79,12 +82,12 @@ class _Packed:
     def _pack(self) -> None:
         self.code = CODES[self._matrices[0].weight.dtype]
         self.rows = [each.weight.shape[0] for each in self._matrices]
-        fields = [0 if self._norm is None else self._norm.weight.data_ptr()]
+        self.norm = 0 if self._norm is None else self._norm.weight.data_ptr()
+        self.weights = []
         for each in self._matrices:
             scale = 0 if each.scale is None else each.scale.data_ptr()
             bias = 0 if each.bias is None else each.bias.data_ptr()
-            fields += [each.weight.data_ptr(), each.weight.shape[0], scale, bias]
-        self.fields = tuple(fields)
+            self.weights.append((each.weight.data_ptr(), each.weight.shape[0], scale, bias))
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> bool:
@@ -111,7 +114,7 @@ class Projection:
         if not 1 <= len(matrices) <= 3:
             raise ValueError(f"matrices: expected one to three, got {len(matrices)}")
         self._packed = _Packed(matrices, norm)
-        self._absent = (0, 0, 0, 0) * (3 - len(matrices))
+        self._absent = [(0,) * len(WEIGHT.fields)] * (3 - len(matrices))
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core multiplies activations of this dtype by these."""
@@ -146,26 +149,32 @@ class Projection:
     def record(
         self, x: Tensor, out: Tensor, rotary: Rotary | None = None, isa: int | None = None
     ) -> bytes:
-        """Project of csrc/products.h; the tensors must outlive the call."""
+        """Its Project; the tensors must outlive the call."""
         packed = self._packed
         tokens, width = x.shape
-        turn = (0, 0, 0, 0)
+        cos, sin, head_dim, heads = 0, 0, 0, 0
         if rotary is not None:
-            cos, sin, heads = rotary
-            turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1], heads)
+            cos, sin, heads = rotary[0].data_ptr(), rotary[1].data_ptr(), rotary[2]
+            head_dim = rotary[0].shape[-1]
+        first, second, third = packed.weights + self._absent
         return PROJECT.pack(
-            x.data_ptr(),
-            CODES[x.dtype],
-            packed.code,
-            tokens,
-            width,
-            *packed.fields,
-            *self._absent,
-            out.data_ptr(),
-            *turn,
-            torch.get_num_threads(),
-            core().isa if isa is None else isa,
-            packed.eps,
+            x=x.data_ptr(),
+            type=CODES[x.dtype],
+            code=packed.code,
+            tokens=tokens,
+            width=width,
+            norm=packed.norm,
+            weights0=first,
+            weights1=second,
+            weights2=third,
+            out=out.data_ptr(),
+            cos=cos,
+            sin=sin,
+            head_dim=head_dim,
+            rotated=heads,
+            threads=torch.get_num_threads(),
+            isa=core().isa if isa is None else isa,
+            eps=packed.eps,
         )
 
 
@@ -200,20 +209,25 @@ class SecondHalf:
     def record(
         self, attended: Tensor, residual: Tensor, out: Tensor, isa: int | None = None
     ) -> bytes:
-        """Finish of csrc/products.h; ``out`` may be ``residual``. They must outlive the call."""
+        """Its Finish; ``out`` may be ``residual``. They must outlive the call."""
         packed = self._packed
         tokens, width = residual.shape
+        output, gate, up, down = packed.weights
         return FINISH.pack(
-            attended.data_ptr(),
-            residual.data_ptr(),
-            out.data_ptr(),
-            CODES[residual.dtype],
-            packed.code,
-            tokens,
-            attended.shape[1],
-            width,
-            *packed.fields,
-            torch.get_num_threads(),
-            core().isa if isa is None else isa,
-            packed.eps,
+            attended=attended.data_ptr(),
+            residual=residual.data_ptr(),
+            out=out.data_ptr(),
+            type=CODES[residual.dtype],
+            code=packed.code,
+            tokens=tokens,
+            attended_width=attended.shape[1],
+            width=width,
+            norm=packed.norm,
+            output=output,
+            gate=gate,
+            up=up,
+            down=down,
+            threads=torch.get_num_threads(),
+            isa=core().isa if isa is None else isa,
+            eps=packed.eps,
         )

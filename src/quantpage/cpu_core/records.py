@@ -1,11 +1,10 @@
-"""Packing calls for the compiled core: the records of csrc/abi.h, field by field.
+"""Packing views and steps for the compiled core.
 
-Every field is 64 bits wide. What a layer or a step is told at every call is packed once, for as
+What a layer or a step is told at every call is packed once, for as
 long as its view lives; ``struct`` packs the rest at once. That keeps a call's Python below ten
 microseconds.
 """
 
-import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,36 +14,25 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.cpu_core.interface import LAYER, PAGES, STEP, number
 
 CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.uint8: 4,
-    torch.float8_e4m3fn: 5,
+    torch.float32: number("F32"),
+    torch.bfloat16: number("BF16"),
+    torch.float16: number("F16"),
+    torch.int8: number("INT8"),
+    torch.uint8: number("INT4"),
+    torch.float8_e4m3fn: number("FP8"),
 }
-"""Storage dtype -> csrc/abi.h's Code."""
-PLANED = {"int6": 6, "int3": 7}
+"""Storage dtype -> the core's Code."""
+PLANED = {"int6": number("INT6"), "int3": number("INT3")}
 """The same of codes whose bits lie in planes, by name."""
 
-_PAGES = 18
-_NO_PAGES = (0,) * _PAGES
-_LAYER = struct.Struct(f"={4 * _PAGES + 3}q")
-_STEP = struct.Struct("=11q")
-ATTEND = struct.Struct("=21q 2d")
-"""What follows layer and step in the record of a call."""
-WRITE = struct.Struct("=25q 1d")
-GATHER = struct.Struct(f"={_PAGES}q 8q")
-PROJECT = struct.Struct("=25q 1d")
-FINISH = struct.Struct("=27q 1d")
-LAYER_BYTES, STEP_BYTES = _LAYER.size, _STEP.size
-_SHARED = LAYER_BYTES + STEP_BYTES
-SIZES = (_SHARED + ATTEND.size, _SHARED + WRITE.size, GATHER.size, PROJECT.size, FINISH.size)
+_NO_PAGES = (0,) * len(PAGES.fields)
 
 
 def pages_fields(pages: QuantizedPages) -> tuple[int, ...]:
-    """Pages of csrc/abi.h. The tensors must outlive the call."""
+    """Pages, in the order of its fields. The tensors must outlive the call."""
     codes, spec = pages.codes, pages.spec
     size = codes.itemsize
     by_page, by_head, by_row, _ = codes.stride()
@@ -89,36 +77,39 @@ def float32_statics(pages: QuantizedPages) -> QuantizedPages:
 def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
     halves = float32_statics(layer.key), float32_statics(layer.value)
     exact = layer.exact() if layer.exact_key is not None else None
-    near = (
-        2 * _NO_PAGES if exact is None else (*pages_fields(exact.key), *pages_fields(exact.value))
-    )
+    near = (_NO_PAGES, _NO_PAGES)
+    if exact is not None:
+        near = (pages_fields(exact.key), pages_fields(exact.value))
     # Static scales that were converted live as long as the addresses; the map's, as the view.
     mapped = layer.key_map
-    planes = () if mapped is None else (mapped.scale, mapped.mean, mapped.feedback)
-    addresses = [0 if plane is None else plane.data_ptr() for plane in planes]
-    record = _LAYER.pack(
-        *pages_fields(halves[0]),
-        *pages_fields(halves[1]),
-        *near,
-        *(addresses or (0, 0, 0)),
+    planes = (None,) * 3 if mapped is None else (mapped.scale, mapped.mean, mapped.feedback)
+    scale, mean, feedback = (0 if each is None else each.data_ptr() for each in planes)
+    record = LAYER.pack(
+        key=pages_fields(halves[0]),
+        value=pages_fields(halves[1]),
+        exact_key=near[0],
+        exact_value=near[1],
+        map_scale=scale,
+        map_mean=mean,
+        feedback=feedback,
     )
     return record, halves
 
 
 def _pack_step(batch: BatchPlan) -> tuple[bytes, object]:
     exact, page_table = batch.exact, batch.page_table
-    record = _STEP.pack(
-        page_table.data_ptr(),
-        page_table.stride(0),
-        0 if exact is None else exact.page_table.data_ptr(),
-        0 if exact is None else exact.page_table.stride(0),
-        batch.query_starts.data_ptr(),
-        batch.context_lens.data_ptr(),
-        batch.slots.data_ptr(),
-        0 if exact is None else exact.slots.data_ptr(),
-        batch.positions.data_ptr(),
-        len(batch.query_lens),
-        batch.page_size,
+    record = STEP.pack(
+        page_table=page_table.data_ptr(),
+        table_stride=page_table.stride(0),
+        exact_table=0 if exact is None else exact.page_table.data_ptr(),
+        exact_stride=0 if exact is None else exact.page_table.stride(0),
+        query_starts=batch.query_starts.data_ptr(),
+        context_lens=batch.context_lens.data_ptr(),
+        slots=batch.slots.data_ptr(),
+        exact_slots=0 if exact is None else exact.slots.data_ptr(),
+        positions=batch.positions.data_ptr(),
+        requests=len(batch.query_lens),
+        page_size=batch.page_size,
     )
     return record, None
 
@@ -141,6 +132,6 @@ class _PackedOnce:
 
 
 layer_record = _PackedOnce(_pack_layer)
-"""Layer of csrc/abi.h."""
+"""The interface's Layer."""
 step_record = _PackedOnce(_pack_step)
-"""Step of csrc/abi.h."""
+"""The interface's Step."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import ATTEND, CODES, layer_record, step_record
+from quantpage.cpu_core.interface import ATTEND, number
+from quantpage.cpu_core.records import CODES, layer_record, step_record
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.cpu_intervals import intervals_of
@@ -47,38 +48,41 @@ def attend(
         out = q.new_empty(tokens, q_heads, layer.value.head_dim)
     lse = torch.empty(tokens, q_heads) if lse_wanted else None
     mask, sinks = params.mask, params.sinks
-    intervals: tuple[Tensor, ...] = ()
-    kind, window, sink_tokens = 0, 0, 0
+    kind, window, sink_tokens, intervals = "CAUSAL", 0, 0, (0, 0, 0)
     if isinstance(mask, CausalMask):
         window, sink_tokens = mask.window or 0, mask.sink_tokens
     elif isinstance(mask, FullMask):
-        kind = 1
+        kind = "FULL"
     else:
-        kind, intervals = 2, intervals_of(mask, batch, layer.kv_heads)
+        kind, found = "INTERVALS", intervals_of(mask, batch, layer.kv_heads)
+        starts, low, high = (each.data_ptr() for each in found)
+        intervals = starts, low, high
     if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
         sinks = sinks.float().contiguous()
     call = ATTEND.pack(
-        q.data_ptr(),
-        dtype,
-        by_token,
-        by_head,
-        out.data_ptr(),
-        dtype,
-        0 if lse is None else lse.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
-        *((each.data_ptr() for each in intervals) if intervals else (0, 0, 0)),
-        mask.per_head,
-        tokens,
-        q_heads,
-        layer.kv_heads,
-        kind,
-        window,
-        sink_tokens,
-        model_basis,
-        torch.get_num_threads(),
-        library.isa if isa is None else isa,
-        params.softmax_scale,
-        params.softcap or 0.0,
+        q=q.data_ptr(),
+        q_type=dtype,
+        q_token=by_token,
+        q_head=by_head,
+        out=out.data_ptr(),
+        out_type=dtype,
+        lse=0 if lse is None else lse.data_ptr(),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        starts=intervals[0],
+        low=intervals[1],
+        high=intervals[2],
+        per_head=mask.per_head,
+        tokens=tokens,
+        q_heads=q_heads,
+        kv_heads=layer.kv_heads,
+        mask=number(kind),
+        window=window,
+        sink_tokens=sink_tokens,
+        model_basis=model_basis,
+        threads=torch.get_num_threads(),
+        isa=library.isa if isa is None else isa,
+        softmax_scale=params.softmax_scale,
+        softcap=params.softcap or 0.0,
     )
     if library.attend(layer_record(layer) + step_record(batch) + call):
         raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import CODES, GATHER, float32_statics, pages_fields
+from quantpage.cpu_core.interface import GATHER
+from quantpage.cpu_core.records import CODES, float32_statics, pages_fields
 from quantpage.ops.checks import gathers
 
 
@@ -25,15 +26,15 @@ def gather_request(
     work = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     out = torch.empty(context_len, pages.kv_heads, pages.head_dim, dtype=work)
     record = GATHER.pack(
-        *pages_fields(pages),
-        page_table.data_ptr(),
-        out.data_ptr(),
-        CODES[work],
-        context_len,
-        pages.kv_heads,
-        pages.page_size,
-        torch.get_num_threads(),
-        library.isa if isa is None else isa,
+        pages=pages_fields(pages),
+        page_table=page_table.data_ptr(),
+        out=out.data_ptr(),
+        out_type=CODES[work],
+        context=context_len,
+        kv_heads=pages.kv_heads,
+        page_size=pages.page_size,
+        threads=torch.get_num_threads(),
+        isa=library.isa if isa is None else isa,
     )
     if library.gather(record):
         raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")

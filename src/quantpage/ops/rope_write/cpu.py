@@ -12,7 +12,8 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
-from quantpage.cpu_core.records import CODES, WRITE, layer_record, step_record
+from quantpage.cpu_core.interface import WRITE
+from quantpage.cpu_core.records import CODES, layer_record, step_record
 from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
 from quantpage.ops.rope_write.params import WriteParams, Written
@@ -51,25 +52,35 @@ def rope_write(
     q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype)
     k_rows = torch.empty(k.shape, dtype=k.dtype) if params.return_rows else None
     v_rows = torch.empty(v.shape, dtype=k.dtype) if params.return_rows else None
+    cos, sin, half_rotary, interleaved = _rope_fields(params, kept)
+    q_norm, k_norm, norm_after = _norm_fields(params, kept)
     call = WRITE.pack(
-        0 if q is None else q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        CODES[k.dtype],
-        *((0, 0) if q is None else q.stride()[:2]),
-        *k.stride()[:2],
-        *v.stride()[:2],
-        _address(q_out),
-        _address(k_rows),
-        _address(v_rows),
-        *_rope_fields(params, kept),
-        *_norm_fields(params, kept),
-        tokens,
-        0 if q is None else q.shape[1],
-        kv_heads,
-        torch.get_num_threads(),
-        library.isa if isa is None else isa,
-        0.0 if params.norm is None else params.norm.eps,
+        q=_address(q),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        type=CODES[k.dtype],
+        q_token=0 if q is None else q.stride(0),
+        q_head=0 if q is None else q.stride(1),
+        k_token=k.stride(0),
+        k_head=k.stride(1),
+        v_token=v.stride(0),
+        v_head=v.stride(1),
+        q_out=_address(q_out),
+        k_rows=_address(k_rows),
+        v_rows=_address(v_rows),
+        cos=cos,
+        sin=sin,
+        half_rotary=half_rotary,
+        interleaved=interleaved,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm_after=norm_after,
+        tokens=tokens,
+        q_heads=0 if q is None else q.shape[1],
+        kv_heads=kv_heads,
+        threads=torch.get_num_threads(),
+        isa=library.isa if isa is None else isa,
+        eps=0.0 if params.norm is None else params.norm.eps,
     )
     if library.write(layer_record(layer) + step_record(batch) + call):
         raise RuntimeError(f"isa: expected one that this machine runs, got {isa}")
