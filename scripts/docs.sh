@@ -5,10 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh requirements-docs.txt
-# Pages and docstrings alone: nothing is fetched. The theme's team warns of another project's plans.
+# The theme's team warns of another project's plans.
 export NO_MKDOCS_2_WARNING=1
 if [ "${1:-}" = --serve ]; then
   exec .venv/bin/mkdocs serve
 fi
-.venv/bin/mkdocs build --strict --quiet
+# Not --quiet, with which --strict lets warnings pass.
+.venv/bin/mkdocs build --strict
 echo "docs: build/site/index.html" >&2

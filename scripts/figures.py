@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "measured.md",
     ROOT / "docs" / "decode.md",
     ROOT / "docs" / "write.md",
     ROOT / "docs" / "prefill.md",

@@ -40,15 +40,14 @@ def site(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(_NO_NETWORK)
     made = folder / "site"
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(made)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(made)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(folder), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     return made
 
 

@@ -1,5 +1,5 @@
-"""What runs, and why the others refused: the source of `quantpage explain` and of the README's
-support matrix.
+"""What runs, and why the others refused: the source of `quantpage explain` and of the matrix in
+docs/support.md.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ def command(
         ),
     ] = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Print the README's support matrix and stop.")
+        bool, typer.Option("--matrix", help="Print the support matrix (docs/support.md) and stop.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
