@@ -149,7 +149,8 @@ def check(
     _same(told & np.isfinite(lse), told & np.isfinite(want_lse), f"{where}: which log-sum-exps are")
     lse_off, lse_error = _off(lse, want_lse, plain_lse)
     lse_floor = 16 * UNIT * (1 + np.abs(np.nan_to_num(want_lse)) + added)
-    lse_allowed = 2 * lse_error.max(initial=0.0) + once + lse_floor
+    scores_off = _scores_off(q, seen, rule, low)
+    lse_allowed = 2 * lse_error.max(initial=0.0) + once + lse_floor + scores_off
     _most(lse_off - lse_allowed, lse_off, f"{where}: log-sum-exp")
     off, error = _off(out, want, plain)
     want = np.nan_to_num(want)
@@ -157,26 +158,44 @@ def check(
     floor = FLOOR * max(UNITS[dtype], UNIT) * size + 16 * UNIT * np.abs(want).max(initial=0.0)
     if missing is not None and rule.sinks is not None:
         floor = floor + np.abs(want) * lse_allowed[..., None]
-    floor = floor + _sums(q, seen, rule)
+    floor = floor + (scores_off * _largest(seen, q.shape[1]))[..., None]
     _most(off - 2 * error.max(initial=0.0) - floor, off, f"{where}: output")
 
 
-def _sums(q: np.ndarray, seen: Seen, rule: Rule) -> np.ndarray:
-    """[queries, q_heads, 1]: what sums of scores in float32 cost an output.
+def _scores_off(q: np.ndarray, seen: Seen, rule: Rule, low: str) -> np.ndarray:
+    """[queries, q_heads]: what a score may be off by, whatever the plain run was (that of a single
+    row may be lucky).
 
-    A dot product of n terms is off by about sqrt(n) units of their sizes, a weight relatively by
-    twice as much; the plain run of a single row may be lucky.
+    A sum of n terms in float32 is off by about sqrt(n) units of their sizes; where both operands
+    were rounded before, each term is by a unit of either, which add up as the terms' squares do.
     """
     group = q.shape[1] // seen.k.shape[1]
-    terms, largest = np.zeros(q.shape[:2]), np.zeros(seen.k.shape[1])
-    for keys, values in ((seen.k, seen.v), (seen.near_k, seen.near_v)):
-        if keys is not None and values is not None:
-            most = np.nan_to_num(np.abs(keys), nan=0.0, posinf=0.0).max(0)
-            sizes = np.abs(np.nan_to_num(q)) * np.repeat(most, group, 0)
-            terms = np.maximum(terms, sizes.sum(-1) * rule.scale)
+    q = np.nan_to_num(q, nan=0.0, posinf=0.0, neginf=0.0)
+    off = np.zeros(q.shape[:2])
+    for keys, near in ((seen.k, False), (seen.near_k, True)):
+        if keys is None:
+            continue
+        keys = np.nan_to_num(keys, nan=0.0, posinf=0.0, neginf=0.0)
+        for head in range(q.shape[1]):
+            own, mine = keys[:, head // group], q[:, head]
+            part = seen.shown[:, :, head // group] & (seen.near == near)
+            sums = 2 * UNIT * q.shape[-1] ** 0.5 * (np.abs(mine) @ np.abs(own).T)
+            if low != "float32":
+                with np.errstate(over="ignore"):
+                    sums += 2 * UNITS[low] * np.sqrt(np.square(mine) @ np.square(own).T)
+            most = np.where(part, sums, 0.0).max(1, initial=0.0)
+            off[:, head] = np.maximum(off[:, head], most * rule.scale)
+    return off
+
+
+def _largest(seen: Seen, q_heads: int) -> np.ndarray:
+    """[q_heads]: the largest number of any value."""
+    largest = np.zeros(seen.v.shape[1])
+    for values in (seen.v, seen.near_v):
+        if values is not None:
             values = np.nan_to_num(np.abs(values), nan=0.0, posinf=0.0)
             largest = np.maximum(largest, values.max((0, 2)))
-    return (2 * UNIT * q.shape[-1] ** 0.5 * terms * np.repeat(largest, group))[..., None]
+    return np.repeat(largest, q_heads // len(largest))
 
 
 def _touched(seen: Seen, limit: float, q_heads: int) -> np.ndarray:

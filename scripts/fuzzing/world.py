@@ -367,10 +367,11 @@ class World:
                 x[halfway] = rng.integers(-31, 32, x[halfway].shape) / 2
                 x[halfway, :, 0] = rng.choice([7.0, 14.0, 127.0 / 8])
                 if rng.random() < 0.1 and case.kind in ("torch", "cpu"):
-                    bad = rng.choice([np.nan, np.inf, -np.inf])
-                    # An infinite score may be one that weighs nothing, and the core's parts of a
-                    # tile lose digits to a row of infinities that their queries do not see.
-                    if "none" in case.formats or case.kind == "cpu":
+                    # Of more the square is no float32, and a norm makes 0 of it, as torch's does.
+                    huge = min(torch.finfo(getattr(torch, case.dtype)).max / 4, 1e17)
+                    bad = rng.choice([np.nan, np.inf, -np.inf, huge])
+                    # An infinite score may be one that weighs nothing.
+                    if "none" in case.formats:
                         bad = np.nan
                     x[rng.integers(tokens), rng.integers(heads), rng.integers(width)] = bad
             made.append(tensor(x).to(device_of(case), getattr(torch, case.dtype)))
@@ -411,4 +412,4 @@ class World:
 
 def _leading(pages: list[int]) -> int:
     """Pages given back before the first that is held."""
-    return next((at for at, page in enumerate(pages) if page >= 0), 0)
+    return next((at for at, page in enumerate(pages) if page >= 0), len(pages))

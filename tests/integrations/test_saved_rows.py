@@ -1,11 +1,14 @@
 """Files of a model's cache whose note is not what the cache wrote: refused, whatever it says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import quantpage
+from quantpage.cache import PagedKVCache
+from quantpage.cache.saved import write_pages
 from quantpage.errors import CorruptCache
 from tests.cache.forging import Forged
 from tests.integrations.tiny_models import tiny, tokens
@@ -78,6 +81,39 @@ def check(attached, forged, edited, note, wanted):
     torch.testing.assert_close(found, found if wanted is None else wanted, atol=1e-9, rtol=0)
     assert found.isfinite().all()
     return False
+
+
+def test_every_value_of_the_layouts(attached, forged):
+    """Of one layer and of all: only the model's own load."""
+    layouts = json.loads(forged.metadata["layouts"])
+    for path in [path for path in forged.paths(layouts) if path[0] == "0"]:
+        for bad in [*BAD, 16, 32, 64, 128, "float32", "float16", "int8", "int4", "none"]:
+            for everywhere in (False, True):
+                edited = layouts
+                for layer in layouts if everywhere else ["0"]:
+                    edited = forged.put(edited, [layer, *path[1:]], bad)
+                # Values as wide as keys are said in two ways.
+                if edited == layouts or (path[-1], bad) == ("value_head_dim", None):
+                    continue
+                forged.describe("layouts", json.dumps(edited))
+                with pytest.raises(CorruptCache):
+                    attached.load_cache(forged.path)
+
+
+@pytest.mark.parametrize("field, other", [("kv_heads", 4), ("head_dim", 32), ("dtype", "bfloat16")])
+def test_pages_of_another_shape_with_planes_to_match(attached, forged, field, other):
+    """Whole files of a model that has other heads, under this one's name."""
+    layouts = {
+        index: replace(each, **{field: getattr(torch, other) if field == "dtype" else other})
+        for index, each in forged.layouts.items()
+    }
+    cache = PagedKVCache(*next(iter(forged.saved.counts.values())))
+    for index, layout in layouts.items():
+        cache.add_layer(index, layout)
+    held = list(range(cache.pages)), list(range(cache.exact_pages))
+    write_pages(forged.path, replace(forged.saved, layouts=layouts, planes=cache.to_save(*held)))
+    with pytest.raises(CorruptCache, match=f"layer 0, {field}: expected"):
+        attached.load_cache(forged.path)
 
 
 def test_pages_that_are_shared_and_swapped(attached, forged):

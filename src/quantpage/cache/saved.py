@@ -111,7 +111,7 @@ def read_pages(path: Path | str, expected: Mapping[int, CacheLayout] | None = No
             counts = _counts(parsed(file.metadata["counts"]), layouts)
             note = parsed(file.metadata["note"])
             if expected is not None:
-                _check_layouts(layouts, expected)
+                check_layouts(layouts, expected)
             _check_planes(file.entries, layouts, counts)
             planes = file.read()
         _check_key_maps(planes, layouts)
@@ -134,7 +134,8 @@ def _check_kind(metadata: Mapping[str, str]) -> None:
         raise Damaged(f"expected metadata {sorted(_METADATA)}, got {shown(sorted(metadata))}")
 
 
-def _check_layouts(layouts: Mapping[int, CacheLayout], expected: Mapping[int, CacheLayout]) -> None:
+def check_layouts(layouts: Mapping[int, CacheLayout], expected: Mapping[int, CacheLayout]) -> None:
+    """Raise Damaged unless these are the layers and layouts that were expected."""
     if set(layouts) != set(expected):
         raise Damaged(f"expected layers {sorted(expected)}, got layers {sorted(layouts)}")
     for index, wanted in expected.items():

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from quantpage.cache import PrefixCache
-from quantpage.cache.saved import read_pages
+from quantpage.cache import CacheLayout, PrefixCache
+from quantpage.cache.saved import check_layouts, read_pages
 from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
@@ -169,8 +169,8 @@ def save_cache(
 def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any]:
     """The cache and the note that ``save_cache`` wrote, for the same model and formats.
 
-    Raises CorruptCache where model, formats or page size differ, or the file is damaged, CacheError
-    where it cannot be read.
+    Raises CorruptCache where model, formats, page size, heads or channels differ, or the file is
+    damaged, CacheError where it cannot be read.
     """
     device = next(attached.model.parameters()).device
     saved = read_pages(path)
@@ -178,24 +178,25 @@ def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
     empty = attached.new_cache()
     layers = {each.index: each.reach for each in empty.paged()}
-    if set(saved.layouts) != set(layers):
-        raise CorruptCache(
-            f"{path}: expected layers {sorted(layers)}, got layers {sorted(saved.layouts)}"
-        )
-    for index, layout in saved.layouts.items():
-        form, page_size = empty.formats[index], empty.options.page_size
-        if (form, page_size) != (layout.format, layout.page_size):
-            raise CorruptCache(
-                f"{path}, layer {index}: expected {form.name} in pages of {page_size} tokens, "
-                f"got {layout.format.name} in pages of {layout.page_size}"
-            )
     try:
+        check_layouts(saved.layouts, _layouts(attached))
         rows = saved_rows(empty.rows.memory, saved, layers, device)
     except Damaged as error:
         raise CorruptCache(f"{path}: {error}") from error
     made = empty.over(rows)
     made.set_length(rows.length)
     return made, saved.note.get("user")
+
+
+def _layouts(attached: Caching) -> dict[int, CacheLayout]:
+    """What a forward of this model caches, from one of a single token: a configuration need not
+    name its heads and channels, and a file is not believed."""
+    cache = attached.new_cache()
+    body: Any = attached.model.base_model
+    first = torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device)
+    with torch.no_grad():
+        body(input_ids=first, past_key_values=cache, use_cache=True)
+    return cache.rows.memory.layouts
 
 
 def _digest(attached: Caching) -> str:

@@ -1,32 +1,59 @@
 """Memory that decode launches keep: partial results, and counters that each leaves as zeros.
 
-It belongs to a device and a stream. Calls on one stream share it, so that two graphs captured on
-one stream must not be replayed at the same time.
+It belongs to a thread, beside the device and the stream: the launches of a step that share it
+follow each other, but on one stream another thread's may come between. A captured graph keeps that
+of the thread that captured it: two of one thread and stream must not be replayed at the same time,
+nor one while that thread launches there.
 """
+
+import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 COUNTERS = 2**20
-"""Counters of a device's pool (4 MB), of which each stream takes its part."""
+"""Counters of a device's pool (4 MB), of which each owner takes its part."""
 
-_counters: dict[tuple[int | None, int], list[Tensor]] = {}
+
+class Owner(NamedTuple):
+    """Whose launches follow each other on the device."""
+
+    device: int | None
+    stream: int
+    thread: int
+    """A thread that ended leaves its memory to the next of its number: what it launched comes
+    before."""
+
+
+_counters: dict[Owner, list[Tensor]] = {}
 _pools: dict[int | None, Tensor] = {}
-_workspaces: dict[tuple[int | None, int], list[Tensor]] = {}
+_workspaces: dict[Owner, list[Tensor]] = {}
+# While a part of a pool is taken.
+_taking = threading.Lock()
+
+
+def owner_of(device: torch.device) -> Owner:
+    """The calling thread, on the current stream of ``device``."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return Owner(device.index, stream, threading.get_ident())
 
 
 def counters_of(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros, this stream's own.
+    """Zeros that every launch leaves as zeros, the caller's own.
 
     They come from a pool that is filled outside of any graph: a graph that was captured with them
     may be replayed before any other. A launch that dies midway, as the device's context does with
     it, is the only one that leaves them otherwise.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = _counters.setdefault((device.index, stream), [])
+    kept = _counters.setdefault(owner_of(device), [])
     if kept and kept[-1].numel() >= count:
         return kept[-1]
-    size = max(2**14, 1 << (count - 1).bit_length())
+    with _taking:
+        return _take_counters(device, max(2**14, 1 << (count - 1).bit_length()), kept)
+
+
+def _take_counters(device: torch.device, size: int, kept: list[Tensor]) -> Tensor:
     pool = _pools.get(device.index)
     if pool is None or pool.numel() < size:
         pool = torch.zeros(max(COUNTERS, size), dtype=torch.int32, device=device)
@@ -45,8 +72,7 @@ def workspace(device: torch.device, sizes: tuple[int, int, int]):
     """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
     the beginning of one that goes on), and where each row's pieces are.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = _workspaces.setdefault((device.index, stream), [])
+    kept = _workspaces.setdefault(owner_of(device), [])
     if not kept or any(t.numel() < n for t, n in zip(kept[-3:], sizes, strict=True)):
         # Smaller workspaces stay: a captured graph may still write to them.
         dtypes = (torch.float32, torch.float32, torch.int32)

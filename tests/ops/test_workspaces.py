@@ -1,0 +1,63 @@
+"""Who shares the memory that decode launches keep: one thread on one stream of one device."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from threading import Barrier
+
+import pytest
+import torch
+
+from quantpage.ops.attend.decode.workspaces import counters_of, owner_of, workspace
+
+pytestmark = pytest.mark.cpu
+
+CPU, THREADS = torch.device("cpu"), 8
+
+
+def in_threads(act):
+    """What ``act`` gives in each of some threads that are alive at once."""
+    barrier = Barrier(THREADS)
+
+    def run(_):
+        barrier.wait()
+        found = act()
+        barrier.wait()
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(run, range(THREADS)))
+
+
+def spans(tensors):
+    """First and last address of each, in order."""
+    return sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors)
+
+
+def apart(tensors):
+    held = spans(tensors)
+    return all(end <= begin for (_, end), (begin, _) in pairwise(held))
+
+
+def test_threads_on_one_stream_have_partial_results_of_their_own():
+    owners = in_threads(lambda: owner_of(CPU))
+    assert len({each.thread for each in owners}) == THREADS
+    assert len({each[:2] for each in owners}) == 1
+    found = in_threads(lambda: workspace(CPU, (640, 40, 24)))
+    assert apart([each for three in found for each in three])
+
+
+def test_threads_have_counters_of_their_own():
+    for count in (5, 20_000, 300_000):
+        found = in_threads(lambda count=count: counters_of(CPU, count))
+        assert apart(found)
+        assert all(each.numel() >= count and not each.any() for each in found)
+
+
+def test_a_thread_finds_its_own_again():
+    first, counters = workspace(CPU, (64, 4, 2)), counters_of(CPU, 7)
+    assert [each.data_ptr() for each in workspace(CPU, (60, 4, 1))] == [
+        each.data_ptr() for each in first
+    ]
+    assert counters_of(CPU, 6).data_ptr() == counters.data_ptr()
+    larger = workspace(CPU, (65, 4, 2))
+    assert apart([*first, *larger]), "a captured graph may still write to the first"
