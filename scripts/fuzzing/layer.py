@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quantpage import AttendParams, CacheLayout, WriteParams, find_backend, find_format
+from quantpage import (
+    AttendParams,
+    CacheLayout,
+    WriteParams,
+    build_attention,
+    find_backend,
+    find_format,
+)
 from quantpage import rope_table as make_rope
 from quantpage.attention import LayerAttention
 from quantpage.batch import BatchPlan
