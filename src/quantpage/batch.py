@@ -16,12 +16,12 @@ dtypes and host integers anywhere, the numbers inside the tensors (batch_values)
 them. ``plan_batch`` has them for every device, as it makes the tensors from lists.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from quantpage.batch_values import (
     places_of,
 )
 
+Made = TypeVar("Made")
 _INT32_END = 2**31
 
 
@@ -87,6 +88,10 @@ class BatchPlan:
     _on_host: bool = field(init=False, repr=False, compare=False, default=False)
     """True: numbers are checked, again after somebody wrote to the tensors."""
     _exact_step: "BatchPlan | None" = field(init=False, repr=False, compare=False, default=None)
+    _shared: tuple[Any, dict[Hashable, Any]] = field(
+        init=False, repr=False, compare=False, default_factory=lambda: (None, {})
+    )
+    """Writes that the tensors had seen, and what ops made of the step until then."""
 
     def __post_init__(self) -> None:
         self._check_host()
@@ -175,6 +180,23 @@ class BatchPlan:
             _set(self, _exact_step=made)
         assert self._exact_step is not None
         return self._exact_step
+
+    def once(self, what: Hashable, make: Callable[[], Made]) -> Made:
+        """``make()``, or what it gave for ``what`` in another layer of the step.
+
+        Made anew where a tensor was written to since, or nobody counts the writes, or a CUDA graph
+        is being captured, which may be replayed with other numbers.
+        """
+        writes = self._writes()
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if writes is None or capturing:
+            return make()
+        if self._shared[0] != writes:
+            _set(self, _shared=(writes, {}))
+        kept = self._shared[1]
+        if what not in kept:
+            kept[what] = make()
+        return kept[what]
 
     def _tensors(self) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
         """Each tensor by name, with what its dtype and shape have to be (-1: at least 1)."""
@@ -301,7 +323,7 @@ class BatchPlan:
 def derive(batch: BatchPlan, **changes: Any) -> BatchPlan:
     """A step made of the parts of a checked one, which are not checked again."""
     made = copy(batch)
-    _set(made, passed=set(), _exact_step=None, _on_host=False, **changes)
+    _set(made, passed=set(), _exact_step=None, _shared=(None, {}), _on_host=False, **changes)
     return made
 
 

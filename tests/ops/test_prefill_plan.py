@@ -148,6 +148,23 @@ def test_taking_requests_keeps_their_rows():
     assert taken.page_table.tolist() == [[1, 0], [3, 4]]
 
 
+@pytest.mark.parametrize(("members", "starts"), [((0, 2), [0, 3, 3, 5]), ((2, 3), [3, 5, 9])])
+def test_neighbours_keep_the_rows_of_the_whole_step(members, starts):
+    """Nobody between them has new tokens: their queries and results lie where they are."""
+    batch = plan_batch((3, 0, 2, 4), (5, 8, 20, 4), [[1], [2], [3, 4], [5]], 16)
+    taken, rows = take_requests(batch, members)
+    first, end = members[0], members[-1] + 1
+    assert rows is None
+    assert taken.query_starts.tolist() == starts
+    assert taken.query_lens == batch.query_lens[first:end]
+    assert taken.host_context_lens == batch.host_context_lens[first:end]
+    assert torch.equal(taken.context_lens, batch.context_lens[first:end])
+    assert torch.equal(taken.page_table, batch.page_table[first:end])
+    # What kernels are given begins as aligned as any tensor.
+    for each in (taken.query_starts, taken.context_lens, taken.page_table):
+        assert each.storage_offset() == 0
+
+
 def call(**given):
     hopper = DeviceInfo("cuda", "H", (9, 0), 132, 0)
     facts = {"device": hopper, "format": FORMATS["int8"], "dtype": torch.bfloat16, "q_heads": 8}

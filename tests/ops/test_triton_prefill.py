@@ -131,9 +131,9 @@ def test_keys_split_into_parts_give_the_same_rows(way, monkeypatch):
     parts = []
     plain = triton_prefill.merge_parts
 
-    def counted(outs, *rest):
-        parts.append(len(outs))
-        plain(outs, *rest)
+    def counted(made, *rest):
+        parts.append(len(made.out))
+        plain(made, *rest)
 
     monkeypatch.setattr(triton_prefill, "merge_parts", counted)
     check(FORMATS["int8"].key, FORMATS["int8"].value, step, sinks=True)
@@ -154,11 +154,40 @@ def test_capped_workspace_goes_over_heads(way, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [64, 2**30])
-def test_a_mixed_step_is_its_requests(rows, monkeypatch):
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step((1, 40, 0, 2, 20), (90, 60, 30, 40, 33), kv_heads=1, group=2, head_dim=64),
+        # Decodes side by side, first or last: in place, without a copy of queries or results.
+        Step((1, 3, 0, 2, 40), (90, 60, 30, 40, 50), kv_heads=1, group=2, head_dim=64),
+        Step((40, 2, 1), (60, 20, 90), kv_heads=1, group=2, head_dim=64),
+    ],
+)
+def test_a_mixed_step_is_its_requests(rows, step, monkeypatch):
     """Decodes, a chunk from pages and a chunk through a workspace, in one step."""
     monkeypatch.setitem(prefill.WORKSPACE_ROWS, "triton", rows)
-    step = Step((1, 40, 0, 2, 20), (90, 60, 30, 40, 33), kv_heads=1, group=2, head_dim=64)
+    prefill.choose_ways.cache_clear()
     check(FORMATS["int8"].key, FORMATS["int8"].value, step)
+    prefill.choose_ways.cache_clear()
+
+
+def test_decodes_of_a_mixed_step_are_taken_once_for_all_layers(monkeypatch):
+    taken = []
+    plain = prefill.take_requests
+    monkeypatch.setattr(
+        prefill, "take_requests", lambda *given: taken.append(given[1]) or plain(*given)
+    )
+    step = Step((1, 40, 2), (90, 60, 40), kv_heads=1, group=2, head_dim=64)
+    q, layer, batch = make_step(FORMATS["int8"].key, FORMATS["int8"].value, step, CAUSAL)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    wanted, _ = triton_prefill.attend(q, layer, batch, params)
+    again, _ = triton_prefill.attend(q, layer, batch, params)
+    assert torch.equal(wanted, again)
+    assert taken == [(0, 2)]
+    # Another step in the same tensors.
+    batch.context_lens.add_(0)
+    triton_prefill.attend(q, layer, batch, params)
+    assert taken == [(0, 2), (0, 2)]
 
 
 def test_decodes_of_a_mixed_step_that_the_decode_kernel_refuses_read_pages():

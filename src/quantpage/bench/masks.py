@@ -46,6 +46,7 @@ from quantpage.ops.attend.interval import triton as triton_flash_mask
 from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
 from quantpage.ops.attend.interval.plan import MaskTile
 from quantpage.ops.attend.prefill import gluon as gluon_prefill
+from quantpage.ops.attend.results import results_for
 from quantpage.ops.gather.triton import gather_layer
 
 GATE, FLEX_GATE = 8e-3, 1.5e-2
@@ -186,7 +187,7 @@ def _kernel(made: Made, n: int, params: AttendParams, planned: tuple) -> Callabl
     step = gluon_flash_mask.mask_step(*lens, GROUP, tile, "cuda:0")
     heads = gluon_flash_mask.heads_a_pass(KV_HEADS, step.rows * HEAD_DIM * 4)
     k, v = (torch.randn(heads, step.rows, HEAD_DIM, device="cuda").half() for _ in "kv")
-    results = torch.empty_like(made.q), torch.empty(n, Q_HEADS, device="cuda")
+    results = results_for(made.q, HEAD_DIM, True)
 
     def run() -> None:
         for head in range(0, KV_HEADS, heads):

@@ -21,6 +21,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.ops import refusals
 from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.results import contiguous
 from quantpage.ops.checks import check_attend, check_out, needs_of, unchecked
 from quantpage.ops.dispatch import DECODE_TOKENS, Implementation, Phase, call_of, find
 from quantpage.ops.rotate_output import rotate_output
@@ -48,27 +49,45 @@ def __getattr__(name: str) -> ModuleType:
 _MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
 CANDIDATES: list[Implementation] = [
     Implementation(
-        "gluon", "quantpage.ops.attend.interval.gluon:attend", refusals.INTERVAL_GLUON, merge=_MERGE
+        "gluon",
+        "quantpage.ops.attend.interval.gluon:attend",
+        refusals.INTERVAL_GLUON,
+        into=True,
+        merge=_MERGE,
     ),
     Implementation(
         "triton",
         "quantpage.ops.attend.interval.triton:attend",
         refusals.INTERVAL_TRITON,
+        into=True,
         merge=_MERGE,
     ),
     Implementation(
-        "gluon", "quantpage.ops.attend.decode.gluon:attend", refusals.DECODE_GLUON, joins=True
+        "gluon",
+        "quantpage.ops.attend.decode.gluon:attend",
+        refusals.DECODE_GLUON,
+        into=True,
+        joins=True,
     ),
     Implementation(
-        "triton", "quantpage.ops.attend.decode.triton:attend", refusals.DECODE_TRITON, joins=True
+        "triton",
+        "quantpage.ops.attend.decode.triton:attend",
+        refusals.DECODE_TRITON,
+        into=True,
+        joins=True,
     ),
     Implementation(
-        "gluon", "quantpage.ops.attend.prefill.gluon:attend", refusals.PREFILL_GLUON, merge=_MERGE
+        "gluon",
+        "quantpage.ops.attend.prefill.gluon:attend",
+        refusals.PREFILL_GLUON,
+        into=True,
+        merge=_MERGE,
     ),
     Implementation(
         "triton",
         "quantpage.ops.attend.prefill.triton:attend",
         refusals.PREFILL_TRITON,
+        into=True,
         merge=_MERGE,
     ),
     Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True, into=True),
@@ -179,7 +198,7 @@ def _attend_segments(
     if by.joins:
         return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body, **told)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
-    out = told.get("out")
+    out = contiguous(told.get("out"))
     if out is None:
         out = body[0].new_empty(body[0].shape, dtype=q.dtype)
     return by.load_merge()([body[0], near[0]], [body[1], near[1]], params.sinks, out=out)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite
+from math import e, isfinite, log2
 from typing import Literal
 
 import torch
@@ -114,3 +114,11 @@ class AttendParams:
             self.checked,
         )
         object.__setattr__(self, "facts", facts)
+
+
+def exponent_scale(params: AttendParams) -> tuple[float, float]:
+    """What scores are multiplied by for exp2, and the cap per log2; 0: none."""
+    if params.softcap is None:
+        return params.softmax_scale * log2(e), 0.0
+    # exp2(x * 2 log2e) is what tanh(x) is made of.
+    return 2 * params.softmax_scale / params.softcap * log2(e), params.softcap * log2(e)

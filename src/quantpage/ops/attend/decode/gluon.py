@@ -15,7 +15,8 @@ from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.attend.results import Results, results_for
+from quantpage.ops.checks import Needs, attends
 
 
 @attends(Needs(refusals.DECODE_GLUON, kind="cuda"))
@@ -27,17 +28,36 @@ def attend(
     segment: Segment = "all",
     tiles: DecodeTiles | None = None,
     earlier: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> Results:
     """As decode/triton.attend."""
+    final = segment == "all" or earlier is not None
+    results = results_for(q, layer.value.head_dim, final, out, lse_wanted)
+    decode_into(results, q, layer, batch, params, segment, tiles, earlier)
+    return results
+
+
+def decode_into(
+    results: Results,
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+    tiles: DecodeTiles | None = None,
+    earlier: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """As decode/triton.decode_into."""
     if tiles is None:
         tiles = triton.planned(q, layer, batch, segment, hopper=serves(q, layer))
     if not tiles.wgmma:
-        return unchecked(triton.attend)(q, layer, batch, params, segment, tiles, earlier)
-    made = triton.arrange(q, layer, batch, params, segment, tiles)
+        triton.decode_into(results, q, layer, batch, params, segment, tiles, earlier)
+        return
+    made = triton.arrange(results, q, layer, batch, params, segment, tiles)
     if made.programs:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
         triton.join(made)
-    return made.out, made.lse
 
 
 def serves(q: Tensor, layer: LayerKV) -> bool:

@@ -463,7 +463,9 @@ def decode_kernel(
                     )
                     ratio = ratio * gl.exp2(row_lse - with_sink)
                     row_lse = with_sink
-                gl.store(lse + token_at * (kv_heads * GROUP) + q_head_at, row_lse * LN2, mask=real)
+                if lse is not None:
+                    at = lse + token_at * (kv_heads * GROUP) + q_head_at
+                    gl.store(at, row_lse * LN2, mask=real)
             else:
                 piece = slot_id.to(gl.int64) * ROWS + gl.arange(0, ROWS, s_rows)
                 gl.store(part_lse + piece, row_lse, mask=real)

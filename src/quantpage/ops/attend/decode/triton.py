@@ -21,6 +21,7 @@ from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, row_ti
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from quantpage.ops.attend.decode.workspaces import counters_of, workspace
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
+from quantpage.ops.attend.results import Results, results_for
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
 from quantpage.ops.checks import Needs, attends
 from quantpage.ops.operand import STATIC, Operand, operand
@@ -42,14 +43,39 @@ def attend(
     segment: Segment = "all",
     tiles: DecodeTiles | None = None,
     earlier: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> Results:
     """Output and natural log-sum-exp. Segments keep float32, to be merged; 'all' is in q's dtype.
 
     earlier: the body's result, contiguous, which the exact segment's call makes whole.
-    tiles: the launch's shape; None: the planner's choice.
+    tiles: the launch's shape; None: the planner's choice. out: where a whole result goes; None:
+    new. lse_wanted: False where nobody reads the log-sum-exp: it is None then.
     """
     tiles = planned(q, layer, batch, segment) if tiles is None else tiles
-    made = arrange(q, layer, batch, params, segment, tiles, earlier is not None)
+    final = segment == "all" or earlier is not None
+    results = results_for(q, layer.value.head_dim, final, out, lse_wanted)
+    decode_into(results, q, layer, batch, params, segment, tiles, earlier)
+    return results
+
+
+def decode_into(
+    results: Results,
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment = "all",
+    tiles: DecodeTiles | None = None,
+    earlier: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``attend`` into ``results``.
+
+    The plan may have some of the requests of ``q`` alone, with rows counted from its first: other
+    rows are left as they are.
+    """
+    tiles = planned(q, layer, batch, segment) if tiles is None else tiles
+    made = arrange(results, q, layer, batch, params, segment, tiles, earlier is not None)
     if made.programs:
         decode_kernel[(made.programs,)](
             *made.given,
@@ -66,7 +92,6 @@ def attend(
         )
         if not (tiles.gather or tiles.whole):
             join(made)
-    return made.out, made.lse
 
 
 def planned(
@@ -91,8 +116,6 @@ def planned(
 class Arranged(NamedTuple):
     """A launch with all that both kernels are given."""
 
-    out: Tensor
-    lse: Tensor
     programs: int
     """0: nothing is to be done."""
     given: tuple[Tensor | None, ...]
@@ -106,6 +129,7 @@ class Arranged(NamedTuple):
 
 
 def arrange(
+    results: Results,
     q: Tensor,
     layer: LayerKV,
     batch: BatchPlan,
@@ -123,11 +147,9 @@ def arrange(
     group = q_heads // kv_heads
     final = segment == "all" or joined
     assert not joined or not layer.value.spec.quantized
-    out_dtype = q.dtype if final else torch.float32
-    out = torch.empty(tokens, q_heads, value_width, dtype=out_dtype, device=q.device)
-    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
+    out, lse = results
     if tokens == 0:
-        return Arranged(out, lse, 0, (), (), {}, ((0, 0), (), {}))
+        return Arranged(0, (), (), {}, ((0, 0), (), {}))
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = device_info(q.device).processors if q.is_cuda else 3
@@ -183,7 +205,7 @@ def arrange(
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
     merge = (grid, merged, both | {"PARTS": parts, "num_warps": warps})
-    return Arranged(out, lse, programs, given, places, fixed, merge)
+    return Arranged(programs, given, places, fixed, merge)
 
 
 def join(made: Arranged) -> None:

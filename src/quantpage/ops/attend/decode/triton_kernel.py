@@ -445,7 +445,9 @@ def decode_kernel(
                     )
                     ratio = ratio * tl.exp2(row_lse - with_sink)
                     row_lse = with_sink
-                tl.store(lse + token_at * (kv_heads * GROUP) + q_head_at, row_lse * LN2, real)
+                if lse is not None:
+                    at = lse + token_at * (kv_heads * GROUP) + q_head_at
+                    tl.store(at, row_lse * LN2, real)
             else:
                 part_at = slot_id.to(tl.int64) * ROWS + row
                 tl.store(part_lse + part_at, row_lse, real)

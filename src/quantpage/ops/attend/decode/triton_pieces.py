@@ -108,8 +108,9 @@ def join_row(
         token_at = (q_start + (row_first + row) // GROUP).to(tl.int64)
         to = out + token_at * out_token + head.to(tl.int64) * out_head + channel
         tl.store(to, (acc / safe).to(out.dtype.element_ty), channel < VALUE_DIM)
-        row_lse = tl.where(total != 0, top + tl.log2(safe), float("-inf"))
-        tl.store(lse + token_at * (kv_heads * GROUP) + head, row_lse * LN2)
+        if lse is not None:
+            row_lse = tl.where(total != 0, top + tl.log2(safe), float("-inf"))
+            tl.store(lse + token_at * (kv_heads * GROUP) + head, row_lse * LN2)
 
 
 @triton.jit

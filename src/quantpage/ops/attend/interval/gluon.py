@@ -24,10 +24,11 @@ from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile
 from quantpage.ops.attend.interval.triton import attend as portable
 from quantpage.ops.attend.interval.triton import lowered
 from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles, visit_order
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import AttendParams, Segment, exponent_scale
 from quantpage.ops.attend.prefill.gluon import dense_tile, descriptor, padded_width
 from quantpage.ops.attend.prefill.plan import WORKSPACE_BYTES
-from quantpage.ops.attend.prefill.triton import exponent_scale, workspace_dtype
+from quantpage.ops.attend.prefill.triton_workspace import workspace_dtype
+from quantpage.ops.attend.results import Results, contiguous, results_for
 from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.triton import gather_layer
 from quantpage.ops.operand import Operand, given_values
@@ -94,15 +95,14 @@ def attend(
     batch: BatchPlan,
     params: AttendParams,
     segment: Segment = "all",
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
-    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
-    tokens, q_heads, _ = q.shape
-    width, group = layer.value.head_dim, q_heads // layer.kv_heads
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> Results:
+    """As interval/triton.attend."""
+    width, group = layer.value.head_dim, q.shape[1] // layer.kv_heads
     if segment == "exact" or group * batch.max_query_len <= FEW_ROWS:
-        return unchecked(portable)(q, layer, batch, params, segment)
-    out_dtype = q.dtype if segment == "all" else torch.float32
-    out = torch.empty(tokens, q_heads, width, dtype=out_dtype, device=q.device)
-    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
+        return unchecked(portable)(q, layer, batch, params, segment, out=out, lse_wanted=lse_wanted)
+    results = results_for(q, width, segment == "all", contiguous(out), lse_wanted)
     dense = dense_tile(max(padded_width(layer.key.head_dim), padded_width(width)))
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
@@ -125,20 +125,20 @@ def attend(
         launch(
             q,
             rows,
-            (out, lse),
+            results,
             params,
             (step, plan, form, order),
             head0,
             body_page=batch.page_size if segment == "body" else 0,
             values=given_values(layer),
         )
-    return out, lse
+    return results
 
 
 def launch(
     q: Tensor,
     workspace: tuple[Tensor, Tensor],
-    results: tuple[Tensor, Tensor],
+    results: Results,
     params: AttendParams,
     planned: tuple[MaskStep, MaskPlan, ColumnIntervals | RowIntervals, Tensor],
     head0: int = 0,
@@ -165,9 +165,9 @@ def launch(
         descriptor(v, tile.keys, padded_v),
         out,
         lse,
-        lse if params.sinks is None else params.sinks,
-        lse if values is None else values.scale,
-        lse if values is None else values.zero,
+        params.sinks,
+        None if values is None else values.scale,
+        None if values is None else values.zero,
         0 if values is None else values.scale_strides[1],
         order,
         step.work,

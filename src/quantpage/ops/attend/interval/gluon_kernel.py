@@ -337,7 +337,8 @@ def _consumer(
                     v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
                 )  # fmt: skip
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
-            gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
+            if lse_ptr is not None:
+                gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
 
 
 @gluon.jit(

@@ -21,14 +21,15 @@ from quantpage.ops.attend.interval.plan import MaskTile, lower
 from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
 from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.merge import merge_partials
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
 from quantpage.ops.attend.prefill.triton import (
     OPERANDS,
-    exponent_scale,
     operand_dtype,
     padded_width,
     pages_tile,
 )
+from quantpage.ops.attend.prefill.triton_workspace import parts_for
+from quantpage.ops.attend.results import Results, contiguous, results_for
 from quantpage.ops.checks import Needs, attends
 from quantpage.ops.operand import operand
 
@@ -51,17 +52,19 @@ def attend(
     params: AttendParams,
     segment: Segment = "all",
     splits: int | None = None,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> Results:
     """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32.
 
-    splits: programs that share a query tile's list; None: enough to fill the device.
+    splits: programs that share a query tile's list; None: enough to fill the device. out: where a
+    whole result goes, if it is contiguous. lse_wanted: False for no log-sum-exp.
     """
-    tokens, q_heads, _ = q.shape
     width = layer.value.head_dim
-    dtype = q.dtype if segment == "all" else torch.float32
-    if tokens == 0:
-        return q.new_empty(0, q_heads, width, dtype=dtype), q.new_empty(0, q_heads).float()
-    group = q_heads // layer.kv_heads
+    results = results_for(q, width, segment == "all", contiguous(out), lse_wanted)
+    if not q.shape[0]:
+        return results
+    group = q.shape[1] // layer.kv_heads
     widest = max(padded_width(layer.key.head_dim), padded_width(width))
     tile, _ = pages_tile(widest, group * batch.max_query_len)
     form = lowered(params.mask, q.device)
@@ -69,15 +72,13 @@ def attend(
     plan = once_a_step(form, batch, asked, lambda: plan_tiles(form, batch, *asked))
     if splits is None:
         splits = _splits(q, len(plan.items) * layer.kv_heads, plan.tiles.shape[-1])
-    if splits > 1:
-        dtype = torch.float32
-    out = torch.empty(splits, tokens, q_heads, width, dtype=dtype, device=q.device)
-    lse = torch.empty(splits, tokens, q_heads, dtype=torch.float32, device=q.device)
-    _launch((out, lse), q, layer, batch, params, (plan, form), segment)
+    parts = results if splits == 1 else parts_for(results, splits)
+    _launch(parts, splits, q, layer, batch, params, (plan, form), segment)
     if splits == 1:
-        return out[0], lse[0]
-    merged = merge_partials(list(out.unbind()), list(lse.unbind()))
-    return merged[0].to(q.dtype if segment == "all" else torch.float32), merged[1]
+        return results
+    assert parts.lse is not None
+    _, lse = merge_partials(list(parts.out.unbind()), list(parts.lse.unbind()), out=results.out)
+    return Results(results.out, lse if lse_wanted else None)
 
 
 def _splits(q: Tensor, programs: int, capacity: int) -> int:
@@ -86,7 +87,9 @@ def _splits(q: Tensor, programs: int, capacity: int) -> int:
     return max(1, min(wanted, capacity // MIN_SPLIT_TILES, MAX_SPLITS))
 
 
-def _launch(results, q, layer, batch, params: AttendParams, planned, segment) -> None:
+def _launch(
+    results: Results, splits: int, q, layer, batch, params: AttendParams, planned, segment
+) -> None:
     (out, lse), (plan, form) = results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = q.shape[1] // layer.kv_heads
@@ -98,7 +101,7 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
     capability = device_info(q.device).capability
     given = mask_arguments(form, q.device)
     columns = isinstance(form, ColumnIntervals)
-    flash_mask_kernel[(len(plan.items), layer.kv_heads, out.shape[0])](
+    flash_mask_kernel[(len(plan.items), layer.kv_heads, splits)](
         q,
         *key.planes,
         *value.planes,
@@ -112,10 +115,10 @@ def _launch(results, q, layer, batch, params: AttendParams, planned, segment) ->
         given["spans"],
         out,
         lse,
-        lse if params.sinks is None else params.sinks,
+        params.sinks,
         layer.kv_heads,
-        out.shape[0],
-        lse.stride(0),
+        splits,
+        q.shape[0] * q.shape[1],
         given["tensor"].shape[-1] if columns else 0,
         given["m_batch"],
         given["m_head"],

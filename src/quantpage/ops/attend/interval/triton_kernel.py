@@ -340,4 +340,5 @@ def flash_mask_kernel(
     at = split.to(tl.int64) * part + token.to(tl.int64) * (kv_heads * G) + q_index
     to = out_ptr + at[:, None] * DV + channel[None, :]
     tl.store(to, acc.to(out_ptr.dtype.element_ty), valid[:, None] & (channel < DV)[None, :])
-    tl.store(lse_ptr + at, lse, valid)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + at, lse, valid)

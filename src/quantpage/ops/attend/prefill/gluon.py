@@ -22,16 +22,23 @@ from triton.experimental.gluon import language as gl
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
-from quantpage.masks import CausalMask, FullMask
+from quantpage.masks import CausalMask
 from quantpage.ops import refusals
-from quantpage.ops.attend.decode.gluon import attend as decode
+from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
-from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.params import AttendParams, Segment, exponent_scale
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
-from quantpage.ops.attend.prefill.ways import choose_ways
-from quantpage.ops.checks import Needs, attends, serves, unchecked
+from quantpage.ops.attend.prefill.triton_workspace import (
+    fill_workspace,
+    merge_parts,
+    parts_for,
+    workspace_dtype,
+)
+from quantpage.ops.attend.prefill.ways import Asked, Launches, attend_by_ways
+from quantpage.ops.attend.results import Results, results_for
+from quantpage.ops.checks import Needs, attends
 from quantpage.ops.operand import Operand, given_values
 from quantpage.ops.triton.gluon_compat import TensorDescriptor
 
@@ -52,46 +59,38 @@ def attend(
     batch: BatchPlan,
     params: AttendParams,
     segment: Segment = "all",
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
-    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32."""
-    if not isinstance(params.mask, CausalMask | FullMask):
-        raise ValueError(f"mask: expected a causal or full mask, got {params.mask.kind}")
-    if segment == "exact" or (segment == "body" and params.mask.kind == "full"):
-        return unchecked(triton_prefill.attend)(q, layer, batch, params, segment)
-    out, lse = triton_prefill.empty_results(q, layer, segment)
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    # Decode's Hopper kernel hands on what it does not take, so that Triton's says what is served.
-    decodes = segment == "all" and serves(triton_decode, q, layer, "decode", params.mask.kind)
-    ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", decodes)
-    if ways.workspace != ():
-        _attend_workspace((out, lse), q, layer, batch, params, segment, ways.workspace)
-    triton_prefill.decode_rows((out, lse), q, layer, batch, params, ways.decode, decode)
-    triton_prefill.attend_pages((out, lse), q, layer, batch, params, segment, ways.pages)
-    return out, lse
+    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+    lse_wanted: bool = True,
+) -> Results:
+    """As prefill/triton.attend."""
+    portable = segment == "exact" or (segment == "body" and params.mask.kind == "full")
+    by = triton_prefill.LAUNCHES if portable else LAUNCHES
+    return attend_by_ways(q, layer, batch, params, by, Asked(segment, out, lse_wanted))
 
 
-def _attend_workspace(results, q, layer, batch, params, segment, members) -> None:
-    (out, lse), (tokens, q_heads, _) = results, q.shape
+def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
     shape = workspace_shape(q, layer, params)
     body_page = batch.page_size if segment == "body" else 0
     lens = (batch.query_lens, batch.host_context_lens)
+    passes = _device_passes(*lens, shape, members, str(q.device))
+    dtype, values = workspace_dtype(layer, q.dtype), given_values(layer)
     carried = None
-    values = given_values(layer)
-    for each, spans, order, items in _device_passes(*lens, shape, members, str(q.device)):
-        dtype = triton_prefill.workspace_dtype(layer, q.dtype)
-        k, v = triton_prefill.fill_workspace(each, spans, layer, batch.page_table, dtype)
+    if any(each.carried for each, *_ in passes):
+        # Between passes rows wait as float32 with their log-sum-exp, asked for or not.
+        partial = results_for(q, layer.value.head_dim, False)
+        carried = partial.out
+        if results.lse is None:
+            results = Results(results.out, partial.lse)
+    for each, spans, order, items in passes:
+        workspace = fill_workspace(each, spans, layer, batch.page_table, dtype)
         planned = (each, order, items, shape)
         if each.work.parts > 1:
-            parts = (each.work.parts, tokens, q_heads)
-            part_out = torch.empty(*parts, v.shape[2], dtype=torch.float32, device=q.device)
-            part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-            launch(q, (k, v), (part_out, part_lse, None), params, planned, body_page, values)
-            triton_prefill.merge_parts(part_out, part_lse, params.sinks, results)
+            parts = parts_for(results, each.work.parts)
+            launch(q, workspace, (*parts, None), params, planned, body_page, values)
+            merge_parts(parts, params.sinks, results)
             continue
-        if carried is None and not each.final:
-            carried = torch.empty(out.shape, dtype=torch.float32, device=q.device)
-        target = out if each.final else carried
-        launch(q, (k, v), (target, lse, carried), params, planned, body_page, values)
+        target = results.out if each.final else carried
+        launch(q, workspace, (target, results.lse, carried), params, planned, body_page, values)
 
 
 def launch(
@@ -110,7 +109,7 @@ def launch(
     padded, padded_v = padded_width(head_dim), padded_width(width)
     # A sink logit enters a row once: in the first pass, or when parts are merged.
     sinks = params.sinks is not None and not each.carried and each.work.parts == 1
-    scale, cap = triton_prefill.exponent_scale(params)
+    scale, cap = exponent_scale(params)
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
@@ -118,11 +117,11 @@ def launch(
         descriptor(v, tile.keys, padded_v),
         out,
         lse,
-        carried if each.carried else lse,
+        carried if each.carried else None,
         lse,
-        params.sinks if sinks else lse,
-        lse if values is None else values.scale,
-        lse if values is None else values.zero,
+        params.sinks if sinks else None,
+        None if values is None else values.scale,
+        None if values is None else values.zero,
         0 if values is None else values.scale_strides[1],
         order,
         items,
@@ -206,3 +205,13 @@ def descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:
 def padded_width(head_dim: int) -> int:
     """Channels of a tile: wgmma and the swizzle want at least 64."""
     return max(64, 1 << (head_dim - 1).bit_length())
+
+
+LAUNCHES = Launches(
+    "gluon",
+    _attend_workspace,
+    triton_prefill.attend_pages,
+    decode_into,
+    # Decode's Hopper kernel hands on what it does not take, so that Triton's says what is served.
+    triton_decode,
+)

@@ -352,4 +352,5 @@ def prefill_pages_kernel(
     keep = rows < new * G
     to = out_ptr + at[:, None] * DV + channel[None, :]
     tl.store(to, acc.to(out_ptr.dtype.element_ty), keep[:, None] & (channel < DV)[None, :])
-    tl.store(lse_ptr + at, lse, keep)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + at, lse, keep)

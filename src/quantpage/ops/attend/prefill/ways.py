@@ -15,14 +15,21 @@ so that the workspace wins from 275 / (2.1 - 1.4) = 390 rows on for the portable
 split-KV kernel takes it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, derive
+from quantpage.cache.views import LayerKV
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.attend.results import Results, contiguous, results_for
+from quantpage.ops.checks import serves
 from quantpage.ops.dispatch import DECODE_TOKENS
 
 WORKSPACE_ROWS = {"gluon": 256, "triton": 384}
@@ -38,8 +45,57 @@ class Ways:
     decode: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What computes a step's requests, by the way that they go; each writes into its results."""
+
+    kernel: str
+    """A name of WORKSPACE_ROWS."""
+    workspace: Callable[..., None]
+    """(results, q, layer, batch, params, segment, members; None: all requests)."""
+    pages: Callable[..., None]
+    """The same."""
+    decode: Callable[..., None]
+    """(results, q, layer, batch, params): a whole plan, as decode/triton.decode_into takes it."""
+    decodes: Callable[..., Any]
+    """The entry that says what ``decode`` serves."""
+
+
+class Asked(NamedTuple):
+    """What a caller wants of the results; see ops/attend."""
+
+    segment: Segment = "all"
+    out: Tensor | None = None
+    lse: bool = True
+
+
+def attend_by_ways(
+    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Launches, asked: Asked
+) -> Results:
+    """Each request by its way; all write into one output."""
+    mask, segment = params.mask, asked.segment
+    if not isinstance(mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    results = results_for(
+        q, layer.value.head_dim, segment == "all", contiguous(asked.out), asked.lse
+    )
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    ways = Ways(pages=None)
+    if segment != "exact":
+        decodes = segment == "all" and serves(by.decodes, q, layer, "decode", mask.kind)
+        ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, by.kernel, decodes)
+    if ways.workspace != ():
+        by.workspace(results, q, layer, batch, params, segment, ways.workspace)
+    if ways.decode:
+        decode_some(results, q, layer, batch, params, ways.decode, by.decode)
+    if ways.pages != () and batch.num_tokens:
+        by.pages(results, q, layer, batch, params, segment, ways.pages)
+    return results
+
+
+@lru_cache(maxsize=32)
 def choose_ways(query_lens: tuple[int, ...], group: int, kernel: str, decodes: bool) -> Ways:
-    """How each request with new tokens is computed.
+    """How each request with new tokens is computed; worked out once a step.
 
     kernel: 'gluon' or 'triton'. decodes: whether the decode kernel serves the call.
     """
@@ -60,10 +116,50 @@ def choose_ways(query_lens: tuple[int, ...], group: int, kernel: str, decodes: b
     return Ways(tuple(workspace), tuple(pages), tuple(decode))
 
 
-def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan, Tensor]:
-    """The step of ``members`` alone, and the rows of their tokens in the whole step."""
-    device = str(batch.query_starts.device)
-    chosen, rows, starts = _taken(batch.query_lens, members, device)
+def decode_some(
+    results: Results,
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    members: tuple[int, ...],
+    decode: Callable[..., None],
+) -> None:
+    """Some requests of a step by a decode kernel, in place where they are neighbours."""
+    taken, rows = batch.once(("requests", members), lambda: take_requests(batch, members))
+    if rows is None:
+        decode(results, q, layer, taken, params)
+        return
+    own = q[rows]
+    made = results_for(own, results.out.shape[2], True, None, results.lse is not None)
+    decode(made, own, layer, taken, params)
+    results.out[rows] = made.out
+    if results.lse is not None and made.lse is not None:
+        results.lse[rows] = made.lse
+
+
+def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan, Tensor | None]:
+    """The step of ``members`` alone, and the rows of their tokens in the whole step.
+
+    Rows None: nobody between them has new tokens. Such a plan's rows are those of the whole step,
+    so that queries and results need not be copied.
+    """
+    first, end = members[0], members[-1] + 1
+    if sum(batch.query_lens[first:end]) == sum(batch.query_lens[r] for r in members):
+        parts = {
+            "query_starts": batch.query_starts[first : end + 1],
+            "context_lens": batch.context_lens[first:end],
+            "page_table": batch.page_table[first:end],
+        }
+        if first:
+            # Kernels are compiled for addresses that are multiples of 16 bytes.
+            parts = {name: part.clone() for name, part in parts.items()}
+        lens = {
+            "query_lens": batch.query_lens[first:end],
+            "host_context_lens": batch.host_context_lens[first:end],
+        }
+        return derive(batch, exact=None, first_pages=None, **parts, **lens), None
+    chosen, rows, starts = _taken(batch.query_lens, members, str(batch.device))
     taken = derive(
         batch,
         query_starts=starts,
@@ -74,6 +170,7 @@ def take_requests(batch: BatchPlan, members: tuple[int, ...]) -> tuple[BatchPlan
         query_lens=tuple(batch.query_lens[r] for r in members),
         host_context_lens=tuple(batch.host_context_lens[r] for r in members),
         exact=None,
+        first_pages=None,
     )
     return taken, rows
 
