@@ -11,7 +11,7 @@ CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
-                     segment=0, sinks=False, softcap=False):  # fmt: skip
+                     segment=0, sinks=False, softcap=False, lse=True):  # fmt: skip
     types = {}
     for name in ("q", "out"):
         types[name] = "*bf16"
@@ -39,7 +39,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
         "GATHER": 16, "WHOLE": False, "HIDES": False,
     }  # fmt: skip
-    return types | fixed
+    return types | fixed | ({} if lse else {"lse": None})
 
 
 def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:

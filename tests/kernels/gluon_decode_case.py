@@ -50,6 +50,7 @@ CASES = {
     "int8 of small pages, window": {
         "rows": 16, "stages": 4, "page": 16, "window": True, "sinks": True, "softcap": True,
     },
+    "int8 token, output alone": {"rows": 8, "stages": 4, "lse": False},
 }  # fmt: skip
 
 

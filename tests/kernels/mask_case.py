@@ -91,6 +91,12 @@ def main() -> None:
     made["pages rows 1, decode"] = compile_pages(4, FORMS["rows 1"])
     order = {"counts": "*i32", "order": "*i32", "items": "i32", "heads": "i32", "TILE": 64}
     made["order"] = compile_kernel(_order_kernel, order, 90, num_warps=4)
+    made["dense causal 1, output alone"] = compile_dense(
+        **FORMS["causal 1"], **dict.fromkeys(("lse_ptr", "sinks_ptr", "v_scale", "v_zero"))
+    )
+    made["pages causal 1, output alone"] = compile_pages(
+        512, FORMS["causal 1"] | dict.fromkeys(("lse_ptr", "sinks_ptr"))
+    )
     found = {}
     for name, compiled in made.items():
         each = resources(compiled)

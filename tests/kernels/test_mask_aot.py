@@ -13,7 +13,9 @@ def compiled():
     return compile_apart("tests.kernels.mask_case")
 
 
-@pytest.mark.parametrize("form", ["causal 1", "causal 2", "rows 1", "both 2", "both 4"])
+@pytest.mark.parametrize(
+    "form", ["causal 1", "causal 2", "rows 1", "both 2", "both 4", "causal 1, output alone"]
+)
 def test_hopper_kernel_keeps_its_registers(compiled, form):
     found = compiled[f"dense {form}"]
     assert found["stack"] == 0
@@ -32,6 +34,6 @@ def test_hopper_kernel_fits_shared_memory(compiled, case):
 
 
 def test_portable_kernel_keeps_its_registers(compiled):
-    for name in ("pages both 4", "pages rows 1, decode"):
+    for name in ("pages both 4", "pages rows 1, decode", "pages causal 1, output alone"):
         assert count(compiled[name], "LDL|STL") <= 16, name
         assert count(compiled[name], "H?MMA|HGMMA") > 0

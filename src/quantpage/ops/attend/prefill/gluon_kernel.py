@@ -278,9 +278,10 @@ def _consumer(
                 )
                 none = (before == -float("inf")) & (lse == -float("inf"))
                 lse = gl.where(none, -float("inf"), top + gl.log2(both))
+            lse = lse * LN2
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
             if lse_ptr is not None:
-                gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
+                gl.store(lse_ptr + lse_at, lse, mask=rows < new * G)
 
 
 @gluon.jit(
