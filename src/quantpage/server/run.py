@@ -61,6 +61,9 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
 
 def load(options: ServeOptions) -> tuple[Any, Served]:
     """(attached model, what is served), the engine running."""
+    # Wanted by the first answer with a schema; missing, it is told before a model is loaded.
+    import llguidance  # noqa: F401
+
     import quantpage
     from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
 
