@@ -13,7 +13,6 @@ forked process with a time limit.
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import json
@@ -106,21 +105,32 @@ def generated(model, ids, mask, **arguments):
     return out.sequences, torch.stack(out.logits)
 
 
-def ways():
-    """name -> run of a model; each returns (tokens, logits)."""
+def ways(given=None):
+    """name -> run of a model; each returns (tokens, logits). given: more arguments of generate."""
     ids, repeated = tokens(2, PROMPT, 5), tokens(1, 10, 6).repeat(1, 4)
     ones = torch.ones_like(ids)
     padded = ones.clone()
     padded[0, :PAD] = 0
     pads = ids.masked_fill(padded == 0, 0)
     return {
-        "batch": lambda model: generated(model, ids, ones),
-        "left padding": lambda model: generated(model, pads, padded),
+        "batch": lambda model: generated(model, ids, ones, **(given or {})),
+        "left padding": lambda model: generated(model, pads, padded, **(given or {})),
         "beams": lambda model: generated(model, ids, ones, num_beams=2),
         "prompt lookup": lambda model: generated(
             model, repeated, torch.ones_like(repeated), prompt_lookup_num_tokens=3
         ),
     }
+
+
+def gone(way, model, new_cache=None):
+    """(tokens, logits) of a model that goes one way, and the cache that it went through."""
+    if way == "steps":
+        logits, cache = stepwise(model, new_cache)
+        return (None, logits), cache
+    if new_cache is None or way in ("beams", "prompt lookup"):
+        return ways()[way](model), None
+    cache = new_cache()
+    return ways(cache_as(model, cache))[way](model), cache
 
 
 def apart(got, wanted):
@@ -171,27 +181,27 @@ def judge(kind, model_type):
     name = LISTS[kind][model_type]
     name = name[0] if isinstance(name, (list, tuple)) else name
     base = {"kind": kind, "model_type": model_type, "name": name}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    model, wanted, error = None, {}, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             model = build(model_type, name)
-            # Each run gets a copy: some models keep positions of their last call.
-            wanted = {"steps": (None, stepwise(copy.deepcopy(model))[0])}
-            if not torch.isfinite(wanted["steps"][1]).all():
-                raise ValueError("its logits are not finite")
-    except Exception as error:  # noqa: BLE001
-        refusal = refused(locals().get("model"))
-        if refusal:
-            return Row(**base, verdict="refused", why=refusal)
-        return Row(**base, verdict="not tried", why=said(error))
-    for way, run in ways().items():
-        # A way that the class does not go unattached says nothing.
-        with contextlib.suppress(Exception):
-            wanted[way] = run(copy.deepcopy(model))
-    base["skipped"] = ", ".join(way for way in ways() if way not in wanted)
+        except Exception as found:  # noqa: BLE001
+            return Row(**base, verdict="not tried", why=said(found))
+        # Each run gets a copy: some models keep positions of their last call.
+        for way, run in {"steps": lambda each: (None, stepwise(each)[0]), **ways()}.items():
+            # A way that the class does not go unattached says nothing.
+            try:
+                wanted[way] = run(copy.deepcopy(model))
+            except Exception as found:  # noqa: BLE001
+                error = error or said(found)
+    wanted = {way: each for way, each in wanted.items() if not each[1].isnan().any()}
+    base["skipped"] = ", ".join(way for way in ("steps", *ways()) if way not in wanted)
     refusal = refused(model)
     if refusal:
         return Row(**base, verdict="refused", why=refusal)
+    if not wanted:
+        return Row(**base, verdict="not tried", why=error or "its logits are not finite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         errors, found = {}, None
@@ -199,12 +209,11 @@ def judge(kind, model_type):
             for way in wanted:
                 errors[way], tried = None, copy.deepcopy(model)
                 with attached(tried, "none") as at:
-                    steps = way == "steps"
-                    got = (None, stepwise(tried, at.new_cache)[0]) if steps else ways()[way](tried)
+                    got, _ = gone(way, tried, at.new_cache)
                 errors[way] = apart(got, wanted[way])
-            tried = copy.deepcopy(model)
+            tried, way = copy.deepcopy(model), next(iter(wanted))
             with attached(tried, "int8") as at:
-                found = *stepwise(tried, at.new_cache), at.coverage
+                found = way, *gone(way, tried, at.new_cache), at.coverage
         except Exception as error:  # noqa: BLE001
             place = next((way for way, each in errors.items() if each is None), "int8")
             return Row(**base, verdict="late error", why=f"{place}: {said(error)}")
@@ -213,12 +222,12 @@ def judge(kind, model_type):
 
 
 def compared(base, model, errors, found, told):
-    """The Row of a class that ran: found is its int8 logits, cache and coverage."""
-    quantized, cache, coverage = found
+    """The Row of a class that ran: found is its int8 way, what came, cache and coverage."""
+    way, quantized, cache, coverage = found
     rounding_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rounded = apart((None, quantized), (None, stepwise(copy.deepcopy(model))[0]))
+        rounded = apart(quantized, gone(way, copy.deepcopy(model))[0])
     base |= {"coverage": str(coverage), "error": max(errors.values()), "int8_error": rounded}
     off = [f"{way} {value:.0e}" for way, value in errors.items() if not value < CLOSE]
     if not rounded < CLOSE_ROUNDED:
@@ -335,6 +344,7 @@ def main():
         return False
     torch.set_num_threads(1)
     wanted = arguments.only.split(",") if arguments.only else None
+    kept = read(arguments.out) if arguments.out and arguments.out.is_file() else []
     done = []
     for kind, entries in LISTS.items():
         for model_type in entries:
@@ -352,7 +362,10 @@ def main():
                 with arguments.out.open("w", newline="") as file:
                     table = csv.DictWriter(file, [each.name for each in fields(Row)])
                     table.writeheader()
-                    table.writerows(asdict(each) for each in done)
+                    again = {(each.kind, each.model_type) for each in done}
+                    rows = [each for each in kept if (each.kind, each.model_type) not in again]
+                    rows = sorted(rows + done, key=lambda each: (each.kind, each.model_type))
+                    table.writerows(asdict(each) for each in rows)
     for verdict in VERDICTS:
         counts = [sum(r.kind == k and r.verdict == verdict for r in done) for k in LISTS]
         print(verdict, *counts)

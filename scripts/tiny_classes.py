@@ -6,6 +6,7 @@ says; of the layers, one of each kind stays, and every list of the layers is cut
 
 import torch
 import transformers
+from transformers import CONFIG_MAPPING
 
 SMALL = {
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "d_embed": 64,
@@ -51,29 +52,92 @@ NEEDED = (
 )
 """Numbers whose default is None and that a tiny model needs all the same."""
 ENCODERS = ("encoder_layers", "depth")
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 PARTICULAR = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "mamba2": {"head_dim": 32, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 125, "vision_end_token_id": 124},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 125, "vision_end_token_id": 124},
+    "step3p5": {"sliding_window": 24},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "num_key_value_heads": 4},
+    "paddleocr_vl_text": {"rope_parameters": _ROPE},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    "mistral4": {"head_dim": 32},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [],
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}},
+    "chameleon": {"vocabulary_map": {"<image>": 127}},
+    "emu3": {"vocabulary_map": {"<image>": 127, "<|extra_200|>": 126}},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "zamba2": {"hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
 }
 """What a default does not tell."""
+PARTS = {
+    "granite4_vision": {"text_config": ("granite4_vision_text", {})},
+    "gemma4_assistant": {
+        "text_config": (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        )
+    },
+    "gemma4_unified_assistant": {"text_config": ("gemma4_unified_text", {})},
+    "diffusion_gemma": {"vision_config": ("gemma4_vision", {})},
+    "vision-encoder-decoder": {"encoder": ("vit", {}), "decoder": ("gpt2", {})},
+}
+"""Of which kind a part is, where the default has none, or another than its class wants; and its
+numbers that are no default."""
+PARTED = ("attn_config", "text_config")
+"""Parts of which something particular is one number among others."""
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
 
 def small_arguments(config_class, given=None):
     """Arguments of a configuration class that make a tiny model."""
-    found = config_class() if given is None else given
+    parts = PARTS.get(config_class.model_type, {})
+    if given is None:
+        given = config_class(
+            **{n: CONFIG_MAPPING[kind](**more).to_dict() for n, (kind, more) in parts.items()}
+        )
+    found = given
     names = set(found.to_dict()) | {name for name in vars(found) if not name.startswith("_")}
     numbers = {**_widths(found, names), **_layers(found, names), **_tokens(found, names)}
-    numbers |= PARTICULAR.get(_get(found, "model_type"), {})
-    for name in getattr(config_class, "sub_configs", None) or {}:
+    for name in {*(getattr(config_class, "sub_configs", None) or {}), *parts}:
         inner = _get(found, name)
         if inner is not None and hasattr(inner, "to_dict"):
             numbers[name] = {**_plain(inner), **small_arguments(type(inner), inner)}
             numbers[name]["model_type"] = inner.model_type
+    for name, value in PARTICULAR.get(_get(found, "model_type"), {}).items():
+        held = numbers.get(name)
+        numbers[name] = {**held, **value} if isinstance(held, dict) and name in PARTED else value
     return numbers
 
 
@@ -98,6 +162,11 @@ def _widths(found, names):
             numbers[kv] = 4
     for name in ("rope_parameters", "rope_scaling"):
         held = _get(found, name)
+        known = getattr(type(found), "ignore_keys_at_rope_validation", ())
+        if name == "rope_parameters" and "mrope_section" in known:
+            # Pictures have three positions a token; the sections' default is that of wide heads.
+            held = held or {"rope_type": "default", "rope_theta": 10000.0}
+            held = {"mrope_section": None, **held}
         if isinstance(held, dict) and "mrope_section" in held:
             half = int(8 * held.get("partial_rotary_factor", 1.0))
             section = [half - 2 * (half // 4), half // 4, half // 4]
@@ -144,14 +213,22 @@ def _tokens(found, names):
 
 
 def _plain(config):
-    skipped = ("transformers_version", "architectures", "_name_or_path", "id2label", "label2id")
+    # What is said a layer follows from layer_types, which are cut.
+    skipped = (
+        "per_layer_config",
+        "transformers_version",
+        "architectures",
+        "_name_or_path",
+        "id2label",
+        "label2id",
+    )
     return {k: v for k, v in config.to_diff_dict().items() if k not in skipped}
 
 
 def build(model_type, name):
     """The class of this name, its weights drawn wide enough that attention matters."""
     model_class = getattr(transformers, name)
-    config_class = model_class.config_class or transformers.CONFIG_MAPPING[model_type]
+    config_class = model_class.config_class or CONFIG_MAPPING[model_type]
     config = config_class(**small_arguments(config_class))
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
