@@ -63,7 +63,9 @@ PROMISED = [
     "__version__",
     "attach",
     "Attended",
+    "BoundAttention",
     "Call",
+    "CurrentStep",
     "LayerAttention",
     "attend",
     "build_attention",
@@ -73,6 +75,7 @@ PROMISED = [
     "find_backend",
     "find_format",
     "plan_batch",
+    "plan_on_device",
     "rope_table",
 ]
 """Names that users' code may hold; others may join them, none of these may go."""

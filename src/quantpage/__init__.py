@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from quantpage.attention import find_backend as find_backend
     from quantpage.batch import BatchPlan as BatchPlan
     from quantpage.batch import plan_batch as plan_batch
+    from quantpage.batch_on_device import plan_on_device as plan_on_device
+    from quantpage.bound import BoundAttention as BoundAttention
+    from quantpage.bound import CurrentStep as CurrentStep
     from quantpage.cache import CacheLayout as CacheLayout
     from quantpage.cache import LayerKV as LayerKV
     from quantpage.cache import PagedKVCache as PagedKVCache
@@ -49,9 +52,11 @@ _PUBLIC = {
     "Attended": "quantpage.attention",
     "BACKENDS": "quantpage.attention",
     "BatchPlan": "quantpage.batch",
+    "BoundAttention": "quantpage.bound",
     "Call": "quantpage.ops.dispatch",
     "CacheLayout": "quantpage.cache",
     "CausalMask": "quantpage.masks",
+    "CurrentStep": "quantpage.bound",
     "FORMATS": "quantpage.formats",
     "FullMask": "quantpage.masks",
     "KVFormat": "quantpage.formats",
@@ -72,6 +77,7 @@ _PUBLIC = {
     "gather": "quantpage.ops.gather",
     "plan_batch": "quantpage.batch",
     "rope_write": "quantpage.ops.rope_write",
+    "plan_on_device": "quantpage.batch_on_device",
     "rope_table": "quantpage.rope",
 }
 

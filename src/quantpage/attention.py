@@ -18,7 +18,7 @@ from quantpage.masks import Mask
 from quantpage.ops import attend as attend_op
 from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.checks import check_attend, needs_of
+from quantpage.ops.checks import check_attend, check_out, needs_of
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
 from quantpage.ops.rope_write import WriteParams, Written
 
@@ -112,13 +112,34 @@ class LayerAttention:
         attend: AttendParams,
     ) -> Attended:
         """One layer's step: write, then attend to the cache, the new tokens included."""
-        # What attend would refuse must not have been written.
-        self._check(layer, batch, attend)
-        chosen = self._serving(batch)
-        check_attend(q, layer, batch, attend, needs_of(chosen.load()))
+        self._check_before(q, layer, batch, attend)
         written = self.write_step(q, k, v, layer, batch, write)
         assert written.q is not None
         return self.attend_step(written.q, layer, batch, attend)
+
+    def into(
+        self,
+        out: Float[Tensor, "tokens q_heads value_dim"],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        layer: LayerKV,
+        batch: BatchPlan,
+        write: WriteParams,
+        attend: AttendParams,
+    ) -> None:
+        """The same with the output in the caller's memory and without a log-sum-exp."""
+        q, k, v = qkv
+        self._check_before(q, layer, batch, attend)
+        check_out(out, q, layer.value.head_dim)
+        written = self.write_step(q, k, v, layer, batch, write)
+        assert written.q is not None
+        self.attend_step(written.q, layer, batch, attend, lse_wanted=False, out=out)
+
+    def _check_before(
+        self, q: Tensor, layer: LayerKV, batch: BatchPlan, attend: AttendParams
+    ) -> None:
+        """What attend would refuse must not have been written."""
+        self._check(layer, batch, attend)
+        check_attend(q, layer, batch, attend, needs_of(self._serving(batch).load()))
 
     def _serving(self, batch: BatchPlan) -> Implementation:
         return self.decode if batch.max_query_len <= DECODE_TOKENS else self.prefill

@@ -327,6 +327,13 @@ def derive(batch: BatchPlan, **changes: Any) -> BatchPlan:
     return made
 
 
+def bound_lengths(batch: BatchPlan) -> BatchPlan:
+    """``batch`` itself, told that its ``host_context_lens`` may be above what its device knows."""
+    if batch.device.type != "cpu":
+        _set(batch, bounded=True)
+    return batch
+
+
 def plan_batch(
     query_lens: Sequence[int],
     context_lens: Sequence[int],

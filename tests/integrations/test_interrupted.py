@@ -143,8 +143,8 @@ def test_pages_shared_by_prompts(case):
         prompts = attached.prompts()
         run(turn, at)
         torch.testing.assert_close(turn(), wanted, rtol=0, atol=1e-4)
-        prompts._known[next(iter(prompts._known))].check()
-        for known in prompts._known.values():
+        next(iter(dict(prompts._known.items()).values())).check()
+        for _, known in prompts._known.items():
             known.clear()
         assert prompts._memory.used_bytes() == 0, "a page leaked"
 

@@ -75,7 +75,7 @@ def test_caches_that_share_pages_while_they_grow(switching):
             found = in_threads(*[lambda each=each: turn(each) for each in prompts])
             for got, wanted in zip(found, alone, strict=True):
                 assert torch.equal(got, wanted)
-            for each in known._known.values():
+            for _, each in known._known.items():
                 each.check()
                 each.clear()
             assert known._memory.used_bytes() == 0, "a page leaked"

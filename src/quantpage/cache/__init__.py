@@ -1,5 +1,6 @@
 """Who owns memory: layouts, pages, pools, sequences."""
 
+from quantpage.cache.known import KnownPages
 from quantpage.cache.layout import PAGE_SIZES, CacheLayout
 from quantpage.cache.paged import HostPages, PagedKVCache
 from quantpage.cache.pool import PagePool
@@ -14,6 +15,7 @@ __all__ = [
     "PAGE_SIZES",
     "CacheLayout",
     "HostPages",
+    "KnownPages",
     "LayerKV",
     "PageCopy",
     "PagePool",

@@ -1,14 +1,13 @@
-"""What an answer holds, and what is remembered, in the page tables of every reach.
+"""What an answer holds in the page tables of every reach.
 
 Layers that see equally far back share page tables (cache/reach); a model with windows in some
 layers has two kinds. An answer reserves, counts and frees in all of them or in none.
 """
 
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Tokens
 from typing import Protocol
 
-from quantpage.cache import PageCopy, PagePool, PrefixCache, Reach, Sequence
+from quantpage.cache import PageCopy, PagePool, Prefix, Reach, Sequence
 from quantpage.errors import OutOfPages
 
 
@@ -67,6 +66,11 @@ class Holding:
         for table in self.tables.values():
             table.commit()
 
+    def adopt(self, prefixes: Mapping[Reach, Prefix]) -> None:
+        """Begin, empty as it is, with pages that another answer wrote."""
+        for reach, prefix in prefixes.items():
+            self.tables[reach].adopt(prefix)
+
     def fork(self) -> "Holding":
         """Another answer with the same tokens, sharing every page."""
         return Holding(self._shelves, {reach: each.fork() for reach, each in self.tables.items()})
@@ -75,47 +79,3 @@ class Holding:
         """Let go of everything."""
         for table in self.tables.values():
             table.free()
-
-
-class Remembered:
-    """Pages of prompts and answers that were seen before."""
-
-    def __init__(self, shelves: Shelves, page_size: int) -> None:
-        self._page_size = page_size
-        # Lives and dies with the engine's pages: of one model, in one format.
-        self._of = {
-            reach: PrefixCache(shelf.pool, page_size, b"", shelf.exact_pool, reach)
-            for reach, shelf in shelves.items()
-        }
-
-    def __len__(self) -> int:
-        """Pages of tokens that are remembered."""
-        return max(map(len, self._of.values()))
-
-    def adopt(self, holding: Holding, tokens: Tokens[int]) -> None:
-        """Let an empty holding begin with the longest known beginning of ``tokens``."""
-        # A hit ends where the pages that the next query sees are known in every table.
-        ends = (each.hits(tokens) for each in self._of.values())
-        pages = max(set.intersection(*ends), default=0)
-        if pages:
-            known = tokens[: pages * self._page_size]
-            for reach, each in self._of.items():
-                holding.tables[reach].adopt(each.acquire(known))
-
-    def insert(self, tokens: Tokens[int], holding: Holding) -> None:
-        """Remember the full pages of ``holding``, which has cached ``tokens``."""
-        for reach, each in self._of.items():
-            each.insert(tokens, holding.tables[reach])
-
-    def give_way(self, shortages: Iterator[tuple[Reach, int, int]]) -> bool:
-        """Forget what is missing elsewhere, least recently used first; whether that freed any."""
-        freed = 0
-        for reach, need, exact_need in shortages:
-            freed += self._of[reach].evict(need) if need else 0
-            freed += self._of[reach].evict_exact(exact_need) if exact_need else 0
-        return freed > 0
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for each in self._of.values():
-            each.clear()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantpage.engine.holding import Remembered
+from quantpage.cache import KnownPages
 from quantpage.engine.request import Piece, Request, TokenChoice
 from quantpage.engine.sampling import Sampler
 from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
@@ -71,7 +71,7 @@ class Engine:
         self._runner = StepRunner(attached, limits)
         self.tokenizer, self.limits = tokenizer, limits
         shelves, page_size = self._runner.memory.shelves, self._runner.page_size
-        known = Remembered(shelves, page_size) if prefix_cache else None
+        known = KnownPages(shelves, page_size) if prefix_cache else None
         self._scheduler = Scheduler(limits, page_size, shelves, known)
         self._inbox: deque[list[Answer]] = deque()
         self._wake = threading.Condition()

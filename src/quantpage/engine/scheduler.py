@@ -13,8 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantpage.cache import PageCopy, Reach
-from quantpage.engine.holding import Holding, Remembered, Shelves
+from quantpage.cache import KnownPages, PageCopy, Reach
+from quantpage.engine.holding import Holding, Shelves
 from quantpage.engine.request import Request
 from quantpage.errors import OutOfPages
 
@@ -100,7 +100,7 @@ class Scheduler:
         limits: Limits,
         page_size: int,
         shelves: Shelves,
-        known: Remembered | None,
+        known: KnownPages | None,
     ) -> None:
         self.limits, self.page_size, self.known = limits, page_size, known
         self._shelves = shelves
@@ -154,7 +154,7 @@ class Scheduler:
             answer.holding = Holding(self._shelves)
             if self.known is not None:
                 # At least one token is computed: its logits are the answer's first.
-                self.known.adopt(answer.holding, answer.tokens[:-1])
+                answer.holding.adopt(self.known.acquire(answer.tokens[:-1])[1])
                 if not answer.made:
                     answer.cached = answer.holding.length
             self.running.append(answer)
@@ -188,7 +188,7 @@ class Scheduler:
         assert answer.holding is not None
         answer.holding.commit()
         if answer.made == 0 and self.known is not None:
-            self.known.insert(answer.tokens[: answer.cached_length], answer.holding)
+            self.known.insert(answer.tokens[: answer.cached_length], answer.holding.tables)
 
     def fork(self, answer: Answer) -> list[Answer]:
         """The answers to the same prompt, running from its pages now that they are written."""
@@ -252,7 +252,7 @@ class Scheduler:
     def _let_go(self, answer: Answer) -> None:
         assert answer.holding is not None
         if self.known is not None:
-            self.known.insert(answer.tokens[: answer.cached_length], answer.holding)
+            self.known.insert(answer.tokens[: answer.cached_length], answer.holding.tables)
         answer.holding.free()
         answer.holding, answer.promise = None, 0
 

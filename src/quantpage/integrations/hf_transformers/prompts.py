@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from quantpage.cache import CacheLayout, PrefixCache
+from quantpage.cache import CacheLayout, KnownPages
 from quantpage.cache.saved import check_layouts, read_pages
 from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
@@ -54,16 +54,11 @@ class Prompts:
         _refuse_other_state(first)
         self._memory = first.rows.memory
         # Model, formats and page size are the same for every cache here.
-        self._known = {
-            reach: PrefixCache(
-                shelf.pool, self._memory.page_size, b"", shelf.exact_pool, shelf.reach
-            )
-            for reach, shelf in self._memory.shelves.items()
-        }
+        self._known = KnownPages(self._memory.shelves, self._memory.page_size)
 
     def __len__(self) -> int:
         """Pages of tokens that are remembered."""
-        return max(map(len, self._known.values()), default=0)
+        return len(self._known)
 
     def new_cache(self, ids: Int[Tensor, "1 tokens"], salt: str = "") -> QuantPageCache:
         """A cache that holds the longest known beginning of ``ids``, short of the last token.
@@ -80,18 +75,12 @@ class Prompts:
         self._evict()
         stamp = self._stamp()
         if stamp != self._weights:
-            for known in self._known.values():
-                known.clear()
+            self._known.clear()
             self._weights = stamp
-        # A hit ends where the pages that the next query sees are known in every table.
-        ends = [each.hits(tokens, salt.encode()) for each in self._known.values()]
-        pages = max(set.intersection(*ends), default=0) if ends else 0
-        if pages:
-            tokens = tokens[: pages * self._memory.page_size]
-            made.rows.adopt(
-                {reach: each.acquire(tokens, salt.encode()) for reach, each in self._known.items()}
-            )
-            made.set_length(len(tokens))
+        length, pages = self._known.acquire(tokens, salt.encode())
+        if length:
+            made.rows.adopt(pages)
+            made.set_length(length)
 
     def _usable(self, tokens: list[int], salt: str) -> list[int]:
         """As many of ``tokens`` as have keys and values that they alone decide."""
@@ -142,16 +131,12 @@ class Prompts:
         return self._memory.ledger.whole(self._insert, tokens, cache, salt.encode())
 
     def _insert(self, tokens: list[int], cache: QuantPageCache, salt: bytes) -> int:
-        added = [
-            each.insert(tokens, cache.rows.tables[reach][0], salt)
-            for reach, each in self._known.items()
-        ]
-        return max(added, default=0)
+        tables = {reach: rows[0] for reach, rows in cache.rows.tables.items()}
+        return self._known.insert(tokens, tables, salt)
 
     def _evict(self) -> None:
         if self._max_pages is not None:
-            for each in self._known.values():
-                each.evict(max(0, len(each) - self._max_pages))
+            self._known.shrink(self._max_pages)
 
 
 def save_cache(
