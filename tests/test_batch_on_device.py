@@ -68,7 +68,7 @@ TABLE = torch.tensor([[7, 3], [2, 4]], dtype=torch.int32)
         ({1: LENS[:1]}, "expected 3 and 2 numbers for 2 query_lens, got 3 and 1"),
         ({1: LENS - 1}, "context"),
         ({2: TABLE.long()}, "page_table: expected torch.int32"),
-        ({4: (5, 2)}, "expected"),
+        ({4: (5, 2)}, "query_starts"),
         ({5: 90}, "page_table: expected 6 columns for contexts of up to 90 tokens, got 2"),
         ({5: 20}, "context"),
     ],
@@ -78,5 +78,5 @@ def test_what_does_not_belong_together_is_refused(change, said):
     assert plan_on_device(*arguments).slots.tolist() == [112, 113, 114, 115, 116, 68]
     for at, value in change.items():
         arguments[at] = value
-    with pytest.raises((ValueError, IndexError), match=said):
+    with pytest.raises(ValueError, match=said):
         plan_on_device(*arguments)

@@ -50,11 +50,14 @@ def plan_on_device(
         )
     rows = torch.arange(sum(query_lens), dtype=torch.int32, device=page_table.device)
     owners = torch.searchsorted(query_starts[1:], rows, right=True)
+    # Numbers that cannot be are refused below where somebody can read them, and index nothing.
+    owners = owners.clamp_max(max(len(query_lens) - 1, 0))
     # From the end of a context backwards, as new tokens are its last.
     positions = (context_lens[owners] - query_starts[1:][owners] + rows).long()
 
     def slots(table: Tensor) -> Tensor:
-        pages = table[owners, positions // page_size].long()
+        columns = (positions // page_size).clamp(0, table.shape[1] - 1)
+        pages = table[owners, columns].long()
         return torch.where(pages < 0, -1, pages * page_size + positions % page_size)
 
     exact = None if exact_table is None else ExactPlan(exact_table, slots(exact_table))
