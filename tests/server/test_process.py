@@ -26,7 +26,7 @@ def start(folder, *flags):
         found = re.search(r"on (http://\S+) ", line)
         if found:
             return process, found.group(1), said
-    process.wait()
+    process.communicate()
     raise AssertionError(said)
 
 
@@ -49,6 +49,52 @@ def test_answers_under_way_are_finished_on_sigterm(tmp_path):
         process.communicate()
 
 
+def test_known_prompts_outlive_a_server_that_was_killed(tmp_path):
+    folder, file = save_small(tmp_path / "model"), tmp_path / "known.pages"
+    flags = ("--memory", "2MiB", "--page-size", "16", "--prefix-cache-file", str(file))
+    body = {"prompt": "The same long beginning. " * 8, "max_tokens": 20, "temperature": 0}
+
+    def answer(url):
+        got = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        cached = got["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return got["choices"][0]["text"], cached
+
+    process, url, _ = start(folder, *flags)
+    try:
+        text, cached = answer(url)
+        assert cached == 0 and not file.exists()
+        saved = httpx.post(f"{url}/prefix_cache/save", timeout=60).json()
+        assert saved["pages"] >= 12
+    finally:
+        process.kill()
+        process.communicate()
+    process, url, said = start(folder, *flags)
+    try:
+        assert f"{saved['pages']} pages of known prompts" in said
+        again, cached = answer(url)
+        assert again == text and cached >= 192
+        body["prompt"] = "Another beginning, as long as the first. " * 4
+        other, _ = answer(url)
+        # A clean end saves by itself.
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    process, url, _ = start(folder, *flags)
+    try:
+        again, cached = answer(url)
+        assert again == other and cached >= 144
+    finally:
+        process.kill()
+        process.communicate()
+    damaged = file.read_bytes()[:-1]
+    file.write_bytes(damaged)
+    with pytest.raises(AssertionError, match="known.pages: expected a whole safetensors file"):
+        start(folder, *flags)
+    assert file.read_bytes() == damaged
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -56,6 +102,10 @@ def test_answers_under_way_are_finished_on_sigterm(tmp_path):
         (["--context", "100000"], "context: expected at most the model's 512"),
         (["--max-requests", "0"], "--max-requests"),
         (["--kv-format", "int9"], "int9"),
+        (["--no-prefix-cache", "--prefix-cache-file", "x"], "prefix_cache_file: expected a prefix"),
+        (["--prefix-cache-file", "/"], "prefix_cache_file: expected a file to write"),
+        (["--engine", "vllm"], "vLLM is not installed"),
+        (["--", "--seed", "1"], "flags after --: expected none for the embedded engine"),
     ],
 )
 def test_wrong_flags_end_in_one_sentence(tmp_path, flags, said):
@@ -65,6 +115,6 @@ def test_wrong_flags_end_in_one_sentence(tmp_path, flags, said):
         text=True,
         timeout=120,
     )
-    assert process.returncode == 2
+    assert process.returncode == (3 if "--engine" in flags else 2)
     assert said in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr

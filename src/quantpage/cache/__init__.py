@@ -4,7 +4,7 @@ from quantpage.cache.known import KnownPages
 from quantpage.cache.layout import PAGE_SIZES, CacheLayout
 from quantpage.cache.paged import HostPages, PagedKVCache
 from quantpage.cache.pool import PagePool
-from quantpage.cache.prefix import PrefixCache, prefix_seed
+from quantpage.cache.prefix import PrefixCache, RememberedPage, prefix_seed
 from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.cache.sequence import PageCopy, Prefix, Sequence
 from quantpage.cache.views import LayerKV, QuantizedPages
@@ -24,6 +24,7 @@ __all__ = [
     "PrefixCache",
     "QuantizedPages",
     "Reach",
+    "RememberedPage",
     "Sequence",
     "Working",
     "find_working",

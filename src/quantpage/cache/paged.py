@@ -153,13 +153,16 @@ class PagedKVCache:
         write_pages(path, SavedPages(self.layouts, counts, planes, sizes))
 
     def to_save(self, pages: Sequence[int], exact_pages: Sequence[int]) -> dict[str, Tensor]:
-        """What a file keeps of every layer, by name: its pages, [pages, ...], and static scales."""
-        static = {
+        """What a file keeps of every layer, by name: its pages, [pages, ...], and its basis."""
+        return {**self.swap_out(pages, exact_pages).planes, **self.basis()}
+
+    def basis(self) -> dict[str, Tensor]:
+        """What all pages of a layer are read by: static scales and key maps, by their names."""
+        return {
             f"{index}.{name}": plane
             for index, view in self._layers.items()
             for name, plane in _named_planes(view)["static"].items()
         }
-        return {**self.swap_out(pages, exact_pages).planes, **static}
 
     @classmethod
     def load(

@@ -55,6 +55,18 @@ class _Entry:
     """When it was last used, in uses; of pages used together, the last of the prompt first."""
 
 
+@dataclass(frozen=True, slots=True)
+class RememberedPage:
+    """A page as a file keeps it: its tokens, what it follows, and where it lies."""
+
+    parent: int
+    """Place in the list of the page that it follows; -1: it begins a prompt."""
+    tokens: tuple[int, ...]
+    page: int
+    """-1: not remembered."""
+    exact_page: int = -1
+
+
 def prefix_seed(model: str, layouts: dict[int, CacheLayout], scales: bytes = b"") -> bytes:
     """What every page's content depends on besides its tokens.
 
@@ -145,6 +157,32 @@ class PrefixCache:
     def clear(self) -> None:
         """Let go of every page; requests that use one keep it."""
         self._ledger.whole(self._clear)
+
+    def remembered_pages(self) -> list[RememberedPage]:
+        """Every page that was remembered without a salt, the most recently used first.
+
+        A page stands before those that follow it, so that any beginning of the list is whole.
+        """
+        with self._ledger.lock:
+            # A page is used whenever one behind it is, and counts as used later.
+            found = sorted(self._entries.items(), key=lambda each: -each[1].used)
+            at = {self._seed: -1}
+            made: list[RememberedPage] = []
+            for key, entry in found:
+                if entry.parent in at:
+                    at[key] = len(made)
+                    tokens = tuple(array("q", entry.tokens))
+                    made.append(
+                        RememberedPage(at[entry.parent], tokens, entry.page, entry.exact_page)
+                    )
+            return made
+
+    def restore(self, pages: Tokens[RememberedPage]) -> None:
+        """Remember what ``remembered_pages`` gave, so used, in pages that the caller holds.
+
+        Pages known by their tokens are left as they are.
+        """
+        self._ledger.whole(self._restore, pages)
 
     def check(self) -> None:
         """Raise CacheError unless chains, counts and the pool agree."""
@@ -269,6 +307,20 @@ class PrefixCache:
         key = self._by_exact_page.get(page)
         if key is not None:
             self._queue_exact(key, self._entries[key])
+
+    def _restore(self, pages: Tokens[RememberedPage]) -> None:
+        keys: list[bytes] = []
+        for each in pages:
+            parent = keys[each.parent] if each.parent >= 0 else self._seed
+            own = array("q", each.tokens).tobytes()
+            key = _chained(parent, own)
+            keys.append(key)
+            entry = self._entries.get(key) or self._add(key, _Entry(parent, own, -1))
+            if entry.page < 0 <= each.page:
+                self._add_page(key, entry, each.page)
+            if self._exact_pool is not None and entry.exact_page < 0:
+                self._add_exact(key, entry, each.exact_page)
+        self._use([(key, self._entries[key]) for key in dict.fromkeys(keys)])
 
     def _evict(self, pages: int) -> int:
         freed = 0

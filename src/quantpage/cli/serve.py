@@ -1,12 +1,13 @@
 """`quantpage serve`: an OpenAI-compatible server over a quantized cache."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantpage.cli.capacity import parse_bytes
-from quantpage.cli.options import Calibration
+from quantpage.cli.options import Calibration, check_writable
 
 
 class EngineName(StrEnum):
@@ -53,6 +54,10 @@ def command(
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     calibration: Calibration = "auto",
     prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
+    prefix_cache_file: Annotated[
+        Path | None,
+        typer.Option(help="Keep them over restarts: read at the start, written at the end."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
     ] = "auto",
@@ -68,6 +73,7 @@ def command(
     otherwise the embedded engine: one model on one device, without speculative decoding, adapters
     and pictures.
     """
+    check_writable(prefix_cache_file, "prefix_cache_file")
     from quantpage.server.options import ServeOptions
     from quantpage.server.run import serve
 
@@ -87,6 +93,7 @@ def command(
             context=context,
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
+            prefix_cache_file=None if prefix_cache_file is None else str(prefix_cache_file),
             dtype=dtype,
             device=device,
             weights=weights,

@@ -3,16 +3,21 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantpage.cache import KnownPages
+from quantpage.cache.saved import read_pages, write_pages
+from quantpage.cache.tensor_file import Damaged
+from quantpage.engine.prefix_file import collect, restore
 from quantpage.engine.request import Piece, Request, TokenChoice
 from quantpage.engine.sampling import Sampler
 from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
 from quantpage.engine.step import StepRunner
 from quantpage.engine.text import TextStream
-from quantpage.errors import EngineStopped, QuantPageError, QueueFull
+from quantpage.errors import CorruptCache, EngineStopped, QuantPageError, QueueFull
 from quantpage.integrations.hf_transformers.attach import Attached
 
 if TYPE_CHECKING:
@@ -74,6 +79,8 @@ class Engine:
         known = KnownPages(shelves, page_size) if prefix_cache else None
         self._scheduler = Scheduler(limits, page_size, shelves, known)
         self._inbox: deque[list[Answer]] = deque()
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._ended = False
         self._wake = threading.Condition()
         self._stopping, self._draining = False, False
         self._steps = self._prompt_tokens = self._cached_tokens = self._made_tokens = 0
@@ -130,6 +137,53 @@ class Engine:
                 self._wake.notify()
             self._thread.join()
 
+    def save_prefixes(self, path: Path | str) -> int:
+        """Write the remembered prompts and their pages to a file, whole or not at all; pages.
+
+        Answers under way wait only while the pages are copied. Also after ``stop``. Raises
+        CacheError where the file cannot be written.
+        """
+        known, memory, model = self._remembered(), self._runner.memory, self._runner.digest()
+        saved = self._between_steps(lambda: collect(memory, known, model))
+        write_pages(path, saved)
+        return max((pages for pages, _ in saved.counts.values()), default=0)
+
+    def load_prefixes(self, path: Path | str) -> int:
+        """Remember what ``save_prefixes`` wrote, as far as there is room; pages.
+
+        Raises CorruptCache, with nothing changed, for a damaged file or one of another model,
+        format or calibration; CacheError or FileNotFoundError where it cannot be read.
+        """
+        known, memory, model = self._remembered(), self._runner.memory, self._runner.digest()
+        saved = read_pages(path, memory.layouts)
+        try:
+            return self._between_steps(lambda: restore(memory, known, saved, model))
+        except Damaged as error:
+            raise CorruptCache(f"{path}: {error}") from error
+
+    def _remembered(self) -> KnownPages:
+        if self._scheduler.known is None:
+            raise ValueError("prefix_cache: expected an engine that remembers prompts, got none")
+        return self._scheduler.known
+
+    def _between_steps(self, work: Callable[[], Any]) -> Any:
+        """The result of ``work``, done where no step is under way: by the engine's thread."""
+        done: Future[Any] = Future()
+        with self._wake:
+            ended = self._ended
+            if not ended:
+                self._errands.append((work, done))
+                self._wake.notify()
+        return work() if ended else done.result()
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            work, done = self._errands.popleft()
+            try:
+                done.set_result(work())
+            except _STEP_FAILURES as error:
+                done.set_exception(error)
+
     def stats(self) -> Stats:
         """What the engine holds and has done, from any thread."""
         shelves, known = self._runner.memory.shelves.values(), self._scheduler.known
@@ -172,17 +226,28 @@ class Engine:
                 self._scheduler.add(answers)
             self._end_all("error", error)
             raise
+        finally:
+            with self._wake:
+                self._ended = True
+            self._run_errands()
 
     def _loop(self) -> None:
         """Take what came, drop what was cancelled, compute a step."""
         scheduler = self._scheduler
         while True:
             with self._wake:
-                while not (self._inbox or scheduler.waiting or scheduler.running or self._draining):
+                while not (
+                    self._inbox
+                    or self._errands
+                    or scheduler.waiting
+                    or scheduler.running
+                    or self._draining
+                ):
                     self._wake.wait()
                 inbox, self._inbox = list(self._inbox), deque()
                 stopping = self._stopping
                 idle = not (inbox or scheduler.waiting or scheduler.running)
+            self._run_errands()
             for answers in inbox:
                 scheduler.add(answers)
             if stopping:

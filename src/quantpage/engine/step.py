@@ -15,6 +15,7 @@ from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.attach import Attached
+from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.step import Step, plan_part
@@ -35,6 +36,7 @@ class StepRunner:
         self._cache = attached.new_cache()
         self.memory, self.page_size = self._cache.rows.memory, self._cache.rows.page_size
         self.device = next(self._model.parameters()).device
+        self._digest: str | None = None
         self._lay_out()
         for shelf in self.memory.shelves.values():
             exact = 0 if shelf.exact_pool is None else _EXACT_AN_ANSWER * limits.max_running
@@ -71,6 +73,12 @@ class StepRunner:
             rows.frozen = None
             self._cache.set_length(0)
         return out.logits[0]
+
+    def digest(self) -> str:
+        """Of what keys and values depend on besides tokens and formats; reads every weight once."""
+        if self._digest is None:
+            self._digest = model_digest(self._model, self._attached.options.mask)
+        return self._digest
 
     def reset(self) -> None:
         """After a step that failed: layers that keep nothing of it, over the same pages."""

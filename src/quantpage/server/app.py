@@ -78,6 +78,9 @@ def _generation(app: FastAPI, served: Served) -> None:
 
 
 def _facts(app: FastAPI, served: Served) -> None:
+    # Two savings at once would only hold the pages twice.
+    saving = asyncio.Lock()
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model."""
@@ -104,6 +107,15 @@ def _facts(app: FastAPI, served: Served) -> None:
     async def metrics() -> Response:
         """Counters in Prometheus' format."""
         return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.post("/prefix_cache/save")
+    async def save_prefixes() -> dict[str, Any]:
+        """Write the known prompts to the file that the server was started with."""
+        if served.prefix_file is None:
+            raise HTTPException(404, "expected a server with --prefix-cache-file, got none")
+        async with saving:
+            pages = await asyncio.to_thread(served.engine.save_prefixes, served.prefix_file)
+        return {"pages": pages}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:

@@ -28,12 +28,16 @@ class ServeOptions:
     step_tokens: int | None = None
     """Decode and chunks of prompts together; None: 256, or as vLLM chooses."""
     prefix_cache: bool = True
+    prefix_cache_file: str | None = None
+    """Known prompts are read from it at the start, and written to it at the end."""
     dtype: str = "auto"
     device: str = "auto"
     weights: str = "model"
     """'int8': weight-only int8 linears (CPU)."""
 
     def __post_init__(self) -> None:
+        if self.prefix_cache_file is not None and not self.prefix_cache:
+            raise ValueError("prefix_cache_file: expected a prefix cache beside it, got none")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("weights", ("model", "int8")),

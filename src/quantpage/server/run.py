@@ -53,6 +53,9 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
     )
     try:
         uvicorn.Server(config).run(sockets=[listener])
+        if served.prefix_file is not None:
+            pages = served.engine.save_prefixes(served.prefix_file)
+            _say(f"{pages:,} pages of known prompts are in {served.prefix_file}")
     finally:
         served.engine.stop()
         attached.detach()
@@ -115,7 +118,16 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         vocabulary=text.vocab_size,
         defaults=_defaults(generation),
         metrics=Metrics(name, engine, page16 - page),
+        prefix_file=None if options.prefix_cache_file is None else Path(options.prefix_cache_file),
     )
+    try:
+        if served.prefix_file is not None and served.prefix_file.exists():
+            known = engine.load_prefixes(served.prefix_file)
+            _say(f"{known:,} pages of known prompts from {served.prefix_file}")
+    except BaseException:
+        engine.stop()
+        attached.detach()
+        raise
     return attached, served
 
 

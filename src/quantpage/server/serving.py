@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantpage.engine import Engine, Piece, Request, Sampling
@@ -26,6 +27,8 @@ class Served:
     defaults: dict[str, float]
     """Sampling of the model's generation_config.json, for what a body leaves out."""
     metrics: Metrics
+    prefix_file: Path | None = None
+    """Where known prompts are kept over restarts."""
     _grammars: GrammarTokenizer | None = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:

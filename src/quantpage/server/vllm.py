@@ -172,6 +172,7 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
     for name, given, wanted in (
         ("device", options.device.partition(":")[0], ("auto", device)),
         ("calibration", options.calibration, ("auto", None)),
+        ("prefix_cache_file", options.prefix_cache_file, (None,)),
         ("max_waiting", options.max_waiting, (None,)),
         ("weights", options.weights, ("model",)),
         ("port", options.port, range(1, 1 << 16)),
