@@ -46,7 +46,7 @@ def test_another_engine_knows_the_same_pages(name, kv_format, tmp_path):
         assert before[1].keys() == after[1].keys()
         assert all(torch.equal(each, after[1][name]) for name, each in before[1].items())
         got = ask_all(second, asked)
-        for each, cache in second._scheduler.known.items():
+        for _, cache in second._scheduler.known.items():
             cache.check()
         assert leaked(second) == 0
     assert [each.texts for each in got] == [each.texts for each in wanted]

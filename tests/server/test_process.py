@@ -90,7 +90,7 @@ def test_known_prompts_outlive_a_server_that_was_killed(tmp_path):
         process.communicate()
     damaged = file.read_bytes()[:-1]
     file.write_bytes(damaged)
-    with pytest.raises(AssertionError, match="known.pages: expected a whole safetensors file"):
+    with pytest.raises(AssertionError, match=r"known\.pages: expected a whole safetensors file"):
         start(folder, *flags)
     assert file.read_bytes() == damaged
 
