@@ -1,0 +1,295 @@
+"""A crowd of streaming clients against a server whose pool holds a quarter of them.
+
+    load_test.py [--clients 64] [--seconds 600] [--model FOLDER] [--kv-format int8] [--csv FILE]
+
+Starts `quantpage serve` as a process, with a tiny float32 model unless one is given, and a pool
+that holds a quarter of the clients. A client asks in rounds: greedy or seeded, with a beginning
+that others share, and a third of the answers are left midway. Checked, exit status 1 where one
+does not hold:
+
+    every finished answer is what the same request gets alone (asked of an idle server before)
+    preemptions are fewer than requests
+    at the end nobody runs or waits, and pages that are held are those of known prompts
+    after SIGTERM in the crowd every answer under way is finished, and the process ends with 0
+
+The resident memory of the server stands beside every minute. `--csv` appends a row a minute.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+KINDS = 48
+"""Requests that there are: each is asked alone once, to compare with."""
+LONGEST = 160
+"""Tokens of an answer at most."""
+
+
+@dataclass
+class Counted:
+    """What happened."""
+
+    finished: int = 0
+    left: int = 0
+    refused: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def bodies(seed: int = 0) -> list[dict]:
+    """Requests: a few beginnings that are shared, greedy and seeded answers."""
+    draw = random.Random(seed)
+    words = [
+        "the",
+        "page",
+        "cache",
+        "holds",
+        "keys",
+        "and",
+        "values",
+        "of",
+        "tokens",
+        "in",
+        "eight",
+        "bits",
+    ]
+    beginnings = [" ".join(draw.choices(words, k=draw.randrange(10, 40))) for _ in range(6)]
+    made = []
+    for at in range(KINDS):
+        text = f"{beginnings[at % 6]} {' '.join(draw.choices(words, k=draw.randrange(1, 12)))}"
+        drawn = {"temperature": 0} if at % 2 else {"temperature": 1.0, "top_p": 0.95, "seed": at}
+        length = draw.randrange(20, LONGEST)
+        made.append({"prompt": text, "max_tokens": length, "ignore_eos": True, **drawn})
+    return made
+
+
+class Server:
+    """`quantpage serve` as a process."""
+
+    def __init__(self, folder: str, *flags: str) -> None:
+        command = [sys.executable, "-m", "quantpage", "serve", folder, "--engine", "embedded"]
+        command += ["--port", "0", *flags]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        said = ""
+        for line in self.process.stderr:
+            said += line
+            found = re.search(r"on (http://\S+) ", line)
+            if found:
+                self.url = found.group(1)
+                return
+        self.process.communicate()
+        raise SystemExit(said)
+
+    def resident(self) -> int:
+        """Bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) * 1024
+
+    def counters(self) -> dict[str, float]:
+        """Of /metrics, by name."""
+        found = {}
+        for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
+            match = re.match(r"(\w+:\w+)\{model_name=[^}]*\} (\S+)$", line)
+            if match:
+                found[match[1]] = float(match[2])
+        return found
+
+
+async def ask(
+    client: httpx.AsyncClient, body: dict, leave_after: int | None = None
+) -> str | int | None:
+    """The text of a streamed answer; None: left midway; a number: a status other than 200."""
+    text = ""
+    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as got:
+        if got.status_code != 200:
+            return got.status_code
+        ended = False
+        async for line in got.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                return event["error"]["message"]
+            text += event["choices"][0]["text"]
+            ended = ended or event["choices"][0]["finish_reason"] is not None
+            if leave_after is not None and len(text) >= leave_after:
+                return None
+        return text if ended else f"{text} [cut off]"
+
+
+async def crowd(
+    server: Server, wanted: list[str], clients: int, until: float, counted: Counted
+) -> None:
+    """Clients that ask until the time is over; a third of the answers are left."""
+    asked = bodies()
+    limits = httpx.Limits(max_connections=clients)
+
+    async def one(at: int, client: httpx.AsyncClient) -> None:
+        draw = random.Random(at)
+        while time.monotonic() < until:
+            which = draw.randrange(KINDS)
+            leave = draw.randrange(1, 40) if draw.random() < 1 / 3 else None
+            try:
+                said = await ask(client, asked[which], leave)
+            except httpx.HTTPError as error:
+                said = f"[{type(error).__name__}: {error}]"
+            if said is None:
+                counted.left += 1
+            elif said in (429, 503):
+                counted.refused += 1
+                await asyncio.sleep(0.2)
+            elif said == wanted[which]:
+                counted.finished += 1
+            else:
+                counted.wrong.append(f"request {which}: expected {wanted[which]!r}, got {said!r}")
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
+        await asyncio.gather(*(one(at, client) for at in range(clients)))
+
+
+async def alone(server: Server) -> list[str]:
+    """What each request gets from a server that does nothing else."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+        return [await ask(client, body) for body in bodies()]
+
+
+async def watched(
+    server: Server, wanted: list[str], given: argparse.Namespace, counted: Counted
+) -> list[dict]:
+    """The crowd, and the server's memory and counters beside it every minute."""
+    rows, begin = [], time.monotonic()
+    until = begin + given.seconds
+    task = asyncio.ensure_future(crowd(server, wanted, given.clients, until, counted))
+    while not task.done():
+        await asyncio.wait({task}, timeout=min(60, given.seconds))
+        now = await asyncio.to_thread(server.counters)
+        rows.append(
+            {
+                "minute": round((time.monotonic() - begin) / 60, 1),
+                "resident_mib": round(server.resident() / 2**20, 1),
+                "finished": counted.finished,
+                "left": counted.left,
+                "preemptions": int(now["vllm:num_preemptions_total"]),
+                "tokens": int(now["vllm:generation_tokens_total"]),
+                "pages_used": int(now["quantpage:pages_used"]),
+            }
+        )
+        print(rows[-1], flush=True)
+    await task
+    return rows
+
+
+async def drained(server: Server, wanted: list[str], clients: int) -> list[str]:
+    """What is wrong with answers that are under way when SIGTERM comes."""
+    asked = bodies()
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
+        tasks = [asyncio.ensure_future(ask(client, asked[at % KINDS])) for at in range(clients)]
+        await asyncio.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        said = await asyncio.gather(*tasks, return_exceptions=True)
+    found = []
+    for at, each in enumerate(said):
+        expected = wanted[at % KINDS]
+        # Whoever was not taken any more was told so, or found nobody listening.
+        if each not in (expected, 503) and not isinstance(each, httpx.ConnectError):
+            found.append(f"SIGTERM: request {at % KINDS}: expected {expected!r}, got {each!r}")
+    finished = sum(each == wanted[at % KINDS] for at, each in enumerate(said))
+    print(f"SIGTERM: {finished} of {clients} were under way and ended as alone", flush=True)
+    if not finished:
+        found.append("SIGTERM: expected answers under way, got none")
+    return found
+
+
+def main() -> int:
+    """0 where all held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--model")
+    parser.add_argument("--kv-format", default="int8")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--tokens", type=int, default=256, help="that a client holds, about")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder = given.model
+        if folder is None:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from tests.server.small import save_small
+
+            folder = str(save_small(Path(work)))
+        # Float32, as rounding in 16 bits depends on how many share a product.
+        flags = ["--dtype", "float32", "--kv-format", given.kv_format, "--page-size", "16"]
+        flags += ["--max-requests", str(given.clients), "--max-waiting", "4096"]
+        quiet = Server(folder, *flags, "--no-prefix-cache", "--memory", "64MiB")
+        try:
+            wanted = asyncio.run(alone(quiet))
+            page_bytes = (64 << 20) // int(quiet.counters()["quantpage:pages"])
+        finally:
+            quiet.process.kill()
+            quiet.process.communicate()
+        # A quarter of the clients, each with a prompt and an answer of usual length.
+        pages = given.clients // 4 * (given.tokens // 16)
+        flags += ["--memory", f"{pages * page_bytes}B"]
+        return run(Server(folder, *flags), wanted, given)
+
+
+def run(server: Server, wanted: list[str], given: argparse.Namespace) -> int:
+    """The crowd, against a pool that holds a quarter of it."""
+    counted = Counted()
+    try:
+        rows = asyncio.run(watched(server, wanted, given, counted))
+        for _ in range(100):
+            end = server.counters()
+            if not end["vllm:num_requests_running"] + end["vllm:num_requests_waiting"]:
+                break
+            time.sleep(0.1)
+        problems = counted.wrong[:5]
+        requests = counted.finished + counted.left
+        if end["vllm:num_requests_running"] or end["vllm:num_requests_waiting"]:
+            problems.append(f"expected nobody under way at the end, got {end}")
+        if end["quantpage:pages_used"] != end["quantpage:pages_remembered"]:
+            problems.append(f"pages: expected only known prompts' to be held, got {end}")
+        if end["vllm:num_preemptions_total"] >= requests:
+            problems.append(f"preemptions: expected fewer than {requests}, got {end}")
+        if not counted.finished or not counted.left:
+            problems.append(f"expected answers that ended and that were left, got {counted}")
+        problems += asyncio.run(drained(server, wanted, given.clients))
+        code = server.process.wait(timeout=120)
+        if code:
+            problems.append(f"exit code: expected 0, got {code}")
+    finally:
+        server.process.kill()
+        server.process.communicate()
+    if given.csv is not None:
+        new = not given.csv.exists()
+        with given.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+    print(
+        f"{counted.finished} answers as alone, {counted.left} left midway, {counted.refused} told "
+        f"to come again, {len(counted.wrong)} wrong, "
+        f"{int(end['vllm:num_preemptions_total'])} preemptions, {int(end['quantpage:pages'])} pages"
+    )
+    for each in problems:
+        print(f"FAILED: {each}"[:2000])
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
