@@ -149,6 +149,58 @@ def test_salt_and_changed_weights():
         assert len(prompts) == 0
 
 
+PICTURE = 99
+
+
+def gemma3():
+    """Whose pictures are sixteen tokens that see each other."""
+    text = {
+        **COMMON, "head_dim": 16, "sliding_window": 24, "layer_types": ["full_attention"] * 2,
+        "num_hidden_layers": 2,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+    }  # fmt: skip
+    config = tf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=PICTURE,
+        boi_token_index=97, eoi_token_index=98,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return tf.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+@pytest.mark.parametrize("before, after", [(8, 8), (15, 30), (22, 8), (16, 8), (30, 20)])
+def test_pictures_are_found_whole_and_all_or_not_at_all(before, after):
+    """What is remembered ends within the picture, or with the last full page."""
+    model, text = gemma3(), tokens(1, 60).clamp(3, 90)
+    picture, end = torch.full((1, 16), PICTURE), before + 16
+    ids = torch.cat([text[:, :before], picture, text[:, before : before + after]], 1)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    seen = {"pixel_values": pixels, "token_type_ids": (ids == PICTURE).long()}
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    asked["return_dict_in_generate"] = True
+    with quantpage.attach(model, "none", page_size=PAGE) as attached, torch.inference_mode():
+        prompts = attached.prompts()
+        cache = prompts.new_cache(ids, salt="that one")
+        wanted = model.generate(ids, past_key_values=cache, **seen, **asked)
+        for known in (ids[:, : end - 1], ids):
+            prompts.remember(known, cache, salt="that one")
+            found = prompts.new_cache(ids, salt="that one")
+            full = min(known.shape[1], ids.shape[1] - 1) // PAGE * PAGE
+            held = full if full >= end else 0
+            assert found.get_seq_length() == held
+            assert prompts.new_cache(ids, salt="another").get_seq_length() == 0
+            given = {} if held else seen
+            got = model.generate(ids, past_key_values=found, **given, **asked)
+            assert torch.equal(got.sequences, wanted.sequences)
+            for mine, theirs in zip(got.logits, wanted.logits, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match=f"ids: expected text to learn, .* 99, at {before}"):
+            prompts.learn(ids, salt="that one")
+
+
 def test_what_is_no_plain_prompt_is_not_remembered():
     model, ids = tiny("llama"), tokens(1, 40)
     with quantpage.attach(model, page_size=PAGE) as attached:

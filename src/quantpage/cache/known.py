@@ -4,7 +4,7 @@ Layers that see equally far back share page tables (cache/reach). A beginning of
 where the pages that the next query sees are known in every table: that is where a hit ends.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from quantpage.cache.pool import PagePool
@@ -39,14 +39,21 @@ class KnownPages:
         """What is known of the layers of each reach."""
         return self._of.items()
 
-    def acquire(self, tokens: Sequence[int], salt: bytes = b"") -> tuple[int, dict[Reach, Prefix]]:
+    def acquire(
+        self,
+        tokens: Sequence[int],
+        salt: bytes = b"",
+        may_end: Callable[[int], bool] = lambda at: True,
+    ) -> tuple[int, dict[Reach, Prefix]]:
         """The longest known beginning of ``tokens``: its length, and its pages, held for a request.
 
         salt: what the pages depend on besides tokens; only what was inserted with the same is
-        found. Nothing known: 0 and no pages.
+        found. may_end: whether so many tokens may be taken without the next. Nothing known: 0 and
+        no pages.
         """
         ends = [each.hits(tokens, salt) for each in self._of.values()]
-        pages = max(set.intersection(*ends), default=0) if ends else 0
+        common = set.intersection(*ends) if ends else set()
+        pages = max((each for each in common if may_end(each * self._page_size)), default=0)
         if not pages:
             return 0, {}
         known = tokens[: pages * self._page_size]
