@@ -162,6 +162,12 @@ class LayerAttention:
                 f"layer: expected pages of format {call.format.name}, as this attention was built "
                 f"for, got {facts.key} and {facts.value}"
             )
+        near = call.format.near
+        if (None if near is None else (near.key, near.value)) != facts.near:
+            raise ValueError(
+                f"layer: expected exact pages in {'16 bits' if near is None else near.name}, as "
+                f"this attention was built for, got {facts.near or '16 bits'}"
+            )
         if (call.format.exact_pages is None) != (facts.exact_pages is None):
             have = "none" if facts.exact_pages is None else "some"
             raise ValueError(f"layer: expected exact pages as {call.format.name} has, got {have}")

@@ -96,8 +96,12 @@ def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
         first = (case.context - case.new) // case.page_size - 1
         count = sum(page == 0 or page >= first for page in range(pages))
         exact = [_exact_table(pages, first, request * count) for request in range(case.requests)]
-        shape = (case.requests * count, case.kv_heads, case.page_size, case.head_dim)
-        exact_key, exact_value = torch.randn(2, *shape, dtype=torch.bfloat16)
+        near = form.near or find_format("none")
+        exact_key, exact_value = (
+            pages if spec.quantized else pages.codes
+            for spec in (near.key, near.value)
+            for pages in [random_pages(spec, case.requests * count, case)]
+        )
     lens = [case.new] * case.requests, [case.context] * case.requests
     batch = plan_batch(*lens, order, case.page_size, exact_tables=exact)
     return LayerKV(key, value, exact_key, exact_value), batch

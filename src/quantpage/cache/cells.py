@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.errors import FormatError
 from quantpage.formats import QuantSpec
 from quantpage.formats.scales import ScalePair
 
@@ -51,6 +52,11 @@ def layer_of_cells(
 
     Raises ValueError where the memory does not fit the layout.
     """
+    if layout.format.near is not None:
+        raise FormatError(
+            "format: expected exact pages of 16 bits in an engine's cells, got "
+            f"{layout.format.name}"
+        )
     _check("cells", cells, layout.kv_heads, cell_bytes(layout))
     if (exact is not None) != (layout.format.exact_pages is not None):
         have = "None" if exact is None else "a tensor"

@@ -2,12 +2,14 @@
 object, so that what is planned is what is allocated.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from quantpage.errors import FormatError
-from quantpage.formats import KVFormat, QuantSpec
+from quantpage.formats import CODES, KVFormat, QuantSpec
+
+_AS_COMPUTED = KVFormat("none", QuantSpec(CODES["none"]), QuantSpec(CODES["none"]))
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens a page may hold. Default 64; 16 inside an engine that wants it."""
@@ -73,9 +75,15 @@ class CacheLayout:
 
     def exact_bytes_per_page(self) -> int:
         """Bytes of one page kept exact, 0 for formats that keep none."""
+        near = self.near
+        return 0 if near is None else near.bytes_per_page()
+
+    @property
+    def near(self) -> "CacheLayout | None":
+        """The layout of exact pages: 'none', or what the format says; None where there are none."""
         if self.format.exact_pages is None:
-            return 0
-        return self.page_size * self.unquantized_bytes_per_token()
+            return None
+        return replace(self, format=self.format.near or _AS_COMPUTED)
 
     def exact_bytes_per_request(self) -> int:
         """The most that a request's exact pages take beside its codes."""

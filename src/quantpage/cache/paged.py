@@ -90,8 +90,8 @@ class PagedKVCache:
             self._layers[index] = LayerKV(
                 _resized(view.key, pages),
                 _resized(view.value, pages),
-                None if view.exact_key is None else _of_pages(view.exact_key, exact_pages),
-                None if view.exact_value is None else _of_pages(view.exact_value, exact_pages),
+                _kept_resized(view.exact_key, exact_pages),
+                _kept_resized(view.exact_value, exact_pages),
                 view.key_map,
             )
             view.retire()
@@ -224,12 +224,27 @@ def allocate_layer(
     static: tuple[ScalePair, ScalePair] | None = None,
 ) -> LayerKV:
     """Zero-filled pages of one layer; exact ones where its format keeps some."""
+    key, value = _allocate_halves(layout, pages, device, static or _NO_SCALES)
+    near = layout.near
+    if near is None:
+        return LayerKV(key, value)
+    exact = _allocate_halves(near, exact_pages, device, _NO_SCALES)
+    if not near.format.quantized:
+        return LayerKV(key, value, exact[0].codes, exact[1].codes)
+    return LayerKV(key, value, *exact)
+
+
+def _allocate_halves(
+    layout: CacheLayout,
+    pages: int,
+    device: torch.device | str,
+    static: tuple[ScalePair, ScalePair],
+) -> tuple[QuantizedPages, QuantizedPages]:
     halves: list[QuantizedPages] = []
-    exact: list[Tensor | None] = []
     form = layout.format
     for spec, width, given in (
-        (form.key, layout.head_dim, (static or _NO_SCALES)[0]),
-        (form.value, layout.v_dim, (static or _NO_SCALES)[1]),
+        (form.key, layout.head_dim, static[0]),
+        (form.value, layout.v_dim, static[1]),
     ):
         shape = layout.codes_shape(spec, width, pages)
         codes = zero_plane(shape, spec.code.storage or layout.dtype, device)
@@ -240,9 +255,7 @@ def allocate_layer(
             halves.append(QuantizedPages(spec, codes, scale, zero))
         else:
             halves.append(QuantizedPages(spec, codes, *given))
-        shape = (exact_pages, layout.kv_heads, layout.page_size, width)
-        exact.append(None if form.exact_pages is None else zero_plane(shape, layout.dtype, device))
-    return LayerKV(halves[0], halves[1], exact[0], exact[1])
+    return halves[0], halves[1]
 
 
 def copy_rows(
@@ -273,9 +286,14 @@ def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
         for name, plane in (("scale", pages.scale), ("zero", pages.zero)):
             if plane is not None:
                 found[group][f"{half}.{name}"] = plane
-    for name, plane in (("exact_key", view.exact_key), ("exact_value", view.exact_value)):
-        if plane is not None:
-            found["exact_pages"][name] = plane
+    for name, kept in (("exact_key", view.exact_key), ("exact_value", view.exact_value)):
+        if isinstance(kept, QuantizedPages):
+            found["exact_pages"][f"{name}.codes"] = _indexable(kept.codes)
+            for part, plane in (("scale", kept.scale), ("zero", kept.zero)):
+                if plane is not None:
+                    found["exact_pages"][f"{name}.{part}"] = plane
+        elif kept is not None:
+            found["exact_pages"][name] = kept
     if view.key_map is not None:
         found["static"]["key_map.scale"] = view.key_map.scale
         for name in ("mean", "feedback"):
@@ -303,6 +321,16 @@ def _static_pair(
         None if scale is None else scale.to(device),
         None if zero is None else zero.to(device),
     )
+
+
+def _kept_resized(
+    kept: Tensor | QuantizedPages | None, pages: int
+) -> Tensor | QuantizedPages | None:
+    if kept is None:
+        return None
+    if isinstance(kept, QuantizedPages):
+        return _resized(kept, pages)
+    return _of_pages(kept, pages)
 
 
 def _resized(half: QuantizedPages, pages: int) -> QuantizedPages:

@@ -51,7 +51,9 @@ _LAYOUT = {
     "key": (dict,),
     "value": (dict,),
     "exact_pages": _MAYBE_NUMBER,
+    "near": (dict, type(None)),
 }
+_PAIR = {"format": (str,), "key": (dict,), "value": (dict,)}
 _SPEC = {
     "code": (str,),
     "group": _MAYBE_NUMBER,
@@ -205,11 +207,25 @@ def _planes_of(
 
     None: static scales, which are of whatever floating dtype they were given in.
     """
+    found = _halves_of(layout, pages, "")
+    near = layout.near
+    if near is not None and near.format.quantized:
+        found |= _halves_of(near, exact_pages, "exact_")
+    elif near is not None:
+        for half, width in (("key", layout.head_dim), ("value", layout.v_dim)):
+            shape = (exact_pages, layout.kv_heads, layout.page_size, width)
+            found[f"exact_{half}"] = (layout.dtype, shape)
+    return found
+
+
+def _halves_of(
+    layout: CacheLayout, pages: int, prefix: str
+) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
     form = layout.format
     for half, spec, width in (
-        ("key", form.key, layout.head_dim),
-        ("value", form.value, layout.v_dim),
+        (f"{prefix}key", form.key, layout.head_dim),
+        (f"{prefix}value", form.value, layout.v_dim),
     ):
         dtype = spec.code.storage or layout.dtype
         # torch does not index every 8-bit dtype, so those go as bytes.
@@ -221,9 +237,6 @@ def _planes_of(
                 shape = layout.scale_shape(spec, width, pages)
             for name in ("scale", "zero") if spec.zero_point else ("scale",):
                 found[f"{half}.{name}"] = (spec.scale_dtype if spec.dynamic else None, shape)
-        if form.exact_pages is not None:
-            shape = (exact_pages, layout.kv_heads, layout.page_size, width)
-            found[f"exact_{half}"] = (layout.dtype, shape)
     return found
 
 
@@ -262,10 +275,22 @@ def _layout_record(layout: CacheLayout) -> dict[str, Any]:
         "key": _spec_record(form.key),
         "value": _spec_record(form.value),
         "exact_pages": None if form.exact_pages is None else form.exact_pages.kept_pages,
+        "near": None if form.near is None else _pair_record(form.near),
+    }
+
+
+def _pair_record(form: KVFormat) -> dict[str, Any]:
+    return {
+        "format": form.name,
+        "key": _spec_record(form.key),
+        "value": _spec_record(form.value),
     }
 
 
 def _layout(name: str, record: Any) -> CacheLayout:
+    if type(record) is dict:
+        # Files of before there were near pages of codes have none.
+        record = {"near": None, **record}
     _check_fields(name, record, _LAYOUT)
     kept = record["exact_pages"]
     if kept not in (None, ExactPages.kept_pages):
@@ -275,7 +300,13 @@ def _layout(name: str, record: Any) -> CacheLayout:
     key, value = (_spec(f"{name}, {half}", record[half]) for half in ("key", "value"))
     dtype = _float(f"{name}, dtype", record["dtype"])
     try:
-        form = KVFormat(record["format"], key, value, None if kept is None else ExactPages())
+        form = KVFormat(
+            record["format"],
+            key,
+            value,
+            None if kept is None else ExactPages(),
+            near=_near(f"{name}, near", record["near"]),
+        )
         return CacheLayout(
             kv_heads=record["kv_heads"],
             head_dim=record["head_dim"],
@@ -286,6 +317,14 @@ def _layout(name: str, record: Any) -> CacheLayout:
         )
     except ValueError as error:
         raise Damaged(f"{name}, {error}") from error
+
+
+def _near(name: str, record: Any) -> KVFormat | None:
+    if record is None:
+        return None
+    _check_fields(name, record, _PAIR)
+    key, value = (_spec(f"{name}, {half}", record[half]) for half in ("key", "value"))
+    return KVFormat(record["format"], key, value)
 
 
 def _check_fields(name: str, record: Any, wanted: Mapping[str, tuple[type, ...]]) -> None:

@@ -138,6 +138,8 @@ class LayerFacts:
     """Of the key codes."""
     exact_pages: int | None
     """None where there are none beside the codes."""
+    near: tuple[QuantSpec, QuantSpec] | None
+    """Codes of the exact pages; None: they are as the model computes."""
     device: torch.device
 
 
@@ -153,10 +155,11 @@ class LayerKV:
 
     key: QuantizedPages
     value: QuantizedPages
-    exact_key: Tensor | None = None
-    """[exact pages, kv_heads, page_size, head_dim] in the model's dtype, in the cache's basis
-    (rotated where the key spec rotates); None where the format keeps no exact pages."""
-    exact_value: Tensor | None = None
+    exact_key: Tensor | QuantizedPages | None = None
+    """[exact pages, kv_heads, page_size, head_dim] in the model's dtype, or codes of a finer format
+    (``KVFormat.near``), in the cache's basis (rotated where the key spec rotates); None where the
+    format keeps no exact pages."""
+    exact_value: Tensor | QuantizedPages | None = None
     """As ``exact_key`` with the values' head_dim."""
     key_map: KeyMap | None = None
     """What was done to keys before they were rotated and cached; None: nothing."""
@@ -198,8 +201,34 @@ class LayerKV:
             )
             raise ValueError(f"{none}: expected a tensor as {have}, got None")
         if self.exact_key is not None and self.exact_value is not None:
+            if isinstance(self.exact_key, QuantizedPages):
+                self._check_near(self.exact_key, self.exact_value)
+                return
+            if isinstance(self.exact_value, QuantizedPages):
+                raise ValueError("exact_value: expected a tensor as exact_key, got codes")
             self._check_exact("exact_key", self.exact_key, self.key.head_dim, self.exact_key)
             self._check_exact("exact_value", self.exact_value, self.value.head_dim, self.exact_key)
+
+    def _check_near(self, key: QuantizedPages, value: Tensor | QuantizedPages) -> None:
+        if not isinstance(value, QuantizedPages):
+            raise ValueError("exact_value: expected codes as exact_key, got a tensor")
+        for name, half, body in (("exact_key", key, self.key), ("exact_value", value, self.value)):
+            wanted = (key.pages, self.kv_heads, self.page_size, body.head_dim)
+            given = (half.pages, half.kv_heads, half.page_size, half.head_dim)
+            if given != wanted:
+                raise ValueError(
+                    f"{name}: expected [exact pages, kv_heads, page_size, head_dim], {wanted}, "
+                    f"got {given}"
+                )
+            if half.spec.rotation != body.spec.rotation or not half.spec.dynamic:
+                raise ValueError(
+                    f"{name}: expected dynamic codes in the basis of the body, rotation "
+                    f"{body.spec.rotation!r}, got {half.spec}"
+                )
+            if half.codes.device != self.device:
+                raise ValueError(
+                    f"{name}: expected it on {self.device} as the codes, got {half.codes.device}"
+                )
 
     def _check_exact(self, name: str, plane: Tensor, width: int, key: Tensor) -> None:
         pages = key.shape[0] if key.ndim else 0
@@ -234,6 +263,13 @@ class LayerKV:
         """Where the pages live."""
         return self.key.codes.device
 
+    @property
+    def _near(self) -> tuple[QuantSpec, QuantSpec] | None:
+        key, value = self.exact_key, self.exact_value
+        if isinstance(key, QuantizedPages) and isinstance(value, QuantizedPages):
+            return key.spec, value.spec
+        return None
+
     def retire(self) -> None:
         """Say that the pages have moved: an op that is given this view refuses it from now on."""
         object.__setattr__(self, "_retired", True)
@@ -257,7 +293,8 @@ class LayerKV:
                 self.key.spec,
                 self.value.spec,
                 self.key.codes.dtype,
-                None if self.exact_key is None else self.exact_key.shape[0],
+                _count(self.exact_key),
+                self._near,
                 self.device,
             )
             object.__setattr__(self, "_facts", made)
@@ -275,7 +312,7 @@ class LayerKV:
         )
 
     def exact(self) -> "LayerKV":
-        """The exact pages as a layer of their own, unquantized."""
+        """The exact pages as a layer of their own."""
         return self._split()[1]
 
     def body(self) -> "LayerKV":
@@ -286,11 +323,16 @@ class LayerKV:
         """Made once: every step asks."""
         if self._parts is None:
             assert self.exact_key is not None and self.exact_value is not None
-            near = LayerKV(
-                QuantizedPages(_UNQUANTIZED, self.exact_key),
-                QuantizedPages(_UNQUANTIZED, self.exact_value),
-            )
+            near = LayerKV(_as_pages(self.exact_key), _as_pages(self.exact_value))
             parts = (LayerKV(self.key, self.value, key_map=self.key_map), near)
             object.__setattr__(self, "_parts", parts)
             return parts
         return self._parts
+
+
+def _as_pages(kept: Tensor | QuantizedPages) -> QuantizedPages:
+    return kept if isinstance(kept, QuantizedPages) else QuantizedPages(_UNQUANTIZED, kept)
+
+
+def _count(kept: Tensor | QuantizedPages | None) -> int | None:
+    return None if kept is None else _as_pages(kept).pages

@@ -9,6 +9,7 @@ from quantpage.cli.shapes import HeadDim, KVHeads, Layers, ModelOrNone, read_cou
 from quantpage.errors import FormatError
 from quantpage.formats import ALIASES, FORMATS, KVFormat, QuantSpec
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.formats.table import NEAR8
 
 HEAD_DIM = 128
 
@@ -88,7 +89,7 @@ def _print(rows: list[Row], refused: dict[str, str], about: str, sized: bool) ->
         console.print_line(
             f"{', '.join(row.format for row in exact)}: a query sees the first page, its own and "
             f"the one before unquantized; up to {max(row.exact_pages for row in exact)} pages a "
-            "request are kept so, in 16 bits."
+            f"request are kept so, in 16 bits; with {NEAR8} after the name in int8."
         )
     for row in rows:
         if row.also_called:

@@ -149,7 +149,7 @@ def choose(
 
     def point(size: float, lost: float, chosen: Iterable[int]) -> Point:
         formats = dict(zip(layers, (names[each] for each in chosen), strict=True))
-        return Point(_line(formats, shape.count), 16 * size / sixteen, float(lost))
+        return Point(_line(formats, shape.count), float(16 * size / sixteen), float(lost))
 
     front = best_choices(sizes, loss)
     bits = 16 * front.sizes / sixteen

@@ -53,7 +53,10 @@ def ours(
             numbers += width * each.kv_heads
     exact = (each.format.exact_pages for each in layouts)
     kept = max(0 if each is None else each.kept_pages for each in exact)
+    near = {each.format.near.name for each in layouts if each.format.near is not None}
     words = f"<= {kept * page_size}" if kept else "0"
+    if near:
+        words += f" in {' or '.join(sorted(near))}"
 
     wanted = None if calibration == "none" else calibration
 

@@ -251,10 +251,37 @@ class KVFormat:
     """Positions kept in 16 bits as well; None: every query reads codes only."""
     summary: str = field(default="", compare=False)
     """One line for `quantpage formats`."""
+    near: "KVFormat | None" = None
+    """How exact pages are kept; None: in 16 bits, as the model computes. A finer format than the
+    body's halves their bytes, in the basis that the body has."""
 
     def __post_init__(self) -> None:
         if self.exact_pages is not None and not self.quantized:
             raise FormatError(f"{self.name}: exact_pages need a quantized format")
+        if self.near is not None:
+            self._check_near(self.near)
+
+    def _check_near(self, near: "KVFormat") -> None:
+        if self.exact_pages is None:
+            raise FormatError(f"{self.name}: near needs exact_pages, whose codes it says")
+        if near.exact_pages is not None or near.near is not None:
+            raise FormatError(f"{self.name}, near: expected a format without exact_pages")
+        for half, body, own in (("key", self.key, near.key), ("value", self.value, near.value)):
+            if not (own.quantized and own.dynamic):
+                raise FormatError(
+                    f"{self.name}, near: expected a {half} with codes and scales of its own, got "
+                    f"{near.name}"
+                )
+            if own.code.bits < body.code.bits:
+                raise FormatError(
+                    f"{self.name}, near: expected a {half} of at least the body's {body.code.bits} "
+                    f"bits, got {own.code.bits}"
+                )
+            if body.rotation != own.rotation:
+                raise FormatError(
+                    f"{self.name}, near: expected a {half} in the basis of the body, rotation "
+                    f"{body.rotation!r}, got {own.rotation!r}"
+                )
 
     @property
     def quantized(self) -> bool:

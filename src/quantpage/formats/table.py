@@ -85,7 +85,8 @@ def find_format(name: str) -> KVFormat:
     """The format called ``name``, by our name or another system's.
 
     "k=int8,v=int4" joins the keys of one format with the values of another; pages are kept exact
-    where one of the two keeps some. Raises FormatError that lists the names there are.
+    where one of the two keeps some. "int4_near8" keeps them in int8 instead of 16 bits, and so does
+    any name of a format with exact pages. Raises FormatError that lists the names there are.
     """
     pair = _PAIR.fullmatch(name)
     if pair is not None:
@@ -93,6 +94,8 @@ def find_format(name: str) -> KVFormat:
         keys, values = (first, second) if first is not None else (key, value)
         return join(find_format(keys), find_format(values))
     found = FORMATS.get(ALIASES.get(name, name))
+    if found is None and name.endswith(NEAR8):
+        return near8(find_format(name.removesuffix(NEAR8)))
     if found is None:
         half = re.match(r"([kv])=(.*)", name)
         if half is not None:
@@ -109,13 +112,50 @@ def find_format(name: str) -> KVFormat:
 
 
 def join(keys: KVFormat, values: KVFormat) -> KVFormat:
-    """The keys of one format and the values of another, under its own name where FORMATS has it."""
+    """The keys of one format and the values of another, under its own name where FORMATS has it.
+
+    FormatError where one keeps its exact pages in int8 and the other in 16 bits.
+    """
+    kept = [each for each in (keys, values) if each.exact_pages is not None]
+    if len({each.near is None for each in kept}) > 1:
+        raise FormatError(
+            f"kv_format: expected {NEAR8} of both or of none, as a page is near for both; got "
+            f"k={keys.name},v={values.name}"
+        )
+    key, value = (each.name.removesuffix(NEAR8) for each in (keys, values))
     made = KVFormat(
-        f"k={keys.name},v={values.name}",
+        f"k={key},v={value}",
         keys.key,
         values.value,
         keys.exact_pages or values.exact_pages,
-        f"keys as {keys.name}, values as {values.name}",
+        f"keys as {key}, values as {value}",
     )
     same = (each for each in FORMATS.values() if each == replace(made, name=each.name))
-    return next(same, made)
+    found = next(same, made)
+    return near8(found) if kept and kept[0].near is not None else found
+
+
+NEAR8 = "_near8"
+"""What a name ends in where exact pages are kept in int8."""
+
+
+def near8(base: KVFormat) -> KVFormat:
+    """``base`` with its exact pages in int8, one scale a token and kv_head, in its own basis.
+
+    FormatError for a format that keeps none.
+    """
+    if base.exact_pages is None:
+        raise FormatError(
+            f"kv_format: expected a format with exact pages before {NEAR8}, such as int4{NEAR8}; "
+            f"{base.name} keeps none"
+        )
+    key, value = (QuantSpec(CODES["int8"], rotation=e.rotation) for e in (base.key, base.value))
+    name = f"{base.name}{NEAR8}"
+    if base.name.startswith("k="):
+        halves = base.name.split(",")
+        name = ",".join(
+            f"{half}{NEAR8}" if find_format(half[2:]).exact_pages is not None else half
+            for half in halves
+        )
+    near = KVFormat("int8", key, value)
+    return replace(base, name=name, near=near, summary=f"{base.summary}; these in int8")

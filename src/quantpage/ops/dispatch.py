@@ -105,9 +105,10 @@ def call_of(
 ) -> Call:
     """The call that views themselves describe, in the words of dispatch."""
     exact = None if facts.exact_pages is None else ExactPages()
+    near = None if facts.near is None else KVFormat(facts.near[0].code.name, *facts.near)
     return Call(
         device_info(facts.device),
-        KVFormat("of these pages", facts.key, facts.value, exact),
+        KVFormat("of these pages", facts.key, facts.value, exact, near=near),
         dtype,
         q_heads,
         facts.kv_heads,

@@ -179,6 +179,13 @@ def known_codes(*names: str) -> Condition:
     return condition
 
 
+def near_pages_of_16_bits(call: Call) -> Iterator[str]:
+    """Exact pages as the model computes."""
+    near = call.format.near
+    if near is not None:
+        yield f"needs near pages in 16 bits, got {near.name}."
+
+
 def codes(call: Call) -> Iterator[str]:
     """Quantized pages."""
     for name, spec, _ in _halves(call):
@@ -251,6 +258,7 @@ def _version(capability: tuple[int, int]) -> str:
 _16_BITS = (torch.float16, torch.bfloat16)
 _GPU: tuple[Condition, ...] = (
     known_codes("int8", "fp8", "int4"),
+    near_pages_of_16_bits,
     device("cuda"),
     triton,
     channels(256),

@@ -16,12 +16,15 @@ _FP8_TENSOR = QuantSpec(CODES["fp8"], Granularity(per_head=False), dynamic=False
 FP8 = KVFormat("fp8_tensor", _FP8_TENSOR, _FP8_TENSOR, None, "one given scale a tensor")
 """vLLM's "fp8": a scale for all keys of a layer and one for its values, from the checkpoint."""
 
-OWN_NAMES = tuple(
-    f"quantpage_{name}"
-    for name, form in FORMATS.items()
-    # Given scales a head or channel are in no checkpoint that vLLM reads.
-    if form.quantized and form.dynamic
-)
+
+def _served(form: KVFormat) -> bool:
+    """Given scales a head or channel are in no checkpoint that vLLM reads; codes in planes and near
+    pages of codes are in no GPU kernel yet."""
+    known = {form.key.code.name, form.value.code.name} <= {"none", "int8", "fp8", "int4"}
+    return form.quantized and form.dynamic and known and form.near is None
+
+
+OWN_NAMES = tuple(f"quantpage_{name}" for name, form in FORMATS.items() if _served(form))
 """Names of --kv-cache-dtype that a vLLM with names of plugins' own takes."""
 
 _CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
@@ -56,7 +59,7 @@ def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVForma
             f"beside it, got {name}"
         )
     form = find_format(str(wanted))
-    if not (form.quantized and form.dynamic):
+    if not _served(form):
         known = ", ".join(each.removeprefix("quantpage_") for each in OWN_NAMES)
         raise FormatError(f"--additional-config quantpage: expected one of {known}; got {wanted!r}")
     return form

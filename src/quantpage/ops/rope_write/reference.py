@@ -53,8 +53,11 @@ def rope_write(
     v_rows = _write(v, layer.value, batch.slots)
     if batch.exact is not None and layer.exact_key is not None:
         exact = layer.exact()
-        for rows, half in ((k, exact.key), (v, exact.value)):
-            _write(finite_rows(rows, half.codes.dtype), half, batch.exact.slots)
+        for rows, half, by in ((k, exact.key, feedback), (v, exact.value, None)):
+            if half.spec.quantized:
+                _write(rows, half, batch.exact.slots, by)
+            else:
+                _write(finite_rows(rows, half.codes.dtype), half, batch.exact.slots)
     return Written(
         None if q is None or q_in is None else q.to(q_in.dtype),
         k_rows.to(k_in.dtype) if params.return_rows else None,
