@@ -90,9 +90,10 @@ def calibrated() -> str:
 
     lines = [
         [f"`{cache}`", said, *(cell(cache, kind, *column) for column in columns)]
-        for cache in ("int8", "int4")
+        for cache in ("int8", "int6", "int4", "int4_near8", "int3")
         for kind, said in kinds.items()
     ]
+    lines = [each for each in lines if set(each[2:]) != {MISSING}]
     return table(["cache", "keys", *columns.values()], lines)
 
 

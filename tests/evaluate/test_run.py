@@ -193,5 +193,6 @@ def test_the_terminals_table_cuts_no_figure(folder):
     console.print(report.to_table([row, *wide], "title"))
     said = console.export_text()
     assert "\N{HORIZONTAL ELLIPSIS}" not in said
-    for figure in ("int8_exact", "123,456", "prefill,", f"{row.kl_p99:.1e}", f"{row.top1:.1%}"):
+    figures = (f"{row.kl_p99:.1e}", f"{row.kl_max:.1e}", f"{row.top1:.1%}", f"{row.overlap:.2%}")
+    for figure in ("int8_exact", "prefill,", *figures):
         assert figure in said

@@ -87,5 +87,7 @@ def test_figures_over_several_windows():
     kl = 0.5 * math.log(2) - 0.25 * math.log(2)
     assert scores.mean_divergence == pytest.approx(kl / 4)
     assert scores.p99_divergence == pytest.approx(kl * 0.97, rel=1e-3)
+    assert scores.most_divergence == pytest.approx(kl)
+    assert scores.mean_overlap == pytest.approx(1 - 0.25 / 4)
     loss = -(math.log(0.25) + math.log(0.8) + math.log(0.25) + math.log(0.1)) / 4
     assert scores.perplexity == pytest.approx(math.exp(loss), rel=1e-6)

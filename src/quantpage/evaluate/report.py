@@ -25,8 +25,12 @@ class Row:
     kl_mean: float
     """KL divergence to the unquantized cache, nats a token."""
     kl_p99: float
+    kl_max: float
     top1: float
     """Share of tokens with the same most likely successor."""
+    overlap: float
+    """Mean share of probability that both give to the same tokens: 1 - total variation distance,
+    what sampling sees."""
     tokens: int
     """Scored tokens."""
     windows: int
@@ -54,22 +58,27 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("perplexity", lambda row: f"{row.perplexity:.3f}"),
     ("mean KL", lambda row: f"{row.kl_mean:.1e}"),
     ("p99 KL", lambda row: f"{row.kl_p99:.1e}"),
+    ("max KL", lambda row: f"{row.kl_max:.1e}"),
     ("top-1", lambda row: f"{row.top1:.1%}"),
+    ("1 - TVD", lambda row: f"{row.overlap:.2%}"),
 )
+_WIDE = {"bytes/token"}
+"""Left out on a terminal, where bits/value says it in less room."""
 
 
 def to_table(rows: Sequence[Row], title: str) -> Table:
     """For the terminal. Headings and words are broken, so that 80 columns hold every figure."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
-    for name, _ in _COLUMNS:
+    columns = [(name, show) for name, show in _COLUMNS if name not in _WIDE]
+    for name, _ in columns:
         left = name == "cache"
-        heading = name.replace("/", "/\n").replace(" ", "\n")
+        heading = name.replace("/", "/\n").replace(" ", "\n", 1)
         # A format a layer is as long as it is; figures are never broken.
         table.add_column(
             heading, justify="left" if left else "right", no_wrap=not left, overflow="fold"
         )
     for row in rows:
-        table.add_row(*(show(row).replace(", ", ",\n") for _, show in _COLUMNS))
+        table.add_row(*(show(row).replace(", ", ",\n") for _, show in columns))
     return table
 
 

@@ -81,6 +81,7 @@ class Scores:
     losses: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
     agreements: list[Tensor] = field(default_factory=list)
+    overlaps: list[Tensor] = field(default_factory=list)
 
     def add(self, window: Window, exact: Tensor, other: Tensor) -> None:
         """Take one window's log-probabilities: of the unquantized cache, and of this one."""
@@ -88,6 +89,7 @@ class Scores:
         self.losses.append(-other.gather(1, targets[:, None])[:, 0].double().cpu())
         self.divergences.append(divergence(exact, other).double().cpu())
         self.agreements.append((exact.argmax(-1) == other.argmax(-1)).cpu())
+        self.overlaps.append(overlap(exact, other).cpu())
 
     @property
     def tokens(self) -> int:
@@ -110,6 +112,16 @@ class Scores:
         return float(torch.cat(self.divergences).quantile(0.99))
 
     @property
+    def most_divergence(self) -> float:
+        """The KL of the token that differs most."""
+        return float(torch.cat(self.divergences).max())
+
+    @property
+    def mean_overlap(self) -> float:
+        """Mean share of probability that both give to the same tokens: 1 - total variation."""
+        return float(torch.cat(self.overlaps).mean())
+
+    @property
     def top1(self) -> float:
         """Share of tokens whose most likely successor is the unquantized cache's."""
         return float(torch.cat(self.agreements).double().mean())
@@ -122,6 +134,13 @@ def divergence(
     # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
     p, q = exact.double().exp(), other.double().exp()
     return (p * (exact.double() - other.double()) - p + q).sum(-1)
+
+
+def overlap(
+    exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, " tokens"]:
+    """Sum of the smaller of two probabilities: 1 - total variation distance, at most 1."""
+    return 1 - (exact.double().exp() - other.double().exp()).abs().sum(-1) / 2
 
 
 Attaching = Callable[[Any], AbstractContextManager[Callable[[], Any]]]
