@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 
 from quantpage.cli.app import run
+from tests.integrations.test_sizes import FOUR, LATENT
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu
@@ -21,6 +23,12 @@ def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
     odd.config.save_pretrained(tmp_path)
     said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", tmp_path).out
     assert "head_dim that is a multiple of 16 up to 512, got 40" in said
+
+
+def test_explain_shows_what_latent_attention_caches(quantpage, tmp_path):
+    tf.DeepseekV2Config(**{**FOUR, **LATENT}).save_pretrained(tmp_path)
+    said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", tmp_path).out
+    assert "4 query heads, 1 kv_heads, head_dim 32 (values 16), page_size 64" in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from quantpage import console, cpu_core
+from quantpage.cache import EVERYTHING
 from quantpage.cli.options import AsJson, Device
 from quantpage.explain import (
     OPS,
@@ -107,8 +108,9 @@ def _version(package: str) -> str:
 
 def _heads_in_words(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
+    value = "" if call.value_head_dim == call.head_dim else f" (values {call.value_head_dim})"
     return (
-        f"{call.q_heads} query heads, {call.kv_heads} kv_heads, head_dim {call.head_dim}, "
+        f"{call.q_heads} query heads, {call.kv_heads} kv_heads, head_dim {call.head_dim}{value}, "
         f"page_size {call.page_size}, {dtype}, {call.mask} mask"
     )
 
@@ -158,6 +160,7 @@ def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -
             "q_heads": call.q_heads,
             "kv_heads": call.kv_heads,
             "head_dim": call.head_dim,
+            "value_head_dim": call.value_head_dim,
             "page_size": call.page_size,
             "mask": call.mask,
         },
@@ -168,21 +171,19 @@ def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -
 
 def _heads(model: str) -> tuple[dict[str, Any], int]:
     """(what a model folder's configuration says of a ``Call``, its layers)."""
-    from quantpage.integrations.hf_transformers.model import (
-        load_config,
-        model_shape,
-        reaches_of,
-        refuse_unsupported,
-    )
+    from quantpage.integrations.hf_transformers.model import load_config, model_shape
+    from quantpage.integrations.hf_transformers.sizes import cache_shape
 
     config = load_config(model)
-    refuse_unsupported(config)
-    shape = model_shape(config)
+    shape = cache_shape(config)
+    # What most layers cache; multi-head latent attention one latent for all heads.
+    kept = [replace(each, reach=EVERYTHING) for each in shape.paged.values()]
+    most = max(kept, key=kept.count)
     heads = {
         "dtype": shape.dtype,
-        "q_heads": shape.q_heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "value_head_dim": shape.head_dim,
+        "q_heads": model_shape(config).q_heads,
+        "kv_heads": most.kv_heads,
+        "head_dim": most.head_dim,
+        "value_head_dim": most.value_head_dim,
     }
-    return heads, len(reaches_of(config))
+    return heads, shape.count

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantpage.cache import PageCopy, Reach
-from quantpage.cache.reach import ROLLBACK
 from quantpage.engine.scheduler import Chunk, Limits
+from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.attach import Attached
@@ -22,9 +22,6 @@ from quantpage.integrations.hf_transformers.step import Step, plan_part
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
-
-_EXACT_AN_ANSWER = 5
-"""Exact pages that an answer holds: the first, the two before, its own, and the next."""
 
 
 class StepRunner:
@@ -39,8 +36,9 @@ class StepRunner:
         self._digest: str | None = None
         self._lay_out()
         for shelf in self.memory.shelves.values():
-            exact = 0 if shelf.exact_pool is None else _EXACT_AN_ANSWER * limits.max_running
-            self.memory.make_room(shelf, self._pages(shelf.reach, limits), exact)
+            exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
+            pages = pool_pages(shelf.reach, limits, self.page_size)
+            self.memory.make_room(shelf, pages, exact)
 
     @torch.inference_mode()
     def run(self, chunks: Listed[Chunk], copies: list[tuple[Reach, PageCopy]]) -> Tensor:
@@ -94,15 +92,6 @@ class StepRunner:
         )
         self._cache.rows.clear()
         self._cache.set_length(0)
-
-    def _pages(self, reach: Reach, limits: Limits) -> int:
-        """Pages for the layers of one reach: no more than its windows can fill, twice over for
-        what is remembered."""
-        if not reach.limited:
-            return limits.pages
-        answer = -(-(reach.window + ROLLBACK) // self.page_size) + 2
-        step = -(-limits.step_tokens // self.page_size)
-        return min(limits.pages, 2 * (limits.max_running * answer + step))
 
 
 def _refuse(attached: Attached) -> None:

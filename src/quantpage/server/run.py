@@ -4,13 +4,16 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantpage import console
+from quantpage.cache.sizes import LayerPlan
 from quantpage.engine import Engine, Limits
+from quantpage.engine.sizes import fit_pages, pool_bytes, unquantized_pool_bytes
 from quantpage.server.metrics import Metrics
 from quantpage.server.options import ServeOptions
 from quantpage.server.serving import Served
@@ -92,18 +95,13 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         page_size=options.page_size,
         calibration=options.calibration,
     )
-    page, page16 = _page_bytes(model, attached)
-    running = options.max_requests or _MAX_REQUESTS
-    limits = Limits(
-        pages=_pages(options, page, context, running, device),
-        max_running=running,
-        max_waiting=options.max_waiting or _MAX_WAITING,
-        step_tokens=max(options.step_tokens or _STEP_TOKENS, running),
-    )
-    held = limits.pages * options.page_size
+    layers = _layers(model, attached)
+    limits = _limits(options, layers, context, device)
+    held, plain = pool_bytes(layers, limits), unquantized_pool_bytes(layers, limits)
     _say(
-        f"cache: {options.kv_format}, {limits.pages:,} pages = {held:,} tokens, "
-        f"{limits.pages * page / 2**20:,.0f} MiB ({limits.pages * page16 / 2**20:,.0f} in 16 bit)"
+        f"cache: {options.kv_format}, {limits.pages:,} pages = "
+        f"{limits.pages * options.page_size:,} tokens, {held / 2**20:,.0f} MiB "
+        f"({plain / 2**20:,.0f} in 16 bit)"
     )
     engine = Engine(attached, tokenizer, limits, options.prefix_cache)
     name = options.name or Path(options.model).resolve().name
@@ -117,7 +115,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         stop_tokens=frozenset([stop] if isinstance(stop, int) else stop or ()),
         vocabulary=text.vocab_size,
         defaults=_defaults(generation),
-        metrics=Metrics(name, engine, page16 - page),
+        metrics=Metrics(name, engine, (plain - held) // limits.pages),
         prefix_file=None if options.prefix_cache_file is None else Path(options.prefix_cache_file),
     )
     try:
@@ -143,31 +141,33 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _page_bytes(model: Any, attached: Any) -> tuple[int, int]:
-    """Bytes of a page in all layers, as they are held and in the model's own dtype."""
-    from dataclasses import replace
+def _layers(model: Any, attached: Any) -> list[LayerPlan]:
+    """The pages of every layer, in the dtype that the model was loaded in."""
+    from quantpage.integrations.hf_transformers.sizes import cache_shape
 
-    from quantpage.integrations.hf_transformers.model import model_shape
+    shape = replace(cache_shape(model.config), dtype=model.dtype)
+    return shape.layers(attached.formats, attached.options.page_size)
 
-    shape = replace(model_shape(model.config), dtype=model.dtype)
-    size = attached.options.page_size
-    layouts = [shape.layout(each, size) for each in attached.new_cache().formats]
-    return (
-        sum(each.bytes_per_page() for each in layouts),
-        sum(each.unquantized_bytes_per_token() * size for each in layouts),
+
+def _limits(
+    options: ServeOptions, layers: Sequence[LayerPlan], context: int, device: str
+) -> Limits:
+    """What the options and the memory allow; by default as much as every answer may need, and no
+    more than a quarter of what is free."""
+    running = options.max_requests or _MAX_REQUESTS
+    limits = Limits(
+        pages=running * -(-context // options.page_size),
+        max_running=running,
+        max_waiting=options.max_waiting or _MAX_WAITING,
+        step_tokens=max(options.step_tokens or _STEP_TOKENS, running),
     )
-
-
-def _pages(options: ServeOptions, page: int, context: int, running: int, device: str) -> int:
-    """Pages that the memory holds."""
-    memory = options.memory
-    if memory is None:
-        whole = running * -(-context // options.page_size) * page
-        memory = min(whole, _free_bytes(device) // 4)
-    pages = memory // page
-    if pages < 2:
-        raise ValueError(f"memory: expected at least two pages of {page} bytes, got {memory} bytes")
-    return pages
+    if options.memory is None:
+        return fit_pages(layers, limits, _free_bytes(device) // 4)
+    # More than all answers need is kept for prompts that were seen before.
+    growing = [each for each in layers if not each.reach.limited]
+    a_page = sum(each.layout.bytes_per_page() for each in growing)
+    most = max(limits.pages, options.memory // a_page if a_page else 0)
+    return fit_pages(layers, replace(limits, pages=most), options.memory)
 
 
 def _free_bytes(device: str) -> int:
