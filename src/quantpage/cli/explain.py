@@ -134,7 +134,19 @@ def _print_refusals(choices: Sequence[Choice]) -> None:
         for who, ops, formats in refusal.cases:
             names = "every format" if len(formats) == len(every) > 1 else ", ".join(formats)
             short = ", ".join(op.split()[-1] for op in ops)
-            console.print_line(f"  {', '.join(who)}: {short}; {names}")
+            console.print_line(f"  {_together(who)}: {short}; {names}")
+
+
+def _together(who: Sequence[str]) -> str:
+    """'gluon (decode)', 'triton (decode)' -> 'gluon, triton (decode)': what is alike once."""
+    rooms: dict[str, list[str]] = {}
+    for each in who:
+        name, _, room = each.removesuffix(")").partition(" (")
+        rooms.setdefault(name, []).append(room)
+    names: dict[str, list[str]] = {}
+    for name, of in rooms.items():
+        names.setdefault(", ".join(filter(None, of)), []).append(name)
+    return ", ".join(", ".join(alike) + (f" ({of})" if of else "") for of, alike in names.items())
 
 
 def _print_why(call: Call, op: str, as_json: bool) -> None:
