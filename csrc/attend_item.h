@@ -28,14 +28,14 @@ template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, c
   }
   const uint8_t* from = run.k;
   for (int64_t j = 0; j < RUN; j++) {
-    if constexpr (CODE == INT6 || CODE == INT3) {
-      spread_row(CODE, from, dim, s.key_bytes);
-      key_words<INT8>(s.key_bytes, dim, s.words + j * dim);
-    } else if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, dim, s.words + j * dim);
+    // All rows before the first is read: a load that spans several stores waits for them.
+    if constexpr (CODE == INT6 || CODE == INT3) spread_row(CODE, from, dim, s.key_bytes + j * dim);
+    else if constexpr (CODE == INT8 || CODE == INT4) key_words<CODE>(from, dim, s.words + j * dim);
     else key_floats<CODE>(from, dim, s.floats + j * dim);
     // Rows past the end of a short run repeat its last one.
     if (j + 1 < run.count) from += stride;
   }
+  if constexpr (CODE == INT6 || CODE == INT3) key_words<INT8>(s.key_bytes, RUN * dim, s.words);
 }
 template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
   if (s.key_dim == 128) keys_of_run<CODE, 128>(s, run, next, stride);

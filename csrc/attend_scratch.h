@@ -28,7 +28,7 @@ struct Scratch {
   float* mass;
   // Static values by channel: scale and zero over the largest scale; null where one scale is all.
   float *channel_scale, *channel_zero;
-  // Codes in planes, spread: a key's, and the tile's values'.
+  // Codes in planes, spread: a run's keys', and a tile's values'.
   uint8_t *key_bytes, *value_bytes;
   // What is known of the codes of the tile's value rows.
   Content* content;
@@ -80,7 +80,7 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   const bool channels = s.value_words && by_channel(value);
   for (float** each : {&s.channel_scale, &s.channel_zero}) take(*each, channels ? s.value_dim : 0);
   if (!channels) s.channel_scale = s.channel_zero = nullptr;
-  take(s.key_bytes, s.key_words && planed(key.code) ? s.key_dim : 0);
+  take(s.key_bytes, s.key_words && planed(key.code) ? RUN * s.key_dim : 0);
   take(s.value_bytes, s.value_words && planed(value.code) ? TILE * s.value_dim : 0);
   take(s.content, TILE);
   take(s.acc, s.padded * s.width);

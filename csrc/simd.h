@@ -249,18 +249,29 @@ static inline vf fold_halves(vf v) {
 static inline bool planed(int64_t code) { return code == INT6 || code == INT3; }
 // What such a row is read as once it is spread.
 static inline int64_t spread_code(int64_t code) { return planed(code) ? INT8 : code; }
-// Codes of a row as bytes: 8-bit operations on neighbours, which the compiler does a vector at a time.
-template <int64_t BITS, int64_t LOW> static inline void spread_planes(const uint8_t* row, int64_t dim, uint8_t* out) {
-  constexpr int64_t HIGH = BITS - LOW, LOWS = 8 / LOW, HIGHS = 8 / HIGH;
-  const int64_t low_bytes = dim / LOWS, high_bytes = dim / HIGHS;
-  const uint8_t* high = row + low_bytes;
-  for (int64_t j = 0; j < LOWS; j++)
-    for (int64_t b = 0; b < low_bytes; b++) out[j * low_bytes + b] = (uint8_t)(row[b] >> j * LOW & ((1 << LOW) - 1));
-  for (int64_t j = 0; j < HIGHS; j++)
-    for (int64_t b = 0; b < high_bytes; b++) {
-      const uint8_t top = (uint8_t)((high[b] >> j * HIGH & ((1 << HIGH) - 1)) << LOW);
-      out[j * high_bytes + b] = (uint8_t)((out[j * high_bytes + b] | top) - (1 << (BITS - 1)));
-    }
+typedef uint64_t two_words __attribute__((vector_size(16)));
+template <class V> INLINE V repeated(uint8_t byte) { return (V)(V{} + 0x0101010101010101u * (uint64_t)byte); }
+// Codes of a row as bytes, as many of the high plane's bytes at a time as V has. Block j of the channels
+// lies in bits j * HIGH of the high plane, and in bits j / 2 * LOW of one half of the low plane.
+template <int BITS, int LOW, class V> INLINE void spread_piece(const uint8_t* row, int64_t block, int64_t b, uint8_t* out) {
+  constexpr int HIGH = BITS - LOW, BLOCKS = 8 / HIGH;
+  constexpr uint8_t HALF = 1 << (BITS - 1), SIGN = 0x80;
+  const V low[2] = {load<V>(row + b), load<V>(row + block + b)}, high = load<V>(row + 2 * block + b);
+  UNROLL for (int j = 0; j < BLOCKS; j++) {
+    const V bottom = (V)((V)(low[j % 2] >> (j / 2 * LOW)) & repeated<V>((1 << LOW) - 1));
+    const V top = (V)((V)((V)(high >> (j * HIGH)) & repeated<V>((1 << HIGH) - 1)) << LOW);
+    // Less half the range in every byte; the sign bit, which no code has, keeps borrows apart.
+    const V code = (V)((V)((V)(bottom | top | repeated<V>(SIGN)) - repeated<V>(HALF)) ^ repeated<V>(SIGN));
+    store(out + j * block + b, code);
+  }
+}
+template <int BITS, int LOW> static inline void spread_planes(const uint8_t* row, int64_t dim, uint8_t* out) {
+  const int64_t block = dim * (BITS - LOW) / 8;
+  int64_t b = 0;
+  for (; b + 16 <= block; b += 16) spread_piece<BITS, LOW, two_words>(row, block, b, out);
+  for (; b + 8 <= block; b += 8) spread_piece<BITS, LOW, uint64_t>(row, block, b, out);
+  for (; b + 4 <= block; b += 4) spread_piece<BITS, LOW, uint32_t>(row, block, b, out);
+  for (; b + 2 <= block; b += 2) spread_piece<BITS, LOW, uint16_t>(row, block, b, out);
 }
 static inline void spread_row(int64_t code, const uint8_t* row, int64_t dim, uint8_t* out) {
   if (code == INT6) spread_planes<6, 4>(row, dim, out);
