@@ -13,7 +13,6 @@ time a visible pair, ``a_tile`` a visited tile, with the causal mask's in the sa
 """
 
 import gc
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import triton
 
 from quantpage.bench import mask_flex
+from quantpage.bench.cases import last_queries
 from quantpage.bench.mask_kinds import (
     GROUP,
     HEAD_DIM,
@@ -37,7 +37,7 @@ from quantpage.bench.mask_kinds import (
     make,
     visible_pairs,
 )
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.measure import RowPrinter, current_commit, graph_us, write_table
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.decode import triton as triton_decode
@@ -57,7 +57,6 @@ DECODE = (16, 8192)
 """Requests and context of a decode or verification step."""
 TREE = (-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7)
 """A draft tree: what each of its nodes continues."""
-L2_BYTES = 2**28
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -90,38 +89,13 @@ def row_of(kind: str, made: Made, who: tuple[str, str], us: float, pairs: int, *
     return Row(kind, *shape, *who, round(us, 1), pairs, tflops, **more)
 
 
-def graph_us(run: Callable[[], object]) -> float:
-    """Median time of replays of ``run`` in a CUDA graph, L2 cleared before each."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
-    others = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    times = [_replay_us(graph, others)]
-    # About 60 ms in all, at least three.
-    times += [_replay_us(graph, others) for _ in range(min(200, max(3, int(6e4 / times[0]))))]
-    return statistics.median(times[1:])
-
-
-def _replay_us(graph: torch.cuda.CUDAGraph, others: torch.Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    others.zero_()
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
 def check(name: str, mask: ColumnIntervals, made: Made) -> None:
     """Both implementations against dense attention, whole and for the last 333 queries."""
     n = made.q.shape[0]
     wanted = dense_attention(made, mask.materialize(torch.arange(n), n).cuda())
     params = AttendParams(SCALE, mask)
     new = min(n, 333)
-    starts = torch.tensor([0, new], dtype=torch.int32, device="cuda")
-    tail = replace(made.batch, query_starts=starts, query_lens=(new,))
+    tail = last_queries(made.batch, new)
     for attend in (gluon_flash_mask.attend, triton_flash_mask.attend):
         for first, step in ((0, made.batch), (n - new, tail)):
             out, _ = attend(made.q[first:], made.layer, step, params)

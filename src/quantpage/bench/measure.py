@@ -18,6 +18,8 @@ import torch
 COLD_BYTES = 400_000_000
 """What the layers of a graph read together: several times an H200's 60 MB of L2."""
 
+L2_BYTES = 2**28
+"""More than any L2: filled before a call that is to find nothing there."""
 GRAPH_CALLS = 32
 """Calls in a timed graph, at least: the layers of a model's step."""
 
@@ -101,6 +103,30 @@ def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) ->
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
     return statistics.median(times) / (turns * calls)
+
+
+def graph_us(run: Callable[[], object]) -> float:
+    """Median time of replays of ``run`` in a CUDA graph, L2 cleared before each."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    torch.cuda.synchronize()
+    others = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    times = [_replay_us(graph, others)]
+    # About 60 ms in all, at least three.
+    times += [_replay_us(graph, others) for _ in range(min(200, max(3, int(6e4 / times[0]))))]
+    return statistics.median(times[1:])
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph, others: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    others.zero_()
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def copy_bandwidth() -> float:

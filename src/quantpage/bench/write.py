@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import plan_batch
-from quantpage.bench.decode import Case, cache_bytes, make_layer
+from quantpage.bench.cases import Case, cache_bytes, make_layer
 from quantpage.bench.measure import COLD_BYTES, Row, environment, graph_microseconds
 from quantpage.cache.views import LayerKV
 from quantpage.formats import FORMATS
