@@ -1,4 +1,4 @@
-"""What the portable attention kernels share: rows of pages, scores, the running softmax, its end.
+"""What the portable attention kernels share: a tile of keys from pages to the running softmax.
 
 Codes become float16 exactly; what they are multiplied by enters where it costs least:
 
@@ -6,8 +6,12 @@ Codes become float16 exactly; what they are multiplied by enters where it costs 
     value scale, zero    a token and kv_head: the probability; a channel: the output, afterwards
     several a row        on the numbers themselves, in float32
 
-K_SCALED, V_SCALED: 0 no scale, 1 one a token, 2 one a channel (static), 3 several a row.
+Records hold what goes together through the functions. Triton takes a record that was given a name
+for numbers of the device throughout, so that constants stay constants only in one that is handed
+on where it is made: kernels call a function with their halves for all that follows.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,19 +20,63 @@ from quantpage.ops.triton.codes import to_float16
 from quantpage.ops.triton.common import A_TOKEN, INT4, LN2, NONE, SEVERAL, STATIC
 
 
+class Half(NamedTuple):
+    """K or V of one kv_head."""
+
+    codes: Any
+    scale: Any
+    zero: Any
+    page: Any
+    """From page to page, in elements of codes."""
+    scale_page: Any
+    """The same of scales and zeros."""
+    D: tl.constexpr
+    """Channels."""
+    DP: tl.constexpr
+    """Channels of a tile, a power of two."""
+    CODE: tl.constexpr
+    SCALED: tl.constexpr
+    """Owner of scales: NO_SCALES, A_TOKEN, STATIC or SEVERAL (ops/operand)."""
+    ZERO: tl.constexpr
+    GROUPS: tl.constexpr
+    """Scales a row."""
+
+
+class Rows(NamedTuple):
+    """The running softmax of a tile's query rows."""
+
+    acc: Any
+    """Output so far, [rows, channels]."""
+    top: Any
+    """Largest score, per log2."""
+    mass: Any
+    """Sum of probabilities, 2**SHIFT at the largest score."""
+    zeros: Any
+    """Sum of probabilities times the values' zeros."""
+
+
+class Scoring(NamedTuple):
+    """How scores become probabilities."""
+
+    scale: Any
+    """Of scores, for exp2; under a cap what tanh is made of (params.exponent_scale)."""
+    cap: Any
+    SOFTCAP: tl.constexpr
+    SHIFT: tl.constexpr
+    """log2 of the largest probability: keeps small ones out of float16's subnormals."""
+    OLD: tl.constexpr
+    """No e4m3 conversion instruction (before sm_89)."""
+
+
 @triton.jit
-def _rows_of(
-    codes, scale, zero, code_at, scale_at, shown, D: tl.constexpr, DP: tl.constexpr,
-    CODE: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
-    MASKED: tl.constexpr, OLD: tl.constexpr,
-):  # fmt: skip
+def _numbers(half, code_at, scale_at, shown, MASKED: tl.constexpr, OLD: tl.constexpr):
     """A tile of numbers [BN, DP], float16 or the cache's own dtype; hidden rows are 0."""
-    W: tl.constexpr = DP // 2 if CODE == INT4 else DP
-    FULL: tl.constexpr = D // 2 if CODE == INT4 else D
+    W: tl.constexpr = half.DP // 2 if half.CODE == INT4 else half.DP
+    FULL: tl.constexpr = half.D // 2 if half.CODE == INT4 else half.D
     channel = tl.arange(0, W)
-    at = codes + code_at[:, None] + channel[None, :]
+    at = half.codes + code_at[:, None] + channel[None, :]
     # A nibble of 8 is the number 0.
-    other: tl.constexpr = 0x88 if CODE == INT4 else 0
+    other: tl.constexpr = 0x88 if half.CODE == INT4 else 0
     if MASKED and FULL < W:
         number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
     elif MASKED:
@@ -37,15 +85,15 @@ def _rows_of(
         number = tl.load(at, (channel < FULL)[None, :], other)
     else:
         number = tl.load(at)
-    if CODE != NONE:
-        number = to_float16(number, CODE, OLD)
-    if SCALED == SEVERAL:
-        channel = tl.arange(0, DP)
-        keep = shown[:, None] & (channel < D)[None, :]
-        own = scale_at[:, None] + (channel // (D // GROUPS))[None, :]
-        number = number.to(tl.float32) * tl.load(scale + own, keep, 0.0).to(tl.float32)
-        if ZERO:
-            number += tl.load(zero + own, keep, 0.0).to(tl.float32)
+    if half.CODE != NONE:
+        number = to_float16(number, half.CODE, OLD)
+    if half.SCALED == SEVERAL:
+        channel = tl.arange(0, half.DP)
+        keep = shown[:, None] & (channel < half.D)[None, :]
+        own = scale_at[:, None] + (channel // (half.D // half.GROUPS))[None, :]
+        number = number.to(tl.float32) * tl.load(half.scale + own, keep, 0.0).to(tl.float32)
+        if half.ZERO:
+            number += tl.load(half.zero + own, keep, 0.0).to(tl.float32)
         number = number.to(tl.float16)
     return number
 
@@ -60,117 +108,154 @@ def _column(plane, at, shown, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
-    q_at, keep_rows, k_scale, k_zero, D: tl.constexpr, DP: tl.constexpr, K_SCALED: tl.constexpr,
-    K_ZERO: tl.constexpr, K_GROUPS: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
+def load_queries(q_at, keep_rows, k, OPERAND: tl.constexpr):
     """Queries [BM, DP] as an operand, and what a key's zero is multiplied by, a row.
 
-    q_at: pointers to the rows.
+    q_at: pointers to the rows. k: the keys' half.
     """
-    channel = tl.arange(0, DP)
-    inside = channel < D
+    channel = tl.arange(0, k.DP)
+    inside = channel < k.D
     q = tl.load(q_at[:, None] + channel[None, :], keep_rows[:, None] & inside[None, :], 0.0)
     # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
     q = tl.where(tl.abs(q.to(tl.float32)) < float("inf"), q, float("nan"))
     q_sum = tl.zeros([q.shape[0]], tl.float32)
-    if K_SCALED == STATIC:
-        own = channel // (D // K_GROUPS)
+    if k.SCALED == STATIC:
+        own = channel // (k.D // k.GROUPS)
         q = q.to(tl.float32)
-        if K_ZERO:
-            q_sum = tl.sum(q * tl.load(k_zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
-        q *= tl.load(k_scale + own, inside, 0.0).to(tl.float32)[None, :]
+        if k.ZERO:
+            q_sum = tl.sum(q * tl.load(k.zero + own, inside, 0.0).to(tl.float32)[None, :], 1)
+        q *= tl.load(k.scale + own, inside, 0.0).to(tl.float32)[None, :]
     q = q.to(OPERAND)
-    if K_SCALED == A_TOKEN and K_ZERO:
+    if k.SCALED == A_TOKEN and k.ZERO:
         q_sum = tl.sum(q.to(tl.float32), 1)
     return q, q_sum
 
 
 @triton.jit
-def scores(
-    q, q_sum, codes, k_scale, k_zero, code_at, scale_at, shown, scale, cap, D: tl.constexpr,
-    DP: tl.constexpr, K_CODE: tl.constexpr, K_SCALED: tl.constexpr, K_ZERO: tl.constexpr,
-    K_GROUPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, OLD: tl.constexpr,
-):  # fmt: skip
-    """Scores [BM, BN] and what is left to multiply them by, in the exponent's multiply-add."""
-    k = _rows_of(
-        codes, k_scale, k_zero, code_at, scale_at, shown, D, DP, K_CODE, K_SCALED, K_ZERO,
-        K_GROUPS, MASKED, OLD,
+def find_rows(
+    table, key0, keys, shown, SLOTS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr
+):
+    """Page and slot of each of a tile's keys, and which of ``shown`` have a page.
+
+    SLOTS: keys a page. A tile inside one page looks it up once.
+    """
+    if SLOTS % BN == 0:
+        page = tl.load(table + key0 // SLOTS).to(tl.int64)
+        slot = key0 % SLOTS + tl.arange(0, BN)
+    elif MASKED:
+        page = tl.load(table + keys // SLOTS, shown, -1).to(tl.int64)
+        slot = keys % SLOTS
+    else:
+        page = tl.load(table + keys // SLOTS).to(tl.int64)
+        slot = keys % SLOTS
+    if MASKED:
+        # -1: an exact page that is not kept.
+        shown = shown & (page >= 0)
+        page = tl.maximum(page, 0)
+    return page, slot, shown
+
+
+@triton.jit
+def attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED: tl.constexpr):
+    """One tile of keys and values into the running softmax.
+
+    shown: keys that exist. seen: which pairs the mask shows, if MASKED.
+    """
+    K_ROW: tl.constexpr = k.D // 2 if k.CODE == INT4 else k.D
+    V_ROW: tl.constexpr = v.D // 2 if v.CODE == INT4 else v.D
+    if MASKED:
+        # A slot that no row sees may hold NaN: it is not loaded.
+        shown = tl.max(seen.to(tl.int32), 0) > 0
+    s, rest = _scores(
+        q, q_sum, k, page * k.page + slot * K_ROW, page * k.scale_page + slot * k.GROUPS, shown,
+        scoring, MASKED,
     )  # fmt: skip
-    s = tl.dot(q, k.T, input_precision="ieee")
-    rest = scale
-    if K_SCALED == A_TOKEN:
-        s *= (_column(k_scale, scale_at, shown, MASKED) * scale)[None, :]
-        if K_ZERO:
-            own = _column(k_zero, scale_at, shown, MASKED) * scale
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    return _accumulate(
+        rows, s, rest, v, page * v.page + slot * V_ROW, page * v.scale_page + slot * v.GROUPS,
+        shown, seen, scoring, MASKED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scores(q, q_sum, k, code_at, scale_at, shown, scoring, MASKED: tl.constexpr):
+    """Scores [BM, BN] and what is left to multiply them by, in the exponent's multiply-add."""
+    numbers = _numbers(k, code_at, scale_at, shown, MASKED, scoring.OLD)
+    s = tl.dot(q, numbers.T, input_precision="ieee")
+    rest = scoring.scale
+    if k.SCALED == A_TOKEN:
+        s *= (_column(k.scale, scale_at, shown, MASKED) * scoring.scale)[None, :]
+        if k.ZERO:
+            own = _column(k.zero, scale_at, shown, MASKED) * scoring.scale
             s += own[None, :] * q_sum[:, None]
         rest = 1.0
-    elif K_SCALED == STATIC and K_ZERO:
+    elif k.SCALED == STATIC and k.ZERO:
         s += q_sum[:, None]
-    if SOFTCAP:
-        s = cap - 2.0 * cap / (1.0 + tl.exp2(s * rest))
+    if scoring.SOFTCAP:
+        s = scoring.cap - 2.0 * scoring.cap / (1.0 + tl.exp2(s * rest))
         rest = 1.0
     return s, rest
 
 
 @triton.jit
-def accumulate(
-    acc, m, mass, zeros, s, rest, codes, v_scale, v_zero, code_at, scale_at, shown, seen,
-    DV: tl.constexpr, DVP: tl.constexpr, V_CODE: tl.constexpr, V_SCALED: tl.constexpr,
-    V_ZERO: tl.constexpr, V_GROUPS: tl.constexpr, MASKED: tl.constexpr, SHIFT: tl.constexpr,
-    OLD: tl.constexpr,
-):  # fmt: skip
-    """One tile of scores and its values into the running output, maximum, mass and zeros.
-
-    seen: which pairs the mask shows, if MASKED; shown: the keys that some row sees.
-    """
-    m_new = tl.maximum(m, tl.max(s, 1) * rest)
-    shift = m_new - SHIFT
+def _accumulate(rows, s, rest, v, code_at, scale_at, shown, seen, scoring, MASKED: tl.constexpr):
+    """Scores and their values into the running softmax."""
+    acc, top, mass, zeros = rows
+    new_top = tl.maximum(top, tl.max(s, 1) * rest)
+    shift = new_top - scoring.SHIFT
     if MASKED:
-        shift = tl.where(m_new == -float("inf"), 0.0, shift)
+        # Of a row that has seen no key yet: -inf less -inf is no number.
+        shift = tl.where(new_top == -float("inf"), 0.0, shift)
     p = tl.exp2(s * rest - shift[:, None])
-    alpha = tl.exp2(m - SHIFT - shift)
+    alpha = tl.exp2(top - scoring.SHIFT - shift)
     mass = mass * alpha + tl.sum(p, 1)
     acc *= alpha[:, None]
-    v = _rows_of(
-        codes, v_scale, v_zero, code_at, scale_at, shown, DV, DVP, V_CODE, V_SCALED, V_ZERO,
-        V_GROUPS, MASKED, OLD,
-    )  # fmt: skip
-    if V_SCALED == A_TOKEN:
-        if V_ZERO:
-            offset = p * _column(v_zero, scale_at, shown, MASKED)[None, :]
+    # Loaded only now: before, registers hold the scores.
+    numbers = _numbers(v, code_at, scale_at, shown, MASKED, scoring.OLD)
+    if v.SCALED == A_TOKEN:
+        if v.ZERO:
+            offset = p * _column(v.zero, scale_at, shown, MASKED)[None, :]
             if MASKED:
                 offset = tl.where(seen, offset, 0.0)
             zeros = zeros * alpha + tl.sum(offset, 1)
-        p *= _column(v_scale, scale_at, shown, MASKED)[None, :]
+        p *= _column(v.scale, scale_at, shown, MASKED)[None, :]
         if MASKED:
             p = tl.where(seen, p, 0.0)
-    if MASKED and (V_CODE == NONE or V_SCALED == SEVERAL):
+    if MASKED and (v.CODE == NONE or v.SCALED == SEVERAL):
         # A value that is not finite reaches the rows that see it, through their own weight of it:
         # in the product it would reach all of them, as 0 times NaN is NaN.
-        bad = tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
-        v = tl.where(bad[:, None], 0.0, v)
+        bad = tl.max((tl.abs(numbers.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
+        numbers = tl.where(bad[:, None], 0.0, numbers)
         p = tl.where(seen & bad[None, :], float("nan"), p)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, m_new, mass, zeros
+    acc = tl.dot(p.to(numbers.dtype), numbers, acc, input_precision="ieee")
+    return Rows(acc, new_top, mass, zeros)
 
 
 @triton.jit
-def finish(
-    acc, m, mass, zeros, sink_mass, v_scale, v_zero, DV: tl.constexpr, DVP: tl.constexpr,
-    V_SCALED: tl.constexpr, V_ZERO: tl.constexpr, V_GROUPS: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
+def finish(rows, sink_mass, v, SHIFT: tl.constexpr):
     """Output [BM, DVP] and natural log-sum-exp; sink_mass: what a sink logit is of the mass."""
+    acc, top, mass, zeros = rows
     total = tl.where(mass == 0.0, 1.0, mass)
-    lse = tl.where(mass == 0.0, -float("inf"), (m - SHIFT + tl.log2(total)) * LN2)
+    lse = tl.where(mass == 0.0, -float("inf"), (top - SHIFT + tl.log2(total)) * LN2)
     acc = (acc + zeros[:, None]) / total[:, None]
-    if V_SCALED == STATIC:
-        channel = tl.arange(0, DVP)
-        inside = channel < DV
-        own = channel // (DV // V_GROUPS)
-        acc *= tl.load(v_scale + own, inside, 0.0).to(tl.float32)[None, :]
-        if V_ZERO:
+    if v.SCALED == STATIC:
+        channel = tl.arange(0, v.DP)
+        inside = channel < v.D
+        own = channel // (v.D // v.GROUPS)
+        acc *= tl.load(v.scale + own, inside, 0.0).to(tl.float32)[None, :]
+        if v.ZERO:
             # A sink logit has no value: the zero belongs to what the keys alone weigh.
             weight = tl.where(mass == 0.0, 0.0, 1.0) - sink_mass / total
-            acc += weight[:, None] * tl.load(v_zero + own, inside, 0.0).to(tl.float32)[None, :]
+            acc += weight[:, None] * tl.load(v.zero + own, inside, 0.0).to(tl.float32)[None, :]
     return acc, lse
+
+
+@triton.jit
+def store_rows(out, lse_to, at, keep, acc, lse, v):
+    """at: the rows' places among [tokens, q_heads]. lse_to: None where nobody reads it."""
+    channel = tl.arange(0, v.DP)
+    to = out + at[:, None] * v.D + channel[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), keep[:, None] & (channel < v.D)[None, :])
+    if lse_to is not None:
+        tl.store(lse_to + at, lse, keep)

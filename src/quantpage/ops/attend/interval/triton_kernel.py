@@ -8,13 +8,24 @@ programs, whose results are merged by log-sum-exp.
 flash/triton_parts says how codes and scales enter.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.flash.triton_parts import accumulate, finish, load_queries, scores
+from quantpage.ops.attend.flash.triton_parts import (
+    Half,
+    Rows,
+    Scoring,
+    attend_tile,
+    find_rows,
+    finish,
+    load_queries,
+    store_rows,
+)
 from quantpage.ops.attend.interval.triton_plan import hidden_rows, visible_range
 from quantpage.ops.attend.triton_segments import BODY_KEYS, EXACT_KEYS, exact_pairs
-from quantpage.ops.triton.common import INT4, LOG2E
+from quantpage.ops.triton.common import LOG2E
 
 
 @triton.jit
@@ -52,105 +63,93 @@ def _seen(
     return seen
 
 
+class Listed(NamedTuple):
+    """A query tile's list of key tiles, and the mask of its pairs."""
+
+    visits: Any
+    """Full tiles from the front, partial ones from the back."""
+    capacity: Any
+    mask: Any
+    width: Any
+    described: Any
+    length: Any
+    positions: Any
+    valid: Any
+    """Rows of the request."""
+    context: Any
+    PAGE: tl.constexpr
+    VECTORS: tl.constexpr
+    CAUSAL: tl.constexpr
+    RANGES: tl.constexpr
+    SEGMENT: tl.constexpr
+
+
 @triton.jit
 def _visit(
-    acc,
-    m,
-    mass,
-    zeros,
-    q,
-    q_sum,
-    positions,
-    valid,
-    context,
-    begin,
-    stop,
-    visits,
-    capacity,
-    mask,
-    width,
-    described,
-    length,
-    table,
-    k_codes,
-    k_scale,
-    k_zero,
-    v_codes,
-    v_scale,
-    v_zero,
-    k_page,
-    v_page,
-    ks_page,
-    vs_page,
-    scale,
-    cap,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    DP: tl.constexpr,
-    DVP: tl.constexpr,
-    BN: tl.constexpr,
-    PAGE: tl.constexpr,
-    K_CODE: tl.constexpr,
-    V_CODE: tl.constexpr,
-    K_SCALED: tl.constexpr,
-    V_SCALED: tl.constexpr,
-    K_ZERO: tl.constexpr,
-    V_ZERO: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANGES: tl.constexpr,
-    MASKED: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SHIFT: tl.constexpr,
-    OLD: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    rows, q, q_sum, k, v, table, begin, stop, listed, scoring, BN: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Visits begin..stop of the list: full tiles from its front, partial ones from its back."""
-    K_ROW: tl.constexpr = D // 2 if K_CODE == INT4 else D
-    V_ROW: tl.constexpr = DV // 2 if V_CODE == INT4 else DV
     for visit in tl.range(begin, stop, num_stages=STAGES):
-        tile = tl.load(visits + (capacity - 1 - visit if MASKED else visit))
-        keys = tile * BN + tl.arange(0, BN)
-        shown = keys < context
-        if PAGE % BN == 0:
-            page = tl.load(table + tile * BN // PAGE).to(tl.int64)
-            slot = tile * BN % PAGE + tl.arange(0, BN)
-        elif MASKED:
-            page = tl.load(table + keys // PAGE, shown, -1).to(tl.int64)
-            slot = keys % PAGE
-        else:
-            page = tl.load(table + keys // PAGE).to(tl.int64)
-            slot = keys % PAGE
+        tile = tl.load(listed.visits + (listed.capacity - 1 - visit if MASKED else visit))
+        key0 = tile * BN
+        keys = key0 + tl.arange(0, BN)
+        shown = keys < listed.context
+        page, slot, shown = find_rows(table, key0, keys, shown, listed.PAGE, BN, MASKED)
         seen = shown
         if MASKED:
-            # -1: an exact page that is not kept.
-            shown = shown & (page >= 0)
-            page = tl.maximum(page, 0)
-            seen = _seen(mask, width, described, length, positions, keys, VECTORS, CAUSAL, RANGES)
-            seen &= shown[None, :] & valid[:, None]
-            near = exact_pairs(positions[:, None], keys[None, :], PAGE)
-            if SEGMENT == BODY_KEYS:
+            seen = _seen(
+                listed.mask, listed.width, listed.described, listed.length, listed.positions, keys,
+                listed.VECTORS, listed.CAUSAL, listed.RANGES,
+            )  # fmt: skip
+            seen &= shown[None, :] & listed.valid[:, None]
+            near = exact_pairs(listed.positions[:, None], keys[None, :], listed.PAGE)
+            if listed.SEGMENT == BODY_KEYS:
                 seen &= ~near
-            if SEGMENT == EXACT_KEYS:
+            if listed.SEGMENT == EXACT_KEYS:
                 seen &= near
-            # A slot that no row sees may hold NaN: it is not loaded.
-            shown = tl.max(seen.to(tl.int32), 0) > 0
-        s, rest = scores(
-            q, q_sum, k_codes, k_scale, k_zero, page * k_page + slot * K_ROW,
-            page * ks_page + slot * K_GROUPS, shown, scale, cap, D, DP, K_CODE, K_SCALED, K_ZERO,
-            K_GROUPS, MASKED, SOFTCAP, OLD,
+        rows = attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED)
+    return rows
+
+
+@triton.jit
+def _attend_list(
+    q_at, token, q_index, kv_heads, split, part, begin, stop, full_count, table, k, v, listed,
+    scoring, out_ptr, lse_ptr, sinks_ptr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SINKS: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Visits begin..stop of a list for one kv_head.
+
+    q_at: the rows' queries, of token and q_index. part: from one split's results to the next's.
+    """
+    q, q_sum = load_queries(q_at, listed.valid, k, OPERAND)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    zeros = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, v.DP], tl.float32)
+    if SINKS:
+        # One key of the softmax: it enters one split.
+        sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
+        sink = tl.where(split == 0, sink, -float("inf"))
+        top = sink
+        mass = tl.where(split == 0, 2.0**scoring.SHIFT, 0.0) + mass
+    running = Rows(acc, top, mass, zeros)
+    for masked in tl.static_range(2):
+        if masked == 0:
+            low, high = begin, tl.minimum(stop, full_count)
+        else:
+            low, high = tl.maximum(begin, full_count) - full_count, stop - full_count
+        running = _visit(
+            running, q, q_sum, k, v, table, low, high, listed, scoring, BN, masked == 1,
+            STAGES if masked == 0 else 1,
         )  # fmt: skip
-        if MASKED:
-            s = tl.where(seen, s, -float("inf"))
-        acc, m, mass, zeros = accumulate(
-            acc, m, mass, zeros, s, rest, v_codes, v_scale, v_zero, page * v_page + slot * V_ROW,
-            page * vs_page + slot * V_GROUPS, shown, seen, DV, DVP, V_CODE, V_SCALED, V_ZERO,
-            V_GROUPS, MASKED, SHIFT, OLD,
-        )  # fmt: skip
-    return acc, m, mass, zeros
+
+    sink_mass = running.mass * 0.0
+    if SINKS:
+        sink_mass = tl.where(split == 0, tl.exp2(sink - running.top + scoring.SHIFT), 0.0)
+    acc, lse = finish(running, sink_mass, v, scoring.SHIFT)
+    at = split.to(tl.int64) * part + token.to(tl.int64) * (kv_heads * G) + q_index
+    store_rows(out_ptr, lse_ptr, at, listed.valid, acc, lse, v)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "splits", "width", "capacity", "table_row", "part"])
@@ -250,95 +249,22 @@ def flash_mask_kernel(
     k_zero += head.to(tl.int64) * ks_head
     v_scale += head.to(tl.int64) * vs_head
     v_zero += head.to(tl.int64) * vs_head
-
     rows = row0 + tl.arange(0, BM)
     valid = rows < new * G
     positions = context - new + rows // G
     token = token0 + rows // G
     q_index = head * G + rows % G
     at = q_ptr + token.to(tl.int64) * q_token + q_index.to(tl.int64) * q_head
-    q, q_sum = load_queries(at, valid, k_scale, k_zero, D, DP, K_SCALED, K_ZERO, K_GROUPS, OPERAND)
-
-    m = tl.full([BM], -float("inf"), tl.float32)
-    mass = tl.zeros([BM], tl.float32)
-    zeros = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DVP], tl.float32)
-    if SINKS:
-        # One key of the softmax: it enters one split.
-        sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
-        sink = tl.where(split == 0, sink, -float("inf"))
-        m = sink
-        mass = tl.where(split == 0, 2.0**SHIFT, 0.0) + mass
-    for masked in tl.static_range(2):
-        if masked == 0:
-            low, high = begin, tl.minimum(stop, full_count)
-        else:
-            low, high = tl.maximum(begin, full_count) - full_count, stop - full_count
-        acc, m, mass, zeros = _visit(
-            acc,
-            m,
-            mass,
-            zeros,
-            q,
-            q_sum,
-            positions,
-            valid,
-            context,
-            low,
-            high,
-            visits,
-            capacity,
-            mask,
-            width,
-            described,
-            length,
-            table,
-            k_codes,
-            k_scale,
-            k_zero,
-            v_codes,
-            v_scale,
-            v_zero,
-            k_page,
-            v_page,
-            ks_page,
-            vs_page,
-            scale,
-            cap,
-            D,
-            DV,
-            DP,
-            DVP,
-            BN,
-            PAGE,
-            K_CODE,
-            V_CODE,
-            K_SCALED,
-            V_SCALED,
-            K_ZERO,
-            V_ZERO,
-            K_GROUPS,
-            V_GROUPS,
-            VECTORS,
-            CAUSAL,
-            RANGES,
-            masked == 1,
-            SEGMENT,
-            SOFTCAP,
-            SHIFT,
-            OLD,
-            STAGES if masked == 0 else 1,
-        )
-
-    sink_mass = mass * 0.0
-    if SINKS:
-        sink_mass = tl.where(split == 0, tl.exp2(sink - m + SHIFT), 0.0)
-    acc, lse = finish(
-        acc, m, mass, zeros, sink_mass, v_scale, v_zero, DV, DVP, V_SCALED, V_ZERO, V_GROUPS, SHIFT
-    )
-    channel = tl.arange(0, DVP)
-    at = split.to(tl.int64) * part + token.to(tl.int64) * (kv_heads * G) + q_index
-    to = out_ptr + at[:, None] * DV + channel[None, :]
-    tl.store(to, acc.to(out_ptr.dtype.element_ty), valid[:, None] & (channel < DV)[None, :])
-    if lse_ptr is not None:
-        tl.store(lse_ptr + at, lse, valid)
+    _attend_list(
+        at, token, q_index, kv_heads, split, part, begin, stop, full_count, table,
+        Half(k_codes, k_scale, k_zero, k_page, ks_page, D, DP, K_CODE, K_SCALED, K_ZERO, K_GROUPS),
+        Half(
+            v_codes, v_scale, v_zero, v_page, vs_page, DV, DVP, V_CODE, V_SCALED, V_ZERO, V_GROUPS
+        ),
+        Listed(
+            visits, capacity, mask, width, described, length, positions, valid, context, PAGE,
+            VECTORS, CAUSAL, RANGES, SEGMENT,
+        ),
+        Scoring(scale, cap, SOFTCAP, SHIFT, OLD), out_ptr, lse_ptr, sinks_ptr, G, BM, BN, SINKS,
+        STAGES, OPERAND,
+    )  # fmt: skip
