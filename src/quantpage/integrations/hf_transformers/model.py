@@ -37,6 +37,7 @@ REFUSED: dict[str, str] = {
     "doge": "its attention learns a mask that is no function of positions",
     "inkling2": "its attention chooses keys by arguments that are not in the mask",
     "moshi": "it declares a sliding window that its depth decoder does not follow",
+    "prophetnet": "its cache takes a prompt of one token, and its decoding reads padding",
 }
 """model_type -> why its cache cannot be kept in quantized pages."""
 
