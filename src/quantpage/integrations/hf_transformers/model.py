@@ -38,6 +38,7 @@ REFUSED: dict[str, str] = {
     "inkling2": "its attention chooses keys by arguments that are not in the mask",
     "moshi": "it declares a sliding window that its depth decoder does not follow",
     "prophetnet": "its cache takes a prompt of one token, and its decoding reads padding",
+    "xlm": "its body makes a cache of its own, beside the one that it is given",
 }
 """model_type -> why its cache cannot be kept in quantized pages."""
 
