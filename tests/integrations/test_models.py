@@ -1,4 +1,4 @@
-"""A dozen families of scripts/sweep_models.py: what each does attached, and that it says so."""
+"""Some families of scripts/sweep_models.py: what each does attached, and that it says so."""
 
 import subprocess
 import sys
@@ -17,6 +17,7 @@ EXPECTED = {
     ("causal", "gpt_oss"): ("kernels", ""),
     ("causal", "llama4_text"): ("kernels", ""),
     ("image-text", "gemma3"): ("kernels", ""),
+    ("image-text", "qwen2_5_vl"): ("kernels", ""),
     ("causal", "qwen3_next"): ("partly", "a state of their own"),
     ("causal", "falcon_h1"): ("partly", "a state of their own"),
     ("causal", "recurrent_gemma"): ("partly", "a state of their own"),
@@ -24,6 +25,9 @@ EXPECTED = {
     ("causal", "deepseek_v3"): ("dense", "latent"),
     ("causal", "mamba"): ("refused", "no attention heads"),
     ("causal", "deepseek_v32"): ("refused", "Indexed"),
+    ("causal", "cpmant"): ("refused", "tokens of its own"),
+    ("causal", "prophetnet"): ("refused", "reads padding"),
+    ("causal", "xlm"): ("refused", "a cache of its own"),
 }
 """Verdict, and a part of what is said."""
 
