@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 REFUSED: dict[str, str] = {
     "cpmant": "it puts tokens of its own before a prompt, which no attention mask counts",
+    "diffusion_gemma": "its decoder takes the keys of its encoder out of the cache by itself",
     "doge": "its attention learns a mask that is no function of positions",
     "inkling2": "its attention chooses keys by arguments that are not in the mask",
     "moshi": "it declares a sliding window that its depth decoder does not follow",
