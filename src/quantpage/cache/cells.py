@@ -50,7 +50,7 @@ def layer_of_cells(
     static: ((key scale, key zero), (value scale, value zero)) for static formats.
     exact: uint8 [exact pages, kv_heads, exact_cell_bytes(layout)], where the format keeps some.
 
-    Raises ValueError where the memory does not fit the layout.
+    Raises ValueError where the memory does not fit the layout, FormatError for near pages in int8.
     """
     if layout.format.near is not None:
         raise FormatError(

@@ -157,7 +157,7 @@ class PagedKVCache:
         return {**self.swap_out(pages, exact_pages).planes, **self.basis()}
 
     def basis(self) -> dict[str, Tensor]:
-        """What all pages of a layer are read by: static scales and key maps, by their names."""
+        """What pages are read by, by name: static scales, [kv_heads or 1, groups], and key maps."""
         return {
             f"{index}.{name}": plane
             for index, view in self._layers.items()
