@@ -79,8 +79,7 @@ class BoundAttention:
         return out
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """What the operator does; tensors as in a call, [tokens, heads, width]. RuntimeError where no
-        step is set."""
+        """What the operator does, on [tokens, heads, width]; RuntimeError where no step is set."""
         batch = self.step.batch
         if batch is None:
             raise RuntimeError("step: expected a batch to be set before the forward, got none")
