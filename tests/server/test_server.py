@@ -1,6 +1,7 @@
 """The server as OpenAI's own client sees it, over real sockets on the loopback."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -272,3 +273,63 @@ def test_more_than_the_queue_holds_is_told_to_come_again(client):
     with ThreadPoolExecutor(80) as threads:
         got = list(threads.map(ask, range(80)))
     assert set(got) == {"length", "1"}
+
+
+ODD = [
+    b"",
+    b"{",
+    b"\x00",
+    b"[]",
+    b"null",
+    b"3",
+    b'"x"',
+    b'{"prompt": NaN}',
+    b"\xff\xfe{}",
+    b'{"\\ud800": 1}',
+]
+ODD_VALUES = [
+    None, True, 0, -1, 1e308, 1 << 70, "", "\ud800", "\x00", [], {}, [None], [[]], [[1, -1]],
+    [1 << 70], {"type": "text"}, [{"role": "user"}], [{"role": "user", "content": [{}]}],
+    [{"role": "user", "content": [{"type": "text"}]}], [{"role": "tool", "tool_calls": 3}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "good"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 1}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+        ),
+        ("/tokenize", {"prompt": "Hi"}),
+        ("/detokenize", {"tokens": [5]}),
+    ],
+)
+def test_no_body_breaks_it_and_every_refusal_names_what_is_wrong(http, path, good):
+    """What schemathesis asks too (scripts/try_openapi.sh), as far as one can think of it."""
+    json_header = {"Content-Type": "application/json"}
+    document = http.get("/openapi.json").json()
+    known = document["paths"][path]["post"]["responses"]
+    assert "422" not in known
+    body = document["paths"][path]["post"]["requestBody"]
+    name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    parameters = document["components"]["schemas"][name]["properties"]
+
+    def asked(content):
+        got = http.post(path, content=content, headers=json_header)
+        assert str(got.status_code) in known, (content, got.text)
+        assert got.status_code < 500, (content, got.text)
+        return got
+
+    for content in ODD:
+        error = asked(content).json()["error"]
+        assert re.split("[:.]", error["message"])[0] in {"body", *parameters}, error
+    for parameter in parameters:
+        for value in ODD_VALUES:
+            if parameter == "n" and value is True:
+                continue
+            got = asked(json.dumps(good | {parameter: value}).encode())
+            if got.status_code != 200:
+                message = got.json()["error"]["message"]
+                assert re.split("[:.]", message)[0] in parameters, (parameter, value, message)

@@ -8,7 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import quantpage
@@ -20,6 +26,7 @@ from quantpage.server.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    ErrorBody,
     TokenizeBody,
     first_problem,
 )
@@ -27,6 +34,18 @@ from quantpage.server.serving import Served
 
 _RETRY_AFTER = "1"
 """Seconds after which a full queue may be asked again."""
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in (
+        (400, "A parameter that cannot be, by its name"),
+        (401, "Not the server's key"),
+        (404, "Not here"),
+        (413, "A body that is too large"),
+        (429, "The queue is full; Retry-After says when to come again"),
+        (500, "The answer failed"),
+        (503, "The server ends"),
+    )
+}
 _PAGE = Path(__file__).with_name("page.html")
 _NOT_HERE = ("embeddings", "responses", "audio/speech", "images/generations", "moderations")
 
@@ -47,12 +66,29 @@ def create_app(
 
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json says the same.
     about: dict[str, Any] = {"title": "QuantPage", "version": quantpage.__version__}
-    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
+    _describe(app)
     app.add_middleware(Guard, api_key=api_key, max_body=max_body)
     _errors(app)
     _generation(app, served)
     _facts(app, served)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """/openapi.json without the status that FastAPI has for wrong bodies, which are 400 here."""
+    usual = app.openapi
+
+    def described() -> dict[str, Any]:
+        made = usual()
+        for path in made["paths"].values():
+            for call in path.values():
+                call["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(name, None)
+        return made
+
+    vars(app)["openapi"] = described
 
 
 def _generation(app: FastAPI, served: Served) -> None:
@@ -93,17 +129,17 @@ def _facts(app: FastAPI, served: Served) -> None:
         _check_model(served, name)
         return (await models())["data"][0]
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_class=PlainTextResponse)
     async def health() -> Response:
         """200 while requests are taken."""
-        return Response(status_code=200 if served.engine.alive else 503)
+        return PlainTextResponse(status_code=200 if served.engine.alive else 503)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
         """Of this package."""
         return {"version": quantpage.__version__}
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' format."""
         return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
@@ -190,6 +226,9 @@ def _check_model(served: Served, name: str | None) -> None:
 def _errors(app: FastAPI) -> None:
     def answer(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
+        # What came may be no text, and the answer has to be.
+        message = message.encode("utf-8", "replace").decode()
+        param = None if param is None else param.encode("utf-8", "replace").decode()
         error = {"message": message, "type": kind, "param": param, "code": None}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return JSONResponse({"error": error}, status, named)

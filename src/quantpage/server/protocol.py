@@ -6,7 +6,7 @@ A parameter that is not here is refused by its name (400): nothing is ignored wi
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -16,13 +16,54 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        """JSON can write half of a surrogate pair, which is no text: no tokenizer takes it."""
+        if _has_half(value):
+            raise ValueError("expected text, got half of a surrogate pair")
+        return value
+
+
+def _has_half(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return True
+        return False
+    if isinstance(value, dict):
+        return any(_has_half(each) for pair in value.items() for each in pair)
+    return isinstance(value, list) and any(
+        _has_half(each) for each in value if type(each) is not int
+    )
+
 
 def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
     """(parameter, what is wrong with it) of the first of pydantic's errors."""
     first = errors[0]
+    if first["type"] == "json_invalid":
+        return "", f"expected JSON, got {first['ctx']['error']} at character {first['loc'][-1]}"
     where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "value_error":
+        return where, str(first["ctx"]["error"])
     unknown = first["type"] == "extra_forbidden"
     return where, "unknown or not supported by this server" if unknown else first["msg"]
+
+
+class ErrorFacts(BaseModel):
+    """What went wrong, for whom."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorFacts
 
 
 class StreamOptions(Body):
