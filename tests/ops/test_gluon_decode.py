@@ -10,6 +10,7 @@ from tests.ops.triton_cases import (
     CAUSAL,
     DEVICE,
     GPU,
+    KERNEL_FORMATS,
     TOLERANCE,
     Step,
     check_decode,
@@ -37,7 +38,7 @@ if HOPPER:
     from quantpage.ops.attend.decode.gluon import attend
 
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
-QUANTIZED = [name for name, given in FORMATS.items() if given.key.quantized]
+QUANTIZED = [name for name in KERNEL_FORMATS if FORMATS[name].key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
 GLUON = next(each for each in CANDIDATES if each.target.endswith("decode.gluon:attend"))
 

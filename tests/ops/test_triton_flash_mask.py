@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.triton_cases import DEVICE, GPU, TIER, relative, to_device
+from tests.ops.triton_cases import DEVICE, GPU, KERNEL_FORMATS, TIER, relative, to_device
 
 # isort: split
 from quantpage import masks
 from quantpage.batch import BatchPlan, derive
-from quantpage.formats import FORMATS
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference
 from quantpage.ops.attend.interval import plan as mask_plan
@@ -126,7 +125,7 @@ def test_kinds_in_a_ragged_batch(kind, kernel):
     check(kernel, case, mask, [(90, 100), (61, 77), (29, 30)])
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(KERNEL_FORMATS))
 def test_formats_in_prefill(name, kernel):
     case = cached(name, [80, 41], q_heads=6, head_dim=48 if "int4" not in name else 32, seed=2)
     check(kernel, case, masks.prefix_lm_document([(9, 33), (20, 47)]), [(3, 80), (0, 41)])

@@ -11,10 +11,11 @@ import torch
 
 from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import QuantSpec, quantize, quantize_static
+from quantpage.formats import FORMATS, QuantSpec, quantize, quantize_static
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.operand import CODE_KINDS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -127,6 +128,12 @@ def to_device(layer: LayerKV) -> LayerKV:
 
 
 CAUSAL = CausalMask()
+KERNEL_FORMATS = [
+    name
+    for name, given in FORMATS.items()
+    if {given.key.code.name, given.value.code.name} <= set(CODE_KINDS)
+]
+"""Formats whose codes the kernels read; the others they refuse (test_dispatch)."""
 
 
 def relative(got, wanted) -> float:

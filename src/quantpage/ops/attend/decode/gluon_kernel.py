@@ -23,14 +23,12 @@ from quantpage.ops.attend.decode.gluon_operands import (
     byte_layout,
     byte_operand,
     copy_layout,
-    fixed_queries,
     halved,
     in_order,
     key_layout,
     key_operand,
-    query_bytes,
-    query_operand,
     shared_layout,
+    store_queries,
     unpack,
     value_layout,
     value_operand,
@@ -265,26 +263,9 @@ def decode_kernel(
                 if K_ZERO:
                     terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
                 asked = asked * gl.load(k_scale + static_at).to(gl.float32)[None, :]
-            size = gl.abs(asked)
-            finite = size < float("inf")
-            size = gl.where(finite, size, 0.0)
-            if BYTES:
-                fixed, q_unit = fixed_queries(asked, size, finite)
-                q_bytes = query_bytes(fixed, K_CODE, ROWS, HEAD_DIM)
-                q_high = (q_bytes + 64) >> 7
-                q_smem.slice(0, ROWS).store(q_high.to(gl.int8))
-                q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
-                q_unit = gl.convert_layout(q_unit, s_rows)
-                q_bias = q_unit
-                if K_CODE == INT4:
-                    q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, s_rows)
-                unit = 1.0
-            else:
-                peak = gl.max(gl.max(size, 1), 0)
-                unit = gl.where(peak > 1e-30, 16384.0 / gl.maximum(peak, 1e-30), 1.0)
-                # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
-                asked = gl.where(finite, asked * unit, float("nan"))
-                q_smem.store(query_operand(asked.to(gl.float16), ROWS, K_UNITS))
+            unit, q_unit, q_bias = store_queries(
+                q_smem, asked, ROWS, HEAD_DIM, K_CODE, K_UNITS, s_rows
+            )
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
             score_scale = softmax_scale * natural / unit
             q_sum = gl.convert_layout(gl.sum(terms, 1), s_rows) * (softmax_scale * natural)

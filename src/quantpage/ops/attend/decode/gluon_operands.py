@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.triton import words as triton_words
-from quantpage.ops.triton.common import INT4, INT8, Constant
+from quantpage.ops.triton.common import FP8, INT4, INT8, Constant
 
 # Bytes of two codes each -> the even codes and the odd ones, as stored: 8 too large.
 _NIBBLES = Constant("and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;")
@@ -186,3 +186,39 @@ def in_order(o, UNITS: gl.constexpr, ROWS: gl.constexpr):
     H: gl.constexpr = UNITS // 32
     o = gl.permute(gl.reshape(o, [H, 2, 4, 2, 8, ROWS]), (5, 0, 2, 4, 1, 3))
     return gl.reshape(o, [ROWS, UNITS * 4])
+
+
+@gluon.jit
+def store_queries(
+    q_smem, asked, ROWS: gl.constexpr, WIDTH: gl.constexpr, CODE: gl.constexpr,
+    UNITS: gl.constexpr, rows_layout: gl.constexpr,
+):  # fmt: skip
+    """Queries into shared memory, as the second operand: two int8 numbers each beside integer
+    codes, float16 beside others.
+
+    Returns what all scores are divided by, what a row's are multiplied by, and the bias of a row's,
+    which 4-bit codes have as they are stored 8 too large; without bytes the last two are not read.
+    """
+    size = gl.abs(asked)
+    finite = size < float("inf")
+    size = gl.where(finite, size, 0.0)
+    if CODE != FP8:
+        fixed, q_unit = fixed_queries(asked, size, finite)
+        q_bytes = query_bytes(fixed, CODE, ROWS, WIDTH)
+        q_high = (q_bytes + 64) >> 7
+        q_smem.slice(0, ROWS).store(q_high.to(gl.int8))
+        q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
+        q_unit = gl.convert_layout(q_unit, rows_layout)
+        q_bias = q_unit
+        if CODE == INT4:
+            q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, rows_layout)
+        unit = 1.0
+    else:
+        peak = gl.max(gl.max(size, 1), 0)
+        unit = gl.where(peak > 1e-30, 16384.0 / gl.maximum(peak, 1e-30), 1.0)
+        # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+        asked = gl.where(finite, asked * unit, float("nan"))
+        q_smem.store(query_operand(asked.to(gl.float16), ROWS, UNITS))
+        q_unit = unit
+        q_bias = unit
+    return unit, q_unit, q_bias

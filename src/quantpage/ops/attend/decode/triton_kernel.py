@@ -22,7 +22,7 @@ query's sum takes that off again.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.decode.triton_parts import query_part, store_parts
+from quantpage.ops.attend.decode.triton_parts import load_queries, store_parts
 from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
 from quantpage.ops.attend.decode.triton_share import (
     key_ranges,
@@ -124,7 +124,13 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if WHOLE:
-        start, end, share, request, begins = program, requests * kv_heads * ROW_TILES, 1, program, 0
+        start, end, share, request, begins = (
+            program,
+            requests * kv_heads * ROW_TILES,
+            1,
+            program,
+            0,
+        )
         even = False
     else:
         start, end, share, request, begins, even = my_share(
@@ -186,66 +192,10 @@ def decode_kernel(
         # The queries, in the parts that the words of K come in.
         k_static = k_scale + head * k_scale_head
         kz_static = k_zero + head * k_scale_head
-        q0, peak, q_sum = query_part(
-            q, k_word * K_PARTS, q_rows, real, k_static, kz_static, HEAD_DIM,
-            K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
+        q0, q1, q2, q3, q4, q5, q6, q7, unit, q_sum, bias = load_queries(
+            q, q_rows, real, k_static, kz_static, k_word, HEAD_DIM, K_CODE, K_PARTS,
+            K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED, K_NUMBER,
         )  # fmt: skip
-        q1, q2, q3, q4, q5, q6, q7 = q0, q0, q0, q0, q0, q0, q0
-        if K_PARTS > 1:
-            q1, peak1, sum1 = query_part(
-                q, k_word * K_PARTS + 1, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            q2, peak2, sum2 = query_part(
-                q, k_word * K_PARTS + 2, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            q3, peak3, sum3 = query_part(
-                q, k_word * K_PARTS + 3, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            peak = tl.maximum(tl.maximum(peak, peak1), tl.maximum(peak2, peak3))
-            q_sum += sum1 + sum2 + sum3
-        if K_PARTS > 4:
-            q4, peak4, sum4 = query_part(
-                q, k_word * K_PARTS + 4, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            q5, peak5, sum5 = query_part(
-                q, k_word * K_PARTS + 5, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            q6, peak6, sum6 = query_part(
-                q, k_word * K_PARTS + 6, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            q7, peak7, sum7 = query_part(
-                q, k_word * K_PARTS + 7, q_rows, real, k_static, kz_static, HEAD_DIM,
-                K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED,
-            )  # fmt: skip
-            peak = tl.maximum(peak, tl.maximum(tl.maximum(peak4, peak5), tl.maximum(peak6, peak7)))
-            q_sum += sum4 + sum5 + sum6 + sum7
-        unit = 1.0
-        q_sum = tl.sum(q_sum, 0)
-        if K_CODE != NONE:
-            peak = tl.max(peak)
-            unit = tl.where(peak > 1e-30, 16384.0 / tl.maximum(peak, 1e-30), 1.0)
-        odd: tl.constexpr = 0.0625 if BIASED else 1.0
-        q0 = (q0 * unit).to(K_NUMBER)
-        if K_PARTS > 1:
-            q1 = (q1 * (unit * odd)).to(K_NUMBER)
-            q2 = (q2 * unit).to(K_NUMBER)
-            q3 = (q3 * (unit * odd)).to(K_NUMBER)
-        if K_PARTS > 4:
-            q4 = (q4 * unit).to(K_NUMBER)
-            q5 = (q5 * (unit * odd)).to(K_NUMBER)
-            q6 = (q6 * unit).to(K_NUMBER)
-            q7 = (q7 * (unit * odd)).to(K_NUMBER)
-        if BIASED:
-            # Even codes come as 1032 + code, odd ones as 16 (72 + code), for a sixteenth of q.
-            even_sum = q0.to(tl.float32) + q2.to(tl.float32) + q4.to(tl.float32) + q6.to(tl.float32)
-            odd_sum = q1.to(tl.float32) + q3.to(tl.float32) + q5.to(tl.float32) + q7.to(tl.float32)
-            bias = tl.sum(even_sum * 1032.0 + odd_sum * 1152.0, 0)
         # Scores leave the product in the unit of the softmax: log2, or natural before a softcap.
         natural: tl.constexpr = 1.0 if SOFTCAP else LOG2E
         score_scale = softmax_scale * natural / unit

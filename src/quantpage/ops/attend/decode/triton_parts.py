@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from quantpage.ops.triton.common import INT4, NONE
+
 
 @triton.jit
-def query_part(
+def _query_part(
     q, channel, q_rows, real, k_scale, k_zero, HEAD_DIM: tl.constexpr,
     STATIC: tl.constexpr, STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -26,6 +28,82 @@ def query_part(
     finite = size < float("inf")
     # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
     return tl.where(finite, part, float("nan")), tl.where(finite, size, 0.0), terms
+
+
+@triton.jit
+def load_queries(
+    q, q_rows, real, k_scale, k_zero, word, HEAD_DIM: tl.constexpr, CODE: tl.constexpr,
+    PARTS: tl.constexpr, STATIC_SCALES: tl.constexpr, STATIC_ZERO: tl.constexpr,
+    SHARED: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """The queries as operands, in the parts that words of K come in; of eight, those that K's code
+    does not have repeat the first.
+
+    With them: the unit that scores are divided by again, which keeps float16 in range; each row's
+    sum, for zeros of keys; the bias of scores of 4-bit codes, which come as they are stored.
+    """
+    q0, peak, q_sum = _query_part(
+        q, word * PARTS, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+        STATIC_ZERO, SHARED,
+    )  # fmt: skip
+    q1, q2, q3, q4, q5, q6, q7 = q0, q0, q0, q0, q0, q0, q0
+    if PARTS > 1:
+        q1, peak1, sum1 = _query_part(
+            q, word * PARTS + 1, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        q2, peak2, sum2 = _query_part(
+            q, word * PARTS + 2, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        q3, peak3, sum3 = _query_part(
+            q, word * PARTS + 3, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        peak = tl.maximum(tl.maximum(peak, peak1), tl.maximum(peak2, peak3))
+        q_sum += sum1 + sum2 + sum3
+    if PARTS > 4:
+        q4, peak4, sum4 = _query_part(
+            q, word * PARTS + 4, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        q5, peak5, sum5 = _query_part(
+            q, word * PARTS + 5, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        q6, peak6, sum6 = _query_part(
+            q, word * PARTS + 6, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        q7, peak7, sum7 = _query_part(
+            q, word * PARTS + 7, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
+            STATIC_ZERO, SHARED,
+        )  # fmt: skip
+        peak = tl.maximum(peak, tl.maximum(tl.maximum(peak4, peak5), tl.maximum(peak6, peak7)))
+        q_sum += sum4 + sum5 + sum6 + sum7
+    unit = 1.0
+    bias = 0.0
+    q_sum = tl.sum(q_sum, 0)
+    if CODE != NONE:
+        peak = tl.max(peak)
+        unit = tl.where(peak > 1e-30, 16384.0 / tl.maximum(peak, 1e-30), 1.0)
+    odd: tl.constexpr = 0.0625 if CODE == INT4 else 1.0
+    q0 = (q0 * unit).to(NUMBER)
+    if PARTS > 1:
+        q1 = (q1 * (unit * odd)).to(NUMBER)
+        q2 = (q2 * unit).to(NUMBER)
+        q3 = (q3 * (unit * odd)).to(NUMBER)
+    if PARTS > 4:
+        q4 = (q4 * unit).to(NUMBER)
+        q5 = (q5 * (unit * odd)).to(NUMBER)
+        q6 = (q6 * unit).to(NUMBER)
+        q7 = (q7 * (unit * odd)).to(NUMBER)
+    if CODE == INT4:
+        # Even codes come as 1032 + code, odd ones as 16 (72 + code), for a sixteenth of q.
+        even_sum = q0.to(tl.float32) + q2.to(tl.float32) + q4.to(tl.float32) + q6.to(tl.float32)
+        odd_sum = q1.to(tl.float32) + q3.to(tl.float32) + q5.to(tl.float32) + q7.to(tl.float32)
+        bias = tl.sum(even_sum * 1032.0 + odd_sum * 1152.0, 0)
+    return q0, q1, q2, q3, q4, q5, q6, q7, unit, q_sum, bias
 
 
 @triton.jit

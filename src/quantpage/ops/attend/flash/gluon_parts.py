@@ -1,14 +1,53 @@
-"""What the two Hopper kernels share: queries to registers, the running softmax, its end, barriers.
+"""What the two Hopper kernels share: rings of copies, the tile body of a consumer, its ends.
+
+Order inside a consumer, one key tile t at a time: the scores of t+1 are issued before the values
+of t are multiplied, and the softmax of t+1 runs while they are (FlashAttention-3, arXiv 2407.08608
+section 3.2). The two consumers drift apart by themselves, so that one's softmax hides behind the
+other's matrix products.
 
 A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
 of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.triton.common import LOG2E
-from quantpage.ops.triton.gluon_compat import mbarrier
+from quantpage.ops.triton.gluon_compat import mbarrier, tma_load, warpgroup_mma, warpgroup_mma_wait
+
+
+class Ring(NamedTuple):
+    """Stages that the TMA warp fills, one tile each, and both consumers empty, in turn."""
+
+    slots: Any
+    """Shared memory, [stages, keys, channels]."""
+    full: Any
+    """A barrier a stage: its copy has landed."""
+    empty: Any
+    """A barrier a stage: both consumers have read it."""
+
+
+class Pair(NamedTuple):
+    """The rings of keys and of values; tile number n is in the same stage of both."""
+
+    k: Ring
+    v: Ring
+
+
+@gluon.jit
+def stage_of(count, STAGES: gl.constexpr):
+    """Where tile number ``count`` lies, and the parity of its barriers' turn."""
+    return count % STAGES, (count // STAGES) & 1
+
+
+@gluon.jit
+def copy_tile(desc, at, ring, stage, phase):
+    """Ask for rows from ``at`` on when the stage is empty."""
+    mbarrier.wait(ring.empty.index(stage), phase)
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
+    tma_load(desc, [at, 0], ring.full.index(stage), ring.slots.index(stage))
 
 
 @gluon.jit
@@ -105,3 +144,77 @@ def start_barriers(full, empty, STAGES: gl.constexpr):
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+
+
+@gluon.jit
+def attend_tiles(
+    q_half, rings, count, tiles, m, mass, acc, zero, walk, ask, judge, hide, ahead, scale, cap,
+    p_layout: gl.constexpr, o_rows: gl.constexpr, dtype: gl.constexpr, SOFTCAP: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer's ``tiles`` key tiles, at least one: output, maximum, mass, and the next count.
+
+    The kernel says by three functions what its rows see:
+
+        ask(walk, j, ahead)            what tile j needs, asked for before its product is issued,
+                                       and what is known ahead of tile j + 1
+        judge(walk, j, asked, FIRST)   when the scores are there: whether to mask, and by what
+        hide(s, facts, walk)           scores of invisible pairs become -inf
+    """
+    stage, phase = stage_of(count, STAGES)
+    asked, ahead = ask(walk, 0, ahead)
+    mbarrier.wait(rings.k.full.index(stage), phase)
+    k = rings.k.slots.index(stage).permute((1, 0))
+    s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(rings.k.empty.index(stage), count=1)
+    masked, facts = judge(walk, 0, asked, True)
+    p16, alpha, m, mass = _softmax(
+        s, m, mass, scale, cap, masked, facts, walk, hide, p_layout, dtype, SOFTCAP, SHIFT
+    )
+    acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+    after, after_phase = stage_of(count + 1, STAGES)
+    mbarrier.wait(rings.k.full.index(after), after_phase, pred=tiles > 1)
+    for j in range(1, tiles):
+        asked, ahead = ask(walk, j, ahead)
+        k = rings.k.slots.index(after).permute((1, 0))
+        s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
+        mbarrier.wait(rings.v.full.index(stage), phase)
+        acc_token = warpgroup_mma(p16, rings.v.slots.index(stage), acc, is_async=True)
+        # One product may be under way: that of the values, behind which the softmax runs.
+        s = warpgroup_mma_wait(1, deps=(s_token,))
+        mbarrier.arrive(rings.k.empty.index(after), count=1)
+        masked, facts = judge(walk, j, asked, False)
+        p16, alpha, m, mass = _softmax(
+            s, m, mass, scale, cap, masked, facts, walk, hide, p_layout, dtype, SOFTCAP, SHIFT
+        )
+        done = stage
+        count += 1
+        stage = after
+        phase = after_phase
+        after, after_phase = stage_of(count + 1, STAGES)
+        # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
+        # wait for the values' product: assemblers move a bare wait up.
+        mbarrier.wait(rings.k.full.index(after), after_phase, pred=j + 1 < tiles)
+        acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
+        mbarrier.arrive(rings.v.empty.index(done), count=1)
+        acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+    mbarrier.wait(rings.v.full.index(stage), phase)
+    acc_token = warpgroup_mma(p16, rings.v.slots.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc_token,))
+    mbarrier.arrive(rings.v.empty.index(stage), count=1)
+    return acc, m, mass, count + 1
+
+
+@gluon.jit
+def _softmax(
+    s, m, mass, scale, cap, masked, facts, walk, hide, p_layout: gl.constexpr, dtype: gl.constexpr,
+    SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
+):  # fmt: skip
+    """One tile of scores, its hidden pairs hidden, into the running maximum and sum."""
+    if SOFTCAP:
+        s = capped(s, scale, cap)
+        scale = 1.0
+    if masked:
+        s = hide(s, facts, walk)
+    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)

@@ -11,27 +11,26 @@ Work is ordered by the planned visits, longest first, on the device: programs ta
 the order and back, which evens out what a static share can.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.gluon_parts import (
-    capped,
+    Pair,
+    Ring,
+    attend_tiles,
+    copy_tile,
     finish,
     given_scales,
     load_queries,
-    online_softmax,
+    stage_of,
     start_barriers,
     start_rows,
 )
 from quantpage.ops.attend.triton_segments import NEAR, near_queries
 from quantpage.ops.triton.common import LN2, Constant
-from quantpage.ops.triton.gluon_compat import (
-    fence_async_shared,
-    mbarrier,
-    tma_load,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 
 # Argument lists stay in rows.
 # fmt: off
@@ -70,9 +69,8 @@ def _key_tile(visits, visit, full, partial, capacity):
 
 @gluon.jit
 def _producer(
-    k_desc, v_desc, order, work, tiles, counts, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    rounds, items, heads, head0, head_rows, capacity, mask_heads, BN: gl.constexpr,
-    STAGES: gl.constexpr, PER_HEAD: gl.constexpr,
+    k_desc, v_desc, order, work, tiles, counts, rings, rounds, items, heads, head0, head_rows,
+    capacity, mask_heads, BN: gl.constexpr, STAGES: gl.constexpr, PER_HEAD: gl.constexpr,
 ):
     count = 0
     for turn in range(rounds):
@@ -87,14 +85,10 @@ def _producer(
             for visit in range(gl.maximum(full + partial, 1)):
                 at = row + after * BN
                 after = _key_tile(visits, visit + 1, full, partial, capacity)
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, [at, 0], k_full.index(stage), k_smem.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, [at, 0], v_full.index(stage), v_smem.index(stage))
+                stage, phase = stage_of(count, STAGES)
+                # The first turn finds every stage empty: a consumer's parity, turned over.
+                copy_tile(k_desc, at, rings.k, stage, phase ^ 1)
+                copy_tile(v_desc, at, rings.v, stage, phase ^ 1)
                 count += 1
 
 
@@ -180,49 +174,85 @@ def _masked_rows(
     return gl.where(seen, s, -float("inf"))
 
 
-@gluon.jit
-def _softmax(
-    s, m, mass, scale, cap, masked, key0, base, lts, lte, uts, ute, positions, mask, described,
-    length, context, page_size, s_layout: gl.constexpr, p_layout: gl.constexpr,
-    dtype: gl.constexpr, BN: gl.constexpr, RANGES: gl.constexpr, WIDE: gl.constexpr,
-    BODY: gl.constexpr, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
-):
-    """One tile of scores into the running maximum and sum."""
-    if SOFTCAP:
-        s = capped(s, scale, cap)
-        scale = 1.0
-    if masked:
-        if RANGES == 0:
-            words = _column_words(
-                key0, base, lts, lte, uts, ute, context, page_size, BN, BODY, WIDE
-            )
-            words = gl.convert_layout(words, gl.SliceLayout(0, s_layout))[None, :]
-            token = positions - base
-            one = gl.full_like(token, 1).to(words.dtype)
-            own = (one << token.to(words.dtype))[:, None]
-            s = gl.where((words & own) != 0, s, -float("inf"))
-        else:
-            s = _masked_rows(
-                s, key0, positions, mask, described, length, context, page_size, s_layout, BN,
-                RANGES, BODY,
-            )
-    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)
+class Walk(NamedTuple):
+    """A query tile's list of key tiles, and the mask of its pairs."""
+
+    visits: Any
+    full: Any
+    partial: Any
+    masked_visits: Any
+    """The first so many of the list need the mask."""
+    capacity: Any
+    mask: Any
+    width: Any
+    described: Any
+    length: Any
+    positions: Any
+    base: Any
+    """Position of the half's first token."""
+    context: Any
+    page_size: Any
+    BN: gl.constexpr
+    VECTORS: gl.constexpr
+    CAUSAL: gl.constexpr
+    RANGES: gl.constexpr
+    WIDE: gl.constexpr
+    BODY: gl.constexpr
+    s_layout: gl.constexpr
 
 
 @gluon.jit
-def _consumer(
+def _ask(walk, visit, key0):
+    """The mask's integers for the tile from key0 on, and where the next tile begins."""
+    bounds = _bounds(
+        walk.mask, walk.width, walk.length, key0, visit < walk.masked_visits, walk.BN,
+        walk.VECTORS, walk.CAUSAL,
+    )
+    after = _key_tile(walk.visits, visit + 1, walk.full, walk.partial, walk.capacity) * walk.BN
+    return (key0, bounds), after
+
+
+@gluon.jit
+def _judge(walk, visit, asked, FIRST: gl.constexpr):
+    return visit < walk.masked_visits, asked
+
+
+@gluon.jit
+def _hide(s, asked, walk):
+    """Scores of pairs that the mask hides become -inf."""
+    key0, bounds = asked
+    if walk.RANGES == 0:
+        lts, lte, uts, ute = bounds
+        words = _column_words(
+            key0, walk.base, lts, lte, uts, ute, walk.context, walk.page_size, walk.BN, walk.BODY,
+            walk.WIDE,
+        )
+        words = gl.convert_layout(words, gl.SliceLayout(0, walk.s_layout))[None, :]
+        token = walk.positions - walk.base
+        one = gl.full_like(token, 1).to(words.dtype)
+        own = (one << token.to(words.dtype))[:, None]
+        s = gl.where((words & own) != 0, s, -float("inf"))
+    else:
+        s = _masked_rows(
+            s, key0, walk.positions, walk.mask, walk.described, walk.length, walk.context,
+            walk.page_size, walk.s_layout, walk.BN, walk.RANGES, walk.BODY,
+        )
+    return s
+
+
+@gluon.jit
+def _consume(
     q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work, tiles, counts,
-    mask_ptr, spans, q_smem,
-    k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items, heads, head0, q_heads,
+    mask_ptr, spans, q_smem, rings, rounds, items, heads, head0, q_heads,
     q_token, q_head, scale, cap, width, m_batch, m_head, capacity, mask_heads, page_size,
     G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    DP: gl.constexpr, DVP: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
+    DP: gl.constexpr, DVP: gl.constexpr, STAGES: gl.constexpr,
     VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr, PER_HEAD: gl.constexpr,
     SHARED: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
-    V_GROUPS: gl.constexpr,
+    V_GROUPS: gl.constexpr, HALF: gl.constexpr,
 ):
-    dtype: gl.constexpr = k_smem.dtype
+    dtype: gl.constexpr = q_smem.dtype
     ROWS: gl.constexpr = BM // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
@@ -273,61 +303,16 @@ def _consumer(
             out_at = out_row[:, None] * DV + out_channel[None, :]
             out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
             lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
-            stage = count % STAGES
-            phase = (count // STAGES) & 1
-            key0 = _key_tile(visits, 0, full, partial, capacity) * BN
-            lts, lte, uts, ute = _bounds(
-                mask, width, length, key0, masked_visits > 0, BN, VECTORS, CAUSAL
+            acc, m, mass, count = attend_tiles(
+                q_half, rings, count, total_visits, m, mass, acc, zero,
+                Walk(
+                    visits, full, partial, masked_visits, capacity, mask, width, described, length,
+                    positions, base, context, page_size, BN, VECTORS, CAUSAL, RANGES, G == 1, BODY,
+                    s_layout,
+                ),
+                _ask, _judge, _hide, _key_tile(visits, 0, full, partial, capacity) * BN, scale,
+                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES,
             )
-            next_key0 = _key_tile(visits, 1, full, partial, capacity) * BN
-            mbarrier.wait(k_full.index(stage), phase)
-            k = k_smem.index(stage).permute((1, 0))
-            s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            p16, alpha, m, mass = _softmax(
-                s, m, mass, scale, cap, masked_visits > 0, key0, base, lts, lte, uts, ute,
-                positions, mask, described, length, context, page_size, s_layout, p_layout, dtype,
-                BN, RANGES, G == 1, BODY, SOFTCAP, SHIFT,
-            )
-            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-            after = (count + 1) % STAGES
-            after_phase = ((count + 1) // STAGES) & 1
-            mbarrier.wait(k_full.index(after), after_phase, pred=total_visits > 1)
-            for visit in range(1, total_visits):
-                key0 = next_key0
-                lts, lte, uts, ute = _bounds(
-                    mask, width, length, key0, visit < masked_visits, BN, VECTORS, CAUSAL
-                )
-                next_key0 = _key_tile(visits, visit + 1, full, partial, capacity) * BN
-                k = k_smem.index(after).permute((1, 0))
-                s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), phase)
-                acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s_token,))
-                mbarrier.arrive(k_empty.index(after), count=1)
-                p16, alpha, m, mass = _softmax(
-                    s, m, mass, scale, cap, visit < masked_visits, key0, base, lts, lte, uts, ute,
-                    positions, mask, described, length, context, page_size, s_layout, p_layout,
-                    dtype, BN, RANGES, G == 1, BODY, SOFTCAP, SHIFT,
-                )
-                done = stage
-                count += 1
-                stage = after
-                phase = after_phase
-                after = (count + 1) % STAGES
-                after_phase = ((count + 1) // STAGES) & 1
-                # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
-                # wait for the values' product: assemblers move a bare wait up.
-                mbarrier.wait(k_full.index(after), after_phase, pred=visit + 1 < total_visits)
-                acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
-                mbarrier.arrive(v_empty.index(done), count=1)
-                acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-            mbarrier.wait(v_full.index(stage), phase)
-            acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc_token,))
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            count += 1
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
             if V_STATIC:
@@ -367,41 +352,34 @@ def mask_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     start_barriers(k_full, k_empty, STAGES)
     start_barriers(v_full, v_empty, STAGES)
+    _roles(
+        (
+            q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work, tiles,
+            counts, mask_ptr, spans, q_smem,
+            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, items,
+            heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head, capacity,
+            mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, STAGES, VECTORS, CAUSAL, RANGES,
+            PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
+        ),
+        (
+            k_desc, v_desc, order, work, tiles, counts,
+            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, items,
+            heads, head0, head_rows, capacity, mask_heads, BN, STAGES, PER_HEAD,
+        ),
+    )
+
+
+@gluon.jit
+def _consumer(given, HALF: gl.constexpr):
+    """One half of each tile's rows."""
+    _consume(*given, HALF)
+
+
+@gluon.jit
+def _roles(consumer, producer):
+    """Two consumers, one half of a tile's rows each, and the warp that copies for them."""
     gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (
-                    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work,
-                    tiles, counts, mask_ptr,
-                    spans, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items,
-                    heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head,
-                    capacity, mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, 0, STAGES, VECTORS,
-                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC,
-                    V_ZERO, V_GROUPS,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work,
-                    tiles, counts, mask_ptr,
-                    spans, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, items,
-                    heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head,
-                    capacity, mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, 1, STAGES, VECTORS,
-                    CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC,
-                    V_ZERO, V_GROUPS,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    k_desc, v_desc, order, work, tiles, counts, k_smem, v_smem, k_full, k_empty,
-                    v_full, v_empty, rounds, items, heads, head0, head_rows, capacity, mask_heads,
-                    BN, STAGES, PER_HEAD,
-                ),
-            ),
-        ],
+        [(_consumer, (consumer, 0)), (_consumer, (consumer, 1)), (_producer, producer)],
         [4, 4],
         [240, 24],
     )

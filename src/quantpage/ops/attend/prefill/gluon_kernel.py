@@ -4,35 +4,31 @@ The kernel reads K and V as dense 16-bit rows (a workspace that gather fills), a
 they lie. A tile is BM rows of (token, query head of one kv_head) pairs: packing the group makes a
 tile of a short chunk full, and lets any group size share the K and V that it reads.
 
-Order inside a consumer, one key tile t at a time: the scores of t+1 are issued before the values
-of t are multiplied, and the softmax of t+1 runs while they are (FlashAttention-3, arXiv 2407.08608
-section 3.2). The two consumers drift apart by themselves, so that one's softmax hides behind the
-other's matrix products. Tried on an H200 and left out, as no faster: turns between the consumers by
-barriers, keys from the last to the first, and asking for the next tile's queries behind the last
-product of this one (4 to 7 % slower).
+What a consumer does with a key tile, and in which order, is flash/gluon_parts. Tried on an H200 and
+left out, as no faster: turns between the consumers by barriers, keys from the last to the first,
+and asking for the next tile's queries behind the last product of this one (4 to 7 % slower).
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.gluon_parts import (
-    capped,
+    Pair,
+    Ring,
+    attend_tiles,
+    copy_tile,
     finish,
     given_scales,
     load_queries,
-    online_softmax,
+    stage_of,
     start_barriers,
     start_rows,
 )
 from quantpage.ops.attend.triton_segments import near_page
 from quantpage.ops.triton.common import LN2, LOG2E, Constant
-from quantpage.ops.triton.gluon_compat import (
-    fence_async_shared,
-    mbarrier,
-    tma_load,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 
 WORK_FIELDS = Constant(9)
 """int32 a work item: prefill/plan.WORK_FIELDS names them."""
@@ -69,9 +65,9 @@ def _key_tiles(
 
 @gluon.jit
 def _producer(
-    k_desc, v_desc, order, work, k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, heads,
-    head_rows, window, sink_tiles, page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
+    k_desc, v_desc, order, work, rings, rounds, heads, head_rows, window, sink_tiles, page_size,
+    G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
 ):  # fmt: skip
     pid = gl.program_id(0)
     grid = gl.num_programs(0)
@@ -87,60 +83,76 @@ def _producer(
             row = head * head_rows + gl.load(item + 4)
             for j in range(tiles):
                 at = row + gl.where(j < sink_tiles, j, j + low_tile) * BN
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, [at, 0], k_full.index(stage), k_smem.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, [at, 0], v_full.index(stage), v_smem.index(stage))
+                stage, phase = stage_of(count, STAGES)
+                # The first turn finds every stage empty: a consumer's parity, turned over.
+                copy_tile(k_desc, at, rings.k, stage, phase ^ 1)
+                copy_tile(v_desc, at, rings.v, stage, phase ^ 1)
                 count += 1
 
 
+class Walk(NamedTuple):
+    """What a consumer's rows see of a work item, and where its key tiles are."""
+
+    limit: Any
+    """End of each row's keys."""
+    low: Any
+    """First key of each row's window."""
+    first_limit: Any
+    """The first row's limit: tiles that end before it need no mask."""
+    last_low: Any
+    """The last row's first key: tiles that begin there or later need none."""
+    base: Any
+    low_tile: Any
+    sink_tiles: Any
+    sink_tokens: Any
+    page_size: Any
+    BN: gl.constexpr
+    WINDOW: gl.constexpr
+    BODY: gl.constexpr
+    s_layout: gl.constexpr
+
+
 @gluon.jit
-def _masked(
-    s, key0, limit, low, end, sink_tokens, page_size, s_layout: gl.constexpr, BN: gl.constexpr,
-    WINDOW: gl.constexpr, BODY: gl.constexpr,
-):  # fmt: skip
+def _ask(walk, j, ahead):
+    """Causal tiles are known by their number."""
+    return 0, ahead
+
+
+@gluon.jit
+def _judge(walk, j, asked, FIRST: gl.constexpr):
+    """Whether some row does not see all of tile j, and the tile's first key."""
+    if FIRST:
+        key0 = gl.where(walk.sink_tiles > 0, 0, walk.base + walk.low_tile * walk.BN)
+    else:
+        later = walk.base + (j - walk.sink_tiles + walk.low_tile) * walk.BN
+        key0 = gl.where(j < walk.sink_tiles, j * walk.BN, later)
+    return (key0 + walk.BN > walk.first_limit) | (key0 < walk.last_low), key0
+
+
+@gluon.jit
+def _hide(s, key0, walk):
     """Scores of invisible pairs become -inf."""
-    keys = (key0 + gl.arange(0, BN, gl.SliceLayout(0, s_layout)))[None, :]
-    seen = keys < limit[:, None]
-    if WINDOW:
-        seen = seen & ((keys >= low[:, None]) | (keys < sink_tokens))
-    if BODY:
-        seen = seen & (keys >= page_size)
+    keys = (key0 + gl.arange(0, walk.BN, gl.SliceLayout(0, walk.s_layout)))[None, :]
+    seen = keys < walk.limit[:, None]
+    if walk.WINDOW:
+        seen = seen & ((keys >= walk.low[:, None]) | (keys < walk.sink_tokens))
+    if walk.BODY:
+        seen = seen & (keys >= walk.page_size)
     return gl.where(seen, s, -float("inf"))
 
 
 @gluon.jit
-def _softmax(
-    s, m, mass, scale, cap, key0, masked, limit, low, end, sink_tokens, page_size,
-    s_layout: gl.constexpr, p_layout: gl.constexpr, dtype: gl.constexpr, BN: gl.constexpr,
-    WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
-):  # fmt: skip
-    """One tile of scores into the running maximum and sum."""
-    if SOFTCAP:
-        s = capped(s, scale, cap)
-        scale = 1.0
-    if masked:
-        s = _masked(s, key0, limit, low, end, sink_tokens, page_size, s_layout, BN, WINDOW, BODY)
-    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)
-
-
-@gluon.jit
-def _consumer(
+def _consume(
     q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order,
-    work, q_smem, k_smem,
-    v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows, q_heads, q_token,
+    work, q_smem, rings, rounds, heads, head0, part_rows, q_heads, q_token,
     q_head, scale, cap, window, sink_tokens, sink_tiles, page_size, G: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr,
-    DVP: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    DVP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     CARRY: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
-    V_GROUPS: gl.constexpr,
+    V_GROUPS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = k_smem.dtype
+    dtype: gl.constexpr = q_smem.dtype
     ROWS: gl.constexpr = BM // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
@@ -209,53 +221,15 @@ def _consumer(
             out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
             lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
             lse_at += part.to(gl.int64) * part_rows
-            stage = count % STAGES
-            phase = (count // STAGES) & 1
-            mbarrier.wait(k_full.index(stage), phase)
-            k = k_smem.index(stage).permute((1, 0))
-            s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            key0 = gl.where(sink_tiles > 0, 0, base + low_tile * BN)
-            masked = (key0 + BN > first_limit) | (key0 < last_low)
-            p16, alpha, m, mass = _softmax(
-                s, m, mass, scale, cap, key0, masked, limit, low, end, sink_tokens, page_size,
-                s_layout, p_layout, dtype, BN, WINDOW, BODY, SOFTCAP, SHIFT,
+            acc, m, mass, count = attend_tiles(
+                q_half, rings, count, tiles, m, mass, acc, zero,
+                Walk(
+                    limit, low, first_limit, last_low, base, low_tile, sink_tiles,
+                    sink_tokens, page_size, BN, WINDOW, BODY, s_layout,
+                ),
+                _ask, _judge, _hide, 0, scale, cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT,
+                STAGES,
             )  # fmt: skip
-            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-            after = (count + 1) % STAGES
-            after_phase = ((count + 1) // STAGES) & 1
-            mbarrier.wait(k_full.index(after), after_phase, pred=tiles > 1)
-            for j in range(1, tiles):
-                k = k_smem.index(after).permute((1, 0))
-                s_token = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), phase)
-                acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s_token,))
-                mbarrier.arrive(k_empty.index(after), count=1)
-                key0 = gl.where(j < sink_tiles, j * BN, base + (j - sink_tiles + low_tile) * BN)
-                masked = (key0 + BN > first_limit) | (key0 < last_low)
-                p16, alpha, m, mass = _softmax(
-                    s, m, mass, scale, cap, key0, masked, limit, low, end, sink_tokens, page_size,
-                    s_layout, p_layout, dtype, BN, WINDOW, BODY, SOFTCAP, SHIFT,
-                )  # fmt: skip
-                done = stage
-                count += 1
-                stage = after
-                phase = after_phase
-                after = (count + 1) % STAGES
-                after_phase = ((count + 1) // STAGES) & 1
-                # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
-                # wait for the values' product: assemblers move a bare wait up.
-                mbarrier.wait(k_full.index(after), after_phase, pred=j + 1 < tiles)
-                acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
-                mbarrier.arrive(v_empty.index(done), count=1)
-                acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-            mbarrier.wait(v_full.index(stage), phase)
-            acc_token = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc_token,))
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            count += 1
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
             if V_STATIC:
@@ -318,30 +292,33 @@ def prefill_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     start_barriers(k_full, k_empty, STAGES)
     start_barriers(v_full, v_empty, STAGES)
+    _roles(
+        (
+            q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head,
+            order, work, q_smem, Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)),
+            rounds, heads, head0, part_rows, q_heads, q_token, q_head, scale, cap, window,
+            sink_tokens, sink_tiles, page_size, G, D, DV, BM, BN, DP, DVP, STAGES, CAUSAL, WINDOW,
+            BODY, SOFTCAP, SINKS, CARRY, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
+        ),
+        (
+            k_desc, v_desc, order, work,
+            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, heads,
+            head_rows, window, sink_tiles, page_size, G, BM, BN, STAGES, CAUSAL, WINDOW, BODY,
+        ),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _consumer(given, HALF: gl.constexpr):
+    """One half of each tile's rows."""
+    _consume(*given, HALF)
+
+
+@gluon.jit
+def _roles(consumer, producer):
+    """Two consumers, one half of a tile's rows each, and the warp that copies for them."""
     gl.warp_specialize(
-        [
-            (_consumer, (
-                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
-                vs_head, order, work, q_smem,
-                k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows,
-                q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles, page_size,
-                G, D, DV, BM, BN, DP, DVP, 0, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS, CARRY,
-                SHIFT, V_STATIC, V_ZERO, V_GROUPS,
-            )),
-            (_consumer, (
-                q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
-                vs_head, order, work, q_smem,
-                k_smem, v_smem, k_full, k_empty, v_full, v_empty, rounds, heads, head0, part_rows,
-                q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles, page_size,
-                G, D, DV, BM, BN, DP, DVP, 1, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS, CARRY,
-                SHIFT, V_STATIC, V_ZERO, V_GROUPS,
-            )),
-            (_producer, (
-                k_desc, v_desc, order, work, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                rounds, heads, head_rows, window, sink_tiles, page_size, G, BM, BN, STAGES, CAUSAL,
-                WINDOW, BODY,
-            )),
-        ],
+        [(_consumer, (consumer, 0)), (_consumer, (consumer, 1)), (_producer, producer)],
         [4, 4],
         [240, 24],
-    )  # fmt: skip
+    )
