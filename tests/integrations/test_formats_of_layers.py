@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 
 from quantpage import attach
 from quantpage.cache import CacheLayout
 from quantpage.errors import FormatError
 from quantpage.formats import CODES, FORMATS, ExactPages, Granularity, KVFormat, QuantSpec
 from quantpage.formats.per_layer import LayerFormats
-from tests.integrations.tiny_models import tiny, tokens
+from tests.integrations.tiny_models import COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
 
@@ -20,6 +21,9 @@ OWN = KVFormat(
     QuantSpec(CODES["int4"], rotation="hadamard"),
     ExactPages(),
 )
+
+
+GROUPED = KVFormat("groups of 32", *2 * (QuantSpec(CODES["int8"], Granularity(32)),))
 
 
 def layouts_of(model, kv_format):
@@ -63,10 +67,27 @@ def test_a_choice_that_does_not_fit_changes_nothing():
     for kv_format, words in (
         ("int8,layers=3:int4", "expected layers of 0 to 2"),
         (replace(FORMATS["int8_static"], name="given"), "static scales for given"),
+        (GROUPED, "kv_format: layer 0, group: expected a divisor of head_dim 16, got 32"),
+        ("int8,layers=1:int3", None),
     ):
+        if words is None:
+            attach(model, kv_format).detach()
+            continue
         with pytest.raises(FormatError, match=words):
             attach(model, kv_format)
     with pytest.raises(ValueError, match="kv_format: expected a name, a KVFormat"):
         attach(model, 8)
     assert model.config._attn_implementation == before and not model._forward_pre_hooks
     assert CacheLayout(2, 16, OWN).bytes_per_token() == 2 * (16 + 4 + 8 + 2)
+
+
+def test_a_group_fits_the_latent_and_the_rotary_part_or_is_refused():
+    latent = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 2}
+    config = tf.DeepseekV2Config(
+        **COMMON, **latent, **experts, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=32
+    )
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(FormatError, match="layer 0, group: expected a divisor of head_dim 16, got"):
+        attach(model, GROUPED)
+    attach(model, KVFormat("keys alone", GROUPED.key, FORMATS["int8"].value)).detach()

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.attention import find_backend
-from quantpage.errors import UnsupportedModel
+from quantpage.cache import CacheLayout
+from quantpage.errors import FormatError, UnsupportedModel
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import cpu_step, functions
@@ -153,6 +154,7 @@ def attach(  # noqa: PLR0913
         # Built once now, so that a format or a layer that cannot be fails before the model changes.
         cache = attached.new_cache()
         _survey(model, cache, caching, options.ledger)
+        _refuse_widths(cache, caching)
         if mask is not None:
             _refuse_mask(model, mask, cache, options.ledger)
         maps = find_key_maps(model, cache.formats, calibration, implementation)
@@ -216,6 +218,27 @@ def _survey(
             f"{model.config.model_type}: expected layers that cache keys and values, found none "
             f"in {type(model).__name__}: there is nothing to keep in pages"
         )
+
+
+def _refuse_widths(cache: QuantPageCache, caching: dict[int, list[nn.Module]]) -> None:
+    """FormatError where a layer's format does not fit the channels that its attention names."""
+    for layer in cache.paged():
+        for module in caching.get(layer.index, ()):
+            found = [getattr(module, name, None) for name in _widths_named(module)]
+            if isinstance(found[0], int):
+                value = found[1] if isinstance(found[1], int) else None
+                try:
+                    CacheLayout(1, found[0], cache.formats[layer.index], value_head_dim=value)
+                except FormatError as error:
+                    raise FormatError(f"kv_format: layer {layer.index}, {error}") from error
+
+
+def _widths_named(module: nn.Module) -> tuple[str, str]:
+    """Where an attention says how wide the keys and values are that it caches."""
+    if isinstance(getattr(module, "kv_lora_rank", None), int):
+        # One latent for all heads, and the rotary part of the key in the place of the value.
+        return "kv_lora_rank", "qk_rope_head_dim"
+    return "head_dim", "v_head_dim"
 
 
 def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledger: Ledger) -> None:
