@@ -128,16 +128,16 @@ MUTATIONS = (
     Mutation(
         "the page before the query's own from its codes",
         _OPS + "attend/params.py",
-        "(behind <= 1)",
-        "(behind <= 0)",
+        "(behind <= NEAR_PAGES)",
+        "(behind < NEAR_PAGES)",
         ("tests/ops/test_attend.py", "tests/ops/test_cpu_attend.py"),
         "--only torch --cases 60 --seed 1",
     ),
     Mutation(
         "the body's end at a context of 1 past a page",
         _OPS + "attend/decode/triton_share.py",
-        "b_high = ((context - 1) // PAGE - 1) * PAGE",
-        "b_high = ((context - 2) // PAGE - 1) * PAGE",
+        "b_high = near_page(context - 1, PAGE) * PAGE",
+        "b_high = near_page(context - 2, PAGE) * PAGE",
         ("tests/ops/test_triton_segments.py",),
     ),
     Mutation(

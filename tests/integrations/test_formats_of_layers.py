@@ -81,6 +81,7 @@ def test_a_choice_that_does_not_fit_changes_nothing():
     assert CacheLayout(2, 16, OWN).bytes_per_token() == 2 * (16 + 4 + 8 + 2)
 
 
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
 def test_a_group_fits_the_latent_and_the_rotary_part_or_is_refused():
     latent = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 2}

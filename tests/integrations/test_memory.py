@@ -11,6 +11,7 @@ import quantpage
 from quantpage.cache.saved import read_pages, write_pages
 from quantpage.errors import CacheError, CorruptCache, OutOfPages
 from quantpage.formats import FORMATS
+from scripts.many_generations import rounds
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -262,3 +263,11 @@ def test_pages_without_tables_are_no_cache(tmp_path):
         write_pages(path, replace(saved, note=note))
         with pytest.raises(CorruptCache, match="expected the page tables of a cache"):
             attached.load_cache(path)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_generations_leave_nothing_behind(kv_format):
+    """Sixty of them, through caches of every kind; scripts/many_generations.py does thousands."""
+    first, *later = rounds(tiny("mistral_window", torch.float32), kv_format, 3)
+    assert later[0] == later[1]
+    assert first.tensors == later[0].tensors and first.remembered > 0
