@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantpage import cpu_core, doctor
-from quantpage.hardware import device_info
+from quantpage.hardware import available_bytes, device_info
 from quantpage.ops.attend import torch_blockwise
 from quantpage.ops.dispatch import _load
 from quantpage.ops.rope_write import reference as write_reference
@@ -94,10 +94,10 @@ def test_every_finding_that_is_not_good_says_what_to_do(monkeypatch):
     monkeypatch.setattr(cpu_core, "absence", lambda: "no compiled core.")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "C++ compiler" in bad(doctor._core()).advice
-    monkeypatch.setattr(doctor, "_available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 1 << 30)
     assert "1.0 GiB" in bad(doctor._memory()).found
 
 
 def test_memory_is_read_on_linux():
-    found = doctor._available_bytes()
+    found = available_bytes()
     assert found is None or found > 1 << 20

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from quantpage import cpu_core
-from quantpage.hardware import device_info
+from quantpage.hardware import available_bytes, device_info
 from quantpage.self_test import Tried, self_test
 
 State = Literal["good", "note", "bad"]
@@ -137,36 +137,13 @@ def _vllm() -> Finding:
 
 
 def _memory() -> Finding:
-    free = _available_bytes()
+    free = available_bytes()
     if free is None:
         return Finding("memory", "good", "unknown on this system")
     text = f"{free / 2**30:.1f} GiB available"
     if free < SMALL_MEMORY:
         return Finding("memory", "note", text, "small models only; close other programs")
     return Finding("memory", "good", text)
-
-
-def _available_bytes() -> int | None:
-    """What a process may still take: of the machine, and of its group where that is less."""
-    found = []
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    found.append(int(line.split()[1]) * 1024)
-    except OSError:
-        return None
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max") as most,
-            open("/sys/fs/cgroup/memory.current") as now,
-        ):
-            limit = most.read().strip()
-            if limit != "max":
-                found.append(max(0, int(limit) - int(now.read())))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
 
 
 def _self_test(kind: str) -> Iterator[Finding]:

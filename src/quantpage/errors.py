@@ -6,6 +6,7 @@
     │   ├── OutOfPages       the pool has no free page left
     │   └── CorruptCache     a saved cache that is truncated, altered, or of another format
     ├── CorruptCalibration   a file of `quantpage calibrate` that is damaged or of another model
+    ├── CorruptReport        data of `quantpage report` that is damaged or of another version
     ├── NonFiniteInput       checked mode met a NaN or an infinity (layer, tensor, token)
     ├── NoImplementation     every candidate refused; the message lists each reason
     ├── UnsupportedModel     this model cannot keep its cache in quantized pages, and why
@@ -42,6 +43,10 @@ class CorruptCache(CacheError):
 
 class CorruptCalibration(QuantPageError):
     """A file of `quantpage calibrate` that is damaged, of another version or of another model."""
+
+
+class CorruptReport(QuantPageError):
+    """Data of `quantpage report` that is damaged or of another version."""
 
 
 class NonFiniteInput(QuantPageError, ValueError):

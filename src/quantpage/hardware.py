@@ -60,6 +60,35 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     return DeviceInfo(device.type, device.type, None, 0, 0)
 
 
+def available_bytes(device: torch.device | str = "cpu") -> int | None:
+    """What a process may still take of a device's memory; None: unknown.
+
+    On a CPU of the machine, and of its group where that is less.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        return None
+    try:
+        with (
+            open("/sys/fs/cgroup/memory.max") as most,
+            open("/sys/fs/cgroup/memory.current") as now,
+        ):
+            limit = most.read().strip()
+            if limit != "max":
+                found.append(max(0, int(limit) - int(now.read())))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
 @lru_cache
 def _cuda_info(index: int) -> DeviceInfo:
     found = torch.cuda.get_device_properties(index)

@@ -8,7 +8,8 @@ import torch
 import transformers as tf
 
 from quantpage import attach
-from quantpage.cli.capacity import longest_in, parse_bytes, row_of
+from quantpage.cache.sizes import longest_in
+from quantpage.cli.capacity import parse_bytes, row_of
 from quantpage.formats import FORMATS, Granularity
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.sizes import cache_shape

@@ -151,28 +151,40 @@ def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], 
         for label, dtype in (("sdpa bf16", torch.bfloat16), ("sdpa fp32", torch.float32)):
             tensors = [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])]
             found[label] = partial(_prompt_sdpa, tensors)
-    library, threads = core(), torch.get_num_threads()
+    library = core()
     for name in formats:
         made = [random_layer(name, case) for _ in range(layers)]
-
-        def run(i: int, made: list = made, isa: int = library.isa) -> object:
-            layer, batch = made[i % layers]
-            return cpu.attend(q, layer, batch, params, isa=isa)
-
+        run = reader_of(made, q, params)
         found[f"{name} {ISAS[library.isa]}"] = run
         if name == "int8":
             for isa in range(library.isa):
                 found[f"{name} {ISAS[isa]}"] = partial(run, isa=isa)
         if decode and name in ("int8", "int4"):
-            # Bytes of their own: what attention has just read would come from a cache.
             count = sum(side.codes.nbytes for side in (made[0][0].key, made[0][0].value))
-            plain = [as_cached(torch.ones(count, dtype=torch.uint8)) for _ in range(layers)]
-
-            def read(i: int, plain: list = plain, count: int = count) -> None:
-                library.read(plain[i % layers].data_ptr(), count, threads)
-
-            found[f"read {name}"] = read
+            found[f"read {name}"] = bytes_alone(count, layers)
     return found
+
+
+def reader_of(
+    made: list[tuple[LayerKV, BatchPlan]], q: torch.Tensor, params: AttendParams
+) -> Callable[..., object]:
+    """Attention of the compiled core over one layer of ``made`` after the other."""
+
+    def run(sample: int, isa: int = core().isa) -> object:
+        layer, batch = made[sample % len(made)]
+        return cpu.attend(q, layer, batch, params, isa=isa)
+
+    return run
+
+
+def bytes_alone(count: int, layers: int) -> Callable[[int], object]:
+    """Reading so many bytes of a layer and nothing else: the limit of who reads a cache.
+
+    Bytes of their own: what attention has just read would come from a cache.
+    """
+    plain = [as_cached(torch.ones(count, dtype=torch.uint8)) for _ in range(layers)]
+    threads = torch.get_num_threads()
+    return lambda sample: core().read(plain[sample % layers].data_ptr(), count, threads)
 
 
 def _prompt_sdpa(tensors: list[torch.Tensor], sample: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ The rules are those by which requests keep pages (cache/reach), and the bytes th
 that allocate, so that what is planned is what is held.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -73,6 +74,21 @@ def held_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> i
 def unquantized_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> int:
     """The same in Transformers' own cache, in the model's dtype."""
     return requests * sum(each.unquantized_bytes(tokens) for each in layers)
+
+
+def longest_in(plans: Iterable[LayerPlan], budget: int) -> int:
+    """Tokens of the longest request that is held in ``budget`` bytes; a number without end where
+    every layer has a window that fits is cut off at 2^40."""
+    kinds = Counter(plans)
+
+    def fits(tokens: int) -> bool:
+        return sum(n * plan.held_bytes(tokens) for plan, n in kinds.items()) <= budget
+
+    low, high = 0, 1 << 40
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def prompt_bytes(

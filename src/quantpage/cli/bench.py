@@ -6,7 +6,8 @@ from typing import Annotated
 import torch
 import typer
 
-from quantpage.cli.options import Model, check_writable, with_common
+from quantpage.cli.options import Model, with_common
+from quantpage.files import check_writable
 from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import find_device
 

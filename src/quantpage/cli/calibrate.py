@@ -6,7 +6,8 @@ from typing import Annotated, get_args
 import typer
 
 from quantpage import console
-from quantpage.cli.options import Device, Model, check_writable
+from quantpage.cli.options import Device, Model
+from quantpage.files import check_writable
 
 
 def command(

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from quantpage import console
-from quantpage.cache.sizes import LayerPlan, held_bytes, prompt_bytes, unquantized_bytes
+from quantpage.cache.sizes import (
+    LayerPlan,
+    held_bytes,
+    longest_in,
+    prompt_bytes,
+    unquantized_bytes,
+)
 from quantpage.cli.options import AsJson, PageSize
 from quantpage.cli.shapes import TP, Counted, HeadDim, KVHeads, Layers, ModelOrNone, read_counted
 from quantpage.errors import FormatError
@@ -122,21 +128,6 @@ def row_of(
         requests=(budget - peak) // held + 1 if peak <= budget else 0,
         longest=longest_in(plans, budget - state_bytes),
     )
-
-
-def longest_in(plans: Sequence[LayerPlan], budget: int) -> int:
-    """Tokens of the longest request that is held in ``budget`` bytes; a number without end where
-    every layer has a window that fits is cut off at 2^40."""
-    kinds = {plan: list(plans).count(plan) for plan in dict.fromkeys(plans)}
-
-    def fits(tokens: int) -> bool:
-        return sum(n * plan.held_bytes(tokens) for plan, n in kinds.items()) <= budget
-
-    low, high = 0, 1 << 40
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def parse_bytes(text: str) -> int:

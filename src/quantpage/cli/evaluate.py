@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, check_writable
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
 
 if TYPE_CHECKING:
@@ -94,16 +95,15 @@ def command(
     else:
         _print(rows, request.prompt)
     if csv is not None:
-        report.write(csv, report.to_csv(rows))
+        write(csv, report.to_csv(rows))
     if markdown is not None:
-        report.write(markdown, report.to_markdown(rows))
+        write(markdown, report.to_markdown(rows))
 
 
 def _advise(
     request: "EvaluateRequest", budget: str, context: int, csv: Path | None, as_json: bool
 ) -> None:
     from quantpage.cli import advice as said
-    from quantpage.evaluate.report import write
     from quantpage.evaluate.run import advise_model
     from quantpage.hardware import find_device
 

@@ -9,7 +9,6 @@ import torch
 import typer
 
 from quantpage import console, cpu_core
-from quantpage.cache import EVERYTHING
 from quantpage.cli.options import AsJson, Device
 from quantpage.explain import (
     OPS,
@@ -56,8 +55,13 @@ def command(
     if mask not in MASKS:
         raise ValueError(f"mask: expected causal, full, interval or asked, got {mask!r}")
     info = device_info(find_device(device))
-    heads, layers = ({}, None) if model is None else _heads(model)
-    call = replace(example_call(info, FORMATS["none"], mask), **heads)
+    call, layers = example_call(info, FORMATS["none"], mask), None
+    if model is not None:
+        from quantpage.integrations.hf_transformers.model import load_config
+        from quantpage.integrations.hf_transformers.sizes import cache_shape, call_of
+
+        config = load_config(model)
+        call, layers = call_of(config, call), cache_shape(config).count
     if why is not None:
         _print_why(replace(call, format=find_format(why[0])), why[1], as_json)
         return
@@ -179,23 +183,3 @@ def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -
         "layers": dict(places),
         "choices": [asdict(choice) for choice in choices],
     }
-
-
-def _heads(model: str) -> tuple[dict[str, Any], int]:
-    """(what a model folder's configuration says of a ``Call``, its layers)."""
-    from quantpage.integrations.hf_transformers.model import load_config, model_shape
-    from quantpage.integrations.hf_transformers.sizes import cache_shape
-
-    config = load_config(model)
-    shape = cache_shape(config)
-    # What most layers cache; multi-head latent attention one latent for all heads.
-    kept = [replace(each, reach=EVERYTHING) for each in shape.paged.values()]
-    most = max(kept, key=kept.count)
-    heads = {
-        "dtype": shape.dtype,
-        "q_heads": model_shape(config).q_heads,
-        "kv_heads": most.kv_heads,
-        "head_dim": most.head_dim,
-        "value_head_dim": most.value_head_dim,
-    }
-    return heads, shape.count

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, check_writable
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.files import check_writable
 
 if TYPE_CHECKING:
     from quantpage.cli.comparison import Forced

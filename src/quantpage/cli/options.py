@@ -4,7 +4,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -62,17 +61,3 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
     vars(command)["__signature__"] = signature.replace(parameters=parameters)
     command.__annotations__ = {**function.__annotations__, **_common()}
     return command
-
-
-def check_writable(path: Path | None, name: str) -> None:
-    """ValueError where a file could not be written; asked before anything that takes long."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{name}: expected a file to write, got the folder {path}")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    target = path if path.exists() else parent
-    if not parent.is_dir() or not os.access(target, os.W_OK):
-        raise ValueError(f"{name}: expected a file that can be written, got {path}")

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from quantpage.cli.capacity import parse_bytes
-from quantpage.cli.options import Calibration, check_writable
+from quantpage.cli.options import Calibration
+from quantpage.files import check_writable
 
 
 class EngineName(StrEnum):

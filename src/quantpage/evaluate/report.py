@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -101,11 +100,3 @@ def to_csv(rows: Sequence[Row]) -> str:
         values = asdict(row)
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
     return out.getvalue()
-
-
-def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)

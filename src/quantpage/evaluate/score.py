@@ -131,17 +131,31 @@ def divergence(
     exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, " tokens"]:
     """KL(exact || other) of log-probabilities, in nats; >= 0 up to rounding."""
+
     # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
-    p, q = exact.double().exp(), other.double().exp()
-    return (p * (exact.double() - other.double()) - p + q).sum(-1)
+    def of(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1)
+
+    return _in_slices(of, exact, other)
 
 
 def overlap(
     exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, " tokens"]:
     """Sum of the smaller of two probabilities: 1 - total variation distance, at most 1."""
-    return 1 - (exact.double().exp() - other.double().exp()).abs().sum(-1) / 2
+    return 1 - _in_slices(lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2, exact, other)
 
+
+def _in_slices(
+    of: Callable[[Tensor, Tensor], Tensor], exact: Tensor, other: Tensor
+) -> Float[Tensor, " tokens"]:
+    """In float64, few tokens at a time: all of them would take gigabytes."""
+    pairs = zip(exact.split(_SLICE), other.split(_SLICE), strict=True)
+    return torch.cat([of(p.double(), q.double()) for p, q in pairs])
+
+
+_SLICE = 64
+"""Tokens whose probabilities are compared at once."""
 
 Attaching = Callable[[Any], AbstractContextManager[Callable[[], Any]]]
 """Prepares a model for one cache and yields what makes an empty one of them."""

@@ -4,21 +4,23 @@
 layer each; ``cache/sizes`` counts their bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantpage.cache.layout import CacheLayout
-from quantpage.cache.reach import Reach
+from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.cache.sizes import LayerPlan
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.model import (
+    model_shape,
     reaches_of,
     refuse_unsupported,
     text_config,
 )
+from quantpage.ops.dispatch import Call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -108,6 +110,24 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
         if kind not in _PAGED | _EMPTY:
             states[kind] = states.get(kind, 0) + _state_bytes(text, kind, dtype, tp)
     return CacheShape(paged, len(kinds), states, dtype)
+
+
+def call_of(config: Any, call: Call) -> Call:
+    """``call`` with the heads and the dtype of a configuration; UnsupportedModel for one that
+    ``attach`` refuses.
+    """
+    shape = cache_shape(config)
+    # What most layers cache; multi-head latent attention one latent for all heads.
+    kept = [replace(each, reach=EVERYTHING) for each in shape.paged.values()]
+    most = max(kept, key=kept.count)
+    return replace(
+        call,
+        dtype=shape.dtype,
+        q_heads=model_shape(config).q_heads,
+        kv_heads=most.kv_heads,
+        head_dim=most.head_dim,
+        value_head_dim=most.value_head_dim,
+    )
 
 
 def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:

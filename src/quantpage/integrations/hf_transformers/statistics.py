@@ -1,34 +1,25 @@
 """Keys and queries of a model, measured in its own forward.
 
-The model runs unquantized with an attention function that looks at what it is given, after norms
-and RoPE, whatever the architecture: no name of a projection has to be known, and offloaded or
-sharded weights serve as always.
+The model runs unquantized and its attention is watched (watch): keys and queries after norms and
+RoPE, whatever the architecture.
 
 Without a text, tokens are drawn at random: what every key has in common, the turned bias of its
 projection, is a matter of the weights, and random tokens show it in a second.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
-from quantpage.integrations.hf_transformers import functions
-from quantpage.integrations.hf_transformers.coverage import caching_modules, uses_interface
 from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.own import use_attention
-from quantpage.integrations.hf_transformers.supply import attention_configs
-
-NAME = "quantpage_statistics"
-"""What ``model.config._attn_implementation`` says while a model is measured."""
+from quantpage.integrations.hf_transformers.watch import Attend, watched
 
 KEY_BIASES = (
     "k_proj.bias", "key.bias", "key_proj.bias", "k_lin.bias", "qkv_proj.bias", "qkv.bias",
@@ -79,33 +70,22 @@ def measure(
     """
     found: dict[int, KeyStatistics] = {}
 
-    def look(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        index = getattr(module, "layer_idx", None)
-        if index is not None and query.shape[-1] == key.shape[-1]:
-            # [1, heads, tokens, head_dim]
-            q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
-            made = KeyStatistics.of(q, k)
-            found[index] = found[index] + made if index in found else made
-            if ranges is not None:
-                seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
-                if index in ranges:
-                    seen = [a + b for a, b in zip(ranges[index], seen, strict=True)]
-                ranges[index] = (seen[0], seen[1])
-        return functions.attention_function(module, query, key, value, *args, **kwargs)
+    def look(index: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> None:
+        if query.shape[-1] != key.shape[-1]:
+            return
+        # [1, heads, tokens, head_dim]
+        q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
+        made = KeyStatistics.of(q, k)
+        found[index] = found[index] + made if index in found else made
+        if ranges is not None:
+            seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
+            if index in ranges:
+                seen = [a + b for a, b in zip(ranges[index], seen, strict=True)]
+            ranges[index] = (seen[0], seen[1])
 
-    AttentionInterface.register(NAME, look)
-    AttentionMaskInterface.register(NAME, functions.mask_function)
-    modules = [
-        module
-        for each in caching_modules(model, type(text_config(model.config))).values()
-        for module in each
-        if uses_interface(module)
-    ]
     body: Any = model.base_model
     extra = {} if positions is None or not _takes_positions(body) else {"position_ids": positions}
-    with _measured(model, modules), torch.no_grad():
+    with watched(model, look), torch.no_grad():
         for ids in texts:
             moved = {name: each.to(model.device) for name, each in extra.items()}
             body(input_ids=ids.to(model.device), use_cache=False, **moved)
@@ -114,19 +94,3 @@ def measure(
 
 def _takes_positions(body: nn.Module) -> bool:
     return "position_ids" in inspect.signature(body.forward).parameters
-
-
-@contextmanager
-def _measured(model: PreTrainedModel, modules: list[nn.Module]) -> Iterator[None]:
-    """In evaluation mode and with the attention function that looks, then as before."""
-    training = [module for module in model.modules() if module.training]
-    undo: list[Any] = []
-    try:
-        use_attention(attention_configs(model, modules), NAME, undo)
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        while undo:
-            undo.pop()()

@@ -1,0 +1,89 @@
+"""`quantpage report`: what a model loses by each format, as a page for a colleague."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantpage import console
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.formats.per_layer import split_choices
+
+
+def command(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="The page; data and pictures go beside it.", show_default=False)
+    ],
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="Names, or one a layer, comma separated: int8,int4,first2=int8 are two; default: "
+            "all dynamic ones."
+        ),
+    ] = "",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="English text to read; default: Austen's novels, from Debian."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
+    scored: Annotated[int, typer.Option(min=1, help="Predictions compared in each.")] = 1472,
+    answers: Annotated[int, typer.Option(min=1, help="Answers of the model itself.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+    needles: Annotated[
+        str, typer.Option(help="Lengths of texts with a needle, comma separated; '' for none.")
+    ] = "256,512,1024",
+    advice: Annotated[
+        bool,
+        typer.Option(help="Measure every layer alone, for a choice a layer; half of the time."),
+    ] = True,
+    contexts: Annotated[int, typer.Option(min=1, help="Longest context timed.")] = 8192,
+    page_size: PageSize = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    calibration: Calibration = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each cache format changes, and write one HTML page that says it.
+
+    Predictions on text and on the model's own answers, layers and heads, needles, memory, speed,
+    and a verdict in words. Minutes for the demo's model on a CPU. Finished parts are kept beside
+    the page: an interrupted report, or one with another format, goes on from them.
+    """
+    from quantpage.report import ReportRequest, make
+
+    request = ReportRequest(
+        model=model,
+        out=out,
+        formats=tuple(split_choices(formats)),
+        text=text,
+        windows=windows,
+        scored=scored,
+        answers=answers,
+        steps=steps,
+        needle_lengths=read_lengths(needles),
+        advice=advice,
+        contexts=contexts,
+        page_size=page_size,
+        dtype=dtype,
+        device=device,
+        calibration=calibration,
+    )
+    report = make(request)
+    if as_json:
+        console.print_json(report)
+        return
+    verdict = report["verdict"]
+    console.print_line(verdict["headline"])
+    for reason in verdict["reasons"]:
+        console.print_line(f"- {reason}")
+    console.print_line(verdict["flag"])
+    console.note(f"written: {request.out}, {request.data}")
+
+
+def read_lengths(text: str) -> tuple[int, ...]:
+    """'256,512' -> (256, 512); ValueError says what was expected."""
+    words = [each.strip() for each in text.split(",") if each.strip()]
+    if not all(each.isdecimal() and int(each) > 0 for each in words):
+        raise ValueError(f"needles: expected lengths such as 256,512, got {text!r}")
+    return tuple(sorted({int(each) for each in words}))

@@ -1,0 +1,96 @@
+"""What a format takes in memory, what fits, who serves it here and how fast: no prediction made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from quantpage.bench.contexts import Heads
+from quantpage.cache.sizes import held_bytes, longest_in, unquantized_bytes
+from quantpage.errors import FormatError
+from quantpage.explain import distinct_refusals, example_call, explain
+from quantpage.formats import FORMATS
+from quantpage.formats.per_layer import LayerFormats
+from quantpage.hardware import DeviceInfo, available_bytes
+from quantpage.integrations.hf_transformers.model import model_shape
+from quantpage.integrations.hf_transformers.sizes import cache_shape, call_of
+
+CONTEXTS = (1024, 8192, 32768, 131072)
+
+
+def memory(
+    config: Any, names: Sequence[str], page_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Bytes of a request at some contexts, and the longest that this device's memory has room
+    for, as ``attach`` lays it out for the model in bfloat16; the weights are loaded already."""
+    shape = replace(cache_shape(config), dtype=torch.bfloat16)
+    free = available_bytes(device)
+    rows, base = [], None
+    for name in names:
+        plans = shape.layers(LayerFormats.parse(name), page_size)
+        base = [unquantized_bytes(plans, each) + shape.state_bytes for each in CONTEXTS]
+        rows.append(
+            {
+                "format": name,
+                "bytes_per_token": sum(
+                    each.layout.bytes_per_token() for each in plans if not each.reach.limited
+                ),
+                "request_bytes": [held_bytes(plans, each) + shape.state_bytes for each in CONTEXTS],
+                "longest": None if free is None else longest_in(plans, free - shape.state_bytes),
+            }
+        )
+    return {"contexts": list(CONTEXTS), "unquantized": base, "free": free, "rows": rows}
+
+
+def held_bits(report: Mapping[str, Any], context: int = 8192) -> dict[str, float]:
+    """Format -> bits a number of everything that a request of ``context`` tokens holds: scales,
+    pages kept exact, the unused end of the last page. Caches that are not ours: of the codes.
+    """
+    memory = report["memory"]
+    at = memory["contexts"].index(context)
+    found = {row["format"]: row["bits"] for row in report["fidelity"]["rows"]}
+    return found | {
+        row["format"]: 16 * row["request_bytes"][at] / memory["unquantized"][at]
+        for row in memory["rows"]
+    }
+
+
+def refusals(config: Any, names: Sequence[str], info: DeviceInfo) -> dict[str, Any]:
+    """Who serves each format's ops here, and every refusal once."""
+    call = call_of(config, example_call(info, FORMATS["none"]))
+    chosen = dict.fromkeys(each for name in names for each in LayerFormats.parse(name).formats)
+    choices = [choice for each in chosen for choice in explain(replace(call, format=each))]
+    return {
+        "choices": [
+            {"format": each.format, "op": each.op, "chosen": each.chosen} for each in choices
+        ],
+        "refused": [asdict(each) for each in distinct_refusals(choices)],
+    }
+
+
+def timed_contexts(longest: int) -> list[int]:
+    """From 512 tokens on, four times as many each."""
+    found = [512]
+    while found[-1] * 4 <= longest:
+        found.append(found[-1] * 4)
+    return [each for each in found if each <= longest] or [longest]
+
+
+def heads_of(config: Any, page_size: int) -> tuple[Heads | None, str]:
+    """Heads of the first layer with pages, or why they are not timed."""
+    first = next(iter(cache_shape(config).paged.values()))
+    if first.head_dim != first.value_head_dim:
+        return None, "decode is timed for keys and values of one width; this model's differ"
+    q_heads = model_shape(config).q_heads
+    return Heads(q_heads, first.kv_heads, first.head_dim, page_size), ""
+
+
+def check_fit(config: Any, names: Sequence[str], page_size: int) -> None:
+    """FormatError where a format does not fit a layer of this model, before anything is loaded."""
+    shape = cache_shape(config)
+    for name in names:
+        try:
+            shape.layers(LayerFormats.parse(name), page_size)
+        except FormatError as error:
+            raise FormatError(f"formats: {name}: {error}") from error
