@@ -181,13 +181,16 @@ def judge(kind, model_type):
     name = LISTS[kind][model_type]
     name = name[0] if isinstance(name, (list, tuple)) else name
     base = {"kind": kind, "model_type": model_type, "name": name}
-    model, wanted, error = None, {}, None
+    wanted, error = {}, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = build(model_type, name)
         except Exception as found:  # noqa: BLE001
             return Row(**base, verdict="not tried", why=said(found))
+        refusal = refused(model)
+        if refusal:
+            return Row(**base, verdict="refused", why=refusal)
         # Each run gets a copy: some models keep positions of their last call.
         for way, run in {"steps": lambda each: (None, stepwise(each)[0]), **ways()}.items():
             # A way that the class does not go unattached says nothing.
@@ -197,9 +200,6 @@ def judge(kind, model_type):
                 error = error or said(found)
     wanted = {way: each for way, each in wanted.items() if not each[1].isnan().any()}
     base["skipped"] = ", ".join(way for way in ("steps", *ways()) if way not in wanted)
-    refusal = refused(model)
-    if refusal:
-        return Row(**base, verdict="refused", why=refusal)
     if not wanted:
         return Row(**base, verdict="not tried", why=error or "its logits are not finite")
     with warnings.catch_warnings(record=True) as caught:
@@ -246,8 +246,6 @@ def compared(base, model, errors, found, told):
 
 def refused(model):
     """What attach says where it refuses a model; None where it takes it."""
-    if model is None:
-        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
