@@ -145,6 +145,63 @@ def test_json_follows_its_schema(client):
     assert got.choices[0].finish_reason == "stop"
 
 
+def test_any_json_object(client):
+    pytest.importorskip("llguidance")
+    for seed in range(3):
+        wanted = {"type": "json_object"}
+        got = chat(client, max_tokens=300, temperature=1, seed=seed, response_format=wanted)
+        choice = got.choices[0]
+        assert choice.message.content.startswith("{")
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+    pieces = chat(
+        client, max_tokens=300, temperature=1, seed=2, response_format=wanted, stream=True
+    )
+    streamed = "".join(each.choices[0].delta.content or "" for each in pieces)
+    assert streamed == choice.message.content
+
+
+def test_of_two_tools_the_one_that_is_named_is_called(client):
+    pytest.importorskip("llguidance")
+    numbers = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    numbers["additionalProperties"] = False
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": numbers}}
+        for name in ("add", "take")
+    ]
+    named = {"type": "function", "function": {"name": "take"}}
+    got = chat(client, max_tokens=100, tools=tools, tool_choice=named).choices[0]
+    assert [call.function.name for call in got.message.tool_calls] == ["take"]
+    # The answer and the tool's result are messages of the next call.
+    messages = [
+        {"role": "user", "content": "Hi"},
+        got.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": got.message.tool_calls[0].id, "content": "3"},
+    ]
+    again = client.chat.completions.create(
+        model="small", messages=messages, tools=tools, max_tokens=4, temperature=0
+    )
+    assert again.choices[0].finish_reason in ("length", "stop")
+    with pytest.raises(openai.BadRequestError, match="tool_choice: expected one of tools"):
+        missing = {"type": "function", "function": {"name": "other"}}
+        chat(client, tools=tools, tool_choice=missing)
+
+
+def test_errors_are_those_of_the_client(url, client):
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as other,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
+        other.models.list()
+    assert caught.value.code == "invalid_api_key"
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, temperature=9)
+    assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"
+    # A refused stream is a status, not a stream that breaks.
+    with pytest.raises(openai.BadRequestError):
+        chat(client, max_tokens=100_000, stream=True)
+
+
 def test_a_tool_that_is_required_is_called(client):
     pytest.importorskip("llguidance")
     parameters = {

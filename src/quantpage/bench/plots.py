@@ -138,10 +138,34 @@ def draw_masks(source: Path, target: Path) -> None:
     plt.close(figure)
 
 
+def draw_agents(source: Path, target: Path) -> None:
+    """Seconds to the first token by round, a line a server."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in _read(source) if row["case"] == "agents"]
+    figure, axis = plt.subplots(figsize=(7, 3.8))
+    for name in dict.fromkeys(row["server"] for row in rows):
+        mine = [row for row in rows if row["server"] == name]
+        rounds = [int(row["round"]) for row in mine]
+        axis.plot(rounds, [float(row["first_s"]) for row in mine], marker="o", label=name)
+    axis.set(
+        xlabel="round",
+        ylabel="seconds to the first token, median",
+        title=f"{rows[0]['clients']} users, {rows[0]['note'].partition(';')[0]}",
+        ylim=(0, None),
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
 PICTURES: dict[str, Callable[[Path, Path], None]] = {
     "h200-decode": draw_roofline,
     "h200-prefill": draw_prefill,
     "h200-masks": draw_masks,
+    "cpu-serve-agents": draw_agents,
 }
 """The pictures of the docs: NAME.csv of the results -> NAME.png, by this function."""
 
