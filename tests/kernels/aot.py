@@ -35,14 +35,20 @@ class Resources:
 
 
 def compile_kernel(kernel, arguments: dict, capability: int, **options):
-    """arguments: a type ('*fp16', 'i32', 'fp32') for run-time ones, anything else is constexpr.
+    """arguments: a type ('*fp16', 'i32', 'fp32') for run-time ones, a NamedTuple of types for a
+    record, anything else is constexpr.
 
     Types that end in ':16' are multiples of 16.
     """
     signature, constants, aligned = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         given = arguments[name]
-        if isinstance(given, str) and re.match(r"\*|i32|i64|fp32", given):
+        if isinstance(given, tuple):
+            signature[name] = type(given)(*(each.removesuffix(":16") for each in given))
+            for inner, each in enumerate(given):
+                if each.endswith(":16") or each.startswith("*"):
+                    aligned[(at, inner)] = [["tt.divisibility", 16]]
+        elif isinstance(given, str) and re.match(r"\*|i32|i64|fp32", given):
             signature[name] = given.removesuffix(":16")
             if given.endswith(":16") or given.startswith("*"):
                 aligned[(at,)] = [["tt.divisibility", 16]]

@@ -49,14 +49,16 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
 
 
 def write_arguments(code=1, block=128, zero=False, mapped=0):
+    from quantpage.ops.rope_write.triton_kernel import Pages
     from quantpage.ops.rope_write.triton_kernel import write_kernel as kernel
 
     types = dict.fromkeys(
-        ("q", "k", "v", "q_out", "k_seen", "v_seen", "k_exact", "v_exact", "q_weight", "k_weight",
-         "q_bias", "k_bias", "v_bias"), "*bf16",
+        ("q", "k", "v", "q_out", "k_seen", "v_seen", "q_weight", "k_weight", "q_bias", "k_bias",
+         "v_bias"), "*bf16",
     )  # fmt: skip
-    types |= dict.fromkeys(("k_codes", "v_codes"), "*u8" if code in (2, 3) else "*i8")
-    types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "*fp16")
+    codes = "*bf16" if code == 0 else "*u8" if code in (2, 3) else "*i8"
+    pages = Pages(codes, "*fp16", "*fp16", "*bf16", *["i32:16"] * 6)
+    types |= {"k_pages": pages, "v_pages": pages}
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
     types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean"), "*fp32")
     types |= dict.fromkeys(("tokens", "q_heads", "kv_heads"), "i32")

@@ -16,7 +16,7 @@ def main() -> None:
     for name, given in FORMATS.items():
         kernel, arguments = write_arguments(*given)
         if name == "none":
-            arguments |= {"k_codes": "*bf16", "v_codes": "*bf16", "K_SCALES": 0, "V_SCALES": 0}
+            arguments |= {"K_SCALES": 0, "V_SCALES": 0}
         compiled = compile_kernel(kernel, arguments, 90, num_warps=1)
         takes = resources(compiled)
         found[name] = {

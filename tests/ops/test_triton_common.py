@@ -1,7 +1,8 @@
-"""Constants of kernels: compared before every launch, and so by identity."""
+"""What every launch pays for: constants, compared by identity, and arguments, not too many."""
 
 import copy
 import importlib
+import inspect
 import pkgutil
 
 # Decides, before triton is imported, whether kernels are interpreted.
@@ -35,3 +36,13 @@ def test_kernels_have_no_other_constants(name):
     values = vars(importlib.import_module(name))
     slow = [key for key, value in values.items() if type(value) is tl.constexpr]
     assert not slow, f"{name}: expected Constant, got tl.constexpr for {', '.join(slow)}"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_kernel_takes_more_than_forty_arguments(name):
+    """Constants aside. What goes together is one NamedTuple, as pages in the write kernel."""
+    for key, value in vars(importlib.import_module(name)).items():
+        if key.endswith("_kernel") and hasattr(value, "fn"):
+            given = inspect.signature(value.fn).parameters.values()
+            loose = [each.name for each in given if each.annotation is not tl.constexpr]
+            assert len(loose) <= 40, f"{key}: {len(loose)} arguments"

@@ -17,7 +17,7 @@ from quantpage.ops.checks import Needs, writes
 from quantpage.ops.operand import A_TOKEN, Operand, operand
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
-from quantpage.ops.rope_write.triton_kernel import write_kernel
+from quantpage.ops.rope_write.triton_kernel import Pages, write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
 
 
@@ -131,10 +131,8 @@ def rope_write(
         k if q_out is None else q_out,
         k if k_seen is None else k_seen,
         v if v_seen is None else v_seen,
-        *key.planes,
-        *value.planes,
-        near_key.codes,
-        near_value.codes,
+        _pages(key, near_key),
+        _pages(value, near_value),
         batch.slots,
         batch.slots if exact is None or batch.exact is None else batch.exact.slots,
         batch.positions,
@@ -154,12 +152,6 @@ def rope_write(
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        *key.strides,
-        *key.scale_strides,
-        *value.strides,
-        *value.scale_strides,
-        *near_key.strides,
-        *near_value.strides,
         0 if rope is None else rope.cos.stride(0),
         **{f"K_{name}": fixed for name, fixed in _fixed(key, layer.key.spec).items()},
         **{f"V_{name}": fixed for name, fixed in _fixed(value, layer.value.spec).items()},
@@ -188,6 +180,10 @@ def rope_write(
     if (products or v_products) and not as_written(compiled):
         launch(PRODUCTS=False, V_PRODUCTS=False)
     return Written(q_out, k_seen, v_seen)
+
+
+def _pages(half: Operand, near: Operand) -> Pages:
+    return Pages(*half.planes, near.codes, *half.strides, *half.scale_strides, *near.strides)
 
 
 def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:

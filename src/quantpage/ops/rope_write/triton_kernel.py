@@ -10,6 +10,8 @@ stages, are then its own registers.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,24 @@ from quantpage.ops.rope_write.triton_products import (
 )
 from quantpage.ops.rope_write.triton_rows import scaled, store_parts, write_exact, write_rows
 from quantpage.ops.triton.hadamard import between_pieces, hadamard
+
+
+class Pages(NamedTuple):
+    """K or V of a layer as the kernel writes them; strides in elements of what they are of."""
+
+    codes: Any
+    scale: Any
+    zero: Any
+    exact: Any
+    """Exact pages, or what stands in for them."""
+    page: Any
+    """From page to page."""
+    head: Any
+    """From kv_head to kv_head."""
+    scale_page: Any
+    scale_head: Any
+    exact_page: Any
+    exact_head: Any
 
 
 @triton.jit
@@ -228,13 +248,11 @@ def _turned(
 @triton.jit(do_not_specialize=["tokens", "q_heads", "kv_heads"])
 def write_kernel(
     q, k, v, q_out, k_seen, v_seen,
-    k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_exact, v_exact,
+    k_pages, v_pages,
     slots, exact_slots, positions, cos, sin, q_weight, k_weight, q_bias, k_bias, v_bias,
     map_scale, map_mean, eps, tokens, q_heads, kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head,
-    k_page, k_page_head, k_scale_page, k_scale_head,
-    v_page, v_page_head, v_scale_page, v_scale_head,
-    k_exact_page, k_exact_head, v_exact_page, v_exact_head, angle_row,
+    angle_row,
     K_CODE: tl.constexpr, K_SCALES: tl.constexpr, K_ZERO: tl.constexpr, K_SHARED: tl.constexpr,
     K_LIMIT: tl.constexpr, K_BLOCK: tl.constexpr,
     V_CODE: tl.constexpr, V_SCALES: tl.constexpr, V_ZERO: tl.constexpr, V_SHARED: tl.constexpr,
@@ -345,11 +363,20 @@ def write_kernel(
         )  # fmt: skip
         if EXACT:
             write_exact(
-                parts, near, kv_head, k_exact, k_exact_page, k_exact_head, HEAD_DIM, PIECE, PAGE
+                parts,
+                near,
+                kv_head,
+                k_pages.exact,
+                k_pages.exact_page,
+                k_pages.exact_head,
+                HEAD_DIM,
+                PIECE,
+                PAGE,
             )
         write_rows(
-            parts, real, slot, kv_head, k_codes, k_scale, k_zero, k_page, k_page_head,
-            k_scale_page, k_scale_head, k_seen + (wide * kv_heads + kv_head) * HEAD_DIM,
+            parts, real, slot, kv_head, k_pages.codes, k_pages.scale, k_pages.zero, k_pages.page,
+            k_pages.head, k_pages.scale_page, k_pages.scale_head,
+            k_seen + (wide * kv_heads + kv_head) * HEAD_DIM,
             K_CODE, K_SCALES, K_ZERO, K_SHARED, HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE,
             RETURN, K_BLOCK > 1, 1.0,
         )  # fmt: skip
@@ -367,12 +394,13 @@ def write_kernel(
             v_parts = _hadamard(v_parts, v_signs, ROWS, V_PIECE, V_BLOCK, False, V_PRODUCTS, True)
         if EXACT:
             write_exact(
-                scaled(v_parts, V_GAIN), near, kv_head, v_exact, v_exact_page, v_exact_head,
-                VALUE_DIM, V_PIECE, PAGE,
+                scaled(v_parts, V_GAIN), near, kv_head, v_pages.exact, v_pages.exact_page,
+                v_pages.exact_head, VALUE_DIM, V_PIECE, PAGE,
             )  # fmt: skip
         write_rows(
-            v_parts, real, slot, kv_head, v_codes, v_scale, v_zero, v_page, v_page_head,
-            v_scale_page, v_scale_head, v_seen + (wide * kv_heads + kv_head) * VALUE_DIM,
+            v_parts, real, slot, kv_head, v_pages.codes, v_pages.scale, v_pages.zero, v_pages.page,
+            v_pages.head, v_pages.scale_page, v_pages.scale_head,
+            v_seen + (wide * kv_heads + kv_head) * VALUE_DIM,
             V_CODE, V_SCALES, V_ZERO, V_SHARED, VALUE_DIM, V_PIECE, PAGE, ROWS, V_LIMIT, HARDWARE,
             RETURN, V_BLOCK > 1, V_GAIN,
         )  # fmt: skip
