@@ -98,7 +98,10 @@ def report(*rows, yardstick=True, layers=4, heads=2, channels=16):
                 {"line": "int4,layers=0:int8", "bits": 5.5, "loss": 1e-3},
                 {"line": "int8", "bits": 8.3, "loss": 1e-4},
             ],
-            "uniform": [],
+            "uniform": [
+                {"line": "int4", "bits": 4.5, "loss": 2.3e-3},
+                {"line": "int8", "bits": 8.25, "loss": 1.5e-4},
+            ],
         },
         "speed": {
             "rows": [

@@ -156,6 +156,19 @@ def test_a_plot_says_what_it_shows():
     assert "0.25" in svg
 
 
+def test_a_name_makes_room_for_the_mark_beside_it():
+    axes = Axis("x", 0, 16), Axis("y", 0, 1)
+    places = {"k8v4": (6.7, 0.5), "int8": (8.2, 0.5), "none": (15.9, 0.0)}
+    series = [
+        Series(name, [at], number, named=True) for number, (name, at) in enumerate(places.items())
+    ]
+    svg = Plot("t", *axes, series).svg()
+    found = {name: anchor for anchor, name in re.findall(r'text-anchor="(\w+)">(\w+)</text>', svg)}
+    assert [found[name] for name in places] == ["end", "start", "end"]
+    # What is drawn last lies on top.
+    assert svg.rindex("<text") < svg.index('class="mark')
+
+
 def test_cells_have_a_colour_for_every_step():
     assert step_of(None, STEPS) == 0 and step_of(1e-5, STEPS) == 1
     assert step_of(1e-3, STEPS) == 2 and step_of(5.0, STEPS) == 8

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quantpage.report.room import curve_of
 from quantpage.report.verdict import judge, level_of
 from tests.report.samples import report, row
 
@@ -99,3 +100,19 @@ def test_a_choice_a_layer_is_offered_where_it_is_expected_to_stay_as_close():
     data = report()
     data["advice"]["curve"][1]["loss"] = 2e-3
     assert "format a layer" not in " ".join(judge(data).reasons)
+
+
+def test_choices_a_layer_go_through_the_formats_that_were_measured():
+    data = report()
+    data["advice"]["curve"] = [
+        {"line": "int4", "bits": 4.5, "loss": 1e-3},
+        {"line": "int4,layers=0:int8", "bits": 6.375, "loss": 4e-4},
+        {"line": "int8", "bits": 8.25, "loss": 2e-4},
+    ]
+    data["advice"]["uniform"] = [data["advice"]["curve"][0], data["advice"]["curve"][2]]
+    found = [each["loss"] for each in curve_of(data)]
+    assert found[0] == pytest.approx(2.3e-3) and found[2] == pytest.approx(1.5e-4)
+    # Half of the way in bits: the geometric mean of 2.3 and 0.75.
+    assert found[1] == pytest.approx(4e-4 * (2.3 * 0.75) ** 0.5)
+    data["advice"]["uniform"] = []
+    assert curve_of(data) == data["advice"]["curve"]

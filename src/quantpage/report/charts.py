@@ -88,8 +88,8 @@ class Plot:
                 f'<text class="small" x="{WIDTH - _RIGHT}" y="{y - 4:.1f}" '
                 f'text-anchor="end">{escape(name)}</text>'
             )
-        parts += [_draw(each, self) for each in self.series]
-        parts.append(_names(self))
+        # Marks over names, whose edge would hide them.
+        parts += [_names(self), *(_draw(each, self) for each in self.series)]
         return Markup(
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">'
             f"{''.join(parts)}</svg>"
@@ -215,8 +215,10 @@ def _names(plot: Plot) -> str:
         placed.append((x, y, name))
     made = []
     for x, y, name in placed:
-        # At the right edge the name stands before its dot.
-        left = x + 12 + 7 * len(name) > WIDTH
+        # Before its mark at the right edge, and where another mark stands in the way.
+        width = 12 + 8 * len(name)
+        taken = any(4 < other - x < width and abs(at - y) < 10 for other, at, _ in wanted)
+        left = taken or x + width > WIDTH
         at, anchor = (x - 9, "end") if left else (x + 9, "start")
         made.append(
             f'<text class="name" x="{at:.1f}" y="{y + 4:.1f}" '

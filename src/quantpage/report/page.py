@@ -12,7 +12,7 @@ from markupsafe import Markup
 from quantpage import console
 from quantpage.report import looks
 from quantpage.report.charts import Axis, Plot, Series, cells, legend
-from quantpage.report.room import held_bits
+from quantpage.report.room import curve_of, held_bits
 
 LIMIT = 500_000
 """Bytes that a page stays below."""
@@ -63,6 +63,7 @@ def context_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "data": Markup(_embedded(report)),
         "legend": legend(list(numbers.items())),
         "charts": charts_of(report, map_format),
+        "curve": curve_of(report),
         "errors": errors,
         "map_format": map_format,
         "steps": list(STEPS),
@@ -105,7 +106,7 @@ def charts_of(report: Mapping[str, Any], map_format: str) -> dict[str, Markup]:
 
 def _error_against_bits(report: Mapping[str, Any], numbers: Mapping[str, int]) -> Plot:
     rows, yardstick = report["fidelity"]["rows"], report["fidelity"]["yardstick"]
-    bits, curve = held_bits(report), report["advice"]["curve"]
+    bits, curve = held_bits(report), curve_of(report)
     line = [(each["bits"], each["loss"]) for each in curve]
     series = [Series("best choice a layer, expected", line, 0, marked=False, dashed=True)]
     series = series if line else []

@@ -1,9 +1,11 @@
 """What a format takes in memory, what fits, who serves it here and how fast: no prediction made."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantpage.bench.contexts import Heads
@@ -75,6 +77,29 @@ def timed_contexts(longest: int) -> list[int]:
     while found[-1] * 4 <= longest:
         found.append(found[-1] * 4)
     return [each for each in found if each <= longest] or [longest]
+
+
+def curve_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The advisor's choices with the loss that they are expected to have on this report's text.
+
+    Sums of parts were measured on a shorter text: they are multiplied by what the formats of one
+    kind for all layers lost here and there, in between by the bits' share of the way.
+    """
+    advice, bits = report["advice"], held_bits(report)
+    measured = {row["format"]: row["kl_mean"] for row in report["fidelity"]["rows"]}
+    known = sorted(
+        (bits[each["line"]], math.log(measured[each["line"]] / each["loss"]))
+        for each in advice["uniform"]
+        if measured.get(each["line"], 0) > 0 < each["loss"]
+    )
+    if not known:
+        return list(advice["curve"])
+    at, logs = zip(*known, strict=True)
+    factors = np.interp([each["bits"] for each in advice["curve"]], at, logs)
+    return [
+        {**each, "loss": each["loss"] * math.exp(float(factor))}
+        for each, factor in zip(advice["curve"], factors, strict=True)
+    ]
 
 
 def heads_of(config: Any, page_size: int) -> tuple[Heads | None, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quantpage.report.room import held_bits
+from quantpage.report.room import curve_of, held_bits
 
 LEVELS = ("indistinguishable", "close", "visible", "broken")
 _MEAN_KL = {"indistinguishable": 1e-3, "close": 1e-2, "visible": 1e-1}
@@ -149,7 +149,7 @@ def _between(
     bits = held_bits(report)[take["format"]]
     fewer = [
         each
-        for each in report["advice"]["curve"]
+        for each in curve_of(report)
         if each["bits"] < 0.95 * bits and each["loss"] <= limit and "," in each["line"]
     ]
     if not fewer or take["kl_mean"] > limit:
