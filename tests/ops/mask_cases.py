@@ -76,7 +76,7 @@ def _half(spec: QuantSpec, shape, written, dtype, noise) -> QuantizedPages:
         codes = torch.randn(shape, generator=noise).to(dtype)
         codes.transpose(1, 2)[~written] = torch.nan
         return QuantizedPages(spec, codes)
-    width = head_dim // spec.code.values_per_byte
+    width = spec.code.stored(head_dim)
     codes = torch.randint(0, 256, (*shape[:3], width), dtype=torch.uint8, generator=noise)
     if spec.code.name == "fp8":
         # 0x7f and 0xff are NaN in e4m3, and 448 is its largest number.

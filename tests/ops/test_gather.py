@@ -5,7 +5,7 @@ import torch
 
 from quantpage.cache import QuantizedPages
 from quantpage.formats import FORMATS
-from quantpage.formats.quantize import unpack_nibbles
+from quantpage.formats.quantize import unpack
 from quantpage.hardware import device_info
 from quantpage.ops.dispatch import Call
 from quantpage.ops.gather import CANDIDATES
@@ -44,7 +44,7 @@ def number(pages: QuantizedPages, page: int, head: int, offset: int) -> torch.Te
     row = pages.codes[page, head, offset]
     if not pages.spec.quantized:
         return row.double()
-    codes = unpack_nibbles(row) if pages.spec.code.values_per_byte == 2 else row
+    codes = unpack(row, pages.spec.code)
     codes = codes.double()
     made = []
     for channel in range(pages.head_dim):
