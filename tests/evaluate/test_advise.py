@@ -117,6 +117,23 @@ def test_exact_pages_count_as_bits_and_as_what_they_save():
     assert set(pairs) == {*EIGHT_FOUR, FORMATS["k8v4"], find_format("k=int4,v=int8")}
 
 
+def test_near_pages_in_int8_are_choices_of_their_own():
+    forms = [FORMATS["int8"], FORMATS["int4"], find_format("int4_near8")]
+    pairs = pairs_of(forms)
+    assert {form.name for form in pairs} == {
+        "int8", "int4", "int4_near8", "k8v4", "k8v4_near8", "k=int4,v=int8",
+        "k=int4_near8,v=int8",
+    }  # fmt: skip
+    shape = cache_shape(tiny("llama", torch.float32).config)
+    parts = parts_of(shape.paged, pairs)
+    losses = {part: 1e-4 if part.format == "int8" else 1e-3 for part in parts}
+    found = choose(shape, losses, 16.0, candidates=forms, page_size=16, context=300)
+    bits = {point.line: point.bits for point in found.uniform}
+    assert bits["int4_near8"] < bits["int4"]
+    # Of equal losses the fewer bytes.
+    assert all("int4," not in point.line and point.line != "int4" for point in found.curve)
+
+
 def test_a_layer_is_measured_alone():
     model = tiny("llama", torch.float32)
     pairs = pairs_of(EIGHT_FOUR)

@@ -179,10 +179,15 @@ def choose(
 
 
 def pairs_of(candidates: Sequence[KVFormat]) -> dict[KVFormat, tuple[KVFormat, KVFormat]]:
-    """Every format that joins the keys of one candidate and the values of one -> those two."""
+    """Every format that joins the keys of one candidate and the values of one -> those two.
+
+    Two that keep their near pages in different ways are no pair.
+    """
     joined: dict[KVFormat, tuple[KVFormat, KVFormat]] = {form: (form, form) for form in candidates}
     for key, value in product(candidates, repeat=2):
-        joined.setdefault(join(key, value), (key, value))
+        kept = {each.near is None for each in (key, value) if each.exact_pages is not None}
+        if len(kept) < 2:
+            joined.setdefault(join(key, value), (key, value))
     return joined
 
 

@@ -91,7 +91,7 @@ def measure_losses(
 
 
 def _alone(part: Part, form: KVFormat, kept: ExactPages | None) -> LayerFormats:
-    """This part in pages, and nothing else."""
+    """This part in pages, and nothing else; near pages in 16 bits, as no half has some alone."""
     none = find_format("none")
     key, value = (form.key, none.value) if part.half == "key" else (none.key, form.value)
     made = KVFormat(f"{part.half} of {form.name}", key, value, kept if part.exact else None)
