@@ -7,9 +7,10 @@ import quantpage
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.graph import DecodeGraph
 from tests.integrations.tiny_models import tiny, tokens
+from tests.ops.triton_cases import KERNEL_FORMATS
 
 pytestmark = pytest.mark.gpu
-DYNAMIC = [name for name, each in FORMATS.items() if each.dynamic]
+DYNAMIC = [name for name in KERNEL_FORMATS if FORMATS[name].dynamic]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ from quantpage.ops.attend import CANDIDATES
 from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, row_tiles
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.refusals import DECODE_GLUON, DECODE_TRITON, GATHER_TRITON, WRITE_TRITON
+from tests.ops.triton_cases import KERNEL_FORMATS
 
 pytestmark = pytest.mark.pure
 H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
@@ -25,7 +26,7 @@ def test_row_tiles_cover_all_query_rows(group, new):
     assert rows * tiles >= group * new > rows * (tiles - 1)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", KERNEL_FORMATS)
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_every_call_has_a_launch(name, width, rows):
@@ -45,11 +46,13 @@ def test_every_call_has_a_launch(name, width, rows):
                 assert tiles.wgmma
 
 
-def test_the_kernels_serve_every_named_format():
-    for given in FORMATS.values():
+def test_the_kernels_serve_every_named_format_or_say_which_code_they_do_not_know():
+    for name, given in FORMATS.items():
         call = replace(CALL, format=given)
         for refusals in (DECODE_TRITON, WRITE_TRITON, GATHER_TRITON):
-            assert refusals(call) == []
+            said = refusals(call)
+            assert bool(said) == (name not in KERNEL_FORMATS)
+            assert all("needs int8, fp8 or int4 codes" in each for each in said)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_the_hopper_kernel_says_what_it_needs(change, said):
     assert said in " ".join(DECODE_GLUON(replace(CALL, **change)))
 
 
-@pytest.mark.parametrize("name", [n for n, form in FORMATS.items() if form.key.quantized])
+@pytest.mark.parametrize("name", [n for n in KERNEL_FORMATS if FORMATS[n].key.quantized])
 def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     call = replace(CALL, format=FORMATS[name])
     assert choose(CANDIDATES, call).name == "gluon"

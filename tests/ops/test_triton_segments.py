@@ -9,7 +9,16 @@ import pytest
 import torch
 
 # Decides, before triton is imported, whether kernels are interpreted.
-from tests.ops.triton_cases import CAUSAL, DEVICE, GPU, TIER, TOLERANCE, Step, assert_agrees
+from tests.ops.triton_cases import (
+    CAUSAL,
+    DEVICE,
+    GPU,
+    KERNEL_FORMATS,
+    TIER,
+    TOLERANCE,
+    Step,
+    assert_agrees,
+)
 
 # isort: split
 from quantpage import masks
@@ -42,7 +51,7 @@ DECODE = Implementation(
     "triton", "quantpage.ops.attend.decode.triton:attend", lambda call: [], joins=True
 )
 PAGE = 16
-EXACT = [name for name, form in FORMATS.items() if form.exact_pages is not None]
+EXACT = [name for name in KERNEL_FORMATS if FORMATS[name].exact_pages is not None]
 CAUSAL_KINDS = [
     CAUSAL,
     CausalMask(window=5),
