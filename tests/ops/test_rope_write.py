@@ -96,7 +96,8 @@ def same_save_ties(got, wanted, spec):
     reach = wanted.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     off = (got - wanted).abs() / reach
     # Coarsest step of a code relative to the largest number of the row.
-    step = {"none": 2e-6, "int8": 1 / 127, "fp8": 1 / 14, "int4": 2 / 15}[spec.code.name]
+    coarse = {"int6": 2 / 63, "int4": 2 / 15, "int3": 2 / 7}
+    step = {"none": 2e-6, "int8": 1 / 127, "fp8": 1 / 14, **coarse}[spec.code.name]
     assert off.max() <= 1.02 * step + 2**-9
     moved = off > 1e-5
     rows = moved.double().mean(-1) > 0.25
