@@ -8,6 +8,7 @@ attend.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,6 +101,27 @@ class LayerAttention:
         self._check(layer, batch, params)
         chosen = self._serving(batch)
         return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted, out))
+
+    def reserve(
+        self, max_requests: int, max_tokens: int, device: torch.device | str | None = None
+    ) -> int:
+        """Hold the memory that launches keep, for steps up to this size; its bytes.
+
+        For the calling thread on the current stream. Call it before memory is measured and before
+        a step is captured, so that none is allocated then. What a prefill works in comes from
+        torch's allocator and goes back to it. device: None: the current one of the kind that this
+        attention was built for. Raises ValueError for sizes below 1.
+        """
+        for name, most in (("max_requests", max_requests), ("max_tokens", max_tokens)):
+            if most < 1:
+                raise ValueError(f"{name}: expected at least 1, got {most}")
+        where = torch.device(self.call.device.kind if device is None else device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        functions = {each.load_reserve() for each in (self.prefill, self.decode)}
+        return sum(
+            run(self.call, where, max_requests, max_tokens) for run in functions if run is not None
+        )
 
     def __call__(
         self,

@@ -35,6 +35,7 @@ from quantpage.batch_values import (
     check_positions,
     places_of,
 )
+from quantpage.hardware import upload
 
 Made = TypeVar("Made")
 _INT32_END = 2**31
@@ -126,16 +127,21 @@ class BatchPlan:
         return self.page_table.device
 
     def to(self, device: torch.device | str) -> "BatchPlan":
-        """The same step with its tensors on ``device``; what the host knows of it stays known."""
+        """The same step with its tensors on ``device``; what the host knows of it stays known.
+
+        A GPU copies them in its current stream: the host does not wait, another stream has to.
+        """
         if torch.device(device) == self.device:
             return self
         moved: dict[str, Any] = {
-            name: getattr(self, name).to(device)
+            name: upload(getattr(self, name), device)
             for name in ("query_starts", "context_lens", "page_table", "slots", "positions")
         }
         if self.exact is not None:
             exact = self.exact
-            moved["exact"] = ExactPlan(exact.page_table.to(device), exact.slots.to(device))
+            moved["exact"] = ExactPlan(
+                upload(exact.page_table, device), upload(exact.slots, device)
+            )
         return derive(self, **moved)
 
     def check_values(self) -> None:

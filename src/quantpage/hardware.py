@@ -89,6 +89,18 @@ def available_bytes(device: torch.device | str = "cpu") -> int | None:
     return min(found, default=None)
 
 
+def upload(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """``host`` on ``device``; a GPU copies it in the current stream, and nobody waits for it.
+
+    Inside a capture nothing is uploaded without a wait: the graph would read memory of then.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or host.is_cuda or torch.cuda.is_current_stream_capturing():
+        return host.to(device)
+    # From memory that the device reads by itself; torch keeps it until the copy is done.
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 @lru_cache
 def _cuda_info(index: int) -> DeviceInfo:
     found = torch.cuda.get_device_properties(index)

@@ -76,12 +76,19 @@ class Implementation:
     """Of attend: takes ``out``, and ``lse_wanted``, False to leave the log-sum-exp away."""
     joins: bool = False
     """Of attend: the call for the exact pages takes the body's result in (``earlier``)."""
+    reserve: str | None = None
+    """Of attend: what holds the memory that launches keep (call, device, max_requests, max_tokens),
+    named as ``target``; None: they keep none."""
     merge: str = "quantpage.ops.attend.merge:merge_partials"
     """Of attend, where it does not join: what merges the results of the two calls."""
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
         return _load(self.target)
+
+    def load_reserve(self) -> Callable[..., int] | None:
+        """The function that ``reserve`` names."""
+        return None if self.reserve is None else _load(self.reserve)
 
     def load_merge(self) -> Callable[..., Any]:
         """The function that ``merge`` names."""

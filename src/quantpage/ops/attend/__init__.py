@@ -46,6 +46,7 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_RESERVE = "quantpage.ops.attend.decode.reserve:reserve"
 _MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
 CANDIDATES: list[Implementation] = [
     Implementation(
@@ -67,6 +68,7 @@ CANDIDATES: list[Implementation] = [
         "quantpage.ops.attend.decode.gluon:attend",
         refusals.DECODE_GLUON,
         into=True,
+        reserve=_RESERVE,
         joins=True,
     ),
     Implementation(
@@ -74,6 +76,7 @@ CANDIDATES: list[Implementation] = [
         "quantpage.ops.attend.decode.triton:attend",
         refusals.DECODE_TRITON,
         into=True,
+        reserve=_RESERVE,
         joins=True,
     ),
     Implementation(
@@ -81,6 +84,7 @@ CANDIDATES: list[Implementation] = [
         "quantpage.ops.attend.prefill.gluon:attend",
         refusals.PREFILL_GLUON,
         into=True,
+        reserve=_RESERVE,
         merge=_MERGE,
     ),
     Implementation(
@@ -88,6 +92,7 @@ CANDIDATES: list[Implementation] = [
         "quantpage.ops.attend.prefill.triton:attend",
         refusals.PREFILL_TRITON,
         into=True,
+        reserve=_RESERVE,
         merge=_MERGE,
     ),
     Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True, into=True),

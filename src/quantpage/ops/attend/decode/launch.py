@@ -159,6 +159,12 @@ def _triton_tiles(
     return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
 
 
+def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:
+    """Programs of a launch; all_rows: (request, kv_head, tile of query rows) of the step."""
+    programs = processors * tiles.programs_per_processor
+    return min(programs, all_rows) if tiles.whole else programs
+
+
 def row_tiles(group: int, query_len: int) -> tuple[int, int]:
     """Rows of a tile (a power of two of at least 8) and how many such tiles cover a request."""
     rows = group * query_len

@@ -17,9 +17,14 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
-from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, row_tiles
+from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, programs_of, row_tiles
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
-from quantpage.ops.attend.decode.workspaces import counters_of, workspace
+from quantpage.ops.attend.decode.workspaces import (
+    counter_count,
+    counters_of,
+    piece_sizes,
+    workspace,
+)
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.results import Results, results_for
 from quantpage.ops.attend.triton_merge import merge_cuts_kernel
@@ -153,14 +158,12 @@ def arrange(
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = device_info(q.device).processors if q.is_cuda else 3
-    programs = processors * tiles.programs_per_processor
-    programs = min(programs, all_rows) if tiles.whole else programs
+    programs = programs_of(tiles, processors, all_rows)
     part_out, part_lse, cuts = workspace(
-        q.device, (2 * programs * rows * value_width, 2 * programs * rows, 2 * all_rows)
+        q.device, piece_sizes(programs, rows, value_width, all_rows)
     )
     if tiles.gather:
-        groups = -(-programs // tiles.gather)
-        cuts = counters_of(q.device, all_rows + 2 * groups)
+        cuts = counters_of(q.device, counter_count(programs, all_rows, tiles.gather))
     window = mask.window if isinstance(mask, CausalMask) else None
     sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
     mask_numbers = (window or 0, sink_tokens)

@@ -68,6 +68,16 @@ def _take_counters(device: torch.device, size: int, kept: list[Tensor]) -> Tenso
     return kept[-1]
 
 
+def piece_sizes(programs: int, rows: int, width: int, all_rows: int) -> tuple[int, int, int]:
+    """Numbers of each tensor of ``workspace``: two pieces of ``rows`` query rows a program."""
+    return 2 * programs * rows * width, 2 * programs * rows, 2 * all_rows
+
+
+def counter_count(programs: int, all_rows: int, gather: int) -> int:
+    """Counters of a launch whose last program at a row joins ``gather`` pieces; 0 without."""
+    return all_rows + 2 * -(-programs // gather) if gather else 0
+
+
 def workspace(device: torch.device, sizes: tuple[int, int, int]):
     """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
     the beginning of one that goes on), and where each row's pieces are.

@@ -1,0 +1,68 @@
+"""Decode's memory for every step up to a size: never less than a step asks for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantpage.attention import build_attention, find_backend
+from quantpage.explain import DEVICES, example_call
+from quantpage.formats import FORMATS
+from quantpage.masks import CausalMask
+from quantpage.ops.attend.decode import workspaces
+from quantpage.ops.attend.decode.launch import decode_tiles, programs_of, row_tiles
+from quantpage.ops.attend.decode.reserve import needed, reserve
+from quantpage.ops.attend.decode.workspaces import counter_count, piece_sizes, workspace
+
+pytestmark = pytest.mark.cpu
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_no_step_up_to_the_size_asks_for_more(data):
+    form = FORMATS[data.draw(st.sampled_from(["none", "int8", "int4", "k8v4"]))]
+    width = data.draw(st.sampled_from([64, 128, 256]))
+    call = replace(
+        example_call(DEVICES["Hopper"], form), head_dim=width, value_head_dim=width,
+        q_heads=data.draw(st.sampled_from([8, 32, 40])), kv_heads=8,
+    )  # fmt: skip
+    most, tokens = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 200))
+    pieces, counters = needed(call, 132, most, tokens)
+    new = data.draw(st.integers(1, min(16, tokens)))
+    requests = data.draw(st.integers(1, min(most, tokens)))
+    contexts = data.draw(st.integers(1, 10**6))
+    rows, tiles_of_rows = row_tiles(call.group, new)
+    all_rows = requests * 8 * tiles_of_rows
+    tiles = decode_tiles(
+        form.key, form.value, width, rows, 8 * requests * contexts, all_rows,
+        data.draw(st.booleans()),
+    )  # fmt: skip
+    programs = programs_of(tiles, 132, all_rows)
+    asked = piece_sizes(programs, rows, width, all_rows)
+    assert all(a <= b for a, b in zip(asked, pieces, strict=True))
+    assert counter_count(programs, all_rows, tiles.gather) <= counters
+
+
+def test_what_is_held_serves_the_step(monkeypatch):
+    monkeypatch.setattr(workspaces, "_workspaces", {})
+    monkeypatch.setattr(workspaces, "_counters", {})
+    call, cpu = example_call(DEVICES["CPU"], FORMATS["int8"]), torch.device("cpu")
+    assert reserve(call, cpu, 4, 16) > 0
+    before = [each.data_ptr() for each in workspace(cpu, (1, 1, 1))]
+    pieces, _ = needed(call, 3, 4, 16)
+    assert [each.data_ptr() for each in workspace(cpu, pieces)] == before
+
+
+def test_an_attention_reserves_by_who_serves_it():
+    call = example_call(DEVICES["CPU"], FORMATS["int8"])
+    attention = build_attention(find_backend("flash"), CausalMask(), call, "torch")
+    assert attention.reserve(8, 64) == 0
+    with pytest.raises(ValueError, match="max_requests: expected at least 1, got 0"):
+        attention.reserve(0, 64)
+    hopper = build_attention(
+        find_backend("flash"), CausalMask(), replace(call, device=DEVICES["Hopper"])
+    )
+    # The interpreter's memory, as there is no such device here.
+    assert hopper.reserve(2, 4, "cpu") == reserve(hopper.call, torch.device("cpu"), 2, 4) > 0
