@@ -45,9 +45,14 @@ def test_no_step_up_to_the_size_asks_for_more(data):
     assert counter_count(programs, all_rows, tiles.gather) <= counters
 
 
-def test_what_is_held_serves_the_step(monkeypatch):
+@pytest.fixture
+def nothing_held(monkeypatch):
     monkeypatch.setattr(workspaces, "_workspaces", {})
     monkeypatch.setattr(workspaces, "_counters", {})
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_what_is_held_serves_the_step():
     call, cpu = example_call(DEVICES["CPU"], FORMATS["int8"]), torch.device("cpu")
     assert reserve(call, cpu, 4, 16) > 0
     before = [each.data_ptr() for each in workspace(cpu, (1, 1, 1))]
@@ -55,6 +60,7 @@ def test_what_is_held_serves_the_step(monkeypatch):
     assert [each.data_ptr() for each in workspace(cpu, pieces)] == before
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_an_attention_reserves_by_who_serves_it():
     call = example_call(DEVICES["CPU"], FORMATS["int8"])
     attention = build_attention(find_backend("flash"), CausalMask(), call, "torch")
