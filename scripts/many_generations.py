@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 import quantpage
+from quantpage.bench.measure import current_commit
+from quantpage.hardware import device_info
 
 ROUND = 20
 MOST_PAGES = 24
@@ -103,7 +105,14 @@ def main() -> int:
         from quantpage.integrations.hf_transformers.model import load_model
 
         model, _ = load_model(asked.model)
-    print("format,generations,resident_mib," + ",".join(each.name for each in fields(Held)))
+    held_names = ",".join(each.name for each in fields(Held))
+    print(f"format,generations,resident_mib,{held_names},device,model,torch,commit")
+    where = ",".join(
+        [
+            device_info("cpu").name, Path(asked.model or "a llama of 2 layers").name,
+            torch.__version__, current_commit(),
+        ]
+    )  # fmt: skip
     same = True
     for name in asked.formats.split(","):
         before = None
@@ -111,7 +120,7 @@ def main() -> int:
         for number, held in enumerate(rounds(model, name, count)):
             told = ",".join(str(each).replace(", ", " ") for each in astuple(held))
             if number in (0, 1, count - 1) or number % max(1, count // 10) == 0:
-                row = f"{name},{(number + 1) * ROUND},{resident_mib():.1f},{told}"
+                row = f"{name},{(number + 1) * ROUND},{resident_mib():.1f},{told},{where}"
                 print(row, flush=True)
             # The first round makes what later ones find.
             same &= number < 2 or held == before

@@ -27,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Gone(weakref.ref):
+class _Gone(weakref.ref[object]):
     """Of an owner; what is to be done without it."""
 
     __slots__ = ("act",)

@@ -13,7 +13,7 @@ Codes and exact pages are worked on so independently of each other, and only whe
 that are not kept (``Sequence.reserve(sparse=True)``): decode steps and drafts have none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.paged import allocate_layer, copy_rows
-from quantpage.cache.reach import exact_seen, pages_seen
+from quantpage.cache.reach import Reach, exact_seen, pages_seen
 from quantpage.cache.sequence import Sequence
 from quantpage.cache.views import LayerKV
 
@@ -93,7 +93,9 @@ def find_working(requests: Rows[Sequence], device: torch.device) -> Working | No
     return made if made.codes is not None or made.exact is not None else None
 
 
-def _read(request: Sequence, pages: list[int], seen) -> Iterable[int]:
+def _read(
+    request: Sequence, pages: list[int], seen: Callable[[Reach, int, int, int], Iterable[int]]
+) -> Iterable[int]:
     """Logical pages that the step under way reads or writes."""
     if not request.reserved or not pages:
         return ()

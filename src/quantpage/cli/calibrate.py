@@ -1,7 +1,8 @@
 """`quantpage calibrate`: what text says of a model's keys, in a file for attach and evaluate."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -67,7 +68,7 @@ def command(
     with console.progress() as progress:
         task = progress.add_task("measuring", total=len(windows))
 
-        def pieces():
+        def pieces() -> Iterator[Any]:
             for each in windows:
                 yield each.tokens
                 progress.advance(task)

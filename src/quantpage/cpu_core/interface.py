@@ -73,7 +73,10 @@ class Record:
         """
         names = ", ".join(name for name, _ in self.fields)
         values = ", ".join(f"*{name}" if kind in RECORDS else name for name, kind in self.fields)
-        return eval(f"lambda *, {names}: pack({values})", {"pack": self.form.pack})
+        made: Callable[..., bytes] = eval(
+            f"lambda *, {names}: pack({values})", {"pack": self.form.pack}
+        )
+        return made
 
     @property
     def size(self) -> int:

@@ -126,7 +126,7 @@ class KeyMap:
         return self.scale, self.mean, self.feedback
 
 
-def _check(name: str, plane: Tensor, shape: tuple) -> None:
+def _check(name: str, plane: Tensor, shape: tuple[int | str, ...]) -> None:
     whole = plane.dtype == torch.float32 and plane.is_contiguous()
     if not whole or tuple(plane.shape) != shape:
         named = f"[{', '.join(map(str, shape))}]"

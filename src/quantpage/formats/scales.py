@@ -165,5 +165,5 @@ def _check(
         )
 
 
-def _moved(plane: Tensor | None, device, dtype: torch.dtype) -> Tensor | None:
+def _moved(plane: Tensor | None, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
     return None if plane is None else plane.to(device=device, dtype=dtype)

@@ -53,7 +53,7 @@ def attends(needs: Needs) -> Callable[[Callable[P, Result]], Callable[P, Result]
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
-        def entered(q, layer, batch, params, *more, **options):
+        def entered(q: Any, layer: Any, batch: Any, params: Any, *more: Any, **options: Any) -> Any:
             check_attend(q, layer, batch, params, needs)
             return function(q, layer, batch, params, *more, **options)
 
@@ -68,7 +68,9 @@ def writes(needs: Needs) -> Callable[[Callable[P, Result]], Callable[P, Result]]
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
-        def entered(q, k, v, layer, batch, params, *more, **options):
+        def entered(
+            q: Any, k: Any, v: Any, layer: Any, batch: Any, params: Any, *more: Any, **options: Any
+        ) -> Any:
             check_write((q, k, v), layer, batch, params, needs)
             return function(q, k, v, layer, batch, params, *more, **options)
 
@@ -86,7 +88,9 @@ def gathers(kind: str | None) -> Callable[[Callable[P, Result]], Callable[P, Res
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
-        def entered(pages, page_table, context_len, dtype, *more, **options):
+        def entered(
+            pages: Any, page_table: Any, context_len: Any, dtype: Any, *more: Any, **options: Any
+        ) -> Any:
             check_gather(pages, page_table, context_len, dtype, kind)
             return function(pages, page_table, context_len, dtype, *more, **options)
 

@@ -129,7 +129,9 @@ def call_of(
 
 
 @lru_cache(maxsize=1024)
-def _found(candidates: tuple[Implementation, ...], call: Call, wanted: str | None):
+def _found(
+    candidates: tuple[Implementation, ...], call: Call, wanted: str | None
+) -> Implementation:
     return choose(candidates, call, wanted)
 
 

@@ -48,10 +48,12 @@ class LazyKV(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Any operation that is not ours sees the dequantized tensor."""
 
-        def plain(x):
+        def plain(x: Any) -> Any:
             if not isinstance(x, LazyKV):
                 return x
             x.layer.serve_densely("its own code works on keys and values after they are cached")

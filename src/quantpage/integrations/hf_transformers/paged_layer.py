@@ -25,7 +25,8 @@ from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.coverage import Ledger
 from quantpage.integrations.hf_transformers.lazy import LazyKV, with_gradient
 from quantpage.integrations.hf_transformers.memory import Basis
-from quantpage.integrations.hf_transformers.rows import Rows, Step
+from quantpage.integrations.hf_transformers.rows import Rows
+from quantpage.integrations.hf_transformers.step import Step
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops import gather
 from quantpage.ops.attend import AttendParams

@@ -78,7 +78,7 @@ def counter_count(programs: int, all_rows: int, gather: int) -> int:
     return all_rows + 2 * -(-programs // gather) if gather else 0
 
 
-def workspace(device: torch.device, sizes: tuple[int, int, int]):
+def workspace(device: torch.device, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
     the beginning of one that goes on), and where each row's pieces are.
     """
