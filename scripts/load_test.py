@@ -93,6 +93,11 @@ class Server:
         self.process.communicate()
         raise SystemExit(said)
 
+    def end(self) -> None:
+        """At once."""
+        self.process.kill()
+        self.process.communicate()
+
     def resident(self) -> int:
         """Bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -237,14 +242,24 @@ def main() -> int:
         quiet = Server(folder, *flags, "--no-prefix-cache", "--memory", "64MiB")
         try:
             wanted = asyncio.run(alone(quiet))
-            page_bytes = (64 << 20) // int(quiet.counters()["quantpage:pages"])
+            held = pages_of(quiet)
         finally:
-            quiet.process.kill()
-            quiet.process.communicate()
+            quiet.end()
+        # Beside pages a server holds what its requests' exact pages take, however many it has.
+        larger = Server(folder, *flags, "--memory", "128MiB")
+        try:
+            page_bytes = (64 << 20) / (pages_of(larger) - held)
+        finally:
+            larger.end()
         # A quarter of the clients, each with a prompt and an answer of usual length.
         pages = given.clients // 4 * (given.tokens // 16)
-        flags += ["--memory", f"{pages * page_bytes}B"]
+        flags += ["--memory", f"{(64 << 20) - round((held - pages) * page_bytes)}B"]
         return run(Server(folder, *flags), wanted, given)
+
+
+def pages_of(server: Server) -> int:
+    """What its memory holds."""
+    return int(server.counters()["quantpage:pages"])
 
 
 def run(server: Server, wanted: list[str], given: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@ wrote is NaN.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ shapes.install()
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported: without a device kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def read(path):
 def answer(quantpage, folder, tmp_path):
     def run(requests, *flags, name="answers.jsonl", code=0):
         file, out = save(tmp_path / "requests.jsonl", requests), tmp_path / name
-        given = ["--model", folder, "--file", file, "--out", out, "--memory", "1MiB"]
+        given = ["--model", folder, "--file", file, "--out", out, "--memory", "8MiB"]
         done = quantpage("generate", *given, "--max-new-tokens", 8, *flags, code=code)
         return done, read(out) if out.exists() else {}
 
@@ -131,7 +131,7 @@ def test_flags_of_a_single_prompt_are_refused(answer, flag):
 def test_a_run_that_was_ended_goes_on(folder, tmp_path, answer, sent):
     many = [
         {"id": at, "prompt": f"Number {at}", "max_tokens": 100, "ignore_eos": True}
-        for at in range(16)
+        for at in range(64)
     ]
     file, out = save(tmp_path / "many.jsonl", many), tmp_path / "answers.jsonl"
     command = [sys.executable, "-m", "quantpage", "generate", "--model", str(folder)]
@@ -147,11 +147,11 @@ def test_a_run_that_was_ended_goes_on(folder, tmp_path, answer, sent):
     said = process.communicate()[1]
     assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL), said
     with open(out, "ab") as torn:
-        torn.write(b'{"id": 15, "requ')
+        torn.write(b'{"id": 63, "requ')
     before = len(out.read_bytes().split(b"\n")) - 1
-    assert 1 <= before < 16
+    assert 1 <= before < 64
     done, resumed = answer(many, "--max-requests", 4)
-    assert f"{16 - before} answered, {before} were there" in done.err
+    assert f"{64 - before} answered, {before} were there" in done.err
     _, whole = answer(many, "--max-requests", 4, name="whole.jsonl")
     assert {at: each["choices"] for at, each in resumed.items()} == {
         at: each["choices"] for at, each in whole.items()

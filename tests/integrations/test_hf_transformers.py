@@ -179,7 +179,7 @@ def test_detaching_restores_the_model_exactly():
 def test_a_failed_attach_changes_nothing():
     model = tiny("llama")
     for arguments, error in (
-        ({"kv_format": "int3"}, FormatError),
+        ({"kv_format": "int33"}, FormatError),
         ({"page_size": 0}, ValueError),
         ({"backend": "fastest"}, ValueError),
     ):

@@ -67,7 +67,7 @@ _WIDE = {"bytes/token"}
 
 def to_table(rows: Sequence[Row], title: str) -> Table:
     """For the terminal. Headings and words are broken, so that 80 columns hold every figure."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     columns = [(name, show) for name, show in _COLUMNS if name not in _WIDE]
     for name, _ in columns:
         left = name == "cache"
