@@ -113,6 +113,19 @@ def test_decodes_around_the_end_of_a_page(joins, mask):
     check(replace(DECODE, joins=joins), FORMATS["int4"], step, mask, sinks=True)
 
 
+@pytest.mark.parametrize("window", [1, PAGE + 1, 2 * PAGE + 1])
+@pytest.mark.parametrize("sink_tokens", [PAGE, PAGE + 1, 3 * PAGE - 2, 4 * PAGE])
+def test_sink_tokens_behind_the_first_page(sink_tokens, window):
+    """They may lie in a near page, before the window."""
+    mask = CausalMask(window=window, sink_tokens=sink_tokens)
+    for new, context in ((6 * PAGE, 6 * PAGE), (2 * PAGE, 5 * PAGE + 3)):
+        step = Step((new,), (context,), PAGE, kv_heads=1, group=2, head_dim=32)
+        check(PORTABLE, FORMATS["int4"], step, mask)
+    contexts = tuple(range(2 * PAGE, 6 * PAGE, 7))
+    step = Step((2,) * len(contexts), contexts, PAGE, kv_heads=1, group=2, head_dim=32)
+    check(DECODE, FORMATS["int4"], step, mask)
+
+
 @pytest.mark.parametrize("seed", range(40 if GPU else 12))
 def test_any_step_in_any_kernel(seed, parts, monkeypatch):
     """Ragged steps of every exact format: chunks, decodes, whole prompts, requests at rest."""
@@ -131,7 +144,7 @@ def test_any_step_in_any_kernel(seed, parts, monkeypatch):
         [
             CAUSAL,
             CausalMask(window=choice.randint(1, 2 * page)),
-            CausalMask(window=choice.randint(1, 2 * page), sink_tokens=choice.randint(1, page + 3)),
+            CausalMask(window=choice.randint(1, 2 * page), sink_tokens=choice.randint(1, 3 * page)),
             FullMask(),
         ]
     )

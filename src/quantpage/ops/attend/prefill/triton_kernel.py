@@ -129,7 +129,11 @@ def _attend_item(
             near_low = tl.where(sink_tokens > 0, 0, tl.maximum(first - window + 1, 0))
         near_low = tl.minimum(near_low, PAGE)
         near_high = tl.maximum(tl.minimum(PAGE, high), near_low)
-        from_key = tl.maximum(from_key, tl.maximum(near_page(first, PAGE), 0) * PAGE)
+        near_start = tl.maximum(near_page(first, PAGE), 0) * PAGE
+        from_key = tl.maximum(from_key, near_start)
+        if WINDOW:
+            # Sink tokens behind the first page, in a near page and before the window.
+            from_key = tl.where(sink_tokens > tl.maximum(near_start, PAGE), near_start, from_key)
         high = tl.minimum(high, (last // PAGE + 1) * PAGE)
     from_key = tl.maximum(from_key, near_high)
     if not WINDOW:
