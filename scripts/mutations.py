@@ -17,7 +17,7 @@ class Mutation:
     """Arguments of scripts/fuzz.py that have to find it as well; empty: not its matter."""
 
 
-_TORCH, _CORE = "--only torch --cases 25 --seed 1", "--only cpu --cases 25 --seed 1"
+_TORCH, _CORE = "--only torch --cases 150 --seed 1", "--only cpu --cases 25 --seed 1"
 _SRC, _OPS = "src/quantpage/", "src/quantpage/ops/"
 _HF = "src/quantpage/integrations/hf_transformers/"
 
@@ -52,7 +52,7 @@ MUTATIONS = (
         'ute = torch.where(past, causal, named.get("UTE", causal))',
         'ute = torch.where(past, causal + 1, named.get("UTE", causal))',
         ("tests/masks/test_intervals.py", "tests/masks/test_kinds.py"),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "a rebuilt mask's window lost",
@@ -68,7 +68,7 @@ MUTATIONS = (
         "return scaled.clamp(-spec",
         "return (scaled * (1 + 2.0**-20)).clamp(-spec",
         ("tests/formats/test_quantize.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "nibbles the other way round",
@@ -114,7 +114,7 @@ MUTATIONS = (
         "k, v = _wide(k) + k_bias, _wide(v) + v_bias",
         "k, v = k + k_bias, v + v_bias",
         ("tests/ops/test_rope_write.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "slot 0 not written",
@@ -131,7 +131,7 @@ MUTATIONS = (
         "(behind <= NEAR_PAGES)",
         "(behind < NEAR_PAGES)",
         ("tests/ops/test_attend.py", "tests/ops/test_cpu_attend.py"),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "the body's end at a context of 1 past a page",
@@ -146,7 +146,7 @@ MUTATIONS = (
         "return [(page_size, context)]",
         "return [(2 * page_size, context)]",
         ("tests/ops/test_attend.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "a sink counted in each segment",
@@ -154,7 +154,7 @@ MUTATIONS = (
         "    bare = replace(params, sinks=None)\n    body",
         "    bare = params\n    body",
         ("tests/ops/test_attend.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "exact bytes one page short",
@@ -169,7 +169,7 @@ MUTATIONS = (
         "near = range(max(query // page_size - 1, seen.start), seen.stop)",
         "near = range(max(query // page_size, seen.start), seen.stop)",
         ("tests/cache/test_sequence.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     # Pages and who holds them.
     Mutation(
@@ -178,7 +178,7 @@ MUTATIONS = (
         "max(0, query - self.window + 1) if self.window else 0",
         "max(0, query - self.window + 17) if self.window else 0",
         ("tests/cache/test_sequence.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "a page of two written by one of them",
@@ -186,7 +186,7 @@ MUTATIONS = (
         "pool.references(pages[-1]) > 1",
         "pool.references(pages[-1]) > 2",
         ("tests/cache/test_sequence.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "a rejected draft counted",
@@ -202,7 +202,7 @@ MUTATIONS = (
         'plane[ids] = host.planes[f"{index}.{name}"]',
         'plane[sorted(ids)] = host.planes[f"{index}.{name}"]',
         ("tests/cache/test_saved.py",),
-        "--only torch --cases 60 --seed 1",
+        _TORCH,
     ),
     Mutation(
         "growing forgets the last page",

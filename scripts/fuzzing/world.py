@@ -143,10 +143,13 @@ class World:
             if new > 1 and self.rng.random() < 0.3:
                 kept = int(self.rng.integers(0, new))
                 self.log.append(f"reject {new - kept}")
+            counted = len(request.tokens) + kept
             request.tokens += range(self.next_token, self.next_token + new)
             self.next_token += new
             request.sequence.commit(kept)
-            request.cut(request.sequence.length)
+            if request.sequence.length != counted:
+                raise Mismatch(f"commit: expected {counted} tokens, got {request.sequence.length}")
+            request.cut(counted)
 
     def fork(self) -> None:
         """A second request with the same tokens."""
