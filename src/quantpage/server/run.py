@@ -1,6 +1,5 @@
 """From a model folder to a server that answers."""
 
-import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from quantpage import console
 from quantpage.cache.sizes import LayerPlan
 from quantpage.engine import Engine, Limits
 from quantpage.engine.sizes import fit_pages, pool_bytes, unquantized_pool_bytes
+from quantpage.hardware import available_bytes
 from quantpage.server.metrics import Metrics
 from quantpage.server.options import ServeOptions
 from quantpage.server.serving import Served
@@ -162,18 +162,15 @@ def _limits(
         step_tokens=max(options.step_tokens or _STEP_TOKENS, running),
     )
     if options.memory is None:
-        return fit_pages(layers, limits, _free_bytes(device) // 4)
+        free = available_bytes(device)
+        if free is None:
+            raise ValueError("memory: expected --memory where what is free is unknown, got none")
+        return fit_pages(layers, limits, free // 4)
     # More than all answers need is kept for prompts that were seen before.
     growing = [each for each in layers if not each.reach.limited]
     a_page = sum(each.layout.bytes_per_page() for each in growing)
     most = max(limits.pages, options.memory // a_page if a_page else 0)
     return fit_pages(layers, replace(limits, pages=most), options.memory)
-
-
-def _free_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _defaults(generation: Any) -> dict[str, float]:
