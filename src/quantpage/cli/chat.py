@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import Calibration, Device, PageSize
+from quantpage.cli.options import (
+    CacheFormat,
+    Calibration,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    PageSize,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    Weights,
+)
 from quantpage.errors import QuantPageError
 
 if TYPE_CHECKING:
@@ -25,32 +38,20 @@ _HELP = """\
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: System = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation of /save.")] = None,
-    kv_format: Annotated[
-        str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
-    ] = "int8",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Of tokens that are so probable together; 1: all.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")] = 0,
+    kv_format: CacheFormat = "int8",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
-    ] = None,
+    stop: Stop = None,
     page_size: PageSize = 64,
     calibration: Calibration = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
-    weights: Annotated[
-        str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
-    ] = "model",
+    weights: Weights = "model",
 ) -> None:
     """Talk with a model. The cache is kept: a turn computes only what is new in it.
 

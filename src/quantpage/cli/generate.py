@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.cli.options import (
+    AsJson,
+    CacheFormat,
+    Calibration,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    PageSize,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    Weights,
+)
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
@@ -32,40 +47,22 @@ def command(
         Path | None,
         typer.Option(help="Answer the requests of --file in one batch, a JSON object a line."),
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System prompt, for the model's chat template.")
-    ] = None,
-    kv_format: Annotated[
-        str,
-        typer.Option(
-            help="Cache format; keys and values apart: k=int8,v=int4; one a layer: "
-            "int4,first2=int8,layers=7,9-11:int8."
-        ),
-    ] = "int8",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Of tokens that are so probable together; 1: all.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")] = 0,
+    system: System = None,
+    kv_format: CacheFormat = "int8",
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
-    ] = None,
+    stop: Stop = None,
     page_size: PageSize = 64,
     calibration: Calibration = "auto",
     compare: Annotated[
         bool, typer.Option(help="Force the answer through other caches, and compare.")
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
-    weights: Annotated[
-        str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
-    ] = "model",
+    weights: Weights = "model",
     raw: Annotated[
         bool, typer.Option(help="Give the prompt as it is, without the chat template.")
     ] = False,

@@ -22,6 +22,27 @@ Calibration = Annotated[
         "`quantpage calibrate`."
     ),
 ]
+CacheFormat = Annotated[
+    str,
+    typer.Option(
+        help="Cache format; keys and values apart: k=int8,v=int4; one a layer: "
+        "int4,first2=int8,layers=7,9-11:int8."
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
+]
+Weights = Annotated[str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")]
+System = Annotated[str | None, typer.Option(help="System prompt, for the model's chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[
+    float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
+]
+TopP = Annotated[float, typer.Option(help="Of tokens that are so probable together; 1: all.")]
+TopK = Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantpage.cli.capacity import parse_bytes
-from quantpage.cli.options import Calibration
+from quantpage.cli.options import CacheFormat, Calibration, Dtype, Weights
 from quantpage.files import check_writable
 
 
@@ -29,9 +29,7 @@ def command(
         EngineName,
         typer.Option(help="vllm: its server with our plugin; auto: that, where it is installed."),
     ] = EngineName.AUTO,
-    kv_format: Annotated[
-        str, typer.Option(help="Cache format, or one a layer: int4,first2=int8,last1=int8.")
-    ] = "int8",
+    kv_format: CacheFormat = "int8",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
@@ -59,13 +57,9 @@ def command(
         Path | None,
         typer.Option(help="Keep them over restarts: read at the start, written at the end."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")
-    ] = "model",
+    weights: Weights = "model",
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streams, tools, JSON schemas.
 
