@@ -11,8 +11,8 @@ TEMPLATE = (
 )
 
 
-def save_small(path, context=512):
-    """A folder that `quantpage serve` takes."""
+def save_small(path, context=512, ends=0):
+    """A folder that `quantpage serve` takes; ends: the token that ends an answer, or None."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {name: at for at, name in enumerate(["<eos>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -33,7 +33,7 @@ def save_small(path, context=512):
         max_position_embeddings=context,
         initializer_range=0.25,
         bos_token_id=None,
-        eos_token_id=0,
+        eos_token_id=ends,
     )
     tf.LlamaForCausalLM(config).float().save_pretrained(path)
     return path
