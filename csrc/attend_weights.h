@@ -8,9 +8,9 @@ static inline vi lanes_seen(uint32_t bits, int shift) {
   return -(((splati((int32_t)bits) >> (iota() + splati(shift))) & splati(1)));
 }
 
-// Scores of one row: scale, cap, mask; returns the highest, NaN where one is NaN or infinite (the
-// maximum of vectors may lose a NaN). The three steps from scores to weights
-// run over all rows one after the other, so that the waits of one row are filled by the next.
+// Scores of one row: scale, cap, mask; returns the highest (a NaN among them may be lost here). The
+// three steps from scores to weights run over all rows one after the other, so that the waits of one
+// row are filled by the next.
 static float finish_scores(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
                            int64_t first_run) {
   const Attend& a = *item.call;
@@ -22,7 +22,6 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
   const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]), sum = splat(s.query_sum[row]);
   const vf cap = splat((float)a.softcap), per_cap = splat(a.softcap > 0 ? (float)(1 / a.softcap) : 0.f);
   vf highest = splat(-__builtin_inff());
-  vi odd = splati(0);
   for (int64_t r = 0; r < num_runs; r++) {
     uint32_t bits = (1u << runs[r].count) - 1;
     if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + token];
@@ -32,20 +31,20 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
       if (scaled) v = v * (loadf(s.key_scale + i) * times);
       if (zeroed) v = v + loadf(s.key_zero + i) * sum;
       v = v + constant;
-      vi wrong = v != v;
       if (a.softcap > 0) v = vtanh(v * per_cap) * cap;
-      if (bits != 0xffff) {
-        const vi seen = lanes_seen(bits, j);
-        v = select(seen, v, splat(-__builtin_inff()));
-        wrong = wrong & seen;
-      }
-      odd = odd | wrong;
+      if (bits != 0xffff) v = select(lanes_seen(bits, j), v, splat(-__builtin_inff()));
       highest = vmax(highest, v);
       storef(x + i, v);
     }
   }
-  const float top = hmax(highest);
-  return any(odd) || top == __builtin_inff() ? __builtin_nanf("") : top;
+  return hmax(highest);
+}
+
+// Whether a score of a row is NaN.
+static bool any_nan(const float* x, int64_t lanes) {
+  vi odd = splati(0);
+  for (int64_t i = 0; i < lanes; i += VW) odd = odd | (loadf(x + i) != loadf(x + i));
+  return any(odd);
 }
 
 // The online softmax: weights take the scores' place; returns the largest, 0 where the row sees
@@ -53,11 +52,12 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
 static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t lanes, float top) {
   const Pages& value = *item.value;
   float* x = s.scores + row * TILE;
-  if (top == -__builtin_inff() || top != top) {
+  // A score that is NaN or infinite makes its row's output and log-sum-exp NaN, through the total:
+  // here, or below by its own weight.
+  if (!(__builtin_fabsf(top) < __builtin_inff())) {
+    if (top == __builtin_inff() || any_nan(x, lanes)) storef(s.total + row * VW, splat(__builtin_nanf("")));
     memset(x, 0, 4 * lanes);
     s.mass[row] = 0;
-    // What is NaN stays so: the total makes output and log-sum-exp.
-    if (top != top) storef(s.total + row * VW, splat(top));
     return 0;
   }
   if (top > s.peak[row]) {

@@ -88,15 +88,16 @@ static inline bool any(vi mask) {
 #endif
 }
 
-// exp for x <= 88; 0 below -87 (so for -inf). Cephes' polynomial, 2e-7 relative.
+// exp for x <= 88; 0 below -87 (so for -inf), NaN for NaN. Cephes' polynomial, 2e-7 relative.
 static inline vf vexp(vf x) {
   const vi tiny = x < splat(-87.0f);
-  x = vmax(x, splat(-87.0f));
+  // The second of the two where one is NaN.
+  const vf least = vmax(splat(-87.0f), x);
   const vf magic = splat(12582912.f);
-  vf r = x * splat(1.442695041f) + magic;
+  vf r = least * splat(1.442695041f) + magic;
   const vi n = (vi)r - (vi)magic;
   r = r - magic;
-  vf f = x - r * splat(0.693359375f);
+  vf f = least - r * splat(0.693359375f);
   f = f - r * splat(-2.12194440e-4f);
   vf p = splat(1.9875691500e-4f);
   p = p * f + splat(1.3981999507e-3f);
@@ -105,7 +106,13 @@ static inline vf vexp(vf x) {
   p = p * f + splat(1.6666665459e-1f);
   p = p * f + splat(5.0000001201e-1f);
   p = p * f * f + f + splat(1.f);
-  return select(tiny, splat(0.f), (vf)((vi)p + (n << 23)));
+#if VW == 16
+  (void)n;
+  return (vf)_mm512_maskz_scalef_ps((__mmask16)~_mm512_movepi32_mask((__m512i)tiny), (__m512)p, (__m512)r);
+#else
+  // Bits of a NaN that are moved into its exponent would make a number of it.
+  return select(tiny, splat(0.f), select(x != x, x, (vf)((vi)p + (n << 23))));
+#endif
 }
 
 // tanh by exp of a negative number, so that nothing overflows.

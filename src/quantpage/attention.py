@@ -20,7 +20,7 @@ from quantpage.ops import attend as attend_op
 from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.checks import check_attend, check_out, needs_of
-from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, choose
+from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, find
 from quantpage.ops.rope_write import WriteParams, Written
 
 
@@ -222,8 +222,8 @@ def build_attention(
     call = replace(call, mask=mask.kind)
     return LayerAttention(
         backend,
-        write=choose(write_op.CANDIDATES, call, implementation),
-        prefill=choose(attend_op.CANDIDATES, replace(call, phase="prefill"), implementation),
-        decode=choose(attend_op.CANDIDATES, replace(call, phase="decode"), implementation),
+        write=find(write_op.CANDIDATES, call, implementation),
+        prefill=find(attend_op.CANDIDATES, replace(call, phase="prefill"), implementation),
+        decode=find(attend_op.CANDIDATES, replace(call, phase="decode"), implementation),
         call=call,
     )

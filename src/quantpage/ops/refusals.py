@@ -6,6 +6,7 @@ Imports no triton, as dispatch asks on any machine.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -66,14 +67,20 @@ def capability(least: tuple[int, int], later: bool) -> Condition:
 
 def triton(call: Call) -> Iterator[str]:
     """The package."""
-    if find_spec("triton") is None:
+    if not _installed("triton"):
         yield "needs Triton, which is not installed."
 
 
 def gluon(call: Call) -> Iterator[str]:
     """Triton's lower level."""
-    if find_spec("triton") is not None and find_spec("triton.experimental.gluon") is None:
+    if _installed("triton") and not _installed("triton.experimental.gluon"):
         yield "needs Triton 3.6 or later, which brings Gluon."
+
+
+@lru_cache
+def _installed(package: str) -> bool:
+    # Looked for once: that reads folders, and every layer of every new cache asks.
+    return find_spec(package) is not None
 
 
 def core(call: Call) -> Iterator[str]:
