@@ -303,6 +303,40 @@ def masks() -> str:
     )
 
 
+def _peers(phase: str, unit: str, worse: Callable[[list[float]], float]) -> str:
+    """Kernels of several projects on two H100, a row a kernel and cache: the worse reading."""
+    rows = [row for row in read("h100-peers.csv") if row["phase"] == phase]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    kernels = dict.fromkeys((row["implementation"], row["cache"]) for row in rows)
+
+    def line(kernel: tuple[str, str]) -> list[str]:
+        mine = [row for row in rows if (row["implementation"], row["cache"]) == kernel]
+        found = {
+            row["case"]: worse(
+                [float(v) for v in (row["first_machine"], row["second_machine"]) if v]
+            )
+            for row in mine
+        }
+        return [
+            kernel[0],
+            f"`{kernel[1]}`",
+            *(f"{found[c]:g}" for c in cases),
+            mine[0]["error"] or MISSING,
+        ]
+
+    return table([unit, "cache", *cases, "error"], map(line, kernels))
+
+
+def peers_decode() -> str:
+    """Microseconds a decode step of one layer."""
+    return _peers("decode", "us", max)
+
+
+def peers_prefill() -> str:
+    """TFLOP/s of prompts and chunks."""
+    return _peers("prefill", "TFLOP/s", min)
+
+
 def gpu_model() -> str:
     """The 8B-shaped model, a row a cache format."""
     rows = read("h200-model.csv")
@@ -365,6 +399,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "prefill-cases": prefill_cases,
     "masks": masks,
+    "peers-decode": peers_decode,
+    "peers-prefill": peers_prefill,
     "gpu-model": gpu_model,
     "cpu-model": cpu_model,
     "memory": memory,
