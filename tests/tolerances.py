@@ -15,7 +15,7 @@ import torch
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
-from quantpage.formats import rotate
+from quantpage.formats import QuantSpec, rotate
 from quantpage.ops.attend import AttendParams, reference
 from quantpage.ops.attend.params import exact_pairs
 from quantpage.ops.gather.reference import gather_request
@@ -23,6 +23,16 @@ from quantpage.ops.gather.reference import gather_request
 FLOAT32_UNIT = 2.0**-24
 FLOOR = 16
 """Units of the output's dtype, of the step's largest number, that any order of sums may cost."""
+
+
+def rounding_error(spec: QuantSpec) -> float:
+    """|held - x| / |x| that rows of normal numbers may have once they went through codes."""
+    code = spec.code
+    if code.is_float:
+        # e4m3: half of 2^-3, and the scale's own rounding.
+        return 0.04
+    # A uniform error over even steps, of which a row's range of 10 deviations takes all.
+    return 1e-6 if code.exact else 10 / 12**0.5 / (code.qmax - code.qmin)
 
 
 @dataclass(frozen=True)

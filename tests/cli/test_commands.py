@@ -38,7 +38,7 @@ def test_explain_shows_what_latent_attention_caches(quantpage, tmp_path):
         (["generate", "--model", "nowhere"], "expected --prompt or --file"),
         (["generate", "--model", "x", "--prompt", " "], "expected some text"),
         (["generate", "--model", "x", "--prompt", "x", "--page-size", "0"], "page_size: expected"),
-        (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int5"], "expected one of"),
+        (["generate", "--model", "x", "--prompt", "x", "--kv-format", "int9"], "expected one of"),
         (["generate", "--model", "x", "--file", "nowhere"], "file: expected a text file"),
         (["capacity", "--model", ".", "--memory", "1GiB"], "expected config.json or one .gguf"),
         (["formats", "--head-dim", "-4"], "Invalid value for '--head-dim'"),

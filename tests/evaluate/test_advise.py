@@ -187,7 +187,7 @@ def test_what_is_advised_is_worth_it_on_other_tokens():
         ({"candidates": ("int8_static",)}, "expected dynamic formats to choose from"),
         ({"candidates": ("none",)}, "expected a quantized format to choose from"),
         ({"candidates": ("int8,first1=int4",)}, "which has chosen already"),
-        ({"candidates": ("int5",)}, "did you mean"),
+        ({"candidates": ("int9",)}, "did you mean"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(changes, words):

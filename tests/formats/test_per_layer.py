@@ -103,7 +103,7 @@ def test_aliases_are_named_by_our_name():
         ("int8,Last1=int4", r"got 'Last1=int4' \(did you mean last1=int4\?\)"),
         ("int8,first0=int4", "got 'first0=int4'"),
         ("int8,middle2=int4", "got 'middle2=int4'"),
-        ("int8,first2=int5", r"got 'int5' \(did you mean int8\?\)"),
+        ("int8,first2=int9", r"got 'int9' \(did you mean int8\?\)"),
         ("INT8", r"got 'INT8' \(did you mean int8\?\)"),
         ("int8,first1=int4,first2=int4", "one rule for first"),
         ("int8,layers=3", "got 'layers=3'"),
@@ -114,7 +114,7 @@ def test_aliases_are_named_by_our_name():
         ("k=int8,w=int4", "got 'k=int8'"),
         ("v=int8,first1=int4", "such as v=int8,k=int8; got 'v=int8'"),
         ("k=int8,v=int4,k=int8", "got 'k=int8'"),
-        ("k=int8,v=int5", "got 'int5'"),
+        ("k=int8,v=int9", "got 'int9'"),
         ("k=int8,v=", "got ''"),
     ],
 )

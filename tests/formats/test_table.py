@@ -5,6 +5,7 @@ import torch
 
 from quantpage.errors import FormatError
 from quantpage.formats import ALIASES, FORMATS, dequantize, find_format, quantize
+from tests.tolerances import rounding_error
 
 pytestmark = pytest.mark.pure
 
@@ -81,4 +82,4 @@ def test_a_format_keeps_rows_of_every_usual_head_dim(name, head_dim):
             assert made.codes.shape == (8, spec.code.stored(head_dim))
             assert made.scale.shape == (8, spec.granularity.groups(head_dim))
         error = (dequantize(*made, spec) - rows).norm() / rows.norm()
-        assert error <= {16: 0.0, 8: 0.04, 6: 0.05, 4: 0.2, 3: 0.4}[spec.code.bits]
+        assert error <= rounding_error(spec)

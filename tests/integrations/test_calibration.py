@@ -158,7 +158,7 @@ def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
     csv = tmp_path / "rows.csv"
     assert run([*asked, "--scored", "32", "--calibration", str(out), "--csv", str(csv)]) == 0
     assert "made.safetensors" in csv.read_text()
-    assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int5"]) == 2
+    assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int9"]) == 2
     assert run(["calibrate", *given, "--out", str(tmp_path), "--tokens", "1024"]) == 2
     assert run(["calibrate", *given, "--out", str(out), "--window", "9000"]) == 2
 

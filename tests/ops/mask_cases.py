@@ -78,17 +78,21 @@ def _half(spec: QuantSpec, shape, written, dtype, noise) -> QuantizedPages:
         return QuantizedPages(spec, codes)
     width = spec.code.stored(head_dim)
     codes = torch.randint(0, 256, (*shape[:3], width), dtype=torch.uint8, generator=noise)
-    if spec.code.name == "fp8":
+    typical = spec.code.qmax
+    if spec.code.is_float:
         # 0x7f and 0xff are NaN in e4m3, and 448 is its largest number.
         small = (torch.randn(*shape[:3], width, generator=noise) * 40).to(torch.float8_e4m3fn)
         codes = torch.where(written[:, None, :, None], small.view(torch.uint8), 0x7F)
+        typical = 80
     codes = codes.view(spec.code.storage)
+    if codes.dtype == torch.int8:
+        codes.clamp_(int(spec.code.qmin), int(spec.code.qmax))
     groups = spec.granularity.groups(head_dim)
     if spec.dynamic:
         planes = (pages, kv_heads, page_size, groups)
     else:
         planes = spec.granularity.scale_shape(kv_heads, head_dim)
-    unit = 1.5 / {"fp8": 80}.get(spec.code.name, spec.code.qmax)
+    unit = 1.5 / typical
     scale = (torch.rand(planes, generator=noise) + 0.5) * unit
     zero = torch.randn(planes, generator=noise) * 0.3 if spec.zero_point else None
     kept = [each if each is None else each.to(spec.scale_dtype) for each in (scale, zero)]

@@ -200,7 +200,7 @@ def test_names():
         ("int8_near8", "expected a format with exact pages before _near8"),
         ("k=int4,v=int4_near8", "of both or of none"),
         ("k=none,v=int4_near8", "at least the body's 16 bits"),
-        ("int5_near8", "got 'int5'"),
+        ("int9_near8", "got 'int9'"),
     ):
         with pytest.raises(FormatError, match=words):
             find_format(name)

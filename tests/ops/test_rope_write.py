@@ -15,6 +15,7 @@ from quantpage.ops.dispatch import Call
 from quantpage.ops.gather.reference import gather_request
 from quantpage.ops.rope_write import CANDIDATES, QKNorm, WriteParams, reference
 from quantpage.rope import apply_rope, rope_table
+from tests.tolerances import rounding_error
 
 pytestmark = pytest.mark.cpu
 
@@ -96,8 +97,11 @@ def same_save_ties(got, wanted, spec):
     reach = wanted.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     off = (got - wanted).abs() / reach
     # Coarsest step of a code relative to the largest number of the row.
-    coarse = {"int6": 2 / 63, "int4": 2 / 15, "int3": 2 / 7}
-    step = {"none": 2e-6, "int8": 1 / 127, "fp8": 1 / 14, **coarse}[spec.code.name]
+    step = 2e-6 if spec.code.exact else 1 / spec.code.qmax
+    if spec.code.is_float:
+        step = 1 / 14
+    elif spec.zero_point:
+        step = 2 / (spec.code.qmax - spec.code.qmin)
     assert off.max() <= 1.02 * step + 2**-9
     moved = off > 1e-5
     rows = moved.double().mean(-1) > 0.25
@@ -208,11 +212,10 @@ def test_hard_rows_come_back(implementation, name):
     assert torch.isfinite(rows).all()
     turned = rotate(k) if FORMATS[name].key.rotation == "hadamard" else k
     assert (rows[0] == 0).all()
-    bits = FORMATS[name].key.code.bits
     relative = (rows[:3] - turned[:3]).flatten(1).norm(dim=1) / turned[:3].flatten(1).norm(
         dim=1
     ).clamp_min(1e-9)
-    assert (relative < {16: 1e-6, 8: 0.04, 6: 0.05, 4: 0.2, 3: 0.4}[bits]).all()
+    assert (relative < rounding_error(FORMATS[name].key)).all()
     assert rows[3].abs().max() < 1e-6
 
 

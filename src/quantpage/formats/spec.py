@@ -21,7 +21,7 @@ class Code:
     """
 
     name: str
-    """'int8', 'fp8', 'int6', 'int4', 'int3', or 'none' for numbers kept as they are."""
+    """As in CODES; 'none' for numbers kept as they are."""
     storage: torch.dtype | None
     """Tensor dtype of the codes; None: the model's own dtype."""
     qmin: float
@@ -29,7 +29,8 @@ class Code:
     qmax: float
     """Largest code."""
     bits: int
-    """Bits a number takes; 16 is assumed for 'none' where a model's dtype is not known."""
+    """Bits a number takes in memory, unused ones with it: 8 for a code of -16..15 in int8 bytes.
+    16 is assumed for 'none' where a model's dtype is not known."""
     values_per_byte: int = 1
     """2 for int4: byte b of a row holds channel 2b in its low nibble, 2b+1 in its high one."""
     fields: tuple[int, ...] = ()
@@ -57,6 +58,11 @@ class Code:
             raise FormatError(
                 f"code {self.name}: expected qmin..qmax around 0 within {held[0]}..{held[1]} of "
                 f"{self.storage}, got {self.qmin}..{self.qmax}"
+            )
+        if self.bits * self.values_per_byte != 8:
+            raise FormatError(
+                f"code {self.name}: expected the {8 // self.values_per_byte} bits that a number "
+                f"takes in {self.storage}, got {self.bits}"
             )
 
     def _check_fields(self) -> None:
@@ -89,7 +95,7 @@ class Code:
     @property
     def integer(self) -> bool:
         """True for whole numbers: evenly spaced, rounded half to even."""
-        return self.name.startswith("int")
+        return not (self.exact or self.is_float)
 
     @property
     def exact(self) -> bool:
