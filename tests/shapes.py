@@ -19,7 +19,7 @@ CHECKED = [
     f"quantpage.ops.{name}"
     for name in (
         "attend.reference", "attend.merge", "attend.params", "attend.torch_blockwise",
-        "attend.shown_values", "attend.cpu", "attend.cpu_intervals", "gather.reference",
+        "attend.shown_values", "attend.cpu", "attend.cpu.intervals", "gather.reference",
         "gather.cpu", "rope_write.reference", "rope_write.cpu", "rope_write.params",
         "rotate_output",
     )

@@ -112,13 +112,3 @@ def test_without_transformers_a_name_says_what_it_needs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("pip install 'quantpage[transformers]'")
-
-
-def test_kernels_are_found_by_their_former_names():
-    pytest.importorskip("triton")
-    from quantpage.ops.attend import triton_prefill
-    from quantpage.ops.attend.prefill import triton
-
-    assert triton_prefill is triton
-    with pytest.raises(AttributeError, match="has no attribute 'triton_postfill'"):
-        quantpage.ops.attend.triton_postfill  # noqa: B018

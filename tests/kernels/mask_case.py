@@ -8,11 +8,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile
 from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
 from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
 from quantpage.ops.attend.interval.triton_plan import _order_kernel
-from quantpage.ops.attend.prefill.gluon import dense_tile
-from quantpage.ops.attend.prefill.triton import pages_tile
 from tests.kernels.aot import compile_kernel, resources
 
 FORMS = {
@@ -28,7 +27,7 @@ POINTERS = {"order", "work", "tiles", "counts", "mask_ptr", "mask", "spans", "it
 
 def compile_dense(head_dim=128, group=4, **form):
     """The Hopper kernel over a float16 workspace."""
-    tile = dense_tile(head_dim)
+    tile = hopper_tile(head_dim)
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], gl.float16)
     rows = f"tensordesc<fp16[{tile.keys}, {head_dim}],{layout!r}>"
     types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16",
@@ -57,7 +56,7 @@ def compile_dense(head_dim=128, group=4, **form):
 
 def compile_pages(rows, form, head_dim=128, page=64):
     """The portable kernel over int8 pages."""
-    tile, warps = pages_tile(head_dim, rows)
+    tile, warps = portable_tile(head_dim, rows)
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32",
              "scale": "fp32", "cap": "fp32"}  # fmt: skip
     for side in "kv":

@@ -13,9 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantpage.ops.attend.prefill.gluon import dense_tile
+from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
-from quantpage.ops.attend.prefill.triton import pages_tile
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from tests.kernels.aot import compile_kernel, resources
 
@@ -24,7 +23,7 @@ CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0):
     """Keys and values of one code, a scale a token (and a zero for int4), 32/8 heads."""
-    tile, warps = pages_tile(head_dim, rows)
+    tile, warps = portable_tile(head_dim, rows)
     pointers = {"none": "*fp16", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     for side in "kv":
@@ -55,7 +54,7 @@ def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64,
 
 def compile_dense(head_dim=128, dtype="fp16", **flags):
     """The Hopper kernel, by default plain causal attention over a float16 workspace."""
-    tile = dense_tile(head_dim)
+    tile = hopper_tile(head_dim)
     element = gl.float16 if dtype == "fp16" else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], element)
     rows = f"tensordesc<{dtype}[{tile.keys}, {head_dim}],{layout!r}>"

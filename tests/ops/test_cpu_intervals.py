@@ -5,7 +5,8 @@ import torch
 
 from quantpage.formats import FORMATS
 from quantpage.masks import ColumnIntervals, RowIntervals, tree_verification
-from quantpage.ops.attend import AttendParams, cpu, cpu_intervals, torch_blockwise
+from quantpage.ops.attend import AttendParams, cpu, torch_blockwise
+from quantpage.ops.attend.cpu import intervals
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case
 from tests.tolerances import assert_agrees
 
@@ -43,18 +44,18 @@ def test_a_buffer_that_is_filled_anew_is_another_mask(rewrite, inference):
 
 def test_layers_of_a_step_share_and_others_do_not(monkeypatch):
     asked = []
-    find = cpu_intervals._find
-    monkeypatch.setattr(cpu_intervals, "_find", lambda *args: asked.append(1) or find(*args))
-    monkeypatch.setattr(cpu_intervals, "_last", None)
+    find = intervals._find
+    monkeypatch.setattr(intervals, "_find", lambda *args: asked.append(1) or find(*args))
+    monkeypatch.setattr(intervals, "_last", None)
     _, _, batch = make_case(FORMATS["int8"], SHAPE)
     _, _, later = make_case(FORMATS["int8"], Shape(64, 4, 2, 16, (20,), (33,)))
     rows = torch.full((1, 1, 20, 1), 20, dtype=torch.int32)
     mask, same, other = ColumnIntervals(rows), ColumnIntervals(rows), ColumnIntervals(rows - 5)
     for _ in range(3):
-        cpu_intervals.intervals_of(mask, batch, 2)
-        cpu_intervals.intervals_of(same, batch, 2)
+        intervals.intervals_of(mask, batch, 2)
+        intervals.intervals_of(same, batch, 2)
     assert len(asked) == 1
     for different in ((mask, later), (other, batch), (tree_verification(0, [-1] * 20), batch)):
-        cpu_intervals.intervals_of(*different, 2)
-        cpu_intervals.intervals_of(mask, batch, 2)
+        intervals.intervals_of(*different, 2)
+        intervals.intervals_of(mask, batch, 2)
     assert len(asked) == 7

@@ -16,9 +16,9 @@ from quantpage.cpu_core import find_core
 from quantpage.formats import find_format
 from quantpage.masks import CausalMask, FullMask, document
 from quantpage.ops.attend import CANDIDATES, AttendParams, attend
+from quantpage.ops.attend.flash.triton_segments import exact_pairs as pairs_in_triton
+from quantpage.ops.attend.flash.triton_segments import near_page, near_queries
 from quantpage.ops.attend.params import exact_band, exact_pairs
-from quantpage.ops.attend.triton_segments import exact_pairs as pairs_in_triton
-from quantpage.ops.attend.triton_segments import near_page, near_queries
 
 pytestmark = TIER
 PAGE, CONTEXT, WIDTH = 16, 101, 128  # a channel a key

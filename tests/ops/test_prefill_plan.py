@@ -8,9 +8,9 @@ from quantpage.batch import plan_batch
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask
+from quantpage.ops.attend.flash.tiles import DenseTile
 from quantpage.ops.attend.prefill.plan import (
     DenseShape,
-    DenseTile,
     plan_pages,
     plan_passes,
     schedule,

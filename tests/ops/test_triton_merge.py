@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from quantpage.ops.attend.flash.triton_merge import merge_partials
 from quantpage.ops.attend.merge import merge_partials as reference
-from quantpage.ops.attend.triton_merge import merge_partials
 from tests.ops.triton_cases import DEVICE, TIER
 
 pytestmark = TIER

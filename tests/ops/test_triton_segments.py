@@ -34,7 +34,7 @@ from tests.ops.segment_cases import make_segments, oracle, spoil
 
 pytestmark = TIER
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
+MERGE = "quantpage.ops.attend.flash.triton_merge:merge_partials"
 PORTABLE = Implementation(
     "triton", "quantpage.ops.attend.prefill.triton:attend", lambda call: [], merge=MERGE
 )

@@ -9,8 +9,6 @@ implementation does all of it in one call.
 """
 
 from dataclasses import replace
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -28,26 +26,8 @@ from quantpage.ops.rotate_output import rotate_output
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 
-
-_ROOMS = {
-    "triton_decode": "decode.triton",
-    "triton_prefill": "prefill.triton",
-    "gluon_prefill": "prefill.gluon",
-    "triton_flash_mask": "interval.triton",
-    "gluon_flash_mask": "interval.gluon",
-}
-"""Kernels by the names that they had before they moved into rooms, for scripts written then."""
-
-
-def __getattr__(name: str) -> ModuleType:
-    """A kernel's host module, imported when it is asked for: it imports triton."""
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{_ROOMS[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 _RESERVE = "quantpage.ops.attend.decode.reserve:reserve"
-_MERGE = "quantpage.ops.attend.triton_merge:merge_partials"
+_MERGE = "quantpage.ops.attend.flash.triton_merge:merge_partials"
 CANDIDATES: list[Implementation] = [
     Implementation(
         "gluon",

@@ -1,10 +1,16 @@
-"""Where an attention kernel writes: the caller's memory, or new."""
+"""How an attention kernel is called, and where it writes: the caller's memory, or new."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.params import AttendParams, Segment
+from quantpage.ops.checks import Needs, attends
 
 
 class Results(NamedTuple):
@@ -13,6 +19,42 @@ class Results(NamedTuple):
     out: Float[Tensor, "tokens q_heads value_dim"]
     lse: Float[Tensor, "tokens q_heads"] | None
     """float32 and contiguous; None: nobody reads it, and kernels do not write it."""
+
+
+class Asked(NamedTuple):
+    """What a caller wants of a call; see ``kernel``."""
+
+    segment: Segment = "all"
+    out: Tensor | None = None
+    lse: bool = True
+
+
+def kernel(needs: Needs) -> Callable[[Callable[..., Results]], Callable[..., Results]]:
+    """Put a kernel's host side (q, layer, batch, params, asked, ...) behind the entry of all."""
+
+    def behind(by: Callable[..., Results]) -> Callable[..., Results]:
+        def attend(
+            q: Float[Tensor, "tokens q_heads head_dim"],
+            layer: LayerKV,
+            batch: BatchPlan,
+            params: AttendParams,
+            segment: Segment = "all",
+            out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+            lse_wanted: bool = True,
+            **more: Any,
+        ) -> Results:
+            """Output and natural log-sum-exp. Segments keep float32, to be merged; 'all' is in the
+            query's dtype.
+
+            out: where a whole result goes; None: new. lse_wanted: False where nobody reads the
+            log-sum-exp: it is None then. more: what this kernel takes besides.
+            """
+            return by(q, layer, batch, params, Asked(segment, out, lse_wanted), **more)
+
+        attend.__module__ = by.__module__
+        return attends(needs)(attend)
+
+    return behind
 
 
 def results_for(

@@ -5,56 +5,29 @@ long contexts in few rows and unquantized pages go to the Triton kernel, exact p
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
-from quantpage.ops.attend.decode.launch import DecodeTiles
-from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.results import Results, results_for
-from quantpage.ops.checks import Needs, attends
-
-
-@attends(Needs(refusals.DECODE_GLUON, kind="cuda"))
-def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    tiles: DecodeTiles | None = None,
-    earlier: tuple[Tensor, Tensor] | None = None,
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
-) -> Results:
-    """As decode/triton.attend."""
-    final = segment == "all" or earlier is not None
-    results = results_for(q, layer.value.head_dim, final, out, lse_wanted)
-    decode_into(results, q, layer, batch, params, segment, tiles, earlier)
-    return results
+from quantpage.ops.attend.results import Results
+from quantpage.ops.checks import Needs
 
 
 def decode_into(
-    results: Results,
-    q: Tensor,
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    tiles: DecodeTiles | None = None,
-    earlier: tuple[Tensor, Tensor] | None = None,
+    results: Results, q, layer, batch, params, options: triton.Options = triton.WHOLE
 ) -> None:
-    """As decode/triton.decode_into."""
+    """As ``triton.decoder`` says."""
+    tiles = options.tiles
     if tiles is None:
-        tiles = triton.planned(q, layer, batch, segment, hopper=serves(q, layer))
+        tiles = triton.planned(q, layer, batch, options.segment, hopper=serves(q, layer))
+    options = options._replace(tiles=tiles)
     if not tiles.wgmma:
-        triton.decode_into(results, q, layer, batch, params, segment, tiles, earlier)
+        triton.decode_into(results, q, layer, batch, params, options)
         return
-    made = triton.arrange(results, q, layer, batch, params, segment, tiles)
+    # It takes no exact pages, so that nothing came earlier.
+    made = triton.arrange(results, q, layer, batch, params, options._replace(earlier=None))
     if made.programs:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
         triton.join(made)
@@ -65,3 +38,6 @@ def serves(q: Tensor, layer: LayerKV) -> bool:
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     return q.shape[-1] == layer.value.head_dim and layer.value.head_dim in refusals.HOPPER_WIDTHS
+
+
+attend = triton.decoder(Needs(refusals.DECODE_GLUON, kind="cuda"), decode_into)

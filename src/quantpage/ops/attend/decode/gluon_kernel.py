@@ -48,7 +48,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     tile_at,
     tile_ranges,
 )
-from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton import words as triton_words
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC, Constant
 from quantpage.ops.triton.gluon_compat import (

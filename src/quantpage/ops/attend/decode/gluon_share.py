@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode import triton_share as triton_plan
 from quantpage.ops.attend.decode.triton_share import CUT_COST
-from quantpage.ops.attend.triton_segments import ALL_KEYS
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import A_TOKEN
 from quantpage.ops.triton.gluon_compat import async_copy
 

@@ -4,12 +4,12 @@ Launch arguments are host integers that do not depend on the lengths (upper boun
 graphs). What both kernels are given stands here (``arrange``); decode/gluon launches the other.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -18,6 +18,7 @@ from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, programs_of, row_tiles
+from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from quantpage.ops.attend.decode.workspaces import (
     counter_count,
@@ -26,9 +27,8 @@ from quantpage.ops.attend.decode.workspaces import (
     workspace,
 )
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
-from quantpage.ops.attend.results import Results, results_for
-from quantpage.ops.attend.triton_merge import merge_cuts_kernel
-from quantpage.ops.checks import Needs, attends
+from quantpage.ops.attend.results import Asked, Results, kernel, results_for
+from quantpage.ops.checks import Needs
 from quantpage.ops.operand import STATIC, Operand, operand
 
 # In what the Hopper kernel reads codes, where it is not words.
@@ -39,48 +39,48 @@ OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
 
-@attends(Needs(refusals.DECODE_TRITON, kind="cuda"))
-def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    tiles: DecodeTiles | None = None,
-    earlier: tuple[Tensor, Tensor] | None = None,
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
-) -> Results:
-    """Output and natural log-sum-exp. Segments keep float32, to be merged; 'all' is in q's dtype.
+def decoder(needs: Needs, into: Callable[..., None]) -> Callable[..., Results]:
+    """The entry of a kernel of decode.
 
-    earlier: the body's result, contiguous, which the exact segment's call makes whole.
-    tiles: the launch's shape; None: the planner's choice. out: where a whole result goes; None:
-    new. lse_wanted: False where nobody reads the log-sum-exp: it is None then.
+    into: (results, q, layer, batch, params, options). The plan may have some of the requests of
+    ``q`` alone, with rows counted from its first: other rows are left as they are.
     """
+
+    def attend(
+        q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked, **more: Any
+    ) -> Results:
+        options = Options(asked.segment, **more)
+        results = results_for(q, layer.value.head_dim, options.final, asked.out, asked.lse)
+        into(results, q, layer, batch, params, options)
+        return results
+
+    attend.__module__ = into.__module__
+    return kernel(needs)(attend)
+
+
+class Options(NamedTuple):
+    """What a call to decode takes besides."""
+
+    segment: Segment = "all"
+    tiles: DecodeTiles | None = None
+    """The launch's shape; None: the planner's choice."""
+    earlier: tuple[Tensor, Tensor] | None = None
+    """The body's result, contiguous, which the exact segment's call makes whole."""
+
+    @property
+    def final(self) -> bool:
+        """Whether the result is the whole's."""
+        return self.segment == "all" or self.earlier is not None
+
+
+WHOLE = Options()
+
+
+def decode_into(results: Results, q, layer, batch, params, options: Options = WHOLE) -> None:
+    """As ``decoder`` says."""
+    segment, tiles, earlier = options
     tiles = planned(q, layer, batch, segment) if tiles is None else tiles
-    final = segment == "all" or earlier is not None
-    results = results_for(q, layer.value.head_dim, final, out, lse_wanted)
-    decode_into(results, q, layer, batch, params, segment, tiles, earlier)
-    return results
-
-
-def decode_into(
-    results: Results,
-    q: Tensor,
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    tiles: DecodeTiles | None = None,
-    earlier: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """``attend`` into ``results``.
-
-    The plan may have some of the requests of ``q`` alone, with rows counted from its first: other
-    rows are left as they are.
-    """
-    tiles = planned(q, layer, batch, segment) if tiles is None else tiles
-    made = arrange(results, q, layer, batch, params, segment, tiles, earlier is not None)
+    made = arrange(results, q, layer, batch, params, options._replace(tiles=tiles))
     if made.programs:
         decode_kernel[(made.programs,)](
             *made.given,
@@ -139,19 +139,17 @@ def arrange(
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
-    segment: Segment,
-    tiles: DecodeTiles,
-    joined: bool = False,
+    options: Options,
 ) -> Arranged:
-    """joined: the result of the exact segment is the whole's."""
-    mask = params.mask
+    """options: with tiles."""
+    mask, (segment, tiles, earlier) = params.mask, options
+    assert tiles is not None
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
     group = q_heads // kv_heads
-    final = segment == "all" or joined
-    assert not joined or not layer.value.spec.quantized
+    assert earlier is None or not layer.value.spec.quantized
     out, lse = results
     if tokens == 0:
         return Arranged(0, (), (), {}, ((0, 0), (), {}))
@@ -172,7 +170,7 @@ def arrange(
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
     k = operand(layer.key, key_units.get(layer.key.spec.code.name, torch.int32))
     v = operand(layer.value, value_units.get(layer.value.spec.code.name, torch.int32))
-    sinks = params.sinks if final else None
+    sinks = params.sinks if options.final else None
     given = (
         q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
         batch.query_starts, batch.context_lens, sinks,
@@ -237,3 +235,6 @@ def _paired(pages: QuantizedPages) -> bool:
         and p.stride(1) % 2 == 0
         for p in planes
     )
+
+
+attend = decoder(Needs(refusals.DECODE_TRITON, kind="cuda"), decode_into)

@@ -33,7 +33,7 @@ from quantpage.ops.attend.decode.triton_share import (
     shown_keys,
     tile_ranges,
 )
-from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, NONE, STATIC
 from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
 

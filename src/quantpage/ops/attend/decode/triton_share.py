@@ -20,7 +20,7 @@ launch depends on them and nothing is read back.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.triton_segments import ALL_KEYS, BODY_KEYS, EXACT_KEYS, near_page
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, BODY_KEYS, EXACT_KEYS, near_page
 from quantpage.ops.triton.common import Constant
 
 CUT_COST = Constant(2)

@@ -1,1 +1,1 @@
-"""What the kernels of prefill and of interval masks share."""
+"""What the attention kernels share, prefill and interval masks most of all."""

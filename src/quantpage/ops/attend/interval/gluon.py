@@ -10,7 +10,6 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -18,18 +17,18 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops import refusals
+from quantpage.ops.attend.flash.gluon_launch import descriptor
+from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, hopper_tile, hopper_width
+from quantpage.ops.attend.flash.triton_launch import workspace_dtype
 from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
 from quantpage.ops.attend.interval.once import once_a_step
 from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile
 from quantpage.ops.attend.interval.triton import attend as portable
 from quantpage.ops.attend.interval.triton import lowered
 from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles, visit_order
-from quantpage.ops.attend.params import AttendParams, Segment, exponent_scale
-from quantpage.ops.attend.prefill.gluon import dense_tile, descriptor, padded_width
-from quantpage.ops.attend.prefill.plan import WORKSPACE_BYTES
-from quantpage.ops.attend.prefill.triton_workspace import workspace_dtype
-from quantpage.ops.attend.results import Results, contiguous, results_for
-from quantpage.ops.checks import Needs, attends, unchecked
+from quantpage.ops.attend.params import AttendParams, exponent_scale
+from quantpage.ops.attend.results import Asked, Results, contiguous, kernel, results_for
+from quantpage.ops.checks import Needs, unchecked
 from quantpage.ops.gather.triton import gather_layer
 from quantpage.ops.operand import Operand, given_values
 
@@ -88,22 +87,16 @@ def heads_a_pass(kv_heads: int, head_bytes: int) -> int:
     return -(-kv_heads // -(-kv_heads // most))
 
 
-@attends(Needs(refusals.INTERVAL_GLUON, kind="cuda", phase="prefill"))
+@kernel(Needs(refusals.INTERVAL_GLUON, kind="cuda", phase="prefill"))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
+    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
 ) -> Results:
     """As interval/triton.attend."""
-    width, group = layer.value.head_dim, q.shape[1] // layer.kv_heads
+    width, group, segment = layer.value.head_dim, q.shape[1] // layer.kv_heads, asked.segment
     if segment == "exact" or group * batch.max_query_len <= FEW_ROWS:
-        return unchecked(portable)(q, layer, batch, params, segment, out=out, lse_wanted=lse_wanted)
-    results = results_for(q, width, segment == "all", contiguous(out), lse_wanted)
-    dense = dense_tile(max(padded_width(layer.key.head_dim), padded_width(width)))
+        return unchecked(portable)(q, layer, batch, params, *asked)
+    results = results_for(q, width, segment == "all", contiguous(asked.out), asked.lse)
+    dense = hopper_tile(max(hopper_width(layer.key.head_dim), hopper_width(width)))
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
     form = lowered(params.mask, q.device)
@@ -152,8 +145,8 @@ def launch(
     (k, v), (out, lse), (step, plan, form, order) = workspace, results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
     heads, head_dim, width = k.shape[0], q.shape[2], v.shape[2]
-    padded, padded_v = padded_width(head_dim), padded_width(width)
-    tile = dense_tile(max(padded, padded_v))
+    padded, padded_v = hopper_width(head_dim), hopper_width(width)
+    tile = hopper_tile(max(padded, padded_v))
     scale, cap = exponent_scale(params)
     items = len(step.work)
     grid = min(items * heads, device_info(q.device).processors)

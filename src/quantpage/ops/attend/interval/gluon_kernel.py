@@ -28,7 +28,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
-from quantpage.ops.attend.triton_segments import NEAR, near_queries
+from quantpage.ops.attend.flash.triton_segments import NEAR, near_queries
 from quantpage.ops.triton.common import LN2, Constant
 from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 

@@ -8,7 +8,6 @@ only: the call can be captured.
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -16,21 +15,16 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 from quantpage.ops import refusals
+from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
+from quantpage.ops.attend.flash.triton_launch import OPERANDS, operand_dtype, parts_for
 from quantpage.ops.attend.interval.once import once_a_step
 from quantpage.ops.attend.interval.plan import MaskTile, lower
 from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
 from quantpage.ops.attend.interval.triton_plan import mask_arguments, plan_tiles
 from quantpage.ops.attend.merge import merge_partials
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
-from quantpage.ops.attend.prefill.triton import (
-    OPERANDS,
-    operand_dtype,
-    padded_width,
-    pages_tile,
-)
-from quantpage.ops.attend.prefill.triton_workspace import parts_for
-from quantpage.ops.attend.results import Results, contiguous, results_for
-from quantpage.ops.checks import Needs, attends
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, exponent_scale
+from quantpage.ops.attend.results import Asked, Results, contiguous, kernel, results_for
+from quantpage.ops.checks import Needs
 from quantpage.ops.operand import operand
 
 MIN_SPLIT_TILES = 4
@@ -44,32 +38,29 @@ def lowered(mask: Mask, device: torch.device) -> ColumnIntervals | RowIntervals:
     return lower(mask.to(device))
 
 
-@attends(Needs(refusals.INTERVAL_TRITON, kind="cuda"))
+@kernel(Needs(refusals.INTERVAL_TRITON, kind="cuda"))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
+    q: Tensor,
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
-    segment: Segment = "all",
+    asked: Asked,
     splits: int | None = None,
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
 ) -> Results:
-    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32.
+    """splits: programs that share a query tile's list; None: enough to fill the device.
 
-    splits: programs that share a query tile's list; None: enough to fill the device. out: where a
-    whole result goes, if it is contiguous. lse_wanted: False for no log-sum-exp.
+    ``out`` is written to if it is contiguous.
     """
-    width = layer.value.head_dim
-    results = results_for(q, width, segment == "all", contiguous(out), lse_wanted)
+    width, segment = layer.value.head_dim, asked.segment
+    results = results_for(q, width, segment == "all", contiguous(asked.out), asked.lse)
     if not q.shape[0]:
         return results
     group = q.shape[1] // layer.kv_heads
-    widest = max(padded_width(layer.key.head_dim), padded_width(width))
-    tile, _ = pages_tile(widest, group * batch.max_query_len)
+    widest = max(portable_width(layer.key.head_dim), portable_width(width))
+    tile, _ = portable_tile(widest, group * batch.max_query_len)
     form = lowered(params.mask, q.device)
-    asked = (group, MaskTile(tile.rows, tile.keys), segment)
-    plan = once_a_step(form, batch, asked, lambda: plan_tiles(form, batch, *asked))
+    shape = (group, MaskTile(tile.rows, tile.keys), segment)
+    plan = once_a_step(form, batch, shape, lambda: plan_tiles(form, batch, *shape))
     if splits is None:
         splits = _splits(q, len(plan.items) * layer.kv_heads, plan.tiles.shape[-1])
     parts = results if splits == 1 else parts_for(results, splits)
@@ -78,7 +69,7 @@ def attend(
         return results
     assert parts.lse is not None
     _, lse = merge_partials(list(parts.out.unbind()), list(parts.lse.unbind()), out=results.out)
-    return Results(results.out, lse if lse_wanted else None)
+    return Results(results.out, lse if asked.lse else None)
 
 
 def _splits(q: Tensor, programs: int, capacity: int) -> int:
@@ -94,8 +85,8 @@ def _launch(
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
-    padded, padded_v = padded_width(head_dim), padded_width(width)
-    tile, warps = pages_tile(max(padded, padded_v), group * batch.max_query_len)
+    padded, padded_v = portable_width(head_dim), portable_width(width)
+    tile, warps = portable_tile(max(padded, padded_v), group * batch.max_query_len)
     scale, cap = exponent_scale(params)
     key, value = operand(layer.key), operand(layer.value)
     capability = device_info(q.device).capability

@@ -23,8 +23,8 @@ from quantpage.ops.attend.flash.triton_parts import (
     load_queries,
     store_rows,
 )
+from quantpage.ops.attend.flash.triton_segments import BODY_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.attend.interval.triton_plan import hidden_rows, visible_range
-from quantpage.ops.attend.triton_segments import BODY_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import LOG2E
 
 

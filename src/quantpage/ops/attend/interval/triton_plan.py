@@ -17,9 +17,9 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.masks import ColumnIntervals, RowIntervals
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, near_page
 from quantpage.ops.attend.interval.plan import MaskPlan, MaskTile, query_tiles
 from quantpage.ops.attend.params import SEGMENTS, Segment
-from quantpage.ops.attend.triton_segments import ALL_KEYS, EXACT_KEYS, near_page
 from quantpage.ops.triton.common import Constant
 
 END = Constant(2**31 - 1)

@@ -15,9 +15,7 @@ few rows to be worth a workspace (prefill/ways).
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
@@ -26,46 +24,29 @@ from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
-from quantpage.ops.attend.params import AttendParams, Segment, exponent_scale
+from quantpage.ops.attend.flash.gluon_launch import descriptor
+from quantpage.ops.attend.flash.tiles import hopper_tile, hopper_width
+from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
+from quantpage.ops.attend.params import AttendParams, exponent_scale
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
-from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, DenseTile, plan_passes
-from quantpage.ops.attend.prefill.triton_workspace import (
-    fill_workspace,
-    merge_parts,
-    parts_for,
-    workspace_dtype,
-)
-from quantpage.ops.attend.prefill.ways import Asked, Launches, attend_by_ways
-from quantpage.ops.attend.results import Results, results_for
-from quantpage.ops.checks import Needs, attends
+from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes
+from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts
+from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
+from quantpage.ops.attend.results import Asked, Results, kernel, results_for
+from quantpage.ops.checks import Needs
 from quantpage.ops.operand import Operand, given_values
-from quantpage.ops.triton.gluon_compat import TensorDescriptor
-
-_GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def dense_tile(head_dim: int) -> DenseTile:
-    """The tile for a padded head_dim; each fits 227 KB of shared memory and 240 registers."""
-    if head_dim <= 128:
-        return DenseTile(rows=128, keys=128, stages=2)
-    return DenseTile(rows=128, keys=64, stages=2)
-
-
-@attends(Needs(refusals.PREFILL_GLUON, kind="cuda", phase="prefill"))
+@kernel(Needs(refusals.PREFILL_GLUON, kind="cuda", phase="prefill"))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
+    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
 ) -> Results:
     """As prefill/triton.attend."""
+    segment = asked.segment
     portable = segment == "exact" or (segment == "body" and params.mask.kind == "full")
     by = triton_prefill.LAUNCHES if portable else LAUNCHES
-    return attend_by_ways(q, layer, batch, params, by, Asked(segment, out, lse_wanted))
+    return attend_by_ways(q, layer, batch, params, by, asked)
 
 
 def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
@@ -106,7 +87,7 @@ def launch(
     (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
     head_dim, width = q.shape[2], v.shape[2]
-    padded, padded_v = padded_width(head_dim), padded_width(width)
+    padded, padded_v = hopper_width(head_dim), hopper_width(width)
     # A sink logit enters a row once: in the first pass, or when parts are merged.
     sinks = params.sinks is not None and not each.carried and each.work.parts == 1
     scale, cap = exponent_scale(params)
@@ -168,7 +149,7 @@ def workspace_shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseSha
         kv_heads=layer.kv_heads,
         group=q.shape[1] // layer.kv_heads,
         row_bytes=2 * (layer.key.head_dim + layer.value.head_dim),
-        tile=dense_tile(max(padded_width(layer.key.head_dim), padded_width(layer.value.head_dim))),
+        tile=hopper_tile(max(hopper_width(layer.key.head_dim), hopper_width(layer.value.head_dim))),
         window=mask.window if isinstance(mask, CausalMask) else None,
         sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
         processors=device_info(q.device).processors,
@@ -193,18 +174,6 @@ def _device_passes(
         )
         for each in plan_passes(query_lens, context_lens, shape, members)
     )
-
-
-def descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:
-    """TMA over all heads' rows; channels past head_dim read as 0."""
-    flat = rows.flatten(0, 1)
-    layout = gl.NVMMASharedLayout.get_default_for([keys, padded], _GLUON_DTYPES[rows.dtype])
-    return TensorDescriptor.from_tensor(flat, [keys, padded], layout)
-
-
-def padded_width(head_dim: int) -> int:
-    """Channels of a tile: wgmma and the swizzle want at least 64."""
-    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 LAUNCHES = Launches(

@@ -26,7 +26,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
-from quantpage.ops.attend.triton_segments import near_page
+from quantpage.ops.attend.flash.triton_segments import near_page
 from quantpage.ops.triton.common import LN2, LOG2E, Constant
 from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 

@@ -26,11 +26,8 @@ from itertools import pairwise
 
 import numpy as np
 
-WORKSPACE_BYTES = 128 * 2**20
-"""Default cap of the workspace (K and V together). Measured on an H200 in turns, int8, 32/8 heads
-of 128, caps of 32, 64, 128 and 300 MB: 512 tokens on 128k 2.39, 2.09, 1.98, 2.03 ms, 512 on 32k
-0.61, 0.54, 0.51, 0.54 ms, 2k on 32k 1.93, 1.85, 1.86, 1.85 ms. Small passes read back from the L2
-what was just written, and pay a launch and a carried output each."""
+from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, DenseTile
+
 SECTION_BYTES = 32 * 2**20
 """K and V of the heads that run at the same time: they should stay in a 50 MB L2."""
 MAX_PARTS = 8
@@ -48,16 +45,6 @@ WORK_FIELDS = (
 """int32 each, of a work item: a tile of one request's packed rows and a range of its keys."""
 _FIXED_COST = 1.5
 """Key tiles' worth of a tile's queries, first keys and output."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenseTile:
-    """The kernel's tile: rows of (token, head of the group) pairs by keys."""
-
-    rows: int
-    keys: int
-    stages: int
-    """K and V tiles in flight."""
 
 
 @dataclass(frozen=True, slots=True)

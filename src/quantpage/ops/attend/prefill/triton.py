@@ -9,8 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import triton.language as tl
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -20,58 +18,29 @@ from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.triton import attend as decode_entry
 from quantpage.ops.attend.decode.triton import decode_into
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
-from quantpage.ops.attend.prefill.plan import (
-    DensePass,
-    DenseShape,
-    DenseTile,
-    plan_pages,
-    plan_passes,
-)
-from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
-from quantpage.ops.attend.prefill.triton_workspace import (
-    fill_workspace,
-    merge_parts,
-    on_device,
+from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
+from quantpage.ops.attend.flash.triton_launch import (
+    OPERANDS,
+    operand_dtype,
     parts_for,
     workspace_dtype,
 )
-from quantpage.ops.attend.prefill.ways import Asked, Launches, attend_by_ways
-from quantpage.ops.attend.results import Results
-from quantpage.ops.checks import Needs, attends
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
+from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_pages, plan_passes
+from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
+from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
+from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
+from quantpage.ops.attend.results import Asked, Results, kernel
+from quantpage.ops.checks import Needs
 from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, operand
 
-OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-
-def pages_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
-    """Tile and warps for a padded head_dim and the most packed rows of one request.
-
-    H200, 1 x 16k causal, head_dim 128, TFLOP/s: from int8 pages 242 with 64 rows and 4 warps, 222
-    with 128 and 8; over a float16 workspace 377 and 318 (128 x 128: 358, with spills).
-    """
-    if rows <= 16:
-        return DenseTile(rows=16, keys=64, stages=3), 4
-    if head_dim <= 128:
-        return DenseTile(rows=64, keys=64, stages=3), 4
-    return DenseTile(rows=64, keys=32, stages=2), 4
-
-
-@attends(Needs(refusals.PREFILL_TRITON, kind="cuda", phase="prefill"))
+@kernel(Needs(refusals.PREFILL_TRITON, kind="cuda", phase="prefill"))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    lse_wanted: bool = True,
+    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
 ) -> Results:
-    """Output (the query's dtype; float32 for a segment) and natural log-sum-exp in float32.
-
-    out: where a whole result goes, if it is contiguous. lse_wanted: False for no log-sum-exp.
-    """
-    return attend_by_ways(q, layer, batch, params, LAUNCHES, Asked(segment, out, lse_wanted))
+    """Each request over its pages, or over a workspace of them; ``out`` if it is contiguous."""
+    return attend_by_ways(q, layer, batch, params, LAUNCHES, asked)
 
 
 def attend_pages(results: Results, q, layer, batch, params, segment: Segment, members) -> None:
@@ -146,8 +115,8 @@ def _launch(
         G=shape.group,
         D=key.head_dim,
         DV=value.head_dim,
-        DP=padded_width(key.head_dim),
-        DVP=padded_width(value.head_dim),
+        DP=portable_width(key.head_dim),
+        DVP=portable_width(value.head_dim),
         BM=tile.rows,
         BN=tile.keys,
         SLOTS=key.page_size,
@@ -175,17 +144,14 @@ def _launch(
         merge_parts(target, params.sinks, results)
 
 
-def operand_dtype(key: Operand, value: Operand) -> torch.dtype:
-    """Of queries and probabilities in products: float16 beside codes, else the pages' own."""
-    return torch.float16 if key.code or value.code else key.codes.dtype
-
-
 def _pages_shape(
     q: Tensor, layer: LayerKV, params: AttendParams, longest: int, itemsize: int
 ) -> tuple[DenseShape, int]:
     mask, group = params.mask, q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
-    tile, warps = pages_tile(max(padded_width(head_dim), padded_width(width)), longest * group)
+    tile, warps = portable_tile(
+        max(portable_width(head_dim), portable_width(width)), longest * group
+    )
     shape = DenseShape(
         kv_heads=layer.kv_heads,
         group=group,
@@ -232,11 +198,6 @@ def _workspace_table(each: DensePass, requests: int, longest: int, shape: DenseS
         tiles = np.arange(first // keys, -(-(first + count) // keys))
         table[request, tiles] = (row - first % keys) // keys + tiles - first // keys
     return table
-
-
-def padded_width(head_dim: int) -> int:
-    """Channels of a tile: a power of two, at least a matrix product's 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 LAUNCHES = Launches("triton", _attend_workspace, attend_pages, decode_into, decode_entry)

@@ -22,8 +22,7 @@ from quantpage.ops.attend.flash.triton_parts import (
     load_queries,
     store_rows,
 )
-from quantpage.ops.attend.prefill.triton_work import load_item
-from quantpage.ops.attend.triton_segments import (
+from quantpage.ops.attend.flash.triton_segments import (
     ALL_KEYS,
     BODY_KEYS,
     EXACT_KEYS,
@@ -31,6 +30,7 @@ from quantpage.ops.attend.triton_segments import (
     near_page,
     near_pairs,
 )
+from quantpage.ops.attend.prefill.triton_work import load_item
 from quantpage.ops.triton.common import LOG2E
 
 

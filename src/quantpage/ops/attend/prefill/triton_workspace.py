@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from quantpage.cache.views import LayerKV
+from quantpage.ops.attend.flash.triton_merge import merge_partials
 from quantpage.ops.attend.prefill.plan import DensePass
 from quantpage.ops.attend.results import Results
-from quantpage.ops.attend.triton_merge import merge_partials
 from quantpage.ops.gather.triton import gather_layer
-
-
-def workspace_dtype(layer: LayerKV, query_dtype: torch.dtype) -> torch.dtype:
-    """float16 where numbers are code * scale, else the dtype of the cache."""
-    if layer.key.spec.quantized or layer.value.spec.quantized:
-        return torch.float16
-    return layer.key.codes.dtype
 
 
 def fill_workspace(
@@ -28,13 +21,6 @@ def fill_workspace(
     v = torch.empty(heads, rows, layer.value.head_dim, dtype=dtype, device=device)
     gather_layer(layer, page_table, spans, each.max_span, (k, v), each.head0)
     return k, v
-
-
-def parts_for(results: Results, parts: int) -> Results:
-    """Memory for ``parts`` partial results, [parts, tokens, ...] in float32."""
-    out = results.out
-    made = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-    return Results(made, torch.empty(made.shape[:-1], dtype=torch.float32, device=out.device))
 
 
 def merge_parts(parts: Results, sinks: Tensor | None, results: Results) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from torch import Tensor
 from quantpage.batch import BatchPlan, derive
 from quantpage.cache.views import LayerKV
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend.params import AttendParams, Segment
-from quantpage.ops.attend.results import Results, contiguous, results_for
+from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.attend.results import Asked, Results, contiguous, results_for
 from quantpage.ops.checks import serves
 from quantpage.ops.dispatch import DECODE_TOKENS
 
@@ -59,14 +59,6 @@ class Launches:
     """(results, q, layer, batch, params): a whole plan, as decode/triton.decode_into takes it."""
     decodes: Callable[..., Any]
     """The entry that says what ``decode`` serves."""
-
-
-class Asked(NamedTuple):
-    """What a caller wants of the results; see ops/attend."""
-
-    segment: Segment = "all"
-    out: Tensor | None = None
-    lse: bool = True
 
 
 def attend_by_ways(

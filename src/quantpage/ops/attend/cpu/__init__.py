@@ -16,7 +16,7 @@ from quantpage.cpu_core.interface import ATTEND, number
 from quantpage.cpu_core.records import CODES, layer_record, step_record
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
-from quantpage.ops.attend.cpu_intervals import intervals_of
+from quantpage.ops.attend.cpu.intervals import intervals_of
 from quantpage.ops.attend.params import AttendParams
 from quantpage.ops.checks import Needs, attends
 

@@ -6,69 +6,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from quantpage.ops.attend.decode.triton_pieces import join_row
-from quantpage.ops.attend.decode.triton_share import key_ranges
 from quantpage.ops.triton.common import LN2, LOG2E
-
-
-@triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])
-def merge_cuts_kernel(
-    cuts,
-    part_out,
-    part_lse,
-    query_starts,
-    context_lens,
-    sinks,
-    out,
-    lse,
-    kv_heads,
-    window,
-    sink_tokens,
-    out_token,
-    out_head,
-    VALUE_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    SINKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PAGE: tl.constexpr,
-    FULL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """A row (request, kv_head, tile of query rows) that was cut, or that has no tile at all.
-
-    Rows that one program finished are left as they are.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row_id = tl.program_id(0)
-    request = row_id // (kv_heads * ROW_TILES)
-    item = row_id % (kv_heads * ROW_TILES)
-    slot = tl.load(cuts + row_id * 2)
-    last = tl.load(cuts + row_id * 2 + 1)
-    q_start = tl.load(query_starts + request)
-    q_len = tl.load(query_starts + request + 1) - q_start
-    context = tl.load(context_lens + request)
-    a_low, a_high, b_low, b_high = key_ranges(
-        context, tl.minimum(q_len, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-    )
-    nothing = (a_high <= a_low) & (b_high <= b_low)
-    # The slot says nothing about a row that no program came by.
-    if nothing | (slot >= 0):
-        first_program = slot // 2
-        parts = tl.where(nothing, 0, last - first_program + 1)
-        row_first = (item % ROW_TILES) * ROWS
-        rows = tl.minimum(ROWS, q_len * GROUP - row_first)
-        # Later programs hold their piece of this row in their first slot.
-        join_row(
-            part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,
-            item // ROW_TILES, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
-            SINKS, PARTS, tl.program_id(1), tl.num_programs(1),
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
