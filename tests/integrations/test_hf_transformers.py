@@ -100,6 +100,28 @@ def test_a_left_padded_row_equals_the_row_alone(kv_format):
     assert both[0, pad:].tolist()[: alone.shape[1]] == alone[0].tolist()
 
 
+@pytest.mark.parametrize("side", ["left", "right", "between"])
+@pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
+def test_crop_of_a_padded_batch_forgets_columns_and_not_tokens(kv_format, side):
+    model, ids, more = tiny("llama"), tokens(2, 60), tokens(2, 3, seed=9)
+    mask, keep = torch.ones_like(ids), 50
+    hidden = {"left": slice(17), "right": slice(45, None), "between": slice(20, 31)}[side]
+    mask[0, hidden] = 0
+    after = torch.cat([mask[:, :keep], torch.ones_like(more)], 1)
+    positions = (after.cumsum(1) - 1)[:, keep:]
+    with torch.inference_mode(), quantpage.attach(model, kv_format=kv_format, page_size=16):
+        found = []
+        for first in (ids, ids[:, :keep]):
+            cache = model(first, attention_mask=mask[:, : first.shape[1]]).past_key_values
+            cache.crop(keep)
+            assert cache.get_seq_length() == keep
+            out = model(
+                more, attention_mask=after, position_ids=positions, **cache_as(model, cache)
+            )
+            found.append(out.logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
 @pytest.mark.parametrize(
     "arguments",

@@ -6,7 +6,7 @@ import transformers as tf
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.errors import UnsupportedModel
+from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers import QuantPageCache
 from quantpage.integrations.hf_transformers.arguments import cache_argument, cache_as, caches_in
 from tests.integrations.tiny_models import COMMON, tiny, tokens
@@ -100,6 +100,29 @@ def test_a_mask_of_another_batch_is_refused():
         for rows in (1, 3):
             with pytest.raises(ValueError, match=f"attention_mask: expected 2 rows.* got {rows}"):
                 model(ids, attention_mask=torch.ones(rows, 30, dtype=torch.long))
+
+
+@pytest.mark.parametrize("told", ["ones", "moved", "in one row"])
+def test_a_mask_that_takes_cached_padding_for_tokens_is_refused(told):
+    model, ids, more = tiny("llama"), tokens(2, 30), tokens(2, 3, seed=5)
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    other = torch.ones(2, 33, dtype=torch.long)
+    if told == "moved":
+        other[:, 3:10] = 0
+    if told == "in one row":
+        other[0, :7] = 0
+    right = torch.cat([mask, torch.ones_like(more)], 1)
+    with quantpage.attach(model, page_size=16), torch.inference_mode():
+        wanted = model(torch.cat([ids, more], 1), attention_mask=right).logits[:, 30:]
+        cache = model(ids, attention_mask=mask).past_key_values
+        with pytest.raises(CacheError, match=r"attention_mask: row \d, token \d was cached as pa"):
+            model(more, attention_mask=other, past_key_values=cache)
+        assert cache.get_seq_length() == 30
+        # The same again, or none: what is cached is known.
+        for again in (right, None):
+            got = model(more, attention_mask=again, past_key_values=cache.fork()).logits
+            torch.testing.assert_close(got, wanted, atol=1e-8, rtol=0)
 
 
 class _Forgetful(tf.LlamaForCausalLM):

@@ -298,3 +298,26 @@ def test_pages_that_a_window_has_left_may_be_any_page(implementation, name):
         exact = None if case.exact_tables is None else tables
         part = _run(implementation, replace(case, tables=tables, exact_tables=exact), chunks, mask)
         assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_exact", "fp8"])
+def test_rows_that_fit_float16_may_not_while_they_are_rotated(implementation, name):
+    tokens, size, noise = 150, 16, torch.Generator().manual_seed(0)
+    k, v = (torch.randn(tokens, 2, 64, generator=noise) for _ in range(2))
+    # In the body; turned, the first channel of a block is several times as large.
+    v[size : tokens - 3 * size] += 40000.0
+    q = torch.randn(tokens, 4, 64, generator=noise).half()
+    k, v = k.half(), v.half()
+    table = list(range(-(-tokens // size)))
+    exact = [table] if FORMATS[name].exact_pages is not None else None
+    batch = plan_batch([tokens], [tokens], [table], size, exact_tables=exact)
+    cache = PagedKVCache(len(table), len(table))
+    cache.add_layer(0, CacheLayout(2, 64, FORMATS[name], size, torch.float16))
+    layer = cache.layer(0)
+    turned = rope_write(q, k, v, layer, batch, WriteParams()).q
+    params = AttendParams(0.125)
+    out, _ = attend(turned, layer, batch, params, implementation, model_basis=True)
+    wide, _ = attend(turned.double(), layer, batch, params, "torch", model_basis=True)
+    assert wide.abs().max() < 65504
+    assert out.isfinite().all()
+    torch.testing.assert_close(out.double(), wide, atol=40000 * 2.0**-9, rtol=0)

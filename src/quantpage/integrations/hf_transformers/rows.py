@@ -159,6 +159,17 @@ class Rows:
             before = self._kept.to(now.device)
         return None if self._kept is None and bool(now.all()) else torch.cat([before, now], 1)
 
+    def refuse_other_padding(self, mask: Any) -> None:
+        """CacheError where a forward's mask takes padding that is cached for tokens.
+
+        A forward without a mask leaves what is known; one of ones says something else.
+        """
+        if self._kept is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return
+        told = min(self._length, mask.shape[1])
+        if mask.shape[0] == self.count:
+            _refuse_changed(mask[:, :told].cpu().to(torch.bool), self._kept[:, :told])
+
     def reserve_ahead(self, tokens: int) -> dict[Reach, BatchPlan]:
         """Pages for ``tokens`` more in every row, and the plans of the first of them.
 
@@ -456,17 +467,22 @@ class Rows:
                     f"{new} new, got {padding.shape[1]}"
                 )
             padding = padding.cpu()
-            changed = (padding[:, :start] != before).nonzero()
-            if changed.numel():
-                row, token = changed[0].tolist()
-                was = "a token" if before[row, token] else "padding"
-                raise CacheError(
-                    f"attention_mask: row {row}, token {token} was cached as {was}; expected the "
-                    "same again, got the opposite"
-                )
+            _refuse_changed(padding[:, :start], before)
             now = padding[:, start : start + new]
         self._kept = torch.cat([before, now], 1)
         return now
+
+
+def _refuse_changed(told: Tensor, before: Tensor) -> None:
+    """told, before: [rows, tokens] bool, False for padding."""
+    changed = (told != before).nonzero()
+    if changed.numel():
+        row, token = changed[0].tolist()
+        was = "a token" if before[row, token] else "padding"
+        raise CacheError(
+            f"attention_mask: row {row}, token {token} was cached as {was}; expected the "
+            "same again, got the opposite"
+        )
 
 
 def _free_all(held: list[dict[Reach, list[Sequence]]]) -> None:

@@ -200,6 +200,7 @@ class Supply:
             _refuse_arguments({**dict(zip(names, args, strict=False)), **kwargs})
             kwargs[cache_name(module)] = given
             mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+            given.rows.refuse_other_padding(mask)
             if given.rows.attention_mask is None:
                 given.rows.attention_mask = mask
         frames.append(_Frame(module, given, 0 if given is None else max(given.lengths())))

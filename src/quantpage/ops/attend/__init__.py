@@ -184,6 +184,8 @@ def _attend_segments(
         return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body, **told)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
     out = contiguous(told.get("out"))
-    if out is None:
+    if out is None and by.into:
         out = body[0].new_empty(body[0].shape, dtype=q.dtype)
+    # Else it stays in float32 until it is turned back: a rotated row may be too large for float16
+    # where the row itself is not.
     return by.load_merge()([body[0], near[0]], [body[1], near[1]], params.sinks, out=out)
