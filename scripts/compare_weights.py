@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.rows import current_commit, write_table
 from quantpage.evaluate.caches import ours, unquantized
 from quantpage.evaluate.score import Scores, cut_windows, log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read

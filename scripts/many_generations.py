@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import quantpage
-from quantpage.bench.measure import current_commit
+from quantpage.bench.rows import current_commit
 from quantpage.hardware import device_info
 
 ROUND = 20

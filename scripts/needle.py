@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import quantpage
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import RowPrinter, current_commit, write_table
 from quantpage.evaluate.needle import judge, make_needles
 from quantpage.evaluate.score import log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read

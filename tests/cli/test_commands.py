@@ -50,7 +50,7 @@ def test_explain_shows_what_latent_attention_caches(quantpage, tmp_path):
         (["bench", "swim"], "No such command 'swim'"),
         (["bench", "decode", "--plot", "x.png"], "out: expected the CSV to draw from"),
         (["bench", "cpu-model"], "Missing option '--model'"),
-        (["bench", "cpu", "--out", "x.csv", "--only", "42"], "only: expected a part of one of"),
+        (["bench", "cpu", "--cases", "42 x 1k"], "cases: expected names of 8 x 4k"),
         (["bench", "cpu-model", "--model", "x", "--out", "."], "out: expected a file to write"),
     ],
 )

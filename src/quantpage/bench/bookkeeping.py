@@ -10,11 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from quantpage.bench.measure import current_commit, write_table
+from quantpage.bench.rows import Rows, environment
 from quantpage.cache import PagePool, PrefixCache, Sequence
-from quantpage.hardware import device_info
 
 PAGE = 64
 REQUESTS = 32
@@ -119,32 +116,21 @@ CASES: dict[str, Callable[[int], Act]] = {
 }
 
 
-def measure(operations: int) -> list[dict[str, object]]:
-    """A row a case, printed as it comes."""
-    rows: list[dict[str, object]] = []
+def measure(operations: int, out: Path | None = None) -> list[dict[str, object]]:
+    """A row a case."""
+    rows = Rows(out, environment("cpu"), case=42, operations=-10, seconds=-7, microseconds_each=-7)
     for name, prepare in CASES.items():
         act = prepare(operations)
         start = time.process_time()
         done = act()
         seconds = time.process_time() - start
-        print(f"{name:42} {done:9,} in {seconds:6.2f} s, {seconds / done * 1e6:6.2f} us each")
-        rows.append(
+        rows.add(
             {
                 "case": name,
                 "operations": done,
                 "seconds": f"{seconds:.2f}",
                 "microseconds_each": f"{seconds / done * 1e6:.2f}",
                 "clock": "cpu",
-                "device": device_info("cpu").name,
-                "torch": torch.__version__,
-                "commit": current_commit() or "-",
             }
         )
-    return rows
-
-
-def run(out: Path | None, operations: int) -> None:
-    """Time every case once."""
-    rows = measure(operations)
-    if out is not None:
-        write_table(rows, out)
+    return rows.made

@@ -21,18 +21,32 @@ class Case:
 
     requests: int
     context: int
-    formats: tuple[str, ...]
+    formats: tuple[str, ...] = ()
+    """Of the cache; after a kernel's name ('gluon int8') where kernels are compared."""
     new: int = 1
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 64
     peers: bool = False
+    title: str = ""
+    """Its name, where requests and context do not say it."""
 
     @property
     def name(self) -> str:
         """'16 x 32k'."""
-        return f"{self.requests} x {self.context // 1024}k"
+        return self.title or f"{self.requests} x {self.context // 1024}k"
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was cached before."""
+        return self.new == self.context
+
+    def operations(self, causal: bool) -> float:
+        """Of the visible pairs."""
+        hidden = self.new * (self.new - 1) / 2 if causal else 0
+        pairs = self.requests * (self.new * self.context - hidden)
+        return 4 * self.q_heads * self.head_dim * pairs
 
 
 def random_pages(spec: QuantSpec, pages: int, case: Case, device: str = "cuda") -> QuantizedPages:
@@ -138,3 +152,8 @@ def exact_output(q: Tensor, layer: LayerKV, batch: BatchPlan, scale: float) -> T
     hidden = key[None] > (context - case_new + torch.arange(case_new, device=q.device))[:, None]
     scores.masked_fill_(hidden[:, None, None], -torch.inf)
     return torch.einsum("thgk,khd->thgd", scores.softmax(-1), values).flatten(1, 2)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted| in float64."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()

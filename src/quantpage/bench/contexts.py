@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from quantpage.bench import cpu, decode
-from quantpage.bench.measure import copy_bandwidth
+from quantpage.bench.cases import Case
+from quantpage.bench.timing import copy_bandwidth
 from quantpage.cpu_core import absence, find_core
 from quantpage.errors import Unavailable
 from quantpage.formats import FORMATS
@@ -26,6 +27,11 @@ class Heads:
     kv_heads: int
     head_dim: int
     page_size: int = 64
+
+    def case(self, context: int) -> Case:
+        """One request of so many tokens."""
+        shape = (self.q_heads, self.kv_heads, self.head_dim, self.page_size)
+        return Case(1, context, (), 1, *shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,7 @@ def _on_cpu(
         raise Unavailable(absence())
     rows, read = [], 0.0
     for context in sorted(contexts):
-        case = cpu.Case(
-            str(context), 1, 1, context, heads.q_heads, heads.kv_heads, heads.head_dim,
-            heads.page_size,
-        )  # fmt: skip
+        case = heads.case(context)
         codes = 2 * context * heads.kv_heads * heads.head_dim
         layers = max(1, min(16, cpu.ROTATED_BYTES // codes))
         q = torch.randn(1, heads.q_heads, heads.head_dim, dtype=torch.bfloat16)
@@ -103,8 +106,10 @@ def _on_cpu(
         taken = cpu.measure(found | {"read": cpu.bytes_alone(codes, layers)}, seconds)
         # The last one's counts, whose layers are the largest: those of a short context lie in a
         # processor's own caches.
-        read = codes / taken["read"][0] / 1e3
-        rows += [Timed(name, context, taken[name][0], size) for name, size in sizes.items()]
+        read = codes / taken["read"].median / 1e9
+        rows += [
+            Timed(name, context, taken[name].median * 1e6, size) for name, size in sizes.items()
+        ]
         each(context)
     return rows, read
 
@@ -115,10 +120,7 @@ def _on_gpu(
     copy = copy_bandwidth()
     rows = []
     for context in contexts:
-        case = decode.Case(
-            1, context, tuple(formats), 1, heads.q_heads, heads.kv_heads, heads.head_dim,
-            heads.page_size,
-        )  # fmt: skip
+        case = heads.case(context)
         for name in formats:
             for row in decode.measure(case, name, copy, timed=True):
                 rows.append(Timed(name, context, row.microseconds, row.bytes))

@@ -2,31 +2,28 @@
 
     quantpage bench cpu --threads 2 --out benchmarks/results/cpu-attend.csv
 
-Rows of one case are interleaved in one process. With one thread the clock is the process's own CPU
-time; with more it is the wall's, and a sample during which the system took a core away (an
-involuntary context switch) is dropped. The median of the others is written, with their number.
-Layers are rotated so that most of the cache is not in a core's own caches. Nothing is timed
-before its result agrees with plain torch.
+Rows of one case are interleaved in one process; the median of the undisturbed samples is written,
+with their number (bench/timing). Layers are rotated so that most of the cache is not in a core's
+own caches. Nothing is timed before its result agrees with plain torch.
 """
 
-import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.cases import Case, random_pages
+from quantpage.bench.rows import Rows, environment
+from quantpage.bench.timing import Sample, Timing, cpu_clock, sample, timing
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
 from quantpage.formats import QuantSpec, find_format
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.hardware import device_info
 from quantpage.ops.attend import CANDIDATES, AttendParams, attend, cpu
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -37,27 +34,13 @@ ROTATED_BYTES = 1 << 27
 """Of codes that one case's layers have together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One shape; ``new`` 1 is decode, ``new`` == ``context`` a whole prompt."""
-
-    name: str
-    requests: int
-    new: int
-    context: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int = 64
-
-
-LLAMA, SMOL = (32, 8, 128), (9, 3, 64)
+_SMOLLM2 = Case(1, 512, q_heads=9, kv_heads=3, head_dim=64)
 CASES = [
-    Case("8 x 4k", 8, 1, 4096, *LLAMA, page_size=16),
-    Case("8 x 16k", 8, 1, 16384, *LLAMA, page_size=16),
-    *(Case(f"SmolLM2 {n}", 1, 1, n, *SMOL) for n in (512, 2048, 8192)),
-    *(Case(f"prompt {n}", 1, n, n, *LLAMA) for n in (1024, 2048)),
-    *(Case(f"SmolLM2 prompt {n}", 1, n, n, *SMOL) for n in (1024, 4096)),
+    Case(8, 4096, page_size=16),
+    Case(8, 16384, page_size=16),
+    *(replace(_SMOLLM2, context=n, title=f"SmolLM2 {n}") for n in (512, 2048, 8192)),
+    *(Case(1, n, new=n, title=f"prompt {n}") for n in (1024, 2048)),
+    *(replace(_SMOLLM2, context=n, new=n, title=f"SmolLM2 prompt {n}") for n in (1024, 4096)),
 ]
 
 
@@ -66,21 +49,11 @@ def as_cached(x: torch.Tensor) -> torch.Tensor:
     return zero_plane(x.shape, x.dtype, x.device).copy_(x)
 
 
-def random_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
+def cached_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
     """Codes that no number was quantized to, which take the same time."""
-    shape = (pages, case.kv_heads, case.page_size)
-    if not spec.quantized:
-        return QuantizedPages(spec, as_cached(torch.randn(*shape, case.head_dim).bfloat16()))
-    row = spec.code.stored(case.head_dim)
-    codes = torch.randint(0, 256, (*shape, row), dtype=torch.uint8)
-    if spec.code.name == "fp8":
-        # Not NaN.
-        codes &= 0xBF
-    assert spec.code.storage is not None
-    scale = (torch.rand(*shape, 1) * 0.01 + 0.01).to(spec.scale_dtype)
-    zero = torch.randn(*shape, 1).to(spec.scale_dtype) if spec.zero_point else None
-    zero = None if zero is None else as_cached(zero)
-    return QuantizedPages(spec, as_cached(codes).view(spec.code.storage), as_cached(scale), zero)
+    made = random_pages(spec, pages, case, "cpu")
+    scale, zero = (None if x is None else as_cached(x) for x in (made.scale, made.zero))
+    return replace(made, codes=as_cached(made.codes), scale=scale, zero=zero)
 
 
 def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
@@ -88,7 +61,7 @@ def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     form, pages = find_format(name), -(-case.context // case.page_size)
     order = torch.randperm(case.requests * pages).view(case.requests, pages).tolist()
     key, value = (
-        random_pages(spec, case.requests * pages, case) for spec in (form.key, form.value)
+        cached_pages(spec, case.requests * pages, case) for spec in (form.key, form.value)
     )
     exact, exact_key, exact_value = None, None, None
     if form.exact_pages is not None:
@@ -100,7 +73,7 @@ def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
         exact_key, exact_value = (
             pages if spec.quantized else pages.codes
             for spec in (near.key, near.value)
-            for pages in [random_pages(spec, case.requests * count, case)]
+            for pages in [cached_pages(spec, case.requests * count, case)]
         )
     lens = [case.new] * case.requests, [case.context] * case.requests
     batch = plan_batch(*lens, order, case.page_size, exact_tables=exact)
@@ -121,7 +94,7 @@ def gate(name: str, case: Case) -> None:
     """AssertionError unless the core agrees with plain torch on a short version of the case."""
     context = min(case.context, 300)
     small = Case(
-        case.name, 2, min(case.new, context), context, *LLAMA[:2], case.head_dim, case.page_size
+        2, context, new=min(case.new, context), head_dim=case.head_dim, page_size=case.page_size
     )
     layer, batch = random_layer(name, small)
     q = torch.randn(2 * small.new, small.q_heads, small.head_dim) / 8
@@ -192,10 +165,10 @@ def _prompt_sdpa(tensors: list[torch.Tensor], sample: int) -> torch.Tensor:
     return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[str, tuple]:
-    """(median microseconds, samples kept, samples) of each."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in found}
+def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[str, Timing]:
+    """Seconds of a call of each, which take turns."""
+    clock = cpu_clock()
+    samples: dict[str, list[Sample]] = {name: [] for name in found}
     repeats = {}
     for name, run in found.items():
         run(0)
@@ -203,23 +176,19 @@ def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[s
         run(1)
         repeats[name] = max(1, min(50, int(0.004 / (time.perf_counter() - start))))
     end = time.perf_counter() + seconds
-    sample = 0
-    while sample < 5 or (time.perf_counter() < end and sample < 200):
+    turn = 0
+    while turn < 5 or (time.perf_counter() < end and turn < 200):
         for name, run in found.items():
-            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-            start = clock()
-            for repeat in range(repeats[name]):
-                run(sample + repeat)
-            taken = (clock() - start) / repeats[name]
-            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
-            samples[name].append((taken * 1e6, 0 if clock is time.process_time else switches))
-        sample += 1
-    answer = {}
-    for name, found_times in samples.items():
-        quiet = [time for time, switches in found_times if switches == 0]
-        kept = quiet if len(quiet) >= 3 else sorted(time for time, _ in found_times)[:3]
-        answer[name] = (statistics.median(kept), len(quiet), len(found_times))
-    return answer
+            count = repeats[name]
+
+            def calls(run=run, first=turn, count=count) -> None:
+                for number in range(first, first + count):
+                    run(number)
+
+            taken = sample(calls, clock)
+            samples[name].append(taken._replace(seconds=taken.seconds / count))
+        turn += 1
+    return {name: timing(each) for name, each in samples.items()}
 
 
 def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str, object]]:
@@ -227,10 +196,8 @@ def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str
     for name in formats:
         gate(name, case)
     measured = measure(contenders(case, formats), seconds)
-    device = device_info("cpu").name
-    commit = current_commit()
     rows = []
-    for name, (microseconds, quiet, samples) in measured.items():
+    for name, (_, seconds, quiet, samples) in measured.items():
         limit = measured.get("read " + name.split()[0])
         rows.append(
             {
@@ -244,42 +211,36 @@ def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str
                 "page_size": case.page_size,
                 "threads": torch.get_num_threads(),
                 "what": name,
-                "microseconds": f"{microseconds:.1f}",
-                "times_sdpa_bf16": f"{measured['sdpa bf16'][0] / microseconds:.2f}",
-                "of_read_limit": "" if limit is None else f"{limit[0] / microseconds:.2f}",
+                "microseconds": f"{seconds * 1e6:.1f}",
+                "times_sdpa_bf16": f"{measured['sdpa bf16'].median / seconds:.2f}",
+                "of_read_limit": "" if limit is None else f"{limit.median / seconds:.2f}",
                 "clock": "cpu" if torch.get_num_threads() == 1 else "wall",
                 "undisturbed": quiet,
                 "samples": samples,
-                "device": device,
-                "torch": torch.__version__,
-                "commit": commit,
             }
         )
     return rows
 
 
-def run(out: Path, threads: int, seconds: float, only: str, formats: Sequence[str]) -> None:
-    """Measure, print, and write the rows after every case.
+def run(
+    out: Path | None, threads: int, seconds: float, names: Sequence[str], formats: Sequence[str]
+) -> None:
+    """Measure, print, and write the rows as they come.
 
-    seconds: of each case, about. only: cases whose name contains this. formats: names for
-    ``find_format``, of dynamic formats.
+    seconds: of each case, about. names: of cases; none: all. formats: names for ``find_format``, of
+    dynamic formats.
     """
     for name in formats:
         LayerFormats.of(find_format(name)).refuse_static()
-    cases = [case for case in CASES if only in case.name]
-    if not cases:
-        names = ", ".join(case.name for case in CASES)
-        raise ValueError(f"only: expected a part of one of {names}; got {only!r}")
+    known = {case.name: case for case in CASES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"cases: expected names of {', '.join(known)}; got {name!r}")
     torch.set_num_threads(threads)
-    show = RowPrinter(
-        case=20, what=16, microseconds=-10, times_sdpa_bf16=-15, of_read_limit=-13, undisturbed=-11,
-        samples=-7,
+    rows = Rows(
+        out, environment("cpu"), case=20, what=16, microseconds=-10, times_sdpa_bf16=-15,
+        of_read_limit=-13, undisturbed=-11, samples=-7,
     )  # fmt: skip
-    rows: list[dict[str, object]] = []
-    for case in cases:
-        fresh = rows_of(case, seconds, formats)
-        rows += fresh
-        for row in fresh:
-            show(row)
-        # After every case: what was measured stays when a later one is interrupted.
-        write_table(rows, out)
+    for name in names or known:
+        for row in rows_of(known[name], seconds, formats):
+            rows.add(row)

@@ -7,13 +7,10 @@
 
 Batch 1. Decode steps: caches are filled with random numbers (a step's time does not depend on
 them). Prompts: tokens into an empty cache, the logits of the last one. All runs take turns,
-so that a busy machine slows all of them alike. With one thread the clock is the process's own CPU
-time; with more it is the wall's, and samples with an involuntary context switch are dropped.
+so that a busy machine slows all of them alike (bench/timing).
 """
 
 import copy
-import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +18,8 @@ from typing import Any
 
 import torch
 
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
-from quantpage.hardware import device_info
+from quantpage.bench.rows import Rows, environment
+from quantpage.bench.timing import Clock, Sample, Timing, cpu_clock, sample, timing
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
 from quantpage.integrations.hf_transformers.model import check_format, load_model, model_shape
@@ -85,25 +82,16 @@ class Prompt:
 
 
 def measure(
-    steps: dict[Any, Callable[[], None]], warmup: int, count: int, clock: Callable[[], float]
-) -> dict[Any, tuple[float, float, int]]:
-    """(best, median milliseconds, undisturbed samples), in turn."""
-    samples: dict[Any, list[tuple[float, int]]] = {key: [] for key in steps}
+    steps: dict[Any, Callable[[], None]], warmup: int, count: int, clock: Clock
+) -> dict[Any, Timing]:
+    """Seconds of a step of each, which take turns."""
+    samples: dict[Any, list[Sample]] = {key: [] for key in steps}
     for number in range(count + warmup):
         for key, step in steps.items():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-            start = clock()
-            step()
-            taken = (clock() - start) * 1e3
-            lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+            taken = sample(step, clock)
             if number >= warmup:
-                samples[key].append((taken, 0 if clock is time.process_time else lost))
-    answer = {}
-    for key, found in samples.items():
-        quiet = [taken for taken, lost in found if lost == 0]
-        kept = quiet if len(quiet) >= 3 else sorted(taken for taken, _ in found)[:3]
-        answer[key] = (min(kept), statistics.median(kept), len(quiet))
-    return answer
+                samples[key].append(taken)
+    return {key: timing(each) for key, each in samples.items()}
 
 
 def prepare(
@@ -122,7 +110,7 @@ def prepare(
 @torch.inference_mode()
 def run(
     model: str,
-    out: Path,
+    out: Path | None,
     threads: int,
     contexts: Sequence[int],
     prompts: bool,
@@ -138,38 +126,34 @@ def run(
     runs = tuple((each, each, "bf16") for each in formats) or RUNS
     torch.set_num_threads(threads)
     plain, _ = load_model(model, torch.bfloat16)
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = cpu_clock()
     kind, warmup = ("prompt", 0) if prompts else ("decode", 2)
-    show = RowPrinter(
+    rows = Rows(
+        out,
+        environment("cpu"),
         **{"context": -7, "cache": 12, "weights": 7, f"{kind}_ms_median": -16},
         **{f"{kind}_ms_best": -14, f"{kind}_tokens_per_s": -19},
         times_transformers=-18,
         undisturbed=-11,
     )
-    rows = []
     for context in contexts:
         ready = prepare(plain, prompts, context, runs)
         taken = {key: each.step for key, each in ready.items()}
         measured = measure(taken, warmup, steps, clock)
         tokens = context if prompts else 1
-        base = measured["transformers", "bf16"][1]
-        for (name, weights), (best, median, quiet) in measured.items():
-            rows.append(
+        base = measured["transformers", "bf16"].median
+        for (name, weights), (best, median, quiet, _) in measured.items():
+            rows.add(
                 {
                     "context": context,
                     "cache": name,
                     "weights": weights,
                     "threads": threads,
-                    f"{kind}_ms_median": f"{median:.2f}",
-                    f"{kind}_ms_best": f"{best:.2f}",
-                    f"{kind}_tokens_per_s": f"{tokens * 1e3 / median:.1f}",
+                    f"{kind}_ms_median": f"{median * 1e3:.2f}",
+                    f"{kind}_ms_best": f"{best * 1e3:.2f}",
+                    f"{kind}_tokens_per_s": f"{tokens / median:.1f}",
                     "times_transformers": f"{base / median:.2f}",
-                    "clock": "cpu" if threads == 1 else "wall",
+                    "clock": "cpu" if clock is time.process_time else "wall",
                     "undisturbed": quiet,
-                    "device": device_info("cpu").name,
-                    "torch": torch.__version__,
-                    "commit": current_commit(),
                 }
             )
-            show(rows[-1])
-        write_table(rows, out)

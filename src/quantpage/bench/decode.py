@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantpage.bench.cases import Case, cache_bytes, exact_output, make_batch, make_layer
-from quantpage.bench.measure import (
-    COLD_BYTES,
-    Row,
-    environment,
-    graph_microseconds,
+from quantpage.bench.cases import (
+    Case,
+    cache_bytes,
+    exact_output,
+    make_batch,
+    make_layer,
     relative_error,
 )
+from quantpage.bench.rows import Row, row_of
+from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.formats import FORMATS
 from quantpage.hardware import device_info
 from quantpage.ops import attend as attend_op
@@ -66,20 +68,8 @@ def measure(case: Case, name: str, copy: float, timed: bool) -> Iterator[Row]:
             attend_op.attend(q, layer, batch, params, chosen)
 
     time = graph_microseconds(run, len(layers))
-    yield make_row(case, f"quantpage {chosen.name}", name, time, size, copy, error)
-
-
-def make_row(
-    case: Case, implementation: str, name: str, time: float, size: int, copy: float, error: float
-) -> Row:
-    """A row of this case."""
-    speed = size / time / 1e6
-    return Row(
-        "decode", case.name, implementation, name, case.requests, case.new, case.context,
-        case.q_heads, case.kv_heads, case.head_dim, case.page_size, round(time, 2), size,
-        round(speed, 3), round(speed / copy, 3), float(f"{error:.1e}"), "graph, cold L2",
-        **environment(),
-    )  # fmt: skip
+    ours = (case.name, f"quantpage {chosen.name}")
+    yield row_of("decode", case, name, ours, (time, size, copy, error))
 
 
 def peers(case: Case, copy: float, flex: bool) -> Iterator[Row]:
@@ -115,7 +105,7 @@ def peers(case: Case, copy: float, flex: bool) -> Iterator[Row]:
         except RuntimeError as problem:
             print(f"{case.name} {name}: not run: {str(problem).splitlines()[0]}")
             continue
-        yield make_row(case, name, "bf16 dense", time, size, copy, error)
+        yield row_of("decode", case, "bf16 dense", (case.name, name), (time, size, copy, error))
 
 
 def _sdpa(q: Tensor, backend: SDPBackend) -> Callable[[Tensor, Tensor], Tensor]:

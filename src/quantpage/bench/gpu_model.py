@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import Rows, environment
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.graph import DecodeGraph
 from quantpage.integrations.hf_transformers.model import model_shape
@@ -139,10 +139,7 @@ def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, obj
         "cache_gib": round(promised / 2**30, 3),
         "allocator_cache_gib": round(stands / 2**30, 3),
         "allocator_peak_gib": round(peak / 2**30, 3),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": given.commit or current_commit(),
     }
 
 
@@ -150,14 +147,11 @@ def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, obj
 def run(given: GpuModelRequest) -> None:
     """Measure every format and write the CSV."""
     model = build(given.layers)
-    show = RowPrinter(
-        kv_format=10, batch=-5, context=-7, prompt_tokens_per_s=-19, decode_ms=-9,
-        decode_tokens_per_s=-19, cache_gib=-9, allocator_peak_gib=-18,
+    rows = Rows(
+        given.out, environment("cuda", given.commit), kv_format=10, batch=-5, context=-7,
+        prompt_tokens_per_s=-19, decode_ms=-9, decode_tokens_per_s=-19, cache_gib=-9,
+        allocator_peak_gib=-18,
     )  # fmt: skip
-    rows = []
     for name in given.formats:
-        rows.append(measure(model, name, given))
+        rows.add(measure(model, name, given))
         torch.cuda.empty_cache()
-        show(rows[-1])
-        if given.out:
-            write_table(rows, given.out)

@@ -1,14 +1,13 @@
 """`quantpage bench decode` and `write`: kernels of every format on this CUDA device."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from quantpage.bench import decode, write
-from quantpage.bench.measure import Row, RowPrinter, copy_bandwidth, write_rows
+from quantpage.bench.rows import Rows, environment, name_absent
+from quantpage.bench.timing import copy_bandwidth
 
 ABSENT = {
     "FlashInfer": "flashinfer",
@@ -24,9 +23,9 @@ def run(
     check_only: bool = False,
     part: tuple[int, int] = (0, 1),
     flex: bool = True,
-    commit: str | None = None,
+    commit: str = "",
     cases: Sequence[str] = (),
-) -> list[Row]:
+) -> None:
     """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
 
     check_only: compile and check, time nothing; processes that each take a ``part`` (2 of 8) of the
@@ -37,10 +36,10 @@ def run(
     jobs = _jobs(op, cases)
     mine, parts = part
     copy = 1.0 if check_only else copy_bandwidth()
-    rows: list[Row] = []
-    show = RowPrinter(
-        case=12, new=-5, head_dim=-8, q_heads=-7, kv_heads=-8, page_size=-9, implementation=28,
-        format=12, microseconds=-9, tb_per_s=-9, of_copy=-7, error=-9,
+    rows = Rows(
+        out, environment("cuda", commit), case=12, new=-5, head_dim=-8, q_heads=-7, kv_heads=-8,
+        page_size=-9, implementation=28, format=12, microseconds=-9, tb_per_s=-9, of_copy=-7,
+        error=-9,
     )  # fmt: skip
     print(
         f"copy {copy:.2f} TB/s" if not check_only else f"checking part {mine} of {parts}",
@@ -56,15 +55,10 @@ def run(
         else:
             made = write.measure(case, name, copy, not check_only)
         for row in made:
-            rows.append(row if commit is None else replace(row, commit=commit))
-            show(asdict(rows[-1]))
+            rows.add(row)
         torch.cuda.empty_cache()
-        if out is not None and rows:
-            write_rows(rows, out)
-    for name, module in ABSENT.items():
-        if not check_only and find_spec(module.split(".")[0]) is None:
-            print(f"absent: {name}")
-    return rows
+    if not check_only:
+        name_absent(ABSENT)
 
 
 def _jobs(op: str, wanted: Sequence[str]) -> list:

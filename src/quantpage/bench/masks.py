@@ -14,12 +14,11 @@ time a visible pair, ``a_tile`` a visited tile, with the causal mask's in the sa
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from quantpage.bench import mask_flex
 from quantpage.bench.cases import last_queries
@@ -37,7 +36,8 @@ from quantpage.bench.mask_kinds import (
     make,
     visible_pairs,
 )
-from quantpage.bench.measure import RowPrinter, current_commit, graph_us, write_table
+from quantpage.bench.rows import Rows, environment
+from quantpage.bench.timing import graph_us
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.decode import triton as triton_decode
@@ -61,7 +61,7 @@ Result = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MaskRow:
     """One measurement."""
 
     kind: str
@@ -81,12 +81,14 @@ class Row:
     a_tile: float | str = ""
 
 
-def row_of(kind: str, made: Made, who: tuple[str, str], us: float, pairs: int, **more: Any) -> Row:
+def row_of(
+    kind: str, made: Made, who: tuple[str, str], us: float, pairs: int, **more: Any
+) -> MaskRow:
     """A row of one step; who: implementation and part."""
     lens, contexts = made.batch.query_lens, made.batch.host_context_lens
     tflops = round(4 * Q_HEADS * HEAD_DIM * pairs / us / 1e6, 1)
     shape = (contexts[0], len(lens), lens[0])
-    return Row(kind, *shape, *who, round(us, 1), pairs, tflops, **more)
+    return MaskRow(kind, *shape, *who, round(us, 1), pairs, tflops, **more)
 
 
 def check(name: str, mask: ColumnIntervals, made: Made) -> None:
@@ -105,7 +107,7 @@ def check(name: str, mask: ColumnIntervals, made: Made) -> None:
                 raise ValueError(f"{name}: expected an error below {GATE}, got {error:.1e}")
 
 
-def causal_rows(made: Made, n: int) -> Iterator[Row]:
+def causal_rows(made: Made, n: int) -> Iterator[MaskRow]:
     """What the kinds are compared with: the flash backend, and the gather that both begin with."""
     params = AttendParams(SCALE, CausalMask())
     us = graph_us(lambda: gluon_prefill.attend(made.q, made.layer, made.batch, params))
@@ -118,8 +120,8 @@ def causal_rows(made: Made, n: int) -> Iterator[Row]:
 
 
 def kind_rows(
-    name: str, mask: ColumnIntervals, made: Made, n: int, causal: Row | None
-) -> Iterator[Row]:
+    name: str, mask: ColumnIntervals, made: Made, n: int, causal: MaskRow | None
+) -> Iterator[MaskRow]:
     """The planner, the attention kernel and the whole call of one kind.
 
     causal: the kernel's row of the causal mask, whose times a pair and a tile are 1.
@@ -172,7 +174,7 @@ def _kernel(made: Made, n: int, params: AttendParams, planned: tuple) -> Callabl
     return run
 
 
-def flex_row(name: str, mask: ColumnIntervals, made: Made, n: int) -> Row:
+def flex_row(name: str, mask: ColumnIntervals, made: Made, n: int) -> MaskRow:
     """FlexAttention on the same mask, after its result was compared with ours."""
     run = mask_flex.runner(mask, made, n)
     ours, _ = gluon_flash_mask.attend(made.q, made.layer, made.batch, AttendParams(SCALE, mask))
@@ -184,7 +186,7 @@ def flex_row(name: str, mask: ColumnIntervals, made: Made, n: int) -> Row:
     )
 
 
-def size_rows(n: int, names: list[str], flex: bool) -> Iterator[Row]:
+def size_rows(n: int, names: list[str], flex: bool) -> Iterator[MaskRow]:
     """Every part of every kind at one size."""
     made, every, causal = make(n), kinds(n), None
     yield from causal_rows(made, n)
@@ -197,7 +199,7 @@ def size_rows(n: int, names: list[str], flex: bool) -> Iterator[Row]:
             yield flex_row(name, every[name], made, n)
 
 
-def step_rows() -> Iterator[Row]:
+def step_rows() -> Iterator[MaskRow]:
     """Decode and verification of draft trees: the flash backend's kernel, then masks."""
     requests, context = DECODE
     for new, part in ((1, "decode"), (len(TREE), "verification")):
@@ -254,7 +256,7 @@ class MasksRequest:
     """False: only check."""
 
 
-def measured(given: MasksRequest) -> Iterator[Row]:
+def measured(given: MasksRequest) -> Iterator[MaskRow]:
     """Every row that is asked for."""
     if given.check:
         made = make(CHECKED)
@@ -275,20 +277,11 @@ def measured(given: MasksRequest) -> Iterator[Row]:
 
 def run(given: MasksRequest) -> None:
     """Check, time, print and write the CSV."""
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": given.commit or current_commit(),
-        "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE,
-    }  # fmt: skip
-    show = RowPrinter(
-        kind=24, tokens=-6, implementation=18, part=12, microseconds=-9, tflops=-8,
-        against_causal=-14, a_tile=-8,
+    shape = {"q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE}
+    rows = Rows(
+        given.out, environment("cuda", given.commit), kind=24, tokens=-6, implementation=18,
+        part=12, microseconds=-9, tflops=-8, against_causal=-14, a_tile=-8,
     )  # fmt: skip
-    rows: list[dict] = []
     for row in measured(given):
         cache = "bf16" if row.implementation.startswith("Flex") else "int8"
-        values = {name: getattr(row, name) for name in Row.__slots__}
-        rows.append(about | {"cache": cache} | values)
-        show(rows[-1])
-        if given.out:
-            write_table(rows, given.out)
+        rows.add({"cache": cache} | asdict(row) | shape)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import Rows, environment
 
 OWN = "transformers"
 """The row of Transformers' own cache."""
@@ -89,10 +89,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure each format in its own process, Transformers' own cache first; write the CSV."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    show = RowPrinter(
-        cache=-12, held_mib=9, standing_mib=12, of_transformers=15, peak_mib=9, prompt_s=8
-    )
-    rows: list[dict[str, Any]] = []
+    rows = Rows(
+        out, environment(device), cache=12, held_mib=-9, standing_mib=-12, of_transformers=-15,
+        peak_mib=-9, prompt_s=-8,
+    )  # fmt: skip
     for name in (OWN, *formats):
         given = MemoryRequest(model, name, context, page_size, device, threads)
         command = [sys.executable, "-m", "quantpage.bench.memory", json.dumps(asdict(given))]
@@ -102,9 +102,9 @@ def run(
         if done.returncode:
             raise RuntimeError(f"{name}: the process that measures it ended with\n{done.stderr}")
         row = json.loads(done.stdout.splitlines()[-1])
-        base = rows[0] if rows else row
+        base = rows.made[0] if rows.made else row
         share = row["standing_mib"] / base["standing_mib"]
-        rows.append(
+        rows.add(
             {
                 **{key: row[key] for key in ("cache", "held_mib", "standing_mib")},
                 "of_transformers": f"{share:.3f}",
@@ -113,20 +113,14 @@ def run(
                 "context": context,
                 "page_size": page_size,
                 "threads": threads,
-                "torch": torch.__version__,
-                "commit": current_commit(),
             }
         )
-        show(rows[-1])
-        if out is not None:
-            write_table(rows, out)
-    return rows
+    return rows.made
 
 
 @torch.inference_mode()
 def measure(given: MemoryRequest) -> dict[str, Any]:
     """One row, in this process."""
-    from quantpage.hardware import device_info
     from quantpage.integrations.hf_transformers import attach
 
     torch.set_num_threads(given.threads)
@@ -159,7 +153,6 @@ def measure(given: MemoryRequest) -> dict[str, Any]:
         "peak_mib": round(peak.grown / 2**20, 1),
         "prompt_s": round(seconds, 2),
         "decode_ms": round(step * 1e3, 2),
-        "device": device_info(given.device).name,
     }
 
 

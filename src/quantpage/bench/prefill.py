@@ -20,19 +20,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.testing import do_bench
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.measure import RowPrinter, current_commit, write_table
-from quantpage.bench.prefill_peers import PAGE, PEERS, Case
+from quantpage.bench.cases import Case
+from quantpage.bench.prefill_peers import PAGE, PEERS
+from quantpage.bench.rows import Rows, environment, name_absent
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
 from quantpage.ops.attend import AttendParams
@@ -55,17 +54,19 @@ ABSENT = {
 }
 
 
-ALL = ("gluon none", "gluon int8", "gluon fp8", "gluon int4", "triton int8", "triton int4")
+OURS = ("gluon int8", "gluon fp8", "gluon int4")
+ALL = ("gluon none", *OURS, "triton int8", "triton int4")
+ONE = ("gluon int8",)
 CASES = (
-    Case("4 x 4k", 4, 4096, 4096),
-    Case("1 x 16k", 1, 16384, 16384, ours=ALL),
-    Case("1 x 64k", 1, 65536, 65536),
-    Case("2k on 32k", 1, 2048, 32768, ours=ALL),
-    Case("512 on 32k", 1, 512, 32768),
-    Case("2k on 128k", 1, 2048, 131072, ours=("gluon int8",)),
-    Case("512 on 128k", 1, 512, 131072),
-    Case("1 x 16k, dim 64", 1, 16384, 16384, head_dim=64, ours=("gluon int8",)),
-    Case("1 x 16k, dim 256", 1, 16384, 16384, 16, 4, 256, ours=("gluon int8",)),
+    Case(4, 4096, OURS, new=4096),
+    Case(1, 16384, ALL, new=16384),
+    Case(1, 65536, OURS, new=65536),
+    Case(1, 32768, ALL, new=2048, title="2k on 32k"),
+    Case(1, 32768, OURS, new=512, title="512 on 32k"),
+    Case(1, 131072, ONE, new=2048, title="2k on 128k"),
+    Case(1, 131072, OURS, new=512, title="512 on 128k"),
+    Case(1, 16384, ONE, new=16384, head_dim=64, title="1 x 16k, dim 64"),
+    Case(1, 16384, ONE, 16384, 16, 4, 256, title="1 x 16k, dim 256"),
 )
 
 
@@ -152,7 +153,7 @@ def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
         causal = peer.operations == case.operations(causal=True)
         error = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale, causal)
         calls[name, peer.reads] = (peer.call, error, peer.operations)
-    for name in case.ours:
+    for name in case.formats:
         kernel, kv_format = name.split()
         calls[kernel, kv_format] = ours(name, case, q, params)
     return calls
@@ -176,9 +177,7 @@ def rested_ms(call: Callable[[], Any], rest: float) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
 
 
-def measure(
-    case: Case, rounds: int, rest: float | None, flex: bool, about: dict[str, str]
-) -> list[dict]:
+def measure(case: Case, rounds: int, rest: float | None, flex: bool) -> list[dict]:
     """All implementations of one shape, taking turns."""
     calls = calls_of(case, flex)
     times: dict = {key: [] for key in calls}
@@ -206,7 +205,7 @@ def measure(
             "of_cudnn": f"{operations / ms / base:.3f}" if ms else "",
             "of_best_paged": f"{operations / ms / paged:.3f}" if ms and paged else "",
             "error": f"{error:.1e}",
-        } | about  # fmt: skip
+        }  # fmt: skip
         rows.append(row)
     return rows
 
@@ -228,24 +227,13 @@ def run(
     unknown = [name for name in (*cases, *flex) if name not in names]
     if unknown:
         raise ValueError(f"cases: expected names of {', '.join(names)}; got {unknown[0]!r}")
-    for name, module in ABSENT.items():
-        if find_spec(module.split(".")[0]) is None:
-            print(f"absent: {name}")
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit or current_commit(),
-    }  # fmt: skip
-    show = RowPrinter(
-        case=16, implementation=25, format=10, microseconds=-9, tflops=-8, of_cudnn=-8,
-        of_best_paged=-13, error=-8,
+    name_absent(ABSENT)
+    rows = Rows(
+        out, environment("cuda", commit), case=16, implementation=25, format=10, microseconds=-9,
+        tflops=-8, of_cudnn=-8, of_best_paged=-13, error=-8,
     )  # fmt: skip
-    rows: list[dict] = []
     for case in CASES:
         if not cases or case.name in cases:
-            fresh = measure(case, rounds, rest, case.name in flex, about)
-            for row in fresh:
-                show(row)
-            rows += fresh
+            for row in measure(case, rounds, rest, case.name in flex):
+                rows.add(row)
             torch.cuda.empty_cache()
-            if out:
-                write_table(rows, out)

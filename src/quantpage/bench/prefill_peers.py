@@ -17,32 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from quantpage.bench.cases import Case
+
 PAGE = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: every request has ``new`` tokens at the end of ``context``."""
-
-    name: str
-    requests: int
-    new: int
-    context: int
-    q_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    ours: tuple[str, ...] = ("gluon int8", "gluon fp8", "gluon int4")
-
-    def operations(self, causal: bool) -> float:
-        """Of the visible pairs."""
-        hidden = self.new * (self.new - 1) / 2 if causal else 0
-        pairs = self.requests * (self.new * self.context - hidden)
-        return 4 * self.q_heads * self.head_dim * pairs
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing was cached before."""
-        return self.new == self.context
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quantpage.batch import plan_batch
 from quantpage.bench.cases import Case, cache_bytes, make_layer
-from quantpage.bench.measure import COLD_BYTES, Row, environment, graph_microseconds
+from quantpage.bench.rows import Row, row_of
+from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
 from quantpage.formats import FORMATS
 from quantpage.hardware import device_info
@@ -71,7 +72,10 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
             write(*step, layer, batch, params)
 
     time = graph_microseconds(run, count)
-    yield _row(case, f"quantpage {chosen.name}", name, time, moved, copy, error)
+    title = f"{tokens} tokens"
+    case = replace(case, new=tokens)
+    ours = (title, f"quantpage {chosen.name}")
+    yield row_of("write", case, name, ours, (time, moved, copy, error))
     if name == "none":
         plain = _plain(layer, batch.slots, batch.positions, table)
 
@@ -80,17 +84,8 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
                 plain(*step)
 
         time = graph_microseconds(separate, count)
-        yield _row(case, "torch, a kernel a step", "bf16 pages", time, moved, copy, 0.0)
-
-
-def _row(case: Case, implementation: str, name: str, time, moved, copy, error) -> Row:
-    speed = moved / time / 1e6
-    return Row(
-        "write", f"{case.context} tokens", implementation, name, 1, case.context, case.context,
-        case.q_heads, case.kv_heads, case.head_dim, case.page_size, round(time, 2), moved,
-        round(speed, 3), round(speed / copy, 3), float(f"{error:.1e}"), "graph, cold L2",
-        **environment(),
-    )  # fmt: skip
+        plainly = (title, "torch, a kernel a step")
+        yield row_of("write", case, "bf16 pages", plainly, (time, moved, copy, 0.0))
 
 
 def _codes_that_differ(one: LayerKV, two: LayerKV, name: str) -> float:

@@ -1,12 +1,15 @@
 """`quantpage bench`: check and time kernels and models on this machine, or draw what was timed."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from quantpage.cli.options import Model, with_common
+from quantpage.cli.options import Model, with_common, with_flags
 from quantpage.files import check_writable
 from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import find_device
@@ -86,7 +89,7 @@ def _kernels(
     _ready(out)
     from quantpage.bench.kernels import run
 
-    run(op, out, check_only, _part(part), flex, commit or None, _names(cases, ";"))
+    run(op, out, check_only, _part(part), flex, commit, _names(cases, ";"))
 
 
 def prefill(
@@ -150,10 +153,10 @@ def gpu_model(
 
 
 def cpu(
-    out: Annotated[Path, typer.Option(help="Write a CSV row a measurement here.")],
+    out: Out = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Of each case, about.")] = 8.0,
-    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    cases: Cases = "",
     formats: Annotated[
         str, typer.Option(help="Separated by ','; keys and values apart: k=int8,v=int4.")
     ] = "int8,int4,k8v4,fp8,none",
@@ -163,12 +166,12 @@ def cpu(
     from quantpage.bench.cpu import run
 
     names = split_choices(formats)
-    run(out, threads or torch.get_num_threads(), seconds, only, names)
+    run(out, threads or torch.get_num_threads(), seconds, _names(cases, ";"), names)
 
 
 def cpu_model(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Write a CSV row a measurement here.")],
+    out: Out = None,
     threads: Threads = None,
     contexts: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "512,2048,8192",
     prompts: Annotated[bool, typer.Option("--prompts", help="Prompts, not decode steps.")] = False,
@@ -193,9 +196,9 @@ def bookkeeping(
 ) -> None:
     """Pools, requests and the prefix cache, without a tensor (CPU)."""
     check_writable(out, "out")
-    from quantpage.bench.bookkeeping import run
+    from quantpage.bench.bookkeeping import measure
 
-    run(out, operations)
+    measure(operations, out)
 
 
 def memory(
@@ -266,7 +269,35 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-for _command in (
-    decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping, memory, plots,
-):  # fmt: skip
+Base = Annotated[
+    str, typer.Option(help="Time this commit's tree too, in turns: before, after and the ratio.")
+]
+
+
+def with_base(function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` with ``--base``."""
+
+    @functools.wraps(function)
+    def command(*, base: str = "", **given: Any) -> None:
+        if not base:
+            function(**given)
+            return
+        check_writable(given["out"], "out")
+        from quantpage.bench.base import compare
+
+        plain = {
+            name: each.default for name, each in inspect.signature(function).parameters.items()
+        }
+        # What is as it would be is not said: the other tree may not know the flag.
+        said = {n: each for n, each in given.items() if n != "out" and each != plain[n]}
+        compare(function.__name__, said, given["out"], base)
+
+    return with_flags(command, function, "", {"base": Base})
+
+
+_TIMED: tuple[Callable[..., None], ...] = (
+    decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping,
+)  # fmt: skip
+_OTHERS: tuple[Callable[..., None], ...] = (memory, plots)
+for _command in (*map(with_base, _TIMED), *_OTHERS):
     app.command(_command.__name__.replace("_", "-"))(with_common(_command))

@@ -73,12 +73,19 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
             console.quiet_libraries()
         function(*args, **kwargs)
 
+    return with_flags(command, function, False, _common())
+
+
+def with_flags(
+    command: Callable[..., None], function: Callable[..., None], default: Any, hints: dict[str, Any]
+) -> Callable[..., None]:
+    """``command`` with the flags of ``function`` and those of ``hints``, which share a default."""
     signature = inspect.signature(function)
     more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
-        for name, hint in _common().items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        for name, hint in hints.items()
     ]
     parameters = [*signature.parameters.values(), *more]
     vars(command)["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {**function.__annotations__, **_common()}
+    command.__annotations__ = {**function.__annotations__, **hints}
     return command

@@ -1,0 +1,157 @@
+"""A bench of this tree beside the same bench of another commit: `quantpage bench X --base COMMIT`.
+
+Both trees take turns in processes of their own, so that a machine that slows down slows both. A row
+has the median of its turns: before, after, and their ratio, below 1 where this tree is faster.
+"""
+
+import csv
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import quantpage
+from quantpage import console
+from quantpage.bench.rows import RowPrinter, current_commit, write_table
+
+TURNS = 3
+_KERNEL = ("case", "new", "head_dim", "q_heads", "page_size", "implementation", "format")
+TIMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "decode": (_KERNEL, ("microseconds",)),
+    "write": (_KERNEL, ("microseconds",)),
+    "prefill": (("case", "implementation", "format"), ("microseconds",)),
+    "masks": (("kind", "tokens", "new", "implementation", "part"), ("microseconds",)),
+    "gpu_model": (("kv_format", "batch", "context"), ("decode_ms",)),
+    "cpu": (("case", "what", "threads"), ("microseconds",)),
+    "cpu_model": (
+        ("context", "cache", "weights", "threads"),
+        ("decode_ms_median", "prompt_ms_median"),
+    ),
+    "bookkeeping": (("case",), ("microseconds_each",)),
+}
+"""Of each bench: the columns that say what was timed, and the time, by whichever name it has."""
+
+# An installation in place redirects imports to its own tree: its finder is taken out first.
+_CHILD = """
+import json, sys
+from pathlib import Path
+tree, command, given, out = sys.argv[1:]
+sys.meta_path = [f for f in sys.meta_path if "_editable" not in type(f).__module__]
+sys.path.insert(0, tree)
+import quantpage
+assert Path(quantpage.__file__).is_relative_to(tree), quantpage.__file__
+from quantpage.cli import bench
+getattr(bench, command)(out=Path(out), **json.loads(given))
+"""
+
+
+def compare(command: str, given: Mapping[str, Any], out: Path | None, base: str) -> None:
+    """Time a function of cli/bench in both trees, print the rows, and write them to ``out``.
+
+    given: its arguments, without ``out`` and those of no weight. Raises ValueError for a base that
+    is no commit of the checkout that this package stands in, and RuntimeError where a tree's bench
+    fails, with its last words.
+    """
+    here = Path(quantpage.__file__).parent.parent
+    with tempfile.TemporaryDirectory(prefix="quantpage-base-") as folder:
+        trees = {"before": make_tree(base, Path(folder)), "after": here}
+        made: dict[str, list[list[dict[str, str]]]] = {name: [] for name in trees}
+        for turn in range(TURNS):
+            # Who goes first takes turns, too.
+            for name in sorted(trees, reverse=turn % 2 == 0):
+                console.ERR.print(f"turn {turn + 1} of {TURNS}: {name}")
+                path = Path(folder) / f"{name}.csv"
+                made[name].append(run_tree(trees[name], command, given, path))
+    rows = joined(command, made["before"], made["after"])
+    about = {"base": base, "commit": current_commit() or "-"}
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+    show = RowPrinter(**widths)
+    for row in rows:
+        show(row)
+    if out is not None:
+        write_table([row | about for row in rows], out)
+
+
+def make_tree(base: str, folder: Path) -> Path:
+    """The package as it was at a commit, with a core that fits it; what to put on the path."""
+    package = Path(quantpage.__file__).parent
+    tree = folder / "tree"
+    done = subprocess.run(
+        ["git", "-C", str(package), "rev-parse", "--show-toplevel"], capture_output=True, text=True
+    )
+    root = done.stdout.strip()
+    given = ["git", "-C", root or ".", "archive", "--format=tar", base]
+    archive = subprocess.run(given, capture_output=True) if root else done
+    if archive.returncode or isinstance(archive.stdout, str):
+        raise ValueError(
+            f"base: expected a commit of the checkout that quantpage stands in, got {base!r}"
+        )
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as packed:
+        packed.extractall(tree, filter="data")
+    core = ["git", "-C", root, "diff", "--quiet", base, "--", "csrc", "CMakeLists.txt"]
+    if subprocess.run(core).returncode == 0:
+        # The same sources: this tree's core is as good.
+        for path in quantpage.__path__:
+            for library in Path(path).rglob("*.so"):
+                target = tree / "src/quantpage" / library.relative_to(path)
+                shutil.copy(library, target)
+        return tree / "src"
+    built = folder / "installed"
+    console.ERR.print(f"compiling the core of {base}")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    done = subprocess.run([*install, str(built), str(tree)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"base {base}: it cannot be installed:\n{_end(done.stderr)}")
+    return built
+
+
+def run_tree(
+    tree: Path, command: str, given: Mapping[str, Any], path: Path
+) -> list[dict[str, str]]:
+    """The rows of one bench, run in a process of its own."""
+    words = [sys.executable, "-c", _CHILD, str(tree), command, json.dumps(dict(given)), str(path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} of {tree}: it ended with\n{_end(done.stderr)}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def joined(
+    command: str,
+    before: Sequence[Sequence[Mapping[str, str]]],
+    after: Sequence[Sequence[Mapping[str, str]]],
+) -> list[dict[str, str]]:
+    """A row of each thing that either has timed; '-' where only the other has."""
+    keys, columns = TIMED[command]
+    found: dict[tuple[str, ...], tuple[list[float], list[float]]] = {}
+    for side, turns in enumerate((before, after)):
+        for row in (row for rows in turns for row in rows):
+            known = next((row[column] for column in columns if row.get(column)), "")
+            times = found.setdefault(tuple(row[key] for key in keys), ([], []))[side]
+            # A check that failed has a word where others have a time.
+            times += [float(known)] if known.replace(".", "", 1).isdecimal() else []
+    rows = []
+    for key, sides in found.items():
+        old, new = (statistics.median(times) if times else None for times in sides)
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "before": "-" if old is None else f"{old:.4g}",
+                "after": "-" if new is None else f"{new:.4g}",
+                "ratio": f"{new / old:.3f}" if old and new is not None else "-",
+                "turns": str(min(len(times) for times in sides)),
+            }
+        )
+    return rows
+
+
+def _end(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-6:])

@@ -1,0 +1,138 @@
+"""How time is taken: of a kernel in a CUDA graph, of a call on a CPU.
+
+On a GPU many layers stand in one graph, each with its own cache. Together they are larger than the
+second-level cache, so that each is read from memory; one graph holds them all, so that the timer's
+own cost is divided among them.
+
+On a CPU the clock of one thread is the process's own; that of more is the wall's, and a sample
+during which the system took a core away (an involuntary context switch) is disturbed.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+COLD_BYTES = 400_000_000
+"""What the layers of a graph read together: several times an H200's 60 MB of L2."""
+
+L2_BYTES = 2**28
+"""More than any L2: filled before a call that is to find nothing there."""
+GRAPH_CALLS = 32
+"""Calls in a timed graph, at least: the layers of a model's step."""
+
+
+class Timing(NamedTuple):
+    """Of the samples that nothing disturbed; of the three fastest, where fewer are left."""
+
+    best: float
+    median: float
+    undisturbed: int
+    samples: int
+
+
+Clock = Callable[[], float]
+
+
+def cpu_clock() -> Clock:
+    """Seconds, for torch's number of threads."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+class Sample(NamedTuple):
+    """One look at the clock."""
+
+    seconds: float
+    quiet: bool
+
+
+def sample(run: Callable[[], object], clock: Clock) -> Sample:
+    """One call of ``run``."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = clock()
+    run()
+    taken = clock() - start
+    lost = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+    return Sample(taken, clock is time.process_time or not lost)
+
+
+def timing(samples: Sequence[Sample]) -> Timing:
+    """What samples of one thing say."""
+    quiet = [each.seconds for each in samples if each.quiet]
+    kept = quiet if len(quiet) >= 3 else sorted(each.seconds for each in samples)[:3]
+    return Timing(min(kept), statistics.median(kept), len(quiet), len(samples))
+
+
+def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) -> float:
+    """Median time of one of the ``calls`` that ``run`` makes, over replays of a CUDA graph that
+    holds GRAPH_CALLS of them or more; compiled and captured first.
+
+    Fewer, and the launch of the graph itself (5 to 8 us) would be a part of the call: a model's
+    step has tens of layers in a graph.
+    """
+    run()
+    torch.cuda.synchronize()
+    turns = max(1, -(-GRAPH_CALLS // calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times) / (turns * calls)
+
+
+def graph_us(run: Callable[[], object]) -> float:
+    """Median time of replays of ``run`` in a CUDA graph, L2 cleared before each."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    torch.cuda.synchronize()
+    others = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    times = [_replay_us(graph, others)]
+    # About 60 ms in all, at least three.
+    times += [_replay_us(graph, others) for _ in range(min(200, max(3, int(6e4 / times[0]))))]
+    return statistics.median(times[1:])
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph, others: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    others.zero_()
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def copy_bandwidth() -> float:
+    """TB/s, bytes read and written, of a large copy on this device."""
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
+        target.copy_(source)
+
+    run()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * 2 * source.nbytes / (statistics.median(times) * 1e-3) / 1e12
