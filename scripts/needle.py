@@ -3,8 +3,8 @@
 python scripts/needle.py --model models/smollm2 --csv benchmarks/results/needle.csv
 
 The needles of `quantpage report` (evaluate/needle), through more formats and at greater lengths
-than a report asks for. Everything, the prompt too, is read through the cache. Rows are written
-after every format.
+than a report asks for. Everything, the prompt too, is read through the cache. Rows are written as
+they come.
 """
 
 import argparse
@@ -14,12 +14,11 @@ import torch
 import transformers
 
 import quantpage
-from quantpage.bench.rows import RowPrinter, current_commit, write_table
+from quantpage.bench.rows import Rows, environment
 from quantpage.evaluate.needle import judge, make_needles
 from quantpage.evaluate.score import log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.formats.per_layer import split_choices
-from quantpage.hardware import device_info
 from quantpage.integrations.hf_transformers.model import check_format, load_model
 
 
@@ -43,14 +42,15 @@ def main() -> None:
     lengths = [int(each) for each in given.lengths.split(",")]
     depths = [float(each) for each in given.depths.split(",")]
     needles = list(make_needles(tokenizer, text, lengths, depths))
-    show = RowPrinter(kv_format=16, length=-6, depth=-5, found=-5, probability=-11)
-    rows: list[dict[str, object]] = []
+    about = {"model": Path(given.model).name, "dtype": given.dtype}
+    about |= {"transformers": transformers.__version__} | environment(given.device)
+    rows = Rows(given.csv, about, kv_format=16, length=-6, depth=-5, found=-5, probability=-11)
     for name in names:
         with quantpage.attach(model, name, calibration=given.calibration) as attached:
             for each in needles:
                 said = log_probabilities(model, each.window, attached.new_cache, chunk=1)
                 answered = judge(each.window, said)
-                rows.append(
+                rows.add(
                     {
                         "kv_format": name,
                         "length": each.length,
@@ -58,16 +58,8 @@ def main() -> None:
                         "found": int(answered.right),
                         "probability": f"{answered.probability:.3g}",
                         "calibration": attached.calibration,
-                        "model": Path(given.model).name,
-                        "dtype": given.dtype,
-                        "device": device_info(given.device).name,
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                        "commit": current_commit(),
                     }
                 )
-                show(rows[-1])
-        write_table(rows, given.csv)
 
 
 if __name__ == "__main__":

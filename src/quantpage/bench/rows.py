@@ -65,10 +65,10 @@ def current_commit() -> str:
     return found.stdout.strip()
 
 
-def environment(kind: str, commit: str = "") -> dict[str, str]:
+def environment(device: str, commit: str = "") -> dict[str, str]:
     """What a row says of the machine and the software. commit: where git is not at hand."""
-    about = {"device": device_info(kind).name, "torch": torch.__version__}
-    if kind == "cuda":
+    about = {"device": device_info(device).name, "torch": torch.__version__}
+    if torch.device(device).type == "cuda":
         try:
             about["triton"] = version("triton")
         except PackageNotFoundError:
