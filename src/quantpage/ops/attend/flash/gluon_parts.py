@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantpage.ops.attend.flash.triton_items import NEW, ROW, TOKEN
 from quantpage.ops.triton.common import LOG2E
 from quantpage.ops.triton.gluon_compat import mbarrier, tma_load, warpgroup_mma, warpgroup_mma_wait
 
@@ -57,14 +58,14 @@ def load_queries(
 ):  # fmt: skip
     """A consumer's half of a work item's queries as they lie, [ROWS, DP]; 0 past the request.
 
-    item: its token row, new tokens and first packed row at 0, 1 and 3.
+    item: see flash/triton_items.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
-    packed = gl.load(item + 3) + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    packed = gl.load(item + ROW) + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     channel = gl.arange(0, DP, gl.SliceLayout(0, layout))
-    token = gl.load(item) + packed // G
+    token = gl.load(item + TOKEN) + packed // G
     at = token.to(gl.int64) * q_token + (first_head + packed % G).to(gl.int64) * q_head
-    keep = (packed < gl.load(item + 1) * G)[:, None] & (channel < D)[None, :]
+    keep = (packed < gl.load(item + NEW) * G)[:, None] & (channel < D)[None, :]
     q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
     # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
     return gl.where(gl.abs(q.to(gl.float32)) < float("inf"), q, float("nan"))

@@ -28,6 +28,7 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
+from quantpage.ops.attend.flash.triton_items import NEW, POSITION, ROW, TOKEN
 from quantpage.ops.attend.flash.triton_segments import NEAR, near_queries
 from quantpage.ops.triton.common import LN2, Constant
 from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
@@ -35,8 +36,10 @@ from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 # Argument lists stay in rows.
 # fmt: off
 WORK_FIELDS = Constant(8)
-"""int32 a work item: token row, new tokens, position of the first, first packed row, workspace row,
-request, context, unused."""
+"""int32 a work item: those of flash/triton_items, these three, one unused."""
+WORKSPACE_ROW = Constant(4)
+REQUEST = Constant(5)
+CONTEXT = Constant(6)
 
 
 @gluon.jit
@@ -79,7 +82,7 @@ def _producer(
             visits, full, partial = _visits(
                 counts, tiles, index, head0 + head, capacity, mask_heads, PER_HEAD
             )
-            row = head * head_rows + gl.load(work + index * WORK_FIELDS + 4)
+            row = head * head_rows + gl.load(work + index * WORK_FIELDS + WORKSPACE_ROW)
             after = _key_tile(visits, 0, full, partial, capacity)
             # At least one tile, so that every barrier is used.
             for visit in range(gl.maximum(full + partial, 1)):
@@ -272,12 +275,12 @@ def _consume(
             # An empty list visits tile 0 with a mask that shows none of it.
             masked_visits = total_visits - full
             item = work + item_index * WORK_FIELDS
-            token0 = gl.load(item)
-            new = gl.load(item + 1)
-            position = gl.load(item + 2)
-            row0 = gl.load(item + 3) + HALF * ROWS
-            request = gl.load(item + 5)
-            context = gl.load(item + 6)
+            token0 = gl.load(item + TOKEN)
+            new = gl.load(item + NEW)
+            position = gl.load(item + POSITION)
+            row0 = gl.load(item + ROW) + HALF * ROWS
+            request = gl.load(item + REQUEST)
+            context = gl.load(item + CONTEXT)
             span = spans + (0 if SHARED else request * 2)
             described = gl.load(span)
             length = gl.load(span + 1)

@@ -26,12 +26,11 @@ from quantpage.ops.attend.flash.gluon_parts import (
     start_barriers,
     start_rows,
 )
+from quantpage.ops.attend.flash.triton_items import NEW, POSITION, ROW, TOKEN
 from quantpage.ops.attend.flash.triton_segments import near_page
-from quantpage.ops.triton.common import LN2, LOG2E, Constant
+from quantpage.ops.attend.prefill.triton_work import BASE, END, FIELDS, PART, WORKSPACE_ROW
+from quantpage.ops.triton.common import LN2, LOG2E
 from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
-
-WORK_FIELDS = Constant(9)
-"""int32 a work item: prefill/plan.WORK_FIELDS names them."""
 
 
 @gluon.jit
@@ -40,11 +39,11 @@ def _key_tiles(
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
 ):  # fmt: skip
     """Key tiles of one work item: how many, and the first one after the sink tiles."""
-    new = gl.load(item + 1)
-    position = gl.load(item + 2)
-    row = gl.load(item + 3)
-    base = gl.load(item + 5)
-    end = gl.load(item + 6)
+    new = gl.load(item + NEW)
+    position = gl.load(item + POSITION)
+    row = gl.load(item + ROW)
+    base = gl.load(item + BASE)
+    end = gl.load(item + END)
     first = position + row // G
     last = position + gl.minimum(row + BM - 1, new * G - 1) // G
     high = end
@@ -76,11 +75,11 @@ def _producer(
         tile = gl.load(order + turn * grid + pid)
         if tile >= 0:
             head = tile % heads
-            item = work + tile // heads * WORK_FIELDS
+            item = work + tile // heads * FIELDS
             tiles, low_tile = _key_tiles(
                 item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
             )
-            row = head * head_rows + gl.load(item + 4)
+            row = head * head_rows + gl.load(item + WORKSPACE_ROW)
             for j in range(tiles):
                 at = row + gl.where(j < sink_tiles, j, j + low_tile) * BN
                 stage, phase = stage_of(count, STAGES)
@@ -168,17 +167,17 @@ def _consume(
         tile = gl.load(order + turn * grid + pid)
         if tile >= 0:
             head = tile % heads
-            item = work + tile // heads * WORK_FIELDS
+            item = work + tile // heads * FIELDS
             tiles, low_tile = _key_tiles(
                 item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
             )
-            token0 = gl.load(item)
-            new = gl.load(item + 1)
-            position = gl.load(item + 2)
-            row0 = gl.load(item + 3)
-            base = gl.load(item + 5)
-            end = gl.load(item + 6)
-            part = gl.load(item + 8)
+            token0 = gl.load(item + TOKEN)
+            new = gl.load(item + NEW)
+            position = gl.load(item + POSITION)
+            row0 = gl.load(item + ROW)
+            base = gl.load(item + BASE)
+            end = gl.load(item + END)
+            part = gl.load(item + PART)
             first = position + row0 // G
             last = position + gl.minimum(row0 + BM - 1, new * G - 1) // G
             row0 += HALF * ROWS

@@ -1,6 +1,6 @@
 """Work items of prefill as kernels read them: a row of prefill/plan's table, its fields by name.
 
-Gluon kernels use the same record and load.
+The Hopper kernel reads columns by their names, each where it is wanted.
 """
 
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from quantpage.ops.attend.flash.triton_items import NEW, POSITION, ROW, TOKEN
 from quantpage.ops.attend.prefill.plan import WORK_FIELDS
 from quantpage.ops.triton.common import Constant
 
@@ -35,6 +36,11 @@ class WorkItem(NamedTuple):
 
 assert len(WorkItem._fields) == len(WORK_FIELDS)
 FIELDS = Constant(len(WORK_FIELDS))
+WORKSPACE_ROW = Constant(4)
+BASE = Constant(5)
+END = Constant(6)
+REQUEST = Constant(7)
+PART = Constant(8)
 
 
 @triton.jit
@@ -42,13 +48,13 @@ def load_item(work, index):
     """Row ``index`` of the table; what nobody uses is not loaded."""
     at = work + index * FIELDS
     return WorkItem(
-        tl.load(at),
-        tl.load(at + 1),
-        tl.load(at + 2),
-        tl.load(at + 3),
-        tl.load(at + 4),
-        tl.load(at + 5),
-        tl.load(at + 6),
-        tl.load(at + 7),
-        tl.load(at + 8),
+        tl.load(at + TOKEN),
+        tl.load(at + NEW),
+        tl.load(at + POSITION),
+        tl.load(at + ROW),
+        tl.load(at + WORKSPACE_ROW),
+        tl.load(at + BASE),
+        tl.load(at + END),
+        tl.load(at + REQUEST),
+        tl.load(at + PART),
     )
