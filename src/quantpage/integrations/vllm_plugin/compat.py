@@ -4,7 +4,6 @@ What is asked is whether a name is there, not a number, as builds of vLLM call t
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 
@@ -83,7 +82,8 @@ def register_names(names: Sequence[str]) -> None:
 
 
 def holds_exact_pages() -> bool:
-    """From 0.31 on a spec can say by which page its blocks are cut, which exact pages need."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    """From 0.32 on a spec can say by which page its blocks are cut, which exact pages need."""
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
-    return any(each.name == "block_stride_alignment" for each in fields(AttentionSpec))
+    # 0.31 has the field, of bytes alone.
+    return hasattr(KVCacheSpec, "get_block_stride_alignment")

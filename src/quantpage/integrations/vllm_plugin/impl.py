@@ -63,7 +63,7 @@ class QuantPageImpl(AttentionImpl):
         )
         if self.form.exact_pages is not None and not compat.holds_exact_pages():
             raise NoImplementation(
-                f"QuantPage cannot serve {self.form.name} in vLLM before 0.31, whose blocks hold "
+                f"QuantPage cannot serve {self.form.name} in vLLM before 0.32, whose blocks hold "
                 "no exact pages; int8 and fp8 can be served."
             )
         # Names that vLLM's own code reads.
