@@ -34,7 +34,14 @@ def test_explain_shows_what_latent_attention_caches(quantpage, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--model", "nowhere", "--prompt", "x"], "model: expected a folder"),
+        (["generate", "--model", "no", "--prompt", "x"], "got no, which does not exist"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--seed", str(1 << 64)],
+            "seed: expected a number of 64 bits",
+        ),
+        (["compare", "a.json", "b.json"], "report: expected the .json that `quantpage report`"),
+        (["capacity", "--memory", "1GB", "--context", str(1 << 31)], "'--context': Input should"),
+        (["formats", "--layers", "1000000000"], "'--layers': Input should be less than"),
         (["generate", "--model", "nowhere"], "expected --prompt or --file"),
         (["generate", "--model", "x", "--prompt", " "], "expected some text"),
         (["generate", "--model", "x", "--prompt", "x", "--page-size", "0"], "page_size: expected"),
@@ -125,24 +132,15 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
     assert done.stdout.strip().endswith(("141", "0")) and done.stderr == ""
 
 
-ABSENT = """
-import sys
-sys.modules["transformers"] = None
-from quantpage.cli import main
-main(sys.argv[1:])
-"""
+def test_benches_are_listed_as_commands_are(quantpage):
+    assert "cpu-model" in quantpage("bench").out
 
 
-def test_without_transformers_a_command_says_what_it_needs(folder):
-    for command in (
-        ["generate", "--prompt", "x"],
-        ["evaluate"],
-        ["capacity", "--memory", "1GiB"],
-        ["formats"],
-        ["explain"],
-    ):
-        given = [sys.executable, "-c", ABSENT, *command, "--model", str(folder)]
-        done = subprocess.run(given, capture_output=True, text=True, check=False)
-        assert done.returncode == 3, done
-        assert done.stderr.endswith("pip install 'quantpage[transformers]'\n")
-        assert "Traceback" not in done.stderr
+def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.touch()
+    said = quantpage("evaluate", "--model", folder, "--calibration", empty, code=2).err
+    assert f"{empty}: expected a whole safetensors file" in said
+    assert "loading" not in said
+    said = quantpage("evaluate", "--model", folder, "--calibration", "nowhere", code=2).err
+    assert "calibration: expected 'auto', None or a file" in said

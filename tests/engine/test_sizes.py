@@ -63,5 +63,16 @@ def test_memory_is_filled_and_not_more(name):
             assert pool_bytes(layers, replace(found, pages=found.pages + 1)) > memory
     two = pool_bytes(layers, replace(LIMITS, pages=2))
     assert fit_pages(layers, LIMITS, two).pages >= 2
-    with pytest.raises(ValueError, match=f"memory: expected at least two .* {two} bytes, got 5 b"):
+    with pytest.raises(
+        ValueError, match=f"at least {two:,} bytes, two pages of every layer; got 5"
+    ):
         fit_pages(layers, LIMITS, 5)
+
+
+def test_memory_that_exact_pages_fill_names_the_number_of_requests():
+    layers = cache_shape(MODELS["llama"]().config).layers(quantpage.LayerFormats.of("int4"), PAGE)
+    one = pool_bytes(layers, replace(LIMITS, pages=2, max_running=1))
+    with pytest.raises(ValueError, match=f"max_requests=3 .max_requests=1: {one:,}") as raised:
+        fit_pages(layers, LIMITS, one)
+    assert "beside the exact pages" in str(raised.value)
+    assert fit_pages(layers, replace(LIMITS, max_running=1), one).pages == 2

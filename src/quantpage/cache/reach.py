@@ -53,9 +53,15 @@ def exact_seen(reach: Reach, query: int, length: int, page_size: int) -> list[in
 
     Those are the first page, and from the page before the query's own on.
     """
+    first, near = exact_ranges(reach, query, length, page_size)
+    return [*first, *near]
+
+
+def exact_ranges(reach: Reach, query: int, length: int, page_size: int) -> tuple[range, range]:
+    """The same pages, however many they are: the first page where it is seen, and those near."""
     seen = pages_seen(reach, query, length, page_size)
     near = range(max(query // page_size - 1, seen.start), seen.stop)
-    return [0, *near] if seen and seen.start == 0 < near.start else list(near)
+    return range(int(bool(seen) and seen.start == 0 < near.start)), near
 
 
 def kept_from(length: int, page_size: int) -> int:

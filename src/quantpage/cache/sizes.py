@@ -12,7 +12,7 @@ from quantpage.cache.layout import CacheLayout
 from quantpage.cache.reach import (
     EVERYTHING,
     Reach,
-    exact_seen,
+    exact_ranges,
     held_from,
     kept_from,
     kept_from_within,
@@ -37,7 +37,7 @@ class LayerPlan:
         if self.layout.format.exact_pages is None:
             return 0
         size = self.layout.page_size
-        return len(exact_seen(self.reach, kept_from(tokens, size), tokens, size))
+        return _count(*exact_ranges(self.reach, kept_from(tokens, size), tokens, size))
 
     def held_bytes(self, tokens: int) -> int:
         """Bytes that a request of so many tokens holds between steps."""
@@ -51,13 +51,14 @@ class LayerPlan:
         query = kept_from_within(start, tokens, size)
         total = 0
         for seen, page_bytes in (
-            (pages_seen, layout.bytes_per_page()),
-            (exact_seen, layout.exact_bytes_per_page()),
+            (_page_ranges, layout.bytes_per_page()),
+            (exact_ranges, layout.exact_bytes_per_page()),
         ):
             read = seen(self.reach, start, tokens, size)
-            kept = set(seen(self.reach, query, tokens, size))
-            if any(page * size >= start and page not in kept for page in read):
-                total += len(read) * page_bytes
+            kept = seen(self.reach, query, tokens, size)
+            new = [range(max(each.start, -(-start // size)), each.stop) for each in read]
+            if _count(*new, *kept) > _count(*kept):
+                total += _count(*read) * page_bytes
         return total
 
     def unquantized_bytes(self, tokens: int) -> int:
@@ -110,7 +111,22 @@ def _within(layer: LayerPlan, start: int, tokens: int) -> int:
     layout, reach = layer.layout, layer.reach
     size = layout.page_size
     before, after = kept_from(start, size), kept_from_within(start, tokens, size)
-    pages = {*pages_seen(reach, before, start, size), *pages_seen(reach, after, tokens, size)}
-    exact = {*exact_seen(reach, before, start, size), *exact_seen(reach, after, tokens, size)}
-    exact_bytes = layout.exact_bytes_per_page()
-    return len(pages) * layout.bytes_per_page() + len(exact) * exact_bytes
+    pages = _count(pages_seen(reach, before, start, size), pages_seen(reach, after, tokens, size))
+    exact = _count(
+        *exact_ranges(reach, before, start, size), *exact_ranges(reach, after, tokens, size)
+    )
+    return pages * layout.bytes_per_page() + exact * layout.exact_bytes_per_page()
+
+
+def _page_ranges(reach: Reach, query: int, length: int, page_size: int) -> tuple[range, ...]:
+    return (pages_seen(reach, query, length, page_size),)
+
+
+def _count(*ranges: range) -> int:
+    """Pages that are in one of them or more; nothing is listed, so that any length is counted."""
+    total, end = 0, 0
+    for each in sorted(ranges, key=lambda each: each.start):
+        start = max(each.start, end)
+        total += max(each.stop - start, 0)
+        end = max(end, each.stop)
+    return total

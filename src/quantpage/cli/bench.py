@@ -15,10 +15,17 @@ from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import find_device
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     help="Check every case against float64, then time it; a red check reports no speed. Rows go to "
     "a CSV with device, versions and commit.",
 )
+
+
+@app.callback()
+def _show_help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 Out = Annotated[Path | None, typer.Option(help="Write a CSV row a measurement here.")]
 CheckOnly = Annotated[

@@ -21,6 +21,9 @@ from quantpage.errors import FormatError
 from quantpage.formats import FORMATS
 from quantpage.formats.per_layer import LayerFormats, split_choices
 
+LONGEST = (1 << 31) - 1
+"""Tokens of a request: positions are int32."""
+
 _UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -50,7 +53,7 @@ def command(
     layers: Layers = None,
     kv_heads: KVHeads = None,
     head_dim: HeadDim = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 8192,
+    context: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens of one request.")] = 8192,
     kv_format: Annotated[
         str, typer.Option(help="Only these, comma separated; also one a layer. Default: all.")
     ] = "",

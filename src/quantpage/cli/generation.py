@@ -39,6 +39,8 @@ class Sampling:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 or more, got {self.top_k}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             name = "top_p" if self.top_p < 1 else "top_k"
             raise ValueError(

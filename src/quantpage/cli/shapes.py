@@ -13,15 +13,23 @@ from quantpage.cache import CacheLayout
 from quantpage.cache.sizes import LayerPlan
 from quantpage.formats.per_layer import LayerFormats
 
+MOST = 1 << 16
+"""Of anything that a model is told in; above it is a slip of the hand."""
+
 ModelOrNone = Annotated[
     str | None,
     typer.Option(help="Model folder, its config.json, or a .gguf file; no weights are read."),
 ]
 Layers = Annotated[
-    int | None, typer.Option(min=1, help="Without a model: layers with keys and values.")
+    int | None,
+    typer.Option(min=1, max=MOST, help="Without a model: layers with keys and values."),
 ]
-KVHeads = Annotated[int | None, typer.Option(min=1, help="Without a model: of each layer.")]
-HeadDim = Annotated[int | None, typer.Option(min=1, help="Without a model: channels of a head.")]
+KVHeads = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Without a model: of each layer.")
+]
+HeadDim = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Without a model: channels of a head.")
+]
 TP = Annotated[int, typer.Option(min=1, help="Devices that share the heads; counts are of one.")]
 
 

@@ -50,16 +50,24 @@ def unquantized_pool_bytes(layers: Sequence[LayerPlan], limits: Limits) -> int:
 def fit_pages(layers: Sequence[LayerPlan], limits: Limits, memory: int) -> Limits:
     """``limits`` with as many pages as ``memory`` bytes hold, and no more than it names.
 
-    Raises ValueError where two pages of every layer do not fit.
+    Raises ValueError where two pages of every layer do not fit beside the exact pages of as many
+    answers as may run at once.
     """
 
     def held(pages: int) -> int:
         return pool_bytes(layers, replace(limits, pages=pages))
 
     if held(2) > memory:
+        one = pool_bytes(layers, replace(limits, pages=2, max_running=1))
+        fewer = (
+            ""
+            if one == held(2)
+            else f" beside the exact pages of max_requests={limits.max_running} "
+            f"(max_requests=1: {one:,})"
+        )
         raise ValueError(
-            f"memory: expected at least two pages of every layer, {held(2)} bytes, "
-            f"got {memory} bytes"
+            f"memory: expected at least {held(2):,} bytes, two pages of every layer{fewer}; "
+            f"got {memory:,}"
         )
     counts = range(2, max(limits.pages, 2) + 1)
     return replace(limits, pages=counts[bisect_right(counts, memory, key=held) - 1])

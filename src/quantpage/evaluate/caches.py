@@ -14,6 +14,7 @@ from quantpage.evaluate.score import Attaching
 from quantpage.formats import FORMATS, KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
+from quantpage.integrations.hf_transformers.calibration import Calibration
 from quantpage.integrations.hf_transformers.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 
@@ -142,7 +143,12 @@ def find_candidates(
     page_size: int,
     calibration: str = "auto",
 ) -> list[Candidate]:
-    """A row for each choice: a name of PEERS, or whatever LayerFormats takes."""
+    """A row for each choice: a name of PEERS, or whatever LayerFormats takes.
+
+    A file of a calibration is read, so that a broken one is told before a model is loaded.
+    """
+    if calibration not in ("auto", "none") and not Path(calibration).is_dir():
+        Calibration.load(calibration)
     found = []
     for choice in choices:
         if isinstance(choice, str) and choice in PEERS:

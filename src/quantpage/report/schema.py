@@ -98,7 +98,11 @@ def check(data: Any, where: str = "report") -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report's data; CorruptReport unless it is one."""
+    """A report's data; CorruptReport unless it is one, FileNotFoundError where no file is."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"report: expected the .json that `quantpage report` writes beside its page, got {path}"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:

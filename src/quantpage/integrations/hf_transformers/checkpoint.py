@@ -32,7 +32,10 @@ def find_files(path: str | Path) -> tuple[Path, str | None]:
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if not path.is_dir():
-        raise FileNotFoundError(f"model: expected a folder or a .gguf file, got {path}")
+        found = "" if path.exists() else ", which does not exist"
+        raise FileNotFoundError(
+            f"model: expected a model's folder, its config.json or a .gguf file, got {path}{found}"
+        )
     if (path / "config.json").is_file():
         return path, None
     ggufs = sorted(path.glob("*.gguf"))
