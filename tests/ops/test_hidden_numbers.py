@@ -1,5 +1,7 @@
 """NaN and infinity: the mask decides who is touched, in every implementation."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tests.ops.mask_cases import cached
 pytestmark = pytest.mark.cpu
 BAD = (torch.nan, torch.inf, -torch.inf)
 AT, CONTEXT = 45, 60
+MASKS = (CausalMask(), CausalMask(window=9), causal_document([46, 14]), FullMask())
 
 
 def ours(candidates):
@@ -51,31 +54,33 @@ def run(implementation, name, made, first, mask, softcap=None):
     return function(q, made.layer, batch, AttendParams(32**-0.5, mask, softcap), chosen)
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("mask", MASKS, ids=["causal", "window", "document", "full"])
 @pytest.mark.parametrize("first", [59, 57, 44, 0])
 @pytest.mark.parametrize("q_heads", [2, 8])
 @pytest.mark.parametrize("name", ["none", "int4", "int8_exact"])
-def test_only_who_sees_it_is_touched(implementation, name, q_heads, first, side, bad):
-    for mask in (CausalMask(), CausalMask(window=9), causal_document([46, 14]), FullMask()):
-        made = case(name, q_heads)
-        clean, clean_lse = run(implementation, name, made, first, mask)
-        pages = made.layer.exact() if FORMATS[name].exact_pages else made.layer
+def test_only_who_sees_it_is_touched(implementation, name, q_heads, first, mask):
+    made = case(name, q_heads)
+    clean, clean_lse = run(implementation, name, made, first, mask)
+    pages = made.layer.exact() if FORMATS[name].exact_pages else made.layer
+    positions = torch.arange(first, CONTEXT)
+    sees = mask.visible(positions, torch.tensor([AT]))[:, 0]
+    if FORMATS[name].exact_pages:
+        # Through its codes, which are clean, where it is not near.
+        behind = positions // 16 - AT // 16
+        sees &= (behind >= 0) & (behind <= 1)
+    touched = torch.zeros_like(clean_lse, dtype=torch.bool)
+    touched[sees, : q_heads // 2] = True
+    place = made.tables[0][AT // 16], 0, AT % 16, 3
+    for side, bad in product(("key", "value"), BAD):
         plane = pages.key.codes if side == "key" else pages.value.codes
-        plane[made.tables[0][AT // 16], 0, AT % 16, 3] = bad
+        before = plane[place].clone()
+        plane[place] = bad
         out, lse = run(implementation, name, made, first, mask)
-        positions = torch.arange(first, CONTEXT)
-        sees = mask.visible(positions, torch.tensor([AT]))[:, 0]
-        if FORMATS[name].exact_pages:
-            # Through its codes, which are clean, where it is not near.
-            behind = positions // 16 - AT // 16
-            sees &= (behind >= 0) & (behind <= 1)
-        touched = torch.zeros_like(lse, dtype=torch.bool)
-        touched[sees, : q_heads // 2] = True
-        assert torch.equal(out[~touched], clean[~touched])
-        assert torch.equal(lse[~touched], clean_lse[~touched])
+        plane[place] = before
+        assert torch.equal(out[~touched], clean[~touched]), (side, bad)
+        assert torch.equal(lse[~touched], clean_lse[~touched]), (side, bad)
         if side == "value":
-            assert not out[touched][:, 3].isfinite().any()
+            assert not out[touched][:, 3].isfinite().any(), bad
         elif bad != bad:
             assert out[touched].isnan().all() and lse[touched].isnan().all()
 

@@ -19,7 +19,7 @@ from quantpage.ops.attend.decode.workspaces import counter_count, piece_sizes, w
 pytestmark = pytest.mark.cpu
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_no_step_up_to_the_size_asks_for_more(data):
     form = FORMATS[data.draw(st.sampled_from(["none", "int8", "int4", "k8v4"]))]
@@ -30,19 +30,21 @@ def test_no_step_up_to_the_size_asks_for_more(data):
     )  # fmt: skip
     most, tokens = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 200))
     pieces, counters = needed(call, 132, most, tokens)
-    new = data.draw(st.integers(1, min(16, tokens)))
-    requests = data.draw(st.integers(1, min(most, tokens)))
-    contexts = data.draw(st.integers(1, 10**6))
-    rows, tiles_of_rows = row_tiles(call.group, new)
-    all_rows = requests * 8 * tiles_of_rows
-    tiles = decode_tiles(
-        form.key, form.value, width, rows, 8 * requests * contexts, all_rows,
-        data.draw(st.booleans()),
-    )  # fmt: skip
-    programs = programs_of(tiles, 132, all_rows)
-    asked = piece_sizes(programs, rows, width, all_rows)
-    assert all(a <= b for a, b in zip(asked, pieces, strict=True))
-    assert counter_count(programs, all_rows, tiles.gather) <= counters
+    # Asking for the most is the expensive half: eight steps for each.
+    for _ in range(8):
+        new = data.draw(st.integers(1, min(16, tokens)))
+        requests = data.draw(st.integers(1, min(most, tokens)))
+        contexts = data.draw(st.integers(1, 10**6))
+        rows, tiles_of_rows = row_tiles(call.group, new)
+        all_rows = requests * 8 * tiles_of_rows
+        tiles = decode_tiles(
+            form.key, form.value, width, rows, 8 * requests * contexts, all_rows,
+            data.draw(st.booleans()),
+        )  # fmt: skip
+        programs = programs_of(tiles, 132, all_rows)
+        asked = piece_sizes(programs, rows, width, all_rows)
+        assert all(a <= b for a, b in zip(asked, pieces, strict=True))
+        assert counter_count(programs, all_rows, tiles.gather) <= counters
 
 
 @pytest.fixture
