@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from quantpage.formats import find_format as find_format
     from quantpage.formats.per_layer import LayerFormats as LayerFormats
     from quantpage.hardware import device_info as device_info
+    from quantpage.integrations.hf_transformers import Attached as Attached
+    from quantpage.integrations.hf_transformers import Coverage as Coverage
+    from quantpage.integrations.hf_transformers import Prompts as Prompts
     from quantpage.integrations.hf_transformers import QuantPageCache as QuantPageCache
     from quantpage.integrations.hf_transformers import attach as attach
     from quantpage.masks import CausalMask as CausalMask
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AttendParams": "quantpage.ops.attend",
+    "Attached": "quantpage.integrations.hf_transformers",
     "Attended": "quantpage.attention",
     "BACKENDS": "quantpage.attention",
     "BatchPlan": "quantpage.batch",
@@ -56,6 +60,7 @@ _PUBLIC = {
     "Call": "quantpage.ops.dispatch",
     "CacheLayout": "quantpage.cache",
     "CausalMask": "quantpage.masks",
+    "Coverage": "quantpage.integrations.hf_transformers",
     "CurrentStep": "quantpage.bound",
     "FORMATS": "quantpage.formats",
     "FullMask": "quantpage.masks",
@@ -64,6 +69,7 @@ _PUBLIC = {
     "LayerFormats": "quantpage.formats.per_layer",
     "LayerKV": "quantpage.cache",
     "PagedKVCache": "quantpage.cache",
+    "Prompts": "quantpage.integrations.hf_transformers",
     "QuantPageCache": "quantpage.integrations.hf_transformers",
     "QuantPageError": "quantpage.errors",
     "QuantizedPages": "quantpage.cache",

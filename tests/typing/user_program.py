@@ -14,9 +14,6 @@ from quantpage.engine import Engine, Limits, Piece, Request, Sampling, Stats, Ti
 from quantpage.errors import QuantPageError
 from quantpage.formats import CODES, Granularity, KVFormat, Quantized, QuantSpec, quantize
 from quantpage.hardware import device_info
-from quantpage.integrations.hf_transformers.attach import Attached
-from quantpage.integrations.hf_transformers.coverage import Coverage
-from quantpage.integrations.hf_transformers.prompts import Prompts
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 from quantpage.ops.dispatch import Call
 
@@ -29,14 +26,14 @@ def whole_model(model: nn.Module, ids: Tensor) -> int:
     quantpage.attach(model, quantpage.LayerFormats.parse("int4,first2=int8")).detach()
     mask = masks.causal_document([3, 4])
     with quantpage.attach(model, "int8", backend="flash_mask", mask=mask) as attached:
-        assert_type(attached, Attached)
-        assert_type(attached.coverage, Coverage)
+        assert_type(attached, quantpage.Attached)
+        assert_type(attached.coverage, quantpage.Coverage)
         kept = attached.new_cache()
         assert_type(kept, quantpage.QuantPageCache)
         assert_type(kept.fork(), quantpage.QuantPageCache)
         assert_type(kept.get_seq_length(), int)
         prompts = attached.prompts()
-        assert_type(prompts, Prompts)
+        assert_type(prompts, quantpage.Prompts)
         assert_type(prompts.learn(ids), int)
         assert_type(prompts.new_cache(ids), quantpage.QuantPageCache)
         attached.save_cache(kept, "conversation.pages")
@@ -79,7 +76,7 @@ def one_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended.out
 
 
-def batches(attached: Attached, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def batches(attached: quantpage.Attached, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     said: list[str] = []
 
     def take(piece: Piece) -> None:

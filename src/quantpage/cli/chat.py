@@ -37,7 +37,9 @@ _HELP = """\
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a decoder, a .gguf, or an id of the hub.")
+    ],
     system: System = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation of /save.")] = None,
     kv_format: CacheFormat = "int8",

@@ -11,7 +11,11 @@ import typer
 from quantpage import console
 
 Model = Annotated[
-    str, typer.Option(help="Folder of a Hugging Face decoder, or a .gguf file.", show_default=False)
+    str,
+    typer.Option(
+        help="Folder of a Hugging Face decoder, a .gguf file, or an id of the hub.",
+        show_default=False,
+    ),
 ]
 PageSize = Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -20,7 +20,9 @@ class EngineName(StrEnum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face decoder, or a .gguf.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a decoder, a .gguf, or an id of the hub.")
+    ],
     more: Annotated[
         list[str] | None,
         typer.Argument(help="After --: further flags of vLLM's server.", metavar="[-- FLAGS]"),

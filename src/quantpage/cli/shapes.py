@@ -18,7 +18,9 @@ MOST = 1 << 16
 
 ModelOrNone = Annotated[
     str | None,
-    typer.Option(help="Model folder, its config.json, or a .gguf file; no weights are read."),
+    typer.Option(
+        help="Model folder, its config.json, a .gguf file or an id of the hub; no weights are read."
+    ),
 ]
 Layers = Annotated[
     int | None,

@@ -9,5 +9,7 @@ its mask function (functions), and a forward pre-hook that supplies the cache (a
 
 from quantpage.integrations.hf_transformers.attach import Attached, attach
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
+from quantpage.integrations.hf_transformers.coverage import Coverage
+from quantpage.integrations.hf_transformers.prompts import Prompts
 
-__all__ = ["Attached", "QuantPageCache", "attach"]
+__all__ = ["Attached", "Coverage", "Prompts", "QuantPageCache", "attach"]

@@ -15,18 +15,20 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from quantpage.errors import QuantPageError, Unavailable
+from quantpage.integrations.hf_transformers.hub import fetch, is_hub_id
 
 _SHOWN = 3
 """Tensors that a sentence names; the rest are counted."""
 
 
-def find_files(path: str | Path) -> tuple[Path, str | None]:
+def find_files(path: str | Path, weights: bool = True) -> tuple[Path, str | None]:
     """The folder that holds a model, and the GGUF file in it where there is no config.json.
 
-    ``path``: the folder, its config.json or a .gguf file. Raises FileNotFoundError in one sentence
+    ``path``: the folder, its config.json, a .gguf file, or an id of the hub, of which the
+    configuration alone is fetched without ``weights``. Raises FileNotFoundError in one sentence
     when it is no model.
     """
-    path = Path(path)
+    path = fetch(path, weights) if is_hub_id(path) else Path(path)
     if path.is_file() and path.name == "config.json":
         return path.parent, None
     if path.is_file() and path.suffix == ".gguf":

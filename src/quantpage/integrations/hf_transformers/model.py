@@ -150,7 +150,7 @@ def load_config(path: str | Path) -> Any:
     """The configuration of a model folder, or of a config.json."""
     from transformers import AutoConfig
 
-    folder, gguf = find_files(path)
+    folder, gguf = find_files(path, weights=False)
     extra = {"gguf_file": gguf} if gguf else {}
     if not gguf:
         check_config(folder / "config.json")
@@ -168,18 +168,19 @@ def check_format(path: str | Path, kv_format: str | KVFormat | LayerFormats) -> 
 def load_model(
     path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> "tuple[Decoder, PreTrainedTokenizerBase]":
-    """(model, tokenizer) of a folder with safetensors or a GGUF file, in evaluation mode.
+    """(model, tokenizer) of a folder with safetensors, a GGUF file or an id of the hub, in
+    evaluation mode.
 
     Raises UnsupportedModel for a model that cannot be attached, ValueError for files that are
     broken or incomplete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    refuse_unsupported(load_config(path))
     folder, gguf = find_files(path)
     extra: dict[str, Any] = {"local_files_only": True}
     if gguf:
         extra["gguf_file"] = gguf
-    refuse_unsupported(load_config(path))
     check_weights(folder)
     with errors_in_one_sentence(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
