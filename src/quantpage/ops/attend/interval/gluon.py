@@ -17,7 +17,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops import refusals
-from quantpage.ops.attend.flash.gluon_launch import descriptor
+from quantpage.ops.attend.flash.gluon_launch import descriptor, value_scales
 from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, hopper_tile, hopper_width
 from quantpage.ops.attend.flash.triton_launch import workspace_dtype
 from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
@@ -148,6 +148,7 @@ def launch(
     padded, padded_v = hopper_width(head_dim), hopper_width(width)
     tile = hopper_tile(max(padded, padded_v))
     scale, cap = exponent_scale(params)
+    given_scales, scaled = value_scales(values)
     items = len(step.work)
     grid = min(items * heads, device_info(q.device).processors)
     given = mask_arguments(form, q.device)
@@ -159,9 +160,7 @@ def launch(
         out,
         lse,
         params.sinks,
-        None if values is None else values.scale,
-        None if values is None else values.zero,
-        0 if values is None else values.scale_strides[1],
+        *given_scales,
         order,
         step.work,
         plan.tiles,
@@ -201,8 +200,6 @@ def launch(
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
         SHIFT=8 if k.dtype == torch.float16 else 0,
-        V_STATIC=values is not None,
-        V_ZERO=values is not None and values.has_zero,
-        V_GROUPS=1 if values is None else values.groups,
+        **scaled,
         num_warps=4,
     )

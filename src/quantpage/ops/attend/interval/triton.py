@@ -16,7 +16,13 @@ from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 from quantpage.ops import refusals
 from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
-from quantpage.ops.attend.flash.triton_launch import OPERANDS, operand_dtype, parts_for
+from quantpage.ops.attend.flash.triton_launch import (
+    OPERANDS,
+    compiled,
+    operand_dtype,
+    parts_for,
+    strides,
+)
 from quantpage.ops.attend.interval.once import once_a_step
 from quantpage.ops.attend.interval.plan import MaskTile, lower
 from quantpage.ops.attend.interval.triton_kernel import flash_mask_kernel
@@ -117,10 +123,7 @@ def _launch(
         q.stride(0),
         q.stride(1),
         batch.page_table.stride(0),
-        *key.strides,
-        *value.strides,
-        *key.scale_strides,
-        *value.scale_strides,
+        *strides(key, value),
         scale,
         cap,
         G=group,
@@ -131,14 +134,6 @@ def _launch(
         BM=tile.rows,
         BN=tile.keys,
         PAGE=layer.page_size,
-        K_CODE=key.code,
-        V_CODE=value.code,
-        K_SCALED=key.scaled,
-        V_SCALED=value.scaled,
-        K_ZERO=key.has_zero,
-        V_ZERO=value.has_zero,
-        K_GROUPS=key.groups,
-        V_GROUPS=value.groups,
         VECTORS=given["tensor"].shape[2] if columns else 1,
         CAUSAL=isinstance(form, ColumnIntervals) and form.causal,
         RANGES=0 if columns else given["tensor"].shape[3],
@@ -151,5 +146,6 @@ def _launch(
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
         OPERAND=OPERANDS[operand_dtype(key, value)],
+        **compiled(key, value),
         num_warps=warps,
     )

@@ -24,7 +24,7 @@ from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
-from quantpage.ops.attend.flash.gluon_launch import descriptor
+from quantpage.ops.attend.flash.gluon_launch import descriptor, value_scales
 from quantpage.ops.attend.flash.tiles import hopper_tile, hopper_width
 from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
 from quantpage.ops.attend.params import AttendParams, exponent_scale
@@ -91,6 +91,7 @@ def launch(
     # A sink logit enters a row once: in the first pass, or when parts are merged.
     sinks = params.sinks is not None and not each.carried and each.work.parts == 1
     scale, cap = exponent_scale(params)
+    given_scales, scaled = value_scales(values)
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
@@ -101,9 +102,7 @@ def launch(
         carried if each.carried else None,
         lse,
         params.sinks if sinks else None,
-        None if values is None else values.scale,
-        None if values is None else values.zero,
-        0 if values is None else values.scale_strides[1],
+        *given_scales,
         order,
         items,
         rounds,
@@ -135,9 +134,7 @@ def launch(
         SINKS=sinks,
         CARRY=each.carried,
         SHIFT=8 if k.dtype == torch.float16 else 0,
-        V_STATIC=values is not None,
-        V_ZERO=values is not None and values.has_zero,
-        V_GROUPS=1 if values is None else values.groups,
+        **scaled,
         num_warps=4,
     )
 

@@ -21,8 +21,10 @@ from quantpage.ops.attend.decode.triton import decode_into
 from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
 from quantpage.ops.attend.flash.triton_launch import (
     OPERANDS,
+    compiled,
     operand_dtype,
     parts_for,
+    strides,
     workspace_dtype,
 )
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
@@ -104,10 +106,7 @@ def _launch(
         q.stride(0),
         q.stride(1),
         table.stride(0),
-        *key.strides,
-        *value.strides,
-        *key.scale_strides,
-        *value.scale_strides,
+        *strides(key, value),
         scale,
         cap,
         shape.window or 0,
@@ -121,14 +120,6 @@ def _launch(
         BN=tile.keys,
         SLOTS=key.page_size,
         PAGE=rule[1],
-        K_CODE=key.code,
-        V_CODE=value.code,
-        K_SCALED=key.scaled,
-        V_SCALED=value.scaled,
-        K_ZERO=key.has_zero,
-        V_ZERO=value.has_zero,
-        K_GROUPS=key.groups,
-        V_GROUPS=value.groups,
         WINDOW=shape.window is not None,
         CAUSAL=mask.kind == "causal",
         SEGMENT=SEGMENTS[rule[0]],
@@ -138,6 +129,7 @@ def _launch(
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
         OPERAND=OPERANDS[number],
+        **compiled(key, value),
         num_warps=warps,
     )
     if parts > 1:
