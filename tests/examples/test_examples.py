@@ -2,11 +2,9 @@
 on a random model.
 """
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantpage import attach
 from quantpage.integrations.hf_transformers.model import load_model
+from tests.examples.loading import ROOT, example
 
 pytestmark = pytest.mark.cpu
-
-ROOT = Path(__file__).parents[2]
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

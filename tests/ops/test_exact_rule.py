@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # Decides, before triton is imported, whether kernels are interpreted.
-from tests.ops.triton_cases import DEVICE, GPU, TIER
+from tests.ops.triton_cases import DEVICE, HOPPER, TIER
 
 # isort: split
 import triton
@@ -22,7 +22,6 @@ from quantpage.ops.attend.params import exact_band, exact_pairs
 
 pytestmark = TIER
 PAGE, CONTEXT, WIDTH = 16, 101, 128  # a channel a key
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 BY_TARGET = {each.target.removeprefix("quantpage.ops.attend."): each for each in CANDIDATES}
 
 

@@ -9,8 +9,9 @@ import torch
 from tests.ops.triton_cases import (
     CAUSAL,
     DEVICE,
-    GPU,
+    HOPPER,
     KERNEL_FORMATS,
+    ON_HOPPER,
     TOLERANCE,
     Step,
     check_decode,
@@ -29,11 +30,7 @@ from quantpage.ops.attend import attend as attend_op
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.reference import attend as reference
 
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
-]
+pytestmark = ON_HOPPER
 if HOPPER:
     from quantpage.ops.attend.decode.gluon import attend
 

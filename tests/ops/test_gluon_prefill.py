@@ -9,8 +9,9 @@ import torch
 from tests.ops.triton_cases import (
     CAUSAL,
     DEVICE,
-    GPU,
+    HOPPER,
     KERNEL_FORMATS,
+    ON_HOPPER,
     Step,
     assert_agrees,
     make_step,
@@ -25,11 +26,7 @@ from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.prefill import ways as prefill
 from quantpage.ops.attend.reference import attend as reference
 
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
-]
+pytestmark = ON_HOPPER
 if HOPPER:
     from quantpage.ops.attend.prefill import gluon as gluon_prefill
 

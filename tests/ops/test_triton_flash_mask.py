@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.triton_cases import DEVICE, GPU, KERNEL_FORMATS, TIER, relative, to_device
+from tests.ops.triton_cases import DEVICE, HOPPER, KERNEL_FORMATS, TIER, relative, to_device
 
 # isort: split
 from quantpage import masks
@@ -25,7 +25,6 @@ from tests.ops.mask_cases import cached
 
 pytestmark = TIER
 
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 KINDS = sorted(every_kind(24))
 
 

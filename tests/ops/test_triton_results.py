@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # Decides, before triton is imported, whether kernels are interpreted.
-from tests.ops.triton_cases import DEVICE, GPU, TIER, Step, make_step
+from tests.ops.triton_cases import DEVICE, HOPPER, TIER, Step, make_step
 
 # isort: split
 from quantpage.formats import FORMATS
@@ -14,7 +14,6 @@ from quantpage.ops.attend.prefill import ways
 from tests.ops.segment_cases import make_segments
 
 pytestmark = TIER
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 BY_TARGET = {each.target.removeprefix("quantpage.ops.attend."): each for each in CANDIDATES}
 DECODES = Step((1, 2, 0, 1), (70, 33, 20, 150), head_dim=64)
 PROMPTS = Step((40, 1, 20), (40, 90, 60), kv_heads=1, group=2, head_dim=64)

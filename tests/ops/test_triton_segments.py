@@ -14,6 +14,7 @@ from tests.ops.triton_cases import (
     CAUSAL,
     DEVICE,
     GPU,
+    HOPPER,
     KERNEL_FORMATS,
     TIER,
     TOLERANCE,
@@ -34,7 +35,6 @@ from quantpage.ops.dispatch import Implementation
 from tests.ops.segment_cases import make_segments, oracle, spoil
 
 pytestmark = TIER
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 MERGE = "quantpage.ops.attend.flash.triton_merge:merge_partials"
 PORTABLE = Implementation(
     "triton", "quantpage.ops.attend.prefill.triton:attend", lambda call: [], merge=MERGE

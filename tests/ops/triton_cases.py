@@ -18,6 +18,11 @@ from quantpage.ops.attend.reference import attend as reference
 from quantpage.ops.operand import CODE_KINDS
 
 GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+ON_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
 DEVICE = "cuda" if GPU else "cpu"
 TIER = [
     pytest.mark.gpu if GPU else pytest.mark.interpreted,

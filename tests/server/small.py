@@ -1,4 +1,7 @@
-"""A tiny random model whose tokens are bytes, with a chat template that knows tools."""
+"""A tiny random model whose tokens are bytes, with a chat template that knows tools; its server."""
+
+import contextlib
+import threading
 
 import torch
 import transformers as tf
@@ -37,3 +40,25 @@ def save_small(path, context=512, ends=0):
     )
     tf.LlamaForCausalLM(config).float().save_pretrained(path)
     return path
+
+
+@contextlib.contextmanager
+def answering(folder, key, max_body=None, **options):
+    """The address of a server of that folder, in this process; options: of ServeOptions."""
+    import uvicorn
+
+    from quantpage.server.app import create_app
+    from quantpage.server.options import ServeOptions
+    from quantpage.server.run import bind, load
+
+    given = ServeOptions(str(folder), name="small", memory=1 << 20, page_size=16, **options)
+    attached, served = load(given)
+    listener = bind("127.0.0.1", 0)
+    app = create_app(served, key, **({} if max_body is None else {"max_body": max_body}))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    attached.detach()

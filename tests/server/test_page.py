@@ -2,19 +2,15 @@
 changed. Needs playwright (pip install playwright) and Chromium, and says so where there is none."""
 
 import shutil
-import threading
 
 import pytest
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is tried with playwright, which is not installed"
 )
 
-from quantpage.server.app import create_app  # noqa: E402
-from quantpage.server.options import ServeOptions  # noqa: E402
-from quantpage.server.run import bind, load  # noqa: E402
-from tests.server.small import save_small  # noqa: E402
+from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -36,15 +32,8 @@ def browser():
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = save_small(tmp_path_factory.mktemp("small"), context=256)
-    attached, served = load(ServeOptions(str(folder), name="small", memory=1 << 20, page_size=16))
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(served, KEY), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    attached.detach()
+    with answering(folder, KEY) as address:
+        yield address
 
 
 @pytest.fixture

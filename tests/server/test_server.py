@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,12 +9,9 @@ import pytest
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
-from quantpage.server.app import create_app  # noqa: E402
-from quantpage.server.options import ServeOptions  # noqa: E402
-from quantpage.server.run import bind, load  # noqa: E402
-from tests.server.small import save_small  # noqa: E402
+from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -29,19 +25,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    options = ServeOptions(
-        str(folder), name="small", memory=1 << 20, max_requests=16, max_waiting=32, page_size=16
-    )
-    attached, served = load(options)
-    listener = bind("127.0.0.1", 0)
-    app = create_app(served, KEY, max_body=100_000)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    attached.detach()
+    with answering(folder, KEY, max_body=100_000, max_requests=16, max_waiting=32) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
