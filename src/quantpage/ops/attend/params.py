@@ -32,7 +32,7 @@ def exact_pairs(
     """Which keys a query sees exactly: those of the first page, of its own and of the one before.
 
     Keys in pages after the query's own (masks that look ahead) are body. In Triton the rule is
-    attend/triton_segments, in the compiled core ``add_part`` (csrc/attend.cpp).
+    flash/triton_segments, in the compiled core ``add_part`` (csrc/attend.cpp).
     """
     pages = keys[None] // page_size
     behind = queries[:, None] // page_size - pages

@@ -6,18 +6,18 @@ What triton_share says of scalars or of one element serves both kernels as it is
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode import triton_share as triton_plan
+from quantpage.ops.attend.decode import triton_share
 from quantpage.ops.attend.decode.triton_share import CUT_COST
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import A_TOKEN
 from quantpage.ops.triton.gluon_compat import async_copy
 
-key_ranges = gluon.jit(triton_plan.key_ranges.fn)
-shown_keys = gluon.jit(triton_plan.shown_keys.fn)
-keys_of_all = gluon.jit(triton_plan.keys_of_all.fn)
-tile_ranges = gluon.jit(triton_plan.tile_ranges.fn)
-even_pieces = gluon.jit(triton_plan.even_pieces.fn)
-row_programs = gluon.jit(triton_plan.row_programs.fn)
+key_ranges = gluon.jit(triton_share.key_ranges.fn)
+shown_keys = gluon.jit(triton_share.shown_keys.fn)
+keys_of_all = gluon.jit(triton_share.keys_of_all.fn)
+tile_ranges = gluon.jit(triton_share.tile_ranges.fn)
+even_pieces = gluon.jit(triton_share.even_pieces.fn)
+row_programs = gluon.jit(triton_share.row_programs.fn)
 
 
 @gluon.jit
@@ -67,7 +67,7 @@ def my_share(
     PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
     SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """triton_plan.my_share, with a layout."""
+    """triton_share.my_share, with a layout."""
     layout: gl.constexpr = (
         gl.BlockedLayout([CHUNK // 16], [16], [1], [0])
         if False

@@ -2,7 +2,7 @@
 
 The first keeps the smallest and largest bound of every key tile (column masks only); the second
 judges every (query tile, key tile) pair, a vector of key tiles at a time, and packs the survivors
-into lists by a prefix sum. mask_plan is the oracle and says what the lists mean.
+into lists by a prefix sum. interval/plan is the oracle and says what the lists mean.
 
 Lists have the capacity of the longest context, so that a captured graph goes on serving as lengths
 grow up to it.
@@ -271,7 +271,7 @@ def plan_tiles(
     tile: MaskTile,
     segment: Segment = "all",
 ) -> MaskPlan:
-    """As mask_plan.plan_tiles, from lowered masks on the batch's device."""
+    """As interval/plan.plan_tiles, from lowered masks on the batch's device."""
     device = batch.page_table.device
     given = mask_arguments(mask, device)
     heads, columns = given["heads"], isinstance(mask, ColumnIntervals)
