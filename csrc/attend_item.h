@@ -6,15 +6,16 @@
 namespace CONCAT(isa_, SUFFIX) {
 
 // ---- tiles -----------------------------------------------------------------------------------------
-// Dynamic scales of one run; lanes past its end get 0.
-static inline void load_plane(const Pages& p, const uint8_t* from, int64_t row_stride, int64_t count, float* to) {
+// Dynamic scales or zeros of one run, times what codes are read too small by; lanes past its end get 0.
+static inline void load_plane(const Pages& p, const uint8_t* from, int64_t row_stride, int64_t count, float times,
+                              float* to) {
   const int64_t size = p.scale_type == F32 ? 4 : 2;
   if (count == RUN && row_stride == size) {
     for (int i = 0; i < RUN; i += VW)
-      storef(to + i, p.scale_type == F32 ? load<vf>(from + 4 * i) : halves(from + 2 * i));
+      storef(to + i, (p.scale_type == F32 ? load<vf>(from + 4 * i) : halves(from + 2 * i)) * splat(times));
     return;
   }
-  for (int64_t i = 0; i < RUN; i++) to[i] = i < count ? number(from + i * row_stride, p.scale_type, 0) : 0.f;
+  for (int64_t i = 0; i < RUN; i++) to[i] = i < count ? number(from + i * row_stride, p.scale_type, 0) * times : 0.f;
 }
 
 template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
@@ -77,12 +78,12 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
     float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
   }
   if (key.scale && key.dynamic && !grouped(key)) {
-    load_plane(key, run.k_scale, key.scale_row, run.count, s.key_scale + lane);
-    if (key.zero) load_plane(key, run.k_zero, key.zero_row, run.count, s.key_zero + lane);
+    load_plane(key, run.k_scale, key.scale_row, run.count, code_unit(key), s.key_scale + lane);
+    if (key.zero) load_plane(key, run.k_zero, key.zero_row, run.count, 1.f, s.key_zero + lane);
   }
   if (value.scale && value.dynamic && !grouped(value)) {
-    load_plane(value, run.v_scale, value.scale_row, run.count, s.value_scale + lane);
-    if (value.zero) load_plane(value, run.v_zero, value.zero_row, run.count, s.value_zero + lane);
+    load_plane(value, run.v_scale, value.scale_row, run.count, code_unit(value), s.value_scale + lane);
+    if (value.zero) load_plane(value, run.v_zero, value.zero_row, run.count, 1.f, s.value_zero + lane);
   }
 }
 

@@ -24,8 +24,6 @@ struct Scratch {
   int32_t *weights, *value_pairs;
   float* value_floats;
   float *acc, *peak, *unit, *top;
-  // Sum of a row's weights in the tile.
-  float* mass;
   // Static values by channel: scale and zero over the largest scale; null where one scale is all.
   float *channel_scale, *channel_zero;
   // Codes in planes, spread: a run's keys', and a tile's values'.
@@ -67,7 +65,7 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   s.width = s.value_words ? value_width(value_code, s.value_dim) : s.value_dim;
   take(s.query16, s.padded * s.key_dim);
   take(s.query32, s.padded * s.key_dim);
-  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top, &s.mass})
+  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top})
     take(*each, s.padded);
   for (float** each : {&s.total, &s.zero_sum, &s.lift}) take(*each, s.padded * VW);
   take(s.words, s.key_words ? RUN * s.key_dim : 0);
@@ -103,18 +101,23 @@ static float fold_static(const Pages& key, int64_t head, float* q) {
   float constant = 0;
   for (int64_t c = 0; c < key.head_dim; c++) {
     if (key.zero) constant += q[c] * static_number(key, key.zero, key.zero_head, head, c);
-    q[c] *= static_number(key, key.scale, key.scale_head, head, c) * (key.code == FP8 ? 256.f : 1.f);
+    q[c] *= static_number(key, key.scale, key.scale_head, head, c) * code_unit(key);
   }
   return constant;
 }
 
-// The query's channels as 15-bit words, eight of a row in each lane.
-static void round_query(const Scratch& s, int64_t r, int64_t code) {
+// The query's channels as 15-bit words, eight of a row in each lane. Whether all of them are finite.
+static bool round_query(const Scratch& s, int64_t r, int64_t code) {
   const int64_t dim = s.key_dim;
   const float* q = s.query32 + r * dim;
-  vf most = splat(0.f);
-  for (int64_t c = 0; c < dim; c += VW) most = vmax(most, (vf)((vi)loadf(q + c) & splati(0x7fffffff)));
-  const float largest = hmax(most), unit = largest / 32767.f;
+  // Sizes of floats are ordered as their bits are, and what is not finite is above all others.
+  vi most = splati(0);
+  for (int64_t c = 0; c < dim; c += VW) {
+    const vi size = (vi)loadf(q + c) & splati(0x7fffffff);
+    most = size > most ? size : most;
+  }
+  const int32_t top = hmax(most);
+  const float largest = load<float>(&top), unit = largest / 32767.f;
   const vf inverse = splat(largest > 1e-30f ? 32767.f / largest : 0.f);
   vi rounded = {};
   alignas(64) int16_t words[512], ordered[512];
@@ -128,10 +131,18 @@ static void round_query(const Scratch& s, int64_t r, int64_t code) {
   int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
   for (int64_t i = 0; i < dim; i += 8) memcpy(to + i * LANES, ordered + i, 16);
   s.query_unit[r] = unit;
-  if (code != INT4) return;
-  int64_t total = 0;
-  for (int j = 0; j < VW; j++) total += rounded[j];
-  s.lift_keys[r] = -8.f * unit * (float)total;
+  if (code == INT4) {
+    int64_t total = 0;
+    for (int j = 0; j < VW; j++) total += rounded[j];
+    s.lift_keys[r] = -8.f * unit * (float)total;
+  }
+  return top < 0x7f800000;
+}
+
+static vf sum_over(const float* q, int64_t dim, float times) {
+  vf sum = splat(0.f);
+  for (int64_t c = 0; c < dim; c += VW) sum += loadf(q + c) * splat(times);
+  return sum;
 }
 
 static void prepare_channels(const Item& item, const Scratch& s) {
@@ -163,16 +174,11 @@ static void prepare_rows(const Item& item, const Scratch& s) {
     float* q = s.query32 + r * dim;
     load_query(a.q + ((item.first + r / group) * a.q_token + head * a.q_head) * item_size, a.q_type, dim,
                (float)a.softmax_scale, q);
-    vf sum = splat(0.f), nothing = splat(0.f);
-    for (int64_t c = 0; c < dim; c += VW) {
-      sum += loadf(q + c);
-      nothing += loadf(q + c) * splat(0.f);
-    }
-    if (key.zero && key.dynamic) s.query_sum[r] = hsum(sum);
+    if (key.zero && key.dynamic) s.query_sum[r] = hsum(sum_over(q, dim, 1.f));
     if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
-    // 0, or NaN for a query that is not finite: each of its scores is to be NaN.
-    s.constant[r] += hsum(nothing);
-    if (s.key_words) round_query(s, r, key.code);
+    const bool finite = s.key_words ? round_query(s, r, key.code) : hsum(sum_over(q, dim, 0.f)) == 0;
+    // Each score of a query that is not finite is to be NaN.
+    if (!finite) s.constant[r] = __builtin_nanf("");
   }
   // Weights of rows that only pad a group of four stay 0.
   for (int64_t r = s.rows; r < s.padded; r++) {

@@ -17,8 +17,8 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
   const Pages& key = *item.key;
   const int64_t token = row / (a.q_heads / a.kv_heads);
   const bool scaled = key.scale && key.dynamic && !grouped(key), zeroed = scaled && key.zero;
-  const vf times = splat(key.code == FP8 && scaled ? 256.f : 1.f);
   float* x = s.scores + row * TILE;
+  const bool moved = s.lift_keys[row] != 0 || s.constant[row] != 0;
   const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]), sum = splat(s.query_sum[row]);
   const vf cap = splat((float)a.softcap), per_cap = splat(a.softcap > 0 ? (float)(1 / a.softcap) : 0.f);
   vf highest = splat(-__builtin_inff());
@@ -27,10 +27,11 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
     if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + token];
     for (int j = 0; j < RUN; j += VW) {
       const int64_t i = r * RUN + j;
-      vf v = loadf(x + i) + lift;
-      if (scaled) v = v * (loadf(s.key_scale + i) * times);
+      vf v = loadf(x + i);
+      if (moved) v = v + lift;
+      if (scaled) v = v * loadf(s.key_scale + i);
       if (zeroed) v = v + loadf(s.key_zero + i) * sum;
-      v = v + constant;
+      if (moved) v = v + constant;
       if (a.softcap > 0) v = vtanh(v * per_cap) * cap;
       if (bits != 0xffff) v = select(lanes_seen(bits, j), v, splat(-__builtin_inff()));
       highest = vmax(highest, v);
@@ -57,7 +58,6 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   if (!(__builtin_fabsf(top) < __builtin_inff())) {
     if (top == __builtin_inff() || any_nan(x, lanes)) storef(s.total + row * VW, splat(__builtin_nanf("")));
     memset(x, 0, 4 * lanes);
-    s.mass[row] = 0;
     return 0;
   }
   if (top > s.peak[row]) {
@@ -71,9 +71,8 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   }
   const vf peak = splat(s.peak[row]);
   const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
-  const vf worth = splat(value.code == FP8 && value.scale && !grouped(value) ? 256.f : 1.f);
-  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f),
-     mass = splat(0.f);
+  const bool raised = value.code == FP8 && value.scale && !value.dynamic;
+  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f);
   for (int64_t i = 0; i < lanes; i += VW) {
     vf e = vexp(loadf(x + i) - peak);
     total += e;
@@ -83,47 +82,77 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
       if (zeroed) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
       e = select(none, splat(0.f), e * loadf(s.value_scale + i));
     }
-    e = e * worth;
+    if (raised) e = e * splat(code_unit(value));
     most = vmax(most, e);
-    mass += e;
     storef(x + i, e);
   }
   storef(s.total + row * VW, total);
   storef(s.zero_sum + row * VW, zero_sum);
-  if (!s.value_words) return 0;
-  s.mass[row] = hsum(mass);
-  return hmax(most);
+  return s.value_words ? hmax(most) : 0;
 }
 
-// What the codes of a value row say. Most rows are LOUD by their first channels.
-static Content find_content(const Pages& value, const Scratch& s, const uint8_t* row) {
-  constexpr int64_t PART = 16;
-  const bool nibbles = value.code == INT4;
-  // Against codes of a few hundred rows, whose errors add up to sqrt(rows) of a code's own.
-  const int faint = value.code == INT8 ? 8 : value.code == INT6 ? 2 : 1;
-  uint8_t any = 0;
-  for (int64_t c = 0; c < s.value_dim; c += PART) {
-    uint8_t loud = 0;
-    if (s.channel_scale) {
-      for (int64_t j = c; j < c + PART; j++) {
-        const int code = nibbles ? (row[j / 2] >> 4 * (j % 2) & 15) - 8 : (int8_t)row[j];
-        const float number = (float)code * s.channel_scale[j] + s.channel_zero[j];
-        any |= (uint8_t)(code != 0);
-        loud |= (uint8_t)(number >= (float)faint || number <= (float)-faint);
-      }
-    } else if (nibbles) {
-      for (int64_t b = c / 2; b < (c + PART) / 2; b++) loud |= row[b] ^ 0x88;
-    } else {
-      for (int64_t b = c; b < c + PART; b++) {
-        any |= row[b];
-        loud |= (uint8_t)((uint8_t)(row[b] + faint - 1) > 2 * (faint - 1));
-      }
-    }
-    if (loud) return LOUD;
+// The smallest code that says something, against codes of a few hundred rows, whose errors add up to
+// sqrt(rows) of a code's own.
+static uint8_t faint_code(const Pages& value) { return value.code == INT8 ? 8 : value.code == INT6 ? 2 : 1; }
+
+typedef uint8_t sixteen __attribute__((vector_size(16)));
+INLINE bool any_of(sixteen bytes) { return (load<uint64_t>(&bytes) | load<uint64_t>((uint8_t*)&bytes + 8)) != 0; }
+INLINE sixteen loud_codes(sixteen codes, uint8_t faint) {
+  const sixteen less = (sixteen){} + (uint8_t)(faint - 1);
+  return (sixteen)(codes + less > less + less);
+}
+// Eight bytes of nibbles that stand for 0.
+constexpr uint64_t QUIET_NIBBLES = 0x8888888888888888u;
+
+static Content find_by_channel(const Pages& value, const Scratch& s, const uint8_t* row) {
+  const float faint = faint_code(value);
+  bool any = false;
+  for (int64_t c = 0; c < s.value_dim; c++) {
+    const int code = value.code == INT4 ? (row[c / 2] >> 4 * (c % 2) & 15) - 8 : (int8_t)row[c];
+    const float number = (float)code * s.channel_scale[c] + s.channel_zero[c];
+    if (number >= faint || number <= -faint) return LOUD;
+    any |= code != 0;
   }
   return any ? FAINT : EMPTY;
 }
+// What the codes of a value row say.
+static Content find_content(const Pages& value, const Scratch& s, const uint8_t* row) {
+  if (s.channel_scale) return find_by_channel(value, s, row);
+  if (value.code == INT4) {
+    for (int64_t b = 0; b < s.value_dim / 2; b += 8)
+      if (load<uint64_t>(row + b) != QUIET_NIBBLES) return LOUD;
+    return EMPTY;
+  }
+  sixteen every = {};
+  for (int64_t c = 0; c < s.value_dim; c += 16) {
+    const sixteen codes = load<sixteen>(row + c);
+    if (any_of(loud_codes(codes, faint_code(value)))) return LOUD;
+    every |= codes;
+  }
+  return any_of(every) ? FAINT : EMPTY;
+}
 
+// Whether all rows of the tile are LOUD; if not, what each says is known. Most are by their first channels.
+static bool all_loud(const Pages& value, const Scratch& s, int64_t lanes) {
+  bool all = !s.channel_scale;
+  if (all && value.code == INT4)
+    for (int64_t i = 0; i < lanes; i++) all &= load<uint64_t>(s.value_rows[i]) != QUIET_NIBBLES;
+  else if (all)
+    for (int64_t i = 0; i < lanes; i++) all &= any_of(loud_codes(load<sixteen>(s.value_rows[i]), faint_code(value)));
+  if (all) return true;
+  all = true;
+  for (int64_t i = 0; i < lanes; i++) {
+    s.content[i] = find_content(value, s, s.value_rows[i]);
+    all &= s.content[i] == LOUD;
+  }
+  return all;
+}
+
+static float sum_of(const float* x, int64_t lanes) {
+  vf sum = splat(0.f);
+  for (int64_t i = 0; i < lanes; i += VW) sum += loadf(x + i);
+  return hsum(sum);
+}
 static float largest_of(const float* x, int64_t lanes) {
   vf most = splat(0.f);
   for (int64_t i = 0; i < lanes; i += VW) most = vmax(most, loadf(x + i));
@@ -201,13 +230,16 @@ static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t 
   for (int64_t row = 0; row < s.rows; row++) s.top[row] = weigh_row(item, s, row, lanes, s.top[row]);
   if (!s.value_words) return false;
   memset(s.content, UNKNOWN, lanes);
-  const bool differ = scales_differ(*item.value, s, lanes);
+  // One look at a tile's rows is less than many searches for the row of the largest weight.
+  const bool loud = s.rows > 4 && all_loud(*item.value, s, lanes);
+  const bool differ = !loud && scales_differ(*item.value, s, lanes);
   bool again = false;
   for (int64_t row = 0; row < s.rows; row++) {
     bool faint = false;
     float largest = s.top[row];
-    // Looking at codes costs as much as a tenth of the tile: only where few keys have all the weight.
-    if (differ || s.mass[row] < 4 * largest) largest = settle_largest(*item.value, s, row, lanes, largest, faint);
+    // Searching costs as much as a tenth of the tile: only where few keys have all the weight.
+    if (!loud && (differ || sum_of(s.scores + row * TILE, lanes) < 4 * largest))
+      largest = settle_largest(*item.value, s, row, lanes, largest, faint);
     if (faint) round_weights<true>(s, row, lanes, largest);
     else round_weights<false>(s, row, lanes, largest);
     s.top[row] = faint ? largest / 32767.f : 0.f;

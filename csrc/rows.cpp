@@ -99,10 +99,19 @@ struct Affine {
 static Affine measure(const Pages& p, const float* x, int64_t count, uint8_t* scale, uint8_t* zero,
                       double factor = 1) {
   float low = x[0], high = x[0];
-  for (int64_t c = 0; c < count; c++) {
-    low = x[c] < low ? x[c] : low;
-    high = x[c] > high ? x[c] : high;
-  }
+  if (count % VW == 0) {
+    vf most = loadf(x), least = -most;
+    for (int64_t c = VW; c < count; c += VW) {
+      most = vmax(most, loadf(x + c));
+      least = vmax(least, -loadf(x + c));
+    }
+    high = hmax(most);
+    low = -hmax(least);
+  } else
+    for (int64_t c = 0; c < count; c++) {
+      low = x[c] < low ? x[c] : low;
+      high = x[c] > high ? x[c] : high;
+    }
   const float qmax = top_of(p.code);
   if (!p.zero) return {put_scale(scale, p.scale_type, (high > -low ? high : -low) * (float)factor / qmax), 0};
   const float qmin = bottom_of(p.code);

@@ -75,6 +75,16 @@ static inline float hmax(vf v) {
 #endif
 }
 
+static inline int32_t hmax(vi v) {
+#if VW == 16
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < VW; i++) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
 // Whether a lane of a comparison holds.
 static inline bool any(vi mask) {
 #if VW == 16
@@ -364,6 +374,7 @@ template <int64_t CODE> static inline vf numbers(const uint8_t* row, int64_t c) 
   }
 }
 template <int64_t CODE> constexpr float unit() { return CODE == FP8 ? 256.f : 1.f; }
+static inline float code_unit(const Pages& p) { return p.code == FP8 ? unit<FP8>() : 1.f; }
 
 static inline float number(const uint8_t* p, int64_t type, int64_t i) {
   if (type == F32) return load<float>(p + 4 * i);

@@ -1,8 +1,9 @@
 """The ragged batch record, by its module's own example."""
 
 import pytest
+import torch
 
-from quantpage.batch import plan_batch
+from quantpage.batch import one_more, plan_batch
 
 pytestmark = pytest.mark.pure
 TABLES = [[7], [2, 4], [1, 9, 3]]
@@ -53,3 +54,49 @@ def test_pages_that_were_given_back_are_nobodys():
     for wrong, said in (([2], "one a request"), ([4, 0], r"first_pages\[0\]: expected 0..3")):
         with pytest.raises(ValueError, match=said):
             plan_batch([1, 17], [48, 32], tables, 16, first_pages=wrong)
+
+
+FIELDS = ("query_starts", "context_lens", "page_table", "slots", "positions")
+NEAR = [[0, 4, 6], [3, 2, -1]]
+
+
+def decode(contexts, near=None):
+    return plan_batch([1, 1], contexts, [[7, 5, 9], [2, 4, 1]], 16, exact_tables=near)
+
+
+@pytest.mark.parametrize("near", [None, NEAR])
+def test_one_more_token_each_is_what_its_own_plan_says(near):
+    plan = decode([33, 18], near)
+    for contexts in zip(range(34, 48), range(19, 33), strict=True):
+        plan, own = one_more(plan), decode(contexts, near)
+        for name in FIELDS:
+            assert torch.equal(getattr(plan, name), getattr(own, name))
+        if near is not None:
+            assert torch.equal(plan.exact.page_table, own.exact.page_table)
+            assert torch.equal(plan.exact.slots, own.exact.slots)
+        assert (plan.query_lens, plan.host_context_lens) == (own.query_lens, own.host_context_lens)
+        assert (plan.largest_page, plan.largest_exact_page) == (
+            own.largest_page,
+            own.largest_exact_page,
+        )
+    # The second request's next token begins a page.
+    assert contexts[1] == 32 and one_more(plan) is None
+
+
+def test_one_more_follows_only_from_what_was_checked():
+    assert one_more(plan_batch([2], [5], [[0]], 16)) is None
+    written = plan_batch([1], [5], [[0]], 16)
+    written.page_table[0, 0] = 3
+    assert one_more(written) is None
+    made = one_more(plan_batch([1], [5], [[0]], 16))
+    made.check_unchanged()
+    made.slots[0] = 77
+    with pytest.raises(ValueError, match=r"slots\[0\]: expected 5"):
+        made.check_unchanged()
+
+
+def test_slots_that_are_skipped_stay_so():
+    plan = decode([33, 18])
+    plan.slots[1] = -1
+    plan.check_unchanged()
+    assert one_more(plan).slots.tolist() == [9 * 16 + 1, -1]

@@ -164,10 +164,14 @@ class BatchPlan:
         """Check the numbers again if a tensor was written to since; a microsecond if not."""
         if not self._on_host:
             return
-        if self._stamp is None or self._stamp != self._writes():
+        if not self.unchanged():
             self.passed.clear()
             _set(self, _exact_step=None)
             self._check_numbers()
+
+    def unchanged(self) -> bool:
+        """Whether the numbers were checked here, and no tensor was written to since."""
+        return self._on_host and self._stamp is not None and self._stamp == self._writes()
 
     def exact_step(self) -> "BatchPlan":
         """The same step over the exact pages, as pages of their own; made once.
@@ -331,6 +335,36 @@ def derive(batch: BatchPlan, **changes: Any) -> BatchPlan:
     made = copy(batch)
     _set(made, passed=set(), _exact_step=None, _shared=(None, {}), _on_host=False, **changes)
     return made
+
+
+def one_more(batch: BatchPlan) -> BatchPlan | None:
+    """The step after a checked one, in which every request brings one token to the page that it
+    wrote last: what was checked of ``batch`` holds of it, and nothing is asked again.
+
+    None where that does not follow: other steps than of a token a request, a token that begins a
+    page, numbers that only a GPU knows, tensors that were written to since.
+    """
+    contexts = batch.host_context_lens
+    full = any(not context % batch.page_size or context == _INT32_END - 1 for context in contexts)
+    if full or any(new != 1 for new in batch.query_lens) or batch.bounded or not batch.unchanged():
+        return None
+    exact = batch.exact
+    with torch.inference_mode(False):
+        made = derive(
+            batch,
+            context_lens=batch.context_lens + 1,
+            positions=batch.positions + 1,
+            slots=_after(batch.slots),
+            host_context_lens=tuple(context + 1 for context in contexts),
+            exact=None if exact is None else ExactPlan(exact.page_table, _after(exact.slots)),
+        )
+        _set(made, _on_host=True, _stamp=made._writes())
+        return made
+
+
+def _after(slots: Tensor) -> Tensor:
+    """The slots after these in their pages; -1 stays, as it is skipped."""
+    return slots + (slots >= 0)
 
 
 def bound_lengths(batch: BatchPlan) -> BatchPlan:

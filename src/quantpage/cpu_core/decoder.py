@@ -66,7 +66,7 @@ class Decoder:
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core runs all blocks in this dtype."""
         # One look at all of them: a step has no time to ask each.
-        addresses = [each.data_ptr() for each in self._tensors]
+        addresses = list(map(Tensor.data_ptr, self._tensors))
         known = self._known
         if known is None or addresses != known[0] or dtype != known[1]:
             self._buffers.clear()

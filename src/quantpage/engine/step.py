@@ -18,7 +18,7 @@ from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
-from quantpage.integrations.hf_transformers.step import Step, plan_part
+from quantpage.integrations.hf_transformers.step import Part, Step, plan_part
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
@@ -34,6 +34,8 @@ class StepRunner:
         self.memory, self.page_size = self._cache.rows.memory, self._cache.rows.page_size
         self.device = next(self._model.parameters()).device
         self._digest: str | None = None
+        self._planned: dict[Reach, Part] = {}
+        """The newest step, from which the next may follow."""
         self._lay_out()
         for shelf in self.memory.shelves.values():
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
@@ -47,8 +49,13 @@ class StepRunner:
             self.memory.shelves[reach].store.copy_pages([copy])
         holdings = [chunk.answer.holding for chunk in chunks]
         new = [chunk.tokens for chunk in chunks]
-        parts = {
-            reach: plan_part([each.tables[reach] for each in holdings if each], shelf, new)
+        parts = self._planned = {
+            reach: plan_part(
+                [each.tables[reach] for each in holdings if each],
+                shelf,
+                new,
+                self._planned.get(reach),
+            )
             for reach, shelf in self.memory.shelves.items()
         }
         plan = next(iter(parts.values())).batch

@@ -96,9 +96,7 @@ class Memory:
             reach: Shelf(reach, page_size, exact, self.ledger) for reach, exact in kinds.items()
         }
         self._of_layer: dict[int, Shelf] = {}
-        self.peak_bytes = 0
-        """The most that was allocated at once, growing and working pages (cache/working)
-        counted."""
+        self._peak = 0
 
     @property
     def layouts(self) -> dict[int, CacheLayout]:
@@ -126,7 +124,6 @@ class Memory:
             shelf = self.shelves[reach]
             shelf.store.add_layer(index, layout, basis.static, basis.key_map)
             self._of_layer[index] = shelf
-            self.note_peak()
         elif shelf.store.layouts[index] != layout:
             raise CacheError(
                 f"layer {index}: expected pages of {shelf.store.layouts[index]}, got {layout}"
@@ -141,7 +138,6 @@ class Memory:
             if shelf.exact_pool is not None:
                 shelf.exact_pool.grow(store.exact_pages)
             self._of_layer |= dict.fromkeys(store.layouts, shelf)
-        self.note_peak()
 
     def layer(self, index: int) -> LayerKV:
         """The pages of one layer."""
@@ -189,6 +185,7 @@ class Memory:
     def _trim(self) -> int:
         # Not whole: a pool may be smaller than its store, and never larger.
         before = self.allocated_bytes()
+        self.note_peak()
         for shelf in self.shelves.values():
             shelf.pool.trim()
             if shelf.exact_pool is not None:
@@ -210,6 +207,12 @@ class Memory:
         """Bytes of all pages, held or free."""
         return sum(shelf.store.nbytes for shelf in self.shelves.values())
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was allocated at once, growing and working pages (cache/working)
+        counted."""
+        return max(self._peak, self.allocated_bytes())
+
     def note_peak(self, beside: int = 0) -> None:
-        """``beside``: bytes that are there for a moment beside the pages."""
-        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes() + beside)
+        """Before pages are given back, or while ``beside`` bytes are there beside them."""
+        self._peak = max(self._peak, self.allocated_bytes() + beside)

@@ -41,6 +41,8 @@ class Rows:
         """[rows, tokens] bool: False where a token was padding; None: never padding."""
         self._length = 0
         self._step: Step | None = None
+        self._planned: dict[Reach, Part] = {}
+        """The newest step, from which the next may follow."""
         self.lent: frozenset[int] = frozenset()
         """Layers whose keys and values later layers read as well."""
         self.attention_mask: Any = None
@@ -447,10 +449,13 @@ class Rows:
 
     def _parts(self, lengths: list[int]) -> dict[Reach, Part]:
         """The step that is reserved, for the layers of every reach."""
-        return {
-            reach: plan_part(sequences, self.memory.shelves[reach], lengths)
+        self._planned = {
+            reach: plan_part(
+                sequences, self.memory.shelves[reach], lengths, self._planned.get(reach)
+            )
             for reach, sequences in self.tables.items()
         }
+        return self._planned
 
     def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
         """[rows, new] bool of this step, remembered for the next; None: no padding at all."""

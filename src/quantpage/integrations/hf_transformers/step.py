@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from quantpage.batch import BatchPlan, plan_batch
+from quantpage.batch import BatchPlan, one_more, plan_batch
 from quantpage.cache import LayerKV, Reach, Sequence, Working, find_working
 from quantpage.integrations.hf_transformers.memory import Shelf
 
@@ -17,6 +17,8 @@ class Part:
     batch: BatchPlan
     working: Working | None = None
     """What a layer works in, where the step reads pages that are not kept."""
+    tables: tuple[list[list[int]], list[list[int]], list[int] | None] = ([], [], None)
+    """What the plan was made of: pages and exact pages of each row, first pages that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +52,46 @@ class Step:
         return out
 
 
-def plan_part(rows: Rows[Sequence], shelf: Shelf, lengths: Rows[int]) -> Part:
+def plan_part(
+    rows: Rows[Sequence], shelf: Shelf, lengths: Rows[int], before: Part | None = None
+) -> Part:
     """The step that ``rows`` have reserved, ``lengths`` new tokens each, for the layers of a
-    shelf."""
+    shelf.
+
+    before: an earlier step in this shelf. A step of one more token in each of the same pages
+    follows from it, which is less work than a plan of its own.
+    """
     device = shelf.store.device
     working = find_working(rows, device)
     codes, exact = (None, None) if working is None else (working.codes, working.exact)
-    tables = [each.pages for each in rows] if codes is None else codes.tables
+    pages = [each.pages for each in rows] if codes is None else codes.tables
     near = [each.exact_pages for each in rows] if exact is None else exact.tables
     first_pages = None
     if shelf.reach.limited:
-        first_pages = [first_there(each) for each in tables]
+        first_pages = [first_there(each) for each in pages]
         # What a window has left is hidden, but a kernel may load it before: it has to be readable.
-        tables = [[max(page, 0) for page in table] for table in tables]
+        pages = [[max(page, 0) for page in table] for table in pages]
         near = [_with_ends(*each) for each in zip(rows, near, strict=True)]
+    contexts = [each.length + each.reserved for each in rows]
+    tables = (pages, near, first_pages)
+    if before is not None and working is before.working is None and tables == before.tables:
+        batch = one_more(before.batch)
+        if batch is not None and (batch.query_lens, batch.host_context_lens) == (
+            tuple(lengths),
+            tuple(contexts),
+        ):
+            return Part(batch, None, before.tables)
     batch = plan_batch(
         lengths,
-        [each.length + each.reserved for each in rows],
-        tables,
+        contexts,
+        pages,
         shelf.page_size,
         device,
         None if shelf.exact_pool is None else near,
         first_pages,
     )
-    return Part(batch, working)
+    kept = [[*each] for each in pages], [[*each] for each in near], first_pages
+    return Part(batch, working, kept)
 
 
 def first_there(pages: Rows[int]) -> int:
