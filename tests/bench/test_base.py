@@ -32,8 +32,9 @@ def test_rows_are_joined_by_what_was_timed():
     ]
     after = [[row("a", "5"), row("d", "1")], [row("a", "15")], [row("a", "10"), row("c", "7")]]
     rows = {each["what"]: each for each in base.joined("cpu", before, after)}
-    assert {key: rows["a"][key] for key in ("before", "after", "ratio", "turns")} == {
-        "before": "20", "after": "10", "ratio": "0.500", "turns": "3",
+    assert rows["a"] == {
+        "case": "8 x 4k", "what": "a", "threads": "1", "time": "microseconds", "before": "20",
+        "after": "10", "ratio": "0.500", "turns": "3",
     }  # fmt: skip
     assert (rows["b"]["after"], rows["b"]["ratio"]) == ("-", "-")
     assert (rows["d"]["before"], rows["d"]["ratio"]) == ("-", "-")
@@ -75,7 +76,7 @@ def test_each_tree_runs_its_own_code(tmp_path, monkeypatch, capsys):
     assert other["after"] == other["ratio"] == "-" and float(other["before"]) > 0
     assert rows and all(each["turns"] == "1" for each in rows.values())
     header, *printed = capsys.readouterr().out.splitlines()
-    assert header.split() == ["case", "before", "after", "ratio", "turns"]
+    assert header.split() == ["case", "time", "before", "after", "ratio", "turns"]
     assert len(printed) == len(rows) + 1
     assert run(["bench", "bookkeeping", "--base", "no-such-commit"]) == 2
     assert "base: expected a commit of the checkout" in capsys.readouterr().err

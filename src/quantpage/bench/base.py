@@ -131,10 +131,12 @@ def joined(
 ) -> list[dict[str, str]]:
     """A row of each thing that either has timed; '-' where only the other has."""
     keys, columns = TIMED[command]
+    made = [row for turns in (*before, *after) for row in turns]
+    time = next((each for each in columns if any(row.get(each) for row in made)), columns[0])
     found: dict[tuple[str, ...], tuple[list[float], list[float]]] = {}
     for side, turns in enumerate((before, after)):
         for row in (row for rows in turns for row in rows):
-            known = next((row[column] for column in columns if row.get(column)), "")
+            known = row.get(time, "")
             times = found.setdefault(tuple(row[key] for key in keys), ([], []))[side]
             # A check that failed has a word where others have a time.
             times += [float(known)] if known.replace(".", "", 1).isdecimal() else []
@@ -144,6 +146,7 @@ def joined(
         rows.append(
             dict(zip(keys, key, strict=True))
             | {
+                "time": time,
                 "before": "-" if old is None else f"{old:.4g}",
                 "after": "-" if new is None else f"{new:.4g}",
                 "ratio": f"{new / old:.3f}" if old and new is not None else "-",
