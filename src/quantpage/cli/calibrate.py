@@ -88,10 +88,10 @@ def command(
         )
     made.save(out)
     for index, each in table:
-        scales = " ".join(f"{power:g}" for power in each.powers)
+        scales = " ".join(f"{a:g}/{b:g}" for a, b in each.exponents)
         console.print_line(
             f"layer {index:3d}  loss {each.plain_loss:.1e} -> {each.loss:.1e}  "
-            f"scales to the power {scales}"
+            f"exponents of scales {scales}"
         )
     if made.static:
         console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")

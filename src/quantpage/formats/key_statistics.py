@@ -5,6 +5,10 @@ queries, ``e' W e`` with W the mean of q q'. That, and not the size of e, is wha
 keep small (HeadQ, arXiv 2605.03562, says the same of attention's KL). For a map of one scale a
 channel, whose rounding errors are all of about the same size after the rotation, the loss is the
 product of tr(W / s^2) and tr(C s^2), C the keys' covariance: least for s^4 = W_cc / C_cc.
+
+Where keys are rounded in turn, errors take W's shape by themselves. The loss is then the product of
+det(W / s^2)^(1/D) and tr(C s^2): least for s^2 = 1 / C_cc, whatever W. Neither law is exact, so
+``choose_map`` tries both, in part and whole.
 """
 
 from dataclasses import dataclass
@@ -23,8 +27,11 @@ _FLOOR = 1e-4
 """Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
 _KEPT, _MOST = 64, 512
 """Keys that are kept of one text, and of all."""
-POWERS = (0.0, 0.5, 1.0)
-"""Of the best scale a channel, tried by ``choose_map``."""
+EXPONENTS = (
+    (0.0, 0.0), (1 / 8, 1 / 8), (1 / 4, 1 / 4),
+    (0.0, 1 / 8), (0.0, 1 / 4), (0.0, 3 / 8), (0.0, 1 / 2),
+)  # fmt: skip
+"""(a, b) of scales W_cc^a / C_cc^b, tried by ``choose_map``; of equal losses the first wins."""
 
 
 @dataclass(slots=True)
@@ -78,16 +85,17 @@ class KeyStatistics:
         """Of the keys."""
         return self.key_sums / self.tokens
 
-    def key_map(self, mean: bool = True, power: float = 1.0) -> KeyMap:
+    def key_map(self, mean: bool = True, a: float = 0.25, b: float = 0.25) -> KeyMap:
         """The map that these tokens ask for.
 
-        mean: take it out. power: of the best scale a channel; 0: scales of 1.
+        mean: take it out. a, b: scales are W_cc^a / C_cc^b; as they stand the best for channels
+        that are rounded by themselves.
         """
         taken = self.mean if mean else torch.zeros_like(self.mean)
         second = self.key_products.diagonal(dim1=1, dim2=2) / self.tokens
         variance = _floored(second - 2 * self.mean * taken + taken.square())
         weight = _floored(self.metric.diagonal(dim1=1, dim2=2))
-        logs = (weight / variance).log() * (power / 4)
+        logs = weight.log() * a - variance.log() * b
         # Of a head's scales only their ratios matter.
         scale = (logs - logs.mean(1, keepdim=True)).exp()
         return KeyMap(scale.float().contiguous(), taken.float().contiguous() if mean else None)
@@ -99,8 +107,8 @@ class ChosenMap:
 
     key_map: KeyMap
     """Without feedback: that depends on the codes, and the metric says it."""
-    powers: tuple[float, ...]
-    """Of each kv_head, one of POWERS."""
+    exponents: tuple[tuple[float, float], ...]
+    """Of each kv_head, one of EXPONENTS."""
     loss: float
     """Mean of ``e' W e`` relative to that of ``k' W k``, keys about their mean."""
     plain_loss: float
@@ -108,11 +116,11 @@ class ChosenMap:
 
 
 def choose_map(statistics: KeyStatistics, spec: QuantSpec, mean: bool = True) -> ChosenMap:
-    """The power of each kv_head's scales with the least loss, rounded as ``spec`` does.
+    """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
     spec: dynamic. mean: take it out.
     """
-    maps = [statistics.key_map(mean, power) for power in POWERS]
+    maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each) for each in maps])
     best = losses.argmin(0)
     heads = torch.arange(len(best))
@@ -121,7 +129,7 @@ def choose_map(statistics: KeyStatistics, spec: QuantSpec, mean: bool = True) ->
     size = _weighed(apart, statistics.metric).sum()
     return ChosenMap(
         KeyMap(scale.contiguous(), maps[0].mean),
-        tuple(POWERS[each] for each in best.tolist()),
+        tuple(EXPONENTS[each] for each in best.tolist()),
         float(losses[best, heads].sum() / size),
         float(_loss(statistics, spec, None).sum() / size),
     )
