@@ -32,8 +32,8 @@ class RopeTable:
                     f"{name}: expected float32 [positions, rotary_dim / 2], got {table.dtype} "
                     f"{tuple(table.shape)}"
                 )
-            if not table.is_contiguous():
-                object.__setattr__(self, name, table.contiguous())
+            if table.is_neg() or not table.is_contiguous():
+                object.__setattr__(self, name, table.resolve_neg().contiguous())
         if self.cos.shape != self.sin.shape or self.cos.device != self.sin.device:
             raise ValueError(
                 f"sin: expected {tuple(self.cos.shape)} on {self.cos.device} as cos, "

@@ -39,7 +39,8 @@ def filled(name="int4", pages=5, exact_pages=3):
                 for spec in (layout.format.key, layout.format.value)
             )
         cache.add_layer(index, layout, static)
-    for plane in planes(cache):
+    # Scales that were given stay what they are: others are refused when a file is read.
+    for plane in (each for each in planes(cache) if each.ndim == 4):
         plane.copy_(torch.randint(0, 256, plane.shape, dtype=torch.uint8))
     return cache
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantpage.cache.counts import whole
 from quantpage.errors import FormatError
 from quantpage.formats import CODES, KVFormat, QuantSpec
 
@@ -13,6 +14,9 @@ _AS_COMPUTED = KVFormat("none", QuantSpec(CODES["none"]), QuantSpec(CODES["none"
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens a page may hold. Default 64; 16 inside an engine that wants it."""
+
+MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""In which a model may compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,16 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
-        if self.kv_heads < 1 or self.head_dim < 1:
-            raise ValueError(
-                f"kv_heads, head_dim: expected at least 1, got {self.kv_heads}, {self.head_dim}"
-            )
+        for name in ("kv_heads", "head_dim", "page_size"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        if self.value_head_dim is not None:
+            width = whole("value_head_dim", self.value_head_dim, 1)
+            object.__setattr__(self, "value_head_dim", width)
+        if not isinstance(self.format, KVFormat):
+            raise ValueError(f"format: expected a KVFormat (find_format), got {self.format!r}")
+        if self.dtype not in MODEL_DTYPES:
+            said = ", ".join(map(str, MODEL_DTYPES))
+            raise ValueError(f"dtype: expected that of a model, one of {said}, got {self.dtype}")
         for spec, width in ((self.format.key, self.head_dim), (self.format.value, self.v_dim)):
             spec.granularity.groups(width)
             if width % spec.code.step:

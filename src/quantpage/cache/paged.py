@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpage.cache.counts import page_ids, whole
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.saved import SavedPages, read_pages, write_pages
@@ -47,7 +48,8 @@ class PagedKVCache:
     def __init__(
         self, pages: int = 0, exact_pages: int = 0, device: torch.device | str = "cpu"
     ) -> None:
-        self.pages, self.exact_pages, self.device = pages, exact_pages, torch.device(device)
+        self.pages, self.exact_pages = whole("pages", pages), whole("exact_pages", exact_pages)
+        self.device = torch.device(device)
         self.layouts: dict[int, CacheLayout] = {}
         self._layers: dict[int, LayerKV] = {}
 
@@ -65,6 +67,7 @@ class PagedKVCache:
         they are cached. Raises CacheError for an index that is there, ValueError for scales that
         do not belong to the layout.
         """
+        index = whole("index", index)
         if index in self.layouts:
             raise CacheError(f"layer {index}: expected a new index, it is there already")
         if not layout.format.dynamic and static is None:
@@ -76,16 +79,21 @@ class PagedKVCache:
         self.layouts[index] = layout
 
     def layer(self, index: int) -> LayerKV:
-        """The pages of one layer; the view is stale after ``grow``."""
-        return self._layers[index]
+        """The pages of one layer; the view is stale after ``grow``. CacheError for a layer that
+        is not there."""
+        found = self._layers.get(index)
+        if found is None:
+            raise CacheError(f"index: expected a layer of {list(self._layers)}, got {index!r}")
+        return found
 
     def grow(self, pages: int, exact_pages: int = 0) -> None:
         """Add pages after the last; contents are kept, views of before are stale.
 
-        Negative numbers take the last pages away. Layers change one after the other, so that no
-        more than one of them is in memory twice.
+        Negative numbers take the last pages away, as far as there are some. Layers change one after
+        the other, so that no more than one of them is in memory twice.
         """
-        pages, exact_pages = self.pages + pages, self.exact_pages + exact_pages
+        pages = whole("pages", pages, -self.pages) + self.pages
+        exact_pages = whole("exact_pages", exact_pages, -self.exact_pages) + self.exact_pages
         for index, view in self._layers.items():
             self._layers[index] = LayerKV(
                 _resized(view.key, pages),
@@ -98,15 +106,22 @@ class PagedKVCache:
         self.pages, self.exact_pages = pages, exact_pages
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
-        """Copy whole pages in every layer, in the order given."""
+        """Copy whole pages in every layer, in the order given. ValueError for pages that are not
+        there, with nothing copied."""
+        copies = list(copies)
+        for copy in copies:
+            self._check_pages("copies", (copy.source, copy.target), copy.exact)
         for copy in copies:
             for view in self._layers.values():
                 for plane in _exact_planes(view) if copy.exact else _paged_planes(view):
                     plane[copy.target] = plane[copy.source]
 
     def swap_out(self, pages: Sequence[int], exact_pages: Sequence[int] = ()) -> HostPages:
-        """Copy pages of every layer to the host; whoever holds the pages releases them."""
-        chosen = {"pages": list(pages), "exact_pages": list(exact_pages)}
+        """Copy pages of every layer to the host; whoever holds the pages releases them.
+
+        Raises ValueError for pages that are not there.
+        """
+        chosen = self._chosen(pages, exact_pages)
         planes = {}
         for index, view in self._layers.items():
             for group, ids in chosen.items():
@@ -119,7 +134,8 @@ class PagedKVCache:
     ) -> None:
         """Copy ``host``'s pages to the pages given, in the order in which they were taken.
 
-        Raises ValueError for another number of pages than were taken.
+        Raises ValueError, with nothing changed, for another number of pages than were taken, pages
+        that are not there or given twice, and pages of a cache of other layers.
         """
         for name, taken, given in (
             ("pages", host.pages, len(pages)),
@@ -127,11 +143,43 @@ class PagedKVCache:
         ):
             if taken != given:
                 raise ValueError(f"{name}: expected {taken}, as were swapped out; got {given}")
-        chosen = {"pages": list(pages), "exact_pages": list(exact_pages)}
-        for index, view in self._layers.items():
-            for group, ids in chosen.items():
-                for name, plane in _named_planes(view)[group].items():
-                    plane[ids] = host.planes[f"{index}.{name}"].to(plane.device)
+        chosen = self._chosen(pages, exact_pages)
+        for name, ids in chosen.items():
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"{name}: expected each page once, got {ids}")
+        # All of them are looked at before one is written.
+        targets = [
+            (f"{index}.{name}", plane, ids)
+            for index, view in self._layers.items()
+            for group, ids in chosen.items()
+            for name, plane in _named_planes(view)[group].items()
+        ]
+        self._check_host(host, targets)
+        for name, plane, ids in targets:
+            plane[ids] = host.planes[name].to(plane.device)
+
+    def _chosen(self, pages: Sequence[int], exact_pages: Sequence[int]) -> dict[str, list[int]]:
+        return {
+            "pages": self._check_pages("pages", pages, exact=False),
+            "exact_pages": self._check_pages("exact_pages", exact_pages, exact=True),
+        }
+
+    def _check_pages(self, name: str, pages: Iterable[int], exact: bool) -> list[int]:
+        return page_ids(name, pages, self.exact_pages if exact else self.pages)
+
+    def _check_host(self, host: HostPages, targets: list[tuple[str, Tensor, list[int]]]) -> None:
+        """ValueError unless ``host`` has the planes of these layers, alike but for their pages."""
+        strange = host.planes.keys() - {name for name, _, _ in targets} - self.basis().keys()
+        if strange:
+            raise ValueError(
+                f"host: expected pages of layers {list(self._layers)}, got {min(strange)} besides"
+            )
+        for name, plane, ids in targets:
+            given = host.planes.get(name)
+            wanted = (len(ids), *plane.shape[1:])
+            if given is None or given.shape != wanted or given.dtype != plane.dtype:
+                got = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
+                raise ValueError(f"host: expected {name} as {plane.dtype} {wanted}, got {got}")
 
     def save(
         self,
@@ -192,15 +240,21 @@ class PagedKVCache:
     def fill(self, layouts: Mapping[int, CacheLayout], planes: dict[str, Tensor]) -> None:
         """Add these layers with what ``to_save`` gave of them, as many pages as there are here.
 
-        planes: [pages, ...] each, by the names that ``to_save`` gave.
+        planes: [pages, ...] each, by the names that ``to_save`` gave; those of other layers are
+        left alone. Raises CorruptCache for scales and key maps that cannot be.
         """
         for index, layout in layouts.items():
             pair = [
                 _static_pair(planes, f"{index}.{half}", spec, self.device)
                 for half, spec in (("key", layout.format.key), ("value", layout.format.value))
             ]
-            self.add_layer(index, layout, (pair[0], pair[1]), _key_map(planes, index, self.device))
-        host = HostPages(planes, self.pages, self.exact_pages)
+            try:
+                key_map = _key_map(planes, index, self.device)
+                self.add_layer(index, layout, (pair[0], pair[1]), key_map)
+            except ValueError as error:
+                raise CorruptCache(f"layer {index}: {error}") from error
+        own = {name: x for name, x in planes.items() if layer_of(name) in self.layouts}
+        host = HostPages(own, self.pages, self.exact_pages)
         self.swap_in(host, range(self.pages), range(self.exact_pages))
 
     @property
@@ -248,14 +302,37 @@ def _allocate_halves(
     ):
         shape = layout.codes_shape(spec, width, pages)
         codes = zero_plane(shape, spec.code.storage or layout.dtype, device)
+        if spec.dynamic and any(plane is not None for plane in given):
+            raise ValueError(
+                f"static: expected None where {form.name} computes its scales, got a tensor"
+            )
         if spec.quantized and spec.dynamic:
             shape = layout.scale_shape(spec, width, pages)
             scale = zero_plane(shape, spec.scale_dtype, device)
             zero = zero_plane(shape, spec.scale_dtype, device) if spec.zero_point else None
             halves.append(QuantizedPages(spec, codes, scale, zero))
         else:
+            _refuse_numbers(given)
             halves.append(QuantizedPages(spec, codes, *given))
     return halves[0], halves[1]
+
+
+def _refuse_numbers(given: ScalePair) -> None:
+    """ValueError for scales that are given and no scale can be."""
+    for name, plane in zip(("scale", "zero"), given, strict=True):
+        if plane is None:
+            continue
+        if not isinstance(plane, Tensor):
+            raise ValueError(f"static: expected a tensor as {name}, got {type(plane).__name__}")
+        bad = ~plane.isfinite() if name == "zero" else ~(plane.isfinite() & (plane > 0))
+        if bad.any():
+            wanted = "finite numbers" if name == "zero" else "finite numbers above 0"
+            raise ValueError(f"static: expected {wanted} as {name}, got {plane[bad][0].item()}")
+
+
+def layer_of(name: str) -> int:
+    """The layer of a plane that ``to_save`` named."""
+    return int(name.partition(".")[0])
 
 
 def copy_rows(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
+from quantpage.cache.counts import whole
 from quantpage.cache.ledger import Ledger
 from quantpage.errors import CacheError, OutOfPages
 
@@ -17,8 +18,7 @@ class PagePool:
 
     def __init__(self, capacity: int, ledger: Ledger | None = None) -> None:
         """ledger: that of another pool, for pools whose pages the same requests hold."""
-        if capacity < 0:
-            raise ValueError(f"capacity: expected at least 0 pages, got {capacity}")
+        capacity = whole("capacity", capacity)
         self.ledger, self._joined = Ledger() if ledger is None else ledger, ledger is not None
         self._references = [0] * capacity
         # A heap; None: to be read off the counts again.
@@ -58,7 +58,7 @@ class PagePool:
 
     def acquire_all(self, pages: int) -> list[int]:
         """So many free pages, each held once. Raises OutOfPages with nothing changed."""
-        return self.ledger.whole(self._acquire, pages)
+        return self.ledger.whole(self._acquire, whole("pages", pages))
 
     def share(self, page: int) -> int:
         """Hold ``page`` once more; returns it."""
@@ -83,7 +83,7 @@ class PagePool:
 
     def grow(self, pages: int) -> None:
         """Add ``pages`` free pages after the last."""
-        self.ledger.whole(self._grow, pages)
+        self.ledger.whole(self._grow, whole("pages", pages))
 
     def trim(self) -> int:
         """Take away the free pages after the last that is held; how many they were."""

@@ -33,6 +33,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from quantpage.cache.counts import whole
 from quantpage.cache.idle import IdleQueue
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.pool import PagePool
@@ -94,7 +95,8 @@ class PrefixCache:
         exact_pool: PagePool | None = None,
         reach: Reach = EVERYTHING,
     ) -> None:
-        self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        self._pool, self._exact_pool = pool, exact_pool
+        self.page_size = whole("page_size", page_size, 1)
         pool.watch(self._alone_with)
         if exact_pool is not None:
             exact_pool.join(pool)

@@ -16,6 +16,7 @@ runs the layers gives each of them its own (cache/working).
 
 from dataclasses import dataclass
 
+from quantpage.cache.counts import whole
 from quantpage.cache.pool import PagePool
 from quantpage.cache.reach import (
     EVERYTHING,
@@ -62,7 +63,8 @@ class Sequence:
         exact_pool: PagePool | None = None,
         reach: Reach = EVERYTHING,
     ) -> None:
-        self._pool, self._exact_pool, self.page_size = pool, exact_pool, page_size
+        self._pool, self._exact_pool = pool, exact_pool
+        self.page_size = whole("page_size", page_size, 1)
         self._ledger = pool.ledger
         if exact_pool is not None:
             exact_pool.join(pool)
@@ -98,7 +100,7 @@ class Sequence:
         Raises OutOfPages with nothing changed. ``commit(0)`` takes it back, once the copies are
         made; make them inside of ``ledger.whole`` where that may fail.
         """
-        return self._ledger.whole(self._reserve, tokens, sparse)
+        return self._ledger.whole(self._reserve, whole("tokens", tokens), sparse)
 
     def _reserve(self, tokens: int, sparse: bool) -> list[PageCopy]:
         if self.reserved:
@@ -127,8 +129,8 @@ class Sequence:
         rejected here may be of any length (``crop`` comes too late for a long one), unless the
         step was sparse: then CacheError, and nothing changed. ValueError for more than there are.
         """
-        accepted = self.reserved if tokens is None else tokens
-        if not 0 <= accepted <= self.reserved:
+        accepted = self.reserved if tokens is None else whole("tokens", tokens)
+        if accepted > self.reserved:
             raise ValueError(f"tokens: expected 0..{self.reserved}, got {tokens}")
         if accepted < self.reserved:
             self._refuse_missing("commit", self.length + accepted)
@@ -194,7 +196,7 @@ class Sequence:
 
     def check_crop(self, length: int) -> None:
         """What ``crop`` refuses (CacheError, ValueError), of a step under way, too."""
-        if not 0 <= length <= self.length + self.reserved:
+        if whole("length", length) > self.length + self.reserved:
             raise ValueError(f"length: expected 0..{self.length + self.reserved}, got {length}")
         self._refuse_missing("crop", length)
 

@@ -100,15 +100,17 @@ class QuantizedPages:
             )
         if dynamic:
             _check_strides(name, plane)
-        elif not plane.is_contiguous():
+        elif not plane.is_contiguous() or plane.is_neg():
             # A few numbers, which kernels read in order: a view of a checkpoint is copied.
-            object.__setattr__(self, name, plane.contiguous())
+            object.__setattr__(self, name, plane.resolve_neg().contiguous())
 
 
 def _check_strides(name: str, plane: Tensor) -> None:
     """Rows of a page in order, one after the other; pages and heads apart from each other."""
     _, _, page_size, width = plane.shape
     by_page, by_head, by_row, by_channel = plane.stride()
+    if plane.is_neg():
+        raise ValueError(f"{name}: expected numbers as they lie in memory, got a negated view")
     fits = (width == 1 or by_channel == 1) and (page_size == 1 or by_row == width)
     if not fits:
         raise ValueError(

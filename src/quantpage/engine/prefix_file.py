@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantpage.cache import HostPages, KnownPages, PagedKVCache, PagePool, Reach, RememberedPage
+from quantpage.cache.paged import layer_of
 from quantpage.cache.saved import SavedPages
 from quantpage.cache.tensor_file import Damaged, shown, whole_number
 from quantpage.integrations.hf_transformers.memory import Memory, Shelf
@@ -104,6 +105,8 @@ def _taken(pool: PagePool | None, pages: int) -> list[int]:
 def _write(store: PagedKVCache, saved: SavedPages, held: list[int], exact: list[int]) -> None:
     planes = {}
     for name, plane in saved.planes.items():
+        if layer_of(name) not in store.layouts:
+            continue
         count = exact if name.partition(".")[2].startswith("exact_") else held
         planes[name] = plane[: len(count)]
     store.swap_in(HostPages(planes, len(held), len(exact)), held, exact)

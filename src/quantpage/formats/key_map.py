@@ -127,7 +127,7 @@ class KeyMap:
 
 
 def _check(name: str, plane: Tensor, shape: tuple[int | str, ...]) -> None:
-    whole = plane.dtype == torch.float32 and plane.is_contiguous()
+    whole = plane.dtype == torch.float32 and plane.is_contiguous() and not plane.is_neg()
     if not whole or tuple(plane.shape) != shape:
         named = f"[{', '.join(map(str, shape))}]"
         raise ValueError(

@@ -120,6 +120,7 @@ def unchecked(function: Callable[P, Result]) -> Callable[P, Result]:
 def check_attend(q: Tensor, layer: LayerKV, batch: BatchPlan, params: Any, needs: Needs) -> None:
     """ValueError where attention to ``layer`` cannot be right; see ops/attend for arguments."""
     batch.check_unchanged()
+    _check_view("q", q)
     key = (needs, layer.facts, params.facts, q.shape, q.dtype, q.device)
     if key in batch.passed:
         return
@@ -158,8 +159,10 @@ def check_out(out: Tensor, q: Tensor, width: int) -> None:
         out.shape == wanted
         and out.dtype == q.dtype
         and out.device == q.device
-        and out.stride(2) == 1
-        and (out.data_ptr() != q.data_ptr() or not q.shape[0])
+        and out.is_contiguous()
+        and not out.is_neg()
+        and not (out.requires_grad and torch.is_grad_enabled())
+        and _apart(out, q)
     ):
         return
     _same("out", f"{wanted}, a row a query", tuple(out.shape), tuple(out.shape) == wanted)
@@ -167,8 +170,21 @@ def check_out(out: Tensor, q: Tensor, width: int) -> None:
     _same("out", f"it on {q.device} as the queries", out.device, out.device == q.device)
     _same("out", "a contiguous last dimension", f"strides {out.stride()}",
           out.stride(-1) == 1 or out.shape[-1] == 1)  # fmt: skip
-    _same("out", "memory of its own", "that of the queries",
-          not q.numel() or out.data_ptr() != q.data_ptr())  # fmt: skip
+    _check_view("out", out)
+    alone = all(stride for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1)
+    _same("out", "each number in its own place", f"strides {out.stride()}", alone)
+    _same("out", "memory of its own", "that of the queries", _apart(out, q))
+
+
+def _apart(out: Tensor, q: Tensor) -> bool:
+    """Whether no number of one is in the other's memory; parts of one tensor that lie in turns
+    (the columns of a fused projection) begin elsewhere."""
+    a, b = out.data_ptr(), q.data_ptr()
+    if a == b:
+        return not q.numel()
+    if not (out.is_contiguous() and q.is_contiguous()):
+        return True
+    return a + out.nbytes <= b or b + q.nbytes <= a
 
 
 def check_write(
@@ -181,6 +197,10 @@ def check_write(
     """ValueError where a write to ``layer`` cannot be right; see ops/rope_write for arguments."""
     batch.check_unchanged()
     q, k, v = rows
+    _check_view("k", k)
+    _check_view("v", v)
+    if q is not None:
+        _check_view("q", q)
     key = (
         needs, layer.facts, params.facts, k.shape, v.shape, k.dtype, v.dtype, k.device, v.device,
         None if q is None else (q.shape, q.dtype, q.device),
@@ -234,6 +254,7 @@ def check_gather(
     if isinstance(context_len, bool) or not isinstance(context_len, int) or context_len < 0:
         raise ValueError(f"context_len: expected a number of tokens, got {context_len!r}")
     _same("dtype", "a floating dtype", dtype, dtype in FLOATS)
+    _same("page_table", "a tensor", type(page_table).__name__, isinstance(page_table, Tensor))
     fits = page_table.ndim == 1 and page_table.dtype in (torch.int32, torch.int64)
     _same("page_table", "int32 or int64 [pages]", f"{page_table.dtype} {tuple(page_table.shape)}",
           fits)  # fmt: skip
@@ -249,6 +270,20 @@ def check_gather(
         low, high = (int(each) for each in page_table[:used].aminmax())
         _same("page_table", f"page ids from 0 to {pages.pages - 1}", low if low < 0 else high,
               low >= 0 and high < pages.pages)  # fmt: skip
+
+
+def _check_view(name: str, x: Tensor) -> None:
+    """What shapes and dtypes do not tell, asked at every call."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected no gradient to be asked for, as pages keep no graph; got a tensor "
+            "that requires one (torch.no_grad() or detach() says that none is wanted)"
+        )
+    if x.is_neg():
+        raise ValueError(
+            f"{name}: expected numbers as they lie in memory, got a negated view (resolve_neg() "
+            "writes it out)"
+        )
 
 
 def _check_rows(

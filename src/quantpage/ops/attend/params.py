@@ -102,8 +102,8 @@ class AttendParams:
                 f"sinks: expected floating numbers [q_heads], got {sinks.dtype} "
                 f"{tuple(sinks.shape)}"
             )
-        if sinks is not None and not sinks.is_contiguous():
-            object.__setattr__(self, "sinks", sinks.contiguous())
+        if sinks is not None and (sinks.is_neg() or not sinks.is_contiguous()):
+            object.__setattr__(self, "sinks", sinks.resolve_neg().contiguous())
         facts = _facts_of(
             None if sinks is None else sinks.shape[0],
             None if sinks is None else sinks.device,

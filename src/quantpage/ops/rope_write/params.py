@@ -34,8 +34,8 @@ class QKNorm:
                     f"{name}: expected floating numbers [head_dim], got {weight.dtype} "
                     f"{tuple(weight.shape)}"
                 )
-            if not weight.is_contiguous():
-                object.__setattr__(self, name, weight.contiguous())
+            if weight.is_neg() or not weight.is_contiguous():
+                object.__setattr__(self, name, weight.resolve_neg().contiguous())
         if self.q_weight.shape != self.k_weight.shape:
             raise ValueError(
                 f"k_weight: expected {self.q_weight.shape[0]} weights as q_weight, "
@@ -99,7 +99,9 @@ class WriteParams:
                         f"bias of {name}: expected floating numbers [heads, head_dim], got "
                         f"{each.dtype} {tuple(each.shape)}"
                     )
-            tensors += self.bias
+            plain = tuple(each.resolve_neg() for each in self.bias)
+            object.__setattr__(self, "bias", plain)
+            tensors += plain
         facts = _facts_of(
             None if self.rope is None else (self.rope.cos.shape[0], self.rope.rotary_dim),
             None if self.norm is None else self.norm.q_weight.shape[0],
