@@ -199,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "pages swapped in in order of their ids",
         _SRC + "cache/paged.py",
-        'plane[ids] = host.planes[f"{index}.{name}"]',
-        'plane[sorted(ids)] = host.planes[f"{index}.{name}"]',
+        "plane[ids] = host.planes[name]",
+        "plane[sorted(ids)] = host.planes[name]",
         ("tests/cache/test_saved.py",),
         _TORCH,
     ),
