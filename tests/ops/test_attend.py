@@ -81,36 +81,41 @@ def check(implementation, case, chunks, mask=CausalMask(), **extras):  # noqa: B
     return out
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_and_page_sizes(implementation, name, page_size):
+def test_formats_and_page_sizes(implementation, name, page_size, phase):
     case = cached(name, [63, 100, 150], page_size=page_size)
-    skip_if_refused(implementation, case, name, "prefill", CausalMask())
-    check(implementation, case, [(0, 63), (36, 100), (149, 150)])
-    check(implementation, case, [(62, 63), (99, 100), (146, 150)])
+    skip_if_refused(implementation, case, name, phase, CausalMask())
+    steps = {
+        "prefill": [(0, 63), (36, 100), (149, 150)],
+        "decode": [(62, 63), (99, 100), (146, 150)],
+    }
+    check(implementation, case, steps[phase])
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("name", ["none", "int8", "int4", "fp8_static"])
-def test_masks_sinks_and_softcap(implementation, name, mask):
+def test_masks_sinks_and_softcap(implementation, name, mask, phase):
     case = cached(name, [63, 150])
-    skip_if_refused(implementation, case, name, "prefill", mask)
+    skip_if_refused(implementation, case, name, phase, mask)
     sinks = torch.randn(4)
-    check(implementation, case, [(10, 63), (100, 150)], mask)
-    check(implementation, case, [(10, 63), (100, 150)], mask, softcap=3.0, sinks=sinks)
-    check(implementation, case, [(62, 63), (149, 150)], mask, softcap=3.0, sinks=sinks)
+    step = [(10, 63), (100, 150)] if phase == "prefill" else [(62, 63), (149, 150)]
+    check(implementation, case, step, mask)
+    check(implementation, case, step, mask, softcap=3.0, sinks=sinks)
 
 
 @pytest.mark.parametrize(
     "heads", [(1, 1, 64), (7, 1, 64), (6, 2, 80), (4, 4, 96), (16, 1, 128), (4, 2, 256)], ids=str
 )
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
-def test_heads_and_channels(implementation, name, heads):
+def test_heads_and_channels(implementation, name, heads, phase):
     q_heads, kv_heads, head_dim = heads
     case = cached(name, [70, 33], q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
-    skip_if_refused(implementation, case, name, "prefill", CausalMask())
-    check(implementation, case, [(50, 70), (32, 33)])
-    check(implementation, case, [(69, 70), (32, 33)])
+    skip_if_refused(implementation, case, name, phase, CausalMask())
+    check(implementation, case, [(50 if phase == "prefill" else 69, 70), (32, 33)])
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])
@@ -272,6 +277,7 @@ def test_a_key_map_changes_neither_outputs_nor_log_sums(implementation, name, si
 
 
 def test_a_mean_under_a_softcap_is_refused(implementation):
+    skip_if_refused(implementation, cached("none", [60]), "none", "prefill", CausalMask())
     ((q, layer), _), batch = _mapped_and_plain("none")
     with pytest.raises(ValueError, match=r"key_map: expected one without a mean.* softcap 30"):
         attend(q.float(), layer, batch, AttendParams(0.2, softcap=30.0), implementation)
@@ -302,6 +308,8 @@ def test_pages_that_a_window_has_left_may_be_any_page(implementation, name):
 
 @pytest.mark.parametrize("name", ["int8", "int8_exact", "fp8"])
 def test_rows_that_fit_float16_may_not_while_they_are_rotated(implementation, name):
+    case = cached(name, [150], head_dim=64)
+    skip_if_refused(implementation, case, name, "prefill", CausalMask())
     tokens, size, noise = 150, 16, torch.Generator().manual_seed(0)
     k, v = (torch.randn(tokens, 2, 64, generator=noise) for _ in range(2))
     # In the body; turned, the first channel of a block is several times as large.
