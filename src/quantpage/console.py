@@ -90,7 +90,8 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=ERR,
-        disable=ERR.quiet,
+        # Elsewhere rich would leave a bar's last state as a line.
+        disable=ERR.quiet or not ERR.is_terminal,
     )
 
 

@@ -62,6 +62,8 @@ def answer(quantpage, folder, tmp_path):
 def test_every_request_is_answered_as_alone(answer):
     done, together = answer(REQUESTS)
     assert "5 answered, 0 failed" in done.err and done.out == ""
+    # No bar off a terminal, nor what is left of one.
+    assert "\u2501" not in done.err
     assert list(map(str, sorted(map(str, together)))) == ["5", "chat", "drawn", "greedy", "several"]
     for at, each in enumerate(REQUESTS):
         _, alone = answer([each], name=f"alone-{at}.jsonl")

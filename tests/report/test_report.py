@@ -175,7 +175,8 @@ def test_requests_are_checked():
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_interruption_keeps_finished_parts_and_writes_no_page(folder, tmp_path):
     out = tmp_path / "page.html"
-    command = [sys.executable, "-m", "quantpage", *given(folder, out)]
+    # So many steps that it is not done before it is interrupted.
+    command = [sys.executable, "-m", "quantpage", *given(folder, out, "--steps", "200")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + 120
         while time.monotonic() < end and not list(tmp_path.glob("page.parts/text-*.json")):

@@ -67,6 +67,8 @@ def command(
     table: list[tuple[int, ChosenMap]] = []
     with console.progress() as progress:
         task = progress.add_task("measuring", total=len(windows))
+        if not progress.console.is_terminal:
+            console.note(f"measuring {len(windows):,} windows of {window:,} tokens")
 
         def pieces() -> Iterator[Any]:
             for each in windows:
