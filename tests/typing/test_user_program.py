@@ -19,7 +19,7 @@ MISTAKES = {
         "has no attribute",
     ),
     "page_size=16, max_tokens=1000": ("page_size='16', max_tokens=1000", "incompatible type"),
-    "attached.coverage, Coverage": ("attached.coverage, str", 'of type "Coverage"'),
+    "attached.coverage, quantpage.Coverage": ("attached.coverage, str", 'of type "Coverage"'),
     "kept.used_bytes()": ("kept.bytes_used()", "has no attribute"),
     'QuantSpec(CODES["int4"])': ('CODES["int4"]', "incompatible type"),
     "[request.pages], page_size=16": ("request.pages, page_size=16", "incompatible type"),
