@@ -75,13 +75,13 @@ def test_logits_equal_the_oracle(name, kv_format):
 
 
 @pytest.mark.parametrize("kv_format", DYNAMIC)
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_logits_do_not_depend_on_the_cut(kv_format, chunk):
-    model, ids = tiny("llama"), tokens(1, 150)
+def test_logits_do_not_depend_on_the_cut(kv_format):
+    model, ids = tiny("llama"), tokens(1, 100)
     with quantpage.attach(model, kv_format=kv_format, page_size=16):
-        whole = stepwise(model, ids, 150)
-        cut = stepwise(model, ids, 5, chunk=chunk)
-    torch.testing.assert_close(cut, whole, atol=1e-8, rtol=0)
+        whole = stepwise(model, ids, 100)
+        for chunk in (1, 7, 64):
+            cut = stepwise(model, ids, 5, chunk=chunk)
+            torch.testing.assert_close(cut, whole, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("kv_format", DYNAMIC)

@@ -44,19 +44,19 @@ def logits(model, ids, cuts, cache=None):
 @pytest.mark.parametrize("kv_format", DYNAMIC)
 @pytest.mark.parametrize("name", ["llama", *WINDOWS])
 def test_the_cut_changes_nothing_and_few_pages_stay(name, kv_format):
-    model, ids = tiny(name), tokens(2, 400)
+    model, ids = tiny(name), tokens(2, 208)
     with quantpage.attach(model, kv_format=kv_format, page_size=PAGE):
-        whole, cache = logits(model, ids, [400])
-        long, _ = logits(model, ids, [150, 399, 400])
-        short, other = logits(model, ids, [*range(9, 400, 9), 400])
+        whole, cache = logits(model, ids, [208])
+        long, _ = logits(model, ids, [86, 207, 208])
+        short, other = logits(model, ids, [*range(9, 208, 9), 208])
     torch.testing.assert_close(long, whole, atol=1e-8, rtol=0)
     torch.testing.assert_close(short, whole, atol=1e-8, rtol=0)
     exact = FORMATS[kv_format].exact_pages is not None
     for each in (cache, other):
         each.flush()
         for layer, (pages, near) in zip(each.layers, held(each), strict=True):
-            # A window of 24 and a page to roll back: tokens 361 .. 399.
-            assert pages == (3 if layer.is_sliding else 25)
+            # A window of 24 and a page to roll back: tokens 169 .. 207.
+            assert pages == (3 if layer.is_sliding else 13)
             assert near == ((2 if layer.is_sliding else 3) if exact else 0)
 
 
