@@ -159,8 +159,9 @@ def end_a_run(folder, file, out, sent):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    for _ in range(1200):
-        if process.poll() is not None or (out.exists() and out.stat().st_size > size + 1500):
+    end = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < end:
+        if out.exists() and out.stat().st_size > size + 1500:
             break
         time.sleep(0.02)
     process.send_signal(sent)
