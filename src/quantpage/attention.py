@@ -53,14 +53,18 @@ class Attended(NamedTuple):
     """What a layer's attention hands back."""
 
     out: Tensor
-    """[tokens, q_heads, value_head_dim] in the query's dtype."""
+    """[tokens, q_heads, out_dim] in the query's dtype."""
     lse: Tensor | None
     """[tokens, q_heads], natural logarithm, at least float32; None where it was not wanted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerAttention:
-    """The implementations that serve one layer: what ``call`` says of it must hold at each step."""
+    """The implementations that serve one layer: what ``call`` says of it must hold at each step.
+
+    query_dim and out_dim are head_dim and value_dim but where keys and values are made of latent
+    rows (``LayerKV.latent``).
+    """
 
     backend: AttentionBackend
     write: Implementation
@@ -70,7 +74,7 @@ class LayerAttention:
 
     def write_step(
         self,
-        q: Float[Tensor, "tokens q_heads head_dim"] | None,
+        q: Float[Tensor, "tokens q_heads query_dim"] | None,
         k: Float[Tensor, "tokens kv_heads head_dim"],
         v: Float[Tensor, "tokens kv_heads value_dim"],
         layer: LayerKV,
@@ -86,12 +90,12 @@ class LayerAttention:
 
     def attend_step(
         self,
-        q: Float[Tensor, "tokens q_heads head_dim"],
+        q: Float[Tensor, "tokens q_heads query_dim"],
         layer: LayerKV,
         batch: BatchPlan,
         params: AttendParams,
         lse_wanted: bool = True,
-        out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+        out: Float[Tensor, "tokens q_heads out_dim"] | None = None,
     ) -> Attended:
         """Attend to what the pages hold; ``q`` as ``write_step`` handed it back.
 
@@ -125,7 +129,7 @@ class LayerAttention:
 
     def __call__(
         self,
-        q: Float[Tensor, "tokens q_heads head_dim"],
+        q: Float[Tensor, "tokens q_heads query_dim"],
         k: Float[Tensor, "tokens kv_heads head_dim"],
         v: Float[Tensor, "tokens kv_heads value_dim"],
         layer: LayerKV,
@@ -141,7 +145,7 @@ class LayerAttention:
 
     def into(
         self,
-        out: Float[Tensor, "tokens q_heads value_dim"],
+        out: Float[Tensor, "tokens q_heads out_dim"],
         qkv: tuple[Tensor, Tensor, Tensor],
         layer: LayerKV,
         batch: BatchPlan,
@@ -151,7 +155,7 @@ class LayerAttention:
         """The same with the output in the caller's memory and without a log-sum-exp."""
         q, k, v = qkv
         self._check_before(q, layer, batch, attend)
-        check_out(out, q, layer.value.head_dim)
+        check_out(out, q, layer.facts.out_dim)
         written = self.write_step(q, k, v, layer, batch, write)
         assert written.q is not None
         self.attend_step(written.q, layer, batch, attend, lse_wanted=False, out=out)
@@ -178,6 +182,12 @@ class LayerAttention:
             raise ValueError(
                 f"layer: expected kv_heads, head_dim, value_head_dim, page_size {wanted}, as this "
                 f"attention was built for, got {got}"
+            )
+        if call.latent != facts.latent:
+            kinds = "keys and values", "latent rows"
+            raise ValueError(
+                f"layer: expected {kinds[call.latent]}, as this attention was built for, got "
+                f"{kinds[facts.latent]}"
             )
         if (call.format.key, call.format.value) != (facts.key, facts.value):
             raise ValueError(

@@ -54,24 +54,24 @@ class BoundAttention:
         """
         self.attention, self.pages, self.write, self.attend = attention, pages, write, attend
         self.step = step
-        self.value_head_dim = attention.call.value_head_dim
+        self.out_dim = attention.call.out_dim
         self.number = next(_numbers)
         _bound[self.number] = self
 
     def __call__(
         self,
-        q: Float[Tensor, "tokens q_heads head_dim"],
+        q: Float[Tensor, "tokens q_heads query_dim"],
         k: Float[Tensor, "tokens kv_heads head_dim"],
         v: Float[Tensor, "tokens kv_heads value_dim"],
-        out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-    ) -> Float[Tensor, "tokens q_heads value_dim"]:
+        out: Float[Tensor, "tokens q_heads out_dim"] | None = None,
+    ) -> Float[Tensor, "tokens q_heads out_dim"]:
         """``out``, or new memory, with the output in the model's basis.
 
         Raises ValueError for what does not fit the step, before anything is written, and
         RuntimeError where no step is set.
         """
         if out is None:
-            out = q.new_empty(q.shape[0], q.shape[1], self.value_head_dim)
+            out = q.new_empty(q.shape[0], q.shape[1], self.out_dim)
         if torch.compiler.is_compiling():
             torch.ops.quantpage.attention_step(q, k, v, out, self.number)
         else:

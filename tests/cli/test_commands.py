@@ -28,7 +28,8 @@ def test_explain_takes_the_heads_of_a_model(quantpage, folder, tmp_path):
 def test_explain_shows_what_latent_attention_caches(quantpage, tmp_path):
     tf.DeepseekV2Config(**{**FOUR, **LATENT}).save_pretrained(tmp_path)
     said = quantpage("explain", "--device", "cpu", "--kv-format", "int8", "--model", tmp_path).out
-    assert "4 query heads, 1 kv_heads, head_dim 32 (values 16), page_size 64" in said
+    assert "4 query heads, latent rows of 32 and 16 rotary channels, page_size 64" in said
+    assert "needs values of their own, got latent rows (MLA)" in said
 
 
 @pytest.mark.parametrize(

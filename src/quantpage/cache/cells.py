@@ -77,11 +77,11 @@ def layer_of_cells(
         for (spec, width), plane, given in zip(halves, codes, static or _NO_SCALES, strict=True)
     )
     if exact is None:
-        return LayerKV(key, value)
+        return LayerKV(key, value, latent=layout.latent)
     _check("exact", exact, layout.kv_heads, exact_cell_bytes(layout))
     memory = _Planes(exact, layout.page_size)
     exact_key, exact_value = (memory.next(width, layout.dtype) for _, width in halves)
-    return LayerKV(key, value, exact_key, exact_value)
+    return LayerKV(key, value, exact_key, exact_value, latent=layout.latent)
 
 
 def _scales(memory: "_Planes", spec: QuantSpec, width: int, given: ScalePair) -> ScalePair:

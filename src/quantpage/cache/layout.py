@@ -36,6 +36,10 @@ class CacheLayout:
     """The model's dtype: what 'none' codes and exact pages are kept in."""
     value_head_dim: int | None = None
     """Channels of a value; None: as a key."""
+    latent: bool = False
+    """Multi-head latent attention: keys and values of a token are made of one latent row, which is
+    what ``head_dim`` and the format's key describe; ``value_head_dim`` and its value describe the
+    rotary channels that a key has besides (``LayerKV.latent``)."""
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

@@ -95,12 +95,12 @@ class PagedKVCache:
         pages = whole("pages", pages, -self.pages) + self.pages
         exact_pages = whole("exact_pages", exact_pages, -self.exact_pages) + self.exact_pages
         for index, view in self._layers.items():
-            self._layers[index] = LayerKV(
-                _resized(view.key, pages),
-                _resized(view.value, pages),
-                _kept_resized(view.exact_key, exact_pages),
-                _kept_resized(view.exact_value, exact_pages),
-                view.key_map,
+            self._layers[index] = replace(
+                view,
+                key=_resized(view.key, pages),
+                value=_resized(view.value, pages),
+                exact_key=_kept_resized(view.exact_key, exact_pages),
+                exact_value=_kept_resized(view.exact_value, exact_pages),
             )
             view.retire()
         self.pages, self.exact_pages = pages, exact_pages
@@ -281,11 +281,10 @@ def allocate_layer(
     key, value = _allocate_halves(layout, pages, device, static or _NO_SCALES)
     near = layout.near
     if near is None:
-        return LayerKV(key, value)
-    exact = _allocate_halves(near, exact_pages, device, _NO_SCALES)
-    if not near.format.quantized:
-        return LayerKV(key, value, exact[0].codes, exact[1].codes)
-    return LayerKV(key, value, *exact)
+        return LayerKV(key, value, latent=layout.latent)
+    halves = _allocate_halves(near, exact_pages, device, _NO_SCALES)
+    exact = halves if near.format.quantized else (halves[0].codes, halves[1].codes)
+    return LayerKV(key, value, exact[0], exact[1], latent=layout.latent)
 
 
 def _allocate_halves(

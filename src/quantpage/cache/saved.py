@@ -52,6 +52,7 @@ _LAYOUT = {
     "value": (dict,),
     "exact_pages": _MAYBE_NUMBER,
     "near": (dict, type(None)),
+    "latent": (bool,),
 }
 _PAIR = {"format": (str,), "key": (dict,), "value": (dict,)}
 _SPEC = {
@@ -86,7 +87,7 @@ def write_pages(path: Path | str, saved: SavedPages) -> None:
     metadata = {
         "kind": KIND,
         "version": VERSION,
-        "layouts": json.dumps({str(i): _layout_record(x) for i, x in saved.layouts.items()}),
+        "layouts": json.dumps({str(i): _written(x) for i, x in saved.layouts.items()}),
         "counts": json.dumps({str(i): list(x) for i, x in saved.counts.items()}),
         "note": json.dumps(saved.note),
     }
@@ -276,7 +277,16 @@ def _layout_record(layout: CacheLayout) -> dict[str, Any]:
         "value": _spec_record(form.value),
         "exact_pages": None if form.exact_pages is None else form.exact_pages.kept_pages,
         "near": None if form.near is None else _pair_record(form.near),
+        "latent": layout.latent,
     }
+
+
+def _written(layout: CacheLayout) -> dict[str, Any]:
+    """Its record, as it was before there were latent rows where it has none."""
+    record = _layout_record(layout)
+    if not layout.latent:
+        del record["latent"]
+    return record
 
 
 def _pair_record(form: KVFormat) -> dict[str, Any]:
@@ -289,8 +299,8 @@ def _pair_record(form: KVFormat) -> dict[str, Any]:
 
 def _layout(name: str, record: Any) -> CacheLayout:
     if type(record) is dict:
-        # Files of before there were near pages of codes have none.
-        record = {"near": None, **record}
+        # Files of before there were near pages of codes have none, and most have no latent rows.
+        record = {"near": None, "latent": False, **record}
     _check_fields(name, record, _LAYOUT)
     kept = record["exact_pages"]
     if kept not in (None, ExactPages.kept_pages):
@@ -314,6 +324,7 @@ def _layout(name: str, record: Any) -> CacheLayout:
             page_size=record["page_size"],
             dtype=dtype,
             value_head_dim=record["value_head_dim"],
+            latent=record["latent"],
         )
     except ValueError as error:
         raise Damaged(f"{name}, {error}") from error

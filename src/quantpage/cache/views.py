@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpage.formats import CODES, KeyMap, QuantSpec
+from quantpage.formats import CODES, KeyMap, QuantSpec, rotate
 from quantpage.formats.scales import ScalePair
 
 _UNQUANTIZED = QuantSpec(CODES["none"])
@@ -143,6 +143,17 @@ class LayerFacts:
     near: tuple[QuantSpec, QuantSpec] | None
     """Codes of the exact pages; None: they are as the model computes."""
     device: torch.device
+    latent: bool
+
+    @property
+    def query_dim(self) -> int:
+        """Channels of a query."""
+        return self.head_dim + self.value_head_dim if self.latent else self.head_dim
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of an output."""
+        return self.head_dim if self.latent else self.value_head_dim
 
 
 _facts_of = lru_cache(maxsize=4096)(LayerFacts)
@@ -165,6 +176,11 @@ class LayerKV:
     """As ``exact_key`` with the values' head_dim."""
     key_map: KeyMap | None = None
     """What was done to keys before they were rotated and cached; None: nothing."""
+    latent: bool = False
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), absorbed: ``key`` holds one
+    latent row a token, which is the token's value and the first channels of its key, ``value`` the
+    rotary channels that follow them in the key. A query is as wide as both, an output as a latent.
+    """
 
     _retired: bool = field(init=False, repr=False, compare=False, default=False)
     _facts: LayerFacts | None = field(init=False, repr=False, compare=False, default=None)
@@ -179,6 +195,10 @@ class LayerKV:
                 f"as the key codes, got {self.value.codes.shape[:3]}"
             )
         if self.key_map is not None:
+            if self.latent:
+                raise ValueError(
+                    "key_map: expected None for latent rows, which are values too, got one"
+                )
             wanted = self.kv_heads, self.key.head_dim
             given = self.key_map.kv_heads, self.key_map.head_dim
             if wanted != given:
@@ -266,6 +286,26 @@ class LayerKV:
         return self.key.codes.device
 
     @property
+    def out_rotated(self) -> bool:
+        """Whether outputs leave attention in a rotated basis: that of what is summed."""
+        summed = self.key if self.latent else self.value
+        return summed.spec.rotation == "hadamard"
+
+    def turned(self, q: Tensor) -> Tensor:
+        """Queries, [.., query_dim], in the basis of the cached keys, in at least float32 where
+        anything is done to them.
+        """
+        if self.key_map is not None:
+            q = self.key_map.queries(q)
+        if not self.latent:
+            return _rotated(q, self.key.spec)
+        if "hadamard" not in (self.key.spec.rotation, self.value.spec.rotation):
+            return q
+        parts = q.split([self.key.head_dim, self.value.head_dim], -1)
+        halves = zip(parts, (self.key, self.value), strict=True)
+        return torch.cat([_rotated(part, half.spec) for part, half in halves], -1)
+
+    @property
     def _near(self) -> tuple[QuantSpec, QuantSpec] | None:
         key, value = self.exact_key, self.exact_value
         if isinstance(key, QuantizedPages) and isinstance(value, QuantizedPages):
@@ -298,6 +338,7 @@ class LayerKV:
                 _count(self.exact_key),
                 self._near,
                 self.device,
+                self.latent,
             )
             object.__setattr__(self, "_facts", made)
             return made
@@ -325,11 +366,20 @@ class LayerKV:
         """Made once: every step asks."""
         if self._parts is None:
             assert self.exact_key is not None and self.exact_value is not None
-            near = LayerKV(_as_pages(self.exact_key), _as_pages(self.exact_value))
-            parts = (LayerKV(self.key, self.value, key_map=self.key_map), near)
+            near = LayerKV(
+                _as_pages(self.exact_key), _as_pages(self.exact_value), latent=self.latent
+            )
+            body = LayerKV(self.key, self.value, key_map=self.key_map, latent=self.latent)
+            parts = (body, near)
             object.__setattr__(self, "_parts", parts)
             return parts
         return self._parts
+
+
+def _rotated(q: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.rotation != "hadamard":
+        return q
+    return rotate(q if q.dtype == torch.float64 else q.float())
 
 
 def _as_pages(kept: Tensor | QuantizedPages) -> QuantizedPages:

@@ -113,9 +113,12 @@ def _version(package: str) -> str:
 def _heads_in_words(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
     value = "" if call.value_head_dim == call.head_dim else f" (values {call.value_head_dim})"
+    cached = f"{call.kv_heads} kv_heads, head_dim {call.head_dim}{value}"
+    if call.latent:
+        cached = f"latent rows of {call.head_dim} and {call.value_head_dim} rotary channels"
     return (
-        f"{call.q_heads} query heads, {call.kv_heads} kv_heads, head_dim {call.head_dim}{value}, "
-        f"page_size {call.page_size}, {dtype}, {call.mask} mask"
+        f"{call.q_heads} query heads, {cached}, page_size {call.page_size}, {dtype}, "
+        f"{call.mask} mask"
     )
 
 
@@ -177,6 +180,7 @@ def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -
             "kv_heads": call.kv_heads,
             "head_dim": call.head_dim,
             "value_head_dim": call.value_head_dim,
+            "latent": call.latent,
             "page_size": call.page_size,
             "mask": call.mask,
         },

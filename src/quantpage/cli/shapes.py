@@ -106,6 +106,8 @@ def _in_words(plans: Callable[[LayerFormats, int], list[LayerPlan]]) -> str:
         if layout.v_dim != layout.head_dim:
             width = f"{layout.head_dim} and {layout.v_dim} channels"
         words = f"of {layout.kv_heads} kv_heads, {width}"
+        if layout.latent:
+            words = f"of latent rows, {layout.head_dim} and {layout.v_dim} rotary channels"
         if reach.window:
             words += f", window {reach.window:,}"
         if reach.chunk:

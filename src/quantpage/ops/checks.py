@@ -125,7 +125,7 @@ def check_attend(q: Tensor, layer: LayerKV, batch: BatchPlan, params: Any, needs
     if key in batch.passed:
         return
     facts, told = layer.facts, params.facts
-    q_heads = _check_rows("q", q, batch, facts, None, facts.head_dim)
+    q_heads = _check_rows("q", q, batch, facts, None, facts.query_dim)
     if told.checked and batch.device.type != "cpu":
         batch.check_values()
     _check_pages(facts, batch)
@@ -211,10 +211,14 @@ def check_write(
     heads = facts.kv_heads
     _check_rows("k", k, batch, facts, heads, facts.head_dim)
     _check_rows("v", v, batch, facts, heads, facts.value_head_dim)
-    q_heads = None if q is None else _check_rows("q", q, batch, facts, None, facts.head_dim)
+    q_heads = None if q is None else _check_rows("q", q, batch, facts, None, facts.query_dim)
     if told.checked and batch.device.type != "cpu":
         batch.check_values()
     _check_pages(facts, batch)
+    if facts.latent:
+        asked = [name for name in ("rope", "norm", "bias") if getattr(told, name) is not None]
+        _same("params", "latent rows normed and turned by the model, no rope, norm or bias",
+              " and ".join(asked), not asked)  # fmt: skip
     for device in told.devices:
         _same("params", f"tensors on {facts.device} as the pages", device, device == facts.device)
     if told.rope is not None:

@@ -36,13 +36,17 @@ class Call:
     q_heads: int
     kv_heads: int
     head_dim: int
+    """Of the layer's key pages; with ``latent`` of a latent row."""
     value_head_dim: int
+    """Of its value pages; with ``latent`` the rotary channels of a key."""
     page_size: int
     phase: Phase = "prefill"
     mask: str = "causal"
     """'causal' (windows and sinks too), 'full', 'interval' or 'asked': ``Mask.kind``."""
     in_turn: bool = False
     """Of writing: keys have a map with feedback (formats/feedback)."""
+    latent: bool = False
+    """Keys and values are made of one latent row (``LayerKV.latent``)."""
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_head_dim", "page_size"):
@@ -52,6 +56,11 @@ class Call:
             raise ValueError(
                 f"q_heads: expected a multiple of {self.kv_heads} kv_heads, got {self.q_heads}"
             )
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of an output."""
+        return self.head_dim if self.latent else self.value_head_dim
 
     @property
     def group(self) -> int:
@@ -125,6 +134,7 @@ def call_of(
         phase,
         mask,
         in_turn,
+        facts.latent,
     )
 
 

@@ -135,6 +135,12 @@ def in_any_order(call: Call) -> Iterator[str]:
         yield "needs keys that are rounded a channel by itself, got a key map with feedback."
 
 
+def own_values(call: Call) -> Iterator[str]:
+    """Values that are not the first channels of the keys."""
+    if call.latent:
+        yield "needs values of their own, got latent rows (MLA), which are keys as well."
+
+
 # Channels and codes.
 
 
@@ -272,30 +278,32 @@ _GPU: tuple[Condition, ...] = (
     short_scales,
 )
 _PORTABLE = (*_GPU, capability((8, 0), later=True), queries(*_16_BITS, torch.float32))
+_ATTEND = (*_PORTABLE, own_values)
 _PREFILL_ON_HOPPER = (
-    *_GPU, capability((9, 0), later=False), queries(*_16_BITS), rows_for_tma, gluon,
+    *_GPU, own_values, capability((9, 0), later=False), queries(*_16_BITS), rows_for_tma, gluon,
 )  # fmt: skip
 _DECODE = (
-    *_PORTABLE, phase("decode"), masks("causal", "full"), one_scale, whole_words, pages_of_16_bits,
+    *_ATTEND, phase("decode"), masks("causal", "full"), one_scale, whole_words, pages_of_16_bits,
 )  # fmt: skip
 
 NOTHING = refuse()
 """Plain torch, which serves every call."""
-CPU = refuse(
+_CORE = (
     known_codes("int8", "fp8", "int6", "int4", "int3"),
     channels(512, multiple=16),
     queries(torch.float32, torch.bfloat16, torch.float16),
     short_scales,
-    first=(device("cpu"), core),
 )
-"""The compiled core, in every op."""
+CPU = refuse(*_CORE, first=(device("cpu"), core))
+"""The compiled core, in every op but attention."""
+ATTEND_CPU = refuse(*_CORE, own_values, first=(device("cpu"), core))
 DECODE_TRITON = refuse(*_DECODE)
 DECODE_GLUON = refuse(
     *_DECODE, capability((9, 0), later=False), codes, one_width(*HOPPER_WIDTHS), gluon
 )
-PREFILL_TRITON = refuse(*_PORTABLE, phase("prefill"), masks("causal", "full"))
+PREFILL_TRITON = refuse(*_ATTEND, phase("prefill"), masks("causal", "full"))
 PREFILL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("causal", "full"))
-INTERVAL_TRITON = refuse(*_PORTABLE, masks("interval"))
+INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))
 INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))
-WRITE_TRITON = refuse(*_PORTABLE, in_any_order, groups_of_powers)
+WRITE_TRITON = refuse(*_ATTEND, in_any_order, groups_of_powers)
 GATHER_TRITON = refuse(*_PORTABLE)

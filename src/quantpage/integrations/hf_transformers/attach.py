@@ -24,7 +24,8 @@ from quantpage.integrations.hf_transformers.coverage import (
     uses_interface,
     why_dense,
 )
-from quantpage.integrations.hf_transformers.key_maps import AUTO, find_key_maps
+from quantpage.integrations.hf_transformers.key_maps import AUTO, KeyMaps, find_key_maps
+from quantpage.integrations.hf_transformers.latent import attend_to_rows, has_latent_rows
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import (
     model_shape,
@@ -157,12 +158,13 @@ def attach(  # noqa: PLR0913
         _refuse_widths(cache, caching)
         if mask is not None:
             _refuse_mask(model, mask, cache, options.ledger)
+        _refuse_static_rows(cache, options.ledger)
         maps = find_key_maps(model, cache.formats, calibration, implementation)
+        _refuse_maps_of_rows(maps, options.ledger)
         attached.options = replace(options, key_maps=maps.layers, static=maps.static)
         attached.calibration = maps.source
-        paged = [module for index in options.ledger.paged for module in caching[index]]
         try:
-            _install(attached, model, paged)
+            _install(attached, model, caching)
         except BaseException:
             attached.detach()
             raise
@@ -178,12 +180,18 @@ def _refuse_attached(model: PreTrainedModel) -> None:
         raise ValueError("model: expected a model that is not attached yet; detach it first")
 
 
-def _install(attached: Attached, model: PreTrainedModel, paged: list[nn.Module]) -> None:
+def _install(
+    attached: Attached, model: PreTrainedModel, caching: dict[int, list[nn.Module]]
+) -> None:
     """Change the model; what takes each change back is noted beside it."""
     options = attached.options
+    paged = [module for index in options.ledger.paged for module in caching[index]]
     functions.register()
     if all(uses_interface(module) for module in paged):
         use_attention(attention_configs(model, paged), functions.NAME, attached._undo)
+        for index in options.ledger.latent:
+            for module in caching[index]:
+                attend_to_rows(module, attached._undo)
     if options.implementation in (None, "cpu"):
         cpu_step.install(model, attached._undo)
     Supply(model, attached.new_cache, options.mask is not None).install(attached._undo)
@@ -205,6 +213,8 @@ def _survey(
             why = why_dense(caching[index])
             if why is not None:
                 ledger.dense[index] = why
+            elif all(has_latent_rows(module) for module in caching[index]):
+                ledger.latent.add(index)
         # Layers that keep nothing (another layer's keys serve them) have no state to name; one that
         # Transformers would give keys, and whose code caches none, keeps something elsewhere.
         if not stateless and (
@@ -233,6 +243,26 @@ def _refuse_widths(cache: QuantPageCache, caching: dict[int, list[nn.Module]]) -
                     raise FormatError(f"kv_format: layer {layer.index}, {error}") from error
 
 
+def _refuse_static_rows(cache: QuantPageCache, ledger: Ledger) -> None:
+    """FormatError where latent rows would need scales that nothing measures."""
+    for index in sorted(ledger.latent):
+        if not cache.formats[index].dynamic:
+            raise FormatError(
+                f"kv_format: expected a format with scales of its own for layer {index}, which "
+                f"caches latent rows (MLA), got {cache.formats[index].name}"
+            )
+
+
+def _refuse_maps_of_rows(maps: KeyMaps, ledger: Ledger) -> None:
+    """FormatError for a calibration of keys that are not what is cached."""
+    found = sorted(ledger.latent & maps.layers.keys())
+    if found:
+        raise FormatError(
+            f"calibration: expected None for layers that cache latent rows (MLA), whose keys are "
+            f"not what is cached; got {maps.source} with a map for layer {found[0]}"
+        )
+
+
 def _widths_named(module: nn.Module) -> tuple[str, str]:
     """Where an attention says how wide the keys and values are that it caches."""
     if isinstance(getattr(module, "kv_lora_rank", None), int):
@@ -252,7 +282,8 @@ def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledg
             f"mask: expected a model without windows, whose rule a mask would have to replace; "
             f"layers {sliding} have one"
         )
-    heads, kv_heads = mask.heads, model_shape(model.config).kv_heads
+    # Latent rows are one kv_head for all.
+    heads, kv_heads = mask.heads, 1 if ledger.latent else model_shape(model.config).kv_heads
     if heads not in (1, kv_heads):
         raise ValueError(f"mask: expected rows for 1 or {kv_heads} kv_heads, got {heads}")
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from quantpage.errors import PartlyPaged
+from quantpage.integrations.hf_transformers.latent import has_latent_rows, why_expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Coverage:
     """Of the decoder."""
     paged: int
     """Layers whose attention reads quantized pages as they are."""
+    latent: int
+    """Of these, layers that keep one latent row a token for all heads (MLA) and attend to it."""
     dense: tuple[tuple[str, int], ...]
     """(why, layers) of those that keep quantized pages and attend to what they hold as dense
     tensors: right, without the gain in speed, and without pages that are kept exact."""
@@ -39,6 +42,8 @@ class Coverage:
 
     def __str__(self) -> str:
         said = [f"{self.paged} of {self.layers} layers read pages"]
+        if self.latent:
+            said.append(f"{self.latent} of them latent rows, one a token for all heads (MLA)")
         for why, count in self.dense:
             said.append(f"{count} are attended to densely because {why}")
         if self.own_state:
@@ -56,6 +61,8 @@ class Ledger:
     own_state: set[int] = field(default_factory=set)
     beside: set[int] = field(default_factory=set)
     """Of the layers with a state of their own, those that have keys and values as well."""
+    latent: set[int] = field(default_factory=set)
+    """Layers whose pages hold latent rows."""
     dense: dict[int, str] = field(default_factory=dict)
 
     def coverage(self) -> Coverage:
@@ -63,6 +70,7 @@ class Ledger:
         return Coverage(
             layers=self.layers,
             paged=len(self.paged - self.dense.keys()),
+            latent=len(self.latent - self.dense.keys()),
             dense=tuple(Counter(self.dense.values()).items()),
             own_state=len(self.own_state - (self.paged - self.beside)),
         )
@@ -112,8 +120,8 @@ def why_dense(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         if not uses_interface(module):
             return "its attention is its own code"
-        if hasattr(module, "kv_b_proj"):
-            return "it expands keys and values from a latent (MLA)"
+        if has_latent_rows(module):
+            return why_expanded(module)
     return None
 
 

@@ -23,13 +23,12 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from quantpage.integrations.hf_transformers.lazy import LazyKV
+from quantpage.integrations.hf_transformers.lazy import LazyKV, layer_behind
 from quantpage.integrations.hf_transformers.own import (
     causal_without_mask,
     own_attention,
     own_mask,
 )
-from quantpage.integrations.hf_transformers.paged_layer import layer_behind
 from quantpage.masks import CausalMask, FullMask, Mask
 from quantpage.ops.attend import AttendParams
 

@@ -2,8 +2,8 @@
 
 A Transformers model calls ``cache.update(k, v)`` and hands the two results to its attention
 function. Ours returns ``LazyKV``: the attention function recognizes it and reads the pages behind
-it; any other operation (multi-head latent attention expanding its latent, models that do not use
-the attention interface) dequantizes it on first touch, so that such a model stays correct and
+it; any other operation (models that do not use the attention interface, or work on what is cached
+first) dequantizes it on first touch, so that such a model stays correct and
 merely loses the speed.
 """
 
@@ -13,19 +13,35 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from quantpage.ops.attend import AttendParams
+
 
 class Pages(Protocol):
     """The layer whose pages a lazy tensor stands for."""
 
-    index: int
-    length: int
-    """Tokens a row, padding included."""
+    @property
+    def index(self) -> int:
+        """Of the layer."""
+
+    @property
+    def length(self) -> int:
+        """Tokens a row, padding included."""
 
     def serve_densely(self, why: str) -> None:
         """Say that attention reads dense tensors instead of these pages."""
 
     def dequantized(self, which: str) -> Tensor:
         """[rows, kv_heads, length, head_dim] of keys ('key') or values ('value')."""
+
+
+class AttendedPages(Pages, Protocol):
+    """Pages that attention reads as they are."""
+
+    def attend(self, query: Tensor, params: AttendParams, padding: Tensor | None) -> Tensor:
+        """[rows, q_heads, new, head_dim] queries -> [rows, new, q_heads, value_head_dim]."""
+
+    def refuse_gradients(self) -> None:
+        """ValueError where attention follows a mask that the model's own does not know."""
 
 
 class LazyKV(torch.Tensor):
@@ -73,6 +89,12 @@ class LazyKV(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape and layer; never the data."""
         return f"LazyKV({self.which} of layer {self.layer.index}, {tuple(self.shape)})"
+
+
+def layer_behind(key: Tensor, value: Tensor) -> AttendedPages | None:
+    """The pages that these keys and values stand for; None: other tensors."""
+    layers = [getattr(each, "layer", None) for each in (key, value)]
+    return layers[0] if layers[0] is layers[1] else None
 
 
 class _EndOfGradients(torch.autograd.Function):

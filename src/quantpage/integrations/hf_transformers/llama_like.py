@@ -40,7 +40,7 @@ def is_linear(module: Any) -> bool:
 
 
 @lru_cache
-def _code(function: Any) -> tuple[Any, ...]:
+def code_of(function: Any) -> tuple[Any, ...]:
     """What a function does: its instructions, names and constants other than texts."""
     code = inspect.unwrap(function).__code__
     constants = tuple(each for each in code.co_consts if not isinstance(each, str))
@@ -50,7 +50,7 @@ def _code(function: Any) -> tuple[Any, ...]:
 def _like(module: Any, *models: Any) -> bool:
     """Whether a module's forward is word for word one of these."""
     forward = getattr(type(module), "forward", None)
-    return forward is not None and _code(forward) in {_code(each.forward) for each in models}
+    return forward is not None and code_of(forward) in {code_of(each.forward) for each in models}
 
 
 def is_llama_block(module: Any) -> bool:
@@ -73,7 +73,7 @@ def is_llama_block(module: Any) -> bool:
     turns = [names.get(name) for name in ("apply_rotary_pos_emb", "rotate_half")]
     llamas = [llama.apply_rotary_pos_emb, llama.rotate_half]
     if not all(
-        turn and _code(turn) == _code(other) for turn, other in zip(turns, llamas, strict=True)
+        turn and code_of(turn) == code_of(other) for turn, other in zip(turns, llamas, strict=True)
     ):
         return False
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

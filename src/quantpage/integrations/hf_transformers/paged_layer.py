@@ -94,6 +94,7 @@ class PagedLayer(CacheLayerMixin):
             page_size=options.page_size,
             dtype=key_states.dtype,
             value_head_dim=value_states.shape[-1],
+            latent=self.index in options.ledger.latent,
         )
         static = None
         if not self._format.dynamic:
@@ -325,11 +326,7 @@ class PagedLayer(CacheLayerMixin):
         """Write what waits, and bring the query into the basis of the cache."""
         if self._pending is None:
             # Written before (a layer that reads another's pages, gradients): the query alone.
-            if q is None:
-                return None
-            mapped = q if pages.key_map is None else pages.key_map.queries(q)
-            turned = self.layout.format.key.rotation == "hadamard"
-            return (rotate(mapped) if turned else mapped).to(q.dtype)
+            return None if q is None else pages.turned(q).to(q.dtype)
         k, v = self._pending
         written = serving.write_step(
             q, step.pack(k), step.pack(v), pages, step.parts[self.reach].batch, self._write_params
@@ -369,10 +366,5 @@ class PagedLayer(CacheLayerMixin):
             value_head_dim=self.layout.v_dim,
             page_size=self.layout.page_size,
             in_turn=mapped is not None and mapped.feedback is not None,
+            latent=self.layout.latent,
         )
-
-
-def layer_behind(key: Tensor, value: Tensor) -> PagedLayer | None:
-    """The layer whose pages these keys and values stand for; None: other tensors."""
-    layers = [getattr(each, "layer", None) for each in (key, value)]
-    return layers[0] if layers[0] is layers[1] else None

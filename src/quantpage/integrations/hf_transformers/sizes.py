@@ -43,6 +43,7 @@ class LayerShape:
     value_head_dim: int
     """Channels of a value; with multi-head latent attention of the rotary part of the key."""
     reach: Reach
+    latent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class CacheShape:
                     page_size,
                     self.dtype,
                     each.value_head_dim,
+                    each.latent,
                 ),
                 each.reach,
             )
@@ -127,6 +129,7 @@ def call_of(config: Any, call: Call) -> Call:
         kv_heads=most.kv_heads,
         head_dim=most.head_dim,
         value_head_dim=most.value_head_dim,
+        latent=most.latent,
     )
 
 
@@ -175,7 +178,7 @@ def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
     latent = getattr(own, "kv_lora_rank", None)
     if latent:
         # One latent for all heads, and the rotary part of the key in the place of the value.
-        return LayerShape(1, latent, own.qk_rope_head_dim, reach)
+        return LayerShape(1, latent, own.qk_rope_head_dim, reach, latent=True)
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
         raise UnsupportedModel(f"{text.model_type}: its configuration names no attention heads")

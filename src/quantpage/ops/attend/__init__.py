@@ -6,6 +6,10 @@
 Formats with exact pages are two calls over disjoint keys, body from the codes and exact from the
 16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them. A whole
 implementation does all of it in one call.
+
+Of a layer of latent rows (``LayerKV.latent``) a key is the row and the rotary channels after it,
+and the value the row alone: queries come absorbed, [W_k^T q, q_rope], and outputs leave as sums of
+rows, for W_v.
 """
 
 from dataclasses import replace
@@ -75,7 +79,9 @@ CANDIDATES: list[Implementation] = [
         reserve=_RESERVE,
         merge=_MERGE,
     ),
-    Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True, into=True),
+    Implementation(
+        "cpu", "quantpage.ops.attend.cpu:attend", refusals.ATTEND_CPU, whole=True, into=True
+    ),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refusals.NOTHING),
 ]
 """In order of preference."""
@@ -106,7 +112,7 @@ def attend(
         call = call_of(layer.facts, q.shape[1], q.dtype, phase, params.mask.kind)
         implementation = find(CANDIDATES, call, implementation)
     if out is not None:
-        check_out(out, q, layer.value.head_dim)
+        check_out(out, q, layer.facts.out_dim)
     mapped = layer.key_map
     bare, missing = params, None
     if mapped is not None and mapped.mean is not None:
@@ -155,7 +161,7 @@ def _attend(
         made, lse = run(q, layer, batch, params, **told)
     else:
         made, lse = _attend_segments(q, layer, batch, params, by, told)
-    if wanted.model_basis and layer.value.spec.rotation == "hadamard":
+    if wanted.model_basis and layer.out_rotated:
         made = rotate_output(made)
     return _placed(made.to(q.dtype), out), lse
 

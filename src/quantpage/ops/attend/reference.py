@@ -29,7 +29,7 @@ def attend(
     or that sees a key or a value that is not, gives NaN; what it does not see changes nothing.
     """
     q_heads, group = q.shape[1], q.shape[1] // layer.kv_heads
-    out = torch.zeros(q.shape[0], q_heads, layer.value.head_dim, dtype=torch.float64)
+    out = torch.zeros(q.shape[0], q_heads, layer.facts.out_dim, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
     row = 0
     for request, (new, context) in enumerate(
@@ -65,17 +65,22 @@ def attend(
 
 def _keys_and_values(layer, batch, request, context, kv_head):
     """Codes dequantized, and exact rows beside them where the format keeps some."""
-    gather = unchecked(gather_request)
-    table = batch.page_table[request]
-    k = [gather(layer.key, table, context, torch.float64)[:, kv_head].cpu()]
-    v = [gather(layer.value, table, context, torch.float64)[:, kv_head].cpu()]
+    k, v = _halves(layer, batch.page_table[request], context, kv_head)
     if layer.exact_key is None or batch.exact is None:
-        return k, v, None
+        return [k], [v], None
     exact_table = batch.exact.page_table[request].clamp_min(0)
-    exact = layer.exact()
-    k.append(gather(exact.key, exact_table, context, torch.float64)[:, kv_head].cpu())
-    v.append(gather(exact.value, exact_table, context, torch.float64)[:, kv_head].cpu())
-    return k, v, True
+    near_k, near_v = _halves(layer.exact(), exact_table, context, kv_head)
+    return [k, near_k], [v, near_v], True
+
+
+def _halves(layer, table, context, kv_head):
+    gather = unchecked(gather_request)
+    first, second = (
+        gather(half, table, context, torch.float64)[:, kv_head].cpu()
+        for half in (layer.key, layer.value)
+    )
+    # A latent row is the value, and the first channels of the key.
+    return (torch.cat([first, second], 1), first) if layer.latent else (first, second)
 
 
 def _scores(q, positions, k, exact, page_size):

@@ -34,7 +34,7 @@ def attend(
 ) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
     """Output and natural log-sum-exp, in float32 (float64 for float64 queries)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(q.shape[0], q.shape[1], layer.value.head_dim, dtype=work)
+    out = q.new_zeros(q.shape[0], q.shape[1], layer.facts.out_dim, dtype=work)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=work)
     start = 0
     for request, (new, context) in enumerate(
@@ -59,7 +59,7 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
     grouped = refuse_to_hide(q).view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
     peak = q.new_full((kv_heads, group * tokens, 1), -torch.inf)
     total = torch.zeros_like(peak)
-    acc = q.new_zeros(kv_heads, group * tokens, layer.value.head_dim)
+    acc = q.new_zeros(kv_heads, group * tokens, layer.facts.out_dim)
     if params.sinks is not None:
         sink = params.sinks.to(q.dtype).view(kv_heads, group, 1).expand(kv_heads, group, tokens)
         peak = sink.reshape(kv_heads, group * tokens, 1).clone()
@@ -68,7 +68,7 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
     for low, high, whole in _key_tiles(
         batch.page_size, params, segment, request, first, tokens, context, kv_heads
     ):
-        k = _rows(layer.key, batch.page_table[request], low, high, q.dtype)
+        k, v = _keys_and_values(layer, batch.page_table[request], low, high, q.dtype)
         scores = (grouped @ k.mT) * params.softmax_scale
         if params.softcap is not None:
             scores = torch.tanh(scores / params.softcap) * params.softcap
@@ -82,7 +82,6 @@ def _query_tile(q, layer, batch, params, segment, request, first, context):
         anchor = new_peak.masked_fill(new_peak.isneginf(), 0.0)
         weights = torch.exp(scores - anchor)
         shrink = torch.exp(peak - anchor)
-        v = _rows(layer.value, batch.page_table[request], low, high, q.dtype)
         if seen is not None:
             seen = seen[:, None].expand(-1, group, -1, -1).flatten(1, 2)
         acc = acc * shrink + weighted_sum(weights, v, seen)
@@ -154,6 +153,13 @@ def _visible(params, segment, page_size, queries, keys, request, kv_heads) -> Te
         return seen
     near = exact_pairs(queries, keys, page_size)
     return seen & (near if segment == "exact" else ~near)
+
+
+def _keys_and_values(
+    layer: LayerKV, table: Tensor, low: int, high: int, dtype
+) -> tuple[Tensor, Tensor]:
+    first, second = (_rows(half, table, low, high, dtype) for half in (layer.key, layer.value))
+    return (torch.cat([first, second], -1), first) if layer.latent else (first, second)
 
 
 def _rows(pages: QuantizedPages, table: Tensor, low: int, high: int, dtype) -> Tensor:

@@ -21,7 +21,7 @@ CANDIDATES: list[Implementation] = [
 
 
 def rope_write(
-    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    q: Float[Tensor, "tokens q_heads query_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
     v: Float[Tensor, "tokens kv_heads value_dim"],
     layer: LayerKV,

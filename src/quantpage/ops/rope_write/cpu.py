@@ -22,7 +22,7 @@ from quantpage.ops.rope_write.reference import refuse_non_finite
 
 @writes(Needs(refusals.CPU, kind="cpu"))
 def rope_write(
-    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    q: Float[Tensor, "tokens q_heads query_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
     v: Float[Tensor, "tokens kv_heads value_dim"],
     layer: LayerKV,
@@ -46,6 +46,11 @@ def rope_write(
         q_bias, k_bias, v_bias = (each.float() for each in params.bias)
         q = None if q is None else q + q_bias
         k, v = k + k_bias, v + v_bias
+    turned = None
+    if layer.latent and q is not None:
+        # Absorbed queries are as wide as both halves, which the core turns each by its own rows.
+        turned = layer.turned(q).to(q.dtype)
+        q = None
     q = None if q is None else _rows(q, k.dtype)
     k, v = _rows(k, k.dtype), _rows(v, k.dtype)
     tokens, kv_heads, _ = k.shape
@@ -87,7 +92,7 @@ def rope_write(
     if params.bias is not None and dtype != k.dtype:
         narrow = [None if each is None else each.to(dtype) for each in (q_out, k_rows, v_rows)]
         return Written(*narrow)
-    return Written(q_out, k_rows, v_rows)
+    return Written(q_out if turned is None else turned, k_rows, v_rows)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

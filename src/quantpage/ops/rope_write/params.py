@@ -116,7 +116,7 @@ class Written(NamedTuple):
     """What rope_write hands back, all in the basis of the cache."""
 
     q: Tensor | None
-    """[tokens, q_heads, head_dim], in the query's dtype."""
+    """[tokens, q_heads, query_dim], in the query's dtype."""
     k_rows: Tensor | None
     """[tokens, kv_heads, head_dim]: what the cache now holds, dequantized, in k's dtype."""
     v_rows: Tensor | None

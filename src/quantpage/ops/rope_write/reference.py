@@ -21,7 +21,7 @@ from quantpage.rope import apply_rope
 
 @writes(ANY)
 def rope_write(
-    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    q: Float[Tensor, "tokens q_heads query_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
     v: Float[Tensor, "tokens kv_heads value_dim"],
     layer: LayerKV,
@@ -42,10 +42,11 @@ def rope_write(
         q = None if q is None else _wide(q) + q_bias
         k, v = _wide(k) + k_bias, _wide(v) + v_bias
     q, k = _norm_and_rope(q, k, batch, params)
+    q = None if q is None else layer.turned(q)
     if layer.key_map is not None:
-        q, k = (None if q is None else layer.key_map.queries(q)), layer.key_map.keys(k)
+        k = layer.key_map.keys(k)
     if layer.key.spec.rotation == "hadamard":
-        q, k = (None if q is None else rotate(q)), rotate(_wide(k))
+        k = rotate(_wide(k))
     if layer.value.spec.rotation == "hadamard":
         v = rotate(_wide(v))
     feedback = None if layer.key_map is None else layer.key_map.feedback

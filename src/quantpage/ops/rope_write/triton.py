@@ -79,7 +79,7 @@ def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
 
 @writes(Needs(refusals.WRITE_TRITON, kind="cuda"))
 def rope_write(
-    q: Float[Tensor, "tokens q_heads head_dim"] | None,
+    q: Float[Tensor, "tokens q_heads query_dim"] | None,
     k: Float[Tensor, "tokens kv_heads head_dim"],
     v: Float[Tensor, "tokens kv_heads value_dim"],
     layer: LayerKV,

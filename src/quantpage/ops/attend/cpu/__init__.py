@@ -21,7 +21,7 @@ from quantpage.ops.attend.params import AttendParams
 from quantpage.ops.checks import Needs, attends
 
 
-@attends(Needs(refusals.CPU, kind="cpu", host_lengths=True))
+@attends(Needs(refusals.ATTEND_CPU, kind="cpu", host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
