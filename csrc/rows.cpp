@@ -309,7 +309,7 @@ static void write_side(const Write& w, const Pages& p, const Pages& exact, const
     if (near >= 0) {
       alignas(64) float finite[512];
       make_finite(x, in.dim, exact.code, finite);
-      write_row(exact, h, near / w.step.page_size, near % w.step.page_size, finite, nullptr, exact.scale ? factor : nullptr);
+      write_row(exact, h, near / w.step.page_size, near % w.step.page_size, finite, nullptr, exact.scale && exact.code != FP8 ? factor : nullptr);
     }
     if (rows) write_numbers(seen, in.dim, rows + (token * in.heads + h) * in.dim * size, w.type);
   }

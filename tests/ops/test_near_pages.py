@@ -35,9 +35,10 @@ CORE = find_core()
 def filled(name, write, head_dim=64, key_map=None, seed=0):
     """A layer after one prompt, and its step."""
     torch.manual_seed(seed)
+    form = find_format(name) if isinstance(name, str) else name
     pages = -(-TOKENS // PAGE)
     cache = PagedKVCache(pages=pages, exact_pages=pages)
-    layout = CacheLayout(HEADS, head_dim, find_format(name), PAGE, torch.float32)
+    layout = CacheLayout(HEADS, head_dim, form, PAGE, torch.float32)
     cache.add_layer(0, layout, key_map=key_map)
     batch = plan_batch(
         [TOKENS], [TOKENS], [list(range(pages))], PAGE, exact_tables=[list(range(pages))]
@@ -112,6 +113,27 @@ def test_near_keys_are_rounded_in_turn_as_well():
         made[name] = float(torch.einsum("thi,hij,thj->", error, metric @ metric.mT, error))
     assert made["torch"] < 0.7 * made["plain"]
     assert made["core"] == pytest.approx(made["torch"], rel=0.05)
+
+
+@pytest.mark.skipif(CORE is None, reason="needs the compiled core")
+def test_near_keys_in_fp8_are_rounded_by_themselves():
+    """A code of fp8 has no next one at an equal distance; the body's keys are rounded in turn."""
+    fp8 = replace(FORMATS["fp8"].key, rotation="hadamard")
+    mine = replace(find_format("int4_near8"), near=KVFormat("fp8", fp8, fp8))
+    metric = torch.randn(HEADS, 64, 12)
+    key_map = with_feedback(KeyMap(torch.ones(HEADS, 64)), metric @ metric.mT, rotated=True)
+    held = []
+    for write, mapped in (
+        (write_reference.rope_write, replace(key_map, feedback=None)),
+        (write_reference.rope_write, key_map),
+        (write_cpu.rope_write, key_map),
+    ):
+        cache, _, k, _ = filled(mine, write, key_map=mapped)
+        near = cache.layer(0).exact().key
+        held.append(near.codes.view(torch.uint8).clone())
+        assert float((numbers(TOKENS, near) - k).norm() / k.norm()) < 0.05
+    assert torch.equal(held[0], held[1])
+    assert (held[0] == held[2]).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("name", ["int4_near8", "k8v4_near8", "int4_near8,first1=int8,last1=int4"])

@@ -56,6 +56,8 @@ def rope_write(
         exact = layer.exact()
         for rows, half, by in ((k, exact.key, feedback), (v, exact.value, None)):
             if half.spec.quantized:
+                # Codes that are no integers have no next one to round to.
+                by = by if half.spec.code.integer else None
                 _write(rows, half, batch.exact.slots, by)
             else:
                 _write(finite_rows(rows, half.codes.dtype), half, batch.exact.slots)
