@@ -1,13 +1,8 @@
 """Packing views and steps for the compiled core.
 
-What a layer or a step is told at every call is packed once, for as
-long as its view lives; ``struct`` packs the rest at once. That keeps a call's Python below ten
-microseconds.
+What a layer or a step is told at every call is packed once, for as long as its view lives;
+``struct`` packs the rest at once. That keeps a call's Python below ten microseconds.
 """
-
-import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +10,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core.interface import LAYER, PAGES, STEP, number
+from quantpage.kept import KeptWith
 
 CODES = {
     torch.float32: number("F32"),
@@ -96,9 +92,9 @@ def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
     return record, halves
 
 
-def _pack_step(batch: BatchPlan) -> tuple[bytes, object]:
+def _pack_step(batch: BatchPlan) -> bytes:
     exact, page_table = batch.exact, batch.page_table
-    record = STEP.pack(
+    return STEP.pack(
         page_table=page_table.data_ptr(),
         table_stride=page_table.stride(0),
         exact_table=0 if exact is None else exact.page_table.data_ptr(),
@@ -111,27 +107,17 @@ def _pack_step(batch: BatchPlan) -> tuple[bytes, object]:
         requests=len(batch.query_lens),
         page_size=batch.page_size,
     )
-    return record, None
 
 
-class _PackedOnce:
-    """``pack(view)``, kept while the view lives."""
-
-    def __init__(self, pack: Callable[[Any], tuple[bytes, object]]) -> None:
-        self._pack = pack
-        self._kept: dict[int, tuple[bytes, object, object]] = {}
-
-    def __call__(self, view: Any) -> bytes:
-        """The record's part."""
-        number = id(view)
-        found = self._kept.get(number)
-        if found is None:
-            gone = weakref.ref(view, lambda _: self._kept.pop(number, None))
-            found = self._kept[number] = (*self._pack(view), gone)
-        return found[0]
+_layer = KeptWith(_pack_layer)
+_step = KeptWith(_pack_step)
 
 
-layer_record = _PackedOnce(_pack_layer)
-"""The interface's Layer."""
-step_record = _PackedOnce(_pack_step)
-"""The interface's Step."""
+def layer_record(layer: LayerKV) -> bytes:
+    """The interface's Layer."""
+    return _layer(layer)[0]
+
+
+def step_record(batch: BatchPlan) -> bytes:
+    """The interface's Step."""
+    return _step(batch)

@@ -5,7 +5,6 @@ written to since (torch counts writes). Where that cannot be told it is made ane
 have no such count, and in a captured graph lengths move from replay to replay.
 """
 
-import weakref
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
@@ -13,13 +12,20 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
+from quantpage.kept import KeptWith
 from quantpage.masks import ColumnIntervals, RowIntervals
 
 Made = TypeVar("Made")
 _MOST = 8
 """Answers kept of one step: masks times kernels times segments of a model's layers."""
-_kept: dict[int, dict[Hashable, tuple[object, object]]] = {}
-"""Address of a step's context_lens, until it dies -> what was asked -> (the mask, the answer)."""
+
+
+def _no_answers(lengths: Tensor) -> dict[Hashable, tuple[object, object]]:
+    return {}
+
+
+_answers = KeptWith(_no_answers)
+"""Of a step's context_lens: what was asked -> (the mask, the answer)."""
 
 
 def once_a_step(
@@ -38,9 +44,7 @@ def once_a_step(
     versions = tuple((id(each), each._version) for each in (lengths, *told))
     host = (batch.query_lens, batch.host_context_lens, batch.page_size)
     key = (id(mask), versions, host, stream, asked)
-    if id(lengths) not in _kept:
-        weakref.finalize(lengths, _kept.pop, id(lengths), None)
-    steps = _kept.setdefault(id(lengths), {})
+    steps = _answers(lengths)
     if key not in steps:
         if len(steps) == _MOST:
             steps.pop(next(iter(steps)))
