@@ -8,6 +8,7 @@ import quantpage
 from quantpage.cache.sizes import held_bytes, prompt_bytes, unquantized_bytes
 from quantpage.errors import FormatError, UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.latent import caches_latent_rows
 from quantpage.integrations.hf_transformers.sizes import cache_shape, weight_bytes
 from tests.integrations.tiny_models import COMMON, tokens
 
@@ -105,9 +106,14 @@ def states(cache):
         tensor.nbytes
         for layer in cache.layers
         for name in ("conv_states", "recurrent_states")
-        for tensor in getattr(layer, name, {}).values()
+        for tensor in _each(getattr(layer, name, None))
         if tensor is not None
     )
+
+
+def _each(held):
+    """A tensor of 5.12, or the tensors by name of later releases."""
+    return held.values() if isinstance(held, dict) else [held]
 
 
 @pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
@@ -115,6 +121,10 @@ def states(cache):
 @torch.inference_mode()
 def test_what_is_counted_is_what_is_held(name):
     model = build(name)
+    if not caches_latent_rows() and name in ("bamba", "nemotron_h"):
+        with pytest.raises(UnsupportedModel, match="expected layers with keys and values"):
+            cache_shape(model.config)
+        return
     shape = cache_shape(model.config)
     for kv_format in ("none", "int8", "int4,first1=int8,last1=k8v4"):
         layers = shape.layers(LayerFormats.parse(kv_format), 16)
@@ -125,7 +135,11 @@ def test_what_is_counted_is_what_is_held(name):
             assert cache.unquantized_bytes() == unquantized_bytes(layers, length, 2)
             cache.flush()
             assert cache.used_bytes() == held_bytes(layers, length, 2)
-            assert states(cache) == 2 * shape.state_bytes
+            # 5.12 keeps recurrent states in the model's dtype, later releases in float32.
+            if caches_latent_rows():
+                assert states(cache) == 2 * shape.state_bytes
+            else:
+                assert states(cache) <= 2 * shape.state_bytes
 
 
 def test_a_prompts_peak_is_counted_exactly():
@@ -222,6 +236,9 @@ def by_hand(name, kv_format):
         window = 3 * 64 * row(64) + near * 128 * 2 * 64
         return 8 * 2 * 18 * (full + window)
     if name == "deepseek-v3":
+        if not caches_latent_rows():
+            # Keys of 128 + 64 and values of 128 in each of 128 heads.
+            return 61 * 128 * (8192 * (row(192) + row(128)) + near * 192 * 2 * (192 + 128))
         # One latent of 512 and a rotary key of 64.
         return 61 * (8192 * (row(512) + row(64)) + near * 192 * 2 * (512 + 64))
     # Qwen3-Next: every fourth of 48 layers, 2 heads of 256.
@@ -253,7 +270,10 @@ def test_bytes_a_token_of_known_models():
     assert unquantized("llama-3.1-8b") == 131072
     assert unquantized("llama-3.1-8b", tp=4) == 32768
     assert unquantized("llama-3.1-8b", tp=16) == 16384, "a head cannot be divided"
-    assert unquantized("deepseek-v3") == unquantized("deepseek-v3", tp=8) == 70272
+    if caches_latent_rows():
+        assert unquantized("deepseek-v3") == unquantized("deepseek-v3", tp=8) == 70272
+    else:
+        assert unquantized("deepseek-v3") == 8 * unquantized("deepseek-v3", tp=8) == 4997120
     # Transformers keeps all but one of a window.
     assert unquantized("gemma-3-27b") * AT == 2 * 2 * 16 * 128 * (10 * AT + 52 * 1023)
 
@@ -287,6 +307,8 @@ def test_what_attach_refuses_is_not_counted():
         cache_shape(tf.MambaConfig())
     with pytest.raises(ValueError, match="tp: expected at least 1 device, got 0"):
         cache_shape(MODELS["llama-3.1-8b"](), 0)
-    odd = tf.LlamaConfig(**{**COMMON, "head_dim": 33})
+    odd = tf.LlamaConfig(**COMMON)
+    # Newest releases refuse such a width themselves, but not of other models.
+    odd.__dict__["head_dim"] = 33
     with pytest.raises(FormatError, match="head_dim: expected an even number"):
         cache_shape(odd).layers(LayerFormats.parse("int4"), 64)

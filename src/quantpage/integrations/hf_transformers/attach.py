@@ -265,10 +265,10 @@ def _refuse_maps_of_rows(maps: KeyMaps, ledger: Ledger) -> None:
 
 def _widths_named(module: nn.Module) -> tuple[str, str]:
     """Where an attention says how wide the keys and values are that it caches."""
-    if isinstance(getattr(module, "kv_lora_rank", None), int):
+    if has_latent_rows(module):
         # One latent for all heads, and the rotary part of the key in the place of the value.
         return "kv_lora_rank", "qk_rope_head_dim"
-    return "head_dim", "v_head_dim"
+    return "qk_head_dim" if hasattr(module, "qk_head_dim") else "head_dim", "v_head_dim"
 
 
 def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledger: Ledger) -> None:

@@ -37,6 +37,11 @@ def has_latent_rows(module: nn.Module) -> bool:
     return hasattr(type(module), "expand_kv")
 
 
+def caches_latent_rows() -> bool:
+    """Whether this Transformers caches latent rows; 5.12 caches keys and values of every head."""
+    return _known_expansion() is not None
+
+
 def why_expanded(module: Any) -> str | None:
     """Why the latent rows of an attention have to be expanded; None: they are attended to."""
     known = _known_expansion()

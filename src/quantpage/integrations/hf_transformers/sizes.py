@@ -14,6 +14,7 @@ from quantpage.cache.reach import EVERYTHING, Reach
 from quantpage.cache.sizes import LayerPlan
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.latent import caches_latent_rows
 from quantpage.integrations.hf_transformers.model import (
     model_shape,
     reaches_of,
@@ -29,8 +30,9 @@ WEIGHTS = ("bf16", "int8", "none")
 """How the weights are counted: as they come in 16 bits, linear layers in int8, or not at all."""
 
 _PAGED = {"full_attention", "sliding_attention", "chunked_attention"}
-_EMPTY = {"moe", "mlp"}
-"""Layer types without any cache."""
+_EMPTY = {"moe", "mlp", "dummy"}
+"""Layer types without any cache; the newest releases say dummy for these, and for layers that read
+another layer's keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +161,23 @@ def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:
 
 def _kinds(text: Any, count: int) -> list[str]:
     """The layer types of the cache, as Transformers infers them."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
+    from transformers import cache_utils
 
-    kinds = list(get_layer_types_and_kwargs(text)[0])
+    infer = getattr(cache_utils, "get_layer_types_and_kwargs", None)
+    kinds = list(_inferred(text) if infer is None else infer(text)[0])
     assert len(kinds) == count
     return kinds
+
+
+def _inferred(text: Any) -> list[str]:
+    """The same of 5.12, which has no function for it."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        rules = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+        named = (kind for name, kind in rules.items() if getattr(text, name, None) is not None)
+        kinds = [next(named, "full_attention")] * text.num_hidden_layers
+    # Layers that read another layer's keys and values keep none.
+    return kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
 
 
 def _dtype(config: Any, text: Any) -> torch.dtype:
@@ -175,13 +189,16 @@ def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
     """Heads and channels of one layer."""
     each = getattr(text, "per_layer_config", None)
     own = text if each is None or index >= len(each) else each[index]
-    latent = getattr(own, "kv_lora_rank", None)
-    if latent:
-        # One latent for all heads, and the rotary part of the key in the place of the value.
-        return LayerShape(1, latent, own.qk_rope_head_dim, reach, latent=True)
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
         raise UnsupportedModel(f"{text.model_type}: its configuration names no attention heads")
+    latent = getattr(own, "kv_lora_rank", None)
+    if latent and caches_latent_rows():
+        # One latent for all heads, and the rotary part of the key in the place of the value.
+        return LayerShape(1, latent, own.qk_rope_head_dim, reach, latent=True)
+    if latent:
+        key_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
+        return LayerShape(-(-q_heads // tp), key_dim, own.v_head_dim, reach)
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
     heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_kv_heads", None)
     if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", False):
