@@ -53,7 +53,7 @@ def test_nothing_is_read_back():
     plan = plan_on_device(*given, 16, (5, 1), longest=60)
     assert (plan.num_tokens, plan.max_context_len, plan.bounded) == (6, 60, True)
     assert plan.slots.shape == plan.positions.shape == (6,)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         plan.slots.tolist()
 
 

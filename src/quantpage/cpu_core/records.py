@@ -109,15 +109,11 @@ def _pack_step(batch: BatchPlan) -> bytes:
     )
 
 
+step_record = KeptWith(_pack_step)
+"""The interface's Step."""
 _layer = KeptWith(_pack_layer)
-_step = KeptWith(_pack_step)
 
 
 def layer_record(layer: LayerKV) -> bytes:
     """The interface's Layer."""
     return _layer(layer)[0]
-
-
-def step_record(batch: BatchPlan) -> bytes:
-    """The interface's Step."""
-    return _step(batch)

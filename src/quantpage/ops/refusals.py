@@ -67,19 +67,19 @@ def capability(least: tuple[int, int], later: bool) -> Condition:
 
 def triton(call: Call) -> Iterator[str]:
     """The package."""
-    if not _installed("triton"):
+    if not installed("triton"):
         yield "needs Triton, which is not installed."
 
 
 def gluon(call: Call) -> Iterator[str]:
     """Triton's lower level."""
-    if _installed("triton") and not _installed("triton.experimental.gluon"):
+    if installed("triton") and not installed("triton.experimental.gluon"):
         yield "needs Triton 3.6 or later, which brings Gluon."
 
 
 @lru_cache
-def _installed(package: str) -> bool:
-    # Looked for once: that reads folders, and every layer of every new cache asks.
+def installed(package: str) -> bool:
+    """Whether a package is there: looked for once, as that reads folders, and layers ask."""
     return find_spec(package) is not None
 
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from quantpage.hardware import device_info
 from quantpage.ops.attend.decode.launch import decode_tiles, programs_of, row_tiles
 from quantpage.ops.attend.decode.workspaces import (
     counter_count,
@@ -10,6 +9,7 @@ from quantpage.ops.attend.decode.workspaces import (
     piece_sizes,
     workspace,
 )
+from quantpage.ops.attend.flash.tiles import processors_of
 from quantpage.ops.dispatch import DECODE_TOKENS, Call
 
 
@@ -18,8 +18,7 @@ def reserve(call: Call, device: torch.device, max_requests: int, max_tokens: int
 
     For the calling thread on the current stream of ``device``. Returns the bytes.
     """
-    processors = device_info(device).processors if device.type == "cuda" else 3
-    sizes, counters = needed(call, processors, max_requests, max_tokens)
+    sizes, counters = needed(call, processors_of(device), max_requests, max_tokens)
     held = [*workspace(device, sizes), counters_of(device, counters)]
     return sum(each.nbytes for each in held)
 

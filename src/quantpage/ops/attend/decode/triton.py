@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, programs_of, row_tiles
@@ -26,6 +25,7 @@ from quantpage.ops.attend.decode.workspaces import (
     piece_sizes,
     workspace,
 )
+from quantpage.ops.attend.flash.tiles import processors_of
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
@@ -155,7 +155,7 @@ def arrange(
         return Arranged(0, (), (), {}, ((0, 0), (), {}))
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
-    processors = device_info(q.device).processors if q.is_cuda else 3
+    processors = processors_of(q.device)
     programs = programs_of(tiles, processors, all_rows)
     part_out, part_lse, cuts = workspace(
         q.device, piece_sizes(programs, rows, value_width, all_rows)

@@ -1,12 +1,21 @@
-"""Tiles of queries by keys that prefill and interval masks launch, and the workspace's cap."""
+"""What launches are laid out by: tiles of queries by keys, the workspace's cap, processors."""
 
 from dataclasses import dataclass
+
+import torch
+
+from quantpage.hardware import device_info
 
 WORKSPACE_BYTES = 128 * 2**20
 """Default cap of the workspace (K and V together). Measured on an H200 in turns, int8, 32/8 heads
 of 128, caps of 32, 64, 128 and 300 MB: 512 tokens on 128k 2.39, 2.09, 1.98, 2.03 ms, 512 on 32k
 0.61, 0.54, 0.51, 0.54 ms, 2k on 32k 1.93, 1.85, 1.86, 1.85 ms. Small passes read back from the L2
 what was just written, and pay a launch and a carried output each."""
+
+
+def processors_of(device: torch.device) -> int:
+    """Processors that a launch is for; a few on a CPU, where kernels are interpreted."""
+    return device_info(device).processors if device.type == "cuda" else 3
 
 
 @dataclass(frozen=True, slots=True)

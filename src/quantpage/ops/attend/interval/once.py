@@ -18,13 +18,7 @@ from quantpage.masks import ColumnIntervals, RowIntervals
 Made = TypeVar("Made")
 _MOST = 8
 """Answers kept of one step: masks times kernels times segments of a model's layers."""
-
-
-def _no_answers(lengths: Tensor) -> dict[Hashable, tuple[object, object]]:
-    return {}
-
-
-_answers = KeptWith(_no_answers)
+_answers: KeptWith[Tensor, dict[Hashable, tuple[object, object]]] = KeptWith(lambda _: {})
 """Of a step's context_lens: what was asked -> (the mask, the answer)."""
 
 

@@ -18,7 +18,7 @@ from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.triton import attend as decode_entry
 from quantpage.ops.attend.decode.triton import decode_into
-from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
+from quantpage.ops.attend.flash.tiles import portable_tile, portable_width, processors_of
 from quantpage.ops.attend.flash.triton_launch import (
     OPERANDS,
     compiled,
@@ -151,7 +151,7 @@ def _pages_shape(
         tile=tile,
         window=mask.window if isinstance(mask, CausalMask) else None,
         sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
-        processors=device_info(q.device).processors if q.is_cuda else 3,
+        processors=processors_of(q.device),
         persistent=False,
     )
     return shape, warps
