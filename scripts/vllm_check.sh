@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 version=${VLLM:-0.32.0} env=.venv-vllm${VLLM:+-$VLLM} failed=0
 work=$env/check
+folder=$work
 if [ ! -f $env/ready ]; then
   "${PYTHON:-python3}" -m venv $env
   pip() { $env/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
@@ -44,7 +45,7 @@ case_() {  # NAME CASE...: runs it where it was asked for
   local name=$1; shift
   if [ -n "$wanted" ] && ! [[ " $wanted " == *" $name "* ]]; then return; fi
   echo "== $name"
-  check run ${folder:-$work} "$@" || { echo "FAILED: $name"; failed=1; }
+  check run $folder "$@" || { echo "FAILED: $name"; failed=1; }
 }
 wanted="$*"
 drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":2}'
