@@ -28,6 +28,8 @@ class DeviceInfo:
     """Streaming multiprocessors, or CPU threads that torch may use."""
     l2_bytes: int
     """Second-level cache; 0 where unknown."""
+    shared_bytes: int = 0
+    """Shared memory that one program of a kernel may have; 0 where unknown."""
 
 
 def find_device(name: str) -> torch.device:
@@ -110,6 +112,8 @@ def _cuda_info(index: int) -> DeviceInfo:
         (found.major, found.minor),
         found.multi_processor_count,
         found.L2_cache_size,
+        # Not in every torch.
+        getattr(found, "shared_memory_per_block_optin", 0),
     )
 
 

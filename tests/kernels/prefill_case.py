@@ -7,6 +7,7 @@ in a process of their own, as Triton decides at import whether it interprets.
 import dataclasses
 import json
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -18,13 +19,18 @@ from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from tests.kernels.aot import compile_kernel, resources
 
-CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+CODE = {"none": 0, "float32": 0, "int8": 1, "fp8": 2, "int4": 3}
+
+
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes that one program may have, by compute capability (CUDA C++ programming guide)."""
 
 
 def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0):
     """Keys and values of one code, a scale a token (and a zero for int4), 32/8 heads."""
-    tile, warps = portable_tile(head_dim, rows)
-    pointers = {"none": "*fp16", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
+    number = torch.float32 if code == "float32" else torch.float16
+    tile, warps = portable_tile(head_dim, rows, number, SHARED[capability])
+    pointers = {"none": "*fp16", "float32": "*fp32", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     for side in "kv":
         types[f"{side}_codes"] = pointers[code]
@@ -42,12 +48,12 @@ def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64,
         "G": 4, "D": head_dim, "DV": head_dim, "DP": head_dim, "DVP": head_dim,
         "BM": tile.rows, "BN": tile.keys,
         "SLOTS": page, "PAGE": page, "K_CODE": CODE[code], "V_CODE": CODE[code],
-        "K_SCALED": int(code != "none"), "V_SCALED": int(code != "none"),
+        "K_SCALED": int(CODE[code] > 0), "V_SCALED": int(CODE[code] > 0),
         "K_ZERO": code == "int4", "V_ZERO": code == "int4", "K_GROUPS": 1, "V_GROUPS": 1,
         "WINDOW": False,
-        "CAUSAL": True, "SEGMENT": segment, "SOFTCAP": False, "SINKS": False, "SHIFT": 8,
-        "OLD": capability < 89,
-        "STAGES": tile.stages, "OPERAND": tl.float16,
+        "CAUSAL": True, "SEGMENT": segment, "SOFTCAP": False, "SINKS": False,
+        "SHIFT": 0 if code == "float32" else 8, "OLD": capability < 89,
+        "STAGES": tile.stages, "OPERAND": tl.float32 if code == "float32" else tl.float16,
     }  # fmt: skip
     return types | fixed, warps
 
@@ -93,6 +99,11 @@ PAGES = {
     "workspace sm_90": {"code": "none"},
     "int8 sm_80": {"capability": 80},
     "int8 sm_100": {"capability": 100},
+    "int8 sm_89": {"capability": 89},
+    "workspace sm_89": {"code": "none", "capability": 89},
+    "workspace 256 sm_120": {"code": "none", "capability": 120, "head_dim": 256},
+    "float32 sm_89": {"code": "float32", "capability": 89},
+    "float32 256 sm_90": {"code": "float32", "head_dim": 256},
 }
 DENSE = {
     "dense 128": {},
@@ -116,7 +127,10 @@ def main() -> None:
         found[name] = compile_kernel(prefill_pages_kernel, arguments, capability, num_warps=warps)
     for name, given in DENSE.items():
         found[name] = compile_dense(**given)
-    print(json.dumps({name: _plain(resources(k)) for name, k in found.items()}))
+    made = {name: _plain(resources(k)) for name, k in found.items()}
+    for name, given in PAGES.items():
+        made[name]["limit"] = SHARED[given.get("capability", 90)]
+    print(json.dumps(made))
 
 
 def _plain(found) -> dict:

@@ -35,6 +35,12 @@ def test_int8_turns_four_codes_with_five_instructions(compiled):
     assert count(found, "I2F") <= 4
 
 
+def test_every_card_has_the_shared_memory(compiled):
+    bounded = [each for each in compiled.values() if "limit" in each]
+    assert len(bounded) >= 11
+    assert all(each["shared"] <= each["limit"] for each in bounded)
+
+
 def test_ampere_uses_its_tensor_cores(compiled):
     assert count(compiled["int8 sm_80"], "HMMA") > 0
     assert count(compiled["int8 sm_80"], "LDL|STL") == 0

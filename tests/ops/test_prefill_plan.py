@@ -8,7 +8,7 @@ from quantpage.batch import plan_batch
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask
-from quantpage.ops.attend.flash.tiles import DenseTile
+from quantpage.ops.attend.flash.tiles import DenseTile, portable_tile, shared_bytes
 from quantpage.ops.attend.prefill.plan import (
     DenseShape,
     plan_pages,
@@ -193,3 +193,20 @@ def test_the_portable_kernel_takes_what_gluon_refuses():
     assert PREFILL_TRITON(call(device=ampere, dtype=torch.float32, head_dim=100)) == []
     turing = DeviceInfo("cuda", "T", (7, 5), 40, 0)
     assert any("8.0 or later, got 7.5" in said for said in PREFILL_TRITON(call(device=turing)))
+
+
+@pytest.mark.parametrize("kilobytes", [227, 163, 99], ids=["hopper", "ampere", "ada"])
+@pytest.mark.parametrize("operand", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("rows", [4, 512])
+def test_a_portable_tile_fits_the_shared_memory_of_its_card(kilobytes, operand, width, rows):
+    limit = kilobytes * 1024
+    tile, _ = portable_tile(width, rows, operand, limit)
+    assert shared_bytes(tile, width, operand) <= limit
+    # What a matrix product wants, and copies behind it.
+    assert min(tile.rows, tile.keys) >= 16 and tile.stages >= 2
+    if kilobytes == 227 and operand == torch.float16:
+        # The shapes that were measured.
+        measured = DenseTile(16, 64, 3) if rows <= 16 else DenseTile(64, 64, 3)
+        assert tile == (DenseTile(64, 32, 2) if rows > 16 and width > 128 else measured)
+    assert portable_tile(width, rows, operand, 0) == portable_tile(width, rows, operand, 227 * 1024)

@@ -144,10 +144,10 @@ def test_keys_split_into_parts_give_the_same_rows(way, monkeypatch):
 def test_capped_workspace_goes_over_heads(way, monkeypatch):
     if way == "pages":
         pytest.skip("pages need no workspace")
-    plain = triton_prefill._pages_shape
+    plain = triton_prefill._shape
     monkeypatch.setattr(
         triton_prefill,
-        "_pages_shape",
+        "_shape",
         lambda *given: (replace(plain(*given)[0], cap=20_000), plain(*given)[1]),
     )
     step = Step((40, 20), (150, 70), kv_heads=3, group=2, head_dim=32)
@@ -227,3 +227,19 @@ def test_bfloat16_queries(name, head_dim, way):
     wanted, _ = reference(q.double(), layer, batch, params)
     # Eight bits of bfloat16 in the output, and in the probabilities of an unquantized cache.
     assert relative(out, wanted) < 4e-3
+
+
+@pytest.mark.skipif(not GPU, reason="shared memory is a card's")
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
+@pytest.mark.parametrize("name", ["none", "k8v4"])
+def test_float32_pages_fit_into_shared_memory(name, head_dim, page_size, way):
+    given = FORMATS[name]
+    step = Step((14, 65), (14, 300), page_size=page_size, head_dim=head_dim)
+    exact = name != "none"
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.float32, exact=exact)
+    params = AttendParams(head_dim**-0.5)
+    run = next(each for each in CANDIDATES if each.target.endswith("prefill.triton:attend"))
+    out, _ = attend_segments(q, layer, batch, params, run)
+    wanted, _ = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < TOLERANCE

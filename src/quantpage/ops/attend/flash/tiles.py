@@ -1,6 +1,6 @@
 """What launches are laid out by: tiles of queries by keys, the workspace's cap, processors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,10 @@ WORKSPACE_BYTES = 128 * 2**20
 of 128, caps of 32, 64, 128 and 300 MB: 512 tokens on 128k 2.39, 2.09, 1.98, 2.03 ms, 512 on 32k
 0.61, 0.54, 0.51, 0.54 ms, 2k on 32k 1.93, 1.85, 1.86, 1.85 ms. Small passes read back from the L2
 what was just written, and pay a launch and a carried output each."""
+
+
+HOPPER_SHARED_BYTES = 227 * 1024
+"""That one program may have; taken for what a device does not say."""
 
 
 def processors_of(device: torch.device) -> int:
@@ -28,17 +32,42 @@ class DenseTile:
     """K and V tiles in flight."""
 
 
-def portable_tile(head_dim: int, rows: int) -> tuple[DenseTile, int]:
+def portable_tile(
+    head_dim: int, rows: int, operand: torch.dtype, limit: int
+) -> tuple[DenseTile, int]:
     """Tile and warps for a padded head_dim and the most packed rows of one request.
 
     H200, 1 x 16k causal, head_dim 128, TFLOP/s: from int8 pages 242 with 64 rows and 4 warps, 222
     with 128 and 8; over a float16 workspace 377 and 318 (128 x 128: 358, with spills).
+    operand: of products. limit: bytes of shared memory that a program may have, 0 where unknown; a
+    tile that may not fit (of float32, or on a card with less than Hopper) gets fewer copies in
+    flight, then fewer keys.
     """
+    most = limit or HOPPER_SHARED_BYTES
     if rows <= 16:
-        return DenseTile(rows=16, keys=64, stages=3), 4
-    if head_dim <= 128:
-        return DenseTile(rows=64, keys=64, stages=3), 4
-    return DenseTile(rows=64, keys=32, stages=2), 4
+        tile = DenseTile(rows=16, keys=64, stages=3)
+    elif head_dim <= 128:
+        tile = DenseTile(rows=64, keys=64, stages=3)
+    else:
+        tile = DenseTile(rows=64, keys=32, stages=2)
+    while shared_bytes(tile, head_dim, operand) > most:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.keys > 16:
+            tile = replace(tile, keys=tile.keys // 2)
+        else:
+            tile = replace(tile, rows=tile.rows // 2)
+    return tile, 4
+
+
+def shared_bytes(tile: DenseTile, head_dim: int, operand: torch.dtype) -> int:
+    """The most shared memory that the portable kernel takes: queries, weights, K and V in flight.
+
+    What Triton takes depends on strides and on its release; on Hopper in float32, head_dim 128,
+    64 x 64 in three stages, it was all of this (246,784 bytes), elsewhere down to a third.
+    """
+    numbers = tile.rows * (head_dim + tile.keys) + 2 * tile.stages * tile.keys * head_dim
+    return operand.itemsize * numbers + 1024
 
 
 def portable_width(head_dim: int) -> int:

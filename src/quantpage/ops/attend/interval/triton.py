@@ -15,7 +15,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 from quantpage.ops import refusals
-from quantpage.ops.attend.flash.tiles import portable_tile, portable_width
+from quantpage.ops.attend.flash.tiles import DenseTile, portable_tile, portable_width
 from quantpage.ops.attend.flash.triton_launch import (
     OPERANDS,
     compiled,
@@ -62,8 +62,7 @@ def attend(
     if not q.shape[0]:
         return results
     group = q.shape[1] // layer.kv_heads
-    widest = max(portable_width(layer.key.head_dim), portable_width(width))
-    tile, _ = portable_tile(widest, group * batch.max_query_len)
+    tile, _ = _tile(q, layer, batch)
     form = lowered(params.mask, q.device)
     shape = (group, MaskTile(tile.rows, tile.keys), segment)
     plan = once_a_step(form, batch, shape, lambda: plan_tiles(form, batch, *shape))
@@ -76,6 +75,13 @@ def attend(
     assert parts.lse is not None
     _, lse = merge_partials(list(parts.out.unbind()), list(parts.lse.unbind()), out=results.out)
     return Results(results.out, lse if asked.lse else None)
+
+
+def _tile(q: Tensor, layer: LayerKV, batch: BatchPlan) -> tuple[DenseTile, int]:
+    widest = max(portable_width(layer.key.head_dim), portable_width(layer.value.head_dim))
+    number = operand_dtype(operand(layer.key), operand(layer.value))
+    rows = q.shape[1] // layer.kv_heads * batch.max_query_len
+    return portable_tile(widest, rows, number, device_info(q.device).shared_bytes)
 
 
 def _splits(q: Tensor, programs: int, capacity: int) -> int:
@@ -92,7 +98,7 @@ def _launch(
     group = q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
     padded, padded_v = portable_width(head_dim), portable_width(width)
-    tile, warps = portable_tile(max(padded, padded_v), group * batch.max_query_len)
+    tile, warps = _tile(q, layer, batch)
     scale, cap = exponent_scale(params)
     key, value = operand(layer.key), operand(layer.value)
     capability = device_info(q.device).capability

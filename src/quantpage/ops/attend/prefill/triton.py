@@ -49,17 +49,17 @@ def attend_pages(results: Results, q, layer, batch, params, segment: Segment, me
     """The requests of a step that read pages as they lie; members None: all."""
     lens = (batch.query_lens, batch.host_context_lens)
     rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
-    shape, warps = _pages_shape(q, layer, params, rows, 1)
-    planned = _device_pages(*lens, shape, members, str(q.device))
     halves, rule = (operand(layer.key), operand(layer.value)), (segment, batch.page_size)
+    shape, warps = _shape(q, layer, params, rows, (operand_dtype(*halves), 1))
+    planned = _device_pages(*lens, shape, members, str(q.device))
     _launch(results, q, halves, batch.page_table, params, rule, planned, warps)
 
 
 def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
     """Pages to a workspace, which the kernel reads as pages of one key tile each."""
     lens = (batch.query_lens, batch.host_context_lens)
-    shape, warps = _pages_shape(q, layer, params, max(lens[0]), 2)
     dtype = workspace_dtype(layer, q.dtype)
+    shape, warps = _shape(q, layer, params, max(lens[0]), (dtype, dtype.itemsize))
     key, value = operand(layer.key), operand(layer.value)
     rule = (segment, batch.page_size)
     for each, spans, table, planned in _device_passes(*lens, shape, members, str(q.device)):
@@ -136,14 +136,20 @@ def _launch(
         merge_parts(target, params.sinks, results)
 
 
-def _pages_shape(
-    q: Tensor, layer: LayerKV, params: AttendParams, longest: int, itemsize: int
+def _shape(
+    q: Tensor,
+    layer: LayerKV,
+    params: AttendParams,
+    longest: int,
+    numbers: tuple[torch.dtype, int],
 ) -> tuple[DenseShape, int]:
+    """numbers: of products, and bytes of one where it is read."""
+    operands, itemsize = numbers
     mask, group = params.mask, q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
-    tile, warps = portable_tile(
-        max(portable_width(head_dim), portable_width(width)), longest * group
-    )
+    widest = max(portable_width(head_dim), portable_width(width))
+    limit = device_info(q.device).shared_bytes
+    tile, warps = portable_tile(widest, longest * group, operands, limit)
     shape = DenseShape(
         kv_heads=layer.kv_heads,
         group=group,
