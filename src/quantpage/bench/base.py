@@ -5,7 +5,6 @@ has the median of its turns: before, after, and their ratio, below 1 where this 
 """
 
 import csv
-import json
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ from typing import Any
 import quantpage
 from quantpage import console
 from quantpage.bench.rows import RowPrinter, current_commit, write_table
+from quantpage.cpu_core import find_core
+from quantpage.errors import Unavailable
 
 TURNS = 3
 _KERNEL = ("case", "new", "head_dim", "q_heads", "page_size", "implementation", "format")
@@ -38,30 +39,31 @@ TIMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Of each bench: the columns that say what was timed, and the time, by whichever name it has."""
 
+SENTENCES: dict[int, type[Exception]] = {2: ValueError, 3: Unavailable}
+"""Exit codes of commands that say in a sentence what was wrong (docs/commands.md)."""
+
 # An installation in place redirects imports to its own tree: its finder is taken out first.
 _CHILD = """
-import json, sys
+import sys
 from pathlib import Path
-tree, command, given, out = sys.argv[1:]
+tree, *words = sys.argv[1:]
 sys.meta_path = [f for f in sys.meta_path if "_editable" not in type(f).__module__]
 sys.path.insert(0, tree)
 import quantpage
 assert Path(quantpage.__file__).is_relative_to(tree), quantpage.__file__
-from quantpage.cli import bench
-getattr(bench, command)(out=Path(out), **json.loads(given))
+from quantpage.cli.app import run
+sys.exit(run(["bench", *words]))
 """
 
 
 def compare(command: str, given: Mapping[str, Any], out: Path | None, base: str) -> None:
     """Time a function of cli/bench in both trees, print the rows, and write them to ``out``.
 
-    given: its arguments, without ``out`` and those of no weight. Raises ValueError for a base that
-    is no commit of the checkout that this package stands in, and RuntimeError where a tree's bench
-    fails, with its last words.
+    given: its arguments, without ``out`` and those of no weight. base: see ``make_tree``. Raises
+    what that and ``run_tree`` raise.
     """
-    here = Path(quantpage.__file__).parent.parent
     with tempfile.TemporaryDirectory(prefix="quantpage-base-") as folder:
-        trees = {"before": make_tree(base, Path(folder)), "after": here}
+        trees = {"before": make_tree(base, Path(folder)), "after": _package().parent}
         made: dict[str, list[list[dict[str, str]]]] = {name: [] for name in trees}
         for turn in range(TURNS):
             # Who goes first takes turns, too.
@@ -70,7 +72,7 @@ def compare(command: str, given: Mapping[str, Any], out: Path | None, base: str)
                 path = Path(folder) / f"{name}.csv"
                 made[name].append(run_tree(trees[name], command, given, path))
     rows = joined(command, made["before"], made["after"])
-    about = {"base": base, "commit": current_commit() or "-"}
+    about = {"base": base, "commit": given.get("commit") or current_commit() or "-"}
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
     show = RowPrinter(**widths)
     for row in rows:
@@ -80,28 +82,22 @@ def compare(command: str, given: Mapping[str, Any], out: Path | None, base: str)
 
 
 def make_tree(base: str, folder: Path) -> Path:
-    """The package as it was at a commit, with a core that fits it; what to put on the path."""
-    package = Path(quantpage.__file__).parent
+    """The package as it was, in ``folder``, with a core that fits it; what to put on the path.
+
+    base: a commit of the checkout that this package stands in, or another checkout's folder, for
+    machines that have no history. Raises ValueError where it is neither, and RuntimeError where its
+    core cannot be compiled.
+    """
     tree = folder / "tree"
-    done = subprocess.run(
-        ["git", "-C", str(package), "rev-parse", "--show-toplevel"], capture_output=True, text=True
-    )
-    root = done.stdout.strip()
-    given = ["git", "-C", root or ".", "archive", "--format=tar", base]
-    archive = subprocess.run(given, capture_output=True) if root else done
-    if archive.returncode or isinstance(archive.stdout, str):
-        raise ValueError(
-            f"base: expected a commit of the checkout that quantpage stands in, got {base!r}"
-        )
-    with tarfile.open(fileobj=BytesIO(archive.stdout)) as packed:
-        packed.extractall(tree, filter="data")
-    core = ["git", "-C", root, "diff", "--quiet", base, "--", "csrc", "CMakeLists.txt"]
-    if subprocess.run(core).returncode == 0:
-        # The same sources: this tree's core is as good.
-        for path in quantpage.__path__:
-            for library in Path(path).rglob("*.so"):
-                target = tree / "src/quantpage" / library.relative_to(path)
-                shutil.copy(library, target)
+    root = copy_checkout(Path(base), tree) if Path(base).is_dir() else unpack(base, tree)
+    if find_core() is None:
+        # What this tree does without, the other does without too.
+        return tree / "src"
+    if _core_sources(tree) == _core_sources(root):
+        # This tree's core is as good.
+        for path in map(Path, quantpage.__path__):
+            for library in path.rglob("*.so"):
+                shutil.copy(library, tree / "src/quantpage" / library.relative_to(path))
         return tree / "src"
     built = folder / "installed"
     console.ERR.print(f"compiling the core of {base}")
@@ -112,16 +108,72 @@ def make_tree(base: str, folder: Path) -> Path:
     return built
 
 
+def copy_checkout(source: Path, tree: Path) -> Path:
+    """What a package is made of, from ``source`` to ``tree``; this package's own checkout."""
+    if not (source / "src/quantpage/__init__.py").is_file():
+        raise ValueError(f"base: expected a folder with src/quantpage in it, got {source}")
+    tree.mkdir()
+    for part in source.iterdir():
+        if part.is_file():
+            shutil.copy(part, tree)
+    for name in ("src", "csrc"):
+        compiled = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(source / name, tree / name, ignore=compiled)
+    return _package().parent.parent
+
+
+def unpack(commit: str, tree: Path) -> Path:
+    """The files of a commit in ``tree``; the checkout that it is a commit of."""
+    git = ["git", "-C", str(_package())]
+    top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    root = Path(top.stdout.strip())
+    given = ["git", "-C", str(root), "archive", "--format=tar", commit]
+    archive = None if top.returncode else subprocess.run(given, capture_output=True)
+    if archive is None or archive.returncode:
+        raise ValueError(
+            "base: expected a commit of the checkout that quantpage stands in, or the folder of "
+            f"another checkout; got {commit!r}"
+        )
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as packed:
+        packed.extractall(tree, filter="data")
+    return root
+
+
+def _core_sources(root: Path) -> dict[str, bytes]:
+    files = [root / "CMakeLists.txt", *(root / "csrc").glob("*")]
+    return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+
+def _package() -> Path:
+    return Path(quantpage.__file__).parent
+
+
 def run_tree(
     tree: Path, command: str, given: Mapping[str, Any], path: Path
 ) -> list[dict[str, str]]:
-    """The rows of one bench, run in a process of its own."""
-    words = [sys.executable, "-c", _CHILD, str(tree), command, json.dumps(dict(given)), str(path)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    """The rows of one bench, run in a process of its own, by the command's own flags.
+
+    Raises ValueError and Unavailable with the sentence of a command that ended so: an older tree
+    may not have a flag. RuntimeError has the last words of any other end.
+    """
+    words = [command.replace("_", "-"), f"--out={path}", *map(_flag, given, given.values())]
+    started = [sys.executable, "-c", _CHILD, str(tree), *words]
+    done = subprocess.run(started, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{command} of {tree}: it ended with\n{_end(done.stderr)}")
+        said = done.stderr.rpartition("quantpage: ")[2].strip()
+        where = f"bench {words[0]} of {'this tree' if tree == _package().parent else 'the base'}"
+        if done.returncode in SENTENCES:
+            raise SENTENCES[done.returncode](f"{where}: {said}")
+        raise RuntimeError(f"{where}: it ended with\n{_end(done.stderr)}")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _flag(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def joined(

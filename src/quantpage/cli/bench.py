@@ -277,7 +277,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 Base = Annotated[
-    str, typer.Option(help="Time this commit's tree too, in turns: before, after and the ratio.")
+    str,
+    typer.Option(
+        help="Time this commit's tree too (or that in this folder), in turns: before, after, ratio."
+    ),
 ]
 
 
