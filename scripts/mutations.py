@@ -226,6 +226,22 @@ MUTATIONS = (
         ("tests/ops/test_attend.py",),
         _TORCH,
     ),
+    Mutation(
+        "sums of latent rows in the basis of the rotary channels",
+        _SRC + "cache/views.py",
+        "summed = self.key if self.latent else self.value",
+        "summed = self.value",
+        ("tests/ops/test_latent_rows.py",),
+        _TORCH,
+    ),
+    Mutation(
+        "a latent row after the rotary channels in a key",
+        _OPS + "attend/torch_blockwise.py",
+        "return (torch.cat([first, second], -1), first)",
+        "return (torch.cat([second, first], -1), first)",
+        ("tests/ops/test_latent_rows.py",),
+        _TORCH,
+    ),
     # Models.
     Mutation(
         "a dense reading not turned back",

@@ -1,10 +1,10 @@
 """What is drawn of a case before it runs: everything that does not depend on how it goes."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from .numbers import FORMS
+from .numbers import FORMS, MIXES
 from .shown import INTERVAL_KINDS
 
 KINDS = ("torch", "cpu", "triton", "cuda")
@@ -43,6 +43,20 @@ class Case:
     operations: int
     longest: int
     """Tokens that a request may reach."""
+    latent: bool = False
+    """Layers of latent rows: head_dim is a row's, value_dim that of the rotary channels."""
+    reference: bool = False
+    """Who computes is compared with the oracle, and the reference as well."""
+
+    @property
+    def query_dim(self) -> int:
+        """Channels of a query."""
+        return self.head_dim + self.value_dim if self.latent else self.head_dim
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of an output."""
+        return self.head_dim if self.latent else self.value_dim
 
     def __str__(self) -> str:
         told = " ".join(
@@ -71,7 +85,7 @@ def draw_case(seed: int, number: int, kinds: tuple[str, ...]) -> Case:
     mask, window, sink_tokens = _mask(rng, page_size)
     maps = ["", "", "", "scale"] if softcap else ["", "", "scale", "mean"]
     write = _write(rng)
-    return Case(
+    case = Case(
         seed,
         number,
         kind,
@@ -93,6 +107,28 @@ def draw_case(seed: int, number: int, kinds: tuple[str, ...]) -> Case:
         write=write,
         operations=int(rng.integers(2, 4)) if slow else int(rng.integers(4, 14)),
         longest=int(min(400 if not slow else 100, page_size * 6 + 7)),
+    )
+    # Drawn apart, so that what is drawn of other cases stays as it was.
+    # Triton's kernels refuse most of it.
+    rng, share = np.random.default_rng([seed, number, 2]), 0.04 if slow else 0.15
+    if rng.random() < share:
+        case = replace(case, formats=tuple(_one(rng, list(MIXES)) for _ in formats))
+    if rng.random() < share:
+        case = _of_latent_rows(case, rng)
+    return replace(case, reference=kind == "torch" and rng.random() < 0.4)
+
+
+def _of_latent_rows(case: Case, rng: np.random.Generator) -> Case:
+    """One row for all heads, which come normed and turned; no key map."""
+    return replace(
+        case,
+        latent=True,
+        kv_heads=1,
+        group=_one(rng, [1, 2, 3, 6, 16]),
+        head_dim=_one(rng, [64, 80, 96, 128, 512]),
+        value_dim=_one(rng, [16, 32, 48, 64]),
+        key_map="",
+        write=(),
     )
 
 

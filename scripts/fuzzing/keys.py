@@ -26,6 +26,10 @@ class Rows:
     def __getitem__(self, which) -> "Rows":
         return Rows(self.x[which], self.slack[which])
 
+    def channels(self, which: slice) -> "Rows":
+        """Of each row these."""
+        return Rows(self.x[..., which], self.slack)
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -34,6 +38,14 @@ class Rope:
     theta: float
     rotary_dim: int
     interleaved: bool
+
+
+def beside(first: Rows, second: Rows) -> Rows:
+    """The channels of both."""
+    return Rows(
+        np.concatenate([first.x, second.x], -1),
+        np.maximum(first.slack, second.slack),
+    )
 
 
 def size(x: np.ndarray) -> np.ndarray:

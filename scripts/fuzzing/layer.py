@@ -20,7 +20,8 @@ from quantpage.cache import LayerKV
 from quantpage.formats import KeyMap
 from quantpage.hardware import DeviceInfo, device_info
 from quantpage.masks import Mask
-from quantpage.ops.dispatch import Call
+from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.dispatch import DECODE_TOKENS, Call
 from quantpage.ops.rope_write import QKNorm
 
 from .attention import Rule, Seen, check
@@ -28,6 +29,7 @@ from .case import Case
 from .keys import (
     Rope,
     Rows,
+    beside,
     in_basis,
     mapped_keys,
     mapped_queries,
@@ -35,7 +37,7 @@ from .keys import (
     turned,
     with_bias,
 )
-from .numbers import FORMS, check_close, rotate
+from .numbers import check_close, form_of, rotate
 from .pages import EPS, TINY, Half
 
 AMPERE = DeviceInfo("cuda", "Triton's interpreter", (8, 0), 108, 40 << 20)
@@ -71,15 +73,17 @@ class Layer:
         device = AMPERE if case.kind == "triton" else device_info(device_of(case))
         call = Call(
             device, find_format(name), getattr(torch, case.dtype), case.kv_heads * case.group,
-            case.kv_heads, case.head_dim, case.value_dim, case.page_size,
+            case.kv_heads, case.head_dim, case.value_dim, case.page_size, latent=case.latent,
         )  # fmt: skip
-        run = build_attention(find_backend(backend), mask, call, NAMES[case.kind])
+        # The core writes latent rows and may leave attention to others: as dispatch chooses.
+        chosen = None if case.latent and case.kind == "cpu" else NAMES[case.kind]
+        run = build_attention(find_backend(backend), mask, call, chosen)
         return cls(case, name, _given(case, name, rng), run)
 
     @property
     def specs(self):
         """Keys' and values'."""
-        return FORMS[self.format][:2]
+        return form_of(self.format)[:2]
 
     @property
     def layout(self) -> CacheLayout:
@@ -87,7 +91,7 @@ class Layer:
         case = self.case
         return CacheLayout(
             case.kv_heads, case.head_dim, find_format(self.format), case.page_size,
-            getattr(torch, case.dtype), case.value_dim,
+            getattr(torch, case.dtype), case.value_dim, case.latent,
         )  # fmt: skip
 
     def key_map(self) -> KeyMap | None:
@@ -145,8 +149,17 @@ class Layer:
             made[0] = mapped_queries(made[0], given.map_scale)
             made[1] = mapped_keys(made[1], given.map_scale, given.map_mean)
         key, value = self.specs
+        if case.latent:
+            # A query meets both halves of a key.
+            parts = (
+                in_basis(made[0].channels(slice(None, case.head_dim)), key.rotated),
+                in_basis(made[0].channels(slice(case.head_dim, None)), value.rotated),
+            )
+            turned_q = beside(*parts)
+        else:
+            turned_q = in_basis(made[0], key.rotated)
         return (
-            in_basis(made[0], key.rotated),
+            turned_q,
             in_basis(made[1], key.rotated),
             in_basis(rows[2], value.rotated),
         )
@@ -161,25 +174,41 @@ class Layer:
         where = f"layer of {self.format}"
         check_close(np.abs(got_q - q_rows.x) - loose, got_q, q_rows.x, f"{where}: query")
         sinks = None if given.sinks is None else tensor(given.sinks).to(q.device)
-        params = AttendParams(case.head_dim**-0.5, mask, case.softcap, sinks)
+        params = AttendParams(case.query_dim**-0.5, mask, case.softcap, sinks)
         found = self.run.attend_step(written.q, view, batch, params)
         out, lse = (each.cpu().double().numpy() for each in found)
+        stated = None
+        if case.reference:
+            stated = [each.numpy() for each in reference(written.q, view, batch, params)]
         key, value = self.specs
         halves = (
             Half.of(key, view.key, view.exact_key),
             Half.of(value, view.value, view.exact_value),
         )
         rule = Rule(params.softmax_scale, case.softcap, given.sinks)
-        kinds = (low_of(case), case.dtype, value.rotated)
+        summed = key if case.latent else value
+        kinds = (self._low(batch), case.dtype, summed.rotated)
         first = 0
         for request, new in enumerate(batch.query_lens):
             own = slice(first, first + new)
             first += new
             if new:
                 missing = self._missing(got_q[own], params.softmax_scale)
-                seen: Seen = sees(halves, request, FORMS[self.format][2])
+                seen: Seen = sees(halves, request, bool(form_of(self.format)[2]))
                 got = out[own], lse[own]
                 check(got, got_q[own], seen, rule, kinds, missing, f"{where}, row {request}")
+                if stated is not None:
+                    # It knows nothing of models: its basis and its scores are the cache's.
+                    got = stated[0][own], stated[1][own]
+                    told = f"{where}, row {request}, reference"
+                    check(got, got_q[own], seen, rule, ("float32", "float64", False), None, told)
+
+    def _low(self, batch: BatchPlan) -> str:
+        """To what the implementation of this step may round what it multiplies."""
+        few = batch.max_query_len <= DECODE_TOKENS
+        if (self.run.decode if few else self.run.prefill).name == "torch":
+            return "float32"
+        return "bfloat16" if self.case.dtype == "bfloat16" else "float16"
 
     def _missing(self, q: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray] | None:
         """What the mean of a key map took out of the scores of each row, and its terms' sizes."""
@@ -190,13 +219,6 @@ class Layer:
         mean = rotate(mean) if self.specs[0].rotated else mean
         terms = q * np.repeat(mean, self.case.group, 0) * scale
         return terms.sum(-1), np.abs(terms).sum(-1)
-
-
-def low_of(case: Case) -> str:
-    """To what an implementation may round what it multiplies."""
-    if case.kind == "torch":
-        return "float32"
-    return "bfloat16" if case.dtype == "bfloat16" else "float16"
 
 
 def device_of(case: Case) -> str:
@@ -231,11 +253,12 @@ def _given(case: Case, name: str, rng: np.random.Generator) -> Given:
     if case.key_map == "mean":
         mean = rng.normal(0, 4, (heads, width)).astype(np.float32).astype(np.float64)
     sinks = rng.normal(0, 3, q_heads).astype(np.float32).astype(np.float64) if case.sinks else None
-    key, value, _ = FORMS[name]
+    key, value, _ = form_of(name)
     static = None
-    if key.given:
+    if key.given or value.given:
         static = tuple(
-            _static(spec, (heads, w), rng) for spec, w in ((key, width), (value, case.value_dim))
+            _static(spec, (heads, w), rng) if spec.given else (None, None)
+            for spec, w in ((key, width), (value, case.value_dim))
         )
     return Given(bias, norm, rope, scale, mean, sinks, static)
 

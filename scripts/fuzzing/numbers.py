@@ -43,21 +43,39 @@ class Spec:
 
 
 _INT8, _INT4, _FP8 = Spec("int8", True), Spec("int4", True, True), Spec("fp8")
+_INT6, _INT3 = Spec("int6", True, True), Spec("int3", True, True)
 _INT8_GIVEN, _INT4_GIVEN = Spec("int8", given="channel"), Spec("int4", zero=True, given="channel")
-FORMS: dict[str, tuple[Spec, Spec, bool]] = {
-    "none": (Spec("none"), Spec("none"), False),
-    "int8": (_INT8, _INT8, False),
-    "int8_exact": (_INT8, _INT8, True),
-    "fp8": (_FP8, _FP8, False),
-    "int6": (Spec("int6", True, True), Spec("int6", True, True), False),
-    "int4": (_INT4, _INT4, True),
-    "int3": (Spec("int3", True, True), Spec("int3", True, True), True),
-    "k8v4": (_INT8, _INT4, True),
-    "int8_static": (_INT8_GIVEN, _INT8_GIVEN, False),
-    "fp8_static": (Spec("fp8", given="head"), Spec("fp8", given="head"), False),
-    "int4_static": (_INT4_GIVEN, _INT4_GIVEN, False),
+FORMS: dict[str, tuple[Spec, Spec, str]] = {
+    "none": (Spec("none"), Spec("none"), ""),
+    "int8": (_INT8, _INT8, ""),
+    "int8_exact": (_INT8, _INT8, "16 bits"),
+    "fp8": (_FP8, _FP8, ""),
+    "int6": (_INT6, _INT6, ""),
+    "int4": (_INT4, _INT4, "16 bits"),
+    "int3": (_INT3, _INT3, "16 bits"),
+    "k8v4": (_INT8, _INT4, "16 bits"),
+    "int8_static": (_INT8_GIVEN, _INT8_GIVEN, ""),
+    "fp8_static": (Spec("fp8", given="head"), Spec("fp8", given="head"), ""),
+    "int4_static": (_INT4_GIVEN, _INT4_GIVEN, ""),
 }
-"""Keys, values, exact pages or not: docs/formats.md's table once more."""
+"""Keys, values, what exact pages are kept in, if any: docs/formats.md's table once more."""
+MIXES: dict[str, tuple[Spec, Spec, str]] = {
+    "k=int8,v=fp8": (_INT8, _FP8, ""),
+    "k=fp8,v=int4": (_FP8, _INT4, "16 bits"),
+    "k=none,v=int4": (Spec("none"), _INT4, "16 bits"),
+    "k=int6,v=int3": (_INT6, _INT3, "16 bits"),
+    "k=int4_static,v=int8": (_INT4_GIVEN, _INT8, ""),
+    "k=int8,v=none": (_INT8, Spec("none"), ""),
+    "int4_near8": (_INT4, _INT4, "int8"),
+    "k8v4_near8": (_INT8, _INT4, "int8"),
+    "k=fp8,v=int3_near8": (_FP8, _INT3, "int8"),
+}
+"""Keys of one format and values of another, and exact pages in int8."""
+
+
+def form_of(name: str) -> tuple[Spec, Spec, str]:
+    """Of FORMS or MIXES."""
+    return FORMS[name] if name in FORMS else MIXES[name]
 
 
 def _e4m3() -> np.ndarray:

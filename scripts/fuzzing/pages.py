@@ -22,14 +22,19 @@ class Half:
     codes: np.ndarray
     scale: np.ndarray | None
     zero: np.ndarray | None
-    exact: np.ndarray | None
+    exact: "np.ndarray | Half | None"
+    """Numbers, or codes of a finer format in the same basis."""
 
     @classmethod
-    def of(cls, spec: Spec, pages: QuantizedPages, exact: torch.Tensor | None) -> "Half":
+    def of(
+        cls, spec: Spec, pages: QuantizedPages, exact: torch.Tensor | QuantizedPages | None
+    ) -> "Half":
         """A copy of what the layer holds now."""
-        return cls(
-            spec, host(pages.codes), *(_numbers(x) for x in (pages.scale, pages.zero, exact))
-        )
+        if isinstance(exact, QuantizedPages):
+            near: np.ndarray | Half | None = cls.of(Spec("int8", spec.rotated), exact, None)
+        else:
+            near = _numbers(exact)
+        return cls(spec, host(pages.codes), _numbers(pages.scale), _numbers(pages.zero), near)
 
     def at(self, table: list[int], positions: np.ndarray, size: int):
         """Codes as numbers, scale and zero of these positions: [tokens, heads, ..]."""
@@ -57,6 +62,8 @@ class Half:
     def exactly(self, table: list[int], positions: np.ndarray, size: int) -> np.ndarray:
         """What the exact pages hold."""
         assert self.exact is not None
+        if isinstance(self.exact, Half):
+            return self.exact.numbers(table, positions, size)
         return self.exact[np.array(table, dtype=np.int64)[positions // size], :, positions % size]
 
     def check(
@@ -71,7 +78,9 @@ class Half:
             _check_kept(codes, own, dtype, where)
         else:
             check_codes(self.spec, own.x, own.slack, codes, scale, zero, where)
-        if self.exact is not None:
+        if isinstance(self.exact, Half):
+            self.exact.check(rows, exact_table, [], size, (dtype, f"{where}, exact"))
+        elif self.exact is not None:
             positions = np.flatnonzero(held(exact_table, len(rows.x), size))
             own = rows[positions]
             limit = LARGEST16 if dtype == "float16" else float(torch.finfo(torch.float32).max)
@@ -111,7 +120,12 @@ def _check_kept(got: np.ndarray, rows: Rows, dtype: str, where: str) -> None:
 
 def poison(layer: LayerKV) -> None:
     """Memory that nobody wrote may hold anything."""
-    for half in (layer.key, layer.value):
+    near = (layer.exact_key, layer.exact_value)
+    for half in (layer.key, layer.value, *near):
+        if not isinstance(half, QuantizedPages):
+            if half is not None:
+                half.fill_(torch.nan)
+            continue
         codes = half.codes
         if codes.is_floating_point() and codes.dtype != torch.float8_e4m3fn:
             codes.fill_(torch.nan)
@@ -121,6 +135,3 @@ def poison(layer: LayerKV) -> None:
             for plane in (half.scale, half.zero):
                 if plane is not None:
                     plane.fill_(torch.nan)
-    for plane in (layer.exact_key, layer.exact_value):
-        if plane is not None:
-            plane.fill_(torch.nan)

@@ -17,7 +17,7 @@ from .attention import Seen
 from .case import Case
 from .keys import Rows
 from .layer import Layer, device_of, tensor
-from .numbers import FORMS, Mismatch
+from .numbers import Mismatch, form_of
 from .pages import Half, held, poison
 
 MOST_REQUESTS = 4
@@ -57,7 +57,7 @@ class World:
         self.log: list[str] = []
         window = case.window if not case.sink_tokens else None
         self.reach = EVERYTHING if window is None else Reach(window=window)
-        exact = any(FORMS[name][2] for name in case.formats)
+        exact = any(form_of(name)[2] for name in case.formats)
         pages = 3 * (case.longest // case.page_size + 2)
         self.pool = PagePool(pages)
         self.exact_pool = PagePool(pages) if exact else None
@@ -357,7 +357,7 @@ class World:
         case, rng = self.case, self.rng
         made = []
         for heads, width in (
-            (case.kv_heads * case.group, case.head_dim),
+            (case.kv_heads * case.group, case.query_dim),
             (case.kv_heads, case.head_dim),
             (case.kv_heads, case.value_dim),
         ):
@@ -410,7 +410,16 @@ class World:
                 full = np.full((context, *rows.shape[1:]), np.nan)
                 full[here] = rows
                 found.append(full)
+        if self.case.latent:
+            found = [*_of_latent(*found[:2]), *_of_latent(*found[2:])]
         return Seen(*found, near, visible)
+
+
+def _of_latent(row: np.ndarray | None, rotary: np.ndarray | None):
+    """Keys and values of latent rows and their rotary channels."""
+    if row is None or rotary is None:
+        return None, None
+    return np.concatenate([row, rotary], -1), row
 
 
 def _leading(pages: list[int]) -> int:
