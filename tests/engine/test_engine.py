@@ -1,6 +1,8 @@
 """Requests that share steps, pages and a small pool answer as each of them does alone."""
 
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -149,6 +151,43 @@ def test_what_never_fits_is_refused_and_a_full_queue_says_so():
             one.cancel(each.ticket)
         assert all(set(each.wait().reasons) <= {"cancelled", "length"} for each in some)
         assert Asked(one, Request((5,) * 30, 2)).wait().reasons == ["length"]
+
+
+@pytest.mark.parametrize(
+    ("pages", "places", "running"),
+    [(400, 6, 6), (16, 6, 4)],
+    ids=["as many as there are places", "as many as the pages hold"],
+)
+def test_a_burst_at_idle_waits_only_behind_what_can_run(pages, places, running):
+    # Promised to each: 8 tokens and half of 80, which are 3 pages of 16, and one to copy into.
+    limits = Limits(pages=pages, max_running=places, max_waiting=2, step_tokens=16)
+    request = Request((5,) * 8, 80, Sampling(temperature=0))
+    seen = threading.Event()
+    with engine(limits=limits) as one:
+        # Nothing is taken from the inbox meanwhile, as in a burst that comes within one step.
+        with one._wake:
+            one.submit(request, lambda _: seen.wait(60))
+            some = [Asked(one, request) for _ in range(running + 1)]
+            with pytest.raises(QueueFull, match="at most 2 waiting answers, got 3"):
+                Asked(one, request)
+        # The same once they have been admitted; the first answer's news hold the engine there.
+        while one.stats().running < running:
+            time.sleep(0.001)
+        with pytest.raises(QueueFull, match="at most 2 waiting answers, got 3"):
+            Asked(one, request)
+        seen.set()
+        assert all(each.wait().reasons == ["length"] for each in some)
+
+
+def test_answers_of_one_prompt_that_all_run_at_once_do_not_wait():
+    limits = Limits(pages=100, max_running=4, max_waiting=1, step_tokens=16)
+    with engine(limits=limits) as one:
+        assert Asked(one, Request((5,) * 30, 4, answers=4)).wait().reasons == ["length"] * 4
+        with one._wake:
+            runs = Asked(one, Request((5,) * 30, 4, answers=3))
+            with pytest.raises(QueueFull, match="at most 1 waiting answers, got 2"):
+                Asked(one, Request((5,) * 30, 4, answers=2))
+        assert runs.wait().reasons == ["length"] * 3
 
 
 def test_a_failing_step_takes_its_own_requests_and_no_other():

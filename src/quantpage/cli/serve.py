@@ -44,7 +44,8 @@ def command(
         int | None, typer.Option(min=1, help="Answers that share a step; embedded: 64.")
     ] = None,
     max_waiting: Annotated[
-        int | None, typer.Option(min=1, help="Answers in the queue; embedded: 256.")
+        int | None,
+        typer.Option(min=1, help="Answers that wait for a place; embedded: 256."),
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer.")

@@ -99,11 +99,12 @@ class Engine:
         with self._wake:
             if self._stopping or self._draining:
                 raise EngineStopped("engine: expected a running engine, got one that was stopped")
-            waiting = sum(map(len, self._inbox)) + self._waiting()
-            if waiting + len(answers) > self.limits.max_waiting:
+            # What came since the last step waits for no one where it can run in the next.
+            waiting = self._scheduler.left_waiting([*self._inbox, answers])
+            if waiting > self.limits.max_waiting:
                 raise QueueFull(
                     f"queue: expected at most {self.limits.max_waiting} waiting answers, got "
-                    f"{waiting + len(answers)}"
+                    f"{waiting}"
                 )
             self._inbox.append(answers)
             self._wake.notify()
@@ -245,17 +246,19 @@ class Engine:
                 ):
                     self._wake.wait()
                 inbox, self._inbox = list(self._inbox), deque()
+                for answers in inbox:
+                    scheduler.add(answers)
                 stopping = self._stopping
-                idle = not (inbox or scheduler.waiting or scheduler.running)
+                idle = not (scheduler.waiting or scheduler.running)
             self._run_errands()
-            for answers in inbox:
-                scheduler.add(answers)
             if stopping:
                 self._end_all("cancelled", None)
             if stopping or (idle and self._draining):
                 return
             self._drop_cancelled()
-            scheduler.admit()
+            with self._wake:
+                # Who leaves the queue runs: whoever submits meanwhile must see one or the other.
+                scheduler.admit()
             if scheduler.running:
                 self._step()
 

@@ -31,7 +31,7 @@ class Limits:
     max_running: int = 64
     """Answers that share a step."""
     max_waiting: int = 256
-    """Answers in the queue; one more is refused (QueueFull)."""
+    """Answers that wait for a place or for pages; one more is refused (QueueFull)."""
     step_tokens: int = 256
     """Tokens a step: decode and prompt chunks together."""
     promised_share: float = 0.5
@@ -92,6 +92,22 @@ class Chunk:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Places and promised pages of answers that run."""
+
+    places: int
+    pages: int
+
+    def beside(self, answers: int, promise: int) -> "_Taken":
+        """With so many more answers of so many pages each."""
+        return _Taken(self.places + answers, self.pages + answers * promise)
+
+    def within(self, limits: Limits) -> bool:
+        """Whether they may all run at once."""
+        return self.places <= limits.max_running and self.pages <= limits.pages
+
+
 class Scheduler:
     """Waiting and running answers, over pools that nobody else uses."""
 
@@ -135,18 +151,13 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting answers run, in their order, as long as their promises fit."""
+        taken = self._taken()
         while self.waiting:
             answer = self.waiting[0]
             group = [answer, *answer.siblings]
-            share = 1.0 if answer.whole else self.limits.promised_share
-            promise = self._promised(answer, share)
-            held = sum(each.promise for each in self.running)
-            held += sum(each.promise for runs in self.running for each in runs.siblings)
-            places = len(self.running) + sum(len(each.siblings) for each in self.running)
-            if (
-                places + len(group) > self.limits.max_running
-                or held + promise * len(group) > self.limits.pages
-            ):
+            promise = self._promised(answer)
+            taken = taken.beside(len(group), promise)
+            if not taken.within(self.limits):
                 return
             self.waiting.popleft()
             for each in group:
@@ -158,6 +169,16 @@ class Scheduler:
                 if not answer.made:
                     answer.cached = answer.holding.length
             self.running.append(answer)
+
+    def left_waiting(self, arriving: list[list[Answer]]) -> int:
+        """Answers of the queue, and of the requests arriving behind it, that cannot run now."""
+        queue = [[each, *each.siblings] for each in list(self.waiting)] + arriving
+        taken = self._taken()
+        for at, group in enumerate(queue):
+            taken = taken.beside(len(group), self._promised(group[0]))
+            if not taken.within(self.limits):
+                return sum(map(len, queue[at:]))
+        return 0
 
     def next_step(self) -> tuple[list[Chunk], list[tuple[Reach, PageCopy]]]:
         """What to compute now, with its pages reserved, and the copies to make first."""
@@ -256,8 +277,14 @@ class Scheduler:
         answer.holding.free()
         answer.holding, answer.promise = None, 0
 
-    def _promised(self, answer: Answer, share: float) -> int:
-        """Pages of what an answer holds and ``share`` of what it may still make."""
+    def _taken(self) -> "_Taken":
+        """What running answers, and those that start beside them, hold."""
+        answers = [each for runs in list(self.running) for each in (runs, *runs.siblings)]
+        return _Taken(len(answers), sum(each.promise for each in answers))
+
+    def _promised(self, answer: Answer) -> int:
+        """Pages of what an answer holds and of the part that it is promised of what it may make."""
+        share = 1.0 if answer.whole else self.limits.promised_share
         rest = answer.request.max_tokens - answer.made
         return -(-(len(answer.tokens) + int(share * rest)) // self.page_size) + 1
 

@@ -22,7 +22,7 @@ class ServeOptions:
     max_requests: int | None = None
     """Answers that share a step; None: 64, or as vLLM chooses."""
     max_waiting: int | None = None
-    """Answers in the queue; None: 256. vLLM has no limit."""
+    """Answers that wait for a place or for pages; None: 256. vLLM has no limit."""
     context: int | None = None
     """Most tokens of a prompt and its answer; None: the model's own limit."""
     step_tokens: int | None = None
