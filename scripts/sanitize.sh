@@ -49,11 +49,11 @@ run() { # kernel, then what runs pytest
 # at prefill_kernel+0x140 and Write access at +0x97a0, +0x12020", and nothing of TMA or mbarriers.
 # The read is the byte that tells waiting warps what to run, which Triton's gl.warp_specialize reads
 # between two BAR.SYNC 1 of the whole block; the writes come before such a barrier, but at another
-# instruction of it (nvdisasm). The code is the compiler's: findings at the two lines it belongs to,
-# the kernel's first and the call, are counted and let pass, any other fails.
+# instruction of it (nvdisasm). The code is the compiler's: findings at the lines it belongs to, the
+# kernel's first and those of the call (_roles), are counted and let pass, any other fails.
 dispatch_only() { # what the sanitizer said
   local said=$1 lines
-  lines=$(grep -nE '^def \w+_kernel\(|^    gl\.warp_specialize\(' src/quantpage/ops/attend/*/gluon_kernel.py |
+  lines=$(grep -nE '^def \w+_kernel\(|^(def |    )_roles\(|^    gl\.warp_specialize\(' src/quantpage/ops/attend/*/gluon_kernel.py |
     sed -E 's|^.*/([^/]+):([0-9]+):.*|\1:\2|')
   grep -oE '(Read|Write) access at .*' "$said" | grep -oE '\w+\.py:[0-9]+' | sort | uniq -c
   [ -n "$lines" ] && ! grep -E '^FAILED|[0-9] failed' "$said" &&

@@ -3,8 +3,10 @@
 import json
 import sys
 
+from quantpage.formats import FORMATS
+from quantpage.ops.attend.decode.launch import decode_tiles, fitted
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
-from tests.kernels.aot import compile_kernel, resources
+from tests.kernels.aot import SHARED, compile_kernel, resources
 
 CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
@@ -46,6 +48,19 @@ def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
     """Bytes of codes and 16-bit scales of one tile."""
     size = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
     return tile * head_dim * (size[key] + size[value])
+
+
+def float32_case(capability: int, head_dim: int):
+    """Exact pages of float32 under 64 query rows, as the planner fits them: kernel, arguments."""
+    none = FORMATS["none"].key
+    wanted = decode_tiles(none, none, head_dim, 64, 10**6)
+    tiles = fitted(wanted, 64, head_dim, 4, SHARED[capability])
+    given = decode_arguments(
+        "none", "none", head_dim=head_dim, rows=64, tile=tiles.tile, stages=tiles.stages,
+        capability=capability, segment=2, page=16,
+    )  # fmt: skip
+    given |= dict.fromkeys(("q", "out", "k_codes", "v_codes"), "*fp32")
+    return compile_kernel(decode_kernel, given, capability, num_warps=tiles.warps)
 
 
 def write_arguments(code=1, block=128, zero=False, mapped=0):
@@ -110,6 +125,11 @@ def main() -> None:
                 found[f"write {code}"] = summary(
                     *write_arguments(code, 128 * (code > 0) or 1), 90, 1
                 )
+            for given, head_dim in ((90, 128), (90, 256), (89, 256)):
+                takes = resources(float32_case(given, head_dim))
+                found[f"decode float32 {head_dim} {given}"] = {
+                    "shared": takes.shared, "limit": SHARED[given]
+                }  # fmt: skip
             continue
         capability = int(part)
         for code, (tile, warps, stages) in SHAPES.items():

@@ -17,13 +17,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
-from tests.kernels.aot import compile_kernel, resources
+from tests.kernels.aot import SHARED, compile_kernel, resources
 
 CODE = {"none": 0, "float32": 0, "int8": 1, "fp8": 2, "int4": 3}
-
-
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-"""Bytes that one program may have, by compute capability (CUDA C++ programming guide)."""
 
 
 def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0):

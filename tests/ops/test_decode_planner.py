@@ -8,7 +8,7 @@ import torch
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.ops.attend import CANDIDATES
-from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, row_tiles
+from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, fitted, row_tiles
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.refusals import DECODE_GLUON, DECODE_TRITON, GATHER_TRITON, WRITE_TRITON
 from tests.ops.triton_cases import KERNEL_FORMATS
@@ -44,6 +44,24 @@ def test_every_call_has_a_launch(name, width, rows):
             # Drafts are what the Hopper kernel is for.
             if given.key.quantized and rows == 32:
                 assert tiles.wgmma
+
+
+@pytest.mark.parametrize("kilobytes", [227, 163, 99], ids=["hopper", "ampere", "ada"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+def test_pages_without_codes_fit_the_shared_memory_of_their_card(kilobytes, itemsize, width, rows):
+    plain, limit = FORMATS["none"].key, kilobytes * 1024
+    wanted = decode_tiles(plain, plain, width, rows, 10**7, 400)
+    tiles = fitted(wanted, rows, width, itemsize, limit)
+    padded = 1 << (width - 1).bit_length()
+    # Queries, weights, and what is in flight: two of the stages are the page table's.
+    numbers = rows * (padded + tiles.tile) + 2 * (tiles.stages - 2) * tiles.tile * padded
+    assert tiles.tile >= 16 and tiles.stages >= 3
+    assert itemsize * numbers <= limit or (rows, width, itemsize, kilobytes) == (64, 256, 4, 99)
+    if kilobytes == 227 and itemsize == 2:
+        # The shapes that were measured.
+        assert tiles == wanted
 
 
 def test_the_kernels_serve_every_named_format_or_say_which_code_they_do_not_know():

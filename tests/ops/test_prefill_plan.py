@@ -8,7 +8,7 @@ from quantpage.batch import plan_batch
 from quantpage.formats import FORMATS
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask
-from quantpage.ops.attend.flash.tiles import DenseTile, portable_tile, shared_bytes
+from quantpage.ops.attend.flash.tiles import DenseTile, fits, portable_tile
 from quantpage.ops.attend.prefill.plan import (
     DenseShape,
     plan_pages,
@@ -202,7 +202,7 @@ def test_the_portable_kernel_takes_what_gluon_refuses():
 def test_a_portable_tile_fits_the_shared_memory_of_its_card(kilobytes, operand, width, rows):
     limit = kilobytes * 1024
     tile, _ = portable_tile(width, rows, operand, limit)
-    assert shared_bytes(tile, width, operand) <= limit
+    assert fits(tile.rows, tile.keys, tile.stages, width, operand.itemsize, limit)
     # What a matrix product wants, and copies behind it.
     assert min(tile.rows, tile.keys) >= 16 and tile.stages >= 2
     if kilobytes == 227 and operand == torch.float16:

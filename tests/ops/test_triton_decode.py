@@ -32,7 +32,8 @@ from quantpage.batch import derive
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend import CANDIDATES, AttendParams
+from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.decode.triton import attend
@@ -210,6 +211,19 @@ def test_bfloat16_queries_and_pages():
     for name in ("none", "int8", "fp8", "int4"):
         given = FORMATS[name]
         check(given.key, given.value, Step(head_dim=128), dtype=torch.bfloat16, tolerance=8e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="shared memory is a card's")
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
+def test_exact_pages_of_float32_fit_into_shared_memory(head_dim):
+    """Sixteen tokens of a group of four are 64 query rows, the most that a tile has."""
+    given, step = FORMATS["k8v4"], Step((16, 3), (80, 300), page_size=16, head_dim=head_dim)
+    q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.float32, exact=True)
+    params = AttendParams(head_dim**-0.5)
+    run = next(each for each in CANDIDATES if each.target.endswith("decode.triton:attend"))
+    out, _ = attend_segments(q, layer, batch, params, run)
+    wanted, _ = reference(q.double(), layer, batch, params)
+    assert relative(out, wanted) < 1e-3
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")

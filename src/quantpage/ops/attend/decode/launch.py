@@ -4,9 +4,10 @@ Nothing is tuned at run time. Each branch carries the measurement that made it
 (benchmarks/results/, device named in the rows).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantpage.formats import QuantSpec
+from quantpage.ops.attend.flash.tiles import fits, portable_width
 
 MAX_ROWS = 64
 """Query rows (tokens x group) that one tile multiplies at once."""
@@ -157,6 +158,25 @@ def _triton_tiles(
         return DecodeTiles(64, 1, 5, 8, min_tiles=2)
     gather = 16 if rows <= 8 and parts >= JOINED and not four_bits else 0
     return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
+
+
+def fitted(tiles: DecodeTiles, rows: int, width: int, itemsize: int, limit: int) -> DecodeTiles:
+    """Copies in flight as the card's shared memory has room for: pages of 16 bits on a card with
+    less than Hopper, pages of 32 bits anywhere.
+
+    width: the wider of the head_dims. limit: bytes a program may have, 0 where unknown.
+    """
+    padded = portable_width(width)
+    # Two of the stages are the page table's.
+    while not fits(rows, tiles.tile, tiles.stages - 2, padded, itemsize, limit):
+        if tiles.stages > 3:
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        elif tiles.tile > 16:
+            tiles = replace(tiles, tile=tiles.tile // 2)
+        else:
+            # 64 rows of 256 float32 channels in 99 KB: 1 KB more than that by count, compiled less.
+            break
+    return tiles
 
 
 def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:

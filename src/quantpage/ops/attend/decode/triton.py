@@ -14,9 +14,16 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
-from quantpage.ops.attend.decode.launch import DecodeTiles, decode_tiles, programs_of, row_tiles
+from quantpage.ops.attend.decode.launch import (
+    DecodeTiles,
+    decode_tiles,
+    fitted,
+    programs_of,
+    row_tiles,
+)
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
 from quantpage.ops.attend.decode.workspaces import (
@@ -105,15 +112,19 @@ def planned(
     """The planner's choice; hopper: the Hopper kernel can be had."""
     group = q.shape[1] // layer.kv_heads
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+    width = max(q.shape[2], layer.value.head_dim)
     tiles = decode_tiles(
         layer.key.spec,
         layer.value.spec,
-        max(q.shape[2], layer.value.head_dim),
+        width,
         rows,
         layer.kv_heads * sum(batch.host_context_lens),
         batch.num_requests * layer.kv_heads * tiles_of_rows,
         hopper,
     )
+    if not layer.key.spec.quantized:
+        limit = device_info(q.device).shared_bytes
+        tiles = fitted(tiles, rows, width, layer.key.codes.element_size(), limit)
     # Of exact pages three a query: a program reads them all.
     return replace(tiles, whole=True, gather=0) if segment == "exact" else tiles
 

@@ -43,14 +43,13 @@ def portable_tile(
     tile that may not fit (of float32, or on a card with less than Hopper) gets fewer copies in
     flight, then fewer keys.
     """
-    most = limit or HOPPER_SHARED_BYTES
     if rows <= 16:
         tile = DenseTile(rows=16, keys=64, stages=3)
     elif head_dim <= 128:
         tile = DenseTile(rows=64, keys=64, stages=3)
     else:
         tile = DenseTile(rows=64, keys=32, stages=2)
-    while shared_bytes(tile, head_dim, operand) > most:
+    while not fits(tile.rows, tile.keys, tile.stages, head_dim, operand.itemsize, limit):
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.keys > 16:
@@ -60,14 +59,15 @@ def portable_tile(
     return tile, 4
 
 
-def shared_bytes(tile: DenseTile, head_dim: int, operand: torch.dtype) -> int:
-    """The most shared memory that the portable kernel takes: queries, weights, K and V in flight.
+def fits(rows: int, keys: int, in_flight: int, width: int, itemsize: int, limit: int) -> bool:
+    """Whether a program's shared memory is within ``limit`` bytes (0: Hopper's).
 
-    What Triton takes depends on strides and on its release; on Hopper in float32, head_dim 128,
-    64 x 64 in three stages, it was all of this (246,784 bytes), elsewhere down to a third.
+    The most that Triton takes of it: queries, weights, and tiles of K and V in flight. Strides and
+    releases decide whether it does: decode of float32 pages, 64 rows by 64 keys of 128 channels,
+    three in flight, asked for all of this (246,784 bytes) on an H200; others for a third.
     """
-    numbers = tile.rows * (head_dim + tile.keys) + 2 * tile.stages * tile.keys * head_dim
-    return operand.itemsize * numbers + 1024
+    numbers = rows * (width + keys) + 2 * in_flight * keys * width
+    return itemsize * numbers + 1024 <= (limit or HOPPER_SHARED_BYTES)
 
 
 def portable_width(head_dim: int) -> int:
