@@ -69,6 +69,26 @@ def test_every_format_and_figure_stands_in_it():
     assert page.count('class="cell ') == 2 * 4 * 2
 
 
+def test_flags_in_the_verdict_are_code_and_nothing_in_it_is_markup():
+    data = judged(report())
+    data["verdict"]["reasons"] = [
+        "Less: --kv-format int4,layers=1,3-4:k8v4, expected <b>; measure it with --formats."
+    ]
+    flag = "<code>--kv-format int4,layers=1,3-4:k8v4</code>"
+    expected = f"<li>Less: {flag}, expected &lt;b&gt;; measure it with <code>--formats</code>.</li>"
+    assert expected in render(data)
+
+
+def test_times_stand_beside_what_reading_alone_allows():
+    data = judged(report())
+    data["speed"]["rows"] = [
+        {"format": "int8", "context": 2048, "microseconds": 30.4, "bytes": 300_000},
+        {"format": "int8", "context": 512, "microseconds": 10.6, "bytes": 75_000},
+    ]
+    # 300 kB in 30.4 microseconds are 9.9 GB/s of the 20 that were measured.
+    assert "</th><td>11</td><td>30</td><td>49%</td></tr>" in render(data)
+
+
 def test_parts_that_could_not_be_measured_say_why():
     data = report()
     data["speed"] = {"rows": [], "why": "no compiled core <here>."}

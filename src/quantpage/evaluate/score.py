@@ -134,7 +134,8 @@ def divergence(
 
     # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
     def of(p: Tensor, q: Tensor) -> Tensor:
-        return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1)
+        likely = p.exp()
+        return (likely * (p - q) - likely + q.exp()).sum(-1)
 
     return _in_slices(of, exact, other)
 

@@ -1,6 +1,7 @@
 """A report's data as one HTML file: style, script, charts and data inside, nothing to load."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ STEPS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _SCALE = ("none", "< 0.1%", "0.1%", "0.3%", "1%", "3%", "10%", "30%", "100%")
 _FLOOR = 1e-7
 """KL below it is drawn at the lower edge: that is the noise of sums in float32."""
+_FLAG = re.compile(r"(--kv-format [^\s;]+[^\s;,.]|--[a-z]+(?:-[a-z]+)*)")
 _ROOM = Path(__file__).parent
 
 
@@ -29,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
     made = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=FileSystemLoader(_ROOM)
     )
-    made.filters |= {"small": _small, "bytes": console.in_units}
+    made.filters |= {"small": _small, "bytes": console.in_units, "flags": _with_flags}
     template, shown = made.get_template("page.html"), dict(report)
     page = template.render(context_of(shown))
     if len(page.encode()) > LIMIT:
@@ -71,6 +73,7 @@ def context_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "shown": _first_shown(errors.get(map_format, {})),
         "needle_grids": [_needle_grid(name, needle) for name in needle["found"]],
         "widest": max((row["bytes_per_token"] for row in report["memory"]["rows"]), default=1) or 1,
+        "times": _times(report["speed"]),
         "gpu": report["speed"].get("limit", "").startswith("a large copy"),
         "served_ops": ops,
         "served_rows": list(served.items()),
@@ -262,6 +265,19 @@ def _needle_grid(name: str, needle: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _times(speed: Mapping[str, Any]) -> dict[str, Any]:
+    """Microseconds of each format by context, and the share of the bandwidth at the longest."""
+    contexts = sorted({row["context"] for row in speed["rows"]})
+    found = {(row["format"], row["context"]): row for row in speed["rows"]}
+    rows = []
+    for name in dict.fromkeys(row["format"] for row in speed["rows"]):
+        last = found[name, contexts[-1]]
+        reached = last["bytes"] / last["microseconds"] / 1e3 / speed["gb_per_s"]
+        times = [found[name, context]["microseconds"] for context in contexts]
+        rows.append((name, {"microseconds": times, "reached": reached}))
+    return {"contexts": contexts, "rows": rows}
+
+
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     made = report["made"]
     names = {
@@ -277,6 +293,14 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _embedded(report: Mapping[str, Any]) -> str:
     """JSON that cannot end the element it stands in."""
     return json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _with_flags(sentence: str) -> Markup:
+    """A sentence whose flags of the command line stand as code."""
+    words = _FLAG.split(sentence)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(each) if at % 2 else each for at, each in enumerate(words)
+    )
 
 
 def _small(value: float) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantpage.evaluate.caches import PEERS
 from quantpage.evaluate.run import DTYPES
 from quantpage.files import check_writable
 from quantpage.formats import FORMATS
@@ -46,8 +47,6 @@ class ReportRequest:
     calibration: str = "auto"
     """Of keys, as ``attach`` takes it; 'none' for None."""
 
-    chunk = 32
-    """Predictions a forward."""
     answer_prompt = 384
     map_tokens = 512
     advice_prompt, advice_scored = 256, 128
@@ -72,6 +71,15 @@ class ReportRequest:
         """Formats of the report, in order, each once."""
         default = tuple(name for name, each in FORMATS.items() if each.dynamic)
         return tuple(dict.fromkeys(self.formats or default))
+
+    @property
+    def chunk(self) -> int:
+        """Predictions a forward.
+
+        What ours make of a text does not depend on it, and the time does. Transformers' quantized
+        caches read a forward's own tokens unquantized: there it is ``quantpage evaluate``'s.
+        """
+        return 32 if any(each in PEERS for each in self.names) else 128
 
     @property
     def data(self) -> Path:
