@@ -1,11 +1,13 @@
 """A crowd of streaming clients against a server whose pool holds a quarter of them.
 
     load_test.py [--clients 64] [--seconds 600] [--model FOLDER] [--kv-format int8] [--csv FILE]
+                 [--conversations FILE]
 
 Starts `quantpage serve` as a process, with a tiny float32 model unless one is given, and a pool
 that holds a quarter of the clients. A client asks in rounds: greedy or seeded, with a beginning
-that others share, and a third of the answers are left midway. Checked, exit status 1 where one
-does not hold:
+that others share, and a third of the answers are left midway. With conversations, as ShareGPT's
+file has them, people's first messages are asked, for answers as long as those they got. Checked,
+exit status 1 where one does not hold:
 
     every finished answer is what the same request gets alone (asked of an idle server before)
     preemptions are fewer than requests
@@ -36,6 +38,12 @@ KINDS = 48
 """Requests that there are: each is asked alone once, to compare with."""
 LONGEST = 160
 """Tokens of an answer at most."""
+LONGEST_PROMPT = 512
+"""Tokens of a prompt of people at most, about."""
+WORDS = [
+    *("the", "page", "cache", "holds", "keys", "and"),
+    *("values", "of", "tokens", "in", "eight", "bits"),
+]
 
 
 @dataclass
@@ -48,31 +56,55 @@ class Counted:
     wrong: list[str] = field(default_factory=list)
 
 
-def bodies(seed: int = 0) -> list[dict]:
-    """Requests: a few beginnings that are shared, greedy and seeded answers."""
-    draw = random.Random(seed)
-    words = [
-        "the",
-        "page",
-        "cache",
-        "holds",
-        "keys",
-        "and",
-        "values",
-        "of",
-        "tokens",
-        "in",
-        "eight",
-        "bits",
-    ]
-    beginnings = [" ".join(draw.choices(words, k=draw.randrange(10, 40))) for _ in range(6)]
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked, and what each request gets alone."""
+
+    bodies: list[dict]
+    wanted: list[str]
+
+
+def bodies(prompts: list[tuple[str, int]]) -> list[dict]:
+    """Requests for prompts and lengths of answers, in turn greedy and seeded."""
     made = []
-    for at in range(KINDS):
-        text = f"{beginnings[at % 6]} {' '.join(draw.choices(words, k=draw.randrange(1, 12)))}"
+    for at, (text, length) in enumerate(prompts):
         drawn = {"temperature": 0} if at % 2 else {"temperature": 1.0, "top_p": 0.95, "seed": at}
-        length = draw.randrange(20, LONGEST)
         made.append({"prompt": text, "max_tokens": length, "ignore_eos": True, **drawn})
     return made
+
+
+def made_up(seed: int = 0) -> list[tuple[str, int]]:
+    """Texts of few words with a few beginnings that are shared, and lengths of answers."""
+    draw = random.Random(seed)
+    beginnings = [" ".join(draw.choices(WORDS, k=draw.randrange(10, 40))) for _ in range(6)]
+    return [
+        (
+            f"{beginnings[at % 6]} {' '.join(draw.choices(WORDS, k=draw.randrange(1, 12)))}",
+            draw.randrange(20, LONGEST),
+        )
+        for at in range(KINDS)
+    ]
+
+
+def asked_by_people(path: Path) -> list[tuple[str, int]]:
+    """First messages of conversations, and how long their answers were.
+
+    path: a JSON list of {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}.
+    """
+    text, decoder, found = path.read_text(), json.JSONDecoder(), []
+    at = text.index("[") + 1
+    # One at a time: the first of a file of any size, whole or not.
+    while len(found) < KINDS:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        said, at = decoder.raw_decode(text, at)
+        turns = said["conversations"][:2]
+        if [each["from"] for each in turns] != ["human", "gpt"]:
+            continue
+        prompt, answer = (each["value"] for each in turns)
+        # A token is about four letters.
+        if 4 <= len(prompt) <= 4 * LONGEST_PROMPT and len(answer) >= 16:
+            found.append((prompt, min(len(answer) // 4, LONGEST)))
+    return found
 
 
 class Server:
@@ -135,11 +167,8 @@ async def ask(
         return text if ended else f"{text} [cut off]"
 
 
-async def crowd(
-    server: Server, wanted: list[str], clients: int, until: float, counted: Counted
-) -> None:
+async def crowd(server: Server, load: Load, clients: int, until: float, counted: Counted) -> None:
     """Clients that ask until the time is over; a third of the answers are left."""
-    asked = bodies()
     limits = httpx.Limits(max_connections=clients)
 
     async def one(at: int, client: httpx.AsyncClient) -> None:
@@ -148,7 +177,7 @@ async def crowd(
             which = draw.randrange(KINDS)
             leave = draw.randrange(1, 40) if draw.random() < 1 / 3 else None
             try:
-                said = await ask(client, asked[which], leave)
+                said = await ask(client, load.bodies[which], leave)
             except httpx.HTTPError as error:
                 said = f"[{type(error).__name__}: {error}]"
             if said is None:
@@ -156,28 +185,30 @@ async def crowd(
             elif said in (429, 503):
                 counted.refused += 1
                 await asyncio.sleep(0.2)
-            elif said == wanted[which]:
+            elif said == load.wanted[which]:
                 counted.finished += 1
             else:
-                counted.wrong.append(f"request {which}: expected {wanted[which]!r}, got {said!r}")
+                counted.wrong.append(
+                    f"request {which}: expected {load.wanted[which]!r}, got {said!r}"
+                )
 
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
         await asyncio.gather(*(one(at, client) for at in range(clients)))
 
 
-async def alone(server: Server) -> list[str]:
+async def alone(server: Server, bodies: list[dict]) -> list[str]:
     """What each request gets from a server that does nothing else."""
     async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
-        return [await ask(client, body) for body in bodies()]
+        return [await ask(client, body) for body in bodies]
 
 
 async def watched(
-    server: Server, wanted: list[str], given: argparse.Namespace, counted: Counted
+    server: Server, load: Load, given: argparse.Namespace, counted: Counted
 ) -> list[dict]:
     """The crowd, and the server's memory and counters beside it every minute."""
     rows, begin = [], time.monotonic()
     until = begin + given.seconds
-    task = asyncio.ensure_future(crowd(server, wanted, given.clients, until, counted))
+    task = asyncio.ensure_future(crowd(server, load, given.clients, until, counted))
     while not task.done():
         await asyncio.wait({task}, timeout=min(60, given.seconds))
         now = await asyncio.to_thread(server.counters)
@@ -197,12 +228,13 @@ async def watched(
     return rows
 
 
-async def drained(server: Server, wanted: list[str], clients: int) -> list[str]:
+async def drained(server: Server, load: Load, clients: int) -> list[str]:
     """What is wrong with answers that are under way when SIGTERM comes."""
-    asked = bodies()
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-        tasks = [asyncio.ensure_future(ask(client, asked[at % KINDS])) for at in range(clients)]
+        tasks = [
+            asyncio.ensure_future(ask(client, load.bodies[at % KINDS])) for at in range(clients)
+        ]
         # Who waits in the system's queue of connections is not taken yet, and may not be later.
         under_way = 0
         while under_way + sum(each.done() for each in tasks) < clients:
@@ -213,8 +245,8 @@ async def drained(server: Server, wanted: list[str], clients: int) -> list[str]:
     print(f"SIGTERM with {under_way} of {clients} under way", flush=True)
     found = [] if under_way else ["SIGTERM: expected answers under way, got none"]
     for at, each in enumerate(said):
-        if each != wanted[at % KINDS]:
-            expected = wanted[at % KINDS]
+        expected = load.wanted[at % KINDS]
+        if each != expected:
             found.append(f"SIGTERM: request {at % KINDS}: expected {expected!r}, got {each!r}")
     return found
 
@@ -227,8 +259,11 @@ def main() -> int:
     parser.add_argument("--model")
     parser.add_argument("--kv-format", default="int8")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--conversations", type=Path, help="as ShareGPT's JSON")
     parser.add_argument("--tokens", type=int, default=256, help="that a client holds, about")
     given = parser.parse_args()
+    prompts = asked_by_people(given.conversations) if given.conversations else made_up()
+    asked = bodies(prompts)
     with tempfile.TemporaryDirectory() as work:
         folder = given.model
         if folder is None:
@@ -241,7 +276,7 @@ def main() -> int:
         flags += ["--max-requests", str(given.clients), "--max-waiting", "4096"]
         quiet = Server(folder, *flags, "--no-prefix-cache", "--memory", "64MiB")
         try:
-            wanted = asyncio.run(alone(quiet))
+            load = Load(asked, asyncio.run(alone(quiet, asked)))
             held = pages_of(quiet)
         finally:
             quiet.end()
@@ -254,7 +289,7 @@ def main() -> int:
         # A quarter of the clients, each with a prompt and an answer of usual length.
         pages = given.clients // 4 * (given.tokens // 16)
         flags += ["--memory", f"{(64 << 20) - round((held - pages) * page_bytes)}B"]
-        return run(Server(folder, *flags), wanted, given)
+        return run(Server(folder, *flags), load, given)
 
 
 def pages_of(server: Server) -> int:
@@ -262,11 +297,11 @@ def pages_of(server: Server) -> int:
     return int(server.counters()["quantpage:pages"])
 
 
-def run(server: Server, wanted: list[str], given: argparse.Namespace) -> int:
+def run(server: Server, load: Load, given: argparse.Namespace) -> int:
     """The crowd, against a pool that holds a quarter of it."""
     counted = Counted()
     try:
-        rows = asyncio.run(watched(server, wanted, given, counted))
+        rows = asyncio.run(watched(server, load, given, counted))
         for _ in range(100):
             end = server.counters()
             if not end["vllm:num_requests_running"] + end["vllm:num_requests_waiting"]:
@@ -282,7 +317,7 @@ def run(server: Server, wanted: list[str], given: argparse.Namespace) -> int:
             problems.append(f"preemptions: expected fewer than {requests}, got {end}")
         if not counted.finished or not counted.left:
             problems.append(f"expected answers that ended and that were left, got {counted}")
-        problems += asyncio.run(drained(server, wanted, given.clients))
+        problems += asyncio.run(drained(server, load, given.clients))
         code = server.process.wait(timeout=120)
         if code:
             problems.append(f"exit code: expected 0, got {code}")
