@@ -36,8 +36,9 @@ def test_why_asks_every_candidate(quantpage):
 def test_formats_a_layer_are_rows(quantpage):
     given = ["explain", "--device", "cpu", "--kv-format", "k=int8,v=fp8,first1=int8", "--json"]
     data = json.loads(quantpage(*given).out)
-    assert list(dict.fromkeys(e["format"] for e in data["choices"])) == ["k=int8,v=fp8", "int8"]
-    assert data["layers"] == {"k=int8,v=fp8": "the others", "int8": "first 1"}
+    (kind,) = data["kinds"]
+    assert list(dict.fromkeys(e["format"] for e in kind["choices"])) == ["k=int8,v=fp8", "int8"]
+    assert kind["formats"] == {"k=int8,v=fp8": "the others", "int8": "first 1"}
 
 
 def test_of_a_model_it_says_which_layers(quantpage, folder):
@@ -51,12 +52,64 @@ def test_of_a_model_it_says_which_layers(quantpage, folder):
 def test_the_same_as_data(quantpage):
     given = ["explain", "--device", "cpu", "--kv-format", "int4", "--json"]
     data = json.loads(quantpage(*given).out)
-    assert [each["op"].split()[-1] for each in data["choices"]] == [
+    (kind,) = data["kinds"]
+    assert [each["op"].split()[-1] for each in kind["choices"]] == [
         "rope_write", "prefill", "decode", "gather",
     ]  # fmt: skip
-    assert data["call"]["head_dim"] == 128 and data["environment"]["torch"]
-    data = json.loads(quantpage("explain", "--why", "int4", "gather", "--json").out)
+    assert kind["call"]["head_dim"] == 128 and data["environment"]["torch"]
+    (data,) = json.loads(quantpage("explain", "--why", "int4", "gather", "--json").out)
     assert data["chosen"] in {each["implementation"] for each in data["candidates"]}
+
+
+@pytest.fixture(scope="module")
+def two_kinds(tmp_path_factory):
+    """A configuration whose every third layer has wider heads."""
+    pytest.importorskip("transformers")
+    from transformers import Gemma4TextConfig
+
+    folder = tmp_path_factory.mktemp("two_kinds")
+    Gemma4TextConfig(
+        num_hidden_layers=6,
+        head_dim=64,
+        global_head_dim=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_layers_with_heads_of_two_kinds_are_told_apart(quantpage, two_kinds):
+    given = ("explain", "--device", "cpu", "--model", two_kinds)
+    page = quantpage(*given, "--kv-format", "int8,last2=int4").out
+    rows = [line.split() for line in page.splitlines() if line.startswith(" int")]
+    assert [(row[0], " ".join(row[1:-4])) for row in rows] == [
+        ("int8", "0-1, 3"), ("int4", "4"), ("int8", "2"), ("int4", "5"),
+    ]  # fmt: skip
+    assert "head_dim 64, page_size 64, bfloat16, causal mask; layers: 0-1, 3-4\n" in page
+    assert "head_dim 512, page_size 64, bfloat16, causal mask; layers: 2, 5\n" in page
+    # Refusals stand once below both tables.
+    assert page.count("Who refused") == page.count("got 512 and 512.") == 1
+    data = json.loads(quantpage(*given, "--json").out)
+    assert [each["layers"] for each in data["kinds"]] == ["0-1, 3-4", "2, 5"]
+    assert [each["call"]["head_dim"] for each in data["kinds"]] == [64, 512]
+
+
+def test_why_asks_for_every_kind_of_layer(quantpage, two_kinds):
+    given = ("explain", "--device", "cpu", "--model", two_kinds, "--why", "int8,last2=int4")
+    said = json.loads(quantpage(*given, "decode", "--json").out)
+    assert [(each["format"], each["layers"], each["call"]["head_dim"]) for each in said] == [
+        ("int8", "0-1, 3", 64), ("int4", "4", 64), ("int8", "2", 512), ("int4", "5", 512),
+    ]  # fmt: skip
+    for each in said:
+        reasons = str(each["candidates"])
+        assert [f"got {size} and {size}." in reasons for size in (64, 512)] == [
+            each["call"]["head_dim"] == size for size in (64, 512)
+        ]
+    page = quantpage(*given, "decode").out
+    assert sum(line.endswith(": runs") for line in page.splitlines()) == 4
+    refused = quantpage(*given, "decode", "--kv-format", "int4", code=2).err
+    assert "why: expected no --kv-format beside it, got int4" in refused
 
 
 def test_the_doctor_is_content_here(quantpage):

@@ -1,7 +1,7 @@
 """`quantpage explain`: the device, what runs for each op and format, and every refusal once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -19,8 +19,8 @@ from quantpage.explain import (
     explain,
     support_matrix,
 )
-from quantpage.formats import FORMATS, KVFormat, find_format
-from quantpage.formats.per_layer import LayerFormats
+from quantpage.formats import FORMATS, KVFormat
+from quantpage.formats.per_layer import LayerFormats, layers_in_words
 from quantpage.hardware import DeviceInfo, device_info, find_device
 from quantpage.ops.dispatch import Call
 
@@ -55,31 +55,74 @@ def command(
     if mask not in MASKS:
         raise ValueError(f"mask: expected causal, full, interval or asked, got {mask!r}")
     info = device_info(find_device(device))
-    call, layers = example_call(info, FORMATS["none"], mask), None
-    if model is not None:
-        from quantpage.integrations.hf_transformers.model import load_config
-        from quantpage.integrations.hf_transformers.sizes import cache_shape, call_of
-
-        config = load_config(model)
-        call, layers = call_of(config, call), cache_shape(config).count
+    call = example_call(info, FORMATS["none"], mask)
     if why is not None:
-        _print_why(replace(call, format=find_format(why[0])), why[1], as_json)
+        if kv_format is not None:
+            raise ValueError(f"why: expected no --kv-format beside it, got {kv_format}")
+        _print_why(_served(call, model, why[0]), why[1], as_json)
         return
-    formats: Sequence[KVFormat] = list(FORMATS.values())
-    places: dict[str, str] = {}
-    if kv_format is not None:
-        chosen = LayerFormats.parse(kv_format)
-        named = chosen.places(layers)
-        formats = list(named)
-        places = {each.name: words for each, words in named.items()} if chosen.rules else {}
-    choices = [choice for each in formats for choice in explain(replace(call, format=each))]
+    served = _served(call, model, kv_format)
     if as_json:
-        console.print_json(_as_data(call, choices, places))
+        console.print_json(_as_data(_environment(info), served))
         return
     console.print_facts(_environment(info))
-    console.OUT.print(f"\n{_heads_in_words(call)}")
-    _print_table(choices, places)
-    _print_refusals(choices)
+    for each in served:
+        console.OUT.print(f"\n{each.in_words}")
+        _print_table(each)
+    _print_refusals([choice for each in served for choice in each.choices()])
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """Layers with heads of one kind, and their formats."""
+
+    call: Call
+    layers: str
+    """In words; empty: all."""
+    places: Mapping[KVFormat, str]
+    """Each format and its layers, in words; empty: all of these."""
+
+    @property
+    def in_words(self) -> str:
+        """The heads, and which layers have them."""
+        return _heads_in_words(self.call) + (f"; layers: {self.layers}" if self.layers else "")
+
+    def calls(self) -> list[Call]:
+        """For each format."""
+        return [replace(self.call, format=each) for each in self.places]
+
+    def choices(self) -> list[Choice]:
+        """Of every format and op."""
+        return [choice for each in self.calls() for choice in explain(each)]
+
+
+def _served(call: Call, model: str | None, kv_format: str | None) -> list[_Served]:
+    """Every kind of heads of a model, or those of ``call``; None: every format."""
+    chosen = None if kv_format is None else LayerFormats.parse(kv_format)
+    if model is None:
+        return [_Served(call, "", _places(chosen))]
+    from quantpage.integrations.hf_transformers.model import load_config
+    from quantpage.integrations.hf_transformers.sizes import cache_shape, calls_of
+
+    config = load_config(model)
+    count, calls = cache_shape(config).count, calls_of(config, call)
+    return [
+        _Served(
+            each,
+            "" if len(calls) == 1 else layers_in_words(layers),
+            _places(chosen, count, layers),
+        )
+        for each, layers in calls.items()
+    ]
+
+
+def _places(
+    chosen: LayerFormats | None, count: int | None = None, layers: Sequence[int] | None = None
+) -> dict[KVFormat, str]:
+    if chosen is None:
+        return dict.fromkeys(FORMATS.values(), "")
+    places = chosen.places(count, layers)
+    return places if chosen.rules else dict.fromkeys(places, "")
 
 
 def _environment(info: DeviceInfo) -> dict[str, str]:
@@ -122,12 +165,13 @@ def _heads_in_words(call: Call) -> str:
     )
 
 
-def _print_table(choices: Sequence[Choice], places: Mapping[str, str]) -> None:
-    columns = ("format", *(["layers"] if places else []), *OPS)
-    table = console.new_table(*columns, left=len(columns))
-    for name in dict.fromkeys(each.format for each in choices):
-        chosen = {each.op: each.chosen or "nothing" for each in choices if each.format == name}
-        table.add_row(name, *([places[name]] if places else []), *(chosen[op] for op in OPS))
+def _print_table(served: _Served) -> None:
+    placed = any(served.places.values())
+    table = console.new_table("format", *(["layers"] if placed else []), *OPS, left=2 + len(OPS))
+    for kv_format, place in served.places.items():
+        said = {each.op: each for each in explain(replace(served.call, format=kv_format))}
+        chosen = (said[op].chosen or "nothing" for op in OPS)
+        table.add_row(kv_format.name, *([place] if placed else []), *chosen)
     console.OUT.print(table)
 
 
@@ -156,34 +200,64 @@ def _together(who: Sequence[str]) -> str:
     return ", ".join(", ".join(alike) + (f" ({of})" if of else "") for of, alike in names.items())
 
 
-def _print_why(call: Call, op: str, as_json: bool) -> None:
-    said = candidates_of(call, op)
-    chosen = next((who for who, reasons in said if not reasons), None)
+def _print_why(served: Sequence[_Served], op: str, as_json: bool) -> None:
+    asked = []
+    for each in served:
+        for call, place in zip(each.calls(), each.places.values(), strict=True):
+            said = candidates_of(call, op)
+            chosen = next((who for who, reasons in said if not reasons), None)
+            asked.append((call, place or each.layers, chosen, said))
     if as_json:
-        candidates = [{"implementation": who, "refusals": reasons} for who, reasons in said]
         console.print_json(
-            {"format": call.format.name, "op": op, "chosen": chosen, "candidates": candidates}
+            [
+                {
+                    "format": call.format.name,
+                    "layers": layers,
+                    "call": _call_as_data(call),
+                    "op": op,
+                    "chosen": chosen,
+                    "candidates": [
+                        {"implementation": who, "refusals": reasons} for who, reasons in said
+                    ],
+                }
+                for call, layers, chosen, said in asked
+            ]
         )
         return
-    console.OUT.print(f"{call.format.name}, {op}, {_heads_in_words(call)}; in order of preference:")
-    for who, reasons in said:
-        serves = "runs" if who == chosen else "could run"
-        console.print_line(f"  {who}: {' '.join(reasons) or serves}")
+    for at, (call, layers, chosen, said) in enumerate(asked):
+        of = f"layers: {layers}; " if layers else ""
+        console.OUT.print(
+            f"{chr(10) if at else ''}{call.format.name}, {op}, {_heads_in_words(call)}; {of}"
+            "in order of preference:"
+        )
+        for who, reasons in said:
+            serves = "runs" if who == chosen else "could run"
+            console.print_line(f"  {who}: {' '.join(reasons) or serves}")
 
 
-def _as_data(call: Call, choices: Sequence[Choice], places: Mapping[str, str]) -> dict[str, Any]:
+def _as_data(environment: Mapping[str, str], served: Sequence[_Served]) -> dict[str, Any]:
     return {
-        "environment": _environment(call.device),
-        "call": {
-            "dtype": str(call.dtype).removeprefix("torch."),
-            "q_heads": call.q_heads,
-            "kv_heads": call.kv_heads,
-            "head_dim": call.head_dim,
-            "value_head_dim": call.value_head_dim,
-            "latent": call.latent,
-            "page_size": call.page_size,
-            "mask": call.mask,
-        },
-        "layers": dict(places),
-        "choices": [asdict(choice) for choice in choices],
+        "environment": dict(environment),
+        "kinds": [
+            {
+                "layers": each.layers,
+                "call": _call_as_data(each.call),
+                "formats": {form.name: place for form, place in each.places.items()},
+                "choices": [asdict(choice) for choice in each.choices()],
+            }
+            for each in served
+        ],
+    }
+
+
+def _call_as_data(call: Call) -> dict[str, Any]:
+    return {
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "q_heads": call.q_heads,
+        "kv_heads": call.kv_heads,
+        "head_dim": call.head_dim,
+        "value_head_dim": call.value_head_dim,
+        "latent": call.latent,
+        "page_size": call.page_size,
+        "mask": call.mask,
     }

@@ -109,17 +109,18 @@ class LayerFormats:
         """Each format that is named, once."""
         return tuple(dict.fromkeys((self.default, *(each.format for each in self.rules))))
 
-    def places(self, layers: int | None = None) -> dict[KVFormat, str]:
-        """Each format and its layers, in words: "0-3, 20" of ``layers`` layers; None: as named."""
+    def places(
+        self, layers: int | None = None, among: Sequence[int] | None = None
+    ) -> dict[KVFormat, str]:
+        """Each format and its layers, in words: "0-3, 20" of ``layers`` layers; None: as named.
+
+        among: of these layers only, ascending.
+        """
         if layers is not None:
             chosen = self.of_layers(layers)
-            return {
-                form: _words(
-                    ranges_of([at for at, each in enumerate(chosen) if each == form]), ", "
-                )
-                for form in self.formats
-                if form in chosen
-            }
+            looked_at = range(layers) if among is None else among
+            found = {form: [at for at in looked_at if chosen[at] == form] for form in self.formats}
+            return {form: layers_in_words(each) for form, each in found.items() if each}
         words = {self.default: ["the others" if self.rules else "all"]}
         for rule in self.rules:
             words.setdefault(rule.format, []).append(rule.words)
@@ -171,6 +172,11 @@ def ranges_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
         else:
             ends.append((layer, layer))
     return tuple(ends)
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 20] -> "0-2, 20"; ascending."""
+    return _words(ranges_of(layers), ", ")
 
 
 def _words(ranges: tuple[tuple[int, int], ...], between: str) -> str:

@@ -16,7 +16,7 @@ from quantpage.formats import FORMATS
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import DeviceInfo, available_bytes
 from quantpage.integrations.hf_transformers.model import model_shape
-from quantpage.integrations.hf_transformers.sizes import cache_shape, call_of
+from quantpage.integrations.hf_transformers.sizes import cache_shape, calls_of
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 
@@ -59,13 +59,25 @@ def held_bits(report: Mapping[str, Any], context: int = 8192) -> dict[str, float
 
 
 def refusals(config: Any, names: Sequence[str], info: DeviceInfo) -> dict[str, Any]:
-    """Who serves each format's ops here, and every refusal once."""
-    call = call_of(config, example_call(info, FORMATS["none"]))
-    chosen = dict.fromkeys(each for name in names for each in LayerFormats.parse(name).formats)
-    choices = [choice for each in chosen for choice in explain(replace(call, format=each))]
+    """Who serves each format's ops here, and every refusal once.
+
+    Where layers have heads of several kinds, whoever serves one of them.
+    """
+    calls = calls_of(config, example_call(info, FORMATS["none"]))
+    formats = dict.fromkeys(each for name in names for each in LayerFormats.parse(name).formats)
+    choices = [
+        choice
+        for each in formats
+        for call in calls
+        for choice in explain(replace(call, format=each))
+    ]
+    serving: dict[tuple[str, str], dict[str, None]] = {}
+    for each in choices:
+        serving.setdefault((each.format, each.op), {})[each.chosen or "nothing"] = None
     return {
         "choices": [
-            {"format": each.format, "op": each.op, "chosen": each.chosen} for each in choices
+            {"format": name, "op": op, "chosen": ", ".join(who)}
+            for (name, op), who in serving.items()
         ],
         "refused": [asdict(each) for each in distinct_refusals(choices)],
     }

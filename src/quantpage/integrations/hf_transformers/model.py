@@ -123,16 +123,23 @@ def refuse_unsupported(config: "PreTrainedConfig") -> None:
             raise UnsupportedModel(f"{model_type}: layer type {kind}: {_REFUSED_LAYERS[kind]}")
 
 
+def layer_config(text: Any, index: int) -> Any:
+    """What a decoder's configuration says of one layer, where layers may differ (Gemma 4)."""
+    own = getattr(text, "per_layer_config", None)
+    return text if own is None or index >= len(own) else own[index]
+
+
 def model_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Heads and layers of a configuration.
+    """Layers of a configuration, and the heads of the first.
 
     Raises UnsupportedModel when it names no attention heads.
     """
     text = text_config(config)
-    q_heads = getattr(text, "num_attention_heads", None)
+    own = layer_config(text, 0)
+    q_heads = getattr(own, "num_attention_heads", None)
     if q_heads is None:
         raise UnsupportedModel(f"{config.model_type}: its configuration names no attention heads")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     shared = getattr(text, "num_kv_shared_layers", 0) or 0
     kinds = kinds[: len(kinds) - shared]
@@ -140,7 +147,7 @@ def model_shape(config: "PreTrainedConfig") -> ModelShape:
     return ModelShape(
         layers=sum(kind in ("full_attention", "sliding_attention") for kind in kinds),
         q_heads=q_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or q_heads,
+        kv_heads=getattr(own, "num_key_value_heads", None) or q_heads,
         head_dim=head_dim,
         dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
     )

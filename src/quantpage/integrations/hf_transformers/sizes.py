@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantpage.cache.layout import CacheLayout
-from quantpage.cache.reach import EVERYTHING, Reach
+from quantpage.cache.reach import Reach
 from quantpage.cache.sizes import LayerPlan
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.latent import caches_latent_rows
 from quantpage.integrations.hf_transformers.model import (
+    layer_config,
     model_shape,
     reaches_of,
     refuse_unsupported,
@@ -116,23 +117,27 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
     return CacheShape(paged, len(kinds), states, dtype)
 
 
-def call_of(config: Any, call: Call) -> Call:
-    """``call`` with the heads and the dtype of a configuration; UnsupportedModel for one that
-    ``attach`` refuses.
+def calls_of(config: Any, call: Call) -> dict[Call, list[int]]:
+    """``call`` with the heads and the dtype of a configuration, for each kind of heads its layers.
+
+    Layers of one kind may see more or less of the text: that changes nothing in who serves them.
+    Raises UnsupportedModel for a configuration that ``attach`` refuses.
     """
     shape = cache_shape(config)
-    # What most layers cache; multi-head latent attention one latent for all heads.
-    kept = [replace(each, reach=EVERYTHING) for each in shape.paged.values()]
-    most = max(kept, key=kept.count)
-    return replace(
-        call,
-        dtype=shape.dtype,
-        q_heads=model_shape(config).q_heads,
-        kv_heads=most.kv_heads,
-        head_dim=most.head_dim,
-        value_head_dim=most.value_head_dim,
-        latent=most.latent,
-    )
+    q_heads = model_shape(config).q_heads
+    found: dict[Call, list[int]] = {}
+    for index, each in shape.paged.items():
+        asked = replace(
+            call,
+            dtype=shape.dtype,
+            q_heads=q_heads,
+            kv_heads=each.kv_heads,
+            head_dim=each.head_dim,
+            value_head_dim=each.value_head_dim,
+            latent=each.latent,
+        )
+        found.setdefault(asked, []).append(index)
+    return found
 
 
 def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:
@@ -187,8 +192,7 @@ def _dtype(config: Any, text: Any) -> torch.dtype:
 
 def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
     """Heads and channels of one layer."""
-    each = getattr(text, "per_layer_config", None)
-    own = text if each is None or index >= len(each) else each[index]
+    own = layer_config(text, index)
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
         raise UnsupportedModel(f"{text.model_type}: its configuration names no attention heads")
