@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from quantpage.batch import plan_batch
-from quantpage.bench.cases import Case, exact_output, last_queries, make_batch, make_layer
+from quantpage.batch import derive, plan_batch
+from quantpage.bench.cases import (
+    CHECKED,
+    Case,
+    checked_error,
+    dense_step,
+    expected,
+    last_queries,
+    make_batch,
+    make_layer,
+)
 from quantpage.formats import FORMATS
 from quantpage.masks import causal_document
 from quantpage.ops.attend import AttendParams, attend, reference
@@ -13,23 +22,69 @@ from tests.ops.mask_cases import cached
 pytestmark = pytest.mark.cpu
 
 
-@pytest.mark.parametrize("new", [1, 5, 16])
-@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4", "k8v4", "int8_static"])
-def test_the_gate_of_the_decode_bench_is_the_reference(name, new):
+NAMES = ["none", "int8", "fp8", "int4", "k8v4", "int8_static"]
+
+
+def step_of(name, new):
+    """Three requests of 352 tokens, as the decode bench makes them."""
     torch.manual_seed(0)
-    case = Case(3, 96, (name,), new=new, q_heads=4, kv_heads=2, head_dim=32, page_size=16)
+    case = Case(3, 352, (name,), new=new, q_heads=4, kv_heads=2, head_dim=32, page_size=16)
     layer = make_layer(case, name, "cpu")
     batch = make_batch(case, layer.exact_key is not None, "cpu")
+    return torch.randn(3 * new, 4, 32, dtype=torch.bfloat16), layer, batch
+
+
+@pytest.mark.parametrize(
+    ("name", "new"), [*((name, new) for name in NAMES for new in (1, 5, 16)), ("int8", 40)]
+)
+def test_what_a_bench_expects_is_the_reference(name, new):
+    q, layer, batch = step_of(name, new)
     assert (batch.exact is None) == (FORMATS[name].exact_pages is None)
     # Tables and slots are those of the same lists.
     exact = None if batch.exact is None else batch.exact.page_table.tolist()
-    listed = plan_batch([new] * 3, [96] * 3, batch.page_table.tolist(), 16, exact_tables=exact)
+    table = batch.page_table.tolist()
+    listed = plan_batch([new] * 3, [352] * 3, table, 16, exact_tables=exact)
     assert torch.equal(batch.slots, listed.slots)
     assert torch.equal(batch.positions, listed.positions)
-    q = torch.randn(3 * new, 4, 32, dtype=torch.float64)
-    found = exact_output(q, layer, batch, 0.2)
-    wanted, _ = reference.attend(q, layer, batch, AttendParams(0.2))
-    torch.testing.assert_close(found, wanted[-new:], atol=1e-9, rtol=1e-9)
+    found = expected(q, layer, batch, AttendParams(0.2))
+    last = min(new, CHECKED)
+    for got, wanted in zip(
+        (found.want, found.want_lse),
+        reference.attend(q.double(), layer, batch, AttendParams(0.2)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted[-last:], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bench_times_what_is_right_and_nothing_else(name):
+    q, layer, batch = step_of(name, 2)
+    params = AttendParams(0.2)
+    out, lse = attend(q, layer, batch, params, "torch")
+    assert checked_error("right", (out, lse), q, layer, batch, params) < 1e-2
+    assert checked_error("right", (out, None), q, layer, batch, params) < 1e-2
+    # Two pages in each other's place, which causal attention sees by their exact pages alone.
+    table = batch.page_table.clone()
+    table[:, 5], table[:, 9] = batch.page_table[0, 9], batch.page_table[0, 5]
+    wrong = attend(q, layer, derive(batch, page_table=table), params, "torch")
+    for got in (wrong, (wrong[0], None), (torch.full_like(out, torch.nan), None)):
+        with pytest.raises(ValueError, match=r"1 x 4k: (output|log-sum-exp): error"):
+            checked_error("1 x 4k", got, q, layer, batch, params)
+    with pytest.raises(ValueError, match=r"log-sum-exp: error"):
+        checked_error("1 x 4k", (out, lse + 1), q, layer, batch, params)
+
+
+def test_dense_rows_are_a_layer_of_pages():
+    torch.manual_seed(1)
+    k, v = (torch.randn(2, 192, 32, dtype=torch.bfloat16) for _ in "kv")
+    q = torch.randn(4, 4, 32, dtype=torch.bfloat16)
+    layer, batch = dense_step(k, v, 4)
+    assert layer.key.codes.data_ptr() == k.data_ptr()
+    seen = torch.ones(4, 192).tril(188).bool()
+    rows = q.transpose(0, 1).double(), k.double(), v.double()
+    wanted = torch.nn.functional.scaled_dot_product_attention(*rows, seen, enable_gqa=True)
+    found = expected(q, layer, batch, AttendParams(32**-0.5))
+    torch.testing.assert_close(found.want, wanted.transpose(0, 1))
 
 
 def test_the_last_queries_of_a_step_are_those_of_the_whole():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quantpage.agreement import allowed
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask, RowIntervals, causal_document
@@ -19,7 +20,7 @@ from quantpage.ops.attend import (
 )
 from quantpage.ops.dispatch import Call, choose
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case, poison
-from tests.tolerances import allowed
+from tests.tolerances import assert_agrees, assert_within
 
 pytestmark = [
     pytest.mark.cpu,
@@ -38,7 +39,7 @@ def check_all(q, layer, batch, params):
     """Every instruction set against the reference."""
     wanted = allowed(q, layer, batch, params)
     for isa in AVAILABLE:
-        wanted.check(*cpu.attend(q, layer, batch, params, isa=isa))
+        assert_within(wanted, cpu.attend(q, layer, batch, params, isa=isa))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -120,7 +121,7 @@ def test_window_is_not_read_outside():
         for position in (*range(3), *range(198 - 32, 200)):
             unseen[batch.page_table[0, position // 16], position % 16] = False
         poison(layer, unseen)
-        expected.check(*cpu.attend(q, layer, batch, params))
+        assert_within(expected, cpu.attend(q, layer, batch, params))
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
@@ -144,9 +145,9 @@ def test_outputs_in_the_models_basis(name, value_dim):
     params = AttendParams(0.125, sinks=torch.randn(4))
     wanted = allowed(q, layer, batch, params, model_basis=True)
     chosen = choose(CANDIDATES, call_of(FORMATS[name], shape), "cpu")
-    wanted.check(*attend(q, layer, batch, params, chosen, model_basis=True))
+    assert_within(wanted, attend(q, layer, batch, params, chosen, model_basis=True))
     for isa in AVAILABLE:
-        wanted.check(*cpu.attend(q, layer, batch, params, True, isa))
+        assert_within(wanted, cpu.attend(q, layer, batch, params, True, isa))
 
 
 def call_of(kv_format, shape):
@@ -174,7 +175,7 @@ def test_query_dtypes_and_strides(dtype):
     params = AttendParams(0.1)
     out, lse = cpu.attend(wide[:, 2:10], layer, batch, params)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    allowed(q, layer, batch, params, dtype).check(out, lse)
+    assert_agrees((out, lse), q, layer, batch, params, dtype)
 
 
 @pytest.mark.parametrize("name", ["int4_static", "int8_static"])

@@ -8,11 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan, derive
+from quantpage.agreement import Allowed, allowed
+from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
 from quantpage.batch_on_device import plan_on_device
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
-from quantpage.ops.gather.reference import gather_request
+from quantpage.ops.attend import AttendParams
+
+PAGE = 64
+"""Tokens a page, where a case does not say it."""
+CHECKED = 32
+"""Queries that are checked before anything is timed, the last of the last request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class Case:
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    page_size: int = 64
+    page_size: int = PAGE
     peers: bool = False
     title: str = ""
     """Its name, where requests and context do not say it."""
@@ -93,14 +99,19 @@ def make_batch(case: Case, exact: bool, device: str = "cuda") -> BatchPlan:
 
 
 def last_queries(batch: BatchPlan, new: int) -> BatchPlan:
-    """The step of one request with its last ``new`` tokens alone."""
+    """The step of the last request with its last ``new`` tokens alone."""
     starts = torch.tensor([0, new], dtype=torch.int32, device=batch.device)
+    exact = batch.exact
     return derive(
         batch,
         query_starts=starts,
         query_lens=(new,),
+        context_lens=batch.context_lens[-1:],
+        host_context_lens=batch.host_context_lens[-1:],
+        page_table=batch.page_table[-1:],
         slots=batch.slots[-new:],
         positions=batch.positions[-new:],
+        exact=exact and ExactPlan(exact.page_table[-1:], exact.slots[-new:]),
     )
 
 
@@ -129,29 +140,44 @@ def cache_bytes(layer: LayerKV) -> int:
     return sum(plane.numel() * plane.element_size() for plane in planes)
 
 
-def exact_output(q: Tensor, layer: LayerKV, batch: BatchPlan, scale: float) -> Tensor:
-    """The last request's output in float64 over the same cache."""
-    case_new, context = batch.query_lens[-1], batch.host_context_lens[-1]
-    keys = gather_request(layer.key, batch.page_table[-1], context, torch.float64)
-    values = gather_request(layer.value, batch.page_table[-1], context, torch.float64)
-    if layer.exact_key is not None:
-        near = layer.exact()
-        assert batch.exact is not None
-        table = batch.exact.page_table[-1].clamp_min(0)
-        size = batch.page_size
-        for rows, pages in ((keys, near.key), (values, near.value)):
-            exact = gather_request(pages, table, context, torch.float64)
-            rows[:size] = exact[:size]
-            # Every new token stands in the last page.
-            late = ((context - 1) // size - 1) * size
-            rows[late:] = exact[late:]
-    group = q.shape[1] // keys.shape[1]
-    asked = q[-case_new:].double().unflatten(1, (keys.shape[1], group))
-    scores = torch.einsum("thgd,khd->thgk", asked, keys) * scale
-    key = torch.arange(context, device=q.device)
-    hidden = key[None] > (context - case_new + torch.arange(case_new, device=q.device))[:, None]
-    scores.masked_fill_(hidden[:, None, None], -torch.inf)
-    return torch.einsum("thgk,khd->thgd", scores.softmax(-1), values).flatten(1, 2)
+def dense_step(k: Tensor, v: Tensor, new: int) -> tuple[LayerKV, BatchPlan]:
+    """Rows [kv_heads, context, head_dim] of one request as pages in order, nothing copied, and the
+    step of its last ``new`` tokens; the context is whole pages."""
+    spec, (_, context, _) = FORMATS["none"].key, k.shape
+    key, value = (
+        QuantizedPages(spec, rows.unflatten(1, (-1, PAGE)).transpose(0, 1)) for rows in (k, v)
+    )
+    table = list(range(context // PAGE))
+    return LayerKV(key, value), plan_batch([new], [context], [table], PAGE, k.device)
+
+
+def expected(q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams) -> Allowed:
+    """What the last ``CHECKED`` queries of the last request make, and how far off that may be.
+
+    As in the tests of kernels, which multiply 16-bit rows as they are and codes in float16.
+    """
+    new = min(batch.query_lens[-1], CHECKED)
+    dense = [half.codes.dtype for half in (layer.key, layer.value) if not half.spec.quantized]
+    if isinstance(layer.exact_key, Tensor):
+        dense.append(layer.exact_key.dtype)
+    low = dense[0] if dense else torch.float16
+    return allowed(q[-new:], layer, last_queries(batch, new), params, low)
+
+
+def checked_error(
+    name: str,
+    got: tuple[Tensor, Tensor | None],
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+) -> float:
+    """|out - exact| / |exact| of the queries that are checked; ValueError where they are wrong."""
+    wanted = expected(q, layer, batch, params)
+    out, lse = got[0][-len(wanted.want) :], got[1]
+    if said := wanted.wrong(out, None if lse is None else lse[-len(out) :]):
+        raise ValueError(f"{name}: {said}")
+    return relative_error(out, wanted.want)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -1,19 +1,20 @@
-"""What the mask bench measures: the twelve kinds, a layer to run them on, and what is right."""
+"""What the mask bench measures: the twelve kinds, and a layer to run them on."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from quantpage import masks
 from quantpage.batch import BatchPlan, plan_batch
+from quantpage.bench.cases import PAGE
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, quantize
 from quantpage.masks import ColumnIntervals
 from quantpage.ops.gather.triton import gather_layer
 
-Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 GROUP = Q_HEADS // KV_HEADS
 SCALE = HEAD_DIM**-0.5
 
@@ -81,22 +82,3 @@ def visible_pairs(mask: ColumnIntervals, n: int) -> int:
     both = (torch.minimum(lte, ute) - torch.maximum(lts, uts)).clamp(min=0)
     both = torch.where((lower > 0) & (upper > 0), both, 0)
     return int((n - lower - upper + both).sum())
-
-
-def dense_attention(
-    made: Made, seen: Bool[Tensor, "queries keys"]
-) -> Float[Tensor, "queries q_heads head_dim"]:
-    """The first request's last queries in float32, a head at a time."""
-    new = seen.shape[0]
-    q = made.q[: made.batch.query_lens[0]][-new:]
-    out = torch.empty(new, Q_HEADS, HEAD_DIM, device=q.device)
-    for head in range(Q_HEADS):
-        s = q[:, head].float() @ made.k[head // GROUP].float().T * SCALE
-        p = s.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-        out[:, head] = p @ made.v[head // GROUP].float()
-    return out
-
-
-def distance(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|; bfloat16 outputs and references round to 2^-9 each."""
-    return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()

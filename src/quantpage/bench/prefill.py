@@ -5,7 +5,7 @@
 Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
 order) into the workspace, and every pass. Peers (bench/prefill_peers) read bfloat16: pages, in
 random order too ('bf16 pages'), or contiguous rows ('bf16'), which no cache of pages has. Each row
-is checked against float64 first; a red check is written as such and not timed.
+is held to float64 first (bench/cases); a red check is written as such and not timed.
 
 A Hopper GPU under this load is held back by its power limit, and by how warm it is: implementations
 take turns in another order every round, ``--rounds`` times, each long enough to settle, and a row
@@ -20,30 +20,43 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from quantpage.agreement import Allowed
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.cases import Case
-from quantpage.bench.prefill_peers import PAGE, PEERS
+from quantpage.bench.cases import PAGE, Case, dense_step, expected, relative_error
+from quantpage.bench.prefill_peers import PEERS
 from quantpage.bench.rows import Rows, environment, name_absent
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec
+from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.prefill import gluon as gluon_prefill
 from quantpage.ops.attend.prefill import triton as triton_prefill
-from quantpage.ops.gather.reference import gather_request
 
 WARM_MS = 100
 """Before a turn is timed, so that what ran before does not show: the power limit settles in 60 to
 100 ms (measured in blocks of 20 ms, after a rest and after a slower kernel)."""
-Call = tuple[Callable[[], Any], float, float]
-"""What is timed, its error, and the operations it is credited with."""
+
+
+class Call(NamedTuple):
+    """What is timed."""
+
+    run: Callable[[], Any]
+    error: float
+    """|out - exact| / |exact| of the queries that are checked."""
+    wrong: str
+    """What is off; empty where it may be timed."""
+    operations: float
+    """That it is credited with."""
+
 
 ABSENT = {
     "FlashAttention-3": "flash_attn_interface",
@@ -102,16 +115,10 @@ def make_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     return LayerKV(key, value), plan_batch(*lens, tables, PAGE, "cuda")
 
 
-def last_rows_error(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
-) -> float:
-    """Relative error of request 0's last 32 queries in head 0, against float64."""
-    rows = 32
-    scores = q[-rows:].double() @ k.double().T * scale
-    keys = torch.arange(k.shape[0], device=q.device)
-    hidden = (keys[None] > keys[-rows:, None]) & causal
-    wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v.double()
-    return ((out[-rows:].double() - wanted).norm() / wanted.norm()).item()
+def checked(run: Callable[[], Any], out: Tensor, wanted: Allowed, operations: float) -> Call:
+    """What may be timed, by the last rows of ``out`` [tokens, q_heads, head_dim]."""
+    last = out[-len(wanted.want) :]
+    return Call(run, relative_error(last, wanted.want), wanted.wrong(last), operations)
 
 
 def ours(name: str, case: Case, q: Tensor, params: AttendParams) -> Call:
@@ -124,14 +131,8 @@ def ours(name: str, case: Case, q: Tensor, params: AttendParams) -> Call:
     def call():
         return attend(tokens, layer, batch, params)
 
-    table = batch.page_table[0]
-    k, v = (
-        gather_request(half, table, case.context, torch.float32)[:, 0]
-        for half in (layer.key, layer.value)
-    )
-    out = call()[0][: case.new, 0]
-    error = last_rows_error(out, tokens[: case.new, 0], k, v, params.softmax_scale)
-    return call, error, case.operations(causal=True)
+    wanted = expected(tokens, layer, batch, params)
+    return checked(call, call()[0], wanted, case.operations(causal=True))
 
 
 def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
@@ -142,17 +143,21 @@ def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
     size = (case.requests, case.q_heads, case.new, case.head_dim)
     q = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     params = AttendParams(case.head_dim**-0.5)
+    dense, step = dense_step(k[-1], v[-1], case.new)
+    wanted = {
+        causal: expected(q[-1].transpose(0, 1), dense, step, replace(params, mask=mask))
+        for causal, mask in ((True, CausalMask()), (False, FullMask()))
+    }
     calls: dict[tuple[str, str], Call] = {}
     for name in PEERS if flex else (name for name in PEERS if "Flex" not in name):
         try:
             peer = PEERS[name](case, q, k, v)
-            out = peer.call()[0, 0]
+            out = peer.call()[-1].transpose(0, 1)
         except (RuntimeError, ImportError) as refusal:
             print(f"{case.name}: {name} refuses: {str(refusal).splitlines()[0]}", flush=True)
             continue
         causal = peer.operations == case.operations(causal=True)
-        error = last_rows_error(out, q[0, 0], k[0, 0], v[0, 0], params.softmax_scale, causal)
-        calls[name, peer.reads] = (peer.call, error, peer.operations)
+        calls[name, peer.reads] = checked(peer.call, out, wanted[causal], peer.operations)
     for name in case.formats:
         kernel, kv_format = name.split()
         calls[kernel, kv_format] = ours(name, case, q, params)
@@ -184,15 +189,18 @@ def measure(case: Case, rounds: int, rest: float | None, flex: bool) -> list[dic
     for turn in range(rounds):
         # Another order in every round: who runs after a slow one finds a cooler card.
         for key in random.Random(turn).sample(list(calls), len(calls)):
-            call, error, _ = calls[key]
-            if not error > 0.01:
-                times[key].append(settled_ms(call) if rest is None else rested_ms(call, rest))
+            call = calls[key]
+            if not call.wrong:
+                taken = settled_ms(call.run) if rest is None else rested_ms(call.run, rest)
+                times[key].append(taken)
     middle = {key: statistics.median(each) for key, each in times.items() if each}
-    speed = {key: calls[key][2] / ms for key, ms in middle.items()}
+    speed = {key: calls[key].operations / ms for key, ms in middle.items()}
     base = speed["cuDNN", "bf16"]
     paged = max((each for key, each in speed.items() if key[1] == "bf16 pages"), default=None)
     rows = []
-    for key, (_, error, operations) in calls.items():
+    for key, (_, error, wrong, operations) in calls.items():
+        if wrong:
+            print(f"{case.name} {' '.join(key)}: {wrong}", flush=True)
         ms = middle.get(key)
         row = {
             "case": case.name, "requests": case.requests, "new": case.new,

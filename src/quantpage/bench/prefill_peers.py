@@ -17,9 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from quantpage.bench.cases import Case
-
-PAGE = 64
+from quantpage.bench.cases import PAGE, Case
 
 
 @dataclass(frozen=True)
