@@ -16,6 +16,7 @@ key_ranges = gluon.jit(triton_share.key_ranges.fn)
 shown_keys = gluon.jit(triton_share.shown_keys.fn)
 keys_of_all = gluon.jit(triton_share.keys_of_all.fn)
 tile_ranges = gluon.jit(triton_share.tile_ranges.fn)
+tiles_of = gluon.jit(triton_share.tiles_of.fn)
 even_pieces = gluon.jit(triton_share.even_pieces.fn)
 row_programs = gluon.jit(triton_share.row_programs.fn)
 
@@ -39,7 +40,7 @@ def here(x):
 
 
 @gluon.jit
-def _tiles_of(
+def _chunk_tiles(
     query_starts, context_lens, requests, first, window, sink_tokens, PAGE: gl.constexpr,
     TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
     CHUNK: gl.constexpr, layout: gl.constexpr,
@@ -49,11 +50,8 @@ def _tiles_of(
     context = gl.load(context_lens + row, mask=real, other=0)
     new = gl.load(query_starts + row + 1, mask=real, other=0)
     new = gl.minimum(new - gl.load(query_starts + row, mask=real, other=0), context)
-    a_low, a_high, b_low, b_high = key_ranges(
-        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-    )
-    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-    return gl.where(real, a_tiles + b_tiles, 0)
+    tiles = tiles_of(context, new, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT)
+    return gl.where(real, tiles, 0)
 
 
 @gluon.jit
@@ -68,18 +66,14 @@ def my_share(
     SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """triton_share.my_share, with a layout."""
-    layout: gl.constexpr = (
-        gl.BlockedLayout([CHUNK // 16], [16], [1], [0])
-        if False
-        else (gl.BlockedLayout([1], [32], [4], [0]))
-    )
-    tiles = _tiles_of(
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tiles = _chunk_tiles(
         query_starts, context_lens, requests, 0, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
         SEGMENT, CHUNK, layout,
     )  # fmt: skip
     total = gl.sum(tiles, 0)
     for first in range(CHUNK, requests, CHUNK):
-        more = _tiles_of(
+        more = _chunk_tiles(
             query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE, FULL,
             WINDOW, SEGMENT, CHUNK, layout,
         )  # fmt: skip
@@ -99,11 +93,10 @@ def my_share(
         local = program - (ended & 0xFFFF)
         context = gl.load(context_lens + request)
         new = gl.load(query_starts + request + 1) - gl.load(query_starts + request)
-        a_low, a_high, b_low, b_high = key_ranges(
-            context, gl.minimum(new, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-        )
-        _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-        row_tiles = a_tiles + b_tiles
+        row_tiles = tiles_of(
+            context, gl.minimum(new, context), window, sink_tokens, PAGE, TILE, FULL, WINDOW,
+            SEGMENT,
+        )  # fmt: skip
         row_pieces, row_share = even_pieces(row_tiles, total, programs, min_tiles)
         share = gl.maximum(row_share, 1)
         item = local // gl.maximum(row_pieces, 1)
@@ -118,7 +111,7 @@ def my_share(
         begins = 0
         seen = 0
         for first in range(0, requests, CHUNK):
-            more = _tiles_of(
+            more = _chunk_tiles(
                 query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE,
                 FULL, WINDOW, SEGMENT, CHUNK, layout,
             )  # fmt: skip

@@ -114,7 +114,20 @@ def tile_ranges(a_low, a_high, b_low, b_high, TILE: tl.constexpr):
 
 
 @triton.jit
-def _tiles_of(
+def tiles_of(
+    context, new, window, sink_tokens, PAGE: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a request of so many tokens, of each of its kv_heads."""
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return a_tiles + b_tiles
+
+
+@triton.jit
+def _chunk_tiles(
     query_starts,
     context_lens,
     requests,
@@ -133,11 +146,8 @@ def _tiles_of(
     context = tl.load(context_lens + row, real, 0)
     new = tl.load(query_starts + row + 1, real, 0) - tl.load(query_starts + row, real, 0)
     new = tl.minimum(new, context)
-    a_low, a_high, b_low, b_high = key_ranges(
-        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-    )
-    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-    return tl.where(real, a_tiles + b_tiles, 0)
+    tiles = tiles_of(context, new, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT)
+    return tl.where(real, tiles, 0)
 
 
 @triton.jit
@@ -149,11 +159,7 @@ def request_tiles(
     context = tl.load(context_lens + request)
     new = tl.load(query_starts + request + 1) - tl.load(query_starts + request)
     new = tl.minimum(new, context)
-    a_low, a_high, b_low, b_high = key_ranges(
-        context, new, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-    )
-    _, a_tiles, _, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-    return a_tiles + b_tiles
+    return tiles_of(context, new, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT)
 
 
 @triton.jit
@@ -176,13 +182,13 @@ def my_share(
     start falls in with the place of its first tile, and whether rows are cut evenly.
     """
     # Requests of a chunk are one vector; almost always there is one chunk.
-    tiles = _tiles_of(
+    tiles = _chunk_tiles(
         query_starts, context_lens, requests, 0, window, sink_tokens,
         PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
     )  # fmt: skip
     total = tl.sum(tiles, 0)
     for first in range(CHUNK, requests, CHUNK):
-        more = _tiles_of(
+        more = _chunk_tiles(
             query_starts, context_lens, requests, first, window, sink_tokens,
             PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
@@ -222,7 +228,7 @@ def my_share(
         begins = tl.max(tl.where(before, passed, 0), 0)
         seen = tl.max(passed, 0)
         for first in range(CHUNK, requests, CHUNK):
-            more = _tiles_of(
+            more = _chunk_tiles(
                 query_starts, context_lens, requests, first, window, sink_tokens,
                 PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
             )  # fmt: skip

@@ -152,7 +152,6 @@ def launch(
     items = len(step.work)
     grid = min(items * heads, device_info(q.device).processors)
     given = mask_arguments(form, q.device)
-    columns = isinstance(form, ColumnIntervals)
     mask_kernel[(grid,)](
         q,
         descriptor(k, tile.keys, padded),
@@ -165,8 +164,8 @@ def launch(
         step.work,
         plan.tiles,
         plan.counts,
-        given["tensor"],
-        given["spans"],
+        given.tensor,
+        given.spans,
         -(-items * heads // grid),
         items,
         heads,
@@ -177,11 +176,11 @@ def launch(
         q.stride(1),
         scale,
         cap,
-        given["tensor"].shape[-1] if columns else 0,
-        given["m_batch"],
-        given["m_head"],
+        given.width,
+        given.batch,
+        given.head,
         plan.tiles.shape[-1],
-        given["heads"],
+        given.heads,
         max(body_page, 1),
         G=step.group,
         D=head_dim,
@@ -191,15 +190,11 @@ def launch(
         DP=padded,
         DVP=padded_v,
         STAGES=tile.stages,
-        VECTORS=given["tensor"].shape[2] if columns else 0,
-        CAUSAL=isinstance(form, ColumnIntervals) and form.causal,
-        RANGES=0 if columns else given["tensor"].shape[3],
-        PER_HEAD=given["heads"] > 1,
-        SHARED=given["shared"],
         BODY=body_page > 0,
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
         SHIFT=8 if k.dtype == torch.float16 else 0,
+        **given.compiled,
         **scaled,
         num_warps=4,
     )

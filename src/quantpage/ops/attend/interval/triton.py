@@ -103,7 +103,6 @@ def _launch(
     key, value = operand(layer.key), operand(layer.value)
     capability = device_info(q.device).capability
     given = mask_arguments(form, q.device)
-    columns = isinstance(form, ColumnIntervals)
     flash_mask_kernel[(len(plan.items), layer.kv_heads, splits)](
         q,
         *key.planes,
@@ -114,17 +113,17 @@ def _launch(
         plan.items,
         plan.tiles,
         plan.counts,
-        given["tensor"],
-        given["spans"],
+        given.tensor,
+        given.spans,
         out,
         lse,
         params.sinks,
         layer.kv_heads,
         splits,
         q.shape[0] * q.shape[1],
-        given["tensor"].shape[-1] if columns else 0,
-        given["m_batch"],
-        given["m_head"],
+        given.width,
+        given.batch,
+        given.head,
         plan.tiles.shape[-1],
         q.stride(0),
         q.stride(1),
@@ -140,11 +139,6 @@ def _launch(
         BM=tile.rows,
         BN=tile.keys,
         PAGE=layer.page_size,
-        VECTORS=given["tensor"].shape[2] if columns else 1,
-        CAUSAL=isinstance(form, ColumnIntervals) and form.causal,
-        RANGES=0 if columns else given["tensor"].shape[3],
-        PER_HEAD=given["heads"] > 1,
-        SHARED=given["shared"],
         SEGMENT=SEGMENTS[segment],
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
@@ -152,6 +146,7 @@ def _launch(
         OLD=capability is not None and capability < (8, 9),
         STAGES=tile.stages,
         OPERAND=OPERANDS[operand_dtype(key, value)],
+        **given.compiled,
         **compiled(key, value),
         num_warps=warps,
     )

@@ -9,6 +9,7 @@ grow up to it.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -245,23 +246,63 @@ def spans_on(first: tuple[int, ...], lengths: tuple[int, ...], device: str) -> T
     return torch.tensor(rows, dtype=torch.int32).view(-1, 2).to(device)
 
 
-def mask_arguments(form: ColumnIntervals | RowIntervals, device: torch.device) -> dict:
-    """What kernels are told of a mask: its tensor, its spans and strides."""
+class MaskArguments(NamedTuple):
+    """What kernels are told of a lowered mask."""
+
+    tensor: Tensor
+    """Bounds of columns, or ranges of rows."""
+    spans: Tensor
+    """See ``spans_on``."""
+    batch: int
+    """Numbers from a request's mask to the next's; 0: one serves all."""
+    head: int
+    """The same from kv_head to kv_head."""
+    heads: int
+    width: int
+    """Keys of each vector of bounds."""
+    vectors: int
+    """Of bounds; 0: rows."""
+    ranges: int
+    """Of a row; 0: columns."""
+    causal: bool
+    shared: bool
+    """One serves all requests."""
+
+    @property
+    def compiled(self) -> dict[str, int | bool]:
+        """What is compiled into an attention kernel."""
+        return {
+            "VECTORS": self.vectors,
+            "CAUSAL": self.causal,
+            "RANGES": self.ranges,
+            "PER_HEAD": self.heads > 1,
+            "SHARED": self.shared,
+        }
+
+
+def mask_arguments(form: ColumnIntervals | RowIntervals, device: torch.device) -> MaskArguments:
+    """Of a mask that is on ``device``."""
     assert form.lengths is not None
     if isinstance(form, ColumnIntervals):
-        tensor, first = form.bounds, (0,) * len(form.lengths)
+        tensor, first, causal = form.bounds, (0,) * len(form.lengths), form.causal
+        width, vectors, ranges = tensor.shape[3], tensor.shape[2], 0
     else:
         assert form.first is not None
-        tensor, first = form.intervals, form.first
-    batch, heads = tensor.shape[:2]
-    return {
-        "tensor": tensor,
-        "spans": spans_on(first, form.lengths, str(device)),
-        "m_batch": 0 if batch == 1 else tensor.stride(0),
-        "m_head": 0 if heads == 1 else tensor.stride(1),
-        "heads": heads,
-        "shared": batch == 1,
-    }
+        tensor, first, causal = form.intervals, form.first, False
+        width, vectors, ranges = 0, 0, tensor.shape[3]
+    requests, heads = tensor.shape[:2]
+    return MaskArguments(
+        tensor=tensor,
+        spans=spans_on(first, form.lengths, str(device)),
+        batch=0 if requests == 1 else tensor.stride(0),
+        head=0 if heads == 1 else tensor.stride(1),
+        heads=heads,
+        width=width,
+        vectors=vectors,
+        ranges=ranges,
+        causal=causal,
+        shared=requests == 1,
+    )
 
 
 def plan_tiles(
@@ -274,7 +315,7 @@ def plan_tiles(
     """As interval/plan.plan_tiles, from lowered masks on the batch's device."""
     device = batch.page_table.device
     given = mask_arguments(mask, device)
-    heads, columns = given["heads"], isinstance(mask, ColumnIntervals)
+    heads = given.heads
     items = query_tiles_on(batch.query_lens, group, tile.rows, str(device))
     capacity = max(1, -(-batch.max_context_len // tile.keys))
     tiles = torch.empty(len(items), heads, capacity, dtype=torch.int32, device=device)
@@ -282,24 +323,24 @@ def plan_tiles(
     if not len(items):
         return MaskPlan(items, tiles, counts)
     key_bounds = counts
-    if isinstance(mask, ColumnIntervals):
+    if given.vectors:
         key_bounds = torch.empty(
             batch.num_requests * heads, 8, capacity, dtype=torch.int32, device=device
         )
         _key_bounds_kernel[(capacity, batch.num_requests * heads)](
-            mask.bounds,
-            given["spans"],
+            given.tensor,
+            given.spans,
             batch.context_lens,
             key_bounds,
-            mask.bounds.shape[-1],
-            given["m_batch"],
-            given["m_head"],
+            given.width,
+            given.batch,
+            given.head,
             heads,
             capacity,
             BN=tile.keys,
-            VECTORS=mask.bounds.shape[2],
-            CAUSAL=mask.causal,
-            SHARED=given["shared"],
+            VECTORS=given.vectors,
+            CAUSAL=given.causal,
+            SHARED=given.shared,
             num_warps=1,
         )
     _plan_kernel[(len(items), heads)](
@@ -307,19 +348,19 @@ def plan_tiles(
         batch.query_starts,
         batch.context_lens,
         key_bounds,
-        given["tensor"],
-        given["spans"],
+        given.tensor,
+        given.spans,
         tiles,
         counts,
-        given["m_batch"],
-        given["m_head"],
+        given.batch,
+        given.head,
         capacity,
         G=group,
         BM=tile.rows,
         BN=tile.keys,
         ROWS=triton.next_power_of_2(-(-tile.rows // group) + 1),
-        RANGES=0 if columns else given["tensor"].shape[3],
-        SHARED=given["shared"],
+        RANGES=given.ranges,
+        SHARED=given.shared,
         SEGMENT=SEGMENTS[segment],
         PAGE=batch.page_size,
         LANES=LANES,
