@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seconds", type=float, help="draw no case after so many")
     parser.add_argument("--only", choices=["torch", "cpu", "triton", "cuda"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     asked = parser.parse_args()
@@ -38,6 +39,9 @@ def main() -> int:
     counts: dict[str, int] = {}
     began = time.perf_counter()
     for number in numbers:
+        if asked.seconds is not None and time.perf_counter() - began > asked.seconds:
+            print(f"stopped before case {number}")
+            break
         case = draw_case(asked.seed, number, kinds)
         if asked.case is not None:
             print(case, flush=True)
