@@ -11,7 +11,7 @@ export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 
 declare -A parts=(
   [write]="tests/ops/test_triton_rope_write.py tests/ops/test_write_products.py tests/ops/test_triton_hadamard.py tests/ops/test_triton_gather.py"
-  [decode]="tests/ops/test_triton_decode.py tests/ops/test_gluon_decode.py tests/ops/test_triton_segments.py tests/ops/test_triton_merge.py"
+  [decode]="tests/ops/test_triton_decode.py tests/ops/test_gluon_decode.py tests/ops/test_triton_segments.py tests/ops/test_triton_merge.py tests/ops/test_triton_latent.py"
   [prefill]="tests/ops/test_triton_prefill.py tests/ops/test_gluon_prefill.py"
   [masks]="tests/ops/test_triton_flash_mask.py"
   # Offsets past 2^31: up to 40 GiB a test, so one at a time.

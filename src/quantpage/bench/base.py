@@ -26,6 +26,7 @@ TURNS = 3
 _KERNEL = ("case", "new", "head_dim", "q_heads", "page_size", "implementation", "format")
 TIMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (_KERNEL, ("microseconds",)),
+    "latent": (_KERNEL, ("microseconds",)),
     "write": (_KERNEL, ("microseconds",)),
     "prefill": (("case", "implementation", "format"), ("microseconds",)),
     "masks": (("kind", "tokens", "new", "implementation", "part"), ("microseconds",)),

@@ -1,11 +1,11 @@
-"""`quantpage bench decode` and `write`: kernels of every format on this CUDA device."""
+"""`quantpage bench decode`, `latent` and `write`: kernels of every format on this CUDA device."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from quantpage.bench import decode, write
+from quantpage.bench import decode, latent, write
 from quantpage.bench.rows import Rows, environment, name_absent
 from quantpage.bench.timing import copy_bandwidth
 
@@ -26,7 +26,7 @@ def run(
     commit: str = "",
     cases: Sequence[str] = (),
 ) -> None:
-    """Check every case of ``op`` ('decode' or 'write'), time it, and write ``out``.
+    """Check every case of ``op`` ('decode', 'latent' or 'write'), time it, and write ``out``.
 
     check_only: compile and check, time nothing; processes that each take a ``part`` (2 of 8) of the
     cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
@@ -52,6 +52,8 @@ def run(
             made = decode.peers(case, copy, flex)
         elif op == "decode":
             made = decode.measure(case, name, copy, not check_only)
+        elif op == "latent":
+            made = latent.measure(case, name, copy, not check_only)
         else:
             made = write.measure(case, name, copy, not check_only)
         for row in made:
@@ -64,14 +66,15 @@ def run(
 def _jobs(op: str, wanted: Sequence[str]) -> list:
     jobs: list = []
     names = {str(t): t for t in write.TOKENS} if op == "write" else None
-    named = list(names or dict.fromkeys(case.name for case in decode.CASES))
+    cases = latent.CASES if op == "latent" else decode.CASES
+    named = list(names or dict.fromkeys(case.name for case in cases))
     for name in wanted:
         if name not in named:
             raise ValueError(f"cases: expected names of {', '.join(named)}, got {name!r}")
     if names is not None:
         chosen = [t for name, t in names.items() if not wanted or name in wanted]
         return [("ours", tokens, name) for tokens in chosen for name in write.FORMATS_TIMED]
-    for case in decode.CASES:
+    for case in cases:
         if wanted and case.name not in wanted:
             continue
         jobs += [("ours", case, name) for name in case.formats]

@@ -73,6 +73,17 @@ def decode(
     _kernels("decode", out, check_only, part, flex, commit, cases)
 
 
+def latent(
+    out: Out = None,
+    check_only: CheckOnly = False,
+    cases: Cases = "",
+    part: Part = "0/1",
+    commit: Commit = "",
+) -> None:
+    """Decode over latent rows (MLA), in DeepSeek-V3's shapes (CUDA)."""
+    _kernels("latent", out, check_only, part, False, commit, cases)
+
+
 def write(
     out: Out = None,
     check_only: CheckOnly = False,
@@ -306,7 +317,7 @@ def with_base(function: Callable[..., None]) -> Callable[..., None]:
 
 
 _TIMED: tuple[Callable[..., None], ...] = (
-    decode, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping,
+    decode, latent, write, prefill, masks, gpu_model, cpu, cpu_model, bookkeeping,
 )  # fmt: skip
 _OTHERS: tuple[Callable[..., None], ...] = (memory, plots)
 for _command in (*map(with_base, _TIMED), *_OTHERS):

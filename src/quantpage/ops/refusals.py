@@ -141,6 +141,12 @@ def own_values(call: Call) -> Iterator[str]:
         yield "needs values of their own, got latent rows (MLA), which are keys as well."
 
 
+def latent_rows(call: Call) -> Iterator[str]:
+    """Values that are the first channels of the keys."""
+    if not call.latent:
+        yield "needs latent rows (MLA), got keys with values of their own."
+
+
 # Channels and codes.
 
 
@@ -238,6 +244,26 @@ def one_scale(call: Call) -> Iterator[str]:
             yield f"needs one dynamic scale a token and kv_head for {name}, got {groups}."
 
 
+def scales_of_tokens(call: Call) -> Iterator[str]:
+    """Codes whose scales were computed of each token."""
+    for name, spec, _ in _halves(call):
+        if spec.quantized and not spec.dynamic:
+            yield f"needs scales of each token for {name}, got given ones."
+
+
+def no_zeros(call: Call) -> Iterator[str]:
+    """Codes that are multiplied by a scale and no more."""
+    for name, spec, _ in _halves(call):
+        if spec.zero_point:
+            yield f"needs {name} without zero points, got {spec.code.name} with them."
+
+
+def no_exact_pages(call: Call) -> Iterator[str]:
+    """Codes alone."""
+    if call.format.exact_pages is not None:
+        yield "needs a format without exact pages, got one that keeps some."
+
+
 def groups_of_powers(call: Call) -> Iterator[str]:
     """Groups of channels with a scale that divide a tile of registers."""
     for name, spec, _ in _halves(call):
@@ -303,6 +329,12 @@ DECODE_GLUON = refuse(
 )
 PREFILL_TRITON = refuse(*_ATTEND, phase("prefill"), masks("causal", "full"))
 PREFILL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("causal", "full"))
+LATENT_TRITON = refuse(
+    known_codes("int8", "fp8"), device("cuda"), triton, capability((8, 0), later=True),
+    queries(*_16_BITS, torch.float32), latent_rows, masks("causal", "full"), channels(512),
+    short_scales, one_scale, scales_of_tokens, no_zeros, no_exact_pages, whole_words,
+    pages_of_16_bits,
+)  # fmt: skip
 INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))
 INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))
 WRITE_TRITON = refuse(*_ATTEND, in_any_order, groups_of_powers)

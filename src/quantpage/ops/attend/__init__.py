@@ -80,6 +80,9 @@ CANDIDATES: list[Implementation] = [
         merge=_MERGE,
     ),
     Implementation(
+        "triton", "quantpage.ops.attend.latent.triton:attend", refusals.LATENT_TRITON, into=True
+    ),
+    Implementation(
         "cpu", "quantpage.ops.attend.cpu:attend", refusals.ATTEND_CPU, whole=True, into=True
     ),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refusals.NOTHING),

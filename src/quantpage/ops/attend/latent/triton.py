@@ -1,0 +1,140 @@
+"""Attention over latent rows on a GPU: views in, one launch or two, nothing read back.
+
+Launch arguments are host integers that do not depend on the lengths (upper bounds under CUDA
+graphs). Who has which tiles, the pieces of rows that were cut and their merge are decode's.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantpage.batch import BatchPlan
+from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.hardware import device_info
+from quantpage.masks import CausalMask, FullMask
+from quantpage.ops import refusals
+from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
+from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
+from quantpage.ops.attend.flash.tiles import portable_width, processors_of
+from quantpage.ops.attend.latent.launch import LatentTiles, latent_tiles, row_tiles
+from quantpage.ops.attend.latent.triton_kernel import decode_kernel
+from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.attend.results import Asked, Results, kernel, results_for
+from quantpage.ops.checks import Needs
+from quantpage.ops.operand import operand
+
+
+@kernel(Needs(refusals.LATENT_TRITON, kind="cuda"))
+def attend(
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    asked: Asked,
+    tiles: LatentTiles | None = None,
+) -> Results:
+    """tiles: the launch's shape; None: the planner's choice."""
+    results = results_for(q, layer.key.head_dim, True, asked.out, asked.lse)
+    if q.shape[0]:
+        _launch(results, q, layer, batch, params, tiles or planned(q, layer, batch))
+    return results
+
+
+def planned(q: Tensor, layer: LayerKV, batch: BatchPlan) -> LatentTiles:
+    """The planner's choice."""
+    return latent_tiles(
+        layer.key.spec.quantized,
+        q.shape[1] * batch.max_query_len,
+        portable_width(layer.key.head_dim),
+        device_info(q.device).capability,
+    )
+
+
+def _launch(
+    results: Results,
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    tiles: LatentTiles,
+) -> None:
+    mask, (out, lse) = params.mask, results
+    if not isinstance(mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    heads = q.shape[1]
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    unit = torch.int32 if tiles.by_keys else None
+    row, rotary = operand(layer.key, unit), operand(layer.value, unit)
+    tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
+    all_rows = batch.num_requests * tiles_of_rows
+    programs = processors_of(q.device) * tiles.programs_per_processor
+    part_out, part_lse, cuts = workspace(
+        q.device, piece_sizes(programs, tiles.rows, row.head_dim, all_rows)
+    )
+    window = mask.window if isinstance(mask, CausalMask) else None
+    sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
+    mask_numbers = (window or 0, sink_tokens)
+    capability = device_info(q.device).capability
+    overlap = capability is not None and capability >= (9, 0)
+    # What the launch that joins is compiled for, too.
+    both: dict[str, Any] = {
+        "PAGE": batch.page_size, "ROWS": tiles.rows, "ROW_TILES": tiles_of_rows,
+        "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
+        "SINKS": params.sinks is not None, "OVERLAP": overlap, "launch_pdl": overlap,
+    }  # fmt: skip
+    decode_kernel[(programs,)](
+        q, row.codes, row.scale, rotary.codes, rotary.scale, batch.page_table, batch.query_starts,
+        batch.context_lens, params.sinks, out, lse, part_out, part_lse, cuts, params.softmax_scale,
+        params.softcap if params.softcap is not None else 1.0, batch.num_requests, tiles.min_tiles,
+        *mask_numbers, q.stride(0), q.stride(1), row.strides[0], row.scale_strides[0],
+        rotary.strides[0], rotary.scale_strides[0], batch.page_table.stride(0), out.stride(0),
+        out.stride(1),
+        **both,
+        ROW_CODE=row.code,
+        ROTARY_CODE=rotary.code,
+        ROW_DIM=row.head_dim,
+        ROTARY_DIM=rotary.head_dim,
+        ROW_WIDTH=_width(row.head_dim, row.code, tiles),
+        ROTARY_WIDTH=_width(rotary.head_dim, rotary.code, tiles),
+        HEADS=heads,
+        TILE=tiles.tile,
+        SOFTCAP=params.softcap is not None,
+        CHUNK=32 if batch.num_requests <= 32 else 128 if batch.num_requests <= 128 else 512,
+        STAGES=tiles.stages,
+        PAIRS=paired(layer.key) and paired(layer.value),
+        # One query a request: what it does not see is not loaded.
+        HIDES=not layer.key.spec.quantized and batch.max_query_len > 1,
+        OLD=capability is not None and capability < (8, 9),
+        BY_KEYS=tiles.by_keys,
+        CHUNKS=tiles.chunks,
+        num_warps=tiles.warps,
+    )  # fmt: skip
+    # Pieces that a row is cut into, which the merge takes at once if they are few.
+    parts = min(32, max(4, triton.next_power_of_2(programs // all_rows + 2)))
+    # A program a query row.
+    merge_cuts_kernel[(all_rows, min(tiles.rows, heads * batch.max_query_len))](
+        cuts, part_out, part_lse, batch.query_starts, batch.context_lens, params.sinks, out, lse,
+        1, *mask_numbers, out.stride(0), out.stride(1),
+        **both,
+        VALUE_DIM=row.head_dim,
+        GROUP=heads,
+        SEGMENT=0,
+        PARTS=parts,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _width(channels: int, code: int, tiles: LatentTiles) -> int:
+    """Channels of a tile: its words, in each of its chunks, are a product's 16 at least."""
+    least = 32 if not tiles.by_keys else 16 * tiles.chunks * (4 if code else 1)
+    return max(least, portable_width(channels))
+
+
+def paired(pages: QuantizedPages) -> bool:
+    """Whether the scales of two neighbouring tokens are one aligned 32-bit word."""
+    scale = pages.scale
+    return scale is None or (
+        scale.dtype == torch.float16 and scale.data_ptr() % 4 == 0 and scale.stride(0) % 2 == 0
+    )
