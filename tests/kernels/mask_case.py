@@ -28,7 +28,7 @@ POINTERS = {"order", "work", "tiles", "counts", "mask_ptr", "mask", "spans", "it
 
 def compile_dense(head_dim=128, group=4, **form):
     """The Hopper kernel over a float16 workspace."""
-    tile = hopper_tile(head_dim)
+    tile = hopper_tile(head_dim, head_dim)
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], gl.float16)
     rows = f"tensordesc<fp16[{tile.keys}, {head_dim}],{layout!r}>"
     types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16",

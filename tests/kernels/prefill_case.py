@@ -56,7 +56,7 @@ def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64,
 
 def compile_dense(head_dim=128, dtype="fp16", **flags):
     """The Hopper kernel, by default plain causal attention over a float16 workspace."""
-    tile = hopper_tile(head_dim)
+    tile = hopper_tile(head_dim, head_dim)
     element = gl.float16 if dtype == "fp16" else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], element)
     rows = f"tensordesc<{dtype}[{tile.keys}, {head_dim}],{layout!r}>"

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from quantpage.batch import plan_batch
 from quantpage.formats import FORMATS
@@ -106,6 +109,28 @@ def test_the_cap_is_kept_and_partials_are_carried():
     assert all(each.rows * each.heads * given.row_bytes <= 300 for each in passes)
     assert [each.carried for each in passes] == [False] + [True] * (len(passes) - 1)
     assert [each.final for each in passes] == [False] * (len(passes) - 1) + [True]
+
+
+@settings(max_examples=200, deadline=None)
+@drawn(st.data())
+def test_what_a_step_works_in_is_bounded(data):
+    """As docs/memory.md says it, for an engine that sets memory aside."""
+    lens = st.lists(st.integers(0, 200), min_size=1, max_size=4)
+    queries = (*data.draw(lens), data.draw(st.integers(1, 200)))
+    contexts = tuple(new + data.draw(st.integers(0, 600)) for new in queries)
+    given = shape(
+        cap=data.draw(st.integers(100, 4000)),
+        processors=data.draw(st.integers(1, 64)),
+        persistent=data.draw(st.booleans()),
+        window=data.draw(st.sampled_from([None, 30])),
+    )
+    a_head = max(-(-context // TILE.keys) for context in contexts) * TILE.keys * given.row_bytes
+    tokens, q_heads = sum(queries), given.kv_heads * given.group
+    for each in plan_passes(queries, contexts, given):
+        assert each.rows * each.heads * given.row_bytes <= max(given.cap, a_head)
+        if each.work.parts > 1:
+            rows = each.work.parts * tokens * q_heads
+            assert rows <= given.processors * TILE.rows
 
 
 def test_few_tiles_on_a_long_context_are_split():

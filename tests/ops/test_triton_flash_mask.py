@@ -67,6 +67,19 @@ def check(kernel, case, mask, chunks, sinks=None, softcap=None):
     torch.testing.assert_close(lse.cpu()[~empty].double(), wanted_lse[~empty], atol=4e-3, rtol=1e-3)
 
 
+def test_small_probabilities_keep_their_bits(kernel):
+    """One key takes nearly all of the weight, and has no value: 2^-20 is subnormal in float16."""
+    case = cached("none", [5])
+    keys, values = (half.codes[case.tables[0][0]] for half in (case.layer.key, case.layer.value))
+    keys[:, :5] = 0
+    keys[:, :5, 0] = torch.tensor([8.0, 0.01, 0.12, 0.23, 0.31])
+    values[:, 0] = 0
+    values[:, 1:5] = 30000 + 1000 * values[:, 1:5]
+    case.q[0][:] = 0
+    case.q[0][..., 0] = 10
+    check(kernel, case, masks.document([5]), [(4, 5)])
+
+
 @pytest.mark.parametrize("segment", ["all", "body", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_device_plan_is_the_torch_plan(kind, segment):

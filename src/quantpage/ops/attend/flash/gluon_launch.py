@@ -6,17 +6,30 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from quantpage.ops.attend.flash.tiles import DenseTile, hopper_width
+from quantpage.ops.attend.flash.triton_launch import shift
 from quantpage.ops.operand import Operand
 from quantpage.ops.triton.gluon_compat import TensorDescriptor
 
 _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def descriptor(rows: Tensor, keys: int, padded: int) -> TensorDescriptor:
-    """TMA over all heads' rows; channels past head_dim read as 0."""
-    flat = rows.flatten(0, 1)
+def descriptor(rows: Tensor, keys: int) -> TensorDescriptor:
+    """TMA over all heads' rows, tiles of ``keys``; channels past head_dim read as 0."""
+    flat, padded = rows.flatten(0, 1), hopper_width(rows.shape[2])
     layout = gl.NVMMASharedLayout.get_default_for([keys, padded], _GLUON_DTYPES[rows.dtype])
     return TensorDescriptor.from_tensor(flat, [keys, padded], layout)
+
+
+def compiled(q: Tensor, k: Tensor, v: Tensor, group: int, tile: DenseTile) -> dict[str, Any]:
+    """What the Hopper kernels are compiled for: the widths of queries and of the workspace's rows,
+    and a tile of queries by keys."""
+    head_dim, width = q.shape[2], v.shape[2]
+    return {
+        "G": group, "D": head_dim, "DV": width, "BM": tile.rows, "BN": tile.keys,
+        "DP": hopper_width(head_dim), "DVP": hopper_width(width), "STAGES": tile.stages,
+        "SHIFT": shift(k.dtype),
+    }  # fmt: skip
 
 
 def value_scales(

@@ -75,9 +75,9 @@ def portable_width(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def hopper_tile(head_dim: int) -> DenseTile:
-    """The tile for a padded head_dim; each fits 227 KB of shared memory and 240 registers."""
-    if head_dim <= 128:
+def hopper_tile(head_dim: int, value_dim: int) -> DenseTile:
+    """The tile for these channels; each fits 227 KB of shared memory and 240 registers."""
+    if max(head_dim, value_dim) <= 128:
         return DenseTile(rows=128, keys=128, stages=2)
     return DenseTile(rows=128, keys=64, stages=2)
 

@@ -17,8 +17,8 @@ from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
 from quantpage.masks import ColumnIntervals, RowIntervals
 from quantpage.ops import refusals
-from quantpage.ops.attend.flash.gluon_launch import descriptor, value_scales
-from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, hopper_tile, hopper_width
+from quantpage.ops.attend.flash.gluon_launch import compiled, descriptor, value_scales
+from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, hopper_tile
 from quantpage.ops.attend.flash.triton_launch import workspace_dtype
 from quantpage.ops.attend.interval.gluon_kernel import mask_kernel
 from quantpage.ops.attend.interval.once import once_a_step
@@ -96,7 +96,7 @@ def attend(
     if segment == "exact" or group * batch.max_query_len <= FEW_ROWS:
         return unchecked(portable)(q, layer, batch, params, *asked)
     results = results_for(q, width, segment == "all", contiguous(asked.out), asked.lse)
-    dense = hopper_tile(max(hopper_width(layer.key.head_dim), hopper_width(width)))
+    dense = hopper_tile(layer.key.head_dim, width)
     tile = MaskTile(dense.rows, dense.keys)
     step = mask_step(batch.query_lens, batch.host_context_lens, group, tile, str(q.device))
     form = lowered(params.mask, q.device)
@@ -144,9 +144,7 @@ def launch(
     """
     (k, v), (out, lse), (step, plan, form, order) = workspace, results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
-    heads, head_dim, width = k.shape[0], q.shape[2], v.shape[2]
-    padded, padded_v = hopper_width(head_dim), hopper_width(width)
-    tile = hopper_tile(max(padded, padded_v))
+    heads, tile = k.shape[0], hopper_tile(k.shape[2], v.shape[2])
     scale, cap = exponent_scale(params)
     given_scales, scaled = value_scales(values)
     items = len(step.work)
@@ -154,8 +152,8 @@ def launch(
     given = mask_arguments(form, q.device)
     mask_kernel[(grid,)](
         q,
-        descriptor(k, tile.keys, padded),
-        descriptor(v, tile.keys, padded_v),
+        descriptor(k, tile.keys),
+        descriptor(v, tile.keys),
         out,
         lse,
         params.sinks,
@@ -182,19 +180,11 @@ def launch(
         plan.tiles.shape[-1],
         given.heads,
         max(body_page, 1),
-        G=step.group,
-        D=head_dim,
-        DV=width,
-        BM=tile.rows,
-        BN=tile.keys,
-        DP=padded,
-        DVP=padded_v,
-        STAGES=tile.stages,
         BODY=body_page > 0,
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
-        SHIFT=8 if k.dtype == torch.float16 else 0,
         **given.compiled,
+        **compiled(q, k, v, step.group, tile),
         **scaled,
         num_warps=4,
     )

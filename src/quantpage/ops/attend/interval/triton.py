@@ -17,7 +17,6 @@ from quantpage.masks import ColumnIntervals, Mask, RowIntervals
 from quantpage.ops import refusals
 from quantpage.ops.attend.flash.tiles import DenseTile, portable_tile, portable_width
 from quantpage.ops.attend.flash.triton_launch import (
-    OPERANDS,
     compiled,
     operand_dtype,
     parts_for,
@@ -96,12 +95,9 @@ def _launch(
     (out, lse), (plan, form) = results, planned
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = q.shape[1] // layer.kv_heads
-    head_dim, width = layer.key.head_dim, layer.value.head_dim
-    padded, padded_v = portable_width(head_dim), portable_width(width)
     tile, warps = _tile(q, layer, batch)
     scale, cap = exponent_scale(params)
     key, value = operand(layer.key), operand(layer.value)
-    capability = device_info(q.device).capability
     given = mask_arguments(form, q.device)
     flash_mask_kernel[(len(plan.items), layer.kv_heads, splits)](
         q,
@@ -131,22 +127,11 @@ def _launch(
         *strides(key, value),
         scale,
         cap,
-        G=group,
-        D=head_dim,
-        DV=width,
-        DP=padded,
-        DVP=padded_v,
-        BM=tile.rows,
-        BN=tile.keys,
         PAGE=layer.page_size,
         SEGMENT=SEGMENTS[segment],
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
-        SHIFT=8 if key.code or value.code else 0,
-        OLD=capability is not None and capability < (8, 9),
-        STAGES=tile.stages,
-        OPERAND=OPERANDS[operand_dtype(key, value)],
         **given.compiled,
-        **compiled(key, value),
+        **compiled(key, value, group, tile, q.device),
         num_warps=warps,
     )

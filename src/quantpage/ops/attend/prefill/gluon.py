@@ -24,8 +24,8 @@ from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
-from quantpage.ops.attend.flash.gluon_launch import descriptor, value_scales
-from quantpage.ops.attend.flash.tiles import hopper_tile, hopper_width
+from quantpage.ops.attend.flash.gluon_launch import compiled, descriptor, value_scales
+from quantpage.ops.attend.flash.tiles import hopper_tile
 from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
 from quantpage.ops.attend.params import AttendParams, exponent_scale
 from quantpage.ops.attend.prefill import triton as triton_prefill
@@ -86,8 +86,6 @@ def launch(
     """
     (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
-    head_dim, width = q.shape[2], v.shape[2]
-    padded, padded_v = hopper_width(head_dim), hopper_width(width)
     # A sink logit enters a row once: in the first pass, or when parts are merged.
     sinks = params.sinks is not None and not each.carried and each.work.parts == 1
     scale, cap = exponent_scale(params)
@@ -95,8 +93,8 @@ def launch(
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
-        descriptor(k, tile.keys, padded),
-        descriptor(v, tile.keys, padded_v),
+        descriptor(k, tile.keys),
+        descriptor(v, tile.keys),
         out,
         lse,
         carried if each.carried else None,
@@ -119,21 +117,13 @@ def launch(
         getattr(mask, "sink_tokens", 0),
         shape.sink_tiles,
         max(body_page, 1),
-        G=shape.group,
-        D=head_dim,
-        DV=width,
-        BM=tile.rows,
-        BN=tile.keys,
-        DP=padded,
-        DVP=padded_v,
-        STAGES=tile.stages,
         CAUSAL=mask.kind == "causal",
         WINDOW=shape.window is not None,
         BODY=body_page > 0,
         SOFTCAP=params.softcap is not None,
         SINKS=sinks,
         CARRY=each.carried,
-        SHIFT=8 if k.dtype == torch.float16 else 0,
+        **compiled(q, k, v, shape.group, tile),
         **scaled,
         num_warps=4,
     )
@@ -146,7 +136,7 @@ def workspace_shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseSha
         kv_heads=layer.kv_heads,
         group=q.shape[1] // layer.kv_heads,
         row_bytes=2 * (layer.key.head_dim + layer.value.head_dim),
-        tile=hopper_tile(max(hopper_width(layer.key.head_dim), hopper_width(layer.value.head_dim))),
+        tile=hopper_tile(layer.key.head_dim, layer.value.head_dim),
         window=mask.window if isinstance(mask, CausalMask) else None,
         sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
         processors=device_info(q.device).processors,

@@ -20,7 +20,6 @@ from quantpage.ops.attend.decode.triton import attend as decode_entry
 from quantpage.ops.attend.decode.triton import decode_into
 from quantpage.ops.attend.flash.tiles import portable_tile, portable_width, processors_of
 from quantpage.ops.attend.flash.triton_launch import (
-    OPERANDS,
     compiled,
     operand_dtype,
     parts_for,
@@ -85,9 +84,7 @@ def _launch(
     tokens, q_heads, _ = q.shape
     target = results if parts == 1 else parts_for(results, parts)
     sinks = params.sinks is not None and parts == 1
-    number = operand_dtype(key, value)
-    capability = device_info(q.device).capability
-    mask, tile = params.mask, shape.tile
+    mask = params.mask
     scale, cap = exponent_scale(params)
     prefill_pages_kernel[(order.shape[0],)](
         q,
@@ -111,13 +108,6 @@ def _launch(
         cap,
         shape.window or 0,
         shape.sink_tokens,
-        G=shape.group,
-        D=key.head_dim,
-        DV=value.head_dim,
-        DP=portable_width(key.head_dim),
-        DVP=portable_width(value.head_dim),
-        BM=tile.rows,
-        BN=tile.keys,
         SLOTS=key.page_size,
         PAGE=rule[1],
         WINDOW=shape.window is not None,
@@ -125,11 +115,7 @@ def _launch(
         SEGMENT=SEGMENTS[rule[0]],
         SOFTCAP=params.softcap is not None,
         SINKS=sinks,
-        SHIFT=8 if number == torch.float16 else 0,
-        OLD=capability is not None and capability < (8, 9),
-        STAGES=tile.stages,
-        OPERAND=OPERANDS[number],
-        **compiled(key, value),
+        **compiled(key, value, shape.group, shape.tile, q.device),
         num_warps=warps,
     )
     if parts > 1:
