@@ -14,13 +14,11 @@ few rows to be worth a workspace (prefill/ways).
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
-from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
@@ -30,8 +28,8 @@ from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
 from quantpage.ops.attend.params import AttendParams, exponent_scale
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
-from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes
-from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts
+from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes, reach_of
+from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
 from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
@@ -70,19 +68,25 @@ def _attend_workspace(results: Results, q, layer, batch, params, segment, member
             launch(q, workspace, (*parts, None), params, planned, body_page, values)
             merge_parts(parts, params.sinks, results)
             continue
-        target = results.out if each.final else carried
+        target = results.out if each.final or carried is None else carried
         launch(q, workspace, (target, results.lse, carried), params, planned, body_page, values)
 
 
 def launch(
-    q, workspace, results, params: AttendParams, planned, body_page: int = 0,
+    q: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor | None, Tensor | None],
+    params: AttendParams,
+    planned: tuple[DensePass, Tensor, Tensor, DenseShape],
+    body_page: int = 0,
     values: Operand | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """One pass: queries against the filled workspace.
 
-    values: whose scales are given, so that the workspace holds their codes; None: numbers.
-    results: (out, lse, float32 partials that carried rows start from).
-    planned: (the pass, its order and items on the device, its shape).
+    results: out, log-sum-exp, and the float32 partials that carried rows start from. planned: the
+    pass, its order and items on the device, its shape. body_page: the page size where only the body
+    is asked for, else 0. values: whose scales are given, so that the workspace holds their codes;
+    None: numbers.
     """
     (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
@@ -113,8 +117,8 @@ def launch(
         q.stride(1),
         scale,
         cap,
-        getattr(mask, "window", None) or 0,
-        getattr(mask, "sink_tokens", 0),
+        shape.window or 0,
+        shape.sink_tokens,
         shape.sink_tiles,
         max(body_page, 1),
         CAUSAL=mask.kind == "causal",
@@ -131,14 +135,14 @@ def launch(
 
 def workspace_shape(q: Tensor, layer: LayerKV, params: AttendParams) -> DenseShape:
     """What the plan needs to know of this call."""
-    mask = params.mask
+    window, sink_tokens = reach_of(params.mask)
     return DenseShape(
         kv_heads=layer.kv_heads,
         group=q.shape[1] // layer.kv_heads,
         row_bytes=2 * (layer.key.head_dim + layer.value.head_dim),
         tile=hopper_tile(layer.key.head_dim, layer.value.head_dim),
-        window=mask.window if isinstance(mask, CausalMask) else None,
-        sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
+        window=window,
+        sink_tokens=sink_tokens,
         processors=device_info(q.device).processors,
     )
 
@@ -155,9 +159,9 @@ def _device_passes(
     return tuple(
         (
             each,
-            torch.from_numpy(each.spans).to(device),
-            torch.from_numpy(each.work.order).to(device),
-            torch.from_numpy(each.work.items).to(device),
+            on_device(each.spans, device),
+            on_device(each.work.order, device),
+            on_device(each.work.items, device),
         )
         for each in plan_passes(query_lens, context_lens, shape, members)
     )

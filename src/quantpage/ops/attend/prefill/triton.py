@@ -6,6 +6,7 @@ others, and exact pages, are dequantized in registers.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import device_info
-from quantpage.masks import CausalMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.triton import attend as decode_entry
 from quantpage.ops.attend.decode.triton import decode_into
@@ -27,7 +27,14 @@ from quantpage.ops.attend.flash.triton_launch import (
     workspace_dtype,
 )
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
-from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_pages, plan_passes
+from quantpage.ops.attend.prefill.plan import (
+    DensePass,
+    DenseShape,
+    Work,
+    plan_pages,
+    plan_passes,
+    reach_of,
+)
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
 from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
@@ -50,8 +57,8 @@ def attend_pages(results: Results, q, layer, batch, params, segment: Segment, me
     rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
     halves, rule = (operand(layer.key), operand(layer.value)), (segment, batch.page_size)
     shape, warps = _shape(q, layer, params, rows, (operand_dtype(*halves), 1))
-    planned = _device_pages(*lens, shape, members, str(q.device))
-    _launch(results, q, halves, batch.page_table, params, rule, planned, warps)
+    planned = _device_pages(*lens, shape, warps, members, str(q.device))
+    _launch(results, q, halves, batch.page_table, params, rule, planned)
 
 
 def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
@@ -61,25 +68,42 @@ def _attend_workspace(results: Results, q, layer, batch, params, segment, member
     shape, warps = _shape(q, layer, params, max(lens[0]), (dtype, dtype.itemsize))
     key, value = operand(layer.key), operand(layer.value)
     rule = (segment, batch.page_size)
-    for each, spans, table, planned in _device_passes(*lens, shape, members, str(q.device)):
+    passes = _device_passes(*lens, shape, warps, members, str(q.device))
+    for each, spans, table, planned in passes:
         k, v = fill_workspace(each, spans, layer, batch.page_table, dtype)
         halves = (
             dense_operand(k, shape.tile.keys, key._replace(scales=NO_SCALES)),
             dense_operand(v, shape.tile.keys, value, each.head0),
         )
-        _launch(results, q, halves, table, params, rule, planned, warps, each.head0)
+        _launch(results, q, halves, table, params, rule, planned, each.head0)
+
+
+class _Planned(NamedTuple):
+    """One launch: its work on the device, and how it is cut."""
+
+    order: Tensor
+    items: Tensor
+    parts: int
+    """Partial results a row."""
+    shape: DenseShape
+    warps: int
 
 
 def _launch(
-    results: Results, q, halves, table, params, rule, planned, warps: int, head0: int = 0
+    results: Results,
+    q: Tensor,
+    halves: tuple[Operand, Operand],
+    table: Tensor,
+    params: AttendParams,
+    rule: tuple[Segment, int],
+    planned: _Planned,
+    head0: int = 0,
 ) -> None:
-    """One launch; halves: operands of K and V. rule: the segment and the page size that defines it.
+    """halves: K and V, in pages that ``table`` names. rule: a segment, and the page size of it.
 
-    planned: order, items, parts, shape. head0: the q_heads of the layer's first kv_head.
+    head0: kv_heads of the layer before the first of ``halves``.
     """
-    order, items, parts, shape = planned
-    key: Operand
-    value: Operand
+    order, items, parts, shape, warps = planned
     key, value = halves
     tokens, q_heads, _ = q.shape
     target = results if parts == 1 else parts_for(results, parts)
@@ -131,18 +155,19 @@ def _shape(
 ) -> tuple[DenseShape, int]:
     """numbers: of products, and bytes of one where it is read."""
     operands, itemsize = numbers
-    mask, group = params.mask, q.shape[1] // layer.kv_heads
+    group = q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
     widest = max(portable_width(head_dim), portable_width(width))
     limit = device_info(q.device).shared_bytes
     tile, warps = portable_tile(widest, longest * group, operands, limit)
+    window, sink_tokens = reach_of(params.mask)
     shape = DenseShape(
         kv_heads=layer.kv_heads,
         group=group,
         row_bytes=itemsize * (head_dim + width),
         tile=tile,
-        window=mask.window if isinstance(mask, CausalMask) else None,
-        sink_tokens=mask.sink_tokens if isinstance(mask, CausalMask) else 0,
+        window=window,
+        sink_tokens=sink_tokens,
         processors=processors_of(q.device),
         persistent=False,
     )
@@ -150,27 +175,31 @@ def _shape(
 
 
 @lru_cache(maxsize=32)
-def _device_pages(query_lens, context_lens, shape: DenseShape, members, device: str):
+def _device_pages(
+    query_lens, context_lens, shape: DenseShape, warps: int, members, device: str
+) -> _Planned:
     """The step's tables on the device: every layer of a step shares them."""
     work = plan_pages(query_lens, context_lens, shape, members)
-    return on_device(work.order[0], device), on_device(work.items, device), work.parts, shape
+    return _planned(work, shape, warps, device)
 
 
 @lru_cache(maxsize=32)
-def _device_passes(query_lens, context_lens, shape: DenseShape, members, device: str):
+def _device_passes(
+    query_lens, context_lens, shape: DenseShape, warps: int, members, device: str
+) -> tuple[tuple[DensePass, Tensor, Tensor, _Planned], ...]:
     """Passes over a workspace, each with its spans, page table and work on the device."""
     made = []
     for each in plan_passes(query_lens, context_lens, shape, members):
-        work = each.work
-        planned = (
-            on_device(work.order[0], device),
-            on_device(work.items, device),
-            work.parts,
-            shape,
-        )
+        planned = _planned(each.work, shape, warps, device)
         table = _workspace_table(each, len(query_lens), max(context_lens), shape)
         made.append((each, on_device(each.spans, device), on_device(table, device), planned))
     return tuple(made)
+
+
+def _planned(work: Work, shape: DenseShape, warps: int, device: str) -> _Planned:
+    # Programs take one tile each: the first round is the only one.
+    order, items = on_device(work.order[0], device), on_device(work.items, device)
+    return _Planned(order, items, work.parts, shape, warps)
 
 
 def _workspace_table(each: DensePass, requests: int, longest: int, shape: DenseShape) -> np.ndarray:
