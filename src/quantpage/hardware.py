@@ -13,6 +13,11 @@ import torch
 
 from quantpage.errors import Unavailable
 
+E4M3 = (8, 9)
+"""The first compute capability with instructions that convert e4m3."""
+HOPPER = (9, 0)
+"""The first with wgmma, TMA and launches that begin before the one they follow has ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
@@ -30,6 +35,14 @@ class DeviceInfo:
     """Second-level cache; 0 where unknown."""
     shared_bytes: int = 0
     """Shared memory that one program of a kernel may have; 0 where unknown."""
+
+    def since(self, capability: tuple[int, int]) -> bool:
+        """Whether it is a CUDA device of this compute capability or a later one."""
+        return self.capability is not None and self.capability >= capability
+
+    def before(self, capability: tuple[int, int]) -> bool:
+        """Whether it is a CUDA device of an earlier one."""
+        return self.capability is not None and self.capability < capability
 
 
 def find_device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.hardware import E4M3, device_info
 from quantpage.ops.checks import gathers
 from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
@@ -118,7 +119,7 @@ def _launch(
         ZERO=half.has_zero,
         LIMIT=torch.finfo(out.dtype).max,
         TILE=KEYS_A_TILE,
-        OLD=out.is_cuda and torch.cuda.get_device_capability(out.device) < (8, 9),
+        OLD=device_info(out.device).before(E4M3),
         HALVES=1 if too is None else 2,
         MARKS=marks is not None,
         num_warps=4,

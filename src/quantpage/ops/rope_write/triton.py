@@ -11,7 +11,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.formats import QuantSpec, rotation_block
-from quantpage.hardware import device_info
+from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
 from quantpage.ops.operand import A_TOKEN, Operand, operand
@@ -68,7 +68,7 @@ def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
     if not x.is_cuda or spec.rotation != "hadamard" or _piece(spec, x.shape[-1], shape.piece) != 32:
         return False
     return (
-        (device_info(x.device).capability or (0,)) >= (8, 0)
+        device_info(x.device).since((8, 0))
         and x.shape[-1] in (64, 128, 256)
         and shape.rows == 8 * shape.warps
         and x.element_size() == 2
@@ -120,7 +120,7 @@ def rope_write(
     if q is not None:
         products = products and can_multiply(layer.key.spec, q, shape)
     v_products = can_multiply(layer.value.spec, v, shape)
-    overlap = k.is_cuda and (device_info(k.device).capability or (0,)) >= (9, 0)
+    overlap = device_info(k.device).since(HOPPER)
     tiles = triton.cdiv(tokens, shape.rows // shape.heads)
     parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + 2 * (kv_heads // shape.heads)
     launch = partial(
@@ -167,7 +167,7 @@ def rope_write(
         PAGE=batch.page_size,
         EXACT=exact is not None,
         RETURN=params.return_rows,
-        HARDWARE=k.is_cuda and (device_info(k.device).capability or (0,)) >= (8, 9),
+        HARDWARE=device_info(k.device).since(E4M3),
         ROWS=shape.rows,
         HEADS=shape.heads,
         TILES=shape.tiles,

@@ -4,10 +4,10 @@ The planner (decode/launch) knows where each kernel is the faster one: steps of 
 long contexts in few rows and unquantized pages go to the Triton kernel, exact pages always.
 """
 
-import torch
 from torch import Tensor
 
 from quantpage.cache.views import LayerKV
+from quantpage.hardware import HOPPER, device_info
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
@@ -35,7 +35,7 @@ def decode_into(
 
 def serves(q: Tensor, layer: LayerKV) -> bool:
     """Whether the Hopper kernel takes these widths on this device."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if device_info(q.device).capability != HOPPER:
         return False
     return q.shape[-1] == layer.value.head_dim and layer.value.head_dim in refusals.HOPPER_WIDTHS
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.hardware import device_info
+from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import (
@@ -95,7 +95,7 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
             *made.places,
             **made.fixed,
             EARLIER=earlier is not None,
-            OLD=q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9),
+            OLD=device_info(q.device).before(E4M3),
             PAIRS=_paired(layer.key) and _paired(layer.value),
             GATHER=tiles.gather,
             WHOLE=tiles.whole,
@@ -176,7 +176,7 @@ def arrange(
     window = mask.window if isinstance(mask, CausalMask) else None
     sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
     mask_numbers = (window or 0, sink_tokens)
-    overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    overlap = OVERLAP and device_info(q.device).since(HOPPER)
     q = q if q.stride(-1) == 1 else q.contiguous()
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
     k = operand(layer.key, key_units.get(layer.key.spec.code.name, torch.int32))

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 
 from quantpage.cache.views import LayerKV
-from quantpage.hardware import device_info
+from quantpage.hardware import E4M3, device_info
 from quantpage.ops.attend.flash.tiles import DenseTile, portable_width
 from quantpage.ops.attend.results import Results
 from quantpage.ops.operand import Operand
@@ -28,13 +28,12 @@ def compiled(
     key: Operand, value: Operand, group: int, tile: DenseTile, device: torch.device
 ) -> dict[str, Any]:
     """What portable kernels are compiled for: both halves, a tile of queries by keys, a device."""
-    operands, capability = operand_dtype(key, value), device_info(device).capability
+    operands = operand_dtype(key, value)
     return {
         "G": group, "D": key.head_dim, "DV": value.head_dim, "DP": portable_width(key.head_dim),
         "DVP": portable_width(value.head_dim), "BM": tile.rows, "BN": tile.keys,
         "STAGES": tile.stages, "OPERAND": OPERANDS[operands], "SHIFT": shift(operands),
-        # No instruction that converts e4m3.
-        "OLD": capability is not None and capability < (8, 9),
+        "OLD": device_info(device).before(E4M3),
         "K_CODE": key.code, "K_SCALED": key.scaled, "K_ZERO": key.has_zero, "K_GROUPS": key.groups,
         "V_CODE": value.code, "V_SCALED": value.scaled, "V_ZERO": value.has_zero,
         "V_GROUPS": value.groups,
