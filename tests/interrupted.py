@@ -12,8 +12,8 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt, which no test could tell from a real one."""
 
 
-def run(act, at=None, inside=ROOT):
-    """Run ``act``; raise before instruction number ``at`` of code below ``inside``.
+def run(act, at=None, inside=ROOT, kind=Interrupted):
+    """Run ``act``; raise ``kind`` before instruction number ``at`` of code below ``inside``.
 
     Returns the instructions that ran, and whether it was interrupted. Nothing else is caught.
     """
@@ -30,14 +30,14 @@ def run(act, at=None, inside=ROOT):
             passed += 1
             if passed == at:
                 thrown = True
-                raise Interrupted
+                raise kind
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         act()
-    except Interrupted:
+    except kind:
         pass
     finally:
         sys.settrace(before)

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import random
 import re
 import select
 import signal
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 import quantpage as qp
+from quantpage.cli import conversation as conversation_module
 from quantpage.cli.conversation import Conversation
 from quantpage.cli.generation import GenerateRequest
 from quantpage.integrations.hf_transformers.model import load_model
+from tests.interrupted import run
 from tests.server.small import TEMPLATE, save_small
 
 pytestmark = pytest.mark.cpu
@@ -116,7 +119,7 @@ def test_a_cache_without_messages_is_refused(conversation, tmp_path):
     talk = conversation()
     say(talk, QUESTIONS[0])
     before = list(talk.messages)
-    talk._attached.save_cache(talk._cache, tmp_path / "cache.pages")
+    talk._attached.save_cache(talk._held[0], tmp_path / "cache.pages")
     with pytest.raises(qp.errors.CorruptCache, match="got a cache without its messages"):
         talk.load(tmp_path / "cache.pages")
     assert talk.messages == before and say(talk, QUESTIONS[1])[0].kept_tokens > 0
@@ -183,7 +186,16 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_a_wrong_line_nothing(tmp_path):
         told = until(r"(?s)said [\d,]+ in .*> $")
         assert "stopped" in told
         assert int(re.search(r"said ([\d,]+) in", told).group(1).replace(",", "")) < 3900
-        # Between its prompt and its reading of keys Python misses a signal: sent until it is heard.
+        # Once more than it takes, as people do: whatever it meets goes on.
+        os.write(mine, b"Go on.\n")
+        until(r"(?s)Go on\..{100,}")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        until(r"(?s)> $")
+        # A signal that Python misses between prompt and reading of keys takes the next line.
+        until(r"(?s)nothing: expected.*> $", again=lambda: os.write(mine, b"/nothing\n"))
+        # At the prompt, for the same reason, a signal is sent until it is heard.
         # Last, for one that was late would end a question.
         until(r"(?s)Ctrl-D leaves.*> $", again=lambda: process.send_signal(signal.SIGINT))
         os.write(mine, b"\x04")
@@ -192,3 +204,41 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_a_wrong_line_nothing(tmp_path):
         process.kill()
         process.wait()
         os.close(mine)
+
+
+def interrupted_at(act, prepare, count):
+    """What ``prepare`` made, after ``act`` of it was ended by Ctrl-C at ``count`` places."""
+    total = run_traced(act, prepare())
+    draw = random.Random(total)
+    for at in [1, total // 2, *range(total - 6, total + 1), *draw.sample(range(1, total), count)]:
+        state = prepare()
+        assert run_traced(act, state, at)
+        yield state
+
+
+def run_traced(act, state, at=None):
+    passed, thrown = run(lambda: act(state), at, conversation_module.__file__, KeyboardInterrupt)
+    return passed if at is None else thrown
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int3"])
+def test_ctrl_c_anywhere_leaves_a_conversation_that_says_what_a_fresh_one_says(
+    conversation, tmp_path, kv_format
+):
+    first = conversation(LAST_ONLY, kv_format, max_new_tokens=12)
+    other = "Tell me nothing"
+    say(first, "Tell me a tale!")
+    first.save(tmp_path / "talk.pages")
+
+    def begun():
+        made = Conversation(first._attached, first._tokenizer, first._request)
+        # As many tokens as the saved one has.
+        say(made, other[:15])
+        return made
+
+    acts = (lambda talk: say(talk, QUESTIONS[1]), lambda talk: talk.load(tmp_path / "talk.pages"))
+    for act in acts:
+        for talk in interrupted_at(act, begun, 8):
+            fresh = Conversation(first._attached, first._tokenizer, first._request)
+            fresh.messages = list(talk.messages)
+            assert say(talk, QUESTIONS[2])[1] == say(fresh, QUESTIONS[2])[1]

@@ -12,14 +12,16 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import quantpage
 from quantpage.cli.app import run
 from quantpage.errors import FormatError
 from quantpage.evaluate import caches, report
+from quantpage.evaluate.caches import ours
 from quantpage.evaluate.run import EvaluateRequest, evaluate
 from quantpage.evaluate.text import default_path
 from quantpage.formats import FORMATS, ExactPages
 from quantpage.formats.per_layer import LayerFormats
-from tests.integrations.tiny_models import tiny
+from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu
 
@@ -57,6 +59,31 @@ def test_rows_come_in_order_with_figures_that_make_sense(folder):
     assert int8.bytes_per_token == 3 * 2 * 2 * (16 + 2)
     assert int4.sixteen_bit_tokens == "<= 64"
     assert none.perplexity == pytest.approx(int8.perplexity, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["int3", "k8v4", "int4_near8"])
+def test_the_first_prediction_that_reads_codes(name):
+    model, ids = tiny("llama", torch.float32), tokens(1, 100)
+    candidate = ours(model.config, name, 16, "none")
+    found = []
+    # Against what reads the same exact pages: all of the text in two of them.
+    for page_size in (16, 64):
+        with quantpage.attach(model, name, page_size=page_size, calibration=None) as attached:
+            logits = model(ids, past_key_values=attached.new_cache()).logits[0]
+            found.append(logits.detach())
+    differ = (found[0] - found[1]).abs().amax(-1) > 1e-5
+    assert differ.nonzero().min() == candidate.codes_from == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "untold"),
+    [("int4", 20, 29), ("int4_near8", 25, 24), ("int4", 49, 0), ("int4", 1, 30), ("int8", 1, 0)],
+)
+def test_predictions_that_read_no_code_are_told(folder, capsys, name, prompt, untold):
+    evaluate(small(folder, formats=(name, "int4,first1=int8"), windows=1, prompt=prompt))
+    said = [line for line in capsys.readouterr().err.splitlines() if "kept exact" in line]
+    assert len(said) == (untold > 0)
+    assert all(line.startswith(f"{name}: {untold} of 30 predictions") for line in said)
 
 
 def test_a_choice_a_layer_is_a_row_of_its_own(folder):

@@ -32,8 +32,24 @@ def test_windows_start_at_paragraphs_and_are_spread():
 
 
 def test_a_text_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="at least 100 tokens in window 2 of 2, got"):
+    with pytest.raises(
+        ValueError, match="at least 100 tokens in window 1 of 2 before the next, got 75"
+    ):
         cut_windows(Letters(), "x" * 150, count=2, prompt=50, scored=50)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "got"),
+    [("x" * 199, 2, 99), ("x" * 900, 100_000, 0), ("x" * 150 + "\n\n" + "y" * 99, 2, 99)],
+)
+def test_a_token_is_in_one_window_alone(text, count, got):
+    with pytest.raises(ValueError, match=f"in window [12] of {count}.*, got {got};"):
+        cut_windows(Letters(), text, count, prompt=50, scored=50)
+
+
+def test_windows_may_fill_a_text():
+    windows = cut_windows(Letters(), "".join(map(chr, range(200, 500))), 3, prompt=60, scored=40)
+    assert torch.cat([each.tokens for each in windows], 1).tolist() == [list(range(200, 500))]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

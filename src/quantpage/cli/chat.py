@@ -1,7 +1,6 @@
 """`quantpage chat`: a conversation in the terminal, over a quantized cache that is kept."""
 
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +32,7 @@ _HELP = """\
 /save FILE   write the conversation and its cache to a file
 /load FILE   go on with a saved one, of the same model and format
 /help        this
-/exit        leave (or Ctrl-D); Ctrl-C ends an answer"""
+/exit        leave (or Ctrl-D); Ctrl-C ends an answer, a /save or a /load, and nothing else"""
 
 
 def command(
@@ -88,15 +87,43 @@ def command(
             _act(conversation, f"/load {load}")
         elif sys.stdin.isatty():
             console.note("Ask something; /help says what else a line may be.")
-        for line in _lines():
-            try:
-                if not _act(conversation, line):
-                    return
-            except (ValueError, OSError, QuantPageError) as error:
-                # Whoever sits there can try again, a program cannot.
-                if not sys.stdin.isatty():
-                    raise
-                console.note(f"quantpage: {error}")
+        _talk(conversation)
+
+
+def _talk(conversation: "Conversation") -> None:
+    """Line by line, to the end."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with suppress(ImportError):
+            # Lines can be edited and found again.
+            import readline  # noqa: F401
+    while True:
+        try:
+            line = _line(terminal)
+            if line is None or not _act(conversation, line):
+                return
+        except (ValueError, OSError, QuantPageError) as error:
+            # Whoever sits there can try again, a program cannot.
+            if not terminal:
+                raise
+            console.note(f"quantpage: {error}")
+        except KeyboardInterrupt:
+            # At the prompt, in /save or /load, or once more than an answer took.
+            if not terminal:
+                raise
+            print()
+            console.note("/exit or Ctrl-D leaves")
+
+
+def _line(terminal: bool) -> str | None:
+    """The next; None: there are no more."""
+    if not terminal:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
 
 
 def _act(conversation: "Conversation", line: str) -> bool:
@@ -142,21 +169,3 @@ def _ask(conversation: "Conversation", text: str) -> None:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _lines() -> Iterator[str]:
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    with suppress(ImportError):
-        # Lines can be edited and found again.
-        import readline  # noqa: F401
-    while True:
-        try:
-            yield input("> ")
-        except KeyboardInterrupt:
-            print()
-            console.note("/exit or Ctrl-D leaves")
-        except EOFError:
-            print()
-            return

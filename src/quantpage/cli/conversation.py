@@ -13,6 +13,7 @@ from transformers import StoppingCriteriaList
 from quantpage.cli.generation import GenerateRequest, Printer, StopFilter, Stopped
 from quantpage.errors import CacheError, CorruptCache
 from quantpage.integrations.hf_transformers.attach import Attached
+from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.model import text_config
 
 
@@ -46,9 +47,9 @@ class Conversation:
         self._limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
         torch.manual_seed(request.sampling.seed)
         self.messages: list[dict[str, str]] = []
-        self._cache = attached.new_cache()
-        self._tokens: list[int] = []
-        """Those that the cache holds."""
+        self._held: tuple[QuantPageCache, list[int]] = (attached.new_cache(), [])
+        """A cache and the tokens in it; both at once, since Ctrl-C may come between any two lines.
+        """
         self.reset()
 
     def reset(self) -> None:
@@ -79,7 +80,7 @@ class Conversation:
             self._model.generate(
                 given,
                 attention_mask=torch.ones_like(given),
-                past_key_values=self._cache,
+                past_key_values=self._held[0],
                 max_new_tokens=min(request.max_new_tokens, room or request.max_new_tokens),
                 streamer=printer,
                 stopping_criteria=StoppingCriteriaList([Stopped(printer.filter)]),
@@ -92,7 +93,8 @@ class Conversation:
             self._forget()
             raise
         # Of the answer, the cache holds what was fed back: all but the last token.
-        self._tokens = [*ids, *printer.tokens][: self._cache.get_seq_length()]
+        cache = self._held[0]
+        self._held = cache, [*ids, *printer.tokens][: cache.get_seq_length()]
         said = printer.filter.text
         # A question that got no word of an answer was not asked.
         if said or not interrupted:
@@ -102,12 +104,12 @@ class Conversation:
 
     def held_bytes(self) -> int:
         """Of the cache."""
-        return self._cache.allocated_bytes()
+        return self._held[0].allocated_bytes()
 
     def save(self, path: Path | str) -> None:
         """Write messages and cache to a file, whole or not at all."""
-        note = {"messages": self.messages, "tokens": self._tokens}
-        self._attached.save_cache(self._cache, path, note)
+        cache, tokens = self._held
+        self._attached.save_cache(cache, path, {"messages": self.messages, "tokens": tokens})
 
     def load(self, path: Path | str) -> None:
         """Go on with what ``save`` wrote; where it raises, the conversation is as it was."""
@@ -123,11 +125,11 @@ class Conversation:
             or not all(type(each) is dict and set(each) == {"role", "content"} for each in messages)
         ):
             raise CorruptCache(f"{path}: expected a conversation, got a cache without its messages")
-        self.messages, self._tokens, self._cache = messages, tokens, cache
+        self._held = cache, tokens
+        self.messages = messages
 
     def _forget(self) -> None:
-        self._cache = self._attached.new_cache()
-        self._tokens = []
+        self._held = self._attached.new_cache(), []
 
     def _keep_common(self, ids: list[int]) -> int:
         """Cut the cache to what it has in common with ``ids``, short of the last; its length.
@@ -135,18 +137,23 @@ class Conversation:
         Not always all of it: a template may leave parts of old answers out, and a tokenizer may
         cut an answer's text otherwise than the model wrote it.
         """
-        pairs = zip(ids[:-1], self._tokens, strict=False)
+        cache, tokens = self._held
+        if cache.get_seq_length() != len(tokens):
+            # An interruption came between a step or a crop and its being noted here.
+            tokens = []
+        pairs = zip(ids[:-1], tokens, strict=False)
         differing = (at for at, (mine, held) in enumerate(pairs) if mine != held)
-        common = next(differing, min(len(ids) - 1, len(self._tokens)))
-        if 0 < common < len(self._tokens):
+        common = next(differing, min(len(ids) - 1, len(tokens)))
+        if 0 < common < len(tokens):
             try:
-                self._cache.crop(common)
+                cache.crop(common)
             except CacheError:
                 # Pages that the next token would read are gone: windows, exact pages.
                 common = 0
-        if not common:
+        if common:
+            self._held = cache, tokens[:common]
+        else:
             self._forget()
-        self._tokens = self._tokens[:common]
         return common
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:

@@ -17,6 +17,7 @@ from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.calibration import Calibration
 from quantpage.integrations.hf_transformers.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape
+from quantpage.ops.attend.params import NEAR_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Candidate:
     attaching: Attaching
     calibration: str = "none"
     """Where key maps come from."""
+    codes_from: int = 0
+    """The first token whose prediction reads codes: those before see exact pages alone."""
 
 
 def ours(
@@ -60,6 +63,8 @@ def ours(
         words += f" in {' or '.join(sorted(near))}"
 
     wanted = None if calibration == "none" else calibration
+    coded = [each.format for each in layouts if each.format.quantized]
+    hidden = bool(coded) and all(each.exact_pages is not None for each in coded)
 
     @contextmanager
     def attaching(model: Any) -> Iterator[Callable[[], Any]]:
@@ -73,6 +78,8 @@ def ours(
         sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
         attaching=attaching,
         calibration=Path(calibration).name,
+        # Page 0 is exact for all; of page 3 pages 2 and 3 are near, and page 1 is read as codes.
+        codes_from=(2 + NEAR_PAGES) * page_size if hidden else 0,
     )
 
 

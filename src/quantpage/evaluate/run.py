@@ -13,7 +13,13 @@ import transformers
 import quantpage
 from quantpage import console
 from quantpage.evaluate.advise import CANDIDATES, Advice, advise, check_budget, forwards
-from quantpage.evaluate.caches import Candidate, default_names, find_candidates, unquantized
+from quantpage.evaluate.caches import (
+    Candidate,
+    default_names,
+    find_candidates,
+    ours,
+    unquantized,
+)
 from quantpage.evaluate.report import Row
 from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
@@ -66,11 +72,25 @@ def evaluate(request: EvaluateRequest) -> list[Row]:
     names = list(request.formats) or default_names()
     candidates = find_candidates(config, names, request.page_size, request.calibration)
     model, windows, text = _prepare(request, config)
+    _tell_unmeasured(request, candidates)
     scores = _score_all(model, windows, candidates, request.chunk)
     return [
         _row(request, candidate, found, text, model.device.type)
         for candidate, found in zip(candidates, scores, strict=True)
     ]
+
+
+def _tell_unmeasured(request: EvaluateRequest, candidates: list[Candidate]) -> None:
+    """A table of short windows would praise a format of which nothing was read."""
+    last = request.prompt + request.scored - 1
+    for each in candidates:
+        told = min(request.scored, max(0, last - each.codes_from))
+        if told < request.scored:
+            console.note(
+                f"{each.name}: {request.scored - told:,} of {request.scored:,} predictions a "
+                f"window see only pages that are kept exact (tokens before {each.codes_from:,} "
+                "read no code); use a longer --prompt"
+            )
 
 
 def advise_model(request: EvaluateRequest, budget: float, context: int) -> tuple[Advice, str]:
@@ -82,6 +102,7 @@ def advise_model(request: EvaluateRequest, budget: float, context: int) -> tuple
     chosen = request.formats or CANDIDATES
     check_budget(config, budget, chosen, request.page_size, context)
     model, windows, text = _prepare(request, config)
+    _tell_unmeasured(request, [ours(config, each, request.page_size) for each in chosen])
     with console.progress() as progress:
         total = forwards(config, len(windows), chosen)
         task = progress.add_task("a layer and half at a time", total=total)

@@ -27,22 +27,33 @@ class Window:
 
 
 def cut_windows(tokenizer: Any, text: str, count: int, prompt: int, scored: int) -> list[Window]:
-    """``count`` windows, evenly spread over the text, each at the start of a paragraph."""
+    """``count`` windows, evenly spread over the text, each at the start of a paragraph.
+
+    ValueError where they do not fit beside each other: a token that counts twice would make every
+    figure look surer than it is.
+    """
     length = prompt + scored
-    windows = []
+    windows, start = [], 0
     for index in range(count):
-        start = len(text) * index // count
-        paragraph = text.find("\n\n", start)
-        start = start if index == 0 or paragraph < 0 else paragraph + 2
+        following = _paragraph(text, len(text) * (index + 1) // count)
         # Eight characters a token are more than English ever takes.
-        piece = tokenizer(text[start : start + 8 * length], return_tensors="pt").input_ids
+        end = min(start + 8 * length, following)
+        piece = tokenizer(text[start:end], return_tensors="pt").input_ids
         if piece.shape[1] < length:
+            before = "" if index + 1 == count else " before the next"
             raise ValueError(
-                f"text: expected at least {length} tokens in window {index + 1} of {count}, got "
-                f"{piece.shape[1]}; use a longer text, or fewer windows or tokens"
+                f"text: expected at least {length} tokens in window {index + 1} of {count}"
+                f"{before}, got {piece.shape[1]}; use a longer text, or fewer windows or tokens"
             )
         windows.append(Window(piece[:, :length], prompt))
+        start = following
     return windows
+
+
+def _paragraph(text: str, at: int) -> int:
+    """Where the first paragraph after ``at`` begins; ``at`` where none does."""
+    found = text.find("\n\n", at)
+    return at if found < 0 else found + 2
 
 
 @torch.inference_mode()
