@@ -19,11 +19,10 @@ from quantpage.bench.cases import (
 )
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
-from quantpage.formats import FORMATS
-from quantpage.hardware import device_info
+from quantpage.cache.views import LayerKV
 from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.dispatch import Call, choose
+from quantpage.ops.dispatch import call_of, choose
 
 _MAIN = ("none", "int8", "fp8", "int4", "k8v4", "int8_static")
 _SHAPES = ((1, 4096), (1, 32768), (8, 8192), (64, 4096), (128, 1024), (16, 32768))
@@ -36,22 +35,24 @@ CASES = (
 )
 
 
-def measure(case: Case, name: str, copy: float, timed: bool) -> Iterator[Row]:
-    """Ours for one format: a row, or nothing where only checked."""
-    layers = [make_layer(case, name)]
-    size = cache_bytes(layers[0])
+def measure(
+    case: Case,
+    name: str,
+    copy: float,
+    timed: bool,
+    op: str = "decode",
+    make: Callable[[Case, str], LayerKV] = make_layer,
+) -> Iterator[Row]:
+    """Ours for one format: a row, or nothing where only checked. make: of one layer's cache."""
+    layers = [make(case, name)]
+    size, facts = cache_bytes(layers[0]), layers[0].facts
     count = max(2, min(32, -(-COLD_BYTES // size))) if timed else 1
-    layers += [make_layer(case, name) for _ in range(count - 1)]
+    layers += [make(case, name) for _ in range(count - 1)]
     batch = make_batch(case, layers[0].exact_key is not None)
-    q = torch.randn(
-        case.requests * case.new, case.q_heads, case.head_dim, device="cuda", dtype=torch.bfloat16
-    )
-    params = AttendParams(case.head_dim**-0.5)
-    call = Call(
-        device_info("cuda"), FORMATS[name], q.dtype, case.q_heads, case.kv_heads, case.head_dim,
-        case.head_dim, case.page_size, "decode",
-    )  # fmt: skip
-    chosen = choose(attend_op.CANDIDATES, call)
+    shape = (case.requests * case.new, case.q_heads, facts.query_dim)
+    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    params = AttendParams(facts.query_dim**-0.5)
+    chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, "decode"))
     got = attend_op.attend(q, layers[0], batch, params, chosen)
     error = checked_error(f"{case.name} {name}", got, q, layers[0], batch, params)
     if not timed:
@@ -63,7 +64,7 @@ def measure(case: Case, name: str, copy: float, timed: bool) -> Iterator[Row]:
 
     time = graph_microseconds(run, len(layers))
     ours = (case.name, f"quantpage {chosen.name}")
-    yield row_of("decode", case, name, ours, (time, size, copy, error))
+    yield row_of(op, case, name, ours, (time, size, copy, error))
 
 
 def peers(case: Case, copy: float, flex: bool) -> Iterator[Row]:

@@ -116,6 +116,13 @@ class AttendParams:
         object.__setattr__(self, "facts", facts)
 
 
+def reach_of(mask: Mask) -> tuple[int | None, int]:
+    """Window and sink tokens of a causal mask; None and 0 where every key before is seen."""
+    if not isinstance(mask, CausalMask) or mask.window is None:
+        return None, 0
+    return mask.window, mask.sink_tokens
+
+
 def exponent_scale(params: AttendParams) -> tuple[float, float]:
     """What scores are multiplied by for exp2, and the cap per log2; 0: none."""
     if params.softcap is None:

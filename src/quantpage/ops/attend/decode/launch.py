@@ -185,6 +185,11 @@ def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:
     return min(programs, all_rows) if tiles.whole else programs
 
 
+def chunk_of(requests: int) -> int:
+    """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist."""
+    return 32 if requests <= 32 else 128 if requests <= 128 else 512
+
+
 def row_tiles(group: int, query_len: int) -> tuple[int, int]:
     """Rows of a tile (a power of two of at least 8) and how many such tiles cover a request."""
     rows = group * query_len

@@ -19,6 +19,7 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import (
     DecodeTiles,
+    chunk_of,
     decode_tiles,
     fitted,
     programs_of,
@@ -33,7 +34,7 @@ from quantpage.ops.attend.decode.workspaces import (
     workspace,
 )
 from quantpage.ops.attend.flash.tiles import processors_of
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import STATIC, Operand, operand
@@ -173,8 +174,7 @@ def arrange(
     )
     if tiles.gather:
         cuts = counters_of(q.device, counter_count(programs, all_rows, tiles.gather))
-    window = mask.window if isinstance(mask, CausalMask) else None
-    sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
+    window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
     overlap = OVERLAP and device_info(q.device).since(HOPPER)
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -204,7 +204,7 @@ def arrange(
         "K_CODE": k.code, "K_SCALES": k.scales, "K_ZERO": k.has_zero, "K_SHARED": _shared(k),
         "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "TILE": tiles.tile, "SOFTCAP": params.softcap is not None,
-        "CHUNK": _chunk(batch.num_requests), "STAGES": tiles.stages, "num_warps": tiles.warps,
+        "CHUNK": chunk_of(batch.num_requests), "STAGES": tiles.stages, "num_warps": tiles.warps,
         "maxnreg": tiles.registers,
     }  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
@@ -224,11 +224,6 @@ def join(made: Arranged) -> None:
     """Rows that were cut, by a launch of its own."""
     grid, given, fixed = made.merge
     merge_cuts_kernel[grid](*given, **fixed)
-
-
-def _chunk(requests: int) -> int:
-    """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist."""
-    return 32 if requests <= 32 else 128 if requests <= 128 else 512
 
 
 def _shared(half: Operand) -> int:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.hardware import device_info
+from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
+from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
 from quantpage.ops.attend.latent.launch import LatentTiles, latent_tiles, row_tiles
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
-from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.attend.params import AttendParams, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import operand
@@ -73,11 +74,10 @@ def _launch(
     part_out, part_lse, cuts = workspace(
         q.device, piece_sizes(programs, tiles.rows, row.head_dim, all_rows)
     )
-    window = mask.window if isinstance(mask, CausalMask) else None
-    sink_tokens = mask.sink_tokens if isinstance(mask, CausalMask) and window is not None else 0
+    window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
-    capability = device_info(q.device).capability
-    overlap = capability is not None and capability >= (9, 0)
+    device = device_info(q.device)
+    overlap = device.since(HOPPER)
     # What the launch that joins is compiled for, too.
     both: dict[str, Any] = {
         "PAGE": batch.page_size, "ROWS": tiles.rows, "ROW_TILES": tiles_of_rows,
@@ -101,12 +101,12 @@ def _launch(
         HEADS=heads,
         TILE=tiles.tile,
         SOFTCAP=params.softcap is not None,
-        CHUNK=32 if batch.num_requests <= 32 else 128 if batch.num_requests <= 128 else 512,
+        CHUNK=chunk_of(batch.num_requests),
         STAGES=tiles.stages,
         PAIRS=paired(layer.key) and paired(layer.value),
         # One query a request: what it does not see is not loaded.
         HIDES=not layer.key.spec.quantized and batch.max_query_len > 1,
-        OLD=capability is not None and capability < (8, 9),
+        OLD=device.before(E4M3),
         BY_KEYS=tiles.by_keys,
         CHUNKS=tiles.chunks,
         num_warps=tiles.warps,

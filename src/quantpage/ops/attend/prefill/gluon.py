@@ -25,10 +25,10 @@ from quantpage.ops.attend.decode.triton import attend as triton_decode
 from quantpage.ops.attend.flash.gluon_launch import compiled, descriptor, value_scales
 from quantpage.ops.attend.flash.tiles import hopper_tile
 from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
-from quantpage.ops.attend.params import AttendParams, exponent_scale
+from quantpage.ops.attend.params import AttendParams, exponent_scale, reach_of
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
-from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes, reach_of
+from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes
 from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
 from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for

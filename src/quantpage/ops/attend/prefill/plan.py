@@ -26,7 +26,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from quantpage.masks import CausalMask, Mask
 from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, DenseTile
 
 SECTION_BYTES = 32 * 2**20
@@ -68,11 +67,6 @@ class DenseShape:
     def sink_tiles(self) -> int:
         """Key tiles that hold the sink tokens; 0 without a window (they are keys like any)."""
         return 0 if self.window is None else -(-self.sink_tokens // self.tile.keys)
-
-
-def reach_of(mask: Mask) -> tuple[int | None, int]:
-    """Window and sink tokens of a causal mask; None and 0 of others."""
-    return (mask.window, mask.sink_tokens) if isinstance(mask, CausalMask) else (None, 0)
 
 
 @dataclass(frozen=True, slots=True)

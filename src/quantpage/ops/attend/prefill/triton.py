@@ -26,14 +26,13 @@ from quantpage.ops.attend.flash.triton_launch import (
     strides,
     workspace_dtype,
 )
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale
+from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, exponent_scale, reach_of
 from quantpage.ops.attend.prefill.plan import (
     DensePass,
     DenseShape,
     Work,
     plan_pages,
     plan_passes,
-    reach_of,
 )
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
