@@ -1,4 +1,4 @@
-"""Files of pages with something in them that their writer did not write, and a checksum over it."""
+"""Caches full of random bytes, and their files with what no writer wrote, under a checksum."""
 
 import json
 from contextlib import contextmanager
@@ -6,8 +6,44 @@ from copy import deepcopy
 
 import torch
 
+from quantpage.cache import CacheLayout, PagedKVCache
 from quantpage.cache.saved import read_pages
 from quantpage.cache.tensor_file import checksum, write_whole
+from quantpage.formats import FORMATS
+
+
+def filled(name="int4", pages=5, exact_pages=3):
+    """Two layers of different formats, every byte random."""
+    cache = PagedKVCache(pages, exact_pages)
+    for index, each in enumerate((name, "int8")):
+        layout = CacheLayout(2, 32, FORMATS[each], 16)
+        static = None
+        if not layout.format.dynamic:
+            static = tuple(
+                tuple(
+                    torch.rand(spec.granularity.scale_shape(2, 32)).to(spec.scale_dtype)
+                    if wanted
+                    else None
+                    for wanted in (True, spec.zero_point)
+                )
+                for spec in (layout.format.key, layout.format.value)
+            )
+        cache.add_layer(index, layout, static)
+    # Scales that were given stay what they are: others are refused when a file is read.
+    for plane in (each for each in planes(cache) if each.ndim == 4):
+        plane.copy_(torch.randint(0, 256, plane.shape, dtype=torch.uint8))
+    return cache
+
+
+def planes(cache, index=None):
+    """Every tensor as bytes."""
+    found = []
+    for layer in cache.layouts if index is None else [index]:
+        view = cache.layer(layer)
+        for half in (view.key, view.value):
+            found += [half.codes, half.scale, half.zero]
+        found += [view.exact_key, view.exact_value]
+    return [plane.view(torch.uint8) for plane in found if plane is not None]
 
 
 class Forged:
