@@ -44,13 +44,15 @@ def build(layers: int) -> Any:
 
 
 def filled_cache(model: Any, attached: Any, batch: int, context: int) -> Any:
-    """A cache that holds ``context`` random tokens a row."""
+    """A cache that holds ``context`` random tokens a row and one that a step wrote: the step gives
+    back what the last layer worked in."""
     shape, cache = model_shape(model.config), attached.new_cache()
     for layer in range(shape.layers):
         size = (batch, shape.kv_heads, context, shape.head_dim)
         k, v = (torch.randn(size, dtype=DTYPE, device="cuda") for _ in range(2))
         cache.update(k, v, layer)
         cache.layers[layer].flush()
+    model(torch.zeros(batch, 1, dtype=torch.int64, device="cuda"), past_key_values=cache)
     return cache
 
 
@@ -110,7 +112,7 @@ class GpuModelRequest:
 
 def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, object]:
     """One row of the CSV."""
-    new = 8 + ROUNDS * given.steps + 4
+    new = 1 + 8 + ROUNDS * given.steps + 4
     longest = given.context + new
     with attach(model, kv_format=kv_format, page_size=64, max_tokens=longest) as attached:
         prompt = prompt_speed(model, attached, given.context)
