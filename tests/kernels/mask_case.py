@@ -2,7 +2,6 @@
 
 import json
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -57,7 +56,7 @@ def compile_dense(head_dim=128, group=4, **form):
 
 def compile_pages(rows, form, head_dim=128, page=64):
     """The portable kernel over int8 pages."""
-    tile, warps = portable_tile(head_dim, rows, torch.float16, 0)
+    tile, warps = portable_tile(head_dim, rows, 2, 0)
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32",
              "scale": "fp32", "cap": "fp32"}  # fmt: skip
     for side in "kv":

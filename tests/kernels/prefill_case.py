@@ -7,7 +7,6 @@ in a process of their own, as Triton decides at import whether it interprets.
 import dataclasses
 import json
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -19,17 +18,29 @@ from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from tests.kernels.aot import SHARED, compile_kernel, resources
 
-CODE = {"none": 0, "float32": 0, "int8": 1, "fp8": 2, "int4": 3}
+CODE = {"none": 0, "float32": 0, "bfloat16": 0, "int8": 1, "fp8": 2, "int4": 3}
+
+OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16}
 
 
-def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0):
-    """Keys and values of one code, a scale a token (and a zero for int4), 32/8 heads."""
-    number = torch.float32 if code == "float32" else torch.float16
-    tile, warps = portable_tile(head_dim, rows, number, SHARED[capability])
-    pointers = {"none": "*fp16", "float32": "*fp32", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
+def pages_arguments(
+    code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0, value=None
+):
+    """Keys of a code and values of the same or another, a scale a token (and a zero for int4), 32/8
+    heads."""
+    codes = {"k": code, "v": value or code}
+    tile, warps = portable_tile(head_dim, rows, 4 if code == "float32" else 2, SHARED[capability])
+    pointers = {
+        "none": "*fp16",
+        "float32": "*fp32",
+        "bfloat16": "*bf16",
+        "int8": "*i8",
+        "fp8": "*u8",
+        "int4": "*u8",
+    }
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     for side in "kv":
-        types[f"{side}_codes"] = pointers[code]
+        types[f"{side}_codes"] = pointers[codes[side]]
         types[f"{side}_scale"] = types[f"{side}_zero"] = "*fp16"
     for name in ("page_table", "order", "work"):
         types[name] = "*i32"
@@ -43,14 +54,17 @@ def pages_arguments(code="int8", head_dim=128, capability=90, rows=512, page=64,
     fixed = {
         "G": 4, "D": head_dim, "DV": head_dim, "DP": head_dim, "DVP": head_dim,
         "BM": tile.rows, "BN": tile.keys,
-        "SLOTS": page, "PAGE": page, "K_CODE": CODE[code], "V_CODE": CODE[code],
-        "K_SCALED": int(CODE[code] > 0), "V_SCALED": int(CODE[code] > 0),
-        "K_ZERO": code == "int4", "V_ZERO": code == "int4", "K_GROUPS": 1, "V_GROUPS": 1,
+        "SLOTS": page, "PAGE": page,
         "WINDOW": False,
         "CAUSAL": True, "SEGMENT": segment, "SOFTCAP": False, "SINKS": False,
         "SHIFT": 0 if code == "float32" else 8, "OLD": capability < 89,
-        "STAGES": tile.stages, "OPERAND": tl.float32 if code == "float32" else tl.float16,
+        "STAGES": tile.stages, "OPERAND": OPERANDS.get(code, tl.float16),
     }  # fmt: skip
+    for side, own in codes.items():
+        fixed |= {
+            f"{side.upper()}_CODE": CODE[own], f"{side.upper()}_SCALED": int(CODE[own] > 0),
+            f"{side.upper()}_ZERO": own == "int4", f"{side.upper()}_GROUPS": 1,
+        }  # fmt: skip
     return types | fixed, warps
 
 
@@ -99,6 +113,8 @@ PAGES = {
     "workspace sm_89": {"code": "none", "capability": 89},
     "workspace 256 sm_120": {"code": "none", "capability": 120, "head_dim": 256},
     "float32 sm_89": {"code": "float32", "capability": 89},
+    "bfloat16 keys, int4 values sm_90": {"code": "bfloat16", "value": "int4"},
+    "int4 keys, bfloat16 values sm_90": {"code": "int4", "value": "bfloat16"},
     "float32 256 sm_90": {"code": "float32", "head_dim": 256},
 }
 DENSE = {

@@ -19,7 +19,7 @@ from tests.ops.triton_cases import (
 )
 
 # isort: split
-from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, find_format
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import CANDIDATES, AttendParams
 from quantpage.ops.attend import attend as attend_segments
@@ -216,10 +216,10 @@ def test_chunks_give_what_the_whole_gives(way):
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter's bfloat16 products are wrong")
-@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", ["none", "int8", "int4", "k=none,v=int4", "k=int8,v=none"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_bfloat16_queries(name, head_dim, way):
-    given = FORMATS[name]
+    given = find_format(name)
     step = Step((300, 1, 65), (700, 33, 65), page_size=64, head_dim=head_dim)
     q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.bfloat16)
     params = AttendParams(head_dim**-0.5)

@@ -32,16 +32,14 @@ class DenseTile:
     """K and V tiles in flight."""
 
 
-def portable_tile(
-    head_dim: int, rows: int, operand: torch.dtype, limit: int
-) -> tuple[DenseTile, int]:
+def portable_tile(head_dim: int, rows: int, itemsize: int, limit: int) -> tuple[DenseTile, int]:
     """Tile and warps for a padded head_dim and the most packed rows of one request.
 
     H200, 1 x 16k causal, head_dim 128, TFLOP/s: from int8 pages 242 with 64 rows and 4 warps, 222
     with 128 and 8; over a float16 workspace 377 and 318 (128 x 128: 358, with spills).
-    operand: of products. limit: bytes of shared memory that a program may have, 0 where unknown; a
-    tile that may not fit (of float32, or on a card with less than Hopper) gets fewer copies in
-    flight, then fewer keys.
+    itemsize: of a number in products. limit: bytes of shared memory that a program may have, 0
+    where unknown; a tile that may not fit (of float32, or on a card with less than Hopper) gets
+    fewer copies in flight, then fewer keys.
     """
     if rows <= 16:
         tile = DenseTile(rows=16, keys=64, stages=3)
@@ -49,7 +47,7 @@ def portable_tile(
         tile = DenseTile(rows=64, keys=64, stages=3)
     else:
         tile = DenseTile(rows=64, keys=32, stages=2)
-    while not fits(tile.rows, tile.keys, tile.stages, head_dim, operand.itemsize, limit):
+    while not fits(tile.rows, tile.keys, tile.stages, head_dim, itemsize, limit):
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.keys > 16:

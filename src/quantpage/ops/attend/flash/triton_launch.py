@@ -14,9 +14,10 @@ from quantpage.ops.operand import Operand
 OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def operand_dtype(key: Operand, value: Operand) -> torch.dtype:
-    """Of queries and probabilities in products: float16 beside codes, else the pages' own."""
-    return torch.float16 if key.code or value.code else key.codes.dtype
+def operand_dtype(half: Operand) -> torch.dtype:
+    """Of what keys (queries) or values (probabilities) are multiplied by: float16 beside codes,
+    else the pages' own. Halves may differ: bfloat16 keys beside values in codes."""
+    return torch.float16 if half.code else half.codes.dtype
 
 
 def strides(key: Operand, value: Operand) -> tuple[int, ...]:
@@ -28,22 +29,21 @@ def compiled(
     key: Operand, value: Operand, group: int, tile: DenseTile, device: torch.device
 ) -> dict[str, Any]:
     """What portable kernels are compiled for: both halves, a tile of queries by keys, a device."""
-    operands = operand_dtype(key, value)
     return {
         "G": group, "D": key.head_dim, "DV": value.head_dim, "DP": portable_width(key.head_dim),
         "DVP": portable_width(value.head_dim), "BM": tile.rows, "BN": tile.keys,
-        "STAGES": tile.stages, "OPERAND": OPERANDS[operands], "SHIFT": shift(operands),
-        "OLD": device_info(device).before(E4M3),
+        "STAGES": tile.stages, "OPERAND": OPERANDS[operand_dtype(key)],
+        "SHIFT": shift(operand_dtype(value)), "OLD": device_info(device).before(E4M3),
         "K_CODE": key.code, "K_SCALED": key.scaled, "K_ZERO": key.has_zero, "K_GROUPS": key.groups,
         "V_CODE": value.code, "V_SCALED": value.scaled, "V_ZERO": value.has_zero,
         "V_GROUPS": value.groups,
     }  # fmt: skip
 
 
-def shift(operands: torch.dtype) -> int:
+def shift(probabilities: torch.dtype) -> int:
     """By how many powers of two probabilities are multiplied, which cancels in the end: small ones
     stay out of float16's subnormals."""
-    return 8 if operands == torch.float16 else 0
+    return 8 if probabilities == torch.float16 else 0
 
 
 def workspace_dtype(layer: LayerKV, query_dtype: torch.dtype) -> torch.dtype:

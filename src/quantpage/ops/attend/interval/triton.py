@@ -78,9 +78,10 @@ def attend(
 
 def _tile(q: Tensor, layer: LayerKV, batch: BatchPlan) -> tuple[DenseTile, int]:
     widest = max(portable_width(layer.key.head_dim), portable_width(layer.value.head_dim))
-    number = operand_dtype(operand(layer.key), operand(layer.value))
+    halves = operand(layer.key), operand(layer.value)
+    itemsize = max(operand_dtype(each).itemsize for each in halves)
     rows = q.shape[1] // layer.kv_heads * batch.max_query_len
-    return portable_tile(widest, rows, number, device_info(q.device).shared_bytes)
+    return portable_tile(widest, rows, itemsize, device_info(q.device).shared_bytes)
 
 
 def _splits(q: Tensor, programs: int, capacity: int) -> int:

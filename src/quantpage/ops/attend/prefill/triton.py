@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -55,7 +54,8 @@ def attend_pages(results: Results, q, layer, batch, params, segment: Segment, me
     lens = (batch.query_lens, batch.host_context_lens)
     rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
     halves, rule = (operand(layer.key), operand(layer.value)), (segment, batch.page_size)
-    shape, warps = _shape(q, layer, params, rows, (operand_dtype(*halves), 1))
+    itemsize = max(operand_dtype(each).itemsize for each in halves)
+    shape, warps = _shape(q, layer, params, rows, (itemsize, 1))
     planned = _device_pages(*lens, shape, warps, members, str(q.device))
     _launch(results, q, halves, batch.page_table, params, rule, planned)
 
@@ -64,7 +64,7 @@ def _attend_workspace(results: Results, q, layer, batch, params, segment, member
     """Pages to a workspace, which the kernel reads as pages of one key tile each."""
     lens = (batch.query_lens, batch.host_context_lens)
     dtype = workspace_dtype(layer, q.dtype)
-    shape, warps = _shape(q, layer, params, max(lens[0]), (dtype, dtype.itemsize))
+    shape, warps = _shape(q, layer, params, max(lens[0]), (dtype.itemsize, dtype.itemsize))
     key, value = operand(layer.key), operand(layer.value)
     rule = (segment, batch.page_size)
     passes = _device_passes(*lens, shape, warps, members, str(q.device))
@@ -150,20 +150,20 @@ def _shape(
     layer: LayerKV,
     params: AttendParams,
     longest: int,
-    numbers: tuple[torch.dtype, int],
+    sizes: tuple[int, int],
 ) -> tuple[DenseShape, int]:
-    """numbers: of products, and bytes of one where it is read."""
-    operands, itemsize = numbers
+    """sizes: bytes of a number in products, and where it is read."""
+    itemsize, stored = sizes
     group = q.shape[1] // layer.kv_heads
     head_dim, width = layer.key.head_dim, layer.value.head_dim
     widest = max(portable_width(head_dim), portable_width(width))
     limit = device_info(q.device).shared_bytes
-    tile, warps = portable_tile(widest, longest * group, operands, limit)
+    tile, warps = portable_tile(widest, longest * group, itemsize, limit)
     window, sink_tokens = reach_of(params.mask)
     shape = DenseShape(
         kv_heads=layer.kv_heads,
         group=group,
-        row_bytes=itemsize * (head_dim + width),
+        row_bytes=stored * (head_dim + width),
         tile=tile,
         window=window,
         sink_tokens=sink_tokens,
