@@ -241,7 +241,9 @@ def _long_request(request: int, step: _Step, shape: DenseShape, extent) -> list[
             for head in range(0, shape.kv_heads, heads)
         ]
     keys = shape.tile.keys
-    count = -(-rows * shape.kv_heads * shape.row_bytes // shape.cap)
+    # Whole tiles under the cap, and then no more segments than that takes, of one length.
+    most = max(1, shape.cap // (shape.kv_heads * shape.row_bytes * keys)) * keys
+    count = -(-rows // most)
     length = -(-rows // (count * keys)) * keys
     return [
         _one_pass(
