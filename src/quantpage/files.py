@@ -1,7 +1,12 @@
 """Files that commands write: asked for before anything takes long, there whole or not at all."""
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO
 
 
 def check_writable(path: Path | None, name: str) -> None:
@@ -26,6 +31,53 @@ def write(path: Path, content: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is on the disk under its name when the block has ended, or not at all.
+
+    Two that write one at once do not meet: the last is there. Links are followed and modes are as
+    ``open`` leaves them. Raises OSError, with ``path`` in it, and leaves what was there, whatever
+    ends the block.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.parent / f".quantpage-{token_hex(8)}"
+    try:
+        mode = _mode(target)
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        # Not there any more, or never there; the error that is under way tells more.
+        with suppress(OSError):
+            part.unlink()
+
+
+def _mode(target: Path) -> int | None:
+    """Of the file that is replaced; None: there is none."""
+    try:
+        about = os.stat(target)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(0, "a folder, device or pipe in its place", str(target))
+    return stat.S_IMODE(about.st_mode)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -143,5 +143,6 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
     said = quantpage("evaluate", "--model", folder, "--calibration", empty, code=2).err
     assert f"{empty}: expected a whole safetensors file" in said
     assert "loading" not in said
-    said = quantpage("evaluate", "--model", folder, "--calibration", "nowhere", code=2).err
-    assert "calibration: expected 'auto', None or a file" in said
+    for elsewhere in ("nowhere", tmp_path):
+        said = quantpage("evaluate", "--model", folder, "--calibration", elsewhere, code=2).err
+        assert "calibration: expected 'auto', None or a file" in said and "loading" not in said

@@ -121,6 +121,27 @@ def test_another_model_is_refused_and_nothing_changes(file):
     assert model.config._attn_implementation == before
 
 
+def other_llama(model):
+    """Of the same sizes, with the same norms, trained apart."""
+    torch.manual_seed(77)
+    return type(model)(model.config).to(model.dtype).eval()
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8_static"])
+def test_a_model_that_differs_in_its_matrices_alone_is_another(model, tmp_path, name):
+    path = tmp_path / "made"
+    made(model, name).save(path)
+    with pytest.raises(CorruptCalibration, match="expected one of this model"):
+        quantpage.attach(other_llama(model), name, calibration=path)
+    near = uneven()
+    with torch.no_grad():
+        for weight in near.parameters():
+            # As fine-tuning changes them, or weights of 4 bits.
+            weight += 0.1 * weight.std().nan_to_num() * torch.randn_like(weight) * (weight.ndim > 1)
+    with quantpage.attach(near, name, calibration=path) as attached:
+        assert attached.calibration.startswith("made")
+
+
 def test_damaged_files_are_refused(model, file, tmp_path):
     cut = tmp_path / "cut"
     cut.write_bytes(file.read_bytes()[:-100])
@@ -158,6 +179,16 @@ def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
     csv = tmp_path / "rows.csv"
     assert run([*asked, "--scored", "32", "--calibration", str(out), "--csv", str(csv)]) == 0
     assert "made.safetensors" in csv.read_text()
+    capsys.readouterr()
+    # Another model's, or without what a static format takes: told before a window is scored.
+    other = tmp_path / "other.safetensors"
+    made(other_llama(uneven())).save(other)
+    for wrong, name in ((other, "int4"), (out, "int8,last1=int8_static")):
+        formats = ["--formats", f"none,{name}", "--calibration", str(wrong)]
+        asked = ["evaluate", *given, "--windows", "1", "--prompt", "64", "--scored", "32"]
+        assert run([*asked, *formats]) == 2
+        said = capsys.readouterr().err
+        assert str(wrong) in said and "window 1" not in said
     assert run(["calibrate", *given, "--out", str(out), "--kv-format", "int9"]) == 2
     assert run(["calibrate", *given, "--out", str(tmp_path), "--tokens", "1024"]) == 2
     assert run(["calibrate", *given, "--out", str(out), "--window", "9000"]) == 2

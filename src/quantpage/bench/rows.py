@@ -1,6 +1,7 @@
 """Rows of benches: on stdout under one header as they are measured, in a CSV after each."""
 
 import csv
+import io
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from quantpage.bench.cases import Case
+from quantpage.files import write
 from quantpage.hardware import device_info
 
 
@@ -89,13 +91,11 @@ def write_table(
     """A new CSV file of records that have the same keys, or a subset of ``columns``; the file is
     there whole or as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, file.getvalue())
 
 
 class RowPrinter:

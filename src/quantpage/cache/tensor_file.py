@@ -17,15 +17,16 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from quantpage.files import whole_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -153,26 +154,10 @@ def write_whole(path: Path, planes: Mapping[str, Tensor], metadata: Mapping[str,
             f"{path}: expected names, shapes and notes of at most {_MOST_HEADER} bytes, got "
             f"{len(text)}"
         )
-    target = Path(os.path.realpath(path))
-    part = target.parent / f".quantpage-{token_hex(8)}"
-    try:
-        mode = _mode(target)
-        with open(part, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(_bytes(planes[name]))
-            file.flush()
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(part, target)
-        _sync(target.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        # Not there any more, or never there; the error that is under way tells more.
-        with suppress(OSError):
-            part.unlink()
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_bytes(planes[name]))
 
 
 def checksum(metadata: Mapping[str, str], planes: Mapping[str, Tensor]) -> str:
@@ -272,23 +257,3 @@ def _entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
 
 def _bytes(plane: Tensor) -> memoryview:
     return memoryview(plane.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _mode(target: Path) -> int | None:
-    """Of the file that is replaced; None: there is none."""
-    try:
-        about = os.stat(target)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError(0, "a folder, device or pipe in its place", str(target))
-    return stat.S_IMODE(about.st_mode)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -154,7 +154,9 @@ def find_candidates(
 
     A file of a calibration is read, so that a broken one is told before a model is loaded.
     """
-    if calibration not in ("auto", "none") and not Path(calibration).is_dir():
+    given = calibration not in ("auto", "none")
+    folder = given and Path(calibration).is_dir()
+    if given and not folder:
         Calibration.load(calibration)
     found = []
     for choice in choices:
@@ -163,7 +165,10 @@ def find_candidates(
             continue
         formats = LayerFormats.of(choice)
         static = not all(each.dynamic for each in formats.formats)
-        if static and calibration in ("auto", "none"):
+        if folder and not static:
+            # A checkpoint's folder holds scales and no maps; this says so.
+            Calibration.load(calibration)
+        if static and not given:
             raise ValueError(
                 f"formats: {formats.name} needs given scales; expected dynamic formats, or a file "
                 "of `quantpage calibrate`"

@@ -142,6 +142,10 @@ def _score_all(
     model: Any, windows: list[Window], candidates: list[Candidate], chunk: int
 ) -> list[Scores]:
     """Window by window, so that only one window's unquantized predictions are held."""
+    for candidate in candidates:
+        # What only the model can refuse, such as another's calibration, before anything is scored.
+        with candidate.attaching(model):
+            pass
     scores = [Scores() for _ in candidates]
     with console.progress() as progress:
         task = progress.add_task("", total=len(windows) * (len(candidates) + 1))

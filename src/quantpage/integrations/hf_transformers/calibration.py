@@ -144,7 +144,8 @@ class Calibration:
 
     def check(self, model: nn.Module, path: Path | str) -> None:
         """CorruptCalibration where it is of another model."""
-        if self.model != weights_digest(model):
+        alike = likeness(self.note.get("weights", {}), weights_sample(model))
+        if self.model != weights_digest(model) or alike < SAME_MODEL:
             raise CorruptCalibration(f"{path}: expected one of this model, got one of another")
 
 
@@ -195,7 +196,7 @@ def calibrate(
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
-    made = {**note, "losses": losses}
+    made = {**note, "losses": losses, "weights": weights_sample(model)}
     if static:
         made |= {"static_format": next(iter(static_names)), "sizes": sizes, "rule": rule}
     return Calibration(weights_digest(model), layers, made, static)
@@ -224,6 +225,40 @@ def weights_digest(model: nn.Module) -> str:
             few = weight.detach()[:: max(1, weight.numel() // 8)].bfloat16().tolist()
             made.update(f"{name} {tuple(weight.shape)} {few}\n".encode())
     return made.hexdigest()
+
+
+SAME_MODEL = 0.9
+"""Least likeness. Another dtype, weights of 4 bits and fine-tuning change a model's numbers by far
+less; a model trained apart shares none."""
+
+
+def weights_sample(model: nn.Module) -> dict[str, list[float]]:
+    """A few numbers of every matrix that is kept as one, by its name."""
+    found = {}
+    for name, weight in model.named_parameters():
+        plain = type(weight) is nn.Parameter and weight.is_floating_point()
+        if weight.ndim == 2 and plain and not weight.is_meta:
+            few = weight.detach().flatten()[:: max(1, weight.numel() // 4)][:4]
+            found[name] = [float(f"{each:.4g}") for each in few.tolist()]
+    return found
+
+
+def likeness(kept: Mapping[str, Sequence[float]], here: Mapping[str, Sequence[float]]) -> float:
+    """Cosine of two samples, every matrix with the same weight; 1 where they share none.
+
+    Not a digest: the same weights in another dtype are other numbers.
+    """
+    products, squares, others = 0.0, 0.0, 0.0
+    for name in kept.keys() & here.keys():
+        size = sum(each * each for each in kept[name])
+        if len(kept[name]) != len(here[name]) or size == 0.0:
+            continue
+        products += sum(a * b for a, b in zip(kept[name], here[name], strict=True)) / size
+        others += sum(each * each for each in here[name]) / size
+        squares += 1.0
+    if squares == 0.0:
+        return 1.0
+    return products / (squares * others) ** 0.5 if others else 0.0
 
 
 def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
