@@ -143,7 +143,7 @@ def run(folder: Path, given: argparse.Namespace) -> int:
         f"{config.num_gpu_blocks} blocks of {config.block_size}, {preempted} preemptions, "
         f"cached {cached[0]} then {cached[1]}"
     )
-    wanted, leads = None, [[TIE] * NEW] * len(prompts)
+    wanted, leads = None, [[given.tie] * NEW] * len(prompts)
     if given.expect:
         rows = json.loads((folder / f"expect-{given.expect}.json").read_text())
         wanted, leads = [each["tokens"] for each in rows], [each["leads"] for each in rows]
@@ -154,7 +154,9 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     wanted = wanted or answers[0]
     first = [[_shared(got, want) for got, want in zip(row, wanted, strict=True)] for row in answers]
     bad = sum(
-        at < NEW and lead[at] >= TIE for row in first for at, lead in zip(row, leads, strict=True)
+        at < NEW and lead[at] >= given.tie
+        for row in first
+        for at, lead in zip(row, leads, strict=True)
     )
     print(f"  tokens as wanted {first[0]} and {first[1]} of {NEW}; {bad} wrong answers", flush=True)
     return int(bad > 0 and not given.report)
@@ -194,6 +196,9 @@ def main() -> int:
             each.add_argument("--quantpage", help="a format that this vLLM has no name for")
             each.add_argument("--expect", metavar="FORMAT-PAGE")
             each.add_argument("--agree", type=Path, metavar="FILE")
+            each.add_argument(
+                "--tie", type=float, default=TIE, help="logits (default: %(default)s)"
+            )
             each.add_argument("--report", action="store_true", help="differences are no failure")
     given = parser.parse_args()
     made = {"model": make_model, "expect": expect, "run": run}[given.kind](given.folder, given)

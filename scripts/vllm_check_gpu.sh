@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# vLLM 0.33 on a GPU with QuantPage's pages: do a random float32 model's answers leave quantpage.attach's on the same GPU?
+#   scripts/vllm_check_gpu.sh [FOLDER]     PYTHON: one that has vLLM, CUDA and quantpage; all settings side by side, about five minutes
+# Products with codes are in 16 bits on a GPU, so that an answer may leave where the best token led by less than TIE (0.1 logits). Exact pages
+# are as long as vLLM's blocks have room for (formats.exact_page): what is expected has pages of that size.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-gpu} failed=0
+mkdir -p "$folder"
+check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_check.py "$@" --dtype float32; }
+[ -f "$folder/prompts.json" ] || check model "$folder" --head-dim 128 || exit 1
+expected=()
+for each in none-64 int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32; do
+  check expect "$folder" "${each%-*}" "${each#*-}" > "$folder/expect-$each.log" 2>&1 &
+  expected+=($!)
+done
+wait "${expected[@]}"
+
+graphs='compilation_config={"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[5]}'
+running=()
+case_() {  # EXPECTED KV_DTYPE SETTINGS...: in the background; its words go to a log
+  local expect=$1 dtype=$2
+  shift 2
+  # Settings are checked side by side on one card: none may measure what is free.
+  check run "$folder" "$dtype" --expect "$expect" --tie "${TIE:-0.1}" \
+    --set 'attention_config={"backend":"CUSTOM"}' kv_cache_memory_bytes=3000000000 "$@" > "$folder/run-$dtype-${#running[@]}.log" 2>&1 &
+  running+=("$!:$folder/run-$dtype-${#running[@]}.log")
+}
+finish() {
+  local each
+  for each in "${running[@]}"; do
+    wait "${each%%:*}" || { failed=1; echo "FAILED: see ${each#*:}"; }
+    grep -hE '^quantpage_|^auto|^  tokens' "${each#*:}" | cut -c1-200
+  done
+  running=()
+}
+case_ none-64 auto block_size=64
+case_ int8-64 quantpage_int8 block_size=64
+case_ int8-64 quantpage_int8 block_size=64 max_num_batched_tokens=64 max_num_seqs=8
+case_ fp8-64 quantpage_fp8 block_size=64 enforce_eager=false "$graphs"
+finish
+case_ k8v4-32 quantpage_k8v4 block_size=192
+case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
+case_ int8_exact-32 quantpage_int8_exact block_size=128 enforce_eager=false "$graphs"
+finish
+exit $failed
