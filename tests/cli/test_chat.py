@@ -129,6 +129,7 @@ def test_a_cache_without_messages_is_refused(conversation, tmp_path):
     ("lines", "said"),
     [
         (["/save"], "/save: expected a file, got none"),
+        (["\udcff hello"], r"question: expected text in UTF-8, got '\udcff hello'"),
         (["/load nowhere"], "nowhere"),
         (["/save x"], "cache: expected one that holds tokens, got an empty one"),
         (["/rest"], "/rest: expected /reset, /save, /load, /help or /exit"),

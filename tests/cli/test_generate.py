@@ -106,6 +106,9 @@ def test_sampling_is_drawn_from_the_seed(generate):
         (["--temperature", "1", "--top-k", "-1"], "top_k: expected 0 or more"),
         (["--stop", ""], "stop: expected some text"),
         (["--prompt", " "], "prompt: expected some text"),
+        (["--prompt", "a \udcff"], r"prompt: expected text in UTF-8, got 'a \udcff'"),
+        (["--system", "\udcff"], "system: expected text in UTF-8"),
+        (["--stop", "\udcff"], "stop: expected text in UTF-8"),
     ],
 )
 def test_flags_that_cannot_be(generate, flags, message):

@@ -117,10 +117,10 @@ def _talk(conversation: "Conversation") -> None:
 
 def _line(terminal: bool) -> str | None:
     """The next; None: there are no more."""
-    if not terminal:
-        return sys.stdin.readline() or None
     try:
-        return input("> ")
+        return input("> ") if terminal else sys.stdin.readline() or None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"question: expected text in UTF-8, got {error.object!r}") from error
     except EOFError:
         print()
         return None

@@ -10,7 +10,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import StoppingCriteriaList
 
-from quantpage.cli.generation import GenerateRequest, Printer, StopFilter, Stopped
+from quantpage.cli.generation import (
+    GenerateRequest,
+    Printer,
+    StopFilter,
+    Stopped,
+    check_text,
+)
 from quantpage.errors import CacheError, CorruptCache
 from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
@@ -61,8 +67,9 @@ class Conversation:
     def say(self, text: str, write: Callable[[str], None]) -> Turn:
         """Ask, and hand the answer to ``write`` piece by piece; Ctrl-C ends it, and nothing else.
 
-        ValueError, with the conversation as it was, where it is too long for the model.
+        ValueError, with the conversation as it was, where it is too long for the model or no text.
         """
+        check_text("question", text)
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(messages)
         room = None if self._limit is None else self._limit - len(ids)

@@ -94,11 +94,24 @@ class GenerateRequest:
             raise ValueError("prompt: expected some text, got an empty prompt")
         if not all(self.stop):
             raise ValueError("stop: expected some text, got an empty one")
+        given = {"prompt": self.prompts, "system": (self.system or "",), "stop": self.stop}
+        for name, texts in given.items():
+            for each in texts:
+                check_text(name, each)
 
     @property
     def key_maps(self) -> str | None:
         """``calibration`` as ``attach`` takes it."""
         return None if self.calibration == "none" else self.calibration
+
+
+def check_text(name: str, text: str) -> None:
+    """ValueError for bytes that are no UTF-8: flags and pipes bring them as halves of surrogate
+    pairs, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8, got {text[:60]!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
