@@ -2,16 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from quantpage.report.charts import Axis, Plot, Series
+from quantpage.report.frame import fill
 from quantpage.report.schema import check
 
-_ROOM = Path(__file__).parent
 _CONDITIONS = {
     "model_digest": "model", "text_digest": "text", "dtype": "arithmetic",
     "calibration": "calibration", "page_size": "tokens a page", "device": "device",
@@ -121,15 +117,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
 
 def render(found: Comparison, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """The comparison as one HTML file that loads nothing."""
-    made = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=FileSystemLoader(_ROOM)
-    )
-    made.filters["small"] = lambda value: "0" if value == 0 else f"{value:.1e}"
-    return made.get_template("compare.html").render(
-        asdict(found) | {"reports": (a, b)},
-        style=Markup((_ROOM / "page.css").read_text("utf-8")),
-        chart=_plot(found).svg() if found.pairs else "",
-    )
+    chart = _plot(found).svg() if found.pairs else ""
+    return fill("compare.html", asdict(found) | {"reports": (a, b), "chart": chart})
 
 
 def _plot(found: Comparison) -> Plot:

@@ -1,18 +1,15 @@
 """A report's data as one HTML file: style, script, charts and data inside, nothing to load."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantpage import console
 from quantpage.report import looks
 from quantpage.report.charts import Axis, Plot, Series, cells, legend
+from quantpage.report.frame import fill, part
 from quantpage.report.room import curve_of, held_bits
 
 LIMIT = 500_000
@@ -22,23 +19,17 @@ STEPS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _SCALE = ("none", "< 0.1%", "0.1%", "0.3%", "1%", "3%", "10%", "30%", "100%")
 _FLOOR = 1e-7
 """KL below it is drawn at the lower edge: that is the noise of sums in float32."""
-_FLAG = re.compile(r"(--kv-format [^\s;]+[^\s;,.]|--[a-z]+(?:-[a-z]+)*)")
-_ROOM = Path(__file__).parent
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The page. ValueError where it would be larger than ``LIMIT``."""
-    made = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=FileSystemLoader(_ROOM)
-    )
-    made.filters |= {"small": _small, "bytes": console.in_units, "flags": _with_flags}
-    template, shown = made.get_template("page.html"), dict(report)
-    page = template.render(context_of(shown))
+    shown = dict(report)
+    page = fill("page.html", context_of(shown))
     if len(page.encode()) > LIMIT:
         # All of them are in the data beside it.
         kept = looks.fewer(report["heads"]["pictures"], LIMIT - len(page.encode()))
         shown["heads"] = {**report["heads"], "pictures": kept}
-        page = template.render(context_of(shown))
+        page = fill("page.html", context_of(shown))
     size = len(page.encode())
     if size > LIMIT:
         raise ValueError(
@@ -60,8 +51,7 @@ def context_of(report: Mapping[str, Any]) -> dict[str, Any]:
     numbers = numbers_of(report)
     return {
         **report,
-        "style": Markup((_ROOM / "page.css").read_text("utf-8")),
-        "script": Markup((_ROOM / "page.js").read_text("utf-8")),
+        "script": part("page.js"),
         "data": Markup(_embedded(report)),
         "legend": legend(list(numbers.items())),
         "charts": charts_of(report, map_format),
@@ -293,15 +283,3 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _embedded(report: Mapping[str, Any]) -> str:
     """JSON that cannot end the element it stands in."""
     return json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _with_flags(sentence: str) -> Markup:
-    """A sentence whose flags of the command line stand as code."""
-    words = _FLAG.split(sentence)
-    return Markup("").join(
-        Markup("<code>{}</code>").format(each) if at % 2 else each for at, each in enumerate(words)
-    )
-
-
-def _small(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}"
