@@ -1,8 +1,8 @@
 """Streaming clients against OpenAI servers that run side by side: rows for benchmarks/results.
 
     serve_speed.py tokens  --out FILE NAME=URL@PID ...   ms a token at 1, 8, 32 clients
-    serve_speed.py context --out FILE NAME=URL@PID ...   one prompt of 4k tokens: first token of a
-                                                         miss and of a hit, ms a token of 4 hits
+    serve_speed.py context --out FILE NAME=URL@PID ...   four prompts of 4k tokens: first token of
+                                                         a miss and of a hit, ms a token of 4 hits
     serve_speed.py agents  --out FILE NAME=URL@PID ...   rounds of several users over one system
                                                          prompt, each with all that was said before
 
@@ -150,28 +150,32 @@ async def tokens(servers: list[Server], given: argparse.Namespace) -> list[dict]
 
 
 async def context(servers: list[Server], given: argparse.Namespace) -> list[dict]:
-    """A long prompt: miss, hit, and decode over it."""
+    """Long prompts: misses, hits, and decode over all of them."""
     rows = []
     async with httpx.AsyncClient(timeout=3000) as client:
-        asked = [{"role": "user", "content": story(7, given.words) + "\nGo on with the story."}]
+        # Each its own: over one prompt all answers would read the same pages.
+        asked = [
+            [{"role": "user", "content": story(7 + at, given.words) + "\nGo on with the story."}]
+            for at in range(4)
+        ]
         for server in servers:
-            miss = await ask(client, server, asked, 2)
-            hits = [await ask(client, server, asked, 2) for _ in range(3)]
-            hit = statistics.median(each.first for each in hits)
+            misses = [await ask(client, server, each, 2) for each in asked]
+            hits = [await ask(client, server, each, 2) for each in asked]
+            miss, hit = (statistics.median(e.first for e in some) for some in (misses, hits))
             row = {
                 "case": "context",
                 "server": server.name,
                 "clients": 1,
                 "cached": hits[-1].cached,
             }
-            rows.append(row | {"first_miss_s": round(miss.first, 3), "first_hit_s": round(hit, 3)})
+            rows.append(row | {"first_miss_s": round(miss, 3), "first_hit_s": round(hit, 3)})
             print(rows[-1], flush=True)
         taken: dict[str, list[tuple[float, float]]] = {each.name: [] for each in servers}
         for _ in range(given.rounds):
             for server in servers:
                 start, had = time.perf_counter(), server.processor_seconds()
                 heard = await asyncio.gather(
-                    *(ask(client, server, asked, given.tokens) for _ in range(4))
+                    *(ask(client, server, each, given.tokens) for each in asked)
                 )
                 made = sum(each.tokens for each in heard)
                 seconds = time.perf_counter() - start, server.processor_seconds() - had
