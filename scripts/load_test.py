@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,8 @@ class Server:
             found = re.search(r"on (http://\S+) ", line)
             if found:
                 self.url = found.group(1)
+                # A full pipe would stop a server that has something to say.
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
                 return
         self.process.communicate()
         raise SystemExit(said)
@@ -128,7 +131,7 @@ class Server:
     def end(self) -> None:
         """At once."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def resident(self) -> int:
         """Bytes."""
@@ -274,6 +277,8 @@ def main() -> int:
         # Float32, as rounding in 16 bits depends on how many share a product.
         flags = ["--dtype", "float32", "--kv-format", given.kv_format, "--page-size", "16"]
         flags += ["--max-requests", str(given.clients), "--max-waiting", "4096"]
+        # However slow a machine is: what a server does with answers that take too long has a test.
+        flags += ["--drain", "3600"]
         quiet = Server(folder, *flags, "--no-prefix-cache", "--memory", "64MiB")
         try:
             load = Load(asked, asyncio.run(alone(quiet, asked)))
@@ -322,8 +327,7 @@ def run(server: Server, load: Load, given: argparse.Namespace) -> int:
         if code:
             problems.append(f"exit code: expected 0, got {code}")
     finally:
-        server.process.kill()
-        server.process.communicate()
+        server.end()
     if given.csv is not None:
         new = not given.csv.exists()
         with given.csv.open("a", newline="") as file:

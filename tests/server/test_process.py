@@ -1,10 +1,12 @@
 """`quantpage serve` as a process: it says where it listens, and finishes its answers on SIGTERM."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,6 +46,34 @@ def test_answers_under_way_are_finished_on_sigterm(tmp_path):
         assert events[-1] == "data: [DONE]"
         assert '"completion_tokens": 300' in events[-2]
         assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_answers_that_outlast_the_drain_say_so(tmp_path):
+    flags = ("--memory", "16MiB", "--page-size", "16", "--drain", "0")
+    process, url, _ = start(save_small(tmp_path), *flags)
+    # Drawn by eight samplers, so that no machine is done before it is told to stop.
+    body = {"prompt": "Once", "max_tokens": 480, "n": 8, "ignore_eos": True, "logprobs": 5}
+    try:
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+            stream = body | {"stream": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=stream, timeout=60) as got:
+                lines = got.iter_lines()
+                next(lines)
+                both = re.compile(r"^vllm:num_requests_running\{.*\} 16\.0$", re.M)
+                while not both.search(httpx.get(f"{url}/metrics", timeout=60).text):
+                    assert not whole.done(), whole.result().text
+                process.send_signal(signal.SIGTERM)
+                events = [line for line in lines if line]
+            refused = whole.result()
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert "the answer was ended before it was done" in error["message"]
+        assert refused.status_code == 503 and "server is stopping" in refused.text
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.communicate()

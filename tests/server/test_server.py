@@ -66,6 +66,18 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     assert usage.completion_tokens == 24
 
 
+def test_every_event_says_what_was_counted_so_far_where_that_is_asked(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for pieces in (
+        list(chat(client, max_tokens=40, stream=True, stream_options=options)),
+        list(complete(client, max_tokens=40, stream=True, stream_options=options)),
+    ):
+        made = [each.usage.completion_tokens for each in pieces]
+        # An event may bring several tokens, as letters may consist of them.
+        assert made == sorted(made) and made[0] < 20 and made[-2:] == [40, 40]
+        assert len({each.usage.prompt_tokens for each in pieces}) == 1
+
+
 def test_several_prompts_and_answers_have_their_places(client):
     got = complete(client, ["Once", "Twice"], n=2, logprobs=2)
     assert [each.index for each in got.choices] == [0, 1, 2, 3]

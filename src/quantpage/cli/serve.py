@@ -53,6 +53,10 @@ def command(
     step_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens a step, prompts in chunks; embedded: 256.")
     ] = None,
+    drain: Annotated[
+        int | None,
+        typer.Option(min=0, help="Seconds to finish answers in at the end; embedded: 60."),
+    ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
     calibration: Calibration = "auto",
     prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
@@ -90,6 +94,7 @@ def command(
             max_waiting=max_waiting,
             context=context,
             step_tokens=step_tokens,
+            drain=drain,
             prefix_cache=prefix_cache,
             prefix_cache_file=None if prefix_cache_file is None else str(prefix_cache_file),
             dtype=dtype,

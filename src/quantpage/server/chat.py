@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from quantpage.engine import Piece
-from quantpage.server.completions import Usage, event, failed, head, wants_usage
+from quantpage.server.completions import Usage, event, failure, head, usage_so_far, wants_usage
 from quantpage.server.protocol import ChatBody
 from quantpage.server.serving import Served, schema_of
 from quantpage.server.tools import ToolReader, offered, required_schema
@@ -36,8 +36,8 @@ class Chat:
         async for at, piece in self._served.answers(self.requests):
             index = piece.answer
             self._usage.piece(at, piece)
-            if piece.finish_reason == "error":
-                raise failed(piece)
+            if (error := failure(piece)) is not None:
+                raise error
             texts[index] += self._reader_of[index].push(piece.text, piece.finish_reason is not None)
             choices[index] += piece.choices
             reasons[index] = piece.finish_reason or ""
@@ -67,8 +67,8 @@ class Chat:
             yield self._event(index, {"role": "assistant", "content": ""})
         async for at, piece in self._served.answers(self.requests):
             self._usage.piece(at, piece)
-            if piece.finish_reason == "error":
-                yield event({"error": {"message": str(failed(piece)), "type": "server_error"}})
+            if (error := failure(piece)) is not None:
+                yield event({"error": {"message": str(error), "type": "server_error"}})
                 return
             for made in self._events(piece):
                 yield made
@@ -98,7 +98,8 @@ class Chat:
     ) -> str:
         logprobs = None if piece is None else self._logprobs(list(piece.choices))
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-        return event(self._head | {"choices": [choice]})
+        so_far = usage_so_far(self._body.stream_options, self._usage)
+        return event(self._head | {"choices": [choice]} | so_far)
 
     def _logprobs(self, choices: list[Any]) -> dict[str, Any] | None:
         if not self._body.logprobs:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from quantpage.engine import Piece, Request
-from quantpage.errors import QuantPageError
+from quantpage.errors import EngineStopped, QuantPageError
 from quantpage.server.protocol import CompletionBody, StreamOptions
 from quantpage.server.serving import Served
 
@@ -51,14 +51,25 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def failed(piece: Piece) -> QuantPageError:
-    """An answer that ended in an error, for the client."""
-    return QuantPageError(f"the answer failed: {piece.error}")
+def failure(piece: Piece) -> QuantPageError | None:
+    """What the client is told of an answer that did not come to its end; None: it may."""
+    if piece.finish_reason == "cancelled":
+        # Who leaves does not hear of it: only an engine that stops says this to somebody.
+        return EngineStopped("the answer was ended before it was done, as the server is stopping")
+    if piece.finish_reason == "error":
+        return QuantPageError(f"the answer failed: {piece.error}")
+    return None
 
 
 def wants_usage(options: StreamOptions | None) -> bool:
     """Whether a stream ends with the tokens that were counted."""
     return options is not None and options.include_usage
+
+
+def usage_so_far(options: StreamOptions | None, usage: Usage) -> dict[str, Any]:
+    """What an event of a stream says of it beside its choice."""
+    always = wants_usage(options) and options is not None and options.continuous_usage_stats
+    return {"usage": usage.report()} if always else {}
 
 
 class Completion:
@@ -81,8 +92,8 @@ class Completion:
             self._usage.piece(at, piece)
             texts[index] += piece.text
             choices[index] += piece.choices
-            if piece.finish_reason == "error":
-                raise failed(piece)
+            if (error := failure(piece)) is not None:
+                raise error
             reasons[index] = piece.finish_reason or ""
         made = [
             self._choice(index, texts[index], reasons[index], choices[index])
@@ -94,13 +105,14 @@ class Completion:
         """The same as events."""
         async for at, piece in self._served.answers(self.requests):
             self._usage.piece(at, piece)
-            if piece.finish_reason == "error":
-                yield event({"error": {"message": str(failed(piece)), "type": "server_error"}})
+            if (error := failure(piece)) is not None:
+                yield event({"error": {"message": str(error), "type": "server_error"}})
                 return
             if piece.text or piece.choices or piece.finish_reason:
                 index = at * self._body.n + piece.answer
                 choice = self._choice(index, piece.text, piece.finish_reason, list(piece.choices))
-                yield event(self._head | {"choices": [choice]})
+                so_far = usage_so_far(self._body.stream_options, self._usage)
+                yield event(self._head | {"choices": [choice]} | so_far)
         if wants_usage(self._body.stream_options):
             yield event(self._head | {"choices": [], "usage": self._usage.report()})
         yield "data: [DONE]\n\n"

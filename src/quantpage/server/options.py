@@ -27,6 +27,9 @@ class ServeOptions:
     """Most tokens of a prompt and its answer; None: the model's own limit."""
     step_tokens: int | None = None
     """Decode and chunks of prompts together; None: 256, or as vLLM chooses."""
+    drain: int | None = None
+    """Seconds that answers under way have when the server is told to stop; None: 60. vLLM has its
+    own."""
     prefix_cache: bool = True
     prefix_cache_file: str | None = None
     """Known prompts are read from it at the start, and written to it at the end."""

@@ -70,6 +70,8 @@ class StreamOptions(Body):
     """``stream_options``."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: with ``include_usage``, so far in every event."""
 
 
 class GenerationBody(Body):

@@ -18,7 +18,7 @@ from quantpage.server.metrics import Metrics
 from quantpage.server.options import ServeOptions
 from quantpage.server.serving import Served
 
-_MAX_REQUESTS, _MAX_WAITING, _STEP_TOKENS = 64, 256, 256
+_MAX_REQUESTS, _MAX_WAITING, _STEP_TOKENS, _DRAIN = 64, 256, 256, 60
 """Where the options leave them to the engine."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -32,6 +32,7 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
     import uvicorn
 
     from quantpage.server.app import create_app
+    from quantpage.server.stopping import DrainingServer
     from quantpage.server.vllm import become, choose
 
     listener = bind(options.host, options.port)
@@ -48,14 +49,11 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
     _say(f"{served.name} on http://{host}:{port} (OpenAI: /v1; a page to chat: /)")
     # uvicorn sends itself the signal that stopped it once more when it is done: a clean end is 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    config = uvicorn.Config(
-        create_app(served, options.api_key),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=60,
-    )
+    app = create_app(served, options.api_key)
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    seconds = _DRAIN if options.drain is None else options.drain
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        DrainingServer(config, served.engine, seconds).run(sockets=[listener])
         if served.prefix_file is not None:
             pages = served.engine.save_prefixes(served.prefix_file)
             _say(f"{pages:,} pages of known prompts are in {served.prefix_file}")

@@ -174,6 +174,7 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
         ("calibration", options.calibration, ("auto", None)),
         ("prefix_cache_file", options.prefix_cache_file, (None,)),
         ("max_waiting", options.max_waiting, (None,)),
+        ("drain", options.drain, (None,)),
         ("weights", options.weights, ("model",)),
         ("port", options.port, range(1, 1 << 16)),
     ):
