@@ -15,6 +15,8 @@ from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.launch import decode_tiles, programs_of, row_tiles
 from quantpage.ops.attend.decode.reserve import needed, reserve
 from quantpage.ops.attend.decode.workspaces import counter_count, piece_sizes, workspace
+from quantpage.ops.attend.latent import launch as latent
+from quantpage.ops.attend.latent.reserve import needed as latent_needed
 
 pytestmark = pytest.mark.cpu
 
@@ -47,6 +49,31 @@ def test_no_step_up_to_the_size_asks_for_more(data):
         assert counter_count(programs, all_rows, tiles.gather) <= counters
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_no_step_over_latent_rows_asks_for_more(data):
+    form = FORMATS[data.draw(st.sampled_from(["none", "int8"]))]
+    device = data.draw(st.sampled_from([DEVICES["Hopper"], DEVICES["Ampere"]]))
+    heads = data.draw(st.sampled_from([6, 16, 128]))
+    call = replace(
+        example_call(device, form), q_heads=heads, kv_heads=1, head_dim=512, value_head_dim=64,
+        latent=True,
+    )  # fmt: skip
+    most, tokens = data.draw(st.integers(1, 140)), data.draw(st.integers(1, 200))
+    held = latent_needed(call, 132, most, tokens)
+    for _ in range(8):
+        new = data.draw(st.integers(1, min(16, tokens)))
+        requests = data.draw(st.integers(1, min(most, tokens)))
+        keys = requests * data.draw(st.integers(1, 10**6))
+        shape = latent.latent_tiles(form.key.quantized, heads * new, keys, device.capability)
+        tiles = latent.fitted(shape, 576, 1 if form.key.quantized else 2, 99 * 1024)
+        for each in (shape, tiles):
+            all_rows = requests * latent.row_tiles(heads, new, each.rows)
+            programs = latent.programs_of(each, 132, all_rows)
+            asked = piece_sizes(programs, each.rows, 512, all_rows)
+            assert all(a <= b for a, b in zip(asked, held, strict=True))
+
+
 @pytest.fixture
 def nothing_held(monkeypatch):
     monkeypatch.setattr(workspaces, "_workspaces", {})
@@ -74,3 +101,15 @@ def test_an_attention_reserves_by_who_serves_it():
     )
     # The interpreter's memory, as there is no such device here.
     assert hopper.reserve(2, 4, "cpu") == reserve(hopper.call, torch.device("cpu"), 2, 4) > 0
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_latent_rows_are_reserved_for_by_their_own():
+    call = replace(
+        example_call(DEVICES["Hopper"], FORMATS["int8"]), q_heads=128, kv_heads=1, head_dim=512,
+        value_head_dim=64, latent=True,
+    )  # fmt: skip
+    attention = build_attention(find_backend("flash"), CausalMask(), call)
+    assert attention.prefill.name == attention.decode.name == "triton"
+    # Two pieces of 64 rows of 512 a program, of which the interpreter has three.
+    assert attention.reserve(2, 4, "cpu") >= 4 * 2 * 3 * 64 * 512

@@ -25,8 +25,14 @@ def one_request(spec, head_dim, page_size=16, context=55):
     return layer.key, batch.page_table[1]
 
 
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize(
+    "name,head_dim",
+    [
+        *((name, width) for name in SPECS for width in (64, 80)),
+        # As wide as latent rows.
+        *((name, 512) for name in ("none-key", "int8-key", "fp8-key", "int4-key", "groups")),
+    ],
+)
 def test_one_request_of_every_format(name, head_dim):
     pages, table = one_request(SPECS[name], head_dim)
     got = gather_request(pages, table, 55, torch.float16)

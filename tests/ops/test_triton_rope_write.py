@@ -208,6 +208,43 @@ def test_without_queries_or_rotation():
     run(given.key, given.value, WriteParams(), q=False)
 
 
+@pytest.mark.parametrize("tokens", [7, 150])
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4", "k8v4"])
+def test_latent_rows(name, tokens):
+    """A row of 512 channels, 64 rotary ones, each with scales of its own; no second row."""
+    torch.manual_seed(0)
+    given, rank, rotary = FORMATS[name], 512, 64
+    pages = -(-tokens // PAGE)
+    tables = [list(range(pages))]
+    near = tables if given.exact_pages is not None else None
+    batch = plan_batch((tokens,), (tokens,), tables, PAGE, DEVICE, near)
+    batch.slots[1] = -1
+    halves = (empty_pages(given.key, rank, pages, 1), empty_pages(given.value, rotary, pages, 1))
+    layer = LayerKV(*halves, latent=True)
+    if near is not None:
+        exact = [
+            torch.full((pages, 1, PAGE, w), torch.nan, device=DEVICE).half() for w in (rank, rotary)
+        ]
+        layer = replace(layer, exact_key=exact[0], exact_value=exact[1])
+    other = replace(copy_of(layer), latent=True)
+    # One projection makes both: rows are strided.
+    k, v = torch.randn(tokens, 1, rank + rotary, device=DEVICE).half().split([rank, rotary], -1)
+    q = torch.randn(tokens, 6, rank + rotary, device=DEVICE).half()
+    params = WriteParams(return_rows=True)
+    wanted = reference(q, k, v, other, batch, params)
+    got = rope_write(q, k, v, layer, batch, params)
+    same_codes(layer.key, other.key, tokens)
+    same_codes(layer.value, other.value, tokens)
+    if near is not None:
+        for half in ("exact_key", "exact_value"):
+            one, two = getattr(layer, half), getattr(other, half)
+            torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3, equal_nan=True)
+    torch.testing.assert_close(got.q, wanted.q)
+    for one, two in ((got.k_rows, wanted.k_rows), (got.v_rows, wanted.v_rows)):
+        off = (one.float() - two.float()).abs() > 4e-3 * two.float().abs() + 4e-3
+        assert off.sum() <= tokens
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
 def test_hostile_rows_stay_inside(name):
     def hostile(fused):

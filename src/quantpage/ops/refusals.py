@@ -295,16 +295,16 @@ def _version(capability: tuple[int, int]) -> str:
 
 
 _16_BITS = (torch.float16, torch.bfloat16)
-_GPU: tuple[Condition, ...] = (
+_ROWS: tuple[Condition, ...] = (
     known_codes("int8", "fp8", "int4"),
     near_pages_of_16_bits,
     device("cuda"),
     triton,
-    channels(256),
     short_scales,
 )
-_PORTABLE = (*_GPU, capability((8, 0), later=True), queries(*_16_BITS, torch.float32))
-_ATTEND = (*_PORTABLE, own_values)
+_GPU = (*_ROWS, channels(256))
+_NOT_OLD = (capability((8, 0), later=True), queries(*_16_BITS, torch.float32))
+_ATTEND = (*_GPU, *_NOT_OLD, own_values)
 _PREFILL_ON_HOPPER = (
     *_GPU, own_values, capability((9, 0), later=False), queries(*_16_BITS), rows_for_tma, gluon,
 )  # fmt: skip
@@ -337,5 +337,5 @@ LATENT_TRITON = refuse(
 )  # fmt: skip
 INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))
 INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))
-WRITE_TRITON = refuse(*_ATTEND, in_any_order, groups_of_powers)
-GATHER_TRITON = refuse(*_PORTABLE)
+WRITE_TRITON = refuse(*_ROWS, *_NOT_OLD, channels(512), in_any_order, groups_of_powers)
+GATHER_TRITON = refuse(*_ROWS, *_NOT_OLD, channels(512))

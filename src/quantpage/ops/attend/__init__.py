@@ -80,7 +80,11 @@ CANDIDATES: list[Implementation] = [
         merge=_MERGE,
     ),
     Implementation(
-        "triton", "quantpage.ops.attend.latent.triton:attend", refusals.LATENT_TRITON, into=True
+        "triton",
+        "quantpage.ops.attend.latent.triton:attend",
+        refusals.LATENT_TRITON,
+        into=True,
+        reserve="quantpage.ops.attend.latent.reserve:reserve",
     ),
     Implementation(
         "cpu", "quantpage.ops.attend.cpu:attend", refusals.ATTEND_CPU, whole=True, into=True

@@ -17,6 +17,7 @@ from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
 
 KEYS_A_TILE = 32
+"""Up to 256 channels; of wider rows (latent ones) half as many, as a tile is held in registers."""
 
 
 def gather_rows(
@@ -94,7 +95,9 @@ def _launch(
         return
     out, (half, too) = outs[0], halves
     heads = out.shape[0] * (1 if too is None else 2)
-    gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, KEYS_A_TILE), heads)](
+    width = triton.next_power_of_2(half.head_dim)
+    tile = KEYS_A_TILE if width <= 256 else KEYS_A_TILE // 2
+    gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, tile), heads)](
         *half.planes,
         out,
         *(half if too is None else too).planes,
@@ -112,13 +115,13 @@ def _launch(
         first_head,
         CODE=half.code,
         HEAD_DIM=half.head_dim,
-        WIDTH=triton.next_power_of_2(half.head_dim),
+        WIDTH=width,
         PAGE=half.page_size,
         GROUPS=half.groups,
         SCALES=half.scales,
         ZERO=half.has_zero,
         LIMIT=torch.finfo(out.dtype).max,
-        TILE=KEYS_A_TILE,
+        TILE=tile,
         OLD=device_info(out.device).before(E4M3),
         HALVES=1 if too is None else 2,
         MARKS=marks is not None,

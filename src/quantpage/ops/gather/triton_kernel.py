@@ -43,7 +43,7 @@ def gather_kernel(
     HALVES: tl.constexpr,
     MARKS: tl.constexpr,
 ):
-    """A program a span, KEYS_A_TILE of its keys, and a head of one half or of both (HALVES)."""
+    """A program a span, TILE of its keys, and a head of one half or of both (HALVES)."""
     span = spans + tl.program_id(0) * 5
     request = tl.load(span)
     first_key = tl.load(span + 1)

@@ -94,10 +94,17 @@ def rope_write(
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
         refuse_non_finite(v, "value", params.layer)
+    turned = None
+    if layer.latent and q is not None:
+        # Absorbed queries are as wide as both halves, each in the basis of its own rows.
+        turned = layer.turned(q).to(q.dtype)
+        q = None
     tokens, kv_heads, width = k.shape
     value_width = v.shape[-1]
     q_heads = 0 if q is None else q.shape[1]
-    q_out = None if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    q_out = turned
+    if q is not None:
+        q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = [torch.empty(t.shape, dtype=k.dtype, device=k.device) for t in (k, v)]
     k_seen, v_seen = seen if params.return_rows else (None, None)
     if tokens == 0:

@@ -1,11 +1,17 @@
 """How a step over latent rows is laid over a device: tiles, warps, programs. A pure function.
 
-Nothing is tuned at run time. Each branch carries what made it.
+Nothing is tuned at run time. Each branch carries the measurement that made it
+(benchmarks/results/h100-latent.csv).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from quantpage.ops.attend.flash.tiles import HOPPER_SHARED_BYTES
 
 HOPPER = (9, 0)
+
+MANY = 400_000
+"""Keys of all requests from which keys by queries is the faster one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +24,9 @@ class LatentTiles:
     """Keys a tile."""
     warps: int
     stages: int
-    """Depth of the copy pipeline; the page table's indirection takes one of them."""
-    by_keys: bool
+    """Depth of the copy pipeline; the page table's indirection takes half of it."""
+    by_keys: bool = False
     """Products are keys by queries (triton_keys), else queries by keys (triton_rows)."""
-    chunks: int = 1
-    """Pieces of a row that ``by_keys`` takes one after the other, to save registers."""
     programs_per_processor: int = 1
     """The fixed grid is this times the device's multiprocessors."""
     min_tiles: int = 2
@@ -30,17 +34,81 @@ class LatentTiles:
 
 
 def latent_tiles(
-    quantized: bool, rows: int, width: int, capability: tuple[int, int] | None
+    codes: bool, rows: int, keys: int, capability: tuple[int, int] | None
 ) -> LatentTiles:
-    """quantized: rows are codes. rows: query rows of the longest request. width: channels of a
-    tile's rows, a power of two. capability: of the device; None: interpreted.
+    """codes: both halves are. rows: query rows of the longest request. keys: of all requests, an
+    upper bound. capability: of the device; None: interpreted.
+
+    Measured on an H100, us of int8, a row of 512 and 64 rotary channels (rows, tile, warps, stages,
+    programs a multiprocessor):
+
+        128 heads                       64 x 4k   16 x 32k
+        (64, 64, 8, 2, 1)               376       589
+        (64, 64, 8, 3, 1)               370       742
+        (64, 32, 8, 2, 1)               490       817
+
+        16 heads                        64 x 4k   16 x 32k
+        (16, 64, 4, 3, 2)               119.7     233.9
+        (16, 32, 4, 3, 2)               124.4     229.0
+        (16, 32, 2, 5, 2) keys first    131.8     213.9
+        (64, 64, 8, 2, 1)               199.5     304.4
+
+    16-bit rows and other devices have not been measured: they take the tile of 32 keys, which keeps
+    to its registers from either on every target that it was compiled for.
     """
     if capability == HOPPER and rows > 16:
-        # Shared memory, of 227 KB: 72 of queries, 72 of float16, 36 of codes (16 bits: 144 twice).
-        return LatentTiles(64, 64, 8, 3, by_keys=False)
-    # One or two warps keep to the product of a warp, whose operands codes become in registers.
-    return LatentTiles(16, 32, 2, 4, by_keys=True, chunks=1 if width < 512 else 4,
-                       programs_per_processor=2)  # fmt: skip
+        return LatentTiles(64, 64, 8, 2)
+    if capability == HOPPER and codes:
+        if keys > MANY:
+            # One or two warps keep to the product of a warp, whose operands codes become in
+            # registers.
+            return LatentTiles(16, 32, 2, 5, by_keys=True, programs_per_processor=2)
+        return LatentTiles(16, 64, 4, 3, programs_per_processor=2)
+    return LatentTiles(16, 32, 4, 3, programs_per_processor=2)
+
+
+def fitted(tiles: LatentTiles, width: int, itemsize: int, limit: int) -> LatentTiles:
+    """``tiles`` as the card's shared memory has room for: fewer copies in flight, then fewer keys,
+    then fewer query rows.
+
+    width: channels of a tile's rows, rotary ones included. itemsize: bytes of one in the pages.
+    limit: bytes a program may have, 0 where unknown (Hopper's).
+    """
+    while shared_bytes(tiles, width, itemsize) > (limit or HOPPER_SHARED_BYTES):
+        if tiles.stages > 4:
+            tiles = replace(tiles, stages=tiles.stages - 2)
+        elif tiles.tile > 16:
+            tiles = replace(tiles, tile=tiles.tile // 2)
+        elif tiles.rows > 16:
+            tiles = replace(tiles, rows=16, warps=4)
+        else:
+            # 1,024 channels of 16 bits under 16 rows: 67 KB by count, which every card has.
+            break
+    return tiles
+
+
+def shared_bytes(tiles: LatentTiles, width: int, itemsize: int) -> int:
+    """The most that Triton takes of shared memory: queries, tiles in flight, and what they become.
+
+    Of what a warpgroup multiplies a tile more lies there, as numbers of 16 bits; keys by queries
+    copies tiles in two orders.
+    """
+    in_flight = max(1, (tiles.stages - 1) // 2) * (2 if tiles.by_keys else 1)
+    numbers = tiles.rows * (width + tiles.tile)
+    if tiles.rows >= 64:
+        numbers += tiles.tile * width
+    return 2 * numbers + in_flight * tiles.tile * (itemsize * width + 8) + 1024
+
+
+def programs_of(tiles: LatentTiles, processors: int, all_rows: int) -> int:
+    """Programs of a launch; all_rows: (request, tile of query rows) of the step.
+
+    Where nearly as many as fit are there, each takes one whole: a piece of 64 rows writes 128 KB
+    that another launch reads. (At 64 x 4k with 128 heads: 128 programs of 132, 34 MB not written.
+    Its time has not been measured yet.)
+    """
+    programs = processors * tiles.programs_per_processor
+    return all_rows if all_rows <= programs <= all_rows * 17 // 16 else programs
 
 
 def row_tiles(heads: int, query_len: int, tile: int) -> int:

@@ -19,12 +19,21 @@ from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
-from quantpage.ops.attend.latent.launch import LatentTiles, latent_tiles, row_tiles
+from quantpage.ops.attend.latent.launch import (
+    LatentTiles,
+    fitted,
+    latent_tiles,
+    programs_of,
+    row_tiles,
+)
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
 from quantpage.ops.attend.params import AttendParams, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import operand
+
+LEAST = 64
+"""Channels of a tile: its words of four are a product's sixteen."""
 
 
 @kernel(Needs(refusals.LATENT_TRITON, kind="cuda"))
@@ -44,13 +53,17 @@ def attend(
 
 
 def planned(q: Tensor, layer: LayerKV, batch: BatchPlan) -> LatentTiles:
-    """The planner's choice."""
-    return latent_tiles(
-        layer.key.spec.quantized,
+    """The planner's choice, as the device has room for it."""
+    device = device_info(q.device)
+    codes = layer.key.spec.quantized and layer.value.spec.quantized
+    tiles = latent_tiles(
+        codes,
         q.shape[1] * batch.max_query_len,
-        portable_width(layer.key.head_dim),
-        device_info(q.device).capability,
+        sum(batch.host_context_lens),
+        device.capability,
     )
+    width = sum(max(LEAST, portable_width(half.head_dim)) for half in (layer.key, layer.value))
+    return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
 
 def _launch(
@@ -64,13 +77,15 @@ def _launch(
     mask, (out, lse) = params.mask, results
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    if tiles.by_keys and not (layer.key.spec.quantized and layer.value.spec.quantized):
+        raise ValueError("tiles: expected queries by keys for pages without codes, got keys first")
     heads = q.shape[1]
     q = q if q.stride(-1) == 1 else q.contiguous()
     unit = torch.int32 if tiles.by_keys else None
     row, rotary = operand(layer.key, unit), operand(layer.value, unit)
     tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
     all_rows = batch.num_requests * tiles_of_rows
-    programs = processors_of(q.device) * tiles.programs_per_processor
+    programs = programs_of(tiles, processors_of(q.device), all_rows)
     part_out, part_lse, cuts = workspace(
         q.device, piece_sizes(programs, tiles.rows, row.head_dim, all_rows)
     )
@@ -96,8 +111,8 @@ def _launch(
         ROTARY_CODE=rotary.code,
         ROW_DIM=row.head_dim,
         ROTARY_DIM=rotary.head_dim,
-        ROW_WIDTH=_width(row.head_dim, row.code, tiles),
-        ROTARY_WIDTH=_width(rotary.head_dim, rotary.code, tiles),
+        ROW_WIDTH=max(LEAST, portable_width(row.head_dim)),
+        ROTARY_WIDTH=max(LEAST, portable_width(rotary.head_dim)),
         HEADS=heads,
         TILE=tiles.tile,
         SOFTCAP=params.softcap is not None,
@@ -108,7 +123,6 @@ def _launch(
         HIDES=not layer.key.spec.quantized and batch.max_query_len > 1,
         OLD=device.before(E4M3),
         BY_KEYS=tiles.by_keys,
-        CHUNKS=tiles.chunks,
         num_warps=tiles.warps,
     )  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
@@ -124,12 +138,6 @@ def _launch(
         PARTS=parts,
         num_warps=4,
     )  # fmt: skip
-
-
-def _width(channels: int, code: int, tiles: LatentTiles) -> int:
-    """Channels of a tile: its words, in each of its chunks, are a product's 16 at least."""
-    least = 32 if not tiles.by_keys else 16 * tiles.chunks * (4 if code else 1)
-    return max(least, portable_width(channels))
 
 
 def paired(pages: QuantizedPages) -> bool:

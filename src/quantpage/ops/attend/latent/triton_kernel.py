@@ -63,7 +63,6 @@ def decode_kernel(
     HIDES: tl.constexpr,
     OLD: tl.constexpr,
     BY_KEYS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A fixed grid; a program takes its share of all (request, tile of query rows, tile of keys).
@@ -84,7 +83,6 @@ def decode_kernel(
     ROTARY_NUMBER: tl.constexpr = (
         rotary_codes.dtype.element_ty if ROTARY_CODE == NONE else tl.float16
     )
-    PARTS: tl.constexpr = 1 if ROW_CODE == NONE else 4
     SHIFT: tl.constexpr = 0.0 if tl.bfloat16 == ROW_NUMBER else 12.0
     lane = tl.arange(0, ROWS)
     position = start
@@ -120,7 +118,7 @@ def decode_kernel(
                     softmax_scale, softcap, window, sink_tokens, FULL, WINDOW, SOFTCAP, SHIFT,
                     PAIRS, HIDES, OLD,
                 ),
-                ROWS, TILE, PAGE, STAGES, CHUNKS, ROW_NUMBER, ROTARY_NUMBER,
+                ROWS, TILE, PAGE, STAGES,
             )  # fmt: skip
         else:
             acc0, acc1, top, total = triton_rows.walk(
@@ -156,7 +154,7 @@ def decode_kernel(
                     tl.store(lse + token_at * HEADS + head, row_lse * LN2, real)
                 to = out + token_at * out_token + head.to(tl.int64) * out_head
                 if BY_KEYS:
-                    triton_keys.store(to, acc, ratio, real, ROW_DIM, PARTS)
+                    triton_keys.store(to, acc, ratio, real, ROW_DIM)
                 else:
                     triton_rows.store(to, acc0, acc1, ratio, real, ROW_DIM)
             else:
@@ -164,7 +162,7 @@ def decode_kernel(
                 tl.store(part_lse + part_at, row_lse, real)
                 part = part_out + part_at * ROW_DIM
                 if BY_KEYS:
-                    triton_keys.store(part, acc, ratio, real, ROW_DIM, PARTS)
+                    triton_keys.store(part, acc, ratio, real, ROW_DIM)
                 else:
                     triton_rows.store(part, acc0, acc1, ratio, real, ROW_DIM)
         position += last_tile - first_tile
