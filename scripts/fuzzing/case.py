@@ -109,11 +109,11 @@ def draw_case(seed: int, number: int, kinds: tuple[str, ...]) -> Case:
         longest=int(min(400 if not slow else 100, page_size * 6 + 7)),
     )
     # Drawn apart, so that what is drawn of other cases stays as it was.
-    # Triton's kernels refuse most of it.
-    rng, share = np.random.default_rng([seed, number, 2]), 0.04 if slow else 0.15
-    if rng.random() < share:
+    rng = np.random.default_rng([seed, number, 2])
+    # Triton's kernels refuse most mixes.
+    if rng.random() < (0.04 if slow else 0.15):
         case = replace(case, formats=tuple(_one(rng, list(MIXES)) for _ in formats))
-    if rng.random() < share:
+    if rng.random() < 0.15:
         case = _of_latent_rows(case, rng)
     return replace(case, reference=kind == "torch" and rng.random() < 0.4)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from quantpage.hardware import HOPPER
 from quantpage.ops.attend.latent.launch import (
-    HOPPER,
     MANY,
     LatentTiles,
     fitted,

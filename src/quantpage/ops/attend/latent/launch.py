@@ -6,9 +6,8 @@ Nothing is tuned at run time. Each branch carries the measurement that made it
 
 from dataclasses import dataclass, replace
 
+from quantpage.hardware import HOPPER
 from quantpage.ops.attend.flash.tiles import HOPPER_SHARED_BYTES
-
-HOPPER = (9, 0)
 
 MANY = 400_000
 """Keys of all requests from which keys by queries is the faster one."""
