@@ -5,6 +5,8 @@ import sys
 
 from quantpage.ops.attend.latent.launch import MANY, fitted, latent_tiles, shared_bytes
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
+from quantpage.ops.gather.triton import tile_of
+from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.rope_write.triton import launch_shape
 from tests.kernels.aot import SHARED, compile_kernel, resources
@@ -81,6 +83,25 @@ def write_takes(code: int, tokens: int, capability: int) -> dict:
     return {"spills": takes.find("LDL|STL"), "registers": takes.registers}
 
 
+def gather_takes(code: str, capability: int) -> dict:
+    """Of the gather of rows into 16-bit numbers."""
+    types = dict.fromkeys(("codes", "codes_too"), STORED[code])
+    types |= dict.fromkeys(("scale", "scale_too", "zero", "zero_too"), "*fp16")
+    types |= dict.fromkeys(("out", "out_too", "marks"), "*bf16")
+    types |= dict.fromkeys(("page_table", "spans"), "*i32")
+    types |= dict.fromkeys(("table_row", "first_head", "mark_head", "mark_row"), "i32")
+    for name in gather_kernel.arg_names:
+        if name not in types and name[0].islower():
+            types[name] = "i32:16"
+    given = types | {
+        "CODE": CODE_KINDS[code], "HEAD_DIM": RANK, "WIDTH": RANK, "PAGE": 64, "GROUPS": 1,
+        "SCALES": int(code != "none"), "ZERO": False, "LIMIT": 3.3895313892515355e38,
+        "TILE": tile_of(RANK), "OLD": capability < 89, "HALVES": 1, "MARKS": False,
+    }  # fmt: skip
+    takes = resources(compile_kernel(gather_kernel, given, capability, num_warps=4))
+    return {"spills": takes.find("LDL|STL"), "registers": takes.registers}
+
+
 def main() -> None:
     found = {}
     for capability in map(int, sys.argv[1].split()):
@@ -91,6 +112,8 @@ def main() -> None:
             found[f"{code} {heads} {keys} {capability}"] = decode_takes(
                 code, heads, keys, capability
             )
+        for kind in ("none", "int8", "fp8"):
+            found[f"gather {kind} {capability}"] = gather_takes(kind, capability)
         for code in (0, 1, 2) if capability == 90 else (1,):
             for tokens in (64, 4096):
                 name = f"write {code} {tokens} {capability}"

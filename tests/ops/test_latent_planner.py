@@ -1,8 +1,13 @@
 """The shape of a launch over latent rows: what was measured, and what a card has room for."""
 
+from dataclasses import replace
+
 import pytest
 
+from quantpage.explain import DEVICES, example_call
+from quantpage.formats import FORMATS
 from quantpage.hardware import HOPPER
+from quantpage.ops import attend, gather, rope_write
 from quantpage.ops.attend.latent.launch import (
     MANY,
     LatentTiles,
@@ -11,6 +16,7 @@ from quantpage.ops.attend.latent.launch import (
     programs_of,
     shared_bytes,
 )
+from quantpage.ops.dispatch import choose
 
 pytestmark = pytest.mark.cpu
 
@@ -52,3 +58,26 @@ def test_rows_without_codes_and_other_cards_take_the_portable_shape():
 )
 def test_rows_that_nearly_fill_the_device_are_not_cut(all_rows, programs):
     assert programs_of(LatentTiles(64, 64, 8, 2), 132, all_rows) == programs
+
+
+@pytest.mark.parametrize(
+    "name,attends",
+    [
+        ("none", "triton"),
+        ("int8", "triton"),
+        ("fp8", "triton"),
+        ("int4", "torch"),
+        ("k8v4", "torch"),
+    ],
+)
+def test_who_serves_rows_on_a_gpu(name, attends):
+    for device in ("Hopper", "Ampere"):
+        call = replace(
+            example_call(DEVICES[device], FORMATS[name]), q_heads=128, kv_heads=1, head_dim=512,
+            value_head_dim=64, latent=True,
+        )  # fmt: skip
+        for phase in ("prefill", "decode"):
+            assert choose(attend.CANDIDATES, replace(call, phase=phase)).name == attends
+        assert choose(rope_write.CANDIDATES, call).name == "triton"
+        assert choose(gather.CANDIDATES, call).name == "triton"
+        assert choose(rope_write.CANDIDATES, replace(call, head_dim=1024)).name == "torch"

@@ -16,8 +16,10 @@ from quantpage.ops.checks import gathers
 from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
 
-KEYS_A_TILE = 32
-"""Up to 256 channels; of wider rows (latent ones) half as many, as a tile is held in registers."""
+
+def tile_of(width: int) -> int:
+    """Keys a tile, for rows of ``width`` channels, a power of two: a tile is held in registers."""
+    return 32 if width <= 256 else 16
 
 
 def gather_rows(
@@ -96,7 +98,7 @@ def _launch(
     out, (half, too) = outs[0], halves
     heads = out.shape[0] * (1 if too is None else 2)
     width = triton.next_power_of_2(half.head_dim)
-    tile = KEYS_A_TILE if width <= 256 else KEYS_A_TILE // 2
+    tile = tile_of(width)
     gather_kernel[(spans.shape[0], triton.cdiv(max_span_keys, tile), heads)](
         *half.planes,
         out,
