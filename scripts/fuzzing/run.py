@@ -51,7 +51,9 @@ def try_case(case: Case) -> tuple[str, str]:
         # An assertion of the oracle says what differed; anything else, where it came from.
         told = f"{type(error).__name__}: {error}"
         if not isinstance(error, AssertionError):
-            told += "\n    " + traceback.format_exc().strip().splitlines()[-3].strip()
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [each for each in frames if "quantpage" in each.filename] or frames
+            told += "".join(f"\n    {each.filename}:{each.lineno} {each.line}" for each in own[-3:])
         return "failed", f"{case}\n    {told}\n    after: {'; '.join(log)}"
     return "passed", ""
 
