@@ -63,7 +63,7 @@ def float32_case(capability: int, head_dim: int):
     return compile_kernel(decode_kernel, given, capability, num_warps=tiles.warps)
 
 
-def write_arguments(code=1, block=128, zero=False, mapped=0):
+def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128):
     from quantpage.ops.rope_write.triton_kernel import Pages
     from quantpage.ops.rope_write.triton_kernel import write_kernel as kernel
 
@@ -82,7 +82,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0):
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     fixed = {
-        "HEAD_DIM": 128, "PIECE": 32, "VALUE_DIM": 128, "V_PIECE": 32, "ROTARY": 128,
+        "HEAD_DIM": head_dim, "PIECE": 32, "VALUE_DIM": head_dim, "V_PIECE": 32, "ROTARY": head_dim,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "MAPPED": mapped,
         "PAGE": 64, "EXACT": False, "RETURN": False, "ROWS": 8, "HARDWARE": True,
         "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True,
@@ -91,7 +91,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0):
     for side in "KV":
         fixed |= {
             f"{side}_CODE": code, f"{side}_SCALES": 1, f"{side}_ZERO": zero,
-            f"{side}_SHARED": 128, f"{side}_LIMIT": 65504.0, f"{side}_BLOCK": block,
+            f"{side}_SHARED": head_dim, f"{side}_LIMIT": 65504.0, f"{side}_BLOCK": block,
         }  # fmt: skip
     return kernel, types | fixed
 
@@ -125,6 +125,8 @@ def main() -> None:
                 found[f"write {code}"] = summary(
                     *write_arguments(code, 128 * (code > 0) or 1), 90, 1
                 )
+            wide = write_arguments(1, 1, mapped=2, head_dim=512)
+            found["write int8 512"] = summary(*wide, 90, 4)
             for given, head_dim in ((90, 128), (90, 256), (89, 256)):
                 takes = resources(float32_case(given, head_dim))
                 found[f"decode float32 {head_dim} {given}"] = {

@@ -158,6 +158,7 @@ def test_norms_and_biases(name, after):
     ("head_dim", "rotary", "mean"),
     [
         (64, 64, True), (64, 64, False), (80, None, True), (128, 32, False), (256, 256, True),
+        (512, 512, True),
         # An interpreter sees each of them, not every pair.
         *([(80, None, False), (128, 32, True), (256, 256, False)] if GPU else []),
     ],
@@ -167,7 +168,7 @@ def test_key_maps(name, head_dim, rotary, mean):
     torch.manual_seed(2)
     table = None if rotary is None else rope_table(64, rotary, device=DEVICE)
     weights = [torch.rand(head_dim, device=DEVICE).half() + 0.5 for _ in range(2)]
-    norm = QKNorm(*weights, after_rope=True) if rotary == 256 else None
+    norm = QKNorm(*weights, after_rope=True) if head_dim >= 256 else None
     given = FORMATS[name]
     mapped = random_map(head_dim, mean)
 
