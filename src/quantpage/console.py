@@ -27,7 +27,7 @@ from rich.table import Table
 OUT = Console(markup=False, highlight=False, emoji=False)
 """Results."""
 ERR = Console(stderr=True, markup=False, highlight=False, emoji=False)
-"""Everything else; silent after ``hush``."""
+"""Everything else; silent during a command with --quiet."""
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantpage import attach
+from quantpage import attach, console
 from quantpage.cli.generation import StopFilter
 from tests.integrations.tiny_models import COMMON
 
@@ -201,3 +201,5 @@ def test_int8_weights_answer_on_the_cpu(generate):
 def test_a_log_hears_that_a_model_is_loading_unless_it_is_quiet(generate):
     assert "loading" in generate("--prompt", "w5").err
     assert generate("--prompt", "w5", "--quiet").err == ""
+    # And no longer than that command ran: what follows in the same process speaks again.
+    assert not console.ERR.quiet

@@ -253,6 +253,8 @@ def test_kernels_refuse_it_in_a_sentence():
     for op in ("rope_write", "prefill", "decode"):
         said = candidates_of(example_call(hopper, find_format("int4_near8")), op)
         kernels = [reasons for who, reasons in said if who.startswith(("triton", "gluon"))]
+        # Of latent rows no format with exact pages is read at all.
+        kernels = [each for each in kernels if not any("latent rows" in one for one in each)]
         assert kernels and all("needs near pages in 16 bits, got int8." in each for each in kernels)
     layout = CacheLayout(2, 64, find_format("int4_near8"), 16)
     with pytest.raises(FormatError, match="exact pages of 16 bits in an engine's cells"):

@@ -70,12 +70,16 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> None:
-        console.ERR.quiet = quiet
         if verbose:
             os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         else:
             console.quiet_libraries()
-        function(*args, **kwargs)
+        before, console.ERR.quiet = console.ERR.quiet, quiet
+        try:
+            function(*args, **kwargs)
+        finally:
+            # Commands are functions: what runs after one in the same process is not silent.
+            console.ERR.quiet = before
 
     return with_flags(command, function, False, _common())
 
