@@ -1,11 +1,8 @@
 """Decode and write kernels compiled for real GPUs, without one: what they take."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.apart import compile_apart
 
 pytestmark = pytest.mark.cpu
 
@@ -18,20 +15,7 @@ SHAPES = {"int8": (32, 1, 5), "fp8": (32, 1, 5), "int4": (64, 1, 5), "none": (64
 @pytest.fixture(scope="module")
 def compiled():
     """Both processes compile with the interpreter off, which this one may have on."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    parts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.decode_case", part],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )
-        for part in ("90", "80 100 others")
-    ]  # fmt: skip
-    found = {}
-    for part in parts:
-        said, _ = part.communicate(timeout=300)
-        assert part.returncode == 0
-        found.update(json.loads(said))
-    return found
+    return compile_apart("tests.kernels.decode_case", "90", "80 100 others")
 
 
 def test_pages_of_float32_have_the_shared_memory(compiled):

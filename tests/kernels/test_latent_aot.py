@@ -1,14 +1,10 @@
 """Kernels of latent rows compiled for real GPUs, without one: what they take."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from quantpage.ops.attend.latent.launch import MANY
 from tests.kernels.aot import SHARED
+from tests.kernels.apart import compile_apart
 
 pytestmark = pytest.mark.cpu
 
@@ -26,20 +22,7 @@ STACK = {
 @pytest.fixture(scope="module")
 def compiled():
     """Compiled with the interpreter off, which this process may have on."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    parts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.latent_case", part],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )
-        for part in ("90", "80 89 100 120")
-    ]  # fmt: skip
-    found = {}
-    for part in parts:
-        said, _ = part.communicate(timeout=300)
-        assert part.returncode == 0
-        found.update(json.loads(said))
-    return found
+    return compile_apart("tests.kernels.latent_case", "90", "80 89 100 120")
 
 
 def test_every_target_has_the_shared_memory(compiled):
