@@ -14,6 +14,7 @@ from tests.ops.triton_cases import (
     ON_HOPPER,
     TOLERANCE,
     Step,
+    candidate,
     check_decode,
     check_replays,
     far_away,
@@ -25,7 +26,7 @@ from tests.ops.triton_cases import (
 # isort: split
 from quantpage.formats import CODES, FORMATS, QuantSpec
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_op
 from quantpage.ops.attend.decode.launch import DecodeTiles
 from quantpage.ops.attend.reference import attend as reference
@@ -37,7 +38,7 @@ if HOPPER:
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
 QUANTIZED = [name for name in KERNEL_FORMATS if FORMATS[name].key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
-GLUON = next(each for each in CANDIDATES if each.target.endswith("decode.gluon:attend"))
+GLUON = candidate("decode.gluon")
 
 
 def check(*given, **options):

@@ -14,6 +14,7 @@ from tests.ops.triton_cases import (
     ON_HOPPER,
     Step,
     assert_agrees,
+    candidate,
     make_step,
     relative,
 )
@@ -21,7 +22,7 @@ from tests.ops.triton_cases import (
 # isort: split
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.prefill import ways as prefill
 from quantpage.ops.attend.reference import attend as reference
@@ -117,7 +118,7 @@ def test_exact_pages_are_one_more_segment(mask):
     given = FORMATS["int4"]
     q, layer, batch = make_step(given.key, given.value, RAGGED, mask, torch.float16, exact=True)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
-    run = next(each for each in CANDIDATES if each.target.endswith("prefill.gluon:attend"))
+    run = candidate("prefill.gluon")
     out, lse = attend_segments(q, layer, batch, params, run)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE[torch.float16]

@@ -16,6 +16,7 @@ from tests.ops.triton_cases import (
     TIER,
     TOLERANCE,
     Step,
+    candidate,
     check_decode,
     check_replays,
     far_away,
@@ -32,7 +33,7 @@ from quantpage.batch import derive
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.launch import DecodeTiles
@@ -220,7 +221,7 @@ def test_exact_pages_of_float32_fit_into_shared_memory(head_dim):
     given, step = FORMATS["k8v4"], Step((16, 3), (80, 300), page_size=16, head_dim=head_dim)
     q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.float32, exact=True)
     params = AttendParams(head_dim**-0.5)
-    run = next(each for each in CANDIDATES if each.target.endswith("decode.triton:attend"))
+    run = candidate("decode.triton")
     out, _ = attend_segments(q, layer, batch, params, run)
     wanted, _ = reference(q.double(), layer, batch, params)
     # Beside codes the queries are rounded to float16, too: 1.3e-3 on an H100.

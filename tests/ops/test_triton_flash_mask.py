@@ -7,13 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.triton_cases import DEVICE, HOPPER, KERNEL_FORMATS, TIER, relative, to_device
+from tests.ops.triton_cases import (
+    DEVICE,
+    HOPPER,
+    KERNEL_FORMATS,
+    TIER,
+    candidate,
+    relative,
+    to_device,
+)
 
 # isort: split
 from quantpage import masks
 from quantpage.batch import BatchPlan, derive
 from quantpage.masks import ColumnIntervals, RowIntervals
-from quantpage.ops.attend import CANDIDATES, AttendParams, attend, reference
+from quantpage.ops.attend import AttendParams, attend, reference
 from quantpage.ops.attend.interval import plan as mask_plan
 from quantpage.ops.attend.interval import triton as triton_flash_mask
 from quantpage.ops.attend.interval import triton_plan as triton_mask_plan
@@ -38,8 +46,7 @@ def kernel(request, monkeypatch):
         name = "gluon"
         # So few rows would go to the portable kernel.
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
-    target = f"quantpage.ops.attend.interval.{name}:attend"
-    return next(each for each in CANDIDATES if each.target == target)
+    return candidate(f"interval.{name}")
 
 
 def to_gpu(batch: BatchPlan) -> BatchPlan:

@@ -14,6 +14,7 @@ from tests.ops.triton_cases import (
     TIER,
     Step,
     assert_agrees,
+    candidate,
     make_step,
     relative,
 )
@@ -21,7 +22,7 @@ from tests.ops.triton_cases import (
 # isort: split
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, find_format
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import CANDIDATES, AttendParams
+from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill import ways as prefill
@@ -119,7 +120,7 @@ def test_exact_pages_are_one_more_segment(mask, way):
     step = replace(RAGGED, group=2, page_size=16)
     q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
-    run = next(each for each in CANDIDATES if each.target.endswith("prefill.triton:attend"))
+    run = candidate("prefill.triton")
     out, lse = attend_segments(q, layer, batch, params, run)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE
@@ -239,7 +240,7 @@ def test_float32_pages_fit_into_shared_memory(name, head_dim, page_size, way):
     exact = name != "none"
     q, layer, batch = make_step(given.key, given.value, step, CAUSAL, torch.float32, exact=exact)
     params = AttendParams(head_dim**-0.5)
-    run = next(each for each in CANDIDATES if each.target.endswith("prefill.triton:attend"))
+    run = candidate("prefill.triton")
     out, _ = attend_segments(q, layer, batch, params, run)
     wanted, _ = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE

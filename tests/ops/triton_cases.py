@@ -13,8 +13,9 @@ from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, QuantSpec, quantize, quantize_static
 from quantpage.masks import CausalMask, Mask
-from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend import CANDIDATES, AttendParams
 from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.dispatch import Implementation
 from quantpage.ops.operand import CODE_KINDS
 
 GPU = torch.cuda.is_available()
@@ -47,6 +48,12 @@ class Step:
     value_dim: int | None = None
     scale: float = 1.0
     """Typical size of values."""
+
+
+def candidate(module: str) -> Implementation:
+    """Who of attend's candidates stands in a module of ops/attend: 'decode.triton'."""
+    target = f"quantpage.ops.attend.{module}:attend"
+    return next(each for each in CANDIDATES if each.target == target)
 
 
 def make_pages(spec: QuantSpec, rows, keep, page_size: int, dtype) -> QuantizedPages:

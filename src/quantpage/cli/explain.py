@@ -225,10 +225,11 @@ def _print_why(served: Sequence[_Served], op: str, as_json: bool) -> None:
         )
         return
     for at, (call, layers, chosen, said) in enumerate(asked):
+        if at:
+            console.OUT.print()
         of = f"layers: {layers}; " if layers else ""
         console.OUT.print(
-            f"{chr(10) if at else ''}{call.format.name}, {op}, {_heads_in_words(call)}; {of}"
-            "in order of preference:"
+            f"{call.format.name}, {op}, {_heads_in_words(call)}; {of}in order of preference:"
         )
         for who, reasons in said:
             serves = "runs" if who == chosen else "could run"

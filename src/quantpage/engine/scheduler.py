@@ -277,7 +277,7 @@ class Scheduler:
         answer.holding.free()
         answer.holding, answer.promise = None, 0
 
-    def _taken(self) -> "_Taken":
+    def _taken(self) -> _Taken:
         """What running answers, and those that start beside them, hold."""
         answers = [each for runs in list(self.running) for each in (runs, *runs.siblings)]
         return _Taken(len(answers), sum(each.promise for each in answers))

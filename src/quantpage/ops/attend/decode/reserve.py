@@ -6,6 +6,7 @@ from quantpage.ops.attend.decode.launch import decode_tiles, programs_of, row_ti
 from quantpage.ops.attend.decode.workspaces import (
     counter_count,
     counters_of,
+    larger,
     piece_sizes,
     workspace,
 )
@@ -46,7 +47,6 @@ def needed(
             for tiles in shapes:
                 programs = programs_of(tiles, processors, all_rows)
                 asked = piece_sizes(programs, rows, call.value_head_dim, all_rows)
-                a, b, c = (max(pair) for pair in zip(pieces, asked, strict=True))
-                pieces = a, b, c
+                pieces = larger(pieces, asked)
                 counters = max(counters, counter_count(programs, all_rows, tiles.gather))
     return pieces, counters

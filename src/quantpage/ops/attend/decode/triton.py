@@ -97,7 +97,7 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
             **made.fixed,
             EARLIER=earlier is not None,
             OLD=device_info(q.device).before(E4M3),
-            PAIRS=_paired(layer.key) and _paired(layer.value),
+            PAIRS=paired(layer.key) and paired(layer.value),
             GATHER=tiles.gather,
             WHOLE=tiles.whole,
             # One query a request: what it does not see is not loaded.
@@ -231,7 +231,7 @@ def _shared(half: Operand) -> int:
     return half.shared if half.scales == STATIC else 1
 
 
-def _paired(pages: QuantizedPages) -> bool:
+def paired(pages: QuantizedPages) -> bool:
     """Whether the planes of two neighbouring tokens are one aligned 32-bit word."""
     planes = [p for p in (pages.scale, pages.zero) if p is not None and pages.spec.dynamic]
     return all(

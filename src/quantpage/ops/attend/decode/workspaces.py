@@ -73,6 +73,12 @@ def piece_sizes(programs: int, rows: int, width: int, all_rows: int) -> tuple[in
     return 2 * programs * rows * width, 2 * programs * rows, 2 * all_rows
 
 
+def larger(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Sizes that serve both."""
+    outs, sums, cuts = (max(pair) for pair in zip(one, other, strict=True))
+    return outs, sums, cuts
+
+
 def counter_count(programs: int, all_rows: int, gather: int) -> int:
     """Counters of a launch whose last program at a row joins ``gather`` pieces; 0 without."""
     return all_rows + 2 * -(-programs // gather) if gather else 0

@@ -46,7 +46,7 @@ def shift(probabilities: torch.dtype) -> int:
     return 8 if probabilities == torch.float16 else 0
 
 
-def workspace_dtype(layer: LayerKV, query_dtype: torch.dtype) -> torch.dtype:
+def workspace_dtype(layer: LayerKV) -> torch.dtype:
     """float16 where numbers are code * scale, else the dtype of the cache."""
     if layer.key.spec.quantized or layer.value.spec.quantized:
         return torch.float16

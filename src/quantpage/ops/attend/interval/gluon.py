@@ -106,7 +106,7 @@ def attend(
         return plan, visit_order(plan)
 
     plan, order = once_a_step(form, batch, ("ordered", group, tile, segment), planned)
-    dtype = workspace_dtype(layer, q.dtype)
+    dtype = workspace_dtype(layer)
     row_bytes = (layer.key.head_dim + width) * dtype.itemsize
     heads = heads_a_pass(layer.kv_heads, step.rows * row_bytes)
     k = torch.empty(heads, step.rows, layer.key.head_dim, dtype=dtype, device=q.device)

@@ -30,7 +30,7 @@ from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, exponent_scale
 from quantpage.ops.attend.results import Asked, Results, contiguous, kernel, results_for
 from quantpage.ops.checks import Needs
-from quantpage.ops.operand import operand
+from quantpage.ops.operand import Operand, operand
 
 MIN_SPLIT_TILES = 4
 """Smallest share of a split: a partial result costs a write and a merge."""
@@ -61,14 +61,15 @@ def attend(
     if not q.shape[0]:
         return results
     group = q.shape[1] // layer.kv_heads
-    tile, _ = _tile(q, layer, batch)
+    halves = operand(layer.key), operand(layer.value)
+    tile, warps = _tile(halves, group * batch.max_query_len, q.device)
     form = lowered(params.mask, q.device)
     shape = (group, MaskTile(tile.rows, tile.keys), segment)
     plan = once_a_step(form, batch, shape, lambda: plan_tiles(form, batch, *shape))
     if splits is None:
         splits = _splits(q, len(plan.items) * layer.kv_heads, plan.tiles.shape[-1])
     parts = results if splits == 1 else parts_for(results, splits)
-    _launch(parts, splits, q, layer, batch, params, (plan, form), segment)
+    _launch(parts, splits, q, halves, batch, params, (plan, form, tile, warps), segment)
     if splits == 1:
         return results
     assert parts.lse is not None
@@ -76,12 +77,13 @@ def attend(
     return Results(results.out, lse if asked.lse else None)
 
 
-def _tile(q: Tensor, layer: LayerKV, batch: BatchPlan) -> tuple[DenseTile, int]:
-    widest = max(portable_width(layer.key.head_dim), portable_width(layer.value.head_dim))
-    halves = operand(layer.key), operand(layer.value)
+def _tile(
+    halves: tuple[Operand, Operand], rows: int, device: torch.device
+) -> tuple[DenseTile, int]:
+    """rows: packed, of the longest request."""
+    widest = max(portable_width(each.head_dim) for each in halves)
     itemsize = max(operand_dtype(each).itemsize for each in halves)
-    rows = q.shape[1] // layer.kv_heads * batch.max_query_len
-    return portable_tile(widest, rows, itemsize, device_info(q.device).shared_bytes)
+    return portable_tile(widest, rows, itemsize, device_info(device).shared_bytes)
 
 
 def _splits(q: Tensor, programs: int, capacity: int) -> int:
@@ -91,16 +93,15 @@ def _splits(q: Tensor, programs: int, capacity: int) -> int:
 
 
 def _launch(
-    results: Results, splits: int, q, layer, batch, params: AttendParams, planned, segment
+    results: Results, splits: int, q, halves, batch, params: AttendParams, planned, segment
 ) -> None:
-    (out, lse), (plan, form) = results, planned
+    """planned: tiles to visit, the lowered mask, the tile, warps."""
+    (out, lse), (plan, form, tile, warps), (key, value) = results, planned, halves
     q = q if q.stride(-1) == 1 else q.contiguous()
-    group = q.shape[1] // layer.kv_heads
-    tile, warps = _tile(q, layer, batch)
+    kv_heads = key.codes.shape[1]
     scale, cap = exponent_scale(params)
-    key, value = operand(layer.key), operand(layer.value)
     given = mask_arguments(form, q.device)
-    flash_mask_kernel[(len(plan.items), layer.kv_heads, splits)](
+    flash_mask_kernel[(len(plan.items), kv_heads, splits)](
         q,
         *key.planes,
         *value.planes,
@@ -115,7 +116,7 @@ def _launch(
         out,
         lse,
         params.sinks,
-        layer.kv_heads,
+        kv_heads,
         splits,
         q.shape[0] * q.shape[1],
         given.width,
@@ -128,11 +129,11 @@ def _launch(
         *strides(key, value),
         scale,
         cap,
-        PAGE=layer.page_size,
+        PAGE=key.page_size,
         SEGMENT=SEGMENTS[segment],
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks is not None,
         **given.compiled,
-        **compiled(key, value, group, tile, q.device),
+        **compiled(key, value, q.shape[1] // kv_heads, tile, q.device),
         num_warps=warps,
     )

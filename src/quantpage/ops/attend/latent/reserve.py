@@ -2,7 +2,7 @@
 
 import torch
 
-from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
+from quantpage.ops.attend.decode.workspaces import larger, piece_sizes, workspace
 from quantpage.ops.attend.flash.tiles import processors_of
 from quantpage.ops.attend.latent.launch import MANY, latent_tiles, programs_of, row_tiles
 from quantpage.ops.dispatch import DECODE_TOKENS, Call
@@ -35,6 +35,5 @@ def needed(call: Call, processors: int, max_requests: int, max_tokens: int) -> t
                 )
                 smallest = requests * row_tiles(heads, new, 16)
                 asked = piece_sizes(programs, tiles.rows, call.head_dim, smallest)
-                a, b, c = (max(pair) for pair in zip(pieces, asked, strict=True))
-                pieces = a, b, c
+                pieces = larger(pieces, asked)
     return pieces

@@ -11,11 +11,12 @@ import triton
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.cache.views import LayerKV
 from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
+from quantpage.ops.attend.decode.triton import paired
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
@@ -31,9 +32,6 @@ from quantpage.ops.attend.params import AttendParams, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import operand
-
-LEAST = 64
-"""Channels of a tile: its words of four are a product's sixteen."""
 
 
 @kernel(Needs(refusals.LATENT_TRITON, kind="cuda"))
@@ -62,8 +60,13 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan) -> LatentTiles:
         sum(batch.host_context_lens),
         device.capability,
     )
-    width = sum(max(LEAST, portable_width(half.head_dim)) for half in (layer.key, layer.value))
+    width = sum(_width(half.head_dim) for half in (layer.key, layer.value))
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
+
+
+def _width(channels: int) -> int:
+    """Of a tile: a power of two, whose words of four are at least a product's sixteen."""
+    return max(64, portable_width(channels))
 
 
 def _launch(
@@ -111,8 +114,8 @@ def _launch(
         ROTARY_CODE=rotary.code,
         ROW_DIM=row.head_dim,
         ROTARY_DIM=rotary.head_dim,
-        ROW_WIDTH=max(LEAST, portable_width(row.head_dim)),
-        ROTARY_WIDTH=max(LEAST, portable_width(rotary.head_dim)),
+        ROW_WIDTH=_width(row.head_dim),
+        ROTARY_WIDTH=_width(rotary.head_dim),
         HEADS=heads,
         TILE=tiles.tile,
         SOFTCAP=params.softcap is not None,
@@ -138,11 +141,3 @@ def _launch(
         PARTS=parts,
         num_warps=4,
     )  # fmt: skip
-
-
-def paired(pages: QuantizedPages) -> bool:
-    """Whether the scales of two neighbouring tokens are one aligned 32-bit word."""
-    scale = pages.scale
-    return scale is None or (
-        scale.dtype == torch.float16 and scale.data_ptr() % 4 == 0 and scale.stride(0) % 2 == 0
-    )

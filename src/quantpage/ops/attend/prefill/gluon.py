@@ -52,7 +52,7 @@ def _attend_workspace(results: Results, q, layer, batch, params, segment, member
     body_page = batch.page_size if segment == "body" else 0
     lens = (batch.query_lens, batch.host_context_lens)
     passes = _device_passes(*lens, shape, members, str(q.device))
-    dtype, values = workspace_dtype(layer, q.dtype), given_values(layer)
+    dtype, values = workspace_dtype(layer), given_values(layer)
     carried = None
     if any(each.carried for each, *_ in passes):
         # Between passes rows wait as float32 with their log-sum-exp, asked for or not.

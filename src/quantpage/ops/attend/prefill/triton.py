@@ -63,7 +63,7 @@ def attend_pages(results: Results, q, layer, batch, params, segment: Segment, me
 def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
     """Pages to a workspace, which the kernel reads as pages of one key tile each."""
     lens = (batch.query_lens, batch.host_context_lens)
-    dtype = workspace_dtype(layer, q.dtype)
+    dtype = workspace_dtype(layer)
     shape, warps = _shape(q, layer, params, max(lens[0]), (dtype.itemsize, dtype.itemsize))
     key, value = operand(layer.key), operand(layer.value)
     rule = (segment, batch.page_size)
