@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 
 import quantpage
 from quantpage.cpu_core import find_core
 from quantpage.cpu_core.decoder import Decoder
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.int8_weights import Int8Linear, quantize_weights
-from tests.integrations.tiny_models import BUILDERS, tiny, tokens
+from tests.integrations.tiny_models import BUILDERS, COMMON, tiny, tokens
 
 pytestmark = [
     pytest.mark.cpu,
@@ -163,6 +164,85 @@ def test_hidden_states_are_those_of_every_layer():
     assert len(got) == len(want)
     for mine, its in zip(got, want, strict=True):
         torch.testing.assert_close(mine[:, -1], its[:, -1], atol=1e-4, rtol=1e-4)
+
+
+CALLS = {
+    "positional": lambda model, ids, cache: model.model(ids, **cache_as(model, cache)),
+    "embedded": lambda model, ids, cache: model.model(
+        inputs_embeds=model.model.embed_tokens(ids), **cache_as(model, cache)
+    ),
+    "positions": lambda model, ids, cache: model.model(
+        ids, position_ids=torch.arange(PROMPT, PROMPT + 2)[None] + 7, **cache_as(model, cache)
+    ),
+    "masked": lambda model, ids, cache: model.model(
+        ids, attention_mask=torch.ones(2, PROMPT + 2).long(), **cache_as(model, cache)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_decoder_that_is_called_in_other_ways(name, calls):
+    ids, model = tokens(2, PROMPT + 2), tiny("llama", torch.float32)
+    got, want = (
+        _after_a_prompt(model, ids, CALLS[name], implementation)
+        for implementation in (None, "torch")
+    )
+    assert len(calls) == 1
+    torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert got.past_key_values.get_seq_length() == PROMPT + 2
+
+
+def test_what_the_call_of_all_blocks_does_not_answer(calls):
+    ids, model = tokens(2, PROMPT + 2), tiny("llama", torch.float32)
+
+    def run(**others):
+        return lambda model, ids, cache: model.model(ids, **cache_as(model, cache), **others)
+
+    made = _after_a_prompt(model, ids, run(return_dict=False), None)
+    assert isinstance(made, tuple) and made[0].shape == (2, 2, 64) and not calls
+    with pytest.raises(ValueError, match="exactly one"):
+        _after_a_prompt(model, ids, run(inputs_embeds=torch.zeros(2, 2, 64)), None)
+    model.config.output_hidden_states = True
+    assert len(_after_a_prompt(model, ids, run(), None).hidden_states) == 4 and not calls
+
+
+@torch.inference_mode()
+def _after_a_prompt(model, ids, call, implementation):
+    options = {"kv_format": "none", "page_size": 16, "implementation": implementation}
+    with quantpage.attach(model, **options) as attached:
+        cache = attached.new_cache()
+        model(ids[:, :PROMPT], **cache_as(model, cache))
+        return call(model, ids[:, PROMPT:], cache)
+
+
+ROTARY = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_angles_of_every_kind_of_rotary_embedding(kind, calls):
+    rotary = {"rope_type": kind, "rope_theta": 1e4, **ROTARY[kind]}
+    sizes = {**COMMON, "max_position_embeddings": 48}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, rope_parameters=rotary, attn_implementation="eager")
+    ).eval()
+    ids = tokens(1, LENGTH)
+    want = decode(model, ids)
+    with quantpage.attach(model, kv_format="none", page_size=16):
+        got = decode(model, ids)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    # Frequencies that change with the length are the model's own affair.
+    assert len(calls) == (0 if kind == "dynamic" else 8)
 
 
 @pytest.mark.parametrize("what", ["data", "parameter", "module", "layers"])

@@ -52,8 +52,6 @@ class QuantPageCache(Cache):
         self._in_core: list[PagedLayer] | None = None
         """All layers, once it is known that the compiled core serves them."""
         self.turns = Turns()
-        self.core_run: Any = None
-        """How far the compiled core is in the forward under way (cpu_step)."""
         super().__init__(
             layers=[
                 self._layer(index, each, reach)
@@ -99,7 +97,7 @@ class QuantPageCache(Cache):
 
     def _put_back(self, before: list[tuple[PagedLayer, tuple[int, bool]]]) -> None:
         self.rows.cancel()
-        self.rows.attention_mask = self.core_run = None
+        self.rows.attention_mask = None
         for layer, mark in before:
             layer.put_back(mark)
 
@@ -147,7 +145,7 @@ class QuantPageCache(Cache):
         """The same cache over other rows, in any memory."""
         made = copy(self)
         made.rows, made._in_core = rows, None
-        made.turns, made.core_run = Turns(), None
+        made.turns = Turns()
         made.layers = [
             each.fork(rows) if isinstance(each, PagedLayer) else deepcopy(each)
             for each in self.layers

@@ -3,18 +3,18 @@
 ``nn.Linear`` of a few tokens is bound by reading its weights, which torch does at a third of the
 memory's speed. Every linear layer of an attached model asks the core instead. A block whose code is
 Llama's is four calls: projections with norm and rotary embedding, the write, attention, and the
-rest; and where all blocks of a decoder are (Llama, Mistral, Qwen 2), they are one call together.
-Prompts, training and whatever the core does not know run the model's own code.
+rest; and a decoder of such blocks (Llama, Mistral, Qwen 2) runs them in one call, with nothing of
+the model's own code around it. Prompts, training and whatever the core does not know run that code.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quantpage.cpu_core import find_core
 from quantpage.cpu_core.decoder import Block, Decoder
@@ -27,12 +27,14 @@ from quantpage.cpu_core.products import (
     SecondHalf,
 )
 from quantpage.integrations.hf_transformers import functions
-from quantpage.integrations.hf_transformers.arguments import cache_name, take_cache
+from quantpage.integrations.hf_transformers.arguments import cache_name, parameters, take_cache
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.llama_like import (
     is_linear,
     is_llama_block,
     is_llama_model,
+    is_llama_norm,
+    is_still_rotary,
     window_of,
 )
 from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
@@ -57,9 +59,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             layers: Any = module.layers
             blocks = [vars(each)["forward"] for each in layers]
             if len({each.block()[2:5] for each in blocks}) == 1:
-                chain_of_all = _Chain(module, blocks)
-                hook = module.register_forward_pre_hook(chain_of_all.begin, with_kwargs=True)
-                undo.append(hook.remove)
+                _replace(module, _Model(module, blocks), undo)
 
 
 def _replace(module: nn.Module, forward: Any, undo: list[Callable[[], None]]) -> None:
@@ -146,8 +146,6 @@ class _Block:
         self._sizes = [each.out_features // attention.head_dim for each in heads]
         self._window = window_of(attention)
         self._cache_name = cache_name(module)
-        self.chain: _Chain | None = None
-        """Of all blocks of the decoder, where they may run in one call."""
 
     def block(self) -> Block:
         """What the core is told about it."""
@@ -165,14 +163,6 @@ class _Block:
     ) -> Tensor:
         """The block's output, [rows, new, width]."""
         cache = take_cache(kwargs)
-        if (
-            self.chain is not None
-            and position_embeddings is not None
-            and kwargs.keys() <= _HARMLESS
-        ):
-            out = self.chain.run(self, hidden_states, attention_mask, cache, position_embeddings)
-            if out is not None:
-                return out
         pages = self._pages(hidden_states, cache, attention_mask, kwargs)
         if pages is None or position_embeddings is None:
             if cache is not None:
@@ -227,6 +217,8 @@ _HARMLESS = {
     "tokenizer",
 }
 """Arguments that a model may hand to its blocks and that do not change their result."""
+_SHOWN = ("output_attentions", "output_hidden_states")
+"""What the model's own code collects while its blocks run one by one."""
 
 
 def _rotary(embeddings: tuple[Tensor, Tensor], rows: int, heads: int) -> Rotary:
@@ -237,32 +229,71 @@ def _rotary(embeddings: tuple[Tensor, Tensor], rows: int, heads: int) -> Rotary:
     return Rotary(cos.flatten(0, 1).contiguous(), sin.flatten(0, 1).contiguous(), heads)
 
 
-@dataclass(slots=True)
-class _Run:
-    """One forward of a decoder whose blocks may run in one call; its cache holds it."""
+class _Model:
+    """``forward`` of a decoder whose blocks run in one call."""
 
-    chain: "_Chain"
-    out: Tensor | None = None
-    """What the last block made, once all have run."""
-
-
-class _Chain:
-    """All blocks of a decoder in one call, made when the first of them is asked."""
-
-    def __init__(self, model: nn.Module, blocks: list[_Block]) -> None:
-        self._parts, self._blocks = _Parts(model), blocks
+    def __init__(self, module: Any, blocks: list[_Block]) -> None:
+        self._module, self._parts, self._blocks = module, _Parts(module), blocks
         self._decoder = Decoder([each.block() for each in blocks])
         self._q_heads = blocks[0].block().q_heads
-        for each in self._blocks:
-            each.chain = self
+        self._names = parameters(module)
+        self._still = is_still_rotary(module.rotary_emb)
+        self._plain_norm = is_llama_norm(module.norm)
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward of the decoder: whether nobody looks into it or has changed it."""
-        found = [each for each in (*args, *kwargs.values()) if type(each) is QuantPageCache]
-        if len(found) != 1:
-            return
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward returns."""
+        out = self._step({**dict(zip(self._names, args, strict=False)), **kwargs})
+        return type(self._module).forward(self._module, *args, **kwargs) if out is None else out
+
+    def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
+        """None where the model's own code has to run."""
+        cache, mask = take_cache(given), given.pop("attention_mask", None)
+        tokens, x = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        positions = given.pop("position_ids", None)
+        known = tokens if x is None else x[..., 0]
+        if (
+            type(cache) is not QuantPageCache
+            or known is None
+            or (tokens is not None and x is not None)
+            or known.ndim != 2
+            or not 0 < known.numel() <= MAX_TOKENS
+            or not (mask is None or (type(mask) is Tensor and mask.ndim == 2))
+            or not self._asks_nothing_else(given)
+            or not self._unchanged()
+        ):
+            return None
+        x = self._module.embed_tokens(tokens) if x is None else x
+        if not _served_here(x, self._blocks[0].weight) or not self._decoder.serves(x.dtype):
+            return None
+        rows, new, width = x.shape
+        past = cache.get_seq_length()
+        if positions is None:
+            begin = given.get("cache_position")
+            begin = torch.arange(past, past + new) if begin is None else begin
+            positions = begin[None]
+        cos, sin = (each.expand(rows, -1, -1).flatten(0, 1) for each in self._turn(x, positions))
+        with cache.rows.still():
+            padding = functions.padding_of(mask, past + new)
+            begun = cache.begin_step(rows, new, padding, self._q_heads, x.dtype)
+            if begun is None:
+                return None
+            x = self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)
+        return BaseModelOutputWithPast(last_hidden_state=self._norm(x), past_key_values=cache)  # type: ignore[arg-type]
+
+    def _asks_nothing_else(self, given: dict[str, Any]) -> bool:
+        """Whether the rest of the arguments, and the configuration's defaults, want no more."""
+        config = self._module.config
+        return (
+            given.keys() <= _HARMLESS
+            and not any(given.get(each, getattr(config, each, False)) for each in _SHOWN)
+            and given.get("return_dict", getattr(config, "return_dict", True)) is not False
+        )
+
+    def _unchanged(self) -> bool:
+        """Whether nobody looks into the decoder or has changed it."""
+        module = self._module
         layers = module.layers
-        ready = (
+        return (
             not module.training
             and len(layers) == len(self._blocks) == module.config.num_hidden_layers
             and self._parts.same()
@@ -272,46 +303,19 @@ class _Chain:
                 for layer, block in zip(layers, self._blocks, strict=True)
             )
         )
-        # On the cache, not here: other threads run this decoder with caches of their own.
-        found[0].core_run = _Run(self) if ready else None
 
-    def run(
-        self,
-        block: _Block,
-        x: Tensor,
-        mask: Tensor | None,
-        cache: Any,
-        embeddings: tuple[Tensor, Tensor],
-    ) -> Tensor | None:
-        """What the last block makes of it; None where blocks run one by one."""
-        now = cache.core_run if type(cache) is QuantPageCache else None
-        if now is None or now.chain is not self:
-            return None
-        if now.out is None and block is self._blocks[0]:
-            now.out = self._run(x, mask, cache, embeddings)
-            if now.out is None:
-                cache.core_run = None
-            return now.out
-        return x if x is now.out else None
+    def _turn(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [rows or 1, new, head_dim], in x's dtype."""
+        rotary = self._module.rotary_emb
+        if not self._still:
+            return rotary(x, position_ids=positions)
+        # A fifth of what the module takes, which asks for other kinds and leaves autocast.
+        half = positions[..., None].float() * rotary.inv_freq.float()
+        angles, scaling = torch.cat((half, half), -1), rotary.attention_scaling
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
 
-    def _run(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        cache: QuantPageCache,
-        embeddings: tuple[Tensor, Tensor],
-    ) -> Tensor | None:
-        if (
-            not _served_here(x, self._blocks[0].weight)
-            or (mask is not None and mask.ndim != 2)
-            or not self._decoder.serves(x.dtype)
-        ):
-            return None
-        rows, new, width = x.shape
-        padding = functions.facts_of(mask, None).padding
-        cos, sin = (each.expand(rows, -1, -1).reshape(rows * new, -1) for each in embeddings)
-        with cache.rows.still():
-            begun = cache.begin_step(rows, new, padding, self._q_heads, x.dtype)
-            if begun is None:
-                return None
-            return self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)
+    def _norm(self, x: Tensor) -> Tensor:
+        norm = self._module.norm
+        if not self._plain_norm or norm.weight.dtype != x.dtype:
+            return norm(x)
+        return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

@@ -123,12 +123,7 @@ def mask_function(
         "device": device,
         **kwargs,
     }
-    padding, total = None, offset + kv_length
-    if attention_mask is not None:
-        padding = attention_mask[:, :total].to(torch.bool)
-        # One that is too short is kept: rows say what they expected.
-        if padding.shape[1] == total and bool(padding.all()):
-            padding = None
+    padding = padding_of(attention_mask, offset + kv_length)
     rule = rule_of(kwargs.get("mask_function", causal_mask_function))
     facts = MaskFacts(rule, padding, arguments, config)
     if rule is None or not allow_is_causal_skip:
@@ -142,6 +137,15 @@ def mask_function(
         answer = torch.ones(batch_size, 1, dtype=torch.bool, device=device).expand(-1, kv_length)
     answer.quantpage = facts  # type: ignore[attr-defined]
     return answer
+
+
+def padding_of(attention_mask: Tensor | None, total: int) -> Tensor | None:
+    """[rows, total] bool of a mask with two dimensions, False for padding; None: no padding."""
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, :total].to(torch.bool)
+    # One that is too short is kept: rows say what they expected.
+    return None if padding.shape[1] == total and bool(padding.all()) else padding
 
 
 def rule_of(function: Callable[..., Any]) -> Rule | None:

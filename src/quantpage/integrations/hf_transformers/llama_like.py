@@ -62,7 +62,7 @@ def is_llama_block(module: Any) -> bool:
     if not (
         _like(attention, *_ATTENTION)
         and _like(mlp, llama.LlamaMLP)
-        and all(_like(each, llama.LlamaRMSNorm) for each in norms)
+        and all(is_llama_norm(each) for each in norms)
         and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
         and attention.is_causal
     ):
@@ -83,6 +83,22 @@ def is_llama_block(module: Any) -> bool:
 def is_llama_model(module: Any) -> bool:
     """Whether a module runs its blocks one after the other and does nothing between them."""
     return _like(module, *_MODELS) and all(is_llama_block(each) for each in module.layers)
+
+
+def is_llama_norm(module: Any) -> bool:
+    """Whether a module is Llama's RMS norm."""
+    return _like(module, llama.LlamaRMSNorm)
+
+
+def is_still_rotary(module: Any) -> bool:
+    """Whether a module's angles are its frequencies times the positions, at any length."""
+    kind = getattr(module, "rope_type", None)
+    return (
+        _like(module, llama.LlamaRotaryEmbedding)
+        and isinstance(kind, str)
+        and "dynamic" not in kind
+        and kind != "longrope"
+    )
 
 
 def window_of(attention: Any) -> int | None:
