@@ -3,13 +3,9 @@
 import dataclasses
 import json
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
 from quantpage.ops.attend.decode.triton import KEY_UNITS, VALUE_UNITS
-from tests.kernels.aot import resources
+from tests.kernels.aot import compile_kernel, resources
 from tests.kernels.decode_case import decode_arguments
 
 TYPES = {"torch.int8": "*i8", "torch.int16": "*i16"}
@@ -20,19 +16,7 @@ def compile_decode(code="int8", registers=None, chunk=32, **given):
     arguments = decode_arguments(code, code, **given) | {"CHUNK": chunk}
     for name, units in (("k_codes", KEY_UNITS), ("v_codes", VALUE_UNITS)):
         arguments[name] = TYPES.get(str(units.get(code)), "*i32")
-    signature, constants, aligned = {}, {}, {}
-    for at, name in enumerate(decode_kernel.arg_names):
-        value = arguments[name]
-        if not isinstance(value, str):
-            signature[name] = "constexpr"
-            constants[(at,)] = value
-            continue
-        signature[name] = value.removesuffix(":16")
-        if value.endswith(":16") or value.startswith("*"):
-            aligned[(at,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(decode_kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 4, "maxnreg": registers}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compile_kernel(decode_kernel, arguments, 90, num_warps=4, maxnreg=registers)
 
 
 # The planner's shapes: query rows, stages, cap on registers.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from quantpage.explain import DEVICES, example_call
-from quantpage.formats import FORMATS
+from quantpage.formats import find_format
 from quantpage.hardware import HOPPER
 from quantpage.ops import attend, gather, rope_write
 from quantpage.ops.attend.latent.launch import (
@@ -35,6 +35,17 @@ def test_the_measured_shapes_are_taken_and_fit():
         assert tiles == wanted == fitted(tiles, 576, 1, 227 * 1024)
 
 
+def test_the_hopper_kernel_takes_what_it_was_measured_in():
+    for rows, wanted in (
+        (1, LatentTiles(16, 64, 4, 3, wgmma=True)),
+        (16, LatentTiles(16, 64, 4, 3, wgmma=True)),
+        (32, LatentTiles(32, 64, 8, 3, wgmma=True)),
+        (128, LatentTiles(64, 64, 8, 2, wgmma=True)),
+    ):
+        for keys in (1, MANY + 1):
+            assert latent_tiles(True, rows, keys, HOPPER, True) == wanted
+
+
 @pytest.mark.parametrize("kilobytes", [0, 99, 163, 227])
 @pytest.mark.parametrize("width,itemsize", [(576, 1), (576, 2), (1024, 1), (1024, 2), (128, 2)])
 @pytest.mark.parametrize("rows,keys", [(16, 1), (16, MANY + 1), (128, 1)])
@@ -61,23 +72,27 @@ def test_rows_that_nearly_fill_the_device_are_not_cut(all_rows, programs):
 
 
 @pytest.mark.parametrize(
-    "name,attends",
+    "name,attends,on_hopper",
     [
-        ("none", "triton"),
-        ("int8", "triton"),
-        ("fp8", "triton"),
-        ("int4", "torch"),
-        ("k8v4", "torch"),
+        ("none", "triton", "triton"),
+        ("int8", "triton", "gluon"),
+        ("fp8", "triton", "gluon"),
+        ("k=int8,v=fp8", "triton", "triton"),
+        ("int4", "torch", "torch"),
+        ("k8v4", "torch", "torch"),
     ],
 )
-def test_who_serves_rows_on_a_gpu(name, attends):
+def test_who_serves_rows_on_a_gpu(name, attends, on_hopper):
     for device in ("Hopper", "Ampere"):
         call = replace(
-            example_call(DEVICES[device], FORMATS[name]), q_heads=128, kv_heads=1, head_dim=512,
+            example_call(DEVICES[device], find_format(name)), q_heads=128, kv_heads=1, head_dim=512,
             value_head_dim=64, latent=True,
         )  # fmt: skip
         for phase in ("prefill", "decode"):
-            assert choose(attend.CANDIDATES, replace(call, phase=phase)).name == attends
+            wanted = on_hopper if (device, phase) == ("Hopper", "decode") else attends
+            assert choose(attend.CANDIDATES, replace(call, phase=phase)).name == wanted
+        narrow = replace(call, head_dim=256, value_head_dim=32)
+        assert choose(attend.CANDIDATES, narrow).name == attends
         assert choose(rope_write.CANDIDATES, call).name == "triton"
         assert choose(gather.CANDIDATES, call).name == "triton"
         assert choose(rope_write.CANDIDATES, replace(call, head_dim=1024)).name == "torch"

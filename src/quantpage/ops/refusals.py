@@ -176,6 +176,19 @@ def one_width(*wanted: int) -> Condition:
     return condition
 
 
+def latent_widths(row: int, rotary: int) -> Condition:
+    """Channels of latent rows and the rotary ones beside them."""
+
+    def condition(call: Call) -> Iterator[str]:
+        if (call.head_dim, call.value_head_dim) != (row, rotary):
+            yield (
+                f"needs rows of {row} and {rotary} rotary channels, got {call.head_dim} and "
+                f"{call.value_head_dim}."
+            )
+
+    return condition
+
+
 def rows_for_tma(call: Call) -> Iterator[str]:
     """Rows of a 16-bit workspace that TMA can copy."""
     for name, width in _widths(call):
@@ -210,6 +223,13 @@ def codes(call: Call) -> Iterator[str]:
     for name, spec, _ in _halves(call):
         if not spec.quantized:
             yield f"needs codes, got {name} as they come."
+
+
+def one_code(call: Call) -> Iterator[str]:
+    """The same code for keys and values."""
+    key, value = call.format.key.code, call.format.value.code
+    if key != value:
+        yield f"needs one code for keys and values, got {key.name} and {value.name}."
 
 
 def whole_words(call: Call) -> Iterator[str]:
@@ -329,11 +349,16 @@ DECODE_GLUON = refuse(
 )
 PREFILL_TRITON = refuse(*_ATTEND, phase("prefill"), masks("causal", "full"))
 PREFILL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("causal", "full"))
-LATENT_TRITON = refuse(
+_LATENT = (
     known_codes("int8", "fp8"), device("cuda"), triton, capability((8, 0), later=True),
     queries(*_16_BITS, torch.float32), latent_rows, masks("causal", "full"), channels(512),
     short_scales, one_scale, scales_of_tokens, no_zeros, no_exact_pages, whole_words,
     pages_of_16_bits,
+)  # fmt: skip
+LATENT_TRITON = refuse(*_LATENT)
+LATENT_GLUON = refuse(
+    *_LATENT, capability((9, 0), later=False), phase("decode"), codes, one_code,
+    latent_widths(512, 64), gluon,
 )  # fmt: skip
 INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))
 INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))

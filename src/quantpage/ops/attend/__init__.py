@@ -31,6 +31,7 @@ from quantpage.ops.rotate_output import rotate_output
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 
 _RESERVE = "quantpage.ops.attend.decode.reserve:reserve"
+_RESERVE_LATENT = "quantpage.ops.attend.latent.reserve:reserve"
 _MERGE = "quantpage.ops.attend.flash.triton_merge:merge_partials"
 CANDIDATES: list[Implementation] = [
     Implementation(
@@ -80,11 +81,18 @@ CANDIDATES: list[Implementation] = [
         merge=_MERGE,
     ),
     Implementation(
+        "gluon",
+        "quantpage.ops.attend.latent.gluon:attend",
+        refusals.LATENT_GLUON,
+        into=True,
+        reserve=_RESERVE_LATENT,
+    ),
+    Implementation(
         "triton",
         "quantpage.ops.attend.latent.triton:attend",
         refusals.LATENT_TRITON,
         into=True,
-        reserve="quantpage.ops.attend.latent.reserve:reserve",
+        reserve=_RESERVE_LATENT,
     ),
     Implementation(
         "cpu", "quantpage.ops.attend.cpu:attend", refusals.ATTEND_CPU, whole=True, into=True

@@ -50,11 +50,11 @@ def unpack(units, CODE: gl.constexpr):
 
 
 @gluon.constexpr_function
-def copy_layout(units, unit):
-    """In which a warpgroup asks for a tile's units: sixteen bytes a thread."""
+def copy_layout(units, unit, warps=4):
+    """In which warps ask for a tile's units: sixteen bytes a thread."""
     each = 128 // unit.primitive_bitwidth
     lanes = min(32, units // each)
-    return gl.BlockedLayout([1, each], [32 // lanes, lanes], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, each], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function

@@ -66,7 +66,7 @@ def my_share(
     SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """triton_share.my_share, with a layout."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     tiles = _chunk_tiles(
         query_starts, context_lens, requests, 0, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
         SEGMENT, CHUNK, layout,
@@ -167,7 +167,7 @@ def copy_codes(
 
 
 @gluon.jit
-def _plane(
+def token_plane(
     plane, page_stride, page, table, key_start, last_key, PAGE: gl.constexpr, TILE: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
@@ -186,11 +186,11 @@ def planes(
     """A tile's scales and zeros, ``none`` for those that the cache does not have."""
     ks, kz, vs, vz = none, none, none, none
     if K_SCALES == A_TOKEN:
-        ks = _plane(k_scale, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
+        ks = token_plane(k_scale, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
         if K_ZERO:
-            kz = _plane(k_zero, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
+            kz = token_plane(k_zero, k_page, page, table, key_start, last_key, PAGE, TILE, layout)
     if V_SCALES == A_TOKEN:
-        vs = _plane(v_scale, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
+        vs = token_plane(v_scale, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
         if V_ZERO:
-            vz = _plane(v_zero, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
+            vz = token_plane(v_zero, v_page, page, table, key_start, last_key, PAGE, TILE, layout)
     return ks, kz, vs, vz

@@ -30,13 +30,19 @@ class LatentTiles:
     """The fixed grid is this times the device's multiprocessors."""
     min_tiles: int = 2
     """Smallest share of a program: a piece costs a partial result."""
+    wgmma: bool = False
+    """The Hopper kernel (gluon_kernel), whose tiles have 64 keys."""
 
 
 def latent_tiles(
-    codes: bool, rows: int, keys: int, capability: tuple[int, int] | None
+    codes: bool,
+    rows: int,
+    keys: int,
+    capability: tuple[int, int] | None,
+    wgmma: bool = False,
 ) -> LatentTiles:
     """codes: both halves are. rows: query rows of the longest request. keys: of all requests, an
-    upper bound. capability: of the device; None: interpreted.
+    upper bound. capability: of the device; None: interpreted. wgmma: the Hopper kernel takes it.
 
     Measured on an H100, us of int8, a row of 512 and 64 rotary channels (rows, tile, warps, stages,
     programs a multiprocessor):
@@ -52,9 +58,29 @@ def latent_tiles(
         (16, 32, 2, 5, 2) keys first    131.8     213.9
         (64, 64, 8, 2, 1)               199.5     304.4
 
+    and the Hopper kernel:
+
+        128 heads                       64 x 4k   16 x 32k
+        (64, 64, 8, 2, 1)               275.9     556.5
+        (64, 64, 8, 3, 1)               276.4     563.8
+        (32, 64, 8, 3, 1)               307.3     544.5
+
+        16 heads                        64 x 4k   16 x 32k
+        (16, 64, 4, 2, 2)               79.4      128.7
+        (16, 64, 4, 2, 1)               90.1      123.7
+        (16, 64, 4, 3, 1)               75.6      125.8
+        (16, 64, 4, 4, 1)               77.2      127.3
+        (16, 64, 8, 3, 1)               76.5      128.0
+        (32, 64, 8, 3, 1)               85.3      151.6
+
     16-bit rows and other devices have not been measured: they take the tile of 32 keys, which keeps
     to its registers from either on every target that it was compiled for.
     """
+    if wgmma:
+        if rows > 32:
+            return LatentTiles(64, 64, 8, 2, wgmma=True)
+        # A warpgroup for sixteen rows, two for more, as its outputs fill half of its registers.
+        return LatentTiles(*((16, 64, 4, 3) if rows <= 16 else (32, 64, 8, 3)), wgmma=True)
     if capability == HOPPER and rows > 16:
         return LatentTiles(64, 64, 8, 2)
     if capability == HOPPER and codes:

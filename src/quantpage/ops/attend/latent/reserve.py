@@ -1,7 +1,11 @@
 """Memory of decode over latent rows for every step up to a size, held before one is captured."""
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 
+from quantpage.ops import refusals
 from quantpage.ops.attend.decode.workspaces import larger, piece_sizes, workspace
 from quantpage.ops.attend.flash.tiles import processors_of
 from quantpage.ops.attend.latent.launch import MANY, latent_tiles, programs_of, row_tiles
@@ -24,16 +28,19 @@ def needed(call: Call, processors: int, max_requests: int, max_tokens: int) -> t
     but the number of its tiles, which are counted as the smallest there are.
     """
     codes = call.format.key.quantized and call.format.value.quantized
+    hopper = not refusals.LATENT_GLUON(replace(call, phase="decode"))
     pieces = (0, 0, 0)
-    for new in range(1, min(DECODE_TOKENS, max_tokens) + 1):
-        heads = call.q_heads
-        for requests in range(1, min(max_requests, max_tokens) + 1):
-            for keys in (0, MANY + 1):
-                tiles = latent_tiles(codes, heads * new, keys, call.device.capability)
-                programs = programs_of(
-                    tiles, processors, requests * row_tiles(heads, new, tiles.rows)
-                )
-                smallest = requests * row_tiles(heads, new, 16)
-                asked = piece_sizes(programs, tiles.rows, call.head_dim, smallest)
-                pieces = larger(pieces, asked)
+    for new, requests, keys, wgmma in product(
+        range(1, min(DECODE_TOKENS, max_tokens) + 1),
+        range(1, min(max_requests, max_tokens) + 1),
+        (0, MANY + 1),
+        {False, hopper},
+    ):
+        rows = call.q_heads * new
+        tiles = latent_tiles(codes, rows, keys, call.device.capability, wgmma)
+        programs = programs_of(
+            tiles, processors, requests * row_tiles(call.q_heads, new, tiles.rows)
+        )
+        smallest = requests * row_tiles(call.q_heads, new, 16)
+        pieces = larger(pieces, piece_sizes(programs, tiles.rows, call.head_dim, smallest))
     return pieces

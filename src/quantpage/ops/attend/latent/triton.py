@@ -4,7 +4,7 @@ Launch arguments are host integers that do not depend on the lengths (upper boun
 graphs). Who has which tiles, the pieces of rows that were cut and their merge are decode's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,7 @@ from quantpage.ops.attend.latent.triton_kernel import decode_kernel
 from quantpage.ops.attend.params import AttendParams, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
-from quantpage.ops.operand import operand
+from quantpage.ops.operand import Operand, operand
 
 
 @kernel(Needs(refusals.LATENT_TRITON, kind="cuda"))
@@ -46,12 +46,12 @@ def attend(
     """tiles: the launch's shape; None: the planner's choice."""
     results = results_for(q, layer.key.head_dim, True, asked.out, asked.lse)
     if q.shape[0]:
-        _launch(results, q, layer, batch, params, tiles or planned(q, layer, batch))
+        decode_into(results, q, layer, batch, params, tiles or planned(q, layer, batch))
     return results
 
 
-def planned(q: Tensor, layer: LayerKV, batch: BatchPlan) -> LatentTiles:
-    """The planner's choice, as the device has room for it."""
+def planned(q: Tensor, layer: LayerKV, batch: BatchPlan, hopper: bool = False) -> LatentTiles:
+    """The planner's choice, as the device has room for it; hopper: the Hopper kernel can be had."""
     device = device_info(q.device)
     codes = layer.key.spec.quantized and layer.value.spec.quantized
     tiles = latent_tiles(
@@ -59,7 +59,10 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan) -> LatentTiles:
         q.shape[1] * batch.max_query_len,
         sum(batch.host_context_lens),
         device.capability,
+        hopper,
     )
+    if tiles.wgmma:
+        return tiles
     width = sum(_width(half.head_dim) for half in (layer.key, layer.value))
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
@@ -69,22 +72,35 @@ def _width(channels: int) -> int:
     return max(64, portable_width(channels))
 
 
-def _launch(
+class Arranged(NamedTuple):
+    """A launch with all that both kernels are given."""
+
+    programs: int
+    given: tuple[Any, ...]
+    """Queries, pages, the step, results and workspaces, numbers, strides."""
+    both: dict[str, Any]
+    """What is compiled into both kernels and into the launch that joins."""
+    row: Operand
+    rotary: Operand
+    merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
+    """Grid, arguments and constants of the launch that joins cut rows."""
+
+
+def arrange(
     results: Results,
     q: Tensor,
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
     tiles: LatentTiles,
-) -> None:
+) -> Arranged:
+    """What a launch of this shape takes."""
     mask, (out, lse) = params.mask, results
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
-    if tiles.by_keys and not (layer.key.spec.quantized and layer.value.spec.quantized):
-        raise ValueError("tiles: expected queries by keys for pages without codes, got keys first")
     heads = q.shape[1]
     q = q if q.stride(-1) == 1 else q.contiguous()
-    unit = torch.int32 if tiles.by_keys else None
+    unit = torch.int32 if tiles.by_keys or tiles.wgmma else None
     row, rotary = operand(layer.key, unit), operand(layer.value, unit)
     tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
     all_rows = batch.num_requests * tiles_of_rows
@@ -94,29 +110,63 @@ def _launch(
     )
     window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
-    device = device_info(q.device)
-    overlap = device.since(HOPPER)
-    # What the launch that joins is compiled for, too.
+    overlap = device_info(q.device).since(HOPPER)
     both: dict[str, Any] = {
         "PAGE": batch.page_size, "ROWS": tiles.rows, "ROW_TILES": tiles_of_rows,
         "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
         "SINKS": params.sinks is not None, "OVERLAP": overlap, "launch_pdl": overlap,
     }  # fmt: skip
-    decode_kernel[(programs,)](
+    given = (
         q, row.codes, row.scale, rotary.codes, rotary.scale, batch.page_table, batch.query_starts,
         batch.context_lens, params.sinks, out, lse, part_out, part_lse, cuts, params.softmax_scale,
         params.softcap if params.softcap is not None else 1.0, batch.num_requests, tiles.min_tiles,
         *mask_numbers, q.stride(0), q.stride(1), row.strides[0], row.scale_strides[0],
         rotary.strides[0], rotary.scale_strides[0], batch.page_table.stride(0), out.stride(0),
         out.stride(1),
-        **both,
+    )  # fmt: skip
+    merged = (
+        cuts, part_out, part_lse, batch.query_starts, batch.context_lens, params.sinks, out, lse,
+        1, *mask_numbers, out.stride(0), out.stride(1),
+    )  # fmt: skip
+    # Pieces that a row is cut into, which the merge takes at once if they are few.
+    parts = min(32, max(4, triton.next_power_of_2(programs // all_rows + 2)))
+    fixed = both | {
+        "VALUE_DIM": row.head_dim, "GROUP": heads, "SEGMENT": 0, "PARTS": parts, "num_warps": 4
+    }  # fmt: skip
+    # A program a query row.
+    grid = (all_rows, min(tiles.rows, heads * batch.max_query_len))
+    return Arranged(programs, given, both, row, rotary, (grid, merged, fixed))
+
+
+def join(made: Arranged) -> None:
+    """Rows that were cut, by a launch of its own."""
+    grid, given, fixed = made.merge
+    merge_cuts_kernel[grid](*given, **fixed)
+
+
+def decode_into(
+    results: Results,
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    tiles: LatentTiles,
+) -> None:
+    """A step by this shape."""
+    if tiles.by_keys and not (layer.key.spec.quantized and layer.value.spec.quantized):
+        raise ValueError("tiles: expected queries by keys for pages without codes, got keys first")
+    made = arrange(results, q, layer, batch, params, tiles)
+    row, rotary = made.row, made.rotary
+    decode_kernel[(made.programs,)](
+        *made.given,
+        **made.both,
         ROW_CODE=row.code,
         ROTARY_CODE=rotary.code,
         ROW_DIM=row.head_dim,
         ROTARY_DIM=rotary.head_dim,
         ROW_WIDTH=_width(row.head_dim),
         ROTARY_WIDTH=_width(rotary.head_dim),
-        HEADS=heads,
+        HEADS=q.shape[1],
         TILE=tiles.tile,
         SOFTCAP=params.softcap is not None,
         CHUNK=chunk_of(batch.num_requests),
@@ -124,20 +174,8 @@ def _launch(
         PAIRS=paired(layer.key) and paired(layer.value),
         # One query a request: what it does not see is not loaded.
         HIDES=not layer.key.spec.quantized and batch.max_query_len > 1,
-        OLD=device.before(E4M3),
+        OLD=device_info(q.device).before(E4M3),
         BY_KEYS=tiles.by_keys,
         num_warps=tiles.warps,
-    )  # fmt: skip
-    # Pieces that a row is cut into, which the merge takes at once if they are few.
-    parts = min(32, max(4, triton.next_power_of_2(programs // all_rows + 2)))
-    # A program a query row.
-    merge_cuts_kernel[(all_rows, min(tiles.rows, heads * batch.max_query_len))](
-        cuts, part_out, part_lse, batch.query_starts, batch.context_lens, params.sinks, out, lse,
-        1, *mask_numbers, out.stride(0), out.stride(1),
-        **both,
-        VALUE_DIM=row.head_dim,
-        GROUP=heads,
-        SEGMENT=0,
-        PARTS=parts,
-        num_warps=4,
-    )  # fmt: skip
+    )
+    join(made)

@@ -1,0 +1,207 @@
+"""What the Hopper kernel of latent rows multiplies: codes from shared memory to operands.
+
+As decode/gluon_operands, whose three ways in are these, PART channels at a time: integer codes are
+keys as bytes against queries of two int8 numbers, codes of fp8 keys in float16, and all of them
+values in float16, turned over. Registers are renamed, never moved.
+
+With eight warps the first product gives each warpgroup half of the query rows, the second half of
+the channels.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.decode.gluon_operands import unpack
+from quantpage.ops.triton.common import FP8, Constant
+
+PART = Constant(128)
+"""Channels that threads hold at once of a tile."""
+
+
+@gluon.constexpr_function
+def key_layout(units, per_quarter, warps):
+    """A thread has a quarter of two rows' units, 16 bytes at a time; both warpgroups have all.
+
+    per_quarter: units of a quarter.
+    """
+    registers = []
+    step = 1
+    while step < per_quarter:
+        registers.append([0, step])
+        step *= 2
+    registers.append([8, 0])
+    lanes = [[0, per_quarter], [0, 2 * per_quarter], [1, 0], [2, 0], [4, 0]]
+    groups = [[16, 0], [32, 0]] + [[0, 0]] * (warps == 8)
+    return gl.DistributedLinearLayout(registers, lanes, groups, [], [64, units])
+
+
+@gluon.constexpr_function
+def value_words_layout(warps):
+    """Of the words of 32 channels a warp: a thread has one of a quarter of the keys, two
+    neighbours a pair.
+    """
+    registers = [[1, 0], [8, 0], [16, 0], [32, 0]]
+    lanes = [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
+    groups = [[0, 8], [0, 16]] + [[0, 32]] * (warps == 8)
+    return gl.DistributedLinearLayout(registers, lanes, groups, [], [64, 8 * warps])
+
+
+@gluon.jit
+def key_part(smem, CODE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    """K [64 keys, channels] from a part's bytes (fp8: words), in the order of _query_part."""
+    UNITS: gl.constexpr = smem.shape[1]
+    QUARTER: gl.constexpr = UNITS // 4
+    codes = smem.load(key_layout(UNITS, QUARTER, WARPS))
+    if CODE == FP8:
+        k0, k1, k2, k3 = unpack(codes, CODE)
+        k = gl.join(gl.join(k0, k1), gl.join(k2, k3))
+        k = gl.permute(gl.reshape(k, [64, 4, QUARTER // 2, 2, 2, 2]), (0, 5, 4, 2, 1, 3))
+        k = gl.reshape(k, [64, UNITS * 4])
+    else:
+        k = gl.permute(gl.reshape(codes, [64, 4, QUARTER // 4, 4]), (0, 2, 1, 3))
+        k = gl.reshape(k, [64, UNITS])
+    return gl.convert_layout(k, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _query_part(q, CODE: gl.constexpr):
+    """Queries [rows, channels of a part] in the order in which threads hold K."""
+    ROWS: gl.constexpr = q.shape[0]
+    WIDTH: gl.constexpr = q.shape[1]
+    if CODE == FP8:
+        q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 32, 2, 2, 2]), (0, 4, 5, 2, 1, 3))
+    else:
+        q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 16, 4]), (0, 2, 1, 3))
+    return gl.reshape(q, [ROWS, WIDTH])
+
+
+@gluon.jit
+def value_part(smem, shown, CODE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    """V turned over [channels, 64 keys] from words, channels in the order that ``ordered`` undoes.
+
+    shown: keys whose slots hold numbers; others' codes of fp8 may be NaN.
+    """
+    words = smem.load(value_words_layout(WARPS))
+    if CODE == FP8:
+        words = gl.where(shown[:, None], words, 0)
+    v0, v1, v2, v3 = unpack(words, CODE)
+    v = gl.join(gl.join(v0, v1), gl.join(v2, v3))
+    v = gl.permute(gl.reshape(v, [64, WARPS, 8, 2, 2]), (4, 1, 3, 2, 0))
+    return gl.convert_layout(gl.reshape(v, [32 * WARPS, 64]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def ordered(o, WARPS: gl.constexpr):
+    """[channels as value_part has them, rows] -> [rows, channels]."""
+    ROWS: gl.constexpr = o.shape[1]
+    o = gl.permute(gl.reshape(o, [2, WARPS, 2, 8, ROWS]), (4, 1, 3, 0, 2))
+    return gl.reshape(o, [ROWS, 32 * WARPS])
+
+
+@gluon.constexpr_function
+def query_layout(width, warps):
+    """Of queries as they are loaded, half a row of threads to each of two rows."""
+    return gl.BlockedLayout([1, width // 16], [2, 16], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _asked(at, real, WIDTH: gl.constexpr, WARPS: gl.constexpr):
+    """WIDTH channels of queries, float32, NaN where they are not finite."""
+    layout: gl.constexpr = query_layout(WIDTH, WARPS)
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    at = gl.convert_layout(at, rows)
+    mask = gl.convert_layout(real, rows)[:, None]
+    x = gl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(gl.float32)
+    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+    return gl.where(gl.abs(x) < float("inf"), x, float("nan"))
+
+
+@gluon.jit
+def _largest(x, rows: gl.constexpr):
+    """Of each row's finite sizes, and 1 where one is not."""
+    size = gl.abs(x)
+    finite = size < float("inf")
+    high = gl.max(gl.where(finite, size, 0.0), 1)
+    wrong = gl.max((~finite).to(gl.int32), 1)
+    return gl.convert_layout(high, rows), gl.convert_layout(wrong, rows)
+
+
+@gluon.jit
+def _store_part(smem, x, unit, CODE: gl.constexpr, GROUPS: gl.constexpr):
+    """A part of queries as the second operand."""
+    ROWS: gl.constexpr = x.shape[0]
+    WIDTH: gl.constexpr = x.shape[1]
+    unit = gl.convert_layout(unit, gl.SliceLayout(1, x.type.layout))[:, None]
+    if CODE == FP8:
+        smem.store(_query_part((x * unit).to(gl.float16), CODE))
+    else:
+        # Added and taken off again, the number rounds to the nearest even integer.
+        fixed = (gl.where(x == x, x, 0.0) * unit + 12582912.0) - 12582912.0
+        fixed = _query_part(fixed.to(gl.int32), CODE)
+        high = (fixed + 64) >> 7
+        both = gl.join(high, fixed - (high << 7)).to(gl.int8)
+        both = gl.reshape(both, [GROUPS, ROWS // GROUPS, WIDTH, 2])
+        smem.store(gl.reshape(gl.permute(both, (0, 3, 1, 2)), [2 * ROWS, WIDTH]))
+
+
+@gluon.jit
+def load_queries(
+    row_smem, rotary_smem, at, real, ROW_DIM: gl.constexpr, ROTARY_DIM: gl.constexpr,
+    CODE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Queries into shared memory as the second operand of scores: two int8 numbers each beside
+    integer codes, float16 beside others. at: pointers of rows.
+
+    Returns what a row's scores are multiplied by, in the layout of ``at``.
+    """
+    rows: gl.constexpr = at.type.layout
+    GROUPS: gl.constexpr = WARPS // 4
+    high = gl.full([at.shape[0]], 0.0, gl.float32, rows)
+    wrong = gl.full([at.shape[0]], 0, gl.int32, rows)
+    for i in gl.static_range(ROW_DIM // PART):
+        own, bad = _largest(_asked(at + i * PART, real, PART, WARPS), rows)
+        high = gl.maximum(high, own)
+        wrong = gl.maximum(wrong, bad)
+    own, bad = _largest(_asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), rows)
+    high = gl.maximum(gl.maximum(high, own), 1e-30)
+    wrong = gl.maximum(wrong, bad)
+    if CODE == FP8:
+        # Of a power of two: it rounds nothing.
+        power = (high.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+        left = power / 16384.0
+    else:
+        left = high / 16256.0
+    unit = 1.0 / left
+    # The second time they come from a cache: all of a row would not fit into registers.
+    for i in gl.static_range(ROW_DIM // PART):
+        _store_part(row_smem.index(i), _asked(at + i * PART, real, PART, WARPS), unit, CODE, GROUPS)
+    _store_part(rotary_smem, _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), unit, CODE, GROUPS)
+    return gl.where(wrong > 0, float("nan"), left)
+
+
+@gluon.jit
+def score_of(s, CODE: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
+    """A product as float32 [64 keys, rows]: 128 times the high bytes' plus the low ones', exact in
+    int32 up to 1,024 channels.
+    """
+    if CODE == FP8:
+        made = s
+    else:
+        ROWS: gl.constexpr = s.shape[1] // 2
+        s = gl.permute(gl.reshape(s, [64, GROUPS, 2, ROWS // GROUPS]), (0, 1, 3, 2))
+        high, low = gl.split(s)
+        s = gl.reshape(high * 128 + low, [64, ROWS])
+        made = gl.convert_layout(s, layout, assert_trivial=True).to(gl.float32)
+    return made
+
+
+@gluon.jit
+def far_bits(x, GROUPS: gl.constexpr):
+    """The largest of a warp's, as bits: positive floats are ordered as integers, and negative ones
+    are below them.
+    """
+    ROWS: gl.constexpr = x.shape[1]
+    bits = gl.reshape(x.to(gl.int32, bitcast=True), [4, 16, GROUPS, ROWS // GROUPS])
+    bits = gl.reshape(gl.permute(bits, (0, 2, 1, 3)), [4 * GROUPS, 16 * ROWS // GROUPS])
+    return gl.max(bits, 1)
