@@ -119,6 +119,24 @@ def test_an_interrupt_while_torch_is_imported_is_one_line():
     assert (child.returncode, said) == (130, b"quantpage: interrupted\n")
 
 
+IGNORED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Looks:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.exit(signal.getsignal(signal.SIGINT).name)
+sys.meta_path.insert(0, Looks())
+from quantpage.cli import main
+main(["formats"])
+"""
+
+
+def test_an_interrupt_that_a_shell_ignores_stays_ignored_while_torch_is_imported():
+    child = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True)
+    assert child.stderr == "SIG_IGN\n"
+
+
 def test_an_interrupt_of_a_command_is_one_line(quantpage, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt

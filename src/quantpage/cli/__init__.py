@@ -15,7 +15,9 @@ from quantpage.cli.exit_codes import INTERRUPTED
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code (docs/commands.md)."""
-    before = signal.signal(signal.SIGINT, _leave_at_once)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a shell's background job ignores it, as it should
+        signal.signal(signal.SIGINT, _leave_at_once)
     from quantpage.cli.app import run
 
     signal.signal(signal.SIGINT, before)
