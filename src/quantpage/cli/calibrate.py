@@ -89,12 +89,16 @@ def command(
             scales,  # type: ignore[arg-type]
         )
     made.save(out)
+    console.print_line("layer  error of scores, plain -> mapped    a/b of each kv_head")
     for index, each in table:
-        scales = " ".join(f"{a:g}/{b:g}" for a, b in each.exponents)
+        chosen_by = " ".join(f"{a:g}/{b:g}" for a, b in each.exponents)
         console.print_line(
-            f"layer {index:3d}  loss {each.plain_loss:.1e} -> {each.loss:.1e}  "
-            f"exponents of scales {scales}"
+            f"{index:5d}  {each.plain_loss:.1e} -> {each.loss:.1e}{'':22}{chosen_by}"
         )
+    console.note(
+        "error: squared, relative to the scores' own size. A channel's scale is W^a / C^b, "
+        "of the queries' metric W and the keys' variance C (docs/formats.md, key maps)."
+    )
     if made.static:
         console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")
     console.note(f"written: {out}")

@@ -81,7 +81,7 @@ def command(
             f"{weights}), got {memory}"
         )
     rows, refused = [], {}
-    for name in split_choices(kv_format) or FORMATS:
+    for name in split_choices(kv_format, "kv_format") or FORMATS:
         try:
             plans = counted.plans(LayerFormats.parse(name), page_size)
         except FormatError as error:

@@ -152,14 +152,19 @@ class LayerFormats:
         )
 
 
-def split_choices(text: str) -> list[str]:
-    """Several choices separated by commas, each with its rules: "int8,int4,first1=int8" are two."""
+def split_choices(text: str, argument: str = "formats") -> list[str]:
+    """Several choices separated by commas, each with its rules: "int8,int4,first1=int8" are two.
+
+    None of no text. ValueError, which names ``argument``, if there are commas alone.
+    """
     choices: list[str] = []
     for part in filter(None, _parts(text)):
         if choices and _is_rule(part):
             choices[-1] = f"{choices[-1]},{part}"
         else:
             choices.append(part)
+    if text.strip() and not choices:
+        raise ValueError(f"{argument}: expected names separated by commas, got {text!r}")
     return choices
 
 
