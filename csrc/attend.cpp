@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "library.h"
-#include "threads.h"
+#include "steps.h"
 
 namespace {
 
@@ -58,7 +58,7 @@ struct Memory {
   std::vector<Run> runs;
   std::vector<uint16_t> bits;
   std::vector<Partial> parts;
-  Buffer scratch, results;
+  Buffer scratch, results, partials;
 };
 thread_local Memory memory;
 
@@ -198,7 +198,7 @@ struct Plan {
   std::vector<Work> work;
   std::vector<Group> groups;
   int64_t partial_floats = 0;
-  std::unique_ptr<float[]> partials;
+  float* partials = nullptr;
   int64_t group, dim;
 
   Plan(const Attend& call, const Kernels& with)
@@ -249,7 +249,7 @@ struct Plan {
     const int64_t rows = w.tokens * group;
     return {from + rows * dim, from + rows * dim + rows, from};
   }
-  Partial place(const Work& w) const { return place(w, partials.get() + w.partial); }
+  Partial place(const Work& w) const { return place(w, partials + w.partial); }
 
   void attend(const Source& from, const Work& w, const Partial& out) const {
     Memory& m = memory;
@@ -290,14 +290,25 @@ struct Plan {
 
 }  // namespace
 
-EXPORT int64_t quantpage_attend(const Attend* call) {
-  const Kernels* kernels = find_kernels(call->isa);
+int64_t attend(const Attend& call, const Team& team) {
+  const Kernels* kernels = find_kernels(call.isa);
   if (!kernels) return 1;
-  Plan plan(*call, *kernels);
+  // Each thread cuts the step, into the same items.
+  Plan plan(call, *kernels);
   plan.cut();
-  plan.partials.reset(new float[plan.partial_floats + 1]);
-  parallel((int64_t)plan.work.size(), call->threads, 1, [&](int64_t i) { plan.run(i); });
+  team.wait();
+  if (plan.partial_floats) {
+    if (team.id == 0) team.shared->partials = (float*)memory.partials.take(4 * plan.partial_floats);
+    team.wait();
+    plan.partials = team.shared->partials;
+  }
+  team.in_turn((int64_t)plan.work.size(), [&](int64_t i) { plan.run(i); });
   if (plan.partial_floats == 0) return 0;
-  parallel((int64_t)plan.groups.size(), call->threads, 8, [&](int64_t i) { plan.merge(plan.groups[i]); });
+  team.wait();
+  team.in_turn((int64_t)plan.groups.size(), [&](int64_t i) { plan.merge(plan.groups[i]); });
   return 0;
+}
+
+EXPORT int64_t quantpage_attend(const Attend* call) {
+  return in_team(call->threads, nullptr, [&](const Team& team) { return attend(*call, team); });
 }

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "products.h"
-#include "threads.h"
+#include "team.h"
 
 static bool supported(int64_t isa) {
 #if defined(__x86_64__)
@@ -57,7 +57,7 @@ EXPORT int64_t quantpage_read(const uint8_t* bytes, int64_t size, int64_t thread
   typedef long long line __attribute__((vector_size(64), aligned(16)));
   const int64_t share = size / threads / 256 * 256;
   int64_t sums[256] = {};
-  parallel(threads < 256 ? threads : 256, threads, 1, [&](int64_t t) {
+  const auto body = [&](int64_t t) {
     const line* p = (const line*)(bytes + t * share);
     line a = {}, b = {}, c = {}, d = {};
     for (int64_t i = 0; i < share / 64; i += 4) {
@@ -68,6 +68,10 @@ EXPORT int64_t quantpage_read(const uint8_t* bytes, int64_t size, int64_t thread
     }
     a += b + c + d;
     for (int i = 0; i < 8; i++) sums[t] += a[i];
+  };
+  in_team(threads, nullptr, [&](const Team& team) {
+    team.in_turn(threads < 256 ? threads : 256, body);
+    return 0;
   });
   int64_t total = 0;
   for (int64_t each : sums) total += each;

@@ -8,7 +8,7 @@ enum Code : int64_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, FP8 = 5, I
 
 enum MaskKind : int64_t { CAUSAL = 0, FULL = 1, INTERVALS = 2 };
 
-enum Kind : int64_t { PROJECT = 0, WRITE = 1, ATTEND = 2, FINISH = 3 };
+enum Kind : int64_t { PROJECT = 0, WRITE = 1, ATTEND = 2, FINISH = 3, NORM = 4 };
 
 // K pages or V pages of one layer. Strides are in bytes, of page, head and token.
 struct Pages {
@@ -172,11 +172,22 @@ struct Finish {
 };
 static_assert(sizeof(Finish) == 224, "64 bits a field");
 
+// An RMS norm alone, in place.
+struct Norm {
+  // [tokens, width] of `type`, as the weight.
+  uint8_t* x;
+  int64_t type, tokens, width;
+  const uint8_t* weight;
+  int64_t isa;
+  double eps;
+};
+static_assert(sizeof(Norm) == 56, "64 bits a field");
+
 // What quantpage_interface() says, for Python to compare.
 static const char RECORDS[] =
   "Code: F32, BF16, F16, INT8, INT4, FP8, INT6, INT3\n"
   "MaskKind: CAUSAL, FULL, INTERVALS\n"
-  "Kind: PROJECT, WRITE, ATTEND, FINISH\n"
+  "Kind: PROJECT, WRITE, ATTEND, FINISH, NORM\n"
   "Pages: 144 bytes, codes uint8_t*, page_stride int64_t, head_stride int64_t, row_stride int64_t, code int64_t, head_dim int64_t, scale uint8_t*, scale_page int64_t, scale_head int64_t, scale_row int64_t, zero uint8_t*, zero_page int64_t, zero_head int64_t, zero_row int64_t, scale_type int64_t, groups int64_t, dynamic int64_t, rotated int64_t\n"
   "Layer: 600 bytes, key Pages, value Pages, exact_key Pages, exact_value Pages, map_scale const float*, map_mean const float*, feedback const float*\n"
   "Step: 88 bytes, page_table const int32_t*, table_stride int64_t, exact_table const int32_t*, exact_stride int64_t, query_starts const int32_t*, context_lens const int32_t*, slots const int64_t*, exact_slots const int64_t*, positions const int64_t*, requests int64_t, page_size int64_t\n"
@@ -185,4 +196,5 @@ static const char RECORDS[] =
   "Gather: 208 bytes, pages Pages, page_table const int32_t*, out uint8_t*, out_type int64_t, context int64_t, kv_heads int64_t, page_size int64_t, threads int64_t, isa int64_t\n"
   "Weight: 32 bytes, numbers const uint8_t*, rows int64_t, scale const uint8_t*, bias const uint8_t*\n"
   "Project: 208 bytes, x const uint8_t*, type int64_t, code int64_t, tokens int64_t, width int64_t, norm const uint8_t*, weights0 Weight, weights1 Weight, weights2 Weight, out uint8_t*, cos const uint8_t*, sin const uint8_t*, head_dim int64_t, rotated int64_t, threads int64_t, isa int64_t, eps double\n"
-  "Finish: 224 bytes, attended const uint8_t*, residual const uint8_t*, out uint8_t*, type int64_t, code int64_t, tokens int64_t, attended_width int64_t, width int64_t, norm const uint8_t*, output Weight, gate Weight, up Weight, down Weight, threads int64_t, isa int64_t, eps double\n";
+  "Finish: 224 bytes, attended const uint8_t*, residual const uint8_t*, out uint8_t*, type int64_t, code int64_t, tokens int64_t, attended_width int64_t, width int64_t, norm const uint8_t*, output Weight, gate Weight, up Weight, down Weight, threads int64_t, isa int64_t, eps double\n"
+  "Norm: 56 bytes, x uint8_t*, type int64_t, tokens int64_t, width int64_t, weight const uint8_t*, isa int64_t, eps double\n";

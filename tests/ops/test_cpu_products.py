@@ -1,11 +1,22 @@
 """Products of a few tokens in the compiled core, against float64."""
 
+import struct
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from quantpage import cpu_core
-from quantpage.cpu_core.products import MAX_TOKENS, Matrix, Norm, Projection, Rotary, SecondHalf
+from quantpage.cpu_core.interface import number
+from quantpage.cpu_core.products import (
+    MAX_TOKENS,
+    Matrix,
+    Norm,
+    Projection,
+    Rotary,
+    SecondHalf,
+    norm_record,
+)
 from tests.ops.cpu_cases import AVAILABLE
 
 pytestmark = [
@@ -133,3 +144,20 @@ def test_weights_that_move_are_found_again():
     torch.testing.assert_close(product(x), x.sum().expand(1, 8))
     linear.bfloat16()
     assert not product.serves(torch.float32) and product.serves(torch.bfloat16)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_norm_alone(dtype, isa):
+    torch.manual_seed(0)
+    x, norm = torch.randn(5, WIDTH).to(dtype), Norm(torch.randn(WIDTH).to(dtype), EPS)
+    want = normed(x, norm.weight)
+    record = norm_record(norm, x, isa)
+    program = struct.pack("=2q", number("NORM"), len(record)) + record
+    assert cpu_core.core().run(program, len(program), 2) == 0
+    assert relative(x, want) < ROUNDING[dtype]
+
+
+def test_a_program_of_an_unknown_step_says_so():
+    program = struct.pack("=2q", 99, 0)
+    assert cpu_core.core().run(program, len(program), 2) == 1

@@ -33,7 +33,7 @@ class Core:
     project: Any
     finish: Any
     run: Any
-    """(program, bytes): records of the four above in turn, each after its kind and size."""
+    """(program, bytes, threads): records in turn, each after its kind and size."""
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
@@ -98,7 +98,7 @@ def _open() -> tuple[Core | None, str]:
         name: _function(library, name, ctypes.c_char_p)
         for name in ("attend", "write", "gather", "project", "finish")
     }
-    run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64)
+    run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return Core(**calls, run=run, read=read, isa=isa), ""
 

@@ -1,8 +1,8 @@
 """All blocks of a decoder for a few tokens, as one call of the compiled core.
 
-A block is four records (projections, the write, attention, the rest). What in them does not change
-from step to step is packed once: all blocks work in the same buffers, so that a step is the joining
-of bytes. Between two blocks nothing returns to Python.
+A block is four records (projections, the write, attention, the rest); the last norm may follow.
+What in them does not change from step to step is packed once: all blocks work in the same buffers,
+so that a step is the joining of bytes. Between two blocks nothing returns to Python.
 """
 
 import struct
@@ -17,8 +17,15 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
-from quantpage.cpu_core.interface import ATTEND, FINISH, PROJECT, WRITE, Record, number
-from quantpage.cpu_core.products import Projection, Rotary, SecondHalf
+from quantpage.cpu_core.interface import ATTEND, FINISH, NORM, PROJECT, WRITE, Record, number
+from quantpage.cpu_core.products import (
+    Norm,
+    Projection,
+    Rotary,
+    SecondHalf,
+    norm_record,
+    serves_norm,
+)
 from quantpage.cpu_core.records import CODES, layer_record, step_record
 
 _KEPT = 16
@@ -46,19 +53,24 @@ class _Buffers(NamedTuple):
     sin: Tensor
     pieces: list[tuple[bytes, bytes, bytes]]
     """A block: up to the write's layer, from its step's end to attention's layer, and the end."""
+    end: bytes
+    """What follows the last block."""
     held: list[Tensor]
 
 
 class Decoder:
     """Blocks that run in one call; every step asks ``serves`` first."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], norm: Norm | None = None) -> None:
+        """norm: of what the last block makes; None: that is the result."""
         if len({each[2:5] for each in blocks}) != 1:
             raise ValueError("blocks: expected the same heads and head_dim in all of them")
-        self._blocks = list(blocks)
+        self._blocks, self._norm = list(blocks), norm
         self._tensors = [
             part for each in blocks for part in (*each.project.tensors, *each.finish.tensors)
         ]
+        if norm is not None:
+            self._tensors.append(norm.weight)
         # One value, so that no thread sees a half of it: addresses, and the dtype that is served.
         self._known: tuple[list[int], torch.dtype, bool] | None = None
         self._buffers: dict[tuple[object, ...], _Buffers] = {}
@@ -72,7 +84,7 @@ class Decoder:
             self._buffers.clear()
             served = all(
                 each.project.serves(dtype) and each.finish.serves(dtype) for each in self._blocks
-            )
+            ) and (self._norm is None or serves_norm(self._norm, dtype))
             known = self._known = (addresses, dtype, served)
         return known[2]
 
@@ -84,7 +96,7 @@ class Decoder:
         layers: Sequence[LayerKV],
         batches: Sequence[BatchPlan],
     ) -> Float[Tensor, "tokens width"]:
-        """The hidden state after the last block; keys and values are in their pages.
+        """The hidden state after the last block and the norm; keys and values are in their pages.
 
         batches: the same step for each block, with the page table of its pages.
         """
@@ -97,8 +109,8 @@ class Decoder:
         ):
             pages, step = layer_record(layer), step_record(batch)
             parts += [first, pages, step, middle, pages, step, last]
-        program = b"".join(parts)
-        if core().run(program, len(program)):
+        program = b"".join((*parts, buffers.end))
+        if core().run(program, len(program), torch.get_num_threads()):
             raise RuntimeError("isa: expected one that this machine runs")
         return buffers.x.clone()
 
@@ -132,7 +144,8 @@ class Decoder:
                     ends[1] + _head(FINISH) + each.finish.record(attended, x, x),
                 )
             )
-        return _Buffers(x, cos, sin, pieces, [mixed, q, attended])
+        end = b"" if self._norm is None else _head(NORM) + norm_record(self._norm, x)
+        return _Buffers(x, cos, sin, pieces, end, [mixed, q, attended])
 
 
 def _head(record: Record) -> bytes:

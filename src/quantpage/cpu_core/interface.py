@@ -16,7 +16,7 @@ ENUMS: dict[str, tuple[str, ...]] = {
     "Code": ("F32", "BF16", "F16", "INT8", "INT4", "FP8", "INT6", "INT3"),
     "MaskKind": ("CAUSAL", "FULL", "INTERVALS"),
     # Records of a program (quantpage_run), each after its kind and size.
-    "Kind": ("PROJECT", "WRITE", "ATTEND", "FINISH"),
+    "Kind": ("PROJECT", "WRITE", "ATTEND", "FINISH", "NORM"),
 }
 """Numbers by name, from 0."""
 
@@ -253,9 +253,20 @@ FINISH = Record(
   double eps;
 """,
 )
-RECORDS: dict[str, Record] = {
-    each.name: each for each in (PAGES, LAYER, STEP, ATTEND, WRITE, GATHER, WEIGHT, PROJECT, FINISH)
-}
+NORM = Record(
+    "Norm",
+    "An RMS norm alone, in place.",
+    """
+  // [tokens, width] of `type`, as the weight.
+  uint8_t* x;
+  int64_t type, tokens, width;
+  const uint8_t* weight;
+  int64_t isa;
+  double eps;
+""",
+)
+_ALL = (PAGES, LAYER, STEP, ATTEND, WRITE, GATHER, WEIGHT, PROJECT, FINISH, NORM)
+RECORDS: dict[str, Record] = {each.name: each for each in _ALL}
 
 
 def described() -> str:

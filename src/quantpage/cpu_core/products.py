@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.cpu_core import core
-from quantpage.cpu_core.interface import FINISH, PROJECT, WEIGHT
+from quantpage.cpu_core.interface import FINISH, NORM, PROJECT, WEIGHT
 from quantpage.cpu_core.records import CODES
 
 MAX_TOKENS = 16
@@ -72,7 +72,7 @@ class _Packed:
         addresses, known = [each.data_ptr() for each in self.tensors], self._known
         if known is None or addresses != known[0] or dtype != known[1]:
             served = all(_serves(each, self._matrices[0], dtype) for each in self._matrices) and (
-                self._norm is None or _plain(self._norm.weight, dtype)
+                self._norm is None or serves_norm(self._norm, dtype)
             )
             if served:
                 self._pack()
@@ -88,6 +88,24 @@ class _Packed:
             scale = 0 if each.scale is None else each.scale.data_ptr()
             bias = 0 if each.bias is None else each.bias.data_ptr()
             self.weights.append((each.weight.data_ptr(), each.weight.shape[0], scale, bias))
+
+
+def serves_norm(norm: Norm, dtype: torch.dtype) -> bool:
+    """Whether the core norms activations of this dtype so."""
+    return _plain(norm.weight, dtype)
+
+
+def norm_record(norm: Norm, x: Tensor, isa: int | None = None) -> bytes:
+    """The Norm of x, [tokens, width] contiguous, in place; both must outlive the call."""
+    return NORM.pack(
+        x=x.data_ptr(),
+        type=CODES[x.dtype],
+        tokens=x.shape[0],
+        width=x.shape[1],
+        weight=norm.weight.data_ptr(),
+        isa=core().isa if isa is None else isa,
+        eps=norm.eps,
+    )
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> bool:

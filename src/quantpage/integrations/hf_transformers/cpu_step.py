@@ -234,11 +234,13 @@ class _Model:
 
     def __init__(self, module: Any, blocks: list[_Block]) -> None:
         self._module, self._parts, self._blocks = module, _Parts(module), blocks
-        self._decoder = Decoder([each.block() for each in blocks])
+        norm = module.norm
+        self._normed = is_llama_norm(norm)
+        last = Norm(norm.weight, norm.variance_epsilon) if self._normed else None
+        self._decoder = Decoder([each.block() for each in blocks], last)
         self._q_heads = blocks[0].block().q_heads
         self._names = parameters(module)
         self._still = is_still_rotary(module.rotary_emb)
-        self._plain_norm = is_llama_norm(module.norm)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns."""
@@ -278,7 +280,8 @@ class _Model:
             if begun is None:
                 return None
             x = self._decoder(x.reshape(-1, width), cos, sin, *begun).view(rows, new, width)
-        return BaseModelOutputWithPast(last_hidden_state=self._norm(x), past_key_values=cache)  # type: ignore[arg-type]
+        x = x if self._normed else self._module.norm(x)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)  # type: ignore[arg-type]
 
     def _asks_nothing_else(self, given: dict[str, Any]) -> bool:
         """Whether the rest of the arguments, and the configuration's defaults, want no more."""
@@ -313,9 +316,3 @@ class _Model:
         half = positions[..., None].float() * rotary.inv_freq.float()
         angles, scaling = torch.cat((half, half), -1), rotary.attention_scaling
         return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        norm = self._module.norm
-        if not self._plain_norm or norm.weight.dtype != x.dtype:
-            return norm(x)
-        return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
