@@ -10,10 +10,22 @@ from quantpage.hardware import DeviceInfo
 from quantpage.ops.attend import CANDIDATES
 from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, fitted, row_tiles
 from quantpage.ops.dispatch import Call, choose
-from quantpage.ops.refusals import DECODE_GLUON, DECODE_TRITON, GATHER_TRITON, WRITE_TRITON
-from tests.ops.triton_cases import KERNEL_FORMATS
+from quantpage.ops.refusals import (
+    DECODE_GLUON,
+    DECODE_TRITON,
+    GATHER_TRITON,
+    INTERVAL_TRITON,
+    PREFILL_TRITON,
+    WRITE_TRITON,
+)
 
 pytestmark = pytest.mark.pure
+ON_HOPPER = [
+    name
+    for name, given in FORMATS.items()
+    if given.key.quantized and not (given.key.code.fields or given.value.code.fields)
+]
+"""What the Hopper kernel of decode reads."""
 H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
 CALL = Call(H200, FORMATS["int8"], torch.bfloat16, 32, 8, 128, 128, 64, "decode")
 
@@ -26,7 +38,7 @@ def test_row_tiles_cover_all_query_rows(group, new):
     assert rows * tiles >= group * new > rows * (tiles - 1)
 
 
-@pytest.mark.parametrize("name", KERNEL_FORMATS)
+@pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_every_call_has_a_launch(name, width, rows):
@@ -40,9 +52,9 @@ def test_every_call_has_a_launch(name, width, rows):
             tiles = decode_tiles(given.key, given.value, width, rows, keys, parts, wgmma=True)
             assert tiles.programs_per_processor * tiles.warps <= 16
             assert not tiles.wgmma or (tiles.tile, tiles.warps, tiles.gather) == (64, 4, 0)
-            assert tiles.wgmma <= given.key.quantized
+            assert tiles.wgmma <= (name in ON_HOPPER)
             # Drafts are what the Hopper kernel is for.
-            if given.key.quantized and rows == 32:
+            if name in ON_HOPPER and rows == 32:
                 assert tiles.wgmma
 
 
@@ -64,13 +76,17 @@ def test_pages_without_codes_fit_the_shared_memory_of_their_card(kilobytes, item
         assert tiles == wanted
 
 
-def test_the_kernels_serve_every_named_format_or_say_which_code_they_do_not_know():
-    for name, given in FORMATS.items():
-        call = replace(CALL, format=given)
-        for refusals in (DECODE_TRITON, WRITE_TRITON, GATHER_TRITON):
-            said = refusals(call)
-            assert bool(said) == (name not in KERNEL_FORMATS)
-            assert all("needs int8, fp8 or int4 codes" in each for each in said)
+def test_the_portable_kernels_serve_every_named_format():
+    asked = (
+        (DECODE_TRITON, {}),
+        (PREFILL_TRITON, {"phase": "prefill"}),
+        (INTERVAL_TRITON, {"mask": "interval"}),
+        (WRITE_TRITON, {}),
+        (GATHER_TRITON, {}),
+    )
+    for refusals, change in asked:
+        for given in FORMATS.values():
+            assert refusals(replace(CALL, format=given, **change)) == []
 
 
 @pytest.mark.parametrize(
@@ -115,6 +131,7 @@ def test_writes_of_keys_that_are_rounded_in_turn_are_refused():
     [
         ({"device": replace(H200, capability=(8, 0))}, "compute capability 9.0, got 8.0"),
         ({"format": FORMATS["none"]}, "needs codes, got keys as they come"),
+        ({"format": FORMATS["int6"]}, "for keys, got int6 (-32 to 31 in torch.uint8)"),
         ({"head_dim": 64, "value_head_dim": 64}, "128 or 256, got 64 and 64"),
         ({"value_head_dim": 256}, "128 or 256, got 128 and 256"),
         ({"phase": "prefill"}, "got prefill"),
@@ -124,7 +141,7 @@ def test_the_hopper_kernel_says_what_it_needs(change, said):
     assert said in " ".join(DECODE_GLUON(replace(CALL, **change)))
 
 
-@pytest.mark.parametrize("name", [n for n in KERNEL_FORMATS if FORMATS[n].key.quantized])
+@pytest.mark.parametrize("name", ON_HOPPER)
 def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     call = replace(CALL, format=FORMATS[name])
     assert choose(CANDIDATES, call).name == "gluon"

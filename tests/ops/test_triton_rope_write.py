@@ -24,8 +24,9 @@ def empty_pages(spec, width, pages=8, heads=KV_HEADS):
     if not spec.quantized:
         full = torch.full((pages, heads, PAGE, width), torch.nan, dtype=torch.float16)
         return QuantizedPages(spec, full.to(DEVICE))
-    row = width // spec.code.values_per_byte
-    codes = torch.full((pages, heads, PAGE, row), 0x7F, dtype=torch.uint8, device=DEVICE)
+    codes = torch.full(
+        (pages, heads, PAGE, spec.code.stored(width)), 0x7F, dtype=torch.uint8, device=DEVICE
+    )
     codes = codes.view(spec.code.storage)
     groups = spec.granularity.groups(width)
     if spec.dynamic:
@@ -188,7 +189,7 @@ def test_groups_of_channels():
     run(QuantSpec(CODES["int8"], Granularity(group=32)), spec, WriteParams())
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int6", "int3"])
 @pytest.mark.parametrize(
     "head_dim,shape",
     [

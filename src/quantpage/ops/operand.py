@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantpage.cache.views import LayerKV, QuantizedPages
 
-CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+CODE_KINDS = {"none": 0, "int8": 1, "fp8": 2, "int4": 3, "int6": 4, "int3": 5}
 """A code's number inside kernels."""
 NO_SCALES, A_TOKEN, STATIC, SEVERAL = 0, 1, 2, 3
 """Who owns scales: nobody, a token and kv_head (dynamic), a kv_head's channels (given); several are
@@ -80,6 +80,22 @@ def operand(pages: QuantizedPages, unit: torch.dtype | None = None) -> Operand:
         pages.head_dim,
         pages.page_size,
     )
+
+
+def halves(layer: LayerKV) -> tuple[Operand, Operand]:
+    """K and V as ``read``."""
+    return read(layer.key), read(layer.value)
+
+
+def read(pages: QuantizedPages) -> Operand:
+    """As portable kernels read codes: bytes, but planes by the word where rows are whole words."""
+    return operand(pages, torch.int32 if pages.spec.code.fields and _in_words(pages) else None)
+
+
+def _in_words(pages: QuantizedPages) -> bool:
+    codes = pages.codes
+    whole = pages.head_dim % (4 * pages.spec.code.step) == 0
+    return whole and not any(n % 4 for n in (*codes.stride()[:-1], codes.storage_offset()))
 
 
 def dense_operand(rows: Tensor, keys: int, half: Operand, first_head: int = 0) -> Operand:

@@ -235,7 +235,7 @@ def one_code(call: Call) -> Iterator[str]:
 def whole_words(call: Call) -> Iterator[str]:
     """Rows of codes that are read 32 bits at a time."""
     for name, spec, width in _halves(call):
-        if spec.quantized and width % (8 if spec.code.name == "int4" else 4):
+        if spec.quantized and width % (4 * spec.code.step):
             yield f"needs {name} in whole 32-bit words, got a head_dim of {width}."
 
 
@@ -316,7 +316,7 @@ def _version(capability: tuple[int, int]) -> str:
 
 _16_BITS = (torch.float16, torch.bfloat16)
 _ROWS: tuple[Condition, ...] = (
-    known_codes("int8", "fp8", "int4"),
+    known_codes("int8", "fp8", "int6", "int4", "int3"),
     near_pages_of_16_bits,
     device("cuda"),
     triton,
@@ -345,7 +345,12 @@ CPU = refuse(*_CORE, first=(device("cpu"), core))
 ATTEND_CPU = refuse(*_CORE, own_values, first=(device("cpu"), core))
 DECODE_TRITON = refuse(*_DECODE)
 DECODE_GLUON = refuse(
-    *_DECODE, capability((9, 0), later=False), codes, one_width(*HOPPER_WIDTHS), gluon
+    *_DECODE,
+    known_codes("int8", "fp8", "int4"),
+    capability((9, 0), later=False),
+    codes,
+    one_width(*HOPPER_WIDTHS),
+    gluon,
 )
 PREFILL_TRITON = refuse(*_ATTEND, phase("prefill"), masks("causal", "full"))
 PREFILL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("causal", "full"))

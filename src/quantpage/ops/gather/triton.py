@@ -14,7 +14,7 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.hardware import E4M3, device_info
 from quantpage.ops.checks import gathers
 from quantpage.ops.gather.triton_kernel import gather_kernel
-from quantpage.ops.operand import NO_SCALES, STATIC, Operand, operand
+from quantpage.ops.operand import NO_SCALES, STATIC, Operand, halves, read
 
 
 def tile_of(width: int) -> int:
@@ -37,7 +37,7 @@ def gather_rows(
     (-1), become 0. max_span_keys: host bound of keys_to_write. Heads first_head .. are written.
     Numbers saturate at the finite range of ``out``; unquantized ones that are not finite stay so.
     """
-    _launch((operand(pages), None), page_table, spans, max_span_keys, (out, None), first_head)
+    _launch((read(pages), None), page_table, spans, max_span_keys, (out, None), first_head)
 
 
 def gather_layer(
@@ -54,7 +54,7 @@ def gather_layer(
     that was not, as unquantized pages may hold, makes its key NaN: of scores a mask selects. Values
     whose scales are given stay codes (operand.dense_operand says why).
     """
-    key, value = operand(layer.key), operand(layer.value)
+    key, value = halves(layer)
     at = (page_table, spans, max_span_keys)
     if _alike((layer.key, layer.value), outs) and value.scales not in (NO_SCALES, STATIC):
         _launch((key, value), *at, outs, first_head)

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.codes import to_float16
+from quantpage.ops.triton.codes import row_of, to_float16
 from quantpage.ops.triton.common import A_TOKEN, INT4, NO_SCALES, NONE
+from quantpage.ops.triton.planes import in_planes, plane_numbers
 
 
 @triton.jit(do_not_specialize=["table_row", "first_head", "mark_head", "mark_row"])
@@ -64,17 +65,19 @@ def gather_kernel(
         channel = tl.arange(0, WIDTH)
         inside = channel < HEAD_DIM
         from_head = (first_head + head).to(tl.int64)
-        if CODE == INT4:
+        ROW: tl.constexpr = row_of(HEAD_DIM, CODE, codes.dtype.element_ty.primitive_bitwidth // 8)
+        rows = codes + page * code_page + from_head * code_head + slot * ROW
+        if in_planes(CODE):
+            number = plane_numbers(rows[:, None], seen[:, None], HEAD_DIM, WIDTH, CODE, True)
+        elif CODE == INT4:
             pair = tl.arange(0, WIDTH // 2)
-            rows = codes + page * code_page + from_head * code_head + slot * (HEAD_DIM // 2)
             mask = seen[:, None] & (pair < HEAD_DIM // 2)[None, :]
-            number = tl.load(rows[:, None] + pair[None, :], mask, 0)
+            number = to_float16(tl.load(rows[:, None] + pair[None, :], mask, 0), CODE, OLD)
         else:
-            rows = codes + page * code_page + from_head * code_head + slot * HEAD_DIM
             mask = seen[:, None] & inside[None, :]
             number = tl.load(rows[:, None] + channel[None, :], mask, 0)
-        if CODE != NONE:
-            number = to_float16(number, CODE, OLD)
+            if CODE != NONE:
+                number = to_float16(number, CODE, OLD)
         number = number.to(tl.float32)
         if SCALES != NO_SCALES:
             group = channel // (HEAD_DIM // GROUPS)

@@ -57,10 +57,13 @@ def launch_shape(tokens: int, width: int, q_heads: int, kv_heads: int) -> Shape:
 
 
 def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
-    """Channels a piece: at most ``wanted``, all of a row where scales are of its parts."""
+    """Channels a piece: at most ``wanted``, all of a row where scales are of its parts, or where
+    bytes of planes hold channels of no power of two apart.
+    """
     whole = triton.next_power_of_2(width)
     grouped = spec.quantized and spec.dynamic and spec.granularity.groups(width) > 1
-    return whole if grouped else min(wanted, whole)
+    scattered = bool(spec.code.fields) and width != whole
+    return whole if grouped or scattered else min(wanted, whole)
 
 
 def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:

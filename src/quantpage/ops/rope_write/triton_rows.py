@@ -13,7 +13,9 @@ has the instruction (sm_89 on) and else by its own rounding of the float32 bits.
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, INT8, NONE, STATIC, Constant
+from quantpage.ops.triton.codes import largest, lift, row_of, smallest
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, NONE, STATIC, Constant
+from quantpage.ops.triton.planes import in_planes, store_planes
 
 _ROUND = Constant(12582912.0)
 _FLOAT_MAX = Constant(3.4028234663852886e38)
@@ -201,7 +203,7 @@ def _code_of(
     x, step, inverse, base, CODE: tl.constexpr, ZERO: tl.constexpr, QMAX: tl.constexpr,
     LOW: tl.constexpr, TAME: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Codes in the low bits of integers (int4: + 8), and the numbers they stand for.
+    """Codes in the low bits of integers (plus ``lift``), and the numbers they stand for.
 
     TAME: x / step is finite and none is clipped. HARDWARE: the device converts to e4m3; numbers
     are not handed back.
@@ -224,7 +226,7 @@ def _code_of(
         else:
             return _e4m3(exact)
     else:
-        ROUND: tl.constexpr = _ROUND + 8.0 if CODE == INT4 else _ROUND
+        ROUND: tl.constexpr = _ROUND + lift(CODE)
         shifted = exact + ROUND
         return shifted.to(tl.int32, bitcast=True), shifted - ROUND
 
@@ -239,7 +241,7 @@ def _near_code_of(
     A last bit off the quotient moves a code where that is a rounding away from a tie, which the
     order of a rotation's sums does as well.
     """
-    ROUND: tl.constexpr = _ROUND + 8.0 if CODE == INT4 else _ROUND
+    ROUND: tl.constexpr = _ROUND + lift(CODE)
     shifted = tl.math.fma(x, inverse, offset) + ROUND if ZERO else tl.math.fma(x, inverse, ROUND)
     if not TAME:
         shifted = tl.minimum(tl.maximum(shifted, LOW + ROUND), QMAX + ROUND)
@@ -335,8 +337,8 @@ def _write_codes(
     page = tl.maximum(slots, 0) // PAGE
     slot = tl.maximum(slots, 0) % PAGE
     at = page * page_stride + head * head_stride
-    QMAX: tl.constexpr = 448.0 if CODE == FP8 else (127.0 if CODE == INT8 else 7.0)
-    QMIN: tl.constexpr = -128.0 if CODE == INT8 else -8.0
+    QMAX: tl.constexpr = largest(CODE)
+    QMIN: tl.constexpr = smallest(CODE)
     LOW: tl.constexpr = QMIN if ZERO else -QMAX
     GROUPS: tl.constexpr = PIECE // SHARED if SCALES == A_TOKEN and SHARED < HEAD_DIM else 1
     # A scale of 16 bits that was computed from these rows: quotients are finite, and clipped
@@ -370,7 +372,9 @@ def _write_codes(
     else:
         gain = _spread(gain, ROWS, GROUPS, PIECE)
     PER: tl.constexpr = 2 if CODE == INT4 else 1
+    to = codes + (at + slot * row_of(HEAD_DIM, CODE, 1))[:, None]
     numbers = ()
+    planed = ()
     for i in tl.static_range(len(parts)):
         if SCALES == STATIC:
             step, inverse, base = _given(
@@ -385,15 +389,19 @@ def _write_codes(
                 parts[i], step, inverse, base, CODE, ZERO, QMAX, LOW, TAME, HARDWARE
             )
         numbers = numbers + (number * step + base,)
-        if CODE == INT4:
-            first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
-            byte = first + (second << 4)
-        channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)
-        mask = keep[:, None]
-        if (i + 1) * PIECE > HEAD_DIM:
-            mask = mask & (channel < HEAD_DIM // PER)[None, :]
-        to = codes + (at + slot * (HEAD_DIM // PER))[:, None] + channel[None, :]
-        tl.store(to, byte.to(codes.dtype.element_ty), mask)
+        if in_planes(CODE):
+            planed = planed + (byte,)
+        else:
+            if CODE == INT4:
+                first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
+                byte = first + (second << 4)
+            channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)
+            mask = keep[:, None]
+            if (i + 1) * PIECE > HEAD_DIM:
+                mask = mask & (channel < HEAD_DIM // PER)[None, :]
+            tl.store(to + channel[None, :], byte.to(codes.dtype.element_ty), mask)
+    if in_planes(CODE):
+        store_planes(to, planed, keep, HEAD_DIM, PIECE, ROWS, CODE)
     return numbers
 
 

@@ -8,7 +8,10 @@ float16. The interpreter runs the same arithmetic as shifts.
 import triton
 import triton.language as tl
 
+from quantpage.formats import CODES
+from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.triton.common import FP8, INT8, INTERPRETED, Constant
+from quantpage.ops.triton.planes import in_planes, plane_row
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
 _INT8 = Constant("""{
@@ -74,3 +77,33 @@ def to_float16(codes, CODE: tl.constexpr, OLD: tl.constexpr):
             )
         number = tl.interleave(low, high)
     return number
+
+
+@triton.constexpr_function
+def row_of(channels, code, size):
+    """Elements of ``size`` bytes that a row of codes takes; of numbers as they come, channels."""
+    if in_planes(code):
+        return plane_row(channels, code, size)
+    return channels // 2 if code == CODE_KINDS["int4"] else channels
+
+
+_CODES = {CODE_KINDS[name]: code for name, code in CODES.items()}
+
+
+@triton.constexpr_function
+def largest(code):
+    """Of a code's numbers."""
+    return float(_CODES[code].qmax)
+
+
+@triton.constexpr_function
+def smallest(code):
+    """Of a code's numbers, where it has a zero point."""
+    return float(_CODES[code].qmin)
+
+
+@triton.constexpr_function
+def lift(code):
+    """What is added to a number's code before its bits are packed with others'."""
+    packed = code == CODE_KINDS["int4"] or in_planes(code)
+    return -_CODES[code].qmin if packed else 0.0

@@ -38,6 +38,8 @@ NONE = Constant(operand.CODE_KINDS["none"])
 INT8 = Constant(operand.CODE_KINDS["int8"])
 FP8 = Constant(operand.CODE_KINDS["fp8"])
 INT4 = Constant(operand.CODE_KINDS["int4"])
+INT6 = Constant(operand.CODE_KINDS["int6"])
+INT3 = Constant(operand.CODE_KINDS["int3"])
 
 NO_SCALES = Constant(operand.NO_SCALES)
 A_TOKEN = Constant(operand.A_TOKEN)

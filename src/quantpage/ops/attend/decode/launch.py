@@ -56,9 +56,10 @@ def decode_tiles(
 ) -> DecodeTiles:
     """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile. ``keys``:
     keys of all requests and kv_heads, an upper bound. ``parts``: (request, kv_head, tile of query
-    rows) of the step. ``wgmma``: whether the device has the Hopper kernel and it takes this width.
+    rows) of the step. ``wgmma``: whether the device has the Hopper kernel, which reads no planes,
+    and it takes this width.
     """
-    if wgmma and key.quantized and value.quantized:
+    if wgmma and key.quantized and value.quantized and not (key.code.fields or value.code.fields):
         tiles = _wgmma_tiles(key, value, width, rows, keys, parts)
         if tiles is not None:
             return tiles
@@ -146,7 +147,8 @@ def _triton_tiles(
         return DecodeTiles(64, 4, 5, 2) if width <= 128 else DecodeTiles(32, 4, 4, 2)
     if not key.quantized and not value.quantized:
         return DecodeTiles(64, 4, 4, 3) if width <= 128 else DecodeTiles(32, 4, 4, 3)
-    bytes_each = {key.code.name, value.code.name} <= {"int8", "fp8"}
+    # Codes in planes come as bytes once they are in registers.
+    bytes_each = all(s.code.name in ("int8", "fp8") or s.code.fields for s in (key, value))
     if rows > 16:
         return DecodeTiles(64, 2, 4, 4) if bytes_each and width <= 128 else DecodeTiles(32, 2, 5, 4)
     if keys <= SMALL and width <= 128:

@@ -15,8 +15,8 @@ Static scales belong to channels, so they are folded into q before and into O af
 scaled so that their largest element is 2^14, and p so that the largest p * v_scale of a row is
 2^12: float16 neither overflows nor flushes whatever the cache holds. What slots outside the mask
 hold is not loaded, or selected away: scores, scales and floating point values; integer codes are
-finite and meet a p of 0. Keys of 4 bits are multiplied as they lie, a thousand too large, and the
-query's sum takes that off again.
+finite and meet a p of 0. Keys of 4 bits, and of planes, are multiplied as they lie, a thousand too
+large, and the query's sum takes that off again.
 """
 
 import triton
@@ -35,6 +35,7 @@ from quantpage.ops.attend.decode.triton_share import (
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, NONE, STATIC
+from quantpage.ops.triton.planes import in_planes, load_bytes, plane_row
 from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
 
 
@@ -111,9 +112,9 @@ def decode_kernel(
     WHOLE: tl.constexpr,
     HIDES: tl.constexpr,
 ):
-    """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: 0 none, 1 int8, 2 fp8,
-    3 int4. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a tile.
-    EARLIER: float32 results of other keys enter, beside 16-bit values. GATHER: pieces that
+    """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: numbers of
+    ops/operand. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a
+    tile. EARLIER: float32 results of other keys enter, beside 16-bit values. GATHER: pieces that
     are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
     HIDES: values are 16-bit numbers, and a query may see one that another does not.
     """
@@ -137,11 +138,13 @@ def decode_kernel(
             query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
             sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
-    BIASED: tl.constexpr = K_CODE == INT4
+    BIASED: tl.constexpr = K_CODE == INT4 or in_planes(K_CODE)
     K_PARTS: tl.constexpr = 1 if K_CODE == NONE else (8 if K_CODE == INT4 else 4)
     V_PARTS: tl.constexpr = 1 if V_CODE == NONE else (8 if V_CODE == INT4 else 4)
     K_WORDS: tl.constexpr = HEAD_DIM // K_PARTS
     V_WORDS: tl.constexpr = VALUE_DIM // V_PARTS
+    K_ROW: tl.constexpr = plane_row(HEAD_DIM, K_CODE, 4) if in_planes(K_CODE) else K_WORDS
+    V_ROW: tl.constexpr = plane_row(VALUE_DIM, V_CODE, 4) if in_planes(V_CODE) else V_WORDS
     # Products need an inner and an outer width of at least 16.
     K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(K_WORDS))
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(V_WORDS))
@@ -245,15 +248,15 @@ def decode_kernel(
             if PAGE >= TILE:
                 page = tl.load(table + key_start // PAGE).to(tl.int64)
                 slot = key_start % PAGE + lane
-                k_rows = k_base + page * k_page + slot[:, None] * K_WORDS
-                v_rows = v_base + page * v_page + slot[None, :] * V_WORDS
+                k_rows = k_base + page * k_page + slot[:, None] * K_ROW
+                v_rows = v_base + page * v_page + slot[None, :] * V_ROW
                 pair_slot = key_start % PAGE + 2 * pair
                 pair_page = page
             else:
                 page = tl.load(table + key // PAGE, shown, 0).to(tl.int64)
                 slot = key % PAGE
-                k_rows = k_base + (page * k_page + slot * K_WORDS)[:, None]
-                v_rows = v_base + (page * v_page + slot * V_WORDS)[None, :]
+                k_rows = k_base + (page * k_page + slot * K_ROW)[:, None]
+                v_rows = v_base + (page * v_page + slot * V_ROW)[None, :]
                 if PAIRS:
                     pair_key = key_start + 2 * pair
                     pair_shown = shown_keys(
@@ -270,12 +273,19 @@ def decode_kernel(
             v_mask = (v_word < V_WORDS)[:, None]
             if V_CODE == NONE or V_CODE == FP8:  # noqa: SIM109 - constants of the compiler
                 v_mask = v_mask & shown[None, :]
-            k = tl.load(k_rows + k_word[None, :], k_mask, 0)
+            if in_planes(K_CODE):
+                k = load_bytes(k_rows, shown, HEAD_DIM, K_WIDTH, K_CODE, False, 1)
+            else:
+                k = tl.load(k_rows + k_word[None, :], k_mask, 0)
             if K_PARTS == 1:
                 score = tl.dot(k, q0)
             elif K_PARTS == 4:
-                k0, k1, k2, k3 = unpack4(k, K_CODE, OLD)
-                score = tl.dot(k0, q0)
+                k0, k1, k2, k3 = unpack4(k, K_CODE, OLD, BIASED)
+                if BIASED:
+                    score = tl.broadcast_to(-bias[None, :], [TILE, ROWS])
+                    score = tl.dot(k0, q0, score)
+                else:
+                    score = tl.dot(k0, q0)
                 score = tl.dot(k1, q1, score)
                 score = tl.dot(k2, q2, score)
                 score = tl.dot(k3, q3, score)
@@ -349,7 +359,10 @@ def decode_kernel(
                     offsets = offsets * shrink[None, :] + p * vz[:, None]
                 p = p * vs[:, None]
             top = new_top
-            v = tl.load(v_rows + v_word[:, None], v_mask, 0)
+            if in_planes(V_CODE):
+                v = load_bytes(v_rows, shown, VALUE_DIM, V_WIDTH, V_CODE, False, 0)
+            else:
+                v = tl.load(v_rows + v_word[:, None], v_mask, 0)
             if HIDES:
                 # A value that is not finite reaches the queries that see it, through their own
                 # weight of it: the product would take it to all of them, as 0 times NaN is NaN.

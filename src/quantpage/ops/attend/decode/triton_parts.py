@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.triton.common import INT4, NONE
+from quantpage.ops.triton.planes import half_range, in_planes
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def load_queries(
     does not have repeat the first.
 
     With them: the unit that scores are divided by again, which keeps float16 in range; each row's
-    sum, for zeros of keys; the bias of scores of 4-bit codes, which come as they are stored.
+    sum, for zeros of keys; the bias of scores of codes that come as they are stored.
     """
     q0, peak, q_sum = _query_part(
         q, word * PARTS, q_rows, real, k_scale, k_zero, HEAD_DIM, STATIC_SCALES,
@@ -103,6 +104,9 @@ def load_queries(
         even_sum = q0.to(tl.float32) + q2.to(tl.float32) + q4.to(tl.float32) + q6.to(tl.float32)
         odd_sum = q1.to(tl.float32) + q3.to(tl.float32) + q5.to(tl.float32) + q7.to(tl.float32)
         bias = tl.sum(even_sum * 1032.0 + odd_sum * 1152.0, 0)
+    elif in_planes(CODE):
+        whole = q0.to(tl.float32) + q1.to(tl.float32) + q2.to(tl.float32) + q3.to(tl.float32)
+        bias = tl.sum(whole * (1024.0 + half_range(CODE)), 0)
     return q0, q1, q2, q3, q4, q5, q6, q7, unit, q_sum, bias
 
 

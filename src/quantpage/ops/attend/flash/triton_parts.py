@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.codes import to_float16
+from quantpage.ops.triton.codes import row_of, to_float16
 from quantpage.ops.triton.common import A_TOKEN, INT4, LN2, NONE, SEVERAL, STATIC
+from quantpage.ops.triton.planes import in_planes, plane_numbers
 
 
 class Half(NamedTuple):
@@ -71,22 +72,26 @@ class Scoring(NamedTuple):
 @triton.jit
 def _numbers(half, code_at, scale_at, shown, MASKED: tl.constexpr, OLD: tl.constexpr):
     """A tile of numbers [BN, DP], float16 or the cache's own dtype; hidden rows are 0."""
-    W: tl.constexpr = half.DP // 2 if half.CODE == INT4 else half.DP
-    FULL: tl.constexpr = half.D // 2 if half.CODE == INT4 else half.D
-    channel = tl.arange(0, W)
-    at = half.codes + code_at[:, None] + channel[None, :]
-    # A nibble of 8 is the number 0.
-    other: tl.constexpr = 0x88 if half.CODE == INT4 else 0
-    if MASKED and FULL < W:
-        number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
-    elif MASKED:
-        number = tl.load(at, shown[:, None], other)
-    elif FULL < W:
-        number = tl.load(at, (channel < FULL)[None, :], other)
+    if in_planes(half.CODE):
+        rows = half.codes + code_at[:, None]
+        number = plane_numbers(rows, shown[:, None], half.D, half.DP, half.CODE, MASKED)
     else:
-        number = tl.load(at)
-    if half.CODE != NONE:
-        number = to_float16(number, half.CODE, OLD)
+        W: tl.constexpr = half.DP // 2 if half.CODE == INT4 else half.DP
+        FULL: tl.constexpr = half.D // 2 if half.CODE == INT4 else half.D
+        channel = tl.arange(0, W)
+        at = half.codes + code_at[:, None] + channel[None, :]
+        # A nibble of 8 is the number 0.
+        other: tl.constexpr = 0x88 if half.CODE == INT4 else 0
+        if MASKED and FULL < W:
+            number = tl.load(at, shown[:, None] & (channel < FULL)[None, :], other)
+        elif MASKED:
+            number = tl.load(at, shown[:, None], other)
+        elif FULL < W:
+            number = tl.load(at, (channel < FULL)[None, :], other)
+        else:
+            number = tl.load(at)
+        if half.CODE != NONE:
+            number = to_float16(number, half.CODE, OLD)
     if half.SCALED == SEVERAL:
         channel = tl.arange(0, half.DP)
         keep = shown[:, None] & (channel < half.D)[None, :]
@@ -161,8 +166,8 @@ def attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED: 
 
     shown: keys that exist. seen: which pairs the mask shows, if MASKED.
     """
-    K_ROW: tl.constexpr = k.D // 2 if k.CODE == INT4 else k.D
-    V_ROW: tl.constexpr = v.D // 2 if v.CODE == INT4 else v.D
+    K_ROW: tl.constexpr = row_of(k.D, k.CODE, k.codes.dtype.element_ty.primitive_bitwidth // 8)
+    V_ROW: tl.constexpr = row_of(v.D, v.CODE, v.codes.dtype.element_ty.primitive_bitwidth // 8)
     if MASKED:
         # A slot that no row sees may hold NaN: it is not loaded.
         shown = tl.max(seen.to(tl.int32), 0) > 0

@@ -30,7 +30,7 @@ from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import SEGMENTS, AttendParams, exponent_scale
 from quantpage.ops.attend.results import Asked, Results, contiguous, kernel, results_for
 from quantpage.ops.checks import Needs
-from quantpage.ops.operand import Operand, operand
+from quantpage.ops.operand import Operand, halves
 
 MIN_SPLIT_TILES = 4
 """Smallest share of a split: a partial result costs a write and a merge."""
@@ -61,15 +61,15 @@ def attend(
     if not q.shape[0]:
         return results
     group = q.shape[1] // layer.kv_heads
-    halves = operand(layer.key), operand(layer.value)
-    tile, warps = _tile(halves, group * batch.max_query_len, q.device)
+    both = halves(layer)
+    tile, warps = _tile(both, group * batch.max_query_len, q.device)
     form = lowered(params.mask, q.device)
     shape = (group, MaskTile(tile.rows, tile.keys), segment)
     plan = once_a_step(form, batch, shape, lambda: plan_tiles(form, batch, *shape))
     if splits is None:
         splits = _splits(q, len(plan.items) * layer.kv_heads, plan.tiles.shape[-1])
     parts = results if splits == 1 else parts_for(results, splits)
-    _launch(parts, splits, q, halves, batch, params, (plan, form, tile, warps), segment)
+    _launch(parts, splits, q, both, batch, params, (plan, form, tile, warps), segment)
     if splits == 1:
         return results
     assert parts.lse is not None
@@ -77,12 +77,10 @@ def attend(
     return Results(results.out, lse if asked.lse else None)
 
 
-def _tile(
-    halves: tuple[Operand, Operand], rows: int, device: torch.device
-) -> tuple[DenseTile, int]:
+def _tile(pages: tuple[Operand, Operand], rows: int, device: torch.device) -> tuple[DenseTile, int]:
     """rows: packed, of the longest request."""
-    widest = max(portable_width(each.head_dim) for each in halves)
-    itemsize = max(operand_dtype(each).itemsize for each in halves)
+    widest = max(portable_width(each.head_dim) for each in pages)
+    itemsize = max(operand_dtype(each).itemsize for each in pages)
     return portable_tile(widest, rows, itemsize, device_info(device).shared_bytes)
 
 
@@ -93,10 +91,10 @@ def _splits(q: Tensor, programs: int, capacity: int) -> int:
 
 
 def _launch(
-    results: Results, splits: int, q, halves, batch, params: AttendParams, planned, segment
+    results: Results, splits: int, q, pages, batch, params: AttendParams, planned, segment
 ) -> None:
     """planned: tiles to visit, the lowered mask, the tile, warps."""
-    (out, lse), (plan, form, tile, warps), (key, value) = results, planned, halves
+    (out, lse), (plan, form, tile, warps), (key, value) = results, planned, pages
     q = q if q.stride(-1) == 1 else q.contiguous()
     kv_heads = key.codes.shape[1]
     scale, cap = exponent_scale(params)

@@ -38,7 +38,7 @@ from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_
 from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
 from quantpage.ops.attend.results import Asked, Results, kernel
 from quantpage.ops.checks import Needs
-from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, operand
+from quantpage.ops.operand import NO_SCALES, Operand, dense_operand, halves
 
 
 @kernel(Needs(refusals.PREFILL_TRITON, kind="cuda", phase="prefill"))
@@ -53,11 +53,11 @@ def attend_pages(results: Results, q, layer, batch, params, segment: Segment, me
     """The requests of a step that read pages as they lie; members None: all."""
     lens = (batch.query_lens, batch.host_context_lens)
     rows = max(lens[0][r] for r in (range(len(lens[0])) if members is None else members))
-    halves, rule = (operand(layer.key), operand(layer.value)), (segment, batch.page_size)
-    itemsize = max(operand_dtype(each).itemsize for each in halves)
+    both, rule = halves(layer), (segment, batch.page_size)
+    itemsize = max(operand_dtype(each).itemsize for each in both)
     shape, warps = _shape(q, layer, params, rows, (itemsize, 1))
     planned = _device_pages(*lens, shape, warps, members, str(q.device))
-    _launch(results, q, halves, batch.page_table, params, rule, planned)
+    _launch(results, q, both, batch.page_table, params, rule, planned)
 
 
 def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
@@ -65,16 +65,16 @@ def _attend_workspace(results: Results, q, layer, batch, params, segment, member
     lens = (batch.query_lens, batch.host_context_lens)
     dtype = workspace_dtype(layer)
     shape, warps = _shape(q, layer, params, max(lens[0]), (dtype.itemsize, dtype.itemsize))
-    key, value = operand(layer.key), operand(layer.value)
+    key, value = halves(layer)
     rule = (segment, batch.page_size)
     passes = _device_passes(*lens, shape, warps, members, str(q.device))
     for each, spans, table, planned in passes:
         k, v = fill_workspace(each, spans, layer, batch.page_table, dtype)
-        halves = (
+        dense = (
             dense_operand(k, shape.tile.keys, key._replace(scales=NO_SCALES)),
             dense_operand(v, shape.tile.keys, value, each.head0),
         )
-        _launch(results, q, halves, table, params, rule, planned, each.head0)
+        _launch(results, q, dense, table, params, rule, planned, each.head0)
 
 
 class _Planned(NamedTuple):
@@ -91,19 +91,19 @@ class _Planned(NamedTuple):
 def _launch(
     results: Results,
     q: Tensor,
-    halves: tuple[Operand, Operand],
+    pages: tuple[Operand, Operand],
     table: Tensor,
     params: AttendParams,
     rule: tuple[Segment, int],
     planned: _Planned,
     head0: int = 0,
 ) -> None:
-    """halves: K and V, in pages that ``table`` names. rule: a segment, and the page size of it.
+    """pages: K and V, in pages that ``table`` names. rule: a segment, and the page size of it.
 
-    head0: kv_heads of the layer before the first of ``halves``.
+    head0: kv_heads of the layer before the first of ``pages``.
     """
     order, items, parts, shape, warps = planned
-    key, value = halves
+    key, value = pages
     tokens, q_heads, _ = q.shape
     target = results if parts == 1 else parts_for(results, parts)
     sinks = params.sinks is not None and parts == 1
