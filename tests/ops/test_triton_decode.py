@@ -61,9 +61,10 @@ def test_decode_reads_every_format(name):
 # The interpreter takes a second a case: it gets the awkward width, and the widest once.
 WIDTHS = [
     (name, width)
-    for name in ("int8", "int4", "none", "int8_static")
+    for name in ("int8", "int4", "none", "int8_static", "int6", "int3")
     for width in (80, 96, 128, 256)
-    if GPU or width == 80 or (name, width) == ("int8", 256)
+    # Of planes 128 channels are the first that fill a tile's places.
+    if GPU or width == 80 or (name, width) in (("int8", 256), ("int6", 128), ("int3", 128))
 ]
 
 
@@ -91,7 +92,8 @@ def test_decode_takes_groups_drafts_and_pages(step):
     check(FORMATS["int8"].key, FORMATS["int8"].value, step)
 
 
-MASKED = ["int8", "fp8", "int4", "none", "fp8_static", "int4_static"] if GPU else ["int8", "int4"]
+MASKED = ["int8", "int4", "int6", "int3"]
+MASKED += ["fp8", "none", "fp8_static", "int4_static"] if GPU else []
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -100,9 +102,25 @@ def test_windows_sinks_and_softcap(name, page_size):
     given = FORMATS[name]
     step = Step(queries=(3, 1, 2), contexts=(70, 33, 150), page_size=page_size)
     check(given.key, given.value, step, CausalMask(window=20, sink_tokens=3), 5.0, sinks=True)
-    if GPU or (name, page_size) == ("int8", 16):
+    if GPU or (name, page_size) in (("int8", 16), ("int3", 64)):
         check(given.key, given.value, step, CausalMask(window=1))
         check(given.key, given.value, step, CausalMask(window=64), sinks=True)
+
+
+@pytest.mark.parametrize("name", ["int6", "int3"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(group=7, queries=(3, 0, 2), contexts=(70, 0, 150)),
+        Step(group=8, queries=(16, 4, 1), contexts=(100, 4, 31), kv_heads=1),
+        Step(head_dim=32, value_dim=128, page_size=64),
+        Step(head_dim=128, value_dim=16, contexts=(40, 5, 65)),
+    ],
+    ids=str,
+)
+def test_planes_of_groups_drafts_and_unlike_widths(name, step):
+    given = FORMATS[name]
+    check(given.key, given.value, step)
 
 
 def test_full_mask_and_empty_requests():
@@ -164,7 +182,13 @@ def test_rows_of_many_pieces_are_joined_in_groups(queries):
         assert not any(kept.any() for each in workspaces._counters.values() for kept in each)
 
 
-@pytest.mark.parametrize("key,value", [("int8", "int4"), ("none", "int8"), ("int4", "none")])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("int8", "int4"), ("none", "int8"), ("int4", "none"), ("int6", "int4"), ("int4", "int6"),
+        ("int8", "int3"), ("int6", "int3"), ("int3", "fp8"), ("none", "int6"), ("int3", "none"),
+    ],
+)  # fmt: skip
 def test_keys_and_values_of_different_codes(key, value):
     check(QuantSpec(CODES[key]), QuantSpec(CODES[value]), Step())
 
@@ -174,6 +198,9 @@ def test_static_scales_of_a_tensor_and_of_groups():
     check(tensor, tensor, Step())
     groups = QuantSpec(CODES["int8"], Granularity(group=16), dynamic=False, zero_point=True)
     check(groups, groups, Step(), sinks=True)
+    for code in ("int6", "int3"):
+        channels = QuantSpec(CODES[code], Granularity(group=1), dynamic=False, zero_point=True)
+        check(channels, channels, Step(), sinks=True)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

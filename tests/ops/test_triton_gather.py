@@ -16,6 +16,7 @@ pytestmark = TIER
 SPECS = {f"{name}-{half}": getattr(FORMATS[name], half)
          for name in KERNEL_FORMATS for half in ("key", "value")}  # fmt: skip
 SPECS["groups"] = QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True)
+SPECS["groups of int3"] = QuantSpec(CODES["int3"], Granularity(group=16), zero_point=True)
 
 
 def one_request(spec, head_dim, page_size=16, context=55):
@@ -31,6 +32,8 @@ def one_request(spec, head_dim, page_size=16, context=55):
         *((name, width) for name in SPECS for width in (64, 80)),
         # As wide as latent rows.
         *((name, 512) for name in ("none-key", "int8-key", "fp8-key", "int4-key", "groups")),
+        # Planes by the word whole, in pieces, and by the byte.
+        *((name, width) for name in ("int6-key", "int3-key") for width in (96, 128, 72)),
     ],
 )
 def test_one_request_of_every_format(name, head_dim):
@@ -39,6 +42,17 @@ def test_one_request_of_every_format(name, head_dim):
     # The reference multiplies in its own dtype: float64 and one rounding is the truth.
     wanted = reference(pages, table, 55, torch.float64)
     torch.testing.assert_close(got.double(), wanted, rtol=2**-10, atol=2**-12)
+
+
+@pytest.mark.parametrize("name", ["int6", "int3"])
+@pytest.mark.parametrize("skipped", [2, 1])
+def test_planes_that_begin_between_words(name, skipped):
+    pages, table = one_request(FORMATS[name].key, 64)
+    memory = torch.zeros(pages.codes.numel() + skipped, dtype=torch.uint8, device=DEVICE)
+    moved = memory[skipped:].view_as(pages.codes).copy_(pages.codes)
+    wanted = gather_request(pages, table, 55, torch.float16)
+    got = gather_request(replace(pages, codes=moved), table, 55, torch.float16)
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])

@@ -74,6 +74,15 @@ def test_awkward_shapes(step, way):
 
 
 @pytest.mark.parametrize(
+    "key,value", [("int6", "int6"), ("int3", "int3"), ("int6", "int4"), ("none", "int3")]
+)
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_planes(key, value, head_dim, way):
+    step = replace(RAGGED, page_size=64, head_dim=head_dim)
+    check(FORMATS[key].key, FORMATS[value].value, step)
+
+
+@pytest.mark.parametrize(
     "mask",
     [
         CausalMask(window=1),
@@ -99,6 +108,12 @@ def test_sink_logits(name, way):
     check(FORMATS[name].key, FORMATS[name].value, RAGGED, sinks=True)
 
 
+@pytest.mark.parametrize("code", ["int6", "int3"])
+def test_given_scales_of_planes(code, way):
+    spec = QuantSpec(CODES[code], Granularity(group=1), dynamic=False, zero_point=True)
+    check(spec, spec, RAGGED, sinks=True)
+
+
 @pytest.mark.parametrize("name", ["int4_static", "int8_static", "fp8_static"])
 def test_numbers_of_given_scales_are_not_rounded(name, way):
     """A channel has as many numbers as codes. Each rounded to 16 bits would be off by the same in
@@ -112,6 +127,8 @@ def test_numbers_of_given_scales_are_not_rounded(name, way):
 def test_groups_of_channels(way):
     spec = QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True)
     check(spec, QuantSpec(CODES["int8"], Granularity(group=16)), RAGGED)
+    planes = QuantSpec(CODES["int6"], Granularity(group=16), zero_point=True)
+    check(planes, replace(planes, code=CODES["int3"]), RAGGED)
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=40, sink_tokens=20), FullMask()])

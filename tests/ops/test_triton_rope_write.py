@@ -164,7 +164,7 @@ def test_norms_and_biases(name, after):
         *([(80, None, False), (128, 32, True), (256, 256, False)] if GPU else []),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("name", ["none", "int8", "fp8", "int4", "int6", "int3"])
 def test_key_maps(name, head_dim, rotary, mean):
     torch.manual_seed(2)
     table = None if rotary is None else rope_table(64, rotary, device=DEVICE)
@@ -187,6 +187,16 @@ def test_groups_of_channels():
     spec = QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True)
     run(spec, spec, WriteParams(return_rows=True), head_dim=80)
     run(QuantSpec(CODES["int8"], Granularity(group=32)), spec, WriteParams())
+    planes = QuantSpec(CODES["int6"], Granularity(group=16), zero_point=True)
+    run(planes, replace(planes, code=CODES["int3"]), WriteParams(return_rows=True), head_dim=80)
+    run(replace(planes, code=CODES["int3"]), planes, WriteParams())
+
+
+@pytest.mark.parametrize("code", ["int6", "int3"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_planes_of_given_scales(code, zero):
+    spec = QuantSpec(CODES[code], Granularity(group=1), dynamic=False, zero_point=zero)
+    run(spec, QuantSpec(CODES[code], dynamic=False, zero_point=zero), WriteParams(), head_dim=96)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int6", "int3"])
@@ -328,7 +338,7 @@ def test_checked_mode_refuses():
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int6", "int3"])
 @pytest.mark.parametrize("tokens", [1, 64, 700, 5000])
 @pytest.mark.parametrize("returned", [True, False])
 def test_many_tokens(tokens, name, returned):
@@ -355,7 +365,7 @@ def test_many_tokens(tokens, name, returned):
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", ["none", "int8", "int4", "int6"])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("head_dim,biased", [(64, False), (128, False), (128, True), (256, False)])
 def test_tiles_of_heads(head_dim, biased, mapped, name, dtype):

@@ -233,10 +233,11 @@ def one_code(call: Call) -> Iterator[str]:
 
 
 def whole_words(call: Call) -> Iterator[str]:
-    """Rows of codes that are read 32 bits at a time."""
+    """Rows of codes that are read 32 bits at a time, planes of them 16."""
     for name, spec, width in _halves(call):
-        if spec.quantized and width % (4 * spec.code.step):
-            yield f"needs {name} in whole 32-bit words, got a head_dim of {width}."
+        size = 2 if spec.code.fields else 4
+        if spec.quantized and width % (size * spec.code.step):
+            yield f"needs {name} in whole {8 * size}-bit words, got a head_dim of {width}."
 
 
 def pages_of_16_bits(call: Call) -> Iterator[str]:

@@ -9,15 +9,14 @@ product's inner dimension) become the halves of four or eight registers:
 
 Output r holds channels r, 4 + r, 8 + r, ... (8-bit) or r, 8 + r, ... (4-bit): the product over
 channels is a sum of four or eight products with queries that are strided the same way. Codes in
-planes come as bytes (ops/triton/planes). Every code is exact in float16. Inline PTX is the fast
+planes are read as ops/triton/planes says. Every code is exact in float16. Inline PTX is the fast
 way; the interpreter runs the same arithmetic as shifts.
 """
 
 import triton
 import triton.language as tl
 
-from quantpage.ops.triton.common import INT6, INT8, INTERPRETED, Constant
-from quantpage.ops.triton.planes import half_range, in_planes
+from quantpage.ops.triton.common import INT8, INTERPRETED, Constant
 
 # xor moves -128..127 to 0..255; 0x6400 | byte is the float16 1024 + byte.
 INT8_ASM = Constant("""{
@@ -100,47 +99,11 @@ def _fp8_number(word, SHIFT: tl.constexpr):
     return tl.where(byte < 128, size, -size)
 
 
-# Bytes n of planes.load_bytes: 1024 + n, or n less half of the range.
-_BYTES_BIASED = Constant("""{
- .reg .b32 x, y, magic;
- mov.b32 magic, 0x64646464;
- prmt.b32 x, $4, $5, 0x5140;
- prmt.b32 y, $4, $5, 0x7362;
- prmt.b32 $0, x, magic, 0x4140;
- prmt.b32 $1, x, magic, 0x4342;
- prmt.b32 $2, y, magic, 0x4140;
- prmt.b32 $3, y, magic, 0x4342;
-}""")
-_INT6 = Constant("""{
- .reg .b32 x, y, magic, bias, t;
- mov.b32 magic, 0x64646464; mov.b32 bias, 0x64206420;
- prmt.b32 x, $4, $5, 0x5140;
- prmt.b32 y, $4, $5, 0x7362;
- prmt.b32 t, x, magic, 0x4140; sub.f16x2 $0, t, bias;
- prmt.b32 t, x, magic, 0x4342; sub.f16x2 $1, t, bias;
- prmt.b32 t, y, magic, 0x4140; sub.f16x2 $2, t, bias;
- prmt.b32 t, y, magic, 0x4342; sub.f16x2 $3, t, bias;
-}""")
-_INT3 = Constant(_INT6.value.replace("0x64206420", "0x64046404"))
-
-
 @triton.jit
-def _byte(words, SHIFT: tl.constexpr, CODE: tl.constexpr, BIASED: tl.constexpr):
-    n = (words >> SHIFT) & 255
-    return (n + 1024 if BIASED else n - half_range(CODE)).to(tl.float16)
-
-
-@triton.jit
-def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr, BIASED: tl.constexpr = False):
-    """int32 words of four codes of a byte each -> four float16 tensors of the same shape.
-
-    BIASED, of codes in planes, stored as n = code + half: 1024 + n.
-    """
+def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr):
+    """int32 words of four 8-bit codes -> four float16 tensors of the same shape."""
     if INTERPRETED:
-        if in_planes(CODE):
-            r0, r1 = _byte(words, 0, CODE, BIASED), _byte(words, 8, CODE, BIASED)
-            r2, r3 = _byte(words, 16, CODE, BIASED), _byte(words, 24, CODE, BIASED)
-        elif CODE == INT8:
+        if CODE == INT8:
             r0 = ((words << 24) >> 24).to(tl.float16)
             r1 = ((words << 16) >> 24).to(tl.float16)
             r2 = ((words << 8) >> 24).to(tl.float16)
@@ -151,9 +114,7 @@ def unpack4(words, CODE: tl.constexpr, OLD: tl.constexpr, BIASED: tl.constexpr =
             r2 = _fp8_number(words, 16)
             r3 = _fp8_number(words, 24)
     else:
-        whole: tl.constexpr = INT8_ASM if CODE == INT8 else (_FP8_SM80 if OLD else FP8_ASM)
-        planed: tl.constexpr = _BYTES_BIASED if BIASED else (_INT6 if CODE == INT6 else _INT3)
-        asm: tl.constexpr = planed if in_planes(CODE) else whole
+        asm: tl.constexpr = INT8_ASM if CODE == INT8 else (_FP8_SM80 if OLD else FP8_ASM)
         r0, r1, r2, r3 = tl.inline_asm_elementwise(
             asm,
             "=r,=r,=r,=r,r,r",

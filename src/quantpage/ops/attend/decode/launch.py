@@ -147,18 +147,17 @@ def _triton_tiles(
         return DecodeTiles(64, 4, 5, 2) if width <= 128 else DecodeTiles(32, 4, 4, 2)
     if not key.quantized and not value.quantized:
         return DecodeTiles(64, 4, 4, 3) if width <= 128 else DecodeTiles(32, 4, 4, 3)
-    # Codes in planes come as bytes once they are in registers.
-    bytes_each = all(s.code.name in ("int8", "fp8") or s.code.fields for s in (key, value))
+    bytes_each = {key.code.name, value.code.name} <= {"int8", "fp8"}
     if rows > 16:
         return DecodeTiles(64, 2, 4, 4) if bytes_each and width <= 128 else DecodeTiles(32, 2, 5, 4)
     if keys <= SMALL and width <= 128:
         return DecodeTiles(64, 4, 4, 2)
     if rows > 8 and bytes_each and width <= 128:
         return DecodeTiles(64, 2, 5, 4)
-    four_bits = key.code.name == "int4" and value.code.name == "int4"
-    if width <= 64 or (four_bits and width <= 128):
+    eighths = all(spec.code.name == "int4" or spec.code.fields for spec in (key, value))
+    if width <= 64 or (eighths and width <= 128):
         return DecodeTiles(64, 1, 5, 8, min_tiles=2)
-    gather = 16 if rows <= 8 and parts >= JOINED and not four_bits else 0
+    gather = 16 if rows <= 8 and parts >= JOINED and not eighths else 0
     return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
 
 

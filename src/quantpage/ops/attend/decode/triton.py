@@ -179,8 +179,8 @@ def arrange(
     overlap = OVERLAP and device_info(q.device).since(HOPPER)
     q = q if q.stride(-1) == 1 else q.contiguous()
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
-    k = operand(layer.key, key_units.get(layer.key.spec.code.name, torch.int32))
-    v = operand(layer.value, value_units.get(layer.value.spec.code.name, torch.int32))
+    k = operand(layer.key, key_units.get(layer.key.spec.code.name, _unit(layer.key)))
+    v = operand(layer.value, value_units.get(layer.value.spec.code.name, _unit(layer.value)))
     sinks = params.sinks if options.final else None
     given = (
         q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
@@ -229,6 +229,11 @@ def join(made: Arranged) -> None:
 def _shared(half: Operand) -> int:
     """Channels that share a static scale."""
     return half.shared if half.scales == STATIC else 1
+
+
+def _unit(pages: QuantizedPages) -> torch.dtype:
+    """In what the Triton kernel reads codes."""
+    return torch.int16 if pages.spec.code.fields else torch.int32
 
 
 def paired(pages: QuantizedPages) -> bool:

@@ -22,7 +22,12 @@ large, and the query's sum takes that off again.
 import triton
 import triton.language as tl
 
-from quantpage.ops.attend.decode.triton_parts import load_queries, store_parts
+from quantpage.ops.attend.decode.triton_parts import (
+    first_channel,
+    load_queries,
+    parts_of,
+    store_parts,
+)
 from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
 from quantpage.ops.attend.decode.triton_share import (
     key_ranges,
@@ -35,7 +40,7 @@ from quantpage.ops.attend.decode.triton_share import (
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, NONE, STATIC
-from quantpage.ops.triton.planes import in_planes, load_bytes, plane_row
+from quantpage.ops.triton.planes import half_of, in_planes, load_parts, plane_row
 from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
 
 
@@ -139,12 +144,12 @@ def decode_kernel(
             sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
     BIASED: tl.constexpr = K_CODE == INT4 or in_planes(K_CODE)
-    K_PARTS: tl.constexpr = 1 if K_CODE == NONE else (8 if K_CODE == INT4 else 4)
-    V_PARTS: tl.constexpr = 1 if V_CODE == NONE else (8 if V_CODE == INT4 else 4)
+    K_PARTS: tl.constexpr = parts_of(K_CODE)
+    V_PARTS: tl.constexpr = parts_of(V_CODE)
     K_WORDS: tl.constexpr = HEAD_DIM // K_PARTS
     V_WORDS: tl.constexpr = VALUE_DIM // V_PARTS
-    K_ROW: tl.constexpr = plane_row(HEAD_DIM, K_CODE, 4) if in_planes(K_CODE) else K_WORDS
-    V_ROW: tl.constexpr = plane_row(VALUE_DIM, V_CODE, 4) if in_planes(V_CODE) else V_WORDS
+    K_ROW: tl.constexpr = plane_row(HEAD_DIM, K_CODE, 2) if in_planes(K_CODE) else K_WORDS
+    V_ROW: tl.constexpr = plane_row(VALUE_DIM, V_CODE, 2) if in_planes(V_CODE) else V_WORDS
     # Products need an inner and an outer width of at least 16.
     K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(K_WORDS))
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(V_WORDS))
@@ -161,6 +166,12 @@ def decode_kernel(
     v_word = tl.arange(0, V_WIDTH)
     v_word4 = tl.arange(0, V_WIDTH4)
     v_word8 = tl.arange(0, V_WIDTH8)
+    k_half = k_word
+    v_half = v_word
+    if in_planes(K_CODE):
+        k_half = half_of(k_codes, K_WIDTH, requests < 0)
+    if in_planes(V_CODE):
+        v_half = half_of(v_codes, V_WIDTH, requests < 0)
 
     position = start
     while position < end:
@@ -196,7 +207,8 @@ def decode_kernel(
         k_static = k_scale + head * k_scale_head
         kz_static = k_zero + head * k_scale_head
         q0, q1, q2, q3, q4, q5, q6, q7, unit, q_sum, bias = load_queries(
-            q, q_rows, real, k_static, kz_static, k_word, HEAD_DIM, K_CODE, K_PARTS,
+            q, q_rows, real, k_static, kz_static,
+            first_channel(k_word, HEAD_DIM, K_WIDTH, K_CODE), HEAD_DIM, K_CODE, K_PARTS,
             K_SCALES == STATIC, (K_SCALES == STATIC) & K_ZERO, K_SHARED, K_NUMBER,
         )  # fmt: skip
         # Scores leave the product in the unit of the softmax: log2, or natural before a softcap.
@@ -273,24 +285,23 @@ def decode_kernel(
             v_mask = (v_word < V_WORDS)[:, None]
             if V_CODE == NONE or V_CODE == FP8:  # noqa: SIM109 - constants of the compiler
                 v_mask = v_mask & shown[None, :]
-            if in_planes(K_CODE):
-                k = load_bytes(k_rows, shown, HEAD_DIM, K_WIDTH, K_CODE, False, 1)
-            else:
+            if not in_planes(K_CODE):
                 k = tl.load(k_rows + k_word[None, :], k_mask, 0)
             if K_PARTS == 1:
                 score = tl.dot(k, q0)
             elif K_PARTS == 4:
-                k0, k1, k2, k3 = unpack4(k, K_CODE, OLD, BIASED)
-                if BIASED:
-                    score = tl.broadcast_to(-bias[None, :], [TILE, ROWS])
-                    score = tl.dot(k0, q0, score)
-                else:
-                    score = tl.dot(k0, q0)
+                k0, k1, k2, k3 = unpack4(k, K_CODE, OLD)
+                score = tl.dot(k0, q0)
                 score = tl.dot(k1, q1, score)
                 score = tl.dot(k2, q2, score)
                 score = tl.dot(k3, q3, score)
             else:
-                k0, k1, k2, k3, k4, k5, k6, k7 = unpack8(k, BIASED)
+                if in_planes(K_CODE):
+                    k0, k1, k2, k3, k4, k5, k6, k7 = load_parts(
+                        k_rows, k_half, HEAD_DIM, K_WIDTH, K_CODE, BIASED, 1
+                    )
+                else:
+                    k0, k1, k2, k3, k4, k5, k6, k7 = unpack8(k, BIASED)
                 if BIASED:
                     score = tl.broadcast_to(-bias[None, :], [TILE, ROWS])
                     score = tl.dot(k0, q0, score)
@@ -359,9 +370,7 @@ def decode_kernel(
                     offsets = offsets * shrink[None, :] + p * vz[:, None]
                 p = p * vs[:, None]
             top = new_top
-            if in_planes(V_CODE):
-                v = load_bytes(v_rows, shown, VALUE_DIM, V_WIDTH, V_CODE, False, 0)
-            else:
+            if not in_planes(V_CODE):
                 v = tl.load(v_rows + v_word[:, None], v_mask, 0)
             if HIDES:
                 # A value that is not finite reaches the queries that see it, through their own
@@ -380,7 +389,12 @@ def decode_kernel(
                 acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
                 acc3 = tl.dot(v3, p, acc3 * shrink[None, :])
             else:
-                v0, v1, v2, v3, v4, v5, v6, v7 = unpack8(v, False)
+                if in_planes(V_CODE):
+                    v0, v1, v2, v3, v4, v5, v6, v7 = load_parts(
+                        v_rows, v_half, VALUE_DIM, V_WIDTH, V_CODE, False, 0
+                    )
+                else:
+                    v0, v1, v2, v3, v4, v5, v6, v7 = unpack8(v, False)
                 acc0 = tl.dot(v0, p, acc0 * shrink[None, :])
                 acc1 = tl.dot(v1, p, acc1 * shrink[None, :])
                 acc2 = tl.dot(v2, p, acc2 * shrink[None, :])
@@ -428,19 +442,22 @@ def decode_kernel(
             vz_static = v_zero + head * v_scale_head
             static: tl.constexpr = V_SCALES == STATIC
             static_zero: tl.constexpr = (V_SCALES == STATIC) & V_ZERO
+            v_first = first_channel(v_word, VALUE_DIM, V_WIDTH, V_CODE)
+            v_first4 = first_channel(v_word4, VALUE_DIM, V_WIDTH, V_CODE)
+            v_first8 = first_channel(v_word8, VALUE_DIM, V_WIDTH, V_CODE)
             # Two destinations of two types: the result, or a float32 partial.
             if complete:
                 to = out + token_at * out_token + q_head_at * out_head
                 store_parts(
                     to, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra,
-                    vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS, static,
+                    vs_static, vz_static, v_first, v_first4, v_first8, VALUE_DIM, V_CODE, static,
                     static_zero, V_SHARED,
                 )  # fmt: skip
             else:
                 to_part = part_out + (slot_id.to(tl.int64) * ROWS + row) * VALUE_DIM
                 store_parts(
                     to_part, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass,
-                    extra, vs_static, vz_static, v_word, v_word4, v_word8, VALUE_DIM, V_PARTS,
+                    extra, vs_static, vz_static, v_first, v_first4, v_first8, VALUE_DIM, V_CODE,
                     static, static_zero, V_SHARED,
                 )  # fmt: skip
                 if GATHER > 0:
