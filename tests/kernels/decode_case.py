@@ -13,7 +13,7 @@ CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
-                     segment=0, sinks=False, softcap=False, lse=True):  # fmt: skip
+                     segment=0, sinks=False, softcap=False, lse=True, earlier=False):  # fmt: skip
     types = {}
     for name in ("q", "out"):
         types[name] = "*bf16"
@@ -37,9 +37,9 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
         "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
-        "SINKS": sinks, "EARLIER": False, "CHUNK": 128, "STAGES": stages,
+        "SINKS": sinks, "EARLIER": earlier, "CHUNK": 128, "STAGES": stages,
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
-        "GATHER": 16, "WHOLE": False, "HIDES": False,
+        "GATHER": 0 if earlier else 16, "WHOLE": earlier, "HIDES": False,
     }  # fmt: skip
     return types | fixed | ({} if lse else {"lse": None})
 
@@ -63,7 +63,8 @@ def float32_case(capability: int, head_dim: int):
     return compile_kernel(decode_kernel, given, capability, num_warps=tiles.warps)
 
 
-def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128):
+def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128, near=None):
+    """near: the code of near pages; None: there are none."""
     from quantpage.ops.rope_write.triton_kernel import Pages
     from quantpage.ops.rope_write.triton_kernel import write_kernel as kernel
 
@@ -78,13 +79,17 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128):
     types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean"), "*fp32")
     types |= dict.fromkeys(("tokens", "q_heads", "kv_heads"), "i32")
     types["eps"] = "fp32"
+    types |= dict.fromkeys(
+        ("k_near", "v_near"),
+        None if near is None else Pages("*i8", "*fp16", "*fp16", "*i8", *["i32:16"] * 6),
+    )
     for name in kernel.arg_names:
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     fixed = {
         "HEAD_DIM": head_dim, "PIECE": 32, "VALUE_DIM": head_dim, "V_PIECE": 32, "ROTARY": head_dim,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "MAPPED": mapped,
-        "PAGE": 64, "EXACT": False, "RETURN": False, "ROWS": 8, "HARDWARE": True,
+        "PAGE": 64, "EXACT": near is not None, "RETURN": False, "ROWS": 8, "HARDWARE": True,
         "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True,
         "PRODUCTS": block > 1, "V_PRODUCTS": block > 1,
     }  # fmt: skip
@@ -92,6 +97,8 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128):
         fixed |= {
             f"{side}_CODE": code, f"{side}_SCALES": 1, f"{side}_ZERO": zero,
             f"{side}_SHARED": head_dim, f"{side}_LIMIT": 65504.0, f"{side}_BLOCK": block,
+            f"{side}_NEAR_CODE": near, f"{side}_NEAR_ZERO": False,
+            f"{side}_NEAR_SHARED": head_dim, f"{side}_NEAR_LIMIT": 65504.0,
         }  # fmt: skip
     return kernel, types | fixed
 
@@ -127,6 +134,13 @@ def main() -> None:
                 )
             wide = write_arguments(1, 1, mapped=2, head_dim=512)
             found["write int8 512"] = summary(*wide, 90, 4)
+            for given in SHARED:
+                # The planner's tile for near pages of many requests, and for few tokens.
+                for tile, warps in ((32, 1), (64, 4)):
+                    near = decode_arguments(tile=tile, segment=2, earlier=True, capability=given)
+                    found[f"decode near int8 {tile} {given}"] = summary(
+                        decode_kernel, near, given, warps
+                    )
             for given, head_dim in ((90, 128), (90, 256), (89, 256)):
                 takes = resources(float32_case(given, head_dim))
                 found[f"decode float32 {head_dim} {given}"] = {

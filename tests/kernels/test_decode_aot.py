@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.kernels.aot import SHARED
 from tests.kernels.apart import compile_apart
 
 pytestmark = pytest.mark.cpu
@@ -32,6 +33,13 @@ def test_nothing_spills_and_no_byte_is_loaded_alone(compiled):
         # Decode kernels may spill a word around the loop, never inside.
         assert takes["spills"] == 0 and takes["stack"] <= 32, name
         assert takes["byte_loads"] == 0, name
+
+
+def test_near_pages_of_codes_compile_for_every_target(compiled):
+    near = {name: takes for name, takes in compiled.items() if name.startswith("decode near")}
+    assert len(near) == 2 * len(SHARED)
+    for name, takes in near.items():
+        assert takes["wide_copies"] > 0 and takes["products"] > 0, name
 
 
 @pytest.mark.parametrize("code", list(BUDGET))

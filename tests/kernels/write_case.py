@@ -9,6 +9,7 @@ from tests.kernels.decode_case import write_arguments
 FORMATS = {"none": (0, 1, False), "int8": (1, 128, False), "fp8": (2, 1, False)}
 FORMATS["int4"] = (3, 128, True)
 FORMATS["int4 mapped"] = (3, 128, True, 2)
+FORMATS["int4 near int8"] = (3, 128, True, 0, 128, 1)
 
 
 def main() -> None:

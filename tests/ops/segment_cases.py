@@ -23,7 +23,9 @@ def make_segments(
 
     What no query reads through its codes has NaN scales; what none reads exactly is not finite.
     """
-    q, layer, batch = make_step(form.key, form.value, step, mask, dtype, seed, exact=True)
+    q, layer, batch = make_step(
+        form.key, form.value, step, mask, dtype, seed, exact=True, near=form.near
+    )
     assert batch.exact is not None
     size, first = batch.page_size, 0
     coded = torch.zeros(layer.key.pages * size, dtype=torch.bool)
@@ -41,12 +43,13 @@ def make_segments(
             slots = table[request].cpu().long()[keys // size] * size + keys % size
             kept[slots[pairs.any(0)]] = True
         first += new
-    for half in (layer.key, layer.value):
-        for plane in (half.scale, half.zero):
-            if plane is not None and half.spec.dynamic:
-                hide(plane, coded, (torch.nan,))
-    for pages in (layer.exact_key, layer.exact_value):
-        hide(pages, near, POISON)
+    for part, kept in ((layer, coded), (layer.exact(), near)):
+        for half in (part.key, part.value):
+            for plane in (half.scale, half.zero):
+                if plane is not None and half.spec.dynamic:
+                    hide(plane, kept, (torch.nan,))
+            if part is not layer and not half.spec.quantized:
+                hide(half.codes, kept, POISON)
     return q, layer, batch
 
 
@@ -116,7 +119,7 @@ def spoil(layer: LayerKV, batch: BatchPlan, at: int, what: float, half: str) -> 
     if not own.spec.quantized:
         codes = spoiled(own.codes, batch.page_table)
         layer = replace(layer, **{half: replace(own, codes=codes)})
-    if layer.exact_key is not None:
+    if isinstance(layer.exact_key, torch.Tensor):
         assert batch.exact is not None
         exact = spoiled(getattr(layer, f"exact_{half}"), batch.exact.page_table)
         layer = replace(layer, **{f"exact_{half}": exact})

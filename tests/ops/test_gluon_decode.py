@@ -24,7 +24,7 @@ from tests.ops.triton_cases import (
 )
 
 # isort: split
-from quantpage.formats import CODES, FORMATS, QuantSpec
+from quantpage.formats import CODES, FORMATS, QuantSpec, find_format
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_op
@@ -146,10 +146,10 @@ def test_any_grid_gives_the_same_result(programs):
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=130, sink_tokens=20)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "k8v4"])
+@pytest.mark.parametrize("name", ["int4", "k8v4", "int4_near8", "k8v4_near8"])
 def test_segments_join_to_the_whole(name, mask):
-    given = FORMATS[name]
-    q, layer, batch = make_step(given.key, given.value, DRAFTS, mask, exact=True)
+    given = find_format(name)
+    q, layer, batch = make_step(given.key, given.value, DRAFTS, mask, exact=True, near=given.near)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
     out, lse = attend_op(q, layer, batch, params, GLUON)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)

@@ -20,7 +20,7 @@ from tests.ops.triton_cases import (
 )
 
 # isort: split
-from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, find_format
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
@@ -114,9 +114,12 @@ def test_groups_of_channels():
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=100, sink_tokens=70), FullMask()])
-def test_exact_pages_are_one_more_segment(mask):
-    given = FORMATS["int4"]
-    q, layer, batch = make_step(given.key, given.value, RAGGED, mask, torch.float16, exact=True)
+@pytest.mark.parametrize("name", ["int4", "int4_near8"])
+def test_exact_pages_are_one_more_segment(name, mask):
+    given = find_format(name)
+    q, layer, batch = make_step(
+        given.key, given.value, RAGGED, mask, torch.float16, exact=True, near=given.near
+    )
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
     run = candidate("prefill.gluon")
     out, lse = attend_segments(q, layer, batch, params, run)

@@ -1,5 +1,6 @@
 """Exact pages in int8: what they hold, who reads them, what they cost, and what is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,16 @@ from quantpage.cache.cells import layer_of_cells
 from quantpage.cpu_core import ISAS, find_core
 from quantpage.errors import CorruptCache, FormatError
 from quantpage.explain import candidates_of, example_call
-from quantpage.formats import CODES, FORMATS, ExactPages, KVFormat, QuantSpec, dequantize, rotate
+from quantpage.formats import (
+    CODES,
+    FORMATS,
+    ExactPages,
+    Granularity,
+    KVFormat,
+    QuantSpec,
+    dequantize,
+    rotate,
+)
 from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_map import KeyMap
 from quantpage.formats.per_layer import LayerFormats
@@ -248,14 +258,30 @@ def test_what_near_pages_cannot_be(changes, words):
         replace(find_format("int4_near8"), **changes)
 
 
-def test_kernels_refuse_it_in_a_sentence():
+def test_kernels_take_it_where_they_take_its_codes():
     hopper = DeviceInfo("cuda", "H100", (9, 0), 132, 0)
-    for op in ("rope_write", "prefill", "decode"):
-        said = candidates_of(example_call(hopper, find_format("int4_near8")), op)
-        kernels = [reasons for who, reasons in said if who.startswith(("triton", "gluon"))]
-        # Of latent rows no format with exact pages is read at all.
-        kernels = [each for each in kernels if not any("latent rows" in one for one in each)]
-        assert kernels and all("needs near pages in 16 bits, got int8." in each for each in kernels)
+    four = find_format("int4_near8")
+    grouped = QuantSpec(CODES["int8"], Granularity(group=32), rotation="hadamard")
+    wide = QuantSpec(replace(CODES["int8"], name="mine"), rotation="hadamard")
+    for near, op, words in (
+        (four.near, "rope_write", None),
+        (four.near, "prefill", None),
+        (four.near, "decode", None),
+        (four.near, "masked prefill", None),
+        (KVFormat("g", grouped, grouped), "rope_write", None),
+        (KVFormat("g", grouped, grouped), "decode", "one dynamic scale .* for near keys, got 4."),
+        (KVFormat("w", wide, wide), "rope_write", "codes of formats/spec for near keys, got mine"),
+        (KVFormat("w", wide, wide), "prefill", "codes of formats/spec for near values, got mine"),
+    ):
+        mask = "interval" if op.startswith("masked") else "causal"
+        call = example_call(hopper, replace(four, near=near), mask)
+        said = dict(candidates_of(call, op.removeprefix("masked ")))
+        kernels = {who: said[who] for who in said if who.startswith(("triton", "gluon"))}
+        served = [who for who, reasons in kernels.items() if not reasons]
+        if words is None:
+            assert served, (op, near, kernels)
+        else:
+            assert not served and any(re.search(words, " ".join(r)) for r in kernels.values())
     layout = CacheLayout(2, 64, find_format("int4_near8"), 16)
     with pytest.raises(FormatError, match="exact pages of 16 bits in an engine's cells"):
         layer_of_cells(torch.zeros(1, 2, 16, dtype=torch.uint8), layout)

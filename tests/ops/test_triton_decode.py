@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from quantpage.batch import derive
-from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, find_format
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
@@ -205,14 +205,17 @@ def test_static_scales_of_a_tensor_and_of_groups():
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=30, sink_tokens=20)], ids=str)
-@pytest.mark.parametrize("joins", [False, True])
-def test_segments_join_to_the_whole(page_size, mask, joins):
+@pytest.mark.parametrize(
+    "name,joins",
+    [("int4", False), ("int4", True), ("int4_near8", True), ("k=fp8,v=int4_near8", True)],
+)
+def test_segments_join_to_the_whole(page_size, mask, name, joins):
     from quantpage.ops.attend import attend as attend_op
     from quantpage.ops.dispatch import Implementation
 
-    given = FORMATS["int4"]
+    given = find_format(name)
     step = Step(queries=(3, 1, 2), contexts=(70, 9, 130), page_size=page_size)
-    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
+    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True, near=given.near)
     sinks = torch.randn(q.shape[1], device=DEVICE)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, sinks)
     ours = Implementation(

@@ -132,10 +132,11 @@ def test_groups_of_channels(way):
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=40, sink_tokens=20), FullMask()])
-def test_exact_pages_are_one_more_segment(mask, way):
-    given = FORMATS["int4"]
+@pytest.mark.parametrize("name", ["int4", "int4_near8"])
+def test_exact_pages_are_one_more_segment(name, mask, way):
+    given = find_format(name)
     step = replace(RAGGED, group=2, page_size=16)
-    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True)
+    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True, near=given.near)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
     run = candidate("prefill.triton")
     out, lse = attend_segments(q, layer, batch, params, run)

@@ -7,12 +7,20 @@ import torch
 
 from quantpage.batch import plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import CODES, FORMATS, Granularity, KeyMap, QuantSpec
+from quantpage.formats import (
+    CODES,
+    FORMATS,
+    Granularity,
+    KeyMap,
+    KVFormat,
+    QuantSpec,
+    find_format,
+)
 from quantpage.ops.rope_write import QKNorm, WriteParams
 from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.ops.rope_write.triton import Shape, rope_write
 from quantpage.rope import rope_table
-from tests.ops.triton_cases import DEVICE, GPU, KERNEL_FORMATS, TIER
+from tests.ops.triton_cases import DEVICE, GPU, KERNEL_FORMATS, NEAR_FORMATS, TIER
 
 pytestmark = TIER
 KV_HEADS, GROUP, PAGE = 2, 3, 16
@@ -45,7 +53,10 @@ def copy_of(layer):
         planes = [None if p is None else p.clone() for p in (pages.scale, pages.zero)]
         return QuantizedPages(pages.spec, pages.codes.clone(), *planes)
 
-    exact = [None if p is None else p.clone() for p in (layer.exact_key, layer.exact_value)]
+    exact = [
+        own(p) if isinstance(p, QuantizedPages) else None if p is None else p.clone()
+        for p in (layer.exact_key, layer.exact_value)
+    ]
     return LayerKV(own(layer.key), own(layer.value), *exact, layer.key_map)
 
 
@@ -81,12 +92,13 @@ def random_map(head_dim, mean=True, heads=KV_HEADS):
 
 
 def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True, change=None,
-        allowed=4, shape=None, key_map=None):  # fmt: skip
+        allowed=4, shape=None, key_map=None, near=None):  # fmt: skip
+    """near: the format of exact pages that are codes; None: they are numbers."""
     torch.manual_seed(0)
     contexts = tuple(n + 9 for n in queries)
     tables = [[3, 1], [0, 6], [5, 2]]
-    near = [[0, 1], [2, 3], [4, 5]] if exact else None
-    batch = plan_batch(queries, contexts, tables, PAGE, DEVICE, near)
+    exact_tables = [[0, 1], [2, 3], [4, 5]] if exact else None
+    batch = plan_batch(queries, contexts, tables, PAGE, DEVICE, exact_tables)
     batch.slots[1] = -1
     tokens = sum(queries)
     # Q, K and V of one projection: rows are strided.
@@ -96,7 +108,10 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
         change(fused)
     parts = fused.unflatten(1, (-1, head_dim)).split((GROUP * KV_HEADS, KV_HEADS, KV_HEADS), 1)
     layer = LayerKV(empty_pages(key, head_dim), empty_pages(value, head_dim), key_map=key_map)
-    if exact:
+    if near is not None:
+        kept = [empty_pages(spec, head_dim, 6) for spec in (near.key, near.value)]
+        layer = replace(layer, exact_key=kept[0], exact_value=kept[1])
+    elif exact:
         pages = torch.full((6, KV_HEADS, PAGE, head_dim), torch.nan, device=DEVICE).half()
         layer = replace(layer, exact_key=pages, exact_value=pages.clone())
     other = copy_of(layer)
@@ -105,11 +120,10 @@ def run(key, value, params, head_dim=64, queries=(5, 1, 3), exact=False, q=True,
     got = rope_write(*given, layer, batch, params, shape=shape or (None if GPU else SMALL))
     same_codes(layer.key, other.key, allowed)
     same_codes(layer.value, other.value, allowed)
-    if exact:
-        for one, two in (
-            (layer.exact_key, other.exact_key),
-            (layer.exact_value, other.exact_value),
-        ):
+    for one, two in ((layer.exact_key, other.exact_key), (layer.exact_value, other.exact_value)):
+        if near is not None:
+            same_codes(one, two, allowed)
+        elif exact:
             torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3, equal_nan=True)
     for one, two in zip(got, wanted, strict=True):
         assert (one is None) == (two is None)
@@ -127,6 +141,28 @@ def test_every_format(name):
     table = rope_table(64, 64, device=DEVICE)
     params = WriteParams(rope=table, return_rows=True)
     run(given.key, given.value, params, exact=given.exact_pages is not None)
+
+
+_GROUPED = QuantSpec(CODES["int8"], Granularity(group=32), rotation="hadamard")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize(
+    "given",
+    [*NEAR_FORMATS, replace(find_format("int4_near8"), near=KVFormat("g", _GROUPED, _GROUPED))],
+    ids=["int4_near8", "k8v4_near8", "k=fp8,v=int4_near8", "scales of groups"],
+)
+def test_near_pages_that_are_codes(given, head_dim):
+    """Some of the rows have a place there, and those of the body beside it."""
+    if head_dim == 80 and given.near.key.granularity.group:
+        pytest.skip("groups of 32 channels do not divide 80")
+    table = rope_table(64, head_dim, device=DEVICE)
+    params = WriteParams(table, return_rows=True)
+    for queries in ((5, 1, 3), (0, 2, 0)):
+        layer = run(given.key, given.value, params, head_dim, queries, exact=True, near=given.near,
+                    key_map=random_map(head_dim), allowed=8)  # fmt: skip
+        written = ~layer.exact_key.scale[..., 0].isnan()
+        assert written.sum() == (sum(queries) - 1 + 1) * KV_HEADS
 
 
 @pytest.mark.parametrize("head_dim", [80, 128])

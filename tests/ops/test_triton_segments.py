@@ -16,6 +16,7 @@ from tests.ops.triton_cases import (
     GPU,
     HOPPER,
     KERNEL_FORMATS,
+    NEAR_FORMATS,
     TIER,
     TOLERANCE,
     Step,
@@ -24,7 +25,7 @@ from tests.ops.triton_cases import (
 
 # isort: split
 from quantpage import masks
-from quantpage.formats import FORMATS
+from quantpage.formats import FORMATS, find_format
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams, attend
 from quantpage.ops.attend.params import exact_pairs
@@ -53,6 +54,7 @@ DECODE = Implementation(
 )
 PAGE = 16
 EXACT = [name for name in KERNEL_FORMATS if FORMATS[name].exact_pages is not None]
+EXACT += [form.name for form in NEAR_FORMATS]
 CAUSAL_KINDS = [
     CAUSAL,
     CausalMask(window=5),
@@ -106,12 +108,12 @@ def test_a_chunk_on_a_prefix(context, count, mask, parts):
 
 
 @pytest.mark.parametrize("mask", CAUSAL_KINDS, ids=named)
-@pytest.mark.parametrize("joins", [True, False])
-def test_decodes_around_the_end_of_a_page(joins, mask):
+@pytest.mark.parametrize("joins,name", [(True, "int4"), (False, "int4"), (True, "int4_near8")])
+def test_decodes_around_the_end_of_a_page(joins, name, mask):
     """The body ends a page before a query's own: with the first token of a page it grows."""
     contexts = tuple(4 * PAGE + more for more in (-1, 0, 1, 2))
     step = Step((1, 2, 1, 3), contexts, PAGE, kv_heads=1, group=2, head_dim=32)
-    check(replace(DECODE, joins=joins), FORMATS["int4"], step, mask, sinks=True)
+    check(replace(DECODE, joins=joins), find_format(name), step, mask, sinks=True)
 
 
 @pytest.mark.parametrize("window", [1, PAGE + 1, 2 * PAGE + 1])
@@ -152,7 +154,7 @@ def test_any_step_in_any_kernel(seed, parts, monkeypatch):
     step = Step(
         tuple(new), tuple(contexts), page, choice.choice([1, 2]), choice.choice([1, 3, 4]), 32
     )
-    form = FORMATS[choice.choice(EXACT)]
+    form = find_format(choice.choice(EXACT))
     parts(choice.randint(1, 8))
     runs = [PORTABLE]
     if HOPPER:
@@ -195,7 +197,7 @@ def test_interval_masks(name, kind, monkeypatch):
         monkeypatch.setattr(gluon_flash_mask, "FEW_ROWS", 0)
         runs.append(DENSE_INTERVALS)
     for run in runs:
-        check(run, FORMATS[name], step, mask, sinks=True)
+        check(run, find_format(name), step, mask, sinks=True)
 
 
 READ = [  # format, half, what runs, whether the cache is read through a workspace

@@ -11,7 +11,7 @@ import torch
 
 from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import FORMATS, QuantSpec, quantize, quantize_static
+from quantpage.formats import FORMATS, KVFormat, QuantSpec, find_format, quantize, quantize_static
 from quantpage.masks import CausalMask, Mask
 from quantpage.ops.attend import CANDIDATES, AttendParams
 from quantpage.ops.attend.reference import attend as reference
@@ -81,9 +81,12 @@ def make_pages(spec: QuantSpec, rows, keep, page_size: int, dtype) -> QuantizedP
 
 def make_step(
     key: QuantSpec, value: QuantSpec, step: Step, mask: Mask, dtype=torch.float16, seed: int = 0,
-    exact: bool = False,
+    exact: bool = False, near: KVFormat | None = None,
 ) -> tuple[torch.Tensor, LayerKV, BatchPlan]:  # fmt: skip
-    """q, pages and plan; pages are in random order and a few belong to nobody."""
+    """q, pages and plan; pages are in random order and a few belong to nobody.
+
+    near: the format of exact pages that are codes; None: they are numbers in ``dtype``.
+    """
     torch.manual_seed(seed)
     size, heads = step.page_size, step.kv_heads
     needed = [-(-c // size) for c in step.contexts]
@@ -118,11 +121,14 @@ def make_step(
                     k_near.append(torch.where(live, k[rows] + 0.1, torch.nan))
                     v_near.append(torch.where(live, v[rows] + 0.1, torch.nan))
             exact_tables.append(row)
-        layer = LayerKV(
-            layer.key, layer.value,
-            torch.stack(k_near).transpose(1, 2).to(dtype).contiguous(),
-            torch.stack(v_near).transpose(1, 2).to(dtype).contiguous(),
-        )  # fmt: skip
+        specs = (_PLAIN, _PLAIN) if near is None else (near.key, near.value)
+        made = []
+        for spec, kept in zip(specs, (k_near, v_near), strict=True):
+            rows = torch.cat(kept)
+            known = ~rows.isnan().flatten(1).any(1)
+            half = make_pages(spec, rows, known, size, dtype)
+            made.append(half.codes if near is None else half)
+        layer = LayerKV(layer.key, layer.value, *made)
     batch = plan_batch(step.queries, step.contexts, tables, size, DEVICE, exact_tables)
     q = torch.randn(sum(step.queries), heads * step.group, step.head_dim).to(dtype)
     return q.to(DEVICE), to_device(layer), batch
@@ -135,17 +141,23 @@ def to_device(layer: LayerKV) -> LayerKV:
         planes = [None if p is None else p.to(DEVICE) for p in (pages.scale, pages.zero)]
         return QuantizedPages(pages.spec, pages.codes.to(DEVICE), *planes)
 
-    exact = [None if p is None else p.to(DEVICE) for p in (layer.exact_key, layer.exact_value)]
+    exact = [
+        moved(p) if isinstance(p, QuantizedPages) else None if p is None else p.to(DEVICE)
+        for p in (layer.exact_key, layer.exact_value)
+    ]
     return LayerKV(moved(layer.key), moved(layer.value), *exact)
 
 
 CAUSAL = CausalMask()
+_PLAIN = FORMATS["none"].key
 KERNEL_FORMATS = [
     name
     for name, given in FORMATS.items()
     if {given.key.code.name, given.value.code.name} <= set(CODE_KINDS)
 ]
 """Formats whose codes the kernels read; the others they refuse (test_dispatch)."""
+NEAR_FORMATS = [find_format(name) for name in ("int4_near8", "k8v4_near8", "k=fp8,v=int4_near8")]
+"""Some that keep exact pages as codes."""
 
 
 def relative(got, wanted) -> float:

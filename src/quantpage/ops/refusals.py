@@ -211,13 +211,6 @@ def known_codes(*names: str) -> Condition:
     return condition
 
 
-def near_pages_of_16_bits(call: Call) -> Iterator[str]:
-    """Exact pages as the model computes."""
-    near = call.format.near
-    if near is not None:
-        yield f"needs near pages in 16 bits, got {near.name}."
-
-
 def codes(call: Call) -> Iterator[str]:
     """Quantized pages."""
     for name, spec, _ in _halves(call):
@@ -294,8 +287,11 @@ def groups_of_powers(call: Call) -> Iterator[str]:
 
 
 def _halves(call: Call) -> Iterator[tuple[str, QuantSpec, int]]:
-    yield "keys", call.format.key, call.head_dim
-    yield "values", call.format.value, call.value_head_dim
+    """Name, spec and head_dim of K and V, and of their near pages where those are codes."""
+    for kind, given in (("", call.format), ("near ", call.format.near)):
+        if given is not None:
+            yield f"{kind}keys", given.key, call.head_dim
+            yield f"{kind}values", given.value, call.value_head_dim
 
 
 def _widths(call: Call) -> Iterator[tuple[str, int]]:
@@ -318,7 +314,6 @@ def _version(capability: tuple[int, int]) -> str:
 _16_BITS = (torch.float16, torch.bfloat16)
 _ROWS: tuple[Condition, ...] = (
     known_codes("int8", "fp8", "int6", "int4", "int3"),
-    near_pages_of_16_bits,
     device("cuda"),
     triton,
     short_scales,

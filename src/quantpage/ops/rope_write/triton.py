@@ -56,19 +56,22 @@ def launch_shape(tokens: int, width: int, q_heads: int, kv_heads: int) -> Shape:
     return Shape(8, heads, 2, max(32, whole // 4), max(1, whole // 128), heads > 1)
 
 
-def _piece(spec: QuantSpec, width: int, wanted: int) -> int:
+def _piece(specs: list[QuantSpec], width: int, wanted: int) -> int:
     """Channels a piece: at most ``wanted``, all of a row where scales are of its parts, or where
     bytes of planes hold channels of no power of two apart.
+
+    specs: of all pages that a row is written to.
     """
     whole = triton.next_power_of_2(width)
-    grouped = spec.quantized and spec.dynamic and spec.granularity.groups(width) > 1
-    scattered = bool(spec.code.fields) and width != whole
-    return whole if grouped or scattered else min(wanted, whole)
+    grouped = [s.quantized and s.dynamic and s.granularity.groups(width) > 1 for s in specs]
+    scattered = width != whole and any(s.code.fields for s in specs)
+    return whole if any(grouped) or scattered else min(wanted, whole)
 
 
-def can_multiply(spec: QuantSpec, x: Tensor, shape: Shape) -> bool:
+def can_multiply(specs: list[QuantSpec], x: Tensor, shape: Shape) -> bool:
     """Whether rows of ``x`` can be rotated by products: 16-bit, aligned, eight of them a warp."""
-    if not x.is_cuda or spec.rotation != "hadamard" or _piece(spec, x.shape[-1], shape.piece) != 32:
+    turned = specs[0].rotation == "hadamard"
+    if not x.is_cuda or not turned or _piece(specs, x.shape[-1], shape.piece) != 32:
         return False
     return (
         device_info(x.device).since((8, 0))
@@ -124,12 +127,16 @@ def rope_write(
     piece = shape.piece
     key, value = operand(layer.key), operand(layer.value)
     near_key, near_value = key, value
+    k_specs, v_specs = [layer.key.spec], [layer.value.spec]
     if exact is not None:
         near_key, near_value = operand(exact.key), operand(exact.value)
-    products = can_multiply(layer.key.spec, k, shape)
+        k_specs.append(exact.key.spec)
+        v_specs.append(exact.value.spec)
+    coded = exact is not None and exact.key.spec.quantized
+    products = can_multiply(k_specs, k, shape)
     if q is not None:
-        products = products and can_multiply(layer.key.spec, q, shape)
-    v_products = can_multiply(layer.value.spec, v, shape)
+        products = products and can_multiply(k_specs, q, shape)
+    v_products = can_multiply(v_specs, v, shape)
     overlap = device_info(k.device).since(HOPPER)
     tiles = triton.cdiv(tokens, shape.rows // shape.heads)
     parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + 2 * (kv_heads // shape.heads)
@@ -163,12 +170,16 @@ def rope_write(
         v.stride(0),
         v.stride(1),
         0 if rope is None else rope.cos.stride(0),
+        _pages(near_key, near_key) if coded else None,
+        _pages(near_value, near_value) if coded else None,
         **{f"K_{name}": fixed for name, fixed in _fixed(key, layer.key.spec).items()},
         **{f"V_{name}": fixed for name, fixed in _fixed(value, layer.value.spec).items()},
+        **_fixed_near("K", near_key if coded else None, k_specs[-1]),
+        **_fixed_near("V", near_value if coded else None, v_specs[-1]),
         HEAD_DIM=width,
-        PIECE=_piece(layer.key.spec, width, piece),
+        PIECE=_piece(k_specs, width, piece),
         VALUE_DIM=value_width,
-        V_PIECE=_piece(layer.value.spec, value_width, piece),
+        V_PIECE=_piece(v_specs, value_width, piece),
         ROTARY=0 if rope is None else rope.rotary_dim,
         INTERLEAVED=rope is not None and rope.interleaved,
         NORM=0 if norm is None else (2 if norm.after_rope else 1),
@@ -209,3 +220,12 @@ def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:
         "LIMIT": limit,
         "BLOCK": rotation_block(half.head_dim) if spec.rotation == "hadamard" else 1,
     }
+
+
+def _fixed_near(name: str, near: Operand | None, spec: QuantSpec) -> dict[str, object]:
+    """The same of near pages in codes, where those may differ from the body; None: there are none.
+
+    name: 'K' or 'V'.
+    """
+    fixed = {} if near is None else _fixed(near, spec)
+    return {f"{name}_NEAR_{each}": fixed.get(each) for each in ("CODE", "ZERO", "SHARED", "LIMIT")}

@@ -22,7 +22,13 @@ from quantpage.ops.rope_write.triton_products import (
     turned_by_products,
     widened,
 )
-from quantpage.ops.rope_write.triton_rows import scaled, store_parts, write_exact, write_rows
+from quantpage.ops.rope_write.triton_rows import (
+    scaled,
+    store_parts,
+    write_exact,
+    write_near,
+    write_rows,
+)
 from quantpage.ops.triton.hadamard import between_pieces, hadamard
 
 
@@ -33,7 +39,7 @@ class Pages(NamedTuple):
     scale: Any
     zero: Any
     exact: Any
-    """Exact pages, or what stands in for them."""
+    """Exact pages of numbers, or what stands in for them."""
     page: Any
     """From page to page."""
     head: Any
@@ -252,11 +258,15 @@ def write_kernel(
     slots, exact_slots, positions, cos, sin, q_weight, k_weight, q_bias, k_bias, v_bias,
     map_scale, map_mean, eps, tokens, q_heads, kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head,
-    angle_row,
+    angle_row, k_near, v_near,
     K_CODE: tl.constexpr, K_SCALES: tl.constexpr, K_ZERO: tl.constexpr, K_SHARED: tl.constexpr,
     K_LIMIT: tl.constexpr, K_BLOCK: tl.constexpr,
     V_CODE: tl.constexpr, V_SCALES: tl.constexpr, V_ZERO: tl.constexpr, V_SHARED: tl.constexpr,
     V_LIMIT: tl.constexpr, V_BLOCK: tl.constexpr,
+    K_NEAR_CODE: tl.constexpr, K_NEAR_ZERO: tl.constexpr, K_NEAR_SHARED: tl.constexpr,
+    K_NEAR_LIMIT: tl.constexpr,
+    V_NEAR_CODE: tl.constexpr, V_NEAR_ZERO: tl.constexpr, V_NEAR_SHARED: tl.constexpr,
+    V_NEAR_LIMIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, VALUE_DIM: tl.constexpr, V_PIECE: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     MAPPED: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr,
@@ -267,7 +277,7 @@ def write_kernel(
     """A tile is ROWS rows: HEADS neighbouring heads of each of its tokens.
 
     A program has one tile of K or of V, or TILES of Q, which share their angles. What comes from
-    far is loaded first, all of it.
+    far is loaded first, all of it. k_near, v_near: exact pages that are codes, or None.
     """
     if OVERLAP:
         # Launched while the launch before ends; what that wrote is read from here on.
@@ -361,7 +371,12 @@ def write_kernel(
             HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
             FOLD, PRODUCTS, False, MAPPED,
         )  # fmt: skip
-        if EXACT:
+        if k_near is not None:
+            write_near(
+                parts, near, kv_head, k_near, K_NEAR_CODE, K_NEAR_ZERO, K_NEAR_SHARED, HEAD_DIM,
+                PIECE, PAGE, ROWS, K_NEAR_LIMIT, HARDWARE, K_BLOCK > 1, 1.0,
+            )  # fmt: skip
+        elif EXACT:
             write_exact(
                 parts,
                 near,
@@ -392,7 +407,12 @@ def write_kernel(
         V_GAIN: tl.constexpr = 1.0 / (V_BLOCK**0.5)
         if V_BLOCK > 1:
             v_parts = _hadamard(v_parts, v_signs, ROWS, V_PIECE, V_BLOCK, False, V_PRODUCTS, True)
-        if EXACT:
+        if v_near is not None:
+            write_near(
+                v_parts, near, kv_head, v_near, V_NEAR_CODE, V_NEAR_ZERO, V_NEAR_SHARED, VALUE_DIM,
+                V_PIECE, PAGE, ROWS, V_NEAR_LIMIT, HARDWARE, V_BLOCK > 1, V_GAIN,
+            )  # fmt: skip
+        elif EXACT:
             write_exact(
                 scaled(v_parts, V_GAIN), near, kv_head, v_pages.exact, v_pages.exact_page,
                 v_pages.exact_head, VALUE_DIM, V_PIECE, PAGE,

@@ -296,6 +296,22 @@ def scatter(
 
 
 @triton.jit
+def write_near(
+    parts, slots, head, pages, CODE: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    LIMIT: tl.constexpr, HARDWARE: tl.constexpr, NEAR: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """Exact pages that are codes (``KVFormat.near``): most tiles of a prompt have no row there."""
+    if tl.max(slots, 0) >= 0:
+        write_rows(
+            parts, slots >= 0, slots, head, pages.codes, pages.scale, pages.zero, pages.page,
+            pages.head, pages.scale_page, pages.scale_head, pages.codes,
+            CODE, A_TOKEN, ZERO, SHARED, HEAD_DIM, PIECE, PAGE, ROWS, LIMIT, HARDWARE, False, NEAR,
+            GAIN,
+        )  # fmt: skip
+
+
+@triton.jit
 def write_rows(
     parts, real, slots, head, codes, scale, zero, page_stride, head_stride, scale_page,
     scale_head, seen,

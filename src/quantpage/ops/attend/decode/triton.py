@@ -110,7 +110,7 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
 def planned(
     q: Tensor, layer: LayerKV, batch: BatchPlan, segment: Segment, hopper: bool = False
 ) -> DecodeTiles:
-    """The planner's choice; hopper: the Hopper kernel can be had."""
+    """The planner's choice; hopper: the Hopper kernel can be had, which takes no exact pages."""
     group = q.shape[1] // layer.kv_heads
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
     width = max(q.shape[2], layer.value.head_dim)
@@ -121,7 +121,7 @@ def planned(
         rows,
         layer.kv_heads * sum(batch.host_context_lens),
         batch.num_requests * layer.kv_heads * tiles_of_rows,
-        hopper,
+        hopper and segment != "exact",
     )
     if not layer.key.spec.quantized:
         limit = device_info(q.device).shared_bytes
@@ -161,7 +161,7 @@ def arrange(
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
     group = q_heads // kv_heads
-    assert earlier is None or not layer.value.spec.quantized
+    assert earlier is None or layer.value.spec.dynamic
     out, lse = results
     if tokens == 0:
         return Arranged(0, (), (), {}, ((0, 0), (), {}))

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from quantpage.ops.attend.decode.triton_parts import (
     first_channel,
+    load_part,
     load_queries,
     parts_of,
     store_parts,
@@ -119,8 +120,8 @@ def decode_kernel(
 ):
     """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: numbers of
     ops/operand. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a
-    tile. EARLIER: float32 results of other keys enter, beside 16-bit values. GATHER: pieces that
-    are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
+    tile. EARLIER: float32 results of other keys enter; values have no static scales. GATHER: pieces
+    that are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
     HIDES: values are 16-bit numbers, and a query may see one that another does not.
     """
     program = tl.program_id(0)
@@ -130,13 +131,8 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if WHOLE:
-        start, end, share, request, begins = (
-            program,
-            requests * kv_heads * ROW_TILES,
-            1,
-            program,
-            0,
-        )
+        start, end = program, requests * kv_heads * ROW_TILES
+        share, request, begins = 1, program, 0
         even = False
     else:
         start, end, share, request, begins, even = my_share(
@@ -237,10 +233,17 @@ def decode_kernel(
             begun = begun & (top != float("-inf"))
             SHARE: tl.constexpr = 4096.0 if SHIFT > 0 else 1.0
             weights = tl.where((lane == 0)[:, None] & begun[None, :], SHARE, 0.0)
-            acc0 = SHARE * tl.load(
-                earlier_out + earlier_at[None, :] * VALUE_DIM + v_word[:, None],
-                begun[None, :] & (v_word < VALUE_DIM)[:, None], 0.0,
-            )  # fmt: skip
+            part = earlier_out + earlier_at * VALUE_DIM
+            acc0 = SHARE * load_part(part, v_word, V_WIDTH, 0, begun, VALUE_DIM, V_CODE)
+            if V_PARTS > 1:
+                acc1 = SHARE * load_part(part, v_word4, V_WIDTH, 1, begun, VALUE_DIM, V_CODE)
+                acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 2, begun, VALUE_DIM, V_CODE)
+                acc3 = SHARE * load_part(part, v_word4, V_WIDTH, 3, begun, VALUE_DIM, V_CODE)
+            if V_PARTS > 4:
+                acc4 = SHARE * load_part(part, v_word8, V_WIDTH, 4, begun, VALUE_DIM, V_CODE)
+                acc5 = SHARE * load_part(part, v_word8, V_WIDTH, 5, begun, VALUE_DIM, V_CODE)
+                acc6 = SHARE * load_part(part, v_word8, V_WIDTH, 6, begun, VALUE_DIM, V_CODE)
+                acc7 = SHARE * load_part(part, v_word8, V_WIDTH, 7, begun, VALUE_DIM, V_CODE)
 
         # Keys that every query of this request sees: tiles inside need no mask by row.
         first_seat = context - q_len

@@ -137,6 +137,17 @@ def load_queries(
 
 
 @triton.jit
+def load_part(
+    at, place, WIDTH: tl.constexpr, PART: tl.constexpr, real, VALUE_DIM: tl.constexpr,
+    CODE: tl.constexpr,
+):  # fmt: skip
+    """One strided part of rows of the output's width, in the places of a tile WIDTH wide."""
+    channel = first_channel(place, VALUE_DIM, WIDTH, CODE) + part_channel(PART, CODE, VALUE_DIM)
+    mask = real[None, :] & (channel < VALUE_DIM)[:, None]
+    return tl.load(at[None, :] + channel[:, None], mask, 0.0)
+
+
+@triton.jit
 def _store_part(
     at, acc, first, PART: tl.constexpr, real, ratio, mass, extra, v_scale, v_zero,
     VALUE_DIM: tl.constexpr, CODE: tl.constexpr, STATIC: tl.constexpr,
