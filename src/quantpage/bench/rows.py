@@ -98,6 +98,22 @@ def write_table(
     write(path, file.getvalue())
 
 
+def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, object]]:
+    """The rows of a CSV file; ValueError where it is none that has ``columns``."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows: list[dict[str, object]] = list(reader)
+            head = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"csv: expected a file of these rows, got {path} ({error})") from error
+    missing = [name for name in columns if name not in head]
+    if missing or any(None in row or None in row.values() for row in rows):
+        why = f"without {', '.join(missing)}" if missing else "whose lines differ in length"
+        raise ValueError(f"csv: expected a new file or one of these rows, got {path} {why}")
+    return rows
+
+
 class RowPrinter:
     """Rows on stdout as they are measured, in columns under one header."""
 
@@ -125,11 +141,25 @@ class RowPrinter:
 class Rows:
     """What a bench has measured so far: printed, and written again after each."""
 
-    def __init__(self, out: Path | None, about: Mapping[str, str], **widths: int) -> None:
-        """out: the CSV. about: of every row (``environment``). widths: see ``RowPrinter``."""
-        self._out, self._about = out, about
+    def __init__(
+        self, out: Path | None, about: Mapping[str, str], same: Sequence[str] = (), /, **widths: int
+    ) -> None:
+        """out: the CSV. about: of every row (``environment``). same: columns by which a measurement
+        is known again; with some, rows that the file has already stay in it (``there``). widths:
+        see ``RowPrinter``.
+
+        Raises ValueError where such a file is none of these rows.
+        """
+        self._out, self._about, self._same = out, about, same
         self._show = RowPrinter(**widths)
         self.made: list[dict[str, object]] = []
+        if same and out is not None and out.exists():
+            self.made += _read_table(out, [*same, *about])
+
+    def there(self, row: Mapping[str, object]) -> bool:
+        """Whether the file had a measurement with this row's values of the columns ``same``."""
+        wanted = {name: str({**row, **self._about}[name]) for name in self._same}
+        return any(wanted == {name: str(had[name]) for name in self._same} for had in self.made)
 
     def add(self, row: Mapping[str, object] | Row) -> None:
         """One more."""
