@@ -113,7 +113,7 @@ class GpuModelRequest:
 def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, object]:
     """One row of the CSV."""
     new = 1 + 8 + ROUNDS * given.steps + 4
-    longest = given.context + new
+    longest = given.context + 1 + new  # the step that filled_cache ends with
     with attach(model, kv_format=kv_format, page_size=64, max_tokens=longest) as attached:
         prompt = prompt_speed(model, attached, given.context)
         torch.cuda.empty_cache()
