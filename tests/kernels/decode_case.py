@@ -3,12 +3,16 @@
 import json
 import sys
 
-from quantpage.formats import FORMATS
+from quantpage.formats import CODES, FORMATS
 from quantpage.ops.attend.decode.launch import decode_tiles, fitted
 from quantpage.ops.attend.decode.triton_kernel import decode_kernel
+from quantpage.ops.operand import CODE_KINDS
 from tests.kernels.aot import SHARED, compile_kernel, resources
 
-CODE = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+UNITS = {"none": "*bf16", "int6": "*i16", "int3": "*i16"}
+"""What codes are read in, where it is no word of 32 bits."""
+OTHER_TARGETS = (89, 120)
+"""Of codes in planes, which are compiled for every target."""
 
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
@@ -18,7 +22,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
     for name in ("q", "out"):
         types[name] = "*bf16"
     for side, code in (("k", key), ("v", value)):
-        types[f"{side}_codes"] = "*bf16" if code == "none" else "*i32"
+        types[f"{side}_codes"] = UNITS.get(code, "*i32")
         types[f"{side}_scale"] = types[f"{side}_zero"] = "*fp16"
     for name in ("page_table", "query_starts", "context_lens", "cuts"):
         types[name] = "*i32"
@@ -32,7 +36,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     fixed = {
-        "K_CODE": CODE[key], "V_CODE": CODE[value],
+        "K_CODE": CODE_KINDS[key], "V_CODE": CODE_KINDS[value],
         "K_SCALES": scales if key != "none" else 0, "V_SCALES": scales if value != "none" else 0,
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
@@ -46,8 +50,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
 
 def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
     """Bytes of codes and 16-bit scales of one tile."""
-    size = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
-    return tile * head_dim * (size[key] + size[value])
+    return tile * head_dim * (CODES[key].bits + CODES[value].bits) / 8
 
 
 def float32_case(capability: int, head_dim: int):
@@ -72,7 +75,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128, near=
         ("q", "k", "v", "q_out", "k_seen", "v_seen", "q_weight", "k_weight", "q_bias", "k_bias",
          "v_bias"), "*bf16",
     )  # fmt: skip
-    codes = "*bf16" if code == 0 else "*u8" if code in (2, 3) else "*i8"
+    codes = "*bf16" if code == 0 else "*i8" if code == CODE_KINDS["int8"] else "*u8"
     pages = Pages(codes, "*fp16", "*fp16", "*bf16", *["i32:16"] * 6)
     types |= {"k_pages": pages, "v_pages": pages}
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
@@ -128,7 +131,7 @@ def main() -> None:
     found = {}
     for part in sys.argv[1].split():
         if part == "others":
-            for code in (0, 1, 2, 3):
+            for code in CODE_KINDS.values():
                 found[f"write {code}"] = summary(
                     *write_arguments(code, 128 * (code > 0) or 1), 90, 1
                 )
@@ -146,18 +149,26 @@ def main() -> None:
                 found[f"decode float32 {head_dim} {given}"] = {
                     "shared": takes.shared, "limit": SHARED[given]
                 }  # fmt: skip
+            for target in OTHER_TARGETS:
+                found |= decode_cases(target, {c: SHAPES[c] for c in SHAPES if CODES[c].fields})
             continue
-        capability = int(part)
-        for code, (tile, warps, stages) in SHAPES.items():
-            zero = (code == "int4",) * 2
-            given = decode_arguments(
-                code, code, tile=tile, stages=stages, zero=zero, capability=capability
-            )
-            size = packed_bytes(code, code, 128, tile)
-            found[f"decode {code} {capability}"] = summary(
-                decode_kernel, given, capability, warps, size
-            )
+        found |= decode_cases(int(part), SHAPES)
     print(json.dumps(found))
+
+
+def decode_cases(capability: int, shapes: dict[str, tuple[int, int, int]]) -> dict:
+    """shapes: code -> tile, warps, stages."""
+    found = {}
+    for code, (tile, warps, stages) in shapes.items():
+        given = decode_arguments(
+            code, code, tile=tile, stages=stages, zero=(CODES[code].bits < 8,) * 2,
+            capability=capability,
+        )  # fmt: skip
+        size = packed_bytes(code, code, 128, tile)
+        found[f"decode {code} {capability}"] = summary(
+            decode_kernel, given, capability, warps, size
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
+from quantpage.ops.operand import CODE_KINDS
 from tests.kernels.aot import SHARED, compile_kernel, resources
 
-CODE = {"none": 0, "float32": 0, "bfloat16": 0, "int8": 1, "fp8": 2, "int4": 3}
+CODE = CODE_KINDS | {"float32": 0, "bfloat16": 0}
 
 OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16}
 
@@ -26,8 +27,8 @@ OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16}
 def pages_arguments(
     code="int8", head_dim=128, capability=90, rows=512, page=64, segment=0, value=None
 ):
-    """Keys of a code and values of the same or another, a scale a token (and a zero for int4), 32/8
-    heads."""
+    """Keys of a code and values of the same or another, a scale a token (and a zero for less than 8
+    bits), 32/8 heads."""
     codes = {"k": code, "v": value or code}
     tile, warps = portable_tile(head_dim, rows, 4 if code == "float32" else 2, SHARED[capability])
     pointers = {
@@ -37,6 +38,8 @@ def pages_arguments(
         "int8": "*i8",
         "fp8": "*u8",
         "int4": "*u8",
+        "int6": "*i32",
+        "int3": "*i32",
     }
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     for side in "kv":
@@ -63,7 +66,7 @@ def pages_arguments(
     for side, own in codes.items():
         fixed |= {
             f"{side.upper()}_CODE": CODE[own], f"{side.upper()}_SCALED": int(CODE[own] > 0),
-            f"{side.upper()}_ZERO": own == "int4", f"{side.upper()}_GROUPS": 1,
+            f"{side.upper()}_ZERO": own in ("int6", "int4", "int3"), f"{side.upper()}_GROUPS": 1,
         }  # fmt: skip
     return types | fixed, warps
 
@@ -115,6 +118,12 @@ PAGES = {
     "float32 sm_89": {"code": "float32", "capability": 89},
     "bfloat16 keys, int4 values sm_90": {"code": "bfloat16", "value": "int4"},
     "int4 keys, bfloat16 values sm_90": {"code": "int4", "value": "bfloat16"},
+    **{
+        f"{code} sm_{target}": {"code": code, "capability": target}
+        for code in ("int6", "int3")
+        for target in SHARED
+    },
+    "int6 keys, int4 values sm_90": {"code": "int6", "value": "int4"},
     "float32 256 sm_90": {"code": "float32", "head_dim": 256},
 }
 DENSE = {

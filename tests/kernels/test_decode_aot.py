@@ -4,13 +4,15 @@ import pytest
 
 from tests.kernels.aot import SHARED
 from tests.kernels.apart import compile_apart
+from tests.kernels.decode_case import OTHER_TARGETS
 
 pytestmark = pytest.mark.cpu
 
 # Instructions of the loop (its masked branch included) a byte of codes, warps counted: issue stops
 # at 4 / this bytes a clock and multiprocessor, and an H200's memory delivers 18.
-BUDGET = {"int8": 0.12, "fp8": 0.11, "int4": 0.165, "none": 0.05}
+BUDGET = {"int8": 0.12, "fp8": 0.11, "int4": 0.165, "none": 0.05, "int6": 0.13, "int3": 0.24}
 SHAPES = {"int8": (32, 1, 5), "fp8": (32, 1, 5), "int4": (64, 1, 5), "none": (64, 4, 4)}
+SHAPES |= {"int6": (64, 1, 4), "int3": (64, 1, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,15 @@ def test_hopper_decode_stays_in_its_budget(compiled, code):
 
 
 def test_as_many_programs_fit_as_the_grid_has(compiled):
-    for code, wanted in (("int8", 8), ("fp8", 8), ("int4", 8), ("none", 3)):
+    for code in BUDGET:
+        wanted = 3 if code == "none" else 8
         assert compiled[f"decode {code} 90"]["programs"] >= wanted
 
 
 def test_every_target_compiles(compiled):
     for capability in (80, 90, 100):
         for code in BUDGET:
+            assert f"decode {code} {capability}" in compiled
+    for capability in OTHER_TARGETS:
+        for code in ("int6", "int3"):
             assert f"decode {code} {capability}" in compiled

@@ -13,7 +13,13 @@ def compiled():
     return compile_apart("tests.kernels.prefill_case")
 
 
-@pytest.mark.parametrize("name", ["int8 sm_90", "fp8 sm_90", "workspace sm_90", "int8 sm_100"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8 sm_90", "fp8 sm_90", "workspace sm_90", "int8 sm_100", "int6 sm_90", "int3 sm_90",
+        "int6 keys, int4 values sm_90",
+    ],
+)  # fmt: skip
 def test_pages_kernel_keeps_its_registers(compiled, name):
     found = compiled[name]
     assert found["stack"] == 0 and count(found, "LDL|STL") == 0
@@ -27,6 +33,18 @@ def test_pages_kernel_keeps_its_registers(compiled, name):
 def test_int4_compiles_with_zero_points(compiled):
     assert compiled["int4 sm_90"]["stack"] <= 64
     assert count(compiled["int4 sm_90"], "HGMMA") > 0
+
+
+@pytest.mark.parametrize("code", ["int6", "int3"])
+def test_planes_cost_a_tile_what_four_bits_do(compiled, code):
+    """What is loaded once stays in the threads that loaded it, and is stored in wide words."""
+    found, four = (compiled[f"{each} sm_90"] for each in (code, "int4"))
+    assert len(found["loop"]) <= 1.05 * len(four["loop"])
+    assert count(found, r"STS\.U16") == 0
+    # Behind those of Hopper registers run short, as they do for four bits.
+    for target, least in ((80, 256), (89, 256), (100, 64), (120, 256)):
+        other = compiled[f"{code} sm_{target}"]
+        assert count(other, "HMMA|UTCHMMA") > 0 and other["stack"] <= least
 
 
 def test_int8_turns_four_codes_with_five_instructions(compiled):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.cpu
 # Of a program of two tiles of queries, or one of keys or of values, whatever the branch.
 INSTRUCTIONS = {"none": 800, "fp8": 1500, "int8": 2300, "int4": 2700, "int4 mapped": 3400}
 INSTRUCTIONS["int4 near int8"] = 4200
+INSTRUCTIONS |= {"int6": 2800, "int3": 3100}
 
 # A map of keys keeps a row's scales and means beside its numbers, and rows that are written twice
 # are kept for the second time: at the cost of resident programs.
@@ -30,7 +31,7 @@ def compiled():
 
 
 def test_products_find_the_layout_they_are_written_for(compiled):
-    for name in ("int8", "int4", "int4 mapped", "int4 near int8"):
+    for name in ("int8", "int4", "int4 mapped", "int4 near int8", "int6", "int3"):
         assert compiled[name]["products"] > 0
         assert compiled[name]["layout"], name
 

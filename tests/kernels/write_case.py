@@ -2,6 +2,7 @@
 
 import json
 
+from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.rope_write.triton_products import layout_holds
 from tests.kernels.aot import compile_kernel, resources
 from tests.kernels.decode_case import write_arguments
@@ -10,6 +11,7 @@ FORMATS = {"none": (0, 1, False), "int8": (1, 128, False), "fp8": (2, 1, False)}
 FORMATS["int4"] = (3, 128, True)
 FORMATS["int4 mapped"] = (3, 128, True, 2)
 FORMATS["int4 near int8"] = (3, 128, True, 0, 128, 1)
+FORMATS |= {name: (CODE_KINDS[name], 128, True) for name in ("int6", "int3")}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from quantpage.formats import (
     QuantSpec,
     find_format,
 )
+from quantpage.formats.quantize import unpack
 from quantpage.ops.rope_write import QKNorm, WriteParams
 from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.ops.rope_write.triton import Shape, rope_write
@@ -67,6 +68,7 @@ def same_codes(got, wanted, allowed):
     """
     a, b = got.codes, wanted.codes
     if got.spec.quantized:
+        a, b = unpack(a, got.spec.code), unpack(b, got.spec.code)
         differ = a.view(torch.uint8) != b.view(torch.uint8)
         if got.spec.dynamic:
             moved = (got.scale != wanted.scale) & ~wanted.scale.isnan()
@@ -79,9 +81,11 @@ def same_codes(got, wanted, allowed):
     if got.scale is not None:
         torch.testing.assert_close(got.scale, wanted.scale, rtol=2e-3, atol=2e-3, equal_nan=True)
     if got.zero is not None:
-        # It is low + 8 scales: a neighbouring scale moves it by eight of its float16 steps.
+        # It is low + 8 scales (int6: 32): a neighbouring scale moves it by as many of its float16
+        # steps.
+        steps = -wanted.spec.code.qmin
         one, two, scale = got.zero.double(), wanted.zero.double(), wanted.scale.double()
-        off = (one - two).abs() - 2e-3 * two.abs() - 2e-3 - 8 * 2**-10 * scale.abs()
+        off = (one - two).abs() - 2e-3 * two.abs() - 2e-3 - steps * 2**-10 * scale.abs()
         assert not (off > 0).any()
         assert torch.equal(one.isnan(), two.isnan())
 

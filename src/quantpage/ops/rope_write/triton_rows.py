@@ -13,9 +13,10 @@ has the instruction (sm_89 on) and else by its own rounding of the float32 bits.
 import triton
 import triton.language as tl
 
+from quantpage.ops.rope_write.triton_planes import store_planes
 from quantpage.ops.triton.codes import largest, lift, row_of, smallest
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, NONE, STATIC, Constant
-from quantpage.ops.triton.planes import in_planes, store_planes
+from quantpage.ops.triton.planes import in_planes
 
 _ROUND = Constant(12582912.0)
 _FLOAT_MAX = Constant(3.4028234663852886e38)

@@ -137,6 +137,14 @@ def _triton_tiles(
         tile 64, 1 warp,  9 programs    3.22  3.42  2.23
 
     and of int4: tile 64, 8 programs 3.61, 3.00, 2.06; tile 32, 12 programs 2.76, 2.55, 1.48.
+    Planes on an H100, us of int6 and int3 at 64 x 4k, 16 x 32k, 1 x 32k, 8 x 8k, stages in brackets
+    (int4, the first of them: 111, 208, 27.4, 40.5):
+
+        tile 64, 1 warp, 8 programs (5)    163 313 34.8 53.7    108 206 26.8 41.4
+        tile 64, 1 warp, 8 programs (4)    164 315 32.7 52.5    106 202 24.6 38.6
+        tile 64, 1 warp, 8 programs (7)    168 319 37.6 56.4    110 206 28.9 43.6
+        tile 32, 1 warp, 8 programs (5)    169 324 36.2 52.6    135 253 31.4 43.4
+
     16-bit pages read 4.3 with any; four warps win at 1 x 4k (int8: 11.2 against 12.8 us). Drafts of
     int8 at 16 x 8k, us (one token: 83):
 
@@ -156,7 +164,8 @@ def _triton_tiles(
         return DecodeTiles(64, 2, 5, 4)
     eighths = all(spec.code.name == "int4" or spec.code.fields for spec in (key, value))
     if width <= 64 or (eighths and width <= 128):
-        return DecodeTiles(64, 1, 5, 8, min_tiles=2)
+        planes = any(spec.code.fields for spec in (key, value))
+        return DecodeTiles(64, 1, 4 if planes else 5, 8, min_tiles=2)
     gather = 16 if rows <= 8 and parts >= JOINED and not eighths else 0
     return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
 

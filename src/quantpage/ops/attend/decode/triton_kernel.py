@@ -30,6 +30,7 @@ from quantpage.ops.attend.decode.triton_parts import (
     store_parts,
 )
 from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
+from quantpage.ops.attend.decode.triton_planes import half_of, load_parts
 from quantpage.ops.attend.decode.triton_share import (
     key_ranges,
     keys_of_all,
@@ -41,7 +42,7 @@ from quantpage.ops.attend.decode.triton_share import (
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, NONE, STATIC
-from quantpage.ops.triton.planes import half_of, in_planes, load_parts, plane_row
+from quantpage.ops.triton.planes import in_planes, plane_row
 from quantpage.ops.triton.words import load_plane, log2_fast, unpack4, unpack8
 
 

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
+from quantpage.ops.attend.decode.triton_planes import first_of_pair, part_of_pairs
 from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.triton.common import INT3, INT4, NONE
-from quantpage.ops.triton.planes import first_of_pair, half_range, in_planes, part_of_pairs
+from quantpage.ops.triton.planes import half_range, in_planes
 
 
 @triton.constexpr_function
