@@ -24,11 +24,11 @@ from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import call_of, choose
 
-_MAIN = ("none", "int8", "fp8", "int4", "k8v4", "int8_static")
+_MAIN = ("none", "int8", "fp8", "int6", "int4", "k8v4", "int3", "int8_static")
 _SHAPES = ((1, 4096), (1, 32768), (8, 8192), (64, 4096), (128, 1024), (16, 32768))
 CASES = (
     *(Case(requests, context, _MAIN, peers=True) for requests, context in _SHAPES),
-    *(Case(16, 8192, ("int8", "fp8", "int4"), new=new) for new in (1, 2, 4, 8, 16)),
+    *(Case(16, 8192, ("int8", "fp8", "int6", "int4"), new=new) for new in (1, 2, 4, 8, 16)),
     *(Case(64, 4096, ("none", "int8", "int4"), head_dim=d) for d in (64, 256)),
     Case(64, 4096, ("none", "int8", "int4"), q_heads=28, kv_heads=4),
     *(Case(64, 4096, ("int8",), page_size=p) for p in (16, 128)),

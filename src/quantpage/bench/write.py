@@ -20,7 +20,7 @@ from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.rope import RopeTable, rope_table
 
 TOKENS = (64, 4096, 16384)
-FORMATS_TIMED = ("none", "int8", "fp8", "int4", "k8v4", "int8_static")
+FORMATS_TIMED = ("none", "int8", "fp8", "int6", "int4", "k8v4", "int3", "int8_static")
 CODES_OFF = 1e-3
 """Share of codes that may differ from the reference: numbers a rounding away from a tie."""
 

@@ -163,8 +163,9 @@ def _triton_tiles(
     if rows > 8 and bytes_each and width <= 128:
         return DecodeTiles(64, 2, 5, 4)
     eighths = all(spec.code.name == "int4" or spec.code.fields for spec in (key, value))
-    if width <= 64 or (eighths and width <= 128):
-        planes = any(spec.code.fields for spec in (key, value))
+    planes = any(spec.code.fields for spec in (key, value))
+    # Planes under 16 rows take more registers than a thread has (compiled, not measured).
+    if width <= 64 or (eighths and width <= 128 and not (planes and rows > 8)):
         return DecodeTiles(64, 1, 4 if planes else 5, 8, min_tiles=2)
     gather = 16 if rows <= 8 and parts >= JOINED and not eighths else 0
     return DecodeTiles(32, 1, 5, 8 if width <= 128 else 6, min_tiles=2, gather=gather)
