@@ -25,6 +25,7 @@ import transformers
 
 from quantpage.bench.rows import Rows, environment
 from quantpage.cli.app import run
+from quantpage.evaluate.run import DTYPES
 from quantpage.files import write
 from quantpage.formats.per_layer import split_choices
 from quantpage.integrations.hf_transformers.model import check_format
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=164)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--answers", type=Path, required=True, help="folder of the answers")
     parser.add_argument("--csv", type=Path, required=True)

@@ -16,6 +16,7 @@ import transformers
 import quantpage
 from quantpage.bench.rows import Rows, environment
 from quantpage.evaluate.needle import judge, make_needles
+from quantpage.evaluate.run import DTYPES
 from quantpage.evaluate.score import log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.formats.per_layer import split_choices
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="auto", help="as attach takes it")
     parser.add_argument("--lengths", default="2048,4096,8064", help="tokens, the answer included")
     parser.add_argument("--depths", default="0.1,0.3,0.5,0.7,0.9", help="of the needle in it")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path, required=True)
     given = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import resource
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,20 @@ def test_modes_and_links_stay(tmp_path):
     write(link, "new")
     assert link.is_symlink() and path.read_text() == "new"
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file_or_another_of_the_command_is_refused_beforehand(tmp_path):
+    path, link = tmp_path / "text.txt", tmp_path / "link"
+    path.write_text("words")
+    link.symlink_to(path)
+    for wrong, why in ((tmp_path, "the folder"), (Path("/dev/full"), "a device or pipe")):
+        with pytest.raises(ValueError, match=f"csv: expected a file to write, got .*{why}"):
+            check_writable(wrong, "csv")
+    for same in (path, link, tmp_path / "." / "text.txt"):
+        with pytest.raises(ValueError, match="csv: expected another file than text, got "):
+            check_writable(same, "csv", {"model": None, "text": path})
+    # Before it is there, too.
+    with pytest.raises(ValueError, match="csv: expected another file than out"):
+        check_writable(tmp_path / "new", "csv", {"out": tmp_path / "new"})
+    check_writable(tmp_path / "rows.csv", "csv", {"text": path})
+    assert path.read_text() == "words"

@@ -2,19 +2,30 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
 
-def check_writable(path: Path | None, name: str) -> None:
-    """ValueError where a file could not be written; asked before anything that takes long."""
+def check_writable(
+    path: Path | None, name: str, beside: Mapping[str, Path | None] | None = None
+) -> None:
+    """ValueError where a file could not be written; asked before anything that takes long.
+
+    beside: other files of the command, by the names of their arguments: what it reads, or writes
+    too, is not replaced.
+    """
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{name}: expected a file to write, got the folder {path}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name}: expected a file to write, got {path}, a device or pipe")
+    for other, its in (beside or {}).items():
+        if its is not None and os.path.realpath(its) == os.path.realpath(path):
+            raise ValueError(f"{name}: expected another file than {other}, got {path} for both")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -103,7 +103,16 @@ def test_a_line_that_cannot_be_asked_is_recorded_and_tried_again(answer, tmp_pat
     assert "11 of 11 were answered before" in done.err
 
 
-@pytest.mark.parametrize("flags", [("--temperature", 1), ("--kv-format", "int4")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--temperature", 1),
+        ("--kv-format", "int4"),
+        ("--page-size", 32),
+        ("--calibration", "none"),
+        ("--dtype", "bfloat16"),
+    ],
+)
 def test_answers_to_other_requests_are_not_taken_for_these(answer, flags):
     _, before = answer(REQUESTS[3:])
     done, after = answer(REQUESTS[3:], *flags, code=2)

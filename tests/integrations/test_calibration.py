@@ -174,7 +174,9 @@ def test_the_command_writes_a_file_that_evaluate_reads(tmp_path, capsys):
     given = ["--model", str(folder), "--text", str(tmp_path / "words.txt")]
     asked = ["calibrate", *given, "--out", str(out), "--tokens", "1024", "--window", "256"]
     assert run(asked) == 0
-    assert "layer   2  loss" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("layer  error of scores, plain -> mapped")
+    assert [line.split()[0] for line in table[1:]] == ["0", "1", "2"]
     asked = ["evaluate", *given, "--formats", "int4", "--windows", "1", "--prompt", "64"]
     csv = tmp_path / "rows.csv"
     assert run([*asked, "--scored", "32", "--calibration", str(out), "--csv", str(csv)]) == 0

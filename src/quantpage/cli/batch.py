@@ -42,7 +42,14 @@ def answer_file(batch: Batch) -> None:
 
     defaults = {name: each for name, each in batch.sampling.items() if each is not None}
     name = Path(batch.model).resolve().name
-    setting = {"model": name, "kv_format": batch.kv_format, "weights": batch.weights}
+    setting = {
+        "model": name,
+        "kv_format": batch.kv_format,
+        "page_size": batch.page_size,
+        "calibration": batch.calibration,
+        "weights": batch.weights,
+        "dtype": batch.dtype,
+    }
     lines = read_lines(batch.file, defaults, setting)
     with AnswerFile(batch.out) as file:
         start = time.perf_counter()

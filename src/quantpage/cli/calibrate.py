@@ -38,26 +38,37 @@ def command(
     """
     import torch
 
+    from quantpage.cli.generation import DTYPES
     from quantpage.evaluate.score import cut_windows
     from quantpage.evaluate.text import default_path, obtain, read
     from quantpage.formats.channel_ranges import Rule
     from quantpage.formats.key_statistics import ChosenMap
     from quantpage.formats.per_layer import LayerFormats
     from quantpage.hardware import find_device
-    from quantpage.integrations.hf_transformers.calibration import calibrate
+    from quantpage.integrations.hf_transformers.calibration import calibrate, check_replaceable
     from quantpage.integrations.hf_transformers.model import (
         load_config,
         load_model,
         model_shape,
+        text_config,
     )
 
     check_writable(out, "out")
+    check_replaceable(out)
     chosen = LayerFormats.parse(kv_format)
-    formats = chosen.of_layers(model_shape(load_config(model)).layers)
+    config = load_config(model)
+    formats = chosen.of_layers(model_shape(config).layers)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
     if scales not in get_args(Rule):
         raise ValueError(f"scales: expected one of {', '.join(get_args(Rule))}; got {scales!r}")
     if window > tokens:
         raise ValueError(f"window: expected at most --tokens {tokens:,}, got {window:,}")
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise ValueError(
+            f"window: expected at most the model's {limit:,} positions, got {window:,}"
+        )
     content = read(obtain(default_path()) if text is None else text)
     where = find_device(device)
     with console.status(f"loading {model}"):

@@ -26,7 +26,7 @@ def command(
     from quantpage.report import compare, load
     from quantpage.report.beside import render
 
-    check_writable(out, "out")
+    check_writable(out, "out", {"a": a, "b": b})
     data = [load(each) for each in (a, b)]
     found = compare(*data)
     if as_json:

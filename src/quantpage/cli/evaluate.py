@@ -69,8 +69,9 @@ def command(
     from quantpage.evaluate import report
     from quantpage.evaluate.run import EvaluateRequest, evaluate
 
-    check_writable(csv, "csv")
-    check_writable(markdown, "markdown")
+    read = {"text": text, "calibration": Path(calibration)}
+    check_writable(csv, "csv", read)
+    check_writable(markdown, "markdown", {**read, "csv": csv})
     usual = (2, 1024, 1024) if budget is None else (1, 512, 256)
     request = EvaluateRequest(
         model=model,

@@ -152,12 +152,12 @@ def find_candidates(
 ) -> list[Candidate]:
     """A row for each choice: a name of PEERS, or whatever LayerFormats takes.
 
-    A file of a calibration is read, so that a broken one is told before a model is loaded.
+    A file of a calibration is read, so that a broken one, or one for other formats, is told before
+    a model is loaded.
     """
     given = calibration not in ("auto", "none")
     folder = given and Path(calibration).is_dir()
-    if given and not folder:
-        Calibration.load(calibration)
+    known = Calibration.load(calibration) if given and not folder else None
     found = []
     for choice in choices:
         if isinstance(choice, str) and choice in PEERS:
@@ -173,6 +173,10 @@ def find_candidates(
                 f"formats: {formats.name} needs given scales; expected dynamic formats, or a file "
                 "of `quantpage calibrate`"
             )
+        if known is not None:
+            of_layers = formats.of_layers(model_shape(config).layers)
+            known.maps(of_layers, calibration)
+            known.scales(of_layers, calibration)
         found.append(ours(config, choice, page_size, calibration))
     return found
 

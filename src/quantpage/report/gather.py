@@ -24,6 +24,7 @@ from quantpage.evaluate.needle import Needle, make_needles
 from quantpage.evaluate.run import made_with
 from quantpage.evaluate.score import Scores, Window, cut_windows
 from quantpage.evaluate.text import default_path, obtain, read
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info, find_device
 from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import (
@@ -69,6 +70,12 @@ def gather(request: ReportRequest) -> dict[str, Any]:
     names, size = list(request.names), request.page_size
     candidates = find_candidates(config, names, size, request.calibration)
     ours = [each.name for each in candidates if not each.name.startswith(_PEER)]
+    for name in ours:
+        if not all(each.dynamic for each in LayerFormats.parse(name).formats):
+            raise ValueError(
+                f"formats: expected dynamic formats, as a report measures keys and values apart, "
+                f"got {name}; quantpage evaluate scores it"
+            )
     room.check_fit(config, ours, size)
     device = find_device(request.device)
     content = read(obtain(default_path()) if request.text is None else request.text)

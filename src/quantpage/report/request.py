@@ -61,8 +61,10 @@ class ReportRequest:
         for depth in self.needle_depths:
             if not 0 <= depth <= 1:
                 raise ValueError(f"needle depths: expected numbers from 0 to 1, got {depth}")
+        if self.out == self.data:
+            raise ValueError(f"out: expected a page, such as report.html, got {self.out}")
         for path in (self.out, self.data):
-            check_writable(path, "out")
+            check_writable(path, "out", {"text": self.text, "calibration": Path(self.calibration)})
         if self.parts.exists() and not self.parts.is_dir():
             raise ValueError(f"out: expected no file called {self.parts}, as parts are kept there")
 

@@ -85,7 +85,8 @@ def answer_lines(
         else:
             raise ValueError(
                 f"out: expected answers to these requests, got one to another request with id "
-                f"{each.id!r} (another prompt, parameter, model or format) in {file.path}"
+                f"{each.id!r} (another prompt, parameter, model, format, page size, calibration or "
+                f"dtype) in {file.path}"
             )
     told(counts)
     asyncio.run(_answer_all(served, todo, file, counts, told))

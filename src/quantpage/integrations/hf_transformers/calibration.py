@@ -117,6 +117,28 @@ class Calibration:
         }
         return cls(metadata["model"], layers, json.loads(metadata["note"]), static)
 
+    def maps(self, formats: Sequence[KVFormat], path: Path | str) -> dict[int, KeyMap]:
+        """The maps with which layers of ``formats`` write keys, by layer.
+
+        FormatError where a layer takes one that was measured for a format without.
+        """
+        measured = set(self.note.get("measured", [*self.layers, *self.static]))
+        taking = {
+            index
+            for index, each in enumerate(formats)
+            if each.key.quantized and each.key.dynamic and index in measured
+        }
+        missing = sorted(taking - self.layers.keys())
+        if missing:
+            name = formats[missing[0]].name
+            made_for = self.note.get("kv_format", "another format")
+            raise FormatError(
+                f"{path}: expected key maps for {name} in layers {', '.join(map(str, missing))}, "
+                f"got none, as it was made for {made_for} (quantpage calibrate --kv-format {name})"
+            )
+        made = {index: each.for_codes(formats[index]) for index, each in self.layers.items()}
+        return {index: each for index, each in made.items() if each is not None}
+
     def scales(self, formats: Sequence[KVFormat], path: Path | str) -> StaticScales | None:
         """The static scales of the layers whose format is static; None where none is.
 
@@ -147,6 +169,22 @@ class Calibration:
         alike = likeness(self.note.get("weights", {}), weights_sample(model))
         if self.model != weights_digest(model) or alike < SAME_MODEL:
             raise CorruptCalibration(f"{path}: expected one of this model, got one of another")
+
+
+def check_replaceable(path: Path) -> None:
+    """ValueError where there is a file that is no calibration: weights and texts are not lost."""
+    if not path.exists():
+        return
+    try:
+        with open_whole(path) as file:
+            kind = file.metadata.get("kind")
+    except Damaged:
+        kind = None
+    if kind != KIND:
+        raise ValueError(
+            f"out: expected a new file or a calibration to replace, got {path}, which is something "
+            "else"
+        )
 
 
 def calibrate(
@@ -196,7 +234,7 @@ def calibrate(
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
-    made = {**note, "losses": losses, "weights": weights_sample(model)}
+    made = {**note, "losses": losses, "weights": weights_sample(model), "measured": sorted(found)}
     if static:
         made |= {"static_format": next(iter(static_names)), "sizes": sizes, "rule": rule}
     return Calibration(weights_digest(model), layers, made, static)

@@ -113,13 +113,12 @@ def _of_file(
     found = Calibration.load(path)
     found.check(model, path)
     softcapped = not takes_means(model)
-    layers: dict[int, KeyMap] = {}
     for index, each in found.layers.items():
         if index >= len(formats) or (softcapped and each.key_map.mean is not None):
             raise CorruptCalibration(f"{path}: expected one of this model, got layer {index} of it")
-        made = each.for_codes(formats[index])
-        if made is not None:
-            layers[index] = made if in_turn else each.key_map
+    layers = found.maps(formats, path)
+    if not in_turn:
+        layers = {index: found.layers[index].key_map for index in layers}
     how = "" if in_turn else ", channels rounded by themselves"
     static = found.scales(formats, path)
     device = model.device
