@@ -121,48 +121,6 @@ static inline void integer_scores(const int16_t* words, int64_t any_dim, const i
 }
 
 // ---- floats ------------------------------------------------------------------------------------
-template <int L> static inline vf pair_sums(vf a, vf b) {
-#if VW == 16
-  if constexpr (L == 8)
-    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           SHUFFLE(a, b, vi, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  else if constexpr (L == 4)
-    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           SHUFFLE(a, b, vi, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  else if constexpr (L == 2)
-    return SHUFFLE(a, b, vi, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           SHUFFLE(a, b, vi, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  else
-    return SHUFFLE(a, b, vi, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SHUFFLE(a, b, vi, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-#elif VW == 8
-  if constexpr (L == 4)
-    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 8, 9, 10, 11) +
-           SHUFFLE(a, b, vi, 4, 5, 6, 7, 12, 13, 14, 15);
-  else if constexpr (L == 2)
-    return SHUFFLE(a, b, vi, 0, 1, 8, 9, 4, 5, 12, 13) +
-           SHUFFLE(a, b, vi, 2, 3, 10, 11, 6, 7, 14, 15);
-  else
-    return SHUFFLE(a, b, vi, 0, 8, 2, 10, 4, 12, 6, 14) +
-           SHUFFLE(a, b, vi, 1, 9, 3, 11, 5, 13, 7, 15);
-#else
-  if constexpr (L == 2)
-    return SHUFFLE(a, b, vi, 0, 1, 4, 5) + SHUFFLE(a, b, vi, 2, 3, 6, 7);
-  else
-    return SHUFFLE(a, b, vi, 0, 4, 2, 6) + SHUFFLE(a, b, vi, 1, 5, 3, 7);
-#endif
-}
-// Lane i of the result: the sum of a[i].
-static inline vf transposed_sums(vf* a) {
-#if VW == 16
-  UNROLL for (int i = 0; i < 8; i++) a[i] = pair_sums<8>(a[i], a[i + 8]);
-#endif
-#if VW >= 8
-  UNROLL for (int i = 0; i < 4; i++) a[i] = pair_sums<4>(a[i], a[i + 4]);
-#endif
-  UNROLL for (int i = 0; i < 2; i++) a[i] = pair_sums<2>(a[i], a[i + 2]);
-  return pair_sums<1>(a[0], a[1]);
-}
 // rows32: [RUN][dim] floats; query: [rows][dim].
 static inline void float_scores(const float* keys, int64_t dim, const float* query, int64_t rows,
                                 float* scores) {

@@ -1,23 +1,35 @@
-// One instruction set's products (products.h). Bound by reading the weights: four rows at a time,
+// One instruction set's products (products.h). Bound by reading the weights: a few rows at a time,
 // fetched far ahead, every number converted once for all tokens.
 #include "products.h"
 
 #include "convert.h"
-#include "simd.h"
+#include "product_bytes.h"
 
 namespace CONCAT(isa_, SUFFIX) {
 
+template <int64_t TYPE> static void read_as(const uint8_t* x, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + VW <= count; i += VW) storef(to + i, numbers<TYPE>(x, i));
+  for (; i < count; i++) to[i] = number(x, TYPE, i);
+}
 static void read(const uint8_t* x, int64_t type, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i++) to[i] = number(x, type, i);
+  if (type == F32) memcpy(to, x, 4 * count);
+  else if (type == BF16) read_as<BF16>(x, count, to);
+  else read_as<F16>(x, count, to);
 }
 
-static void norm(float* x, const uint8_t* weight, int64_t type, int64_t tokens, int64_t width, float eps) {
+template <int64_t TYPE> static void norm_as(float* x, const uint8_t* weight, int64_t tokens, int64_t width, float eps) {
   for (int64_t t = 0; t < tokens; t++, x += width) {
     vf sum = splat(0.f);
     for (int64_t c = 0; c < width; c += VW) sum += loadf(x + c) * loadf(x + c);
-    const float times = 1.f / __builtin_sqrtf(hsum(sum) / (float)width + eps);
-    for (int64_t c = 0; c < width; c++) x[c] = x[c] * times * number(weight, type, c);
+    const vf times = splat(1.f / __builtin_sqrtf(hsum(sum) / (float)width + eps));
+    for (int64_t c = 0; c < width; c += VW) storef(x + c, loadf(x + c) * times * numbers<TYPE>(weight, c));
   }
+}
+static void norm(float* x, const uint8_t* weight, int64_t type, int64_t tokens, int64_t width, float eps) {
+  if (type == F32) norm_as<F32>(x, weight, tokens, width, eps);
+  else if (type == BF16) norm_as<BF16>(x, weight, tokens, width, eps);
+  else norm_as<F16>(x, weight, tokens, width, eps);
 }
 
 static void gate(const float* both, int64_t tokens, int64_t width, float* to) {
@@ -32,17 +44,18 @@ static void gate(const float* both, int64_t tokens, int64_t width, float* to) {
     }
 }
 
+// ---- floats ------------------------------------------------------------------------------------
 // 16-bit floats are converted two at a time, a vector of even and one of odd channels: so x has them.
-static void arrange(float* x, int64_t code, int64_t tokens, int64_t width) {
-  if (code != BF16) return;
-  for (int64_t i = 0; i < tokens * width; i += 2 * VW) {
-    float both[2 * VW];
-    memcpy(both, x + i, sizeof both);
-    for (int64_t j = 0; j < VW; j++) {
-      x[i + j] = both[2 * j];
-      x[i + VW + j] = both[2 * j + 1];
-    }
+static void arrange_floats(const float* x, int64_t code, int64_t tokens, int64_t width, float* to) {
+  if (code != BF16) {
+    memcpy(to, x, 4 * tokens * width);
+    return;
   }
+  for (int64_t i = 0; i < tokens * width; i += 2 * VW)
+    for (int64_t j = 0; j < VW; j++) {
+      to[i + j] = x[i + 2 * j];
+      to[i + VW + j] = x[i + 2 * j + 1];
+    }
 }
 
 template <int64_t CODE> INLINE void two_vectors(const uint8_t* row, int64_t c, vf& a, vf& b) {
@@ -56,7 +69,6 @@ template <int64_t CODE> INLINE void two_vectors(const uint8_t* row, int64_t c, v
   }
 }
 
-constexpr int64_t AHEAD = 8192;
 template <int64_t CODE> constexpr int64_t bytes() { return CODE == F32 ? 4 : CODE == INT8 ? 1 : 2; }
 
 // ROWS x TOKENS products; sums are formed in the same order for every such shape.
@@ -108,21 +120,50 @@ static void multiply_code(const uint8_t* w, int64_t stride, const float* x, int6
   }
 }
 
-static void multiply(const Weight* weight, int64_t code, int64_t type, int64_t width, const float* x, int64_t tokens,
-                     int64_t first, int64_t count, float* out, int64_t out_stride) {
-  const int64_t size = code == F32 ? 4 : code == INT8 ? 1 : 2, stride = width * size;
-  const uint8_t* from = weight->numbers + first * stride;
+static int64_t arranged(int64_t code, int64_t width) {
+#if VW == 16
+  if (code == INT8) return arranged_bytes(width);
+#endif
+  return 4 * width;
+}
+static void arrange(const float* x, int64_t code, int64_t tokens, int64_t width, uint8_t* to) {
+#if VW == 16
+  if (code == INT8) return arrange_bytes(x, tokens, width, to);
+#endif
+  arrange_floats(x, code, tokens, width, (float*)to);
+}
+static void multiply_rows(int64_t code, const uint8_t* w, int64_t width, const uint8_t* x, int64_t tokens,
+                          int64_t count, float* out, int64_t out_stride) {
+#if VW == 16
+  if (code == INT8) return multiply_bytes(w, width, x, tokens, count, out, out_stride);
+#endif
+  const float* floats = (const float*)x;
   switch (code) {
-    case F32: multiply_code<F32>(from, stride, x, width, tokens, count, out, out_stride); break;
-    case BF16: multiply_code<BF16>(from, stride, x, width, tokens, count, out, out_stride); break;
-    case F16: multiply_code<F16>(from, stride, x, width, tokens, count, out, out_stride); break;
-    default: multiply_code<INT8>(from, stride, x, width, tokens, count, out, out_stride);
+    case F32: return multiply_code<F32>(w, 4 * width, floats, width, tokens, count, out, out_stride);
+    case BF16: return multiply_code<BF16>(w, 2 * width, floats, width, tokens, count, out, out_stride);
+    case F16: return multiply_code<F16>(w, 2 * width, floats, width, tokens, count, out, out_stride);
+    default: return multiply_code<INT8>(w, width, floats, width, tokens, count, out, out_stride);
   }
+}
+
+// out[r] = with(out[r], plane[first + r]).
+template <int64_t TYPE, class With>
+static inline void each_row(const uint8_t* plane, int64_t first, int64_t count, float* out, const With& with) {
+  int64_t r = 0;
+  for (; r + VW <= count; r += VW) storef(out + r, with(loadf(out + r), numbers<TYPE>(plane, first + r)));
+  for (; r < count; r++) out[r] = with(out[r], number(plane, TYPE, first + r));
+}
+static void multiply(const Weight* weight, int64_t code, int64_t type, int64_t width, const uint8_t* x, int64_t tokens,
+                     int64_t first, int64_t count, float* out, int64_t out_stride) {
+  const int64_t size = code == F32 ? 4 : code == INT8 ? 1 : 2;
+  multiply_rows(code, weight->numbers + first * width * size, width, x, tokens, count, out, out_stride);
   for (int64_t t = 0; t < tokens; t++, out += out_stride) {
-    if (weight->scale)
-      for (int64_t r = 0; r < count; r++) out[r] *= number(weight->scale, BF16, first + r);
-    if (weight->bias)
-      for (int64_t r = 0; r < count; r++) out[r] += number(weight->bias, type, first + r);
+    if (weight->scale) each_row<BF16>(weight->scale, first, count, out, [](auto a, auto b) { return a * b; });
+    const auto add = [](auto a, auto b) { return a + b; };
+    if (!weight->bias) continue;
+    if (type == F32) each_row<F32>(weight->bias, first, count, out, add);
+    else if (type == BF16) each_row<BF16>(weight->bias, first, count, out, add);
+    else each_row<F16>(weight->bias, first, count, out, add);
   }
 }
 
@@ -136,14 +177,26 @@ static void rotate(float* head, const uint8_t* cos, const uint8_t* sin, int64_t 
 }
 
 static void write(const float* x, int64_t type, int64_t count, uint8_t* out) {
-  if (type == F32) memcpy(out, x, 4 * count);
-  else if (type == BF16)
-    for (int64_t i = 0; i < count; i++) store(out + 2 * i, float_to_bf16(x[i]));
-  else
-    for (int64_t i = 0; i < count; i++) store(out + 2 * i, float_to_half(x[i]));
+  if (type == F32) {
+    memcpy(out, x, 4 * count);
+    return;
+  }
+  int64_t i = 0;
+  if (type == BF16) {
+    for (; i + VW <= count; i += VW) {
+      const vi bits = load<vi>(x + i);
+      const vi rounded = bits + splati(0x7fff) + ((bits >> 16) & splati(1));
+      const vf v = (vf)bits;
+      // A NaN's bits would be rounded into an infinity.
+      store_words((int16_t*)(out + 2 * i), (vi)select(v != v, (vf)splati(0x7fc00000), (vf)rounded) >> 16);
+    }
+    for (; i < count; i++) store(out + 2 * i, float_to_bf16(x[i]));
+    return;
+  }
+  for (; i < count; i++) store(out + 2 * i, float_to_half(x[i]));
 }
 
-static const Products products = {read, norm, gate, arrange, multiply, rotate, write};
+static const Products products = {read, norm, gate, arranged, arrange, multiply, rotate, write};
 
 }  // namespace
 

@@ -14,7 +14,7 @@ constexpr int64_t AHEAD = 8192;
 
 // Floats that live until the same thread asks again for the same slot.
 static float* scratch(int slot, int64_t count) {
-  static thread_local std::vector<float> kept[3];
+  static thread_local std::vector<float> kept[4];
   if ((int64_t)kept[slot].size() < count) kept[slot].resize(count);
   return kept[slot].data();
 }
@@ -38,26 +38,28 @@ struct Work {
       first -= each.rows;
     }
   }
-  // x: [tokens, width], which becomes what the products read. then(first, count): of the rows that are done.
+  // then(first, count): of the rows that are done.
   template <class Then>
-  void multiply(const Team& team, std::initializer_list<Weight> weights, float* x, int64_t width, float* out,
+  void multiply(const Team& team, std::initializer_list<Weight> weights, const float* x, int64_t width, float* out,
                 const Then& then) const {
     int64_t all = 0;
     for (const Weight& each : weights) all += each.rows;
-    kernels->arrange(x, code, tokens, width);
+    uint8_t* read = (uint8_t*)scratch(3, tokens * kernels->arranged(code, width) / 4);
+    kernels->arrange(x, code, tokens, width, read);
     const int64_t step = std::max(ROWS, all / (team.threads * PIECES) / ROWS * ROWS);
     team.share(all, step, [&](int64_t first, int64_t count) {
       int64_t begin = 0;
       for (const Weight& each : weights) {
         const int64_t low = std::max(first, begin), high = std::min(first + count, begin + each.rows);
         if (low < high)
-          kernels->multiply(&each, code, type, width, x, tokens, low - begin, high - low, out + low, all);
+          kernels->multiply(&each, code, type, width, read, tokens, low - begin, high - low, out + low, all);
         begin += each.rows;
       }
       then(first, count);
     });
   }
-  void multiply(const Team& team, std::initializer_list<Weight> weights, float* x, int64_t width, float* out) const {
+  void multiply(const Team& team, std::initializer_list<Weight> weights, const float* x, int64_t width,
+                float* out) const {
     multiply(team, weights, x, width, out, [](int64_t, int64_t) {});
   }
 };

@@ -136,7 +136,9 @@ static inline vf vtanh(vf x) {
 // ---- 16-bit integer products ----------------------------------------------------------------
 static inline vi madd(vi acc, vh a, vh b) {
 #if VW == 16
-  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+  // By name: GCC 12 copies every accumulator of a loop of its intrinsics.
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
 #elif VW == 8
   return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
@@ -210,6 +212,48 @@ static inline void transpose4(vf* v) {
   interleave32(v[2], v[3], low2, high2);
   interleave64(low, low2, v[0], v[1]);
   interleave64(high, high2, v[2], v[3]);
+}
+template <int L> static inline vf pair_sums(vf a, vf b) {
+#if VW == 16
+  if constexpr (L == 8)
+    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(a, b, vi, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  else if constexpr (L == 4)
+    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           SHUFFLE(a, b, vi, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  else if constexpr (L == 2)
+    return SHUFFLE(a, b, vi, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           SHUFFLE(a, b, vi, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  else
+    return SHUFFLE(a, b, vi, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(a, b, vi, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#elif VW == 8
+  if constexpr (L == 4)
+    return SHUFFLE(a, b, vi, 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLE(a, b, vi, 4, 5, 6, 7, 12, 13, 14, 15);
+  else if constexpr (L == 2)
+    return SHUFFLE(a, b, vi, 0, 1, 8, 9, 4, 5, 12, 13) +
+           SHUFFLE(a, b, vi, 2, 3, 10, 11, 6, 7, 14, 15);
+  else
+    return SHUFFLE(a, b, vi, 0, 8, 2, 10, 4, 12, 6, 14) +
+           SHUFFLE(a, b, vi, 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+  if constexpr (L == 2)
+    return SHUFFLE(a, b, vi, 0, 1, 4, 5) + SHUFFLE(a, b, vi, 2, 3, 6, 7);
+  else
+    return SHUFFLE(a, b, vi, 0, 4, 2, 6) + SHUFFLE(a, b, vi, 1, 5, 3, 7);
+#endif
+}
+// Lane i of the result: the sum of a[i].
+static inline vf transposed_sums(vf* a) {
+#if VW == 16
+  UNROLL for (int i = 0; i < 8; i++) a[i] = pair_sums<8>(a[i], a[i + 8]);
+#endif
+#if VW >= 8
+  UNROLL for (int i = 0; i < 4; i++) a[i] = pair_sums<4>(a[i], a[i + 4]);
+#endif
+  UNROLL for (int i = 0; i < 2; i++) a[i] = pair_sums<2>(a[i], a[i + 2]);
+  return pair_sums<1>(a[0], a[1]);
 }
 // Dwords that fit in 16 bits.
 static inline void store_words(int16_t* to, vi v) {

@@ -1,8 +1,9 @@
 """Products of weights with a few tokens in the compiled core (csrc/products.h, project.cpp).
 
 A decode step reads every weight once, so that its time is what reading them takes; torch's product
-of one bf16 row reaches a third of that on a CPU without AMX. Sums are float32 whatever the types,
-and the same bits for any number of threads and of tokens beside.
+of one bf16 row reaches a third of that on a CPU without AMX. Sums are float32 whatever the types
+(of int8 weights with AVX-512: exact, of activations in 16 bits, csrc/product_bytes.h), and the same
+bits for any number of threads and of tokens beside.
 """
 
 from collections.abc import Sequence
