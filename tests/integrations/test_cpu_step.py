@@ -109,7 +109,7 @@ def _decode_padded(model, ids, prompt, length=PROMPT):
     return torch.cat(logits, 1)
 
 
-def test_int8_weights_are_multiplied_exactly(calls):
+def test_int8_weights_are_multiplied_as_the_numbers_they_stand_for(calls):
     ids, plain = tokens(2, LENGTH), tiny("qwen2_bias", torch.float32)
     model = quantize_weights(tiny("qwen2_bias", torch.float32))
     with torch.no_grad():
@@ -125,7 +125,8 @@ def test_int8_weights_are_multiplied_exactly(calls):
     with quantpage.attach(model, kv_format="none", page_size=16), torch.inference_mode():
         got = model(ids[:, PROMPT : PROMPT + 2], past_key_values=copied).logits
     assert len(calls) == 2
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    # Of activations in 16 bits (AVX-512); torch's own product takes bfloat16, which is coarser.
+    assert relative(got, want.double()) < 2e-4
 
 
 def test_detaching_leaves_nothing_behind():
