@@ -120,14 +120,13 @@ def measure(model: Any, kv_format: str, given: GpuModelRequest) -> dict[str, obj
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         cache = filled_cache(model, attached, given.batch, given.context)
-        stands = torch.cuda.memory_allocated() - before
+        stands, promised = torch.cuda.memory_allocated() - before, cache.allocated_bytes()
         first = torch.zeros(given.batch, dtype=torch.int64, device="cuda")
         graph = DecodeGraph(model, cache, first, new)
         graph.run(8)
         times = [milliseconds(lambda: graph.run(given.steps)) for _ in range(ROUNDS)]
         if given.profile:
             profile(graph, 4)
-        promised = cache.allocated_bytes()
         peak = torch.cuda.max_memory_allocated() - before
     step = statistics.median(times) / given.steps
     return {
