@@ -257,6 +257,29 @@ MUTATIONS = (
         "tokens = [length] * self.count",
         ("tests/integrations/test_hf_transformers.py", "tests/integrations/test_supply.py"),
     ),
+    # Codes in planes, in Triton.
+    Mutation(
+        "the high plane of a block beside the right one",
+        _OPS + "triton/planes.py",
+        "right = block * high_bits(CODE) - LOW",
+        "right = block * high_bits(CODE) - LOW + (block == 3)",
+        ("tests/ops/test_triton_gather.py",),
+        "--only triton --cases 60 --seed 271306",
+    ),
+    Mutation(
+        "both halves of a low plane of 3 bits are the first",
+        _OPS + "attend/decode/triton_planes.py",
+        "half = (place // (WIDTH // 2)).to(tl.int16)",
+        "half = (place // WIDTH).to(tl.int16)",
+        ("tests/ops/test_triton_decode.py",),
+    ),
+    Mutation(
+        "a sum of planes' bytes with one shift too few",
+        _OPS + "rope_write/triton_planes.py",
+        "byte |= parts[i] << (BITS * INNER * i)",
+        "byte |= parts[i] << (BITS * i)",
+        ("tests/ops/test_triton_rope_write.py",),
+    ),
     # Offsets past 2^31.
     Mutation(
         "offsets of heads in 32 bits, prefill",
