@@ -211,6 +211,25 @@ PREFILL = {
 }
 
 
+def planes() -> str:
+    """Formats whose codes lie in planes beside those of whole bits, on an H100."""
+    rows = read("h100-planes.csv")
+    names = ("int8", "int6", "int4", "int3")
+
+    def cell(case: str, name: str) -> str:
+        found = [row for row in rows if (row["case"], row["format"]) == (case, name)]
+        if not found:
+            return MISSING
+        return f"{float(found[0]['microseconds']):.1f} ({float(found[0]['of_copy']):.0%})"
+
+    titles = {row["case"]: f"{row['op']}, {row['case']}" for row in rows}
+    titles["16 x 8k"] += ", 4 tokens each"
+    return table(
+        ["us (share of copy)", *(f"`{name}`" for name in names)],
+        ([title, *(cell(case, name) for name in names)] for case, title in titles.items()),
+    )
+
+
 def prefill() -> str:
     """TFLOP/s, and shares of peers in the same turns: a row an implementation."""
     cases = ("4 x 4k", "1 x 16k", "1 x 64k", "2k on 32k", "512 on 32k", "2k on 128k", "512 on 128k")
@@ -394,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrated": calibrated,
     "decode": decode,
     "decode-shares": decode_shares,
+    "planes": planes,
     "decode-drafts": decode_drafts,
     "write": write,
     "prefill": prefill,

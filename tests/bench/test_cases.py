@@ -13,16 +13,19 @@ from quantpage.bench.cases import (
     last_queries,
     make_batch,
     make_layer,
+    relative_error,
 )
-from quantpage.formats import FORMATS
+from quantpage.bench.write import prompt_step
+from quantpage.formats import FORMATS, rotate
 from quantpage.masks import causal_document
+from quantpage.ops import gather, rope_write
 from quantpage.ops.attend import AttendParams, attend, reference
 from tests.ops.mask_cases import cached
 
 pytestmark = pytest.mark.cpu
 
 
-NAMES = ["none", "int8", "fp8", "int4", "k8v4", "int8_static"]
+NAMES = ["none", "int8", "fp8", "int6", "int4", "k8v4", "int3", "int8_static"]
 
 
 def step_of(name, new):
@@ -32,6 +35,22 @@ def step_of(name, new):
     layer = make_layer(case, name, "cpu")
     batch = make_batch(case, layer.exact_key is not None, "cpu")
     return torch.randn(3 * new, 4, 32, dtype=torch.bfloat16), layer, batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_is_written_fills_its_pages(name):
+    torch.manual_seed(0)
+    case = Case(1, 100, (name,), q_heads=4, kv_heads=2, head_dim=32, page_size=16)
+    layer, batch = prompt_step(case, name, "cpu")
+    k, v = torch.randn(2, 100, 2, 32, dtype=torch.bfloat16)
+    rope_write.rope_write(None, k, v, layer, batch, rope_write.WriteParams())
+    table = batch.page_table[0]
+    held = gather.gather(layer.key, table, 100, torch.float32)
+    turned = rotate(k.float()) if layer.key.spec.rotation == "hadamard" else k.float()
+    assert relative_error(held, turned) < 0.25 or name == "int8_static"
+    if layer.exact_key is not None:
+        near = layer.exact_key[batch.exact.page_table[0].long()].transpose(1, 2).flatten(0, 1)
+        assert relative_error(near[:100].float(), turned) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantpage.batch import plan_batch
+from quantpage.batch import BatchPlan, plan_batch
 from quantpage.bench.cases import Case, cache_bytes, make_layer
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
@@ -29,14 +29,12 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     """One launch from a fused QKV projection into random pages."""
     case = Case(1, tokens, (name,))
     given = FORMATS[name]
-    layer = make_layer(case, name)
+    layer, batch = prompt_step(case, name)
     other = replace(
         layer,
         key=replace(layer.key, codes=layer.key.codes.clone()),
         value=replace(layer.value, codes=layer.value.codes.clone()),
     )
-    pages = torch.randperm(layer.key.pages).tolist()
-    batch = plan_batch((tokens,), (tokens,), [pages], case.page_size, "cuda")
     heads = (case.q_heads, case.kv_heads, case.kv_heads)
     width = sum(heads) * case.head_dim
     count = max(2, min(16, -(-COLD_BYTES // (tokens * width * 2)))) if timed else 1
@@ -65,6 +63,8 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     rows = cache_bytes(layer) // (layer.key.pages * case.page_size) * tokens
     if not given.dynamic:
         rows = tokens * case.kv_heads * case.head_dim * 2
+    if layer.exact_key is not None:
+        rows += tokens * case.kv_heads * case.head_dim * 4
     moved = tokens * width * 2 + tokens * case.q_heads * case.head_dim * 2 + rows
 
     def run() -> None:
@@ -86,6 +86,21 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
         time = graph_microseconds(separate, count)
         plainly = (title, "torch, a kernel a step")
         yield row_of("write", case, "bf16 pages", plainly, (time, moved, copy, 0.0))
+
+
+def prompt_step(case: Case, name: str, device: str = "cuda") -> tuple[LayerKV, BatchPlan]:
+    """An empty request's prompt of ``case.context`` tokens, which fills a layer in random pages."""
+    layer = make_layer(case, name, device)
+    pages, exact = layer.key.pages, None
+    if layer.exact_key is not None:
+        # While a prompt is written all of its pages are exact.
+        shape = (pages, case.kv_heads, case.page_size, case.head_dim)
+        near = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        layer = replace(layer, exact_key=near[0], exact_value=near[1])
+        exact = [list(range(pages))]
+    table = torch.randperm(pages).tolist()
+    tokens = (case.context,)
+    return layer, plan_batch(tokens, tokens, [table], case.page_size, device, exact)
 
 
 def _codes_that_differ(one: LayerKV, two: LayerKV, name: str) -> float:
