@@ -19,7 +19,7 @@ FP8 = KVFormat("fp8_tensor", _FP8_TENSOR, _FP8_TENSOR, None, "one given scale a 
 
 def _served(form: KVFormat) -> bool:
     """Given scales a head or channel are in no checkpoint that vLLM reads; codes in planes and near
-    pages of codes are in no GPU kernel yet."""
+    pages of codes have not run inside vLLM yet."""
     known = {form.key.code.name, form.value.code.name} <= {"none", "int8", "fp8", "int4"}
     return form.quantized and form.dynamic and known and form.near is None
 
