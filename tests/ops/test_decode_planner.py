@@ -18,14 +18,9 @@ from quantpage.ops.refusals import (
     PREFILL_TRITON,
     WRITE_TRITON,
 )
+from tests.ops.triton_cases import HOPPER_FORMATS, KERNEL_FORMATS
 
 pytestmark = pytest.mark.pure
-ON_HOPPER = [
-    name
-    for name, given in FORMATS.items()
-    if given.key.quantized and not (given.key.code.fields or given.value.code.fields)
-]
-"""What the Hopper kernel of decode reads."""
 H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
 CALL = Call(H200, FORMATS["int8"], torch.bfloat16, 32, 8, 128, 128, 64, "decode")
 
@@ -38,7 +33,7 @@ def test_row_tiles_cover_all_query_rows(group, new):
     assert rows * tiles >= group * new > rows * (tiles - 1)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", KERNEL_FORMATS)
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_every_call_has_a_launch(name, width, rows):
@@ -52,9 +47,9 @@ def test_every_call_has_a_launch(name, width, rows):
             tiles = decode_tiles(given.key, given.value, width, rows, keys, parts, wgmma=True)
             assert tiles.programs_per_processor * tiles.warps <= 16
             assert not tiles.wgmma or (tiles.tile, tiles.warps, tiles.gather) == (64, 4, 0)
-            assert tiles.wgmma <= (name in ON_HOPPER)
+            assert tiles.wgmma <= (name in HOPPER_FORMATS)
             # Drafts are what the Hopper kernel is for.
-            if name in ON_HOPPER and rows == 32:
+            if name in HOPPER_FORMATS and rows == 32:
                 assert tiles.wgmma
 
 
@@ -76,7 +71,7 @@ def test_pages_without_codes_fit_the_shared_memory_of_their_card(kilobytes, item
         assert tiles == wanted
 
 
-def test_the_portable_kernels_serve_every_named_format():
+def test_the_portable_kernels_serve_every_named_format_or_say_which_code_they_do_not_know():
     asked = (
         (DECODE_TRITON, {}),
         (PREFILL_TRITON, {"phase": "prefill"}),
@@ -85,8 +80,10 @@ def test_the_portable_kernels_serve_every_named_format():
         (GATHER_TRITON, {}),
     )
     for refusals, change in asked:
-        for given in FORMATS.values():
-            assert refusals(replace(CALL, format=given, **change)) == []
+        for name, given in FORMATS.items():
+            said = refusals(replace(CALL, format=given, **change))
+            assert bool(said) == (name not in KERNEL_FORMATS)
+            assert all("codes of formats/spec for" in each for each in said)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +138,7 @@ def test_the_hopper_kernel_says_what_it_needs(change, said):
     assert said in " ".join(DECODE_GLUON(replace(CALL, **change)))
 
 
-@pytest.mark.parametrize("name", ON_HOPPER)
+@pytest.mark.parametrize("name", HOPPER_FORMATS)
 def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     call = replace(CALL, format=FORMATS[name])
     assert choose(CANDIDATES, call).name == "gluon"

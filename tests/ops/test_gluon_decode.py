@@ -10,7 +10,7 @@ from tests.ops.triton_cases import (
     CAUSAL,
     DEVICE,
     HOPPER,
-    KERNEL_FORMATS,
+    HOPPER_FORMATS,
     ON_HOPPER,
     TOLERANCE,
     Step,
@@ -36,7 +36,6 @@ if HOPPER:
     from quantpage.ops.attend.decode.gluon import attend
 
 TILES = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
-QUANTIZED = [name for name in KERNEL_FORMATS if FORMATS[name].key.quantized]
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
 GLUON = candidate("decode.gluon")
 
@@ -45,7 +44,7 @@ def check(*given, **options):
     check_decode(*given, **{"tiles": TILES, "run": attend} | options)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", HOPPER_FORMATS)
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 def test_every_format_and_page_size(name, page_size):
     given = FORMATS[name]

@@ -156,6 +156,12 @@ KERNEL_FORMATS = [
     if {given.key.code.name, given.value.code.name} <= set(CODE_KINDS)
 ]
 """Formats whose codes the kernels read; the others they refuse (test_dispatch)."""
+HOPPER_FORMATS = [
+    name
+    for name in KERNEL_FORMATS
+    if {FORMATS[name].key.code.name, FORMATS[name].value.code.name} <= {"int8", "fp8", "int4"}
+]
+"""Those of them that the Hopper kernel of decode reads."""
 NEAR_FORMATS = [find_format(name) for name in ("int4_near8", "k8v4_near8", "k=fp8,v=int4_near8")]
 """Some that keep exact pages as codes."""
 
