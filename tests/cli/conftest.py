@@ -41,3 +41,13 @@ def quantpage(capsys, monkeypatch):
 def folder(tmp_path_factory):
     """A tiny llama whose tokens are words."""
     return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A text of many short paragraphs in the tiny model's words."""
+    path = tmp_path / "words.txt"
+    path.write_text(
+        "\n\n".join(" ".join(f"w{3 + (i * j) % 120}" for i in range(40)) for j in range(60))
+    )
+    return path

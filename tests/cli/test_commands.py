@@ -166,57 +166,6 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
         assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
 
 
-@pytest.fixture
-def words(tmp_path):
-    """A text of many short paragraphs in the tiny model's words."""
-    path = tmp_path / "words.txt"
-    path.write_text(
-        "\n\n".join(" ".join(f"w{3 + (i * j) % 120}" for i in range(40)) for j in range(60))
-    )
-    return path
-
-
-def test_a_calibration_replaces_nothing_but_a_calibration(quantpage, folder, words, tmp_path):
-    out, weights = tmp_path / "made", folder / "model.safetensors"
-    asked = ["calibrate", "--model", folder, "--text", words, "--tokens", 256, "--window", 128]
-    for _ in range(2):
-        assert "written" in quantpage(*asked, "--out", out).err
-    for other in (words, weights, folder / "config.json"):
-        before = other.read_bytes()
-        said = quantpage(*asked, "--out", other, code=2).err
-        assert "out: expected a new file or a calibration to replace, got " in said
-        assert "loading" not in said and other.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--dtype", "foo"], "dtype: expected one of auto, float32, bfloat16, float16; got 'foo'"),
-        (["--dtype", "int8"], "dtype: expected one of auto, float32"),
-        (["--window", 1025], "window: expected at most the model's 1,024 positions, got 1,025"),
-    ],
-)
-def test_what_calibrate_refuses_before_it_loads(quantpage, folder, words, tmp_path, flags, said):
-    asked = ["calibrate", "--model", folder, "--text", words, "--out", tmp_path / "made", *flags]
-    err = quantpage(*asked, code=2).err
-    assert said in err and "loading" not in err and not (tmp_path / "made").exists()
-
-
-def test_a_calibration_without_maps_is_not_taken_for_one(quantpage, folder, words, tmp_path):
-    """Of static scales alone: formats that take maps would be measured without, under its name."""
-    out = tmp_path / "made"
-    asked = ["calibrate", "--model", folder, "--text", words, "--tokens", 256, "--window", 128]
-    quantpage(*asked, "--out", out, "--kv-format", "int4_static")
-    asked = ["evaluate", "--model", folder, "--text", words, "--windows", 1, "--prompt", 64]
-    asked += ["--scored", 32, "--calibration", out, "--formats"]
-    for name, layers in (("int8", "0, 1, 2"), ("int4_static,layers=1:int4", "1")):
-        err = quantpage(*asked, name, code=2).err
-        assert f"in layers {layers}, got none, as it was made for int4_static" in err
-        assert "loading" not in err
-    quantpage(*asked, "none,int4_static,k=int4_static,v=int8", code=2)
-    quantpage(*asked, "none,int4_static")
-
-
 def test_a_commands_files_are_apart(quantpage, folder, words, tmp_path):
     asked = ["evaluate", "--model", folder, "--text", words, "--formats", "int8"]
     csv, content = tmp_path / "rows", words.read_text()

@@ -126,6 +126,22 @@ def open_whole(path: Path) -> Iterator[TensorFile]:
         yield TensorFile(metadata, _entries(header, about.st_size - 8 - length), file)
 
 
+def check_replaceable(path: Path, name: str, kind: str) -> None:
+    """ValueError where there is a file of another ``kind``: weights and texts are not lost."""
+    if not path.exists():
+        return
+    try:
+        with open_whole(path) as file:
+            found = file.metadata.get("kind")
+    except Damaged:
+        found = None
+    if found != kind:
+        raise ValueError(
+            f"{name}: expected a new file or a {kind} to replace, got {path}, which is something "
+            "else"
+        )
+
+
 def write_whole(path: Path, planes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file, whole and on the disk, or not at all.
 

@@ -1,14 +1,20 @@
 """`quantpage calibrate`: what text says of a model's keys, in a file for attach and evaluate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from quantpage import console
 from quantpage.cli.options import Device, Model
 from quantpage.files import check_writable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantpage.formats.key_statistics import ChosenMap
+    from quantpage.integrations.hf_transformers.measured import Measured
 
 
 def command(
@@ -32,20 +38,23 @@ def command(
 ) -> None:
     """Measure a model's keys and queries on text and choose how its keys are cached.
 
-    One pass. The file is for attach(calibration=...) and for --calibration of generate, serve and
-    evaluate: a mean and scales a channel of every layer's keys, and by which metric they are
-    rounded; formats keep their bytes.
+    One pass; an interrupted one goes on from what was kept every twenty seconds, in a file of
+    --out's name and .part. The calibration is for attach(calibration=...) and for --calibration of
+    generate, serve and evaluate: a mean and scales a channel of every layer's keys, and by which
+    metric they are rounded; formats keep their bytes.
     """
     import torch
 
+    from quantpage.cache.tensor_file import check_replaceable
     from quantpage.cli.generation import DTYPES
     from quantpage.evaluate.score import cut_windows
     from quantpage.evaluate.text import default_path, obtain, read
     from quantpage.formats.channel_ranges import Rule
-    from quantpage.formats.key_statistics import ChosenMap
     from quantpage.formats.per_layer import LayerFormats
     from quantpage.hardware import find_device
-    from quantpage.integrations.hf_transformers.calibration import calibrate, check_replaceable
+    from quantpage.integrations.hf_transformers.calibration import KIND, calibrate
+    from quantpage.integrations.hf_transformers.measured import KIND as PART
+    from quantpage.integrations.hf_transformers.measured import Measured, mark_of
     from quantpage.integrations.hf_transformers.model import (
         load_config,
         load_model,
@@ -53,8 +62,10 @@ def command(
         text_config,
     )
 
-    check_writable(out, "out")
-    check_replaceable(out)
+    part = out.with_name(f"{out.name}.part")
+    for path, kind in ((out, KIND), (part, PART)):
+        check_writable(path, "out")
+        check_replaceable(path, "out", kind)
     chosen = LayerFormats.parse(kv_format)
     config = load_config(model)
     formats = chosen.of_layers(model_shape(config).layers)
@@ -75,31 +86,50 @@ def command(
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded, tokenizer = load_model(model, wanted, where)
     windows = cut_windows(tokenizer, content, tokens // window, window - 1, 1)
+    texts = [each.tokens for each in windows]
+    mark = mark_of(loaded, texts, not all(each.dynamic for each in formats))
+    measured = Measured.load(part, mark) or Measured()
+    note = {
+        "text": "austen.txt" if text is None else text.name,
+        "tokens": len(windows) * window,
+        "kv_format": chosen.name,
+    }
     table: list[tuple[int, ChosenMap]] = []
-    with console.progress() as progress:
-        task = progress.add_task("measuring", total=len(windows))
-        if not progress.console.is_terminal:
-            console.note(f"measuring {len(windows):,} windows of {window:,} tokens")
-
-        def pieces() -> Iterator[Any]:
-            for each in windows:
-                yield each.tokens
-                progress.advance(task)
-
-        note = {
-            "text": "austen.txt" if text is None else text.name,
-            "tokens": len(windows) * window,
-            "kv_format": chosen.name,
-        }
-        made = calibrate(
-            loaded,
-            pieces(),
-            formats,
-            note,
-            lambda index, each: table.append((index, each)),
-            scales,  # type: ignore[arg-type]
-        )
+    made = calibrate(
+        loaded,
+        _going_on(texts, measured, part, mark),
+        formats,
+        note,
+        lambda index, each: table.append((index, each)),
+        scales,  # type: ignore[arg-type]
+        measured,
+    )
     made.save(out)
+    part.unlink(missing_ok=True)
+    if table:
+        _print(table)
+    if made.static:
+        console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")
+    console.note(f"written: {out}")
+
+
+def _going_on(
+    texts: "Sequence[Tensor]", measured: "Measured", part: Path, mark: str
+) -> "Iterator[Tensor]":
+    """The texts that are not measured yet, with progress; what is measured is kept in ``part``."""
+    count = len(texts)
+    with console.progress() as progress:
+        task = progress.add_task("measuring", total=count, completed=measured.texts)
+        if not progress.console.is_terminal:
+            console.note(f"measuring {count:,} windows of {texts[0].shape[1]:,} tokens")
+        if measured.texts:
+            console.note(f"{measured.texts:,} of them were measured before ({part})")
+        for each in measured.left(texts, part, mark):
+            yield each
+            progress.advance(task)
+
+
+def _print(table: "Sequence[tuple[int, ChosenMap]]") -> None:
     console.print_line("layer  error of scores, plain -> mapped    a/b of each kv_head")
     for index, each in table:
         chosen_by = " ".join(f"{a:g}/{b:g}" for a, b in each.exponents)
@@ -110,6 +140,3 @@ def command(
         "error: squared, relative to the scores' own size. A channel's scale is W^a / C^b, "
         "of the queries' metric W and the keys' variance C (docs/formats.md, key maps)."
     )
-    if made.static:
-        console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")
-    console.note(f"written: {out}")

@@ -25,6 +25,7 @@ from quantpage.formats import KeyMap, KVFormat, LayerScales, StaticScales
 from quantpage.formats.channel_ranges import ChannelRanges, Rule
 from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
+from quantpage.integrations.hf_transformers.measured import Measured
 from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.statistics import measure
 
@@ -171,22 +172,6 @@ class Calibration:
             raise CorruptCalibration(f"{path}: expected one of this model, got one of another")
 
 
-def check_replaceable(path: Path) -> None:
-    """ValueError where there is a file that is no calibration: weights and texts are not lost."""
-    if not path.exists():
-        return
-    try:
-        with open_whole(path) as file:
-            kind = file.metadata.get("kind")
-    except Damaged:
-        kind = None
-    if kind != KIND:
-        raise ValueError(
-            f"out: expected a new file or a calibration to replace, got {path}, which is something "
-            "else"
-        )
-
-
 def calibrate(
     model: PreTrainedModel,
     texts: Iterable[Int[Tensor, "1 tokens"]],
@@ -194,11 +179,13 @@ def calibrate(
     note: Mapping[str, Any],
     each: Callable[[int, ChosenMap], None] | None = None,
     rule: Rule = "mse",
+    measured: Measured | None = None,
 ) -> Calibration:
     """Measure a model on texts, one forward each, and choose every layer's map, or its scales.
 
     formats: of the layers; those that are static are one. note: what to remember. each: told of a
-    layer's map when it is chosen. rule: how much of a range static scales cover.
+    layer's map when it is chosen. rule: how much of a range static scales cover. measured: what was
+    measured before and is added to.
     """
     static_names = {form.name for form in formats if not form.dynamic}
     if len(static_names) > 1:
@@ -209,8 +196,9 @@ def calibrate(
             f"kv_format: expected quantized keys or given scales, as nothing else is calibrated; "
             f"got {formats[0].name}"
         )
-    ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = {} if static_names else None
-    found = measure(model, texts, SKIPPED, ranges=ranges)
+    measured = Measured() if measured is None else measured
+    ranges = measured.ranges if static_names else None
+    found = measure(model, texts, SKIPPED, ranges=ranges, found=measured.keys)
     if not found:
         raise UnsupportedModel(
             f"{type(model).__name__}: expected attention through Transformers' interface, got its "

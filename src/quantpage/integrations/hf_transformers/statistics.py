@@ -60,15 +60,16 @@ def measure(
     skipped: int,
     positions: Int[Tensor, "1 tokens"] | None = None,
     ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = None,
+    found: dict[int, KeyStatistics] | None = None,
 ) -> dict[int, KeyStatistics]:
     """Statistics of every layer whose attention goes through Transformers' interface.
 
     texts: one forward each. skipped: first tokens of each that are not counted; models park
     attention on them, with keys like no others. positions: of the tokens; None: 0, 1, 2, ...
-    ranges: where to put those of keys and of values, of all tokens; None: nowhere. Layers without
-    keys in the usual sense are missing.
+    ranges: where to put those of keys and of values, of all tokens; None: nowhere. found: what was
+    measured before and is added to. Layers without keys in the usual sense are missing.
     """
-    found: dict[int, KeyStatistics] = {}
+    found = {} if found is None else found
 
     def look(index: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> None:
         if query.shape[-1] != key.shape[-1]:
