@@ -12,7 +12,7 @@ from quantpage.agreement import Allowed, allowed
 from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
 from quantpage.batch_on_device import plan_on_device
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import FORMATS, QuantSpec
+from quantpage.formats import FORMATS, QuantSpec, find_format
 from quantpage.ops.attend import AttendParams
 
 PAGE = 64
@@ -117,16 +117,22 @@ def last_queries(batch: BatchPlan, new: int) -> BatchPlan:
 
 def make_layer(case: Case, name: str, device: str = "cuda") -> LayerKV:
     """One layer's random cache."""
-    given = FORMATS[name]
+    given = find_format(name)
     pages = case.requests * -(-case.context // case.page_size)
     layer = LayerKV(
         random_pages(given.key, pages, case, device), random_pages(given.value, pages, case, device)
     )
     if given.exact_pages is None:
         return layer
-    shape = (3 * case.requests, case.kv_heads, case.page_size, case.head_dim)
-    near = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    return replace(layer, exact_key=near[0], exact_value=near[1])
+    kept = 3 * case.requests
+    if given.near is not None:
+        near = [
+            random_pages(spec, kept, case, device) for spec in (given.near.key, given.near.value)
+        ]
+        return replace(layer, exact_key=near[0], exact_value=near[1])
+    shape = (kept, case.kv_heads, case.page_size, case.head_dim)
+    exact = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    return replace(layer, exact_key=exact[0], exact_value=exact[1])
 
 
 def cache_bytes(layer: LayerKV) -> int:

@@ -24,7 +24,10 @@ from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import call_of, choose
 
-_MAIN = ("none", "int8", "fp8", "int6", "int4", "k8v4", "int3", "int8_static")
+_MAIN = (
+    "none", "int8", "fp8", "int6", "int4", "int4_near8", "k8v4", "k8v4_near8", "int3",
+    "int8_static",
+)  # fmt: skip
 _SHAPES = ((1, 4096), (1, 32768), (8, 8192), (64, 4096), (128, 1024), (16, 32768))
 CASES = (
     *(Case(requests, context, _MAIN, peers=True) for requests, context in _SHAPES),
