@@ -115,11 +115,18 @@ def test_writes_of_uneven_groups_are_refused():
     assert reasons and "got 48" in reasons[0]
 
 
-def test_writes_of_keys_that_are_rounded_in_turn_are_refused():
-    assert not WRITE_TRITON(CALL)
-    reasons = WRITE_TRITON(replace(CALL, in_turn=True))
-    assert reasons == [
-        "needs keys that are rounded a channel by itself, got a key map with feedback."
+def test_keys_that_are_rounded_in_turn_come_in_blocks_and_with_one_scale():
+    turned = replace(CALL, in_turn=True)
+    assert not WRITE_TRITON(CALL) and not WRITE_TRITON(turned)
+    odd = replace(turned, head_dim=72, value_head_dim=72)
+    assert WRITE_TRITON(odd) == [
+        "needs a head_dim that is a multiple of 16 for a key map with feedback, got 72."
+    ]
+    grouped = QuantSpec(CODES["int8"], Granularity(group=32))
+    form = KVFormat("g", grouped, grouped)
+    assert not WRITE_TRITON(replace(CALL, format=form))
+    assert WRITE_TRITON(replace(turned, format=form)) == [
+        "needs one dynamic scale a token and kv_head for keys under a key map with feedback, got 4."
     ]
 
 

@@ -201,9 +201,10 @@ def check_write(
     _check_view("v", v)
     if q is not None:
         _check_view("q", q)
+    in_turn = layer.key_map is not None and layer.key_map.feedback is not None
     key = (
         needs, layer.facts, params.facts, k.shape, v.shape, k.dtype, v.dtype, k.device, v.device,
-        None if q is None else (q.shape, q.dtype, q.device),
+        None if q is None else (q.shape, q.dtype, q.device), in_turn,
     )  # fmt: skip
     if key in batch.passed:
         return
@@ -239,7 +240,7 @@ def check_write(
             # Without queries their bias is not read.
             fits = got == wanted or (name == "q" and q is None)
             _same(f"bias of {name}", f"{wanted}", got, fits)
-    _check_needs(needs, facts, batch, k, "causal")
+    _check_needs(needs, facts, batch, k, "causal", in_turn)
     batch.passed.add(key)
 
 
@@ -334,10 +335,12 @@ def _check_given_back(batch: BatchPlan, first_pages: tuple[int, ...], window: in
             )
 
 
-def _check_needs(needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, mask: str) -> None:
+def _check_needs(
+    needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, mask: str, in_turn: bool = False
+) -> None:
     """The implementation can serve it."""
     phase = needs.phase or ("decode" if batch.max_query_len <= 16 else "prefill")
-    refused = _refused(needs, facts, x.shape[1], x.dtype, phase, mask)
+    refused = _refused(needs, facts, x.shape[1], x.dtype, phase, mask, in_turn)
     if refused:
         raise ValueError(f"this implementation cannot serve the call: {' '.join(refused)}")
     if needs.host_lengths:
@@ -347,9 +350,10 @@ def _check_needs(needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, m
 
 @lru_cache(maxsize=1024)
 def _refused(
-    needs: Needs, facts: LayerFacts, heads: int, dtype: torch.dtype, phase: Phase, mask: str
-) -> list[str]:
-    call = call_of(facts, heads, dtype, phase, mask)
+    needs: Needs, facts: LayerFacts, heads: int, dtype: torch.dtype, phase: Phase, mask: str,
+    in_turn: bool = False,
+) -> list[str]:  # fmt: skip
+    call = call_of(facts, heads, dtype, phase, mask, in_turn)
     if needs.kind == "cuda" and facts.device.type == "cpu":
         interpreter = DeviceInfo("cuda", "Triton's interpreter", None, 1, 0)
         call = replace(call, device=interpreter)

@@ -129,10 +129,23 @@ def queries(*dtypes: torch.dtype) -> Condition:
     return condition
 
 
-def in_any_order(call: Call) -> Iterator[str]:
-    """Of writing: no channel's code depends on another's."""
-    if call.in_turn:
-        yield "needs keys that are rounded a channel by itself, got a key map with feedback."
+def whole_blocks_in_turn(call: Call) -> Iterator[str]:
+    """Of writing: keys that are rounded in turn by one range a row, in whole blocks of channels."""
+    if not call.in_turn:
+        return
+    if call.head_dim % 16:
+        yield (
+            "needs a head_dim that is a multiple of 16 for a key map with feedback, "
+            f"got {call.head_dim}."
+        )
+    for name, spec, width in _halves(call):
+        if name.endswith("keys") and spec.quantized and spec.dynamic:
+            groups = spec.granularity.groups(width)
+            if groups > 1:
+                yield (
+                    f"needs one dynamic scale a token and kv_head for {name} under a key map with "
+                    f"feedback, got {groups}."
+                )
 
 
 def own_values(call: Call) -> Iterator[str]:
@@ -363,5 +376,5 @@ LATENT_GLUON = refuse(
 )  # fmt: skip
 INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))
 INTERVAL_GLUON = refuse(*_PREFILL_ON_HOPPER, phase("prefill"), masks("interval"))
-WRITE_TRITON = refuse(*_ROWS, *_NOT_OLD, channels(512), in_any_order, groups_of_powers)
+WRITE_TRITON = refuse(*_ROWS, *_NOT_OLD, channels(512), whole_blocks_in_turn, groups_of_powers)
 GATHER_TRITON = refuse(*_ROWS, *_NOT_OLD, channels(512))

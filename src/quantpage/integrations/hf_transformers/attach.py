@@ -159,7 +159,7 @@ def attach(  # noqa: PLR0913
         if mask is not None:
             _refuse_mask(model, mask, cache, options.ledger)
         _refuse_static_rows(cache, options.ledger)
-        maps = find_key_maps(model, cache.formats, calibration, implementation)
+        maps = find_key_maps(model, cache.formats, calibration)
         _refuse_maps_of_rows(maps, options.ledger)
         attached.options = replace(options, key_maps=maps.layers, static=maps.static)
         attached.calibration = maps.source

@@ -37,12 +37,10 @@ def find_key_maps(
     model: PreTrainedModel,
     formats: Sequence[KVFormat],
     calibration: str | Path | None,
-    implementation: str | None,
 ) -> KeyMaps:
     """The maps for a format a layer.
 
-    calibration: AUTO, None for none, or a file of `quantpage calibrate`. implementation: as
-    ``attach`` was told; only torch and the CPU core round in turn.
+    calibration: AUTO, None for none, or a file of `quantpage calibrate`.
     """
     static = next((each for each in formats if not each.dynamic), None)
     if static is not None and (calibration == AUTO or _is_folder(calibration)):
@@ -52,8 +50,7 @@ def find_key_maps(
             raise _no_scales(static, calibration)
         return KeyMaps("none")
     if calibration != AUTO:
-        in_turn = model.device.type == "cpu" or implementation == "torch"
-        return _of_file(model, formats, calibration, in_turn)
+        return _of_file(model, formats, calibration)
     if not any(each.key.quantized for each in formats):
         return KeyMaps("none: keys are not quantized")
     if not has_key_biases(model):
@@ -107,9 +104,7 @@ def _of_checkpoint(
     return KeyMaps(f"scales of {Path(name).name}", {}, found.to(model.device))
 
 
-def _of_file(
-    model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Path, in_turn: bool
-) -> KeyMaps:
+def _of_file(model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Path) -> KeyMaps:
     found = Calibration.load(path)
     found.check(model, path)
     softcapped = not takes_means(model)
@@ -117,12 +112,9 @@ def _of_file(
         if index >= len(formats) or (softcapped and each.key_map.mean is not None):
             raise CorruptCalibration(f"{path}: expected one of this model, got layer {index} of it")
     layers = found.maps(formats, path)
-    if not in_turn:
-        layers = {index: found.layers[index].key_map for index in layers}
-    how = "" if in_turn else ", channels rounded by themselves"
     static = found.scales(formats, path)
     device = model.device
-    return KeyMaps(f"{Path(path).name}{how}", layers, None if static is None else static.to(device))
+    return KeyMaps(Path(path).name, layers, None if static is None else static.to(device))
 
 
 _measured: WeakKeyDictionary[nn.Module, tuple[object, dict[int, KeyStatistics]]]

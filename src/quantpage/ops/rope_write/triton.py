@@ -17,6 +17,7 @@ from quantpage.ops.checks import Needs, writes
 from quantpage.ops.operand import A_TOKEN, Operand, operand
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
+from quantpage.ops.rope_write.triton_in_turn import launch as launch_in_turn
 from quantpage.ops.rope_write.triton_kernel import Pages, write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
 
@@ -93,7 +94,8 @@ def rope_write(
     params: WriteParams,
     shape: Shape | None = None,
 ) -> Written:
-    """As ops/rope_write/reference.rope_write, in one launch; strides of tokens and heads are free.
+    """As ops/rope_write/reference.rope_write, in one launch, and one more for keys that are rounded
+    in turn; strides of tokens and heads are free.
 
     shape: None for ``launch_shape``.
     """
@@ -119,8 +121,7 @@ def rope_write(
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm, mapped = params.rope, params.norm, layer.key_map
-    if mapped is not None and mapped.feedback is not None:
-        raise ValueError("key_map: expected one without feedback for this kernel, got one with it")
+    in_turn = mapped is not None and mapped.feedback is not None
     mean = None if mapped is None else mapped.mean
     bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
     shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)
@@ -139,7 +140,26 @@ def rope_write(
     v_products = can_multiply(v_specs, v, shape)
     overlap = device_info(k.device).since(HOPPER)
     tiles = triton.cdiv(tokens, shape.rows // shape.heads)
-    parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + 2 * (kv_heads // shape.heads)
+    halves = 1 if in_turn else 2
+    parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + halves * (kv_heads // shape.heads)
+    exact_slots = batch.slots if exact is None or batch.exact is None else batch.exact.slots
+    positions = batch.positions
+    angle_row = 0 if rope is None else rope.cos.stride(0)
+    cos, sin = (k, k) if rope is None else (rope.cos, rope.sin)
+    map_scale, map_mean = (k if each is None else each for each in (mapped and mapped.scale, mean))
+    key_pages, near_key_pages = _pages(key, near_key), _pages(near_key, near_key)
+    k_piece = _piece(k_specs, width, piece)
+    eps = 0.0 if norm is None else norm.eps
+    # What both kernels are compiled for.
+    both = {
+        "HEAD_DIM": width, "PIECE": k_piece, "ROTARY": 0 if rope is None else rope.rotary_dim,
+        "INTERLEAVED": rope is not None and rope.interleaved,
+        "NORM": 0 if norm is None else (2 if norm.after_rope else 1),
+        "BIAS": params.bias is not None,
+        "MAPPED": 0 if mapped is None else (1 if mean is None else 2), "PAGE": batch.page_size,
+        "EXACT": exact is not None, "RETURN": params.return_rows,
+        "HARDWARE": device_info(k.device).since(E4M3), "OVERLAP": overlap, "launch_pdl": overlap,
+    }  # fmt: skip
     launch = partial(
         write_kernel[(parts, tiles) if shape.heads_first else (tiles, parts)],
         k if q is None else q,
@@ -148,19 +168,19 @@ def rope_write(
         k if q_out is None else q_out,
         k if k_seen is None else k_seen,
         v if v_seen is None else v_seen,
-        _pages(key, near_key),
+        key_pages,
         _pages(value, near_value),
         batch.slots,
-        batch.slots if exact is None or batch.exact is None else batch.exact.slots,
-        batch.positions,
-        k if rope is None else rope.cos,
-        k if rope is None else rope.sin,
+        exact_slots,
+        positions,
+        cos,
+        sin,
         k if norm is None else norm.q_weight,
         k if norm is None else norm.k_weight,
         *bias,
-        k if mapped is None else mapped.scale,
-        k if mean is None else mean,
-        0.0 if norm is None else norm.eps,
+        map_scale,
+        map_mean,
+        eps,
         tokens,
         q_heads,
         kv_heads,
@@ -169,37 +189,46 @@ def rope_write(
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        0 if rope is None else rope.cos.stride(0),
-        _pages(near_key, near_key) if coded else None,
+        angle_row,
+        near_key_pages if coded else None,
         _pages(near_value, near_value) if coded else None,
         **{f"K_{name}": fixed for name, fixed in _fixed(key, layer.key.spec).items()},
         **{f"V_{name}": fixed for name, fixed in _fixed(value, layer.value.spec).items()},
-        **_fixed_near("K", near_key if coded else None, k_specs[-1]),
-        **_fixed_near("V", near_value if coded else None, v_specs[-1]),
-        HEAD_DIM=width,
-        PIECE=_piece(k_specs, width, piece),
+        **_fixed_near("K_", near_key if coded else None, k_specs[-1]),
+        **_fixed_near("V_", near_value if coded else None, v_specs[-1]),
+        **both,
         VALUE_DIM=value_width,
         V_PIECE=_piece(v_specs, value_width, piece),
-        ROTARY=0 if rope is None else rope.rotary_dim,
-        INTERLEAVED=rope is not None and rope.interleaved,
-        NORM=0 if norm is None else (2 if norm.after_rope else 1),
-        BIAS=params.bias is not None,
-        MAPPED=0 if mapped is None else (1 if mean is None else 2),
-        PAGE=batch.page_size,
-        EXACT=exact is not None,
-        RETURN=params.return_rows,
-        HARDWARE=device_info(k.device).since(E4M3),
         ROWS=shape.rows,
         HEADS=shape.heads,
         TILES=shape.tiles,
         HEADS_FIRST=shape.heads_first,
+        KEYS=not in_turn,
         num_warps=shape.warps,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
     )
     compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
     if (products or v_products) and not as_written(compiled):
         launch(PRODUCTS=False, V_PRODUCTS=False)
+    if in_turn:
+        fixed = _fixed(key, layer.key.spec)
+        near_fixed = _fixed_near("", near_key if coded else None, k_specs[-1])
+        launch_in_turn(
+            layer,
+            tokens,
+            {
+                "k": k, "k_seen": k if k_seen is None else k_seen, "pages": key_pages,
+                "near_pages": near_key_pages if coded else None, "slots": batch.slots,
+                "exact_slots": exact_slots, "positions": positions, "cos": cos, "sin": sin,
+                "weight": k if norm is None else norm.k_weight, "bias": bias[1],
+                "map_scale": map_scale, "map_mean": map_mean, "eps": eps, "tokens": tokens,
+                "kv_heads": kv_heads, "k_token": k.stride(0), "k_head": k.stride(1),
+                "angle_row": angle_row,
+            },
+            {
+                **{name: fixed[name] for name in ("CODE", "SCALES", "ZERO", "SHARED", "LIMIT")},
+                **near_fixed, "HADAMARD": fixed["BLOCK"], **both,
+            },
+        )  # fmt: skip
     return Written(q_out, k_seen, v_seen)
 
 
@@ -225,7 +254,7 @@ def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:
 def _fixed_near(name: str, near: Operand | None, spec: QuantSpec) -> dict[str, object]:
     """The same of near pages in codes, where those may differ from the body; None: there are none.
 
-    name: 'K' or 'V'.
+    name: 'K_' or 'V_'.
     """
     fixed = {} if near is None else _fixed(near, spec)
-    return {f"{name}_NEAR_{each}": fixed.get(each) for each in ("CODE", "ZERO", "SHARED", "LIMIT")}
+    return {f"{name}NEAR_{each}": fixed.get(each) for each in ("CODE", "ZERO", "SHARED", "LIMIT")}

@@ -51,7 +51,7 @@ class Pages(NamedTuple):
 
 
 @triton.jit
-def _loaded(x, at, real, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr):
+def load_parts(x, at, real, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr):
     """Rows as they are in memory, a tuple of pieces [ROWS, PIECE]."""
     parts = ()
     for i in tl.static_range((HEAD_DIM + PIECE - 1) // PIECE):
@@ -136,7 +136,7 @@ def _partner(channel, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _angles(
+def angles_of(
     cos, sin, where, real, gain: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, PAIRED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,7 @@ def _hadamard(
 
 
 @triton.jit
-def _turned(
+def turned_parts(
     loaded, x, at, cosine, sine, signs, bias, weight, map_scale, map_mean, eps, real,
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr,
@@ -272,12 +272,13 @@ def write_kernel(
     MAPPED: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr,
     HARDWARE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
     HEADS_FIRST: tl.constexpr, PRODUCTS: tl.constexpr, V_PRODUCTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS rows: HEADS neighbouring heads of each of its tokens.
 
     A program has one tile of K or of V, or TILES of Q, which share their angles. What comes from
-    far is loaded first, all of it. k_near, v_near: exact pages that are codes, or None.
+    far is loaded first, all of it. k_near, v_near: exact pages that are codes, or None. KEYS: False
+    where K is written by somebody else.
     """
     if OVERLAP:
         # Launched while the launch before ends; what that wrote is read from here on.
@@ -291,6 +292,8 @@ def write_kernel(
     real = tl.full([ROWS], 1, tl.int1) if ROWS == HEADS else token < tokens
     wide = token.to(tl.int64)
     kv_parts = kv_heads // HEADS
+    if not KEYS:
+        part += kv_parts
     PAIRED: tl.constexpr = ROTARY == HEAD_DIM and HEAD_DIM % (2 * PIECE) == 0 and not INTERLEAVED
     # Factors of a rotation commute with it, of a norm or a map after it do not.
     LAST: tl.constexpr = NORM != 2 and MAPPED == 0
@@ -308,10 +311,10 @@ def write_kernel(
             head = first + i * HEADS
             here = real & (head < q_heads) if TILES > 1 else real
             at = wide * q_token + head.to(tl.int64) * q_head
-            loaded = loaded + _loaded(q, at, here, HEAD_DIM, PIECE)
+            loaded = loaded + load_parts(q, at, here, HEAD_DIM, PIECE)
         # Or the compiler loads rows only when positions have come.
         tl.debug_barrier()
-        where = _positions_of(positions, token, real, angle_row, ROTARY)
+        where = positions_of(positions, token, real, angle_row, ROTARY)
         if TURNS:
             factors = turn_factors(cos, sin, where, ROWS, GAIN, HEAD_DIM, q.dtype.element_ty)
             for i in tl.static_range(TILES // 2):
@@ -328,7 +331,7 @@ def write_kernel(
                     to = q_out + (wide * q_heads + head) * HEAD_DIM
                     store_parts(to, parts, real & (head < q_heads), HEAD_DIM, PIECE)
         else:
-            cosine, sine = _angles(
+            cosine, sine = angles_of(
                 cos, sin, where, real, GAIN, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED, FOLD
             )
             signs = real
@@ -340,7 +343,7 @@ def write_kernel(
                 here = real & (head < q_heads) if TILES > 1 else real
                 # Rows past the last head have no map.
                 kept = tl.minimum(head, q_heads - 1)
-                parts = _turned(
+                parts = turned_parts(
                     loaded[i * PARTS : (i + 1) * PARTS], q,
                     wide * q_token + head.to(tl.int64) * q_head,
                     cosine, sine, signs, q_bias + head * HEAD_DIM, q_weight,
@@ -351,54 +354,55 @@ def write_kernel(
                 to = q_out + (wide * q_heads + head) * HEAD_DIM
                 store_parts(to, parts, here, HEAD_DIM, PIECE)
     elif part < kv_parts:
-        narrow = part * HEADS + row % HEADS
-        kv_head = narrow.to(tl.int64)
-        at = wide * k_token + kv_head * k_head
-        loaded = _loaded(k, at, real, HEAD_DIM, PIECE)
-        # Or the compiler loads rows only when positions have come.
-        tl.debug_barrier()
-        where = _positions_of(positions, token, real, angle_row, ROTARY)
-        slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
-        cosine, sine = _angles(
-            cos, sin, where, real, GAIN, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED, FOLD
-        )
-        signs = real
-        if PRODUCTS:
-            signs = signs_of(ROWS, tl.float32)
-        parts = _turned(
-            loaded, k, at, cosine, sine, signs, k_bias + narrow * HEAD_DIM, k_weight,
-            map_scale + narrow * HEAD_DIM, map_mean + narrow * HEAD_DIM, eps, real,
-            HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
-            FOLD, PRODUCTS, False, MAPPED,
-        )  # fmt: skip
-        if k_near is not None:
-            write_near(
-                parts, near, kv_head, k_near, K_NEAR_CODE, K_NEAR_ZERO, K_NEAR_SHARED, HEAD_DIM,
-                PIECE, PAGE, ROWS, K_NEAR_LIMIT, HARDWARE, K_BLOCK > 1, 1.0,
-            )  # fmt: skip
-        elif EXACT:
-            write_exact(
-                parts,
-                near,
-                kv_head,
-                k_pages.exact,
-                k_pages.exact_page,
-                k_pages.exact_head,
-                HEAD_DIM,
-                PIECE,
-                PAGE,
+        if KEYS:
+            narrow = part * HEADS + row % HEADS
+            kv_head = narrow.to(tl.int64)
+            at = wide * k_token + kv_head * k_head
+            loaded = load_parts(k, at, real, HEAD_DIM, PIECE)
+            # Or the compiler loads rows only when positions have come.
+            tl.debug_barrier()
+            where = positions_of(positions, token, real, angle_row, ROTARY)
+            slot, near = slots_of(slots, exact_slots, token, real, EXACT)
+            cosine, sine = angles_of(
+                cos, sin, where, real, GAIN, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED, FOLD
             )
-        write_rows(
-            parts, real, slot, kv_head, k_pages.codes, k_pages.scale, k_pages.zero, k_pages.page,
-            k_pages.head, k_pages.scale_page, k_pages.scale_head,
-            k_seen + (wide * kv_heads + kv_head) * HEAD_DIM,
-            K_CODE, K_SCALES, K_ZERO, K_SHARED, HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE,
-            RETURN, K_BLOCK > 1, 1.0,
-        )  # fmt: skip
+            signs = real
+            if PRODUCTS:
+                signs = signs_of(ROWS, tl.float32)
+            parts = turned_parts(
+                loaded, k, at, cosine, sine, signs, k_bias + narrow * HEAD_DIM, k_weight,
+                map_scale + narrow * HEAD_DIM, map_mean + narrow * HEAD_DIM, eps, real,
+                HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
+                FOLD, PRODUCTS, False, MAPPED,
+            )  # fmt: skip
+            if k_near is not None:
+                write_near(
+                    parts, near, kv_head, k_near, K_NEAR_CODE, K_NEAR_ZERO, K_NEAR_SHARED, HEAD_DIM,
+                    PIECE, PAGE, ROWS, K_NEAR_LIMIT, HARDWARE, K_BLOCK > 1, 1.0,
+                )  # fmt: skip
+            elif EXACT:
+                write_exact(
+                    parts,
+                    near,
+                    kv_head,
+                    k_pages.exact,
+                    k_pages.exact_page,
+                    k_pages.exact_head,
+                    HEAD_DIM,
+                    PIECE,
+                    PAGE,
+                )
+            write_rows(
+                parts, real, slot, kv_head, k_pages.codes, k_pages.scale, k_pages.zero,
+                k_pages.page, k_pages.head, k_pages.scale_page, k_pages.scale_head,
+                k_seen + (wide * kv_heads + kv_head) * HEAD_DIM,
+                K_CODE, K_SCALES, K_ZERO, K_SHARED, HEAD_DIM, PIECE, PAGE, ROWS, K_LIMIT, HARDWARE,
+                RETURN, K_BLOCK > 1, 1.0,
+            )  # fmt: skip
     else:
         kv_head = ((part - kv_parts) * HEADS + row % HEADS).to(tl.int64)
-        v_parts = _loaded(v, wide * v_token + kv_head * v_head, real, VALUE_DIM, V_PIECE)
-        slot, near = _slots_of(slots, exact_slots, token, real, EXACT)
+        v_parts = load_parts(v, wide * v_token + kv_head * v_head, real, VALUE_DIM, V_PIECE)
+        slot, near = slots_of(slots, exact_slots, token, real, EXACT)
         if BIAS or not V_PRODUCTS:
             v_parts = _biased(v_parts, v_bias + kv_head * VALUE_DIM, VALUE_DIM, V_PIECE, BIAS)
         v_signs = real
@@ -427,7 +431,7 @@ def write_kernel(
 
 
 @triton.jit
-def _positions_of(positions, token, real, angle_row, ROTARY: tl.constexpr):
+def positions_of(positions, token, real, angle_row, ROTARY: tl.constexpr):
     """Where each token's angles begin."""
     where = token.to(tl.int64)
     if ROTARY > 0:
@@ -436,7 +440,8 @@ def _positions_of(positions, token, real, angle_row, ROTARY: tl.constexpr):
 
 
 @triton.jit
-def _slots_of(slots, exact_slots, token, real, EXACT: tl.constexpr):
+def slots_of(slots, exact_slots, token, real, EXACT: tl.constexpr):
+    """Of tokens, in pages of codes and in exact pages."""
     slot = tl.load(slots + token, real, -1)
     near = slot
     if EXACT:

@@ -23,18 +23,21 @@ _FLOAT_MAX = Constant(3.4028234663852886e38)
 
 
 @triton.jit
-def _finite(x):
+def finite(x):
+    """formats/quantize's ``finite``."""
     x = tl.where(x == x, x, 0.0)
     return tl.where(x > _FLOAT_MAX, _FLOAT_MAX, tl.where(x < -_FLOAT_MAX, -_FLOAT_MAX, x))
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
+    """NaN where one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _smaller(a, b):
+def smaller(a, b):
+    """NaN where one is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -66,15 +69,15 @@ def _extremes(
         high = above[0]
         low = below[0]
         for i in tl.static_range(1, len(parts)):
-            high = _larger(high, above[i])
-            low = _smaller(low, below[i])
-        low = tl.reduce(tl.reshape(low, [ROWS, GROUPS, PIECE // GROUPS]), 2, _smaller)
-        return tl.reduce(tl.reshape(high, [ROWS, GROUPS, PIECE // GROUPS]), 2, _larger), low
+            high = larger(high, above[i])
+            low = smaller(low, below[i])
+        low = tl.reduce(tl.reshape(low, [ROWS, GROUPS, PIECE // GROUPS]), 2, smaller)
+        return tl.reduce(tl.reshape(high, [ROWS, GROUPS, PIECE // GROUPS]), 2, larger), low
     else:
         high = tl.abs(parts[0])
         for i in tl.static_range(1, len(parts)):
-            high = _larger(high, tl.abs(parts[i]))
-        high = tl.reduce(tl.reshape(high, [ROWS, GROUPS, PIECE // GROUPS]), 2, _larger)
+            high = larger(high, tl.abs(parts[i]))
+        high = tl.reduce(tl.reshape(high, [ROWS, GROUPS, PIECE // GROUPS]), 2, larger)
         return high, -high
 
 
@@ -136,6 +139,23 @@ def _scales(
 
 
 @triton.jit
+def rounded_scales(
+    high, low, factor, rest, scale, zero, ZERO: tl.constexpr, QMAX: tl.constexpr,
+    QMIN: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """formats/quantize's ``rounded_range``, as float32; rest: 1 - factor."""
+    if ZERO:
+        half = high * 0.5 - low * 0.5
+        span = _divided(half * factor, QMAX - QMIN, LIMIT) * 2.0
+        step = _floored(_rounded(span, LIMIT, scale), LIMIT)
+        base = _rounded(low + half * rest - QMIN * step, LIMIT, zero)
+    else:
+        step = _floored(_rounded(_divided(high * factor, QMAX, LIMIT), LIMIT, scale), LIMIT)
+        base = step * 0.0
+    return step, base
+
+
+@triton.jit
 def _in_range(
     high, low, step, base, ZERO: tl.constexpr, QMAX: tl.constexpr, LOW: tl.constexpr,
     TAME: tl.constexpr,
@@ -176,7 +196,7 @@ def _held(
     if tl.max(tl.max(tl.where(fine, 0, 1), 1), 0) != 0:
         fixed = ()
         for i in tl.static_range(len(parts)):
-            fixed = fixed + (_finite(parts[i] * GAIN),)
+            fixed = fixed + (finite(parts[i] * GAIN),)
         parts = fixed
         gain = tl.full([ROWS, GROUPS], 1.0, tl.float32)
         high, low = _extremes(parts, ZERO, HEAD_DIM, PIECE, ROWS, GROUPS)
@@ -388,7 +408,6 @@ def _write_codes(
         base = _spread(base, ROWS, GROUPS, PIECE)
     else:
         gain = _spread(gain, ROWS, GROUPS, PIECE)
-    PER: tl.constexpr = 2 if CODE == INT4 else 1
     to = codes + (at + slot * row_of(HEAD_DIM, CODE, 1))[:, None]
     numbers = ()
     planed = ()
@@ -409,17 +428,40 @@ def _write_codes(
         if in_planes(CODE):
             planed = planed + (byte,)
         else:
-            if CODE == INT4:
-                first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
-                byte = first + (second << 4)
-            channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)
-            mask = keep[:, None]
-            if (i + 1) * PIECE > HEAD_DIM:
-                mask = mask & (channel < HEAD_DIM // PER)[None, :]
-            tl.store(to + channel[None, :], byte.to(codes.dtype.element_ty), mask)
+            _store_piece(to, byte, keep, i, HEAD_DIM, PIECE, ROWS, CODE)
     if in_planes(CODE):
         store_planes(to, planed, keep, HEAD_DIM, PIECE, ROWS, CODE)
     return numbers
+
+
+@triton.jit
+def store_codes(
+    to, parts, keep, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
+    CODE: tl.constexpr,
+):  # fmt: skip
+    """Codes plus ``lift`` of rows that begin at ``to`` [ROWS, 1], where ``keep``."""
+    if in_planes(CODE):
+        store_planes(to, parts, keep, HEAD_DIM, PIECE, ROWS, CODE)
+    else:
+        for i in tl.static_range(len(parts)):
+            _store_piece(to, parts[i], keep, i, HEAD_DIM, PIECE, ROWS, CODE)
+
+
+@triton.jit
+def _store_piece(
+    to, byte, keep, i: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr,
+    ROWS: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """Piece number i of them, where codes are not in planes."""
+    PER: tl.constexpr = 2 if CODE == INT4 else 1
+    if CODE == INT4:
+        first, second = tl.split(tl.reshape(byte, [ROWS, PIECE // 2, 2]))
+        byte = first + (second << 4)
+    channel = i * (PIECE // PER) + tl.arange(0, PIECE // PER)
+    mask = keep[:, None]
+    if (i + 1) * PIECE > HEAD_DIM:
+        mask = mask & (channel < HEAD_DIM // PER)[None, :]
+    tl.store(to + channel[None, :], byte.to(to.dtype.element_ty), mask)
 
 
 @triton.jit
