@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from .numbers import FORMS, MIXES
+from .numbers import FORMS, MIXES, form_of
 from .shown import INTERVAL_KINDS
 
 KINDS = ("torch", "cpu", "triton", "cuda")
@@ -45,6 +45,8 @@ class Case:
     """Tokens that a request may reach."""
     latent: bool = False
     """Layers of latent rows: head_dim is a row's, value_dim that of the rotary channels."""
+    in_turn: bool = False
+    """Keys are rounded in turn: their map has feedback."""
     reference: bool = False
     """Who computes is compared with the oracle, and the reference as well."""
 
@@ -115,6 +117,10 @@ def draw_case(seed: int, number: int, kinds: tuple[str, ...]) -> Case:
         case = replace(case, formats=tuple(_one(rng, list(MIXES)) for _ in formats))
     if rng.random() < 0.15:
         case = _of_latent_rows(case, rng)
+    whole = all(form_of(name)[0].code not in ("none", "fp8") for name in case.formats)
+    in_turn = np.random.default_rng([seed, number, 3]).random() < 0.5
+    if case.key_map and whole and in_turn:
+        case = replace(case, in_turn=True)
     return replace(case, reference=kind == "torch" and rng.random() < 0.4)
 
 

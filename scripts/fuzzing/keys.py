@@ -32,6 +32,30 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """The metric W of a head's queries as sum_i cost_i (e_i + sum_{j > i} lower_ji e_j)^2."""
+
+    lower: np.ndarray
+    """[kv_heads, head_dim, head_dim], 0 on the diagonal and above."""
+    cost: np.ndarray
+    """[kv_heads, head_dim]."""
+
+    @classmethod
+    def of(cls, metric: np.ndarray, scale: np.ndarray, rotated: bool) -> "Turn":
+        """metric: [kv_heads, head_dim, head_dim], of queries as they come; scale: the map's."""
+        own = metric / scale[:, :, None] / scale[:, None, :]
+        if rotated:
+            own = rotate(np.swapaxes(rotate(own), 1, 2))
+        own = (own + np.swapaxes(own, 1, 2)) / 2
+        width = own.shape[-1]
+        mean = np.trace(own, axis1=1, axis2=2)[:, None, None] / width
+        # docs: a hundredth of the mean on the diagonal, so that nothing is free.
+        root = np.linalg.cholesky(own / mean + 0.01 * np.eye(width))
+        on = np.diagonal(root, axis1=1, axis2=2)
+        return cls(np.tril(root / on[:, None, :], -1), np.square(on))
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """theta and channels of a rotation."""
 

@@ -18,6 +18,7 @@ from quantpage.attention import LayerAttention
 from quantpage.batch import BatchPlan
 from quantpage.cache import LayerKV
 from quantpage.formats import KeyMap
+from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import DeviceInfo, device_info
 from quantpage.masks import Mask
 from quantpage.ops.attend.reference import attend as reference
@@ -29,6 +30,7 @@ from .case import Case
 from .keys import (
     Rope,
     Rows,
+    Turn,
     beside,
     in_basis,
     mapped_keys,
@@ -56,6 +58,9 @@ class Given:
     map_mean: np.ndarray | None
     sinks: np.ndarray | None
     static: tuple | None
+    metric: np.ndarray | None
+    """Of queries, by which keys are rounded in turn."""
+    turn: Turn | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Layer:
         call = Call(
             device, find_format(name), getattr(torch, case.dtype), case.kv_heads * case.group,
             case.kv_heads, case.head_dim, case.value_dim, case.page_size, latent=case.latent,
+            in_turn=case.in_turn,
         )  # fmt: skip
         # The core writes latent rows and may leave attention to others: as dispatch chooses.
         chosen = None if case.latent and case.kind == "cpu" else NAMES[case.kind]
@@ -100,7 +106,10 @@ class Layer:
         if given.map_scale is None:
             return None
         mean = None if given.map_mean is None else tensor(given.map_mean)
-        return KeyMap(tensor(given.map_scale), mean).to(device_of(self.case))
+        made = KeyMap(tensor(given.map_scale), mean)
+        if given.metric is not None:
+            made = with_feedback(made, tensor(given.metric), self.specs[0].rotated)
+        return made.to(device_of(self.case))
 
     def static(self):
         """For ``add_layer``."""
@@ -260,7 +269,14 @@ def _given(case: Case, name: str, rng: np.random.Generator) -> Given:
             _static(spec, (heads, w), rng) if spec.given else (None, None)
             for spec, w in ((key, width), (value, case.value_dim))
         )
-    return Given(bias, norm, rope, scale, mean, sinks, static)
+    metric = turn = None
+    if case.in_turn:
+        # Queries of a few directions, and of some others.
+        few = rng.normal(0, 1, (heads, width, int(rng.integers(4, width // 2))))
+        metric = few @ np.swapaxes(few, 1, 2) + rng.uniform(0.0, 1.0) * np.eye(width)
+        metric = metric.astype(np.float32).astype(np.float64)
+        turn = Turn.of(metric, scale, key.rotated)
+    return Given(bias, norm, rope, scale, mean, sinks, static, metric, turn)
 
 
 def _static(spec, shape, rng):

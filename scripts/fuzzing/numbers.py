@@ -197,18 +197,19 @@ def _check_range(spec, x, slack, scale, zero, where: str) -> None:
     else:
         wanted, slack_of = np.maximum(-low, high) / spec.high, slack / spec.high
     wanted = np.clip(wanted, SMALLEST_SCALE, LARGEST16)
-    loose = _half_ulp16(wanted) + slack_of + 4 * UNIT * wanted
+    loose = half_ulp16(wanted) + slack_of + 4 * UNIT * wanted
     _worst(np.abs(scale - wanted) - loose, scale, wanted, f"{where}: scale")
     if not spec.zero:
         return
     wanted = low - spec.low * scale
     loose = slack + 4 * UNIT * (np.abs(low) + np.abs(high) + np.abs(spec.low * scale))
     wanted = np.clip(wanted, -LARGEST16, LARGEST16)
-    loose = loose + _half_ulp16(wanted)
+    loose = loose + half_ulp16(wanted)
     _worst(np.abs(zero - wanted) - loose, zero, wanted, f"{where}: zero")
 
 
-def _half_ulp16(x: np.ndarray) -> np.ndarray:
+def half_ulp16(x: np.ndarray) -> np.ndarray:
+    """Half the distance of float16 numbers around x."""
     exponent = np.floor(np.log2(np.maximum(np.abs(x), 2.0**-14)))
     return 2.0 ** (exponent - 11)
 

@@ -7,7 +7,8 @@ import torch
 
 from quantpage.cache import LayerKV, QuantizedPages
 
-from .keys import Rows
+from .in_turn import check_in_turn
+from .keys import Rows, Turn
 from .numbers import LARGEST16, Mismatch, Spec, check_close, check_codes, decode, finite
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -67,19 +68,30 @@ class Half:
         return self.exact[np.array(table, dtype=np.int64)[positions // size], :, positions % size]
 
     def check(
-        self, rows: Rows, table: list[int], exact_table: list[int], size: int, kind: tuple[str, str]
+        self,
+        rows: Rows,
+        table: list[int],
+        exact_table: list[int],
+        size: int,
+        kind: tuple[str, str],
+        turn: Turn | None = None,
     ) -> None:
-        """rows: what a request has written, from position 0 on. kind: dtype of the model, whose."""
+        """rows: what a request has written, from position 0 on. kind: dtype of the model, whose.
+
+        turn: by what they were rounded in turn; None: each channel by itself.
+        """
         dtype, where = kind
         positions = np.flatnonzero(held(table, len(rows.x), size))
         own = rows[positions]
         codes, scale, zero = self.at(table, positions, size)
         if scale is None:
             _check_kept(codes, own, dtype, where)
+        elif turn is not None:
+            check_in_turn(self.spec, own, codes, (scale, zero), turn, where)
         else:
             check_codes(self.spec, own.x, own.slack, codes, scale, zero, where)
         if isinstance(self.exact, Half):
-            self.exact.check(rows, exact_table, [], size, (dtype, f"{where}, exact"))
+            self.exact.check(rows, exact_table, [], size, (dtype, f"{where}, exact"), turn)
         elif self.exact is not None:
             positions = np.flatnonzero(held(exact_table, len(rows.x), size))
             own = rows[positions]

@@ -288,7 +288,7 @@ class World:
                     where = f"request {row}, layer {index} of {layer.format}, {name}"
                     Half.of(spec, pages, exact).check(
                         rows[index], sequence.pages, sequence.exact_pages, self.case.page_size,
-                        (self.case.dtype, where),
+                        (self.case.dtype, where), layer.given.turn if name == "key" else None,
                     )  # fmt: skip
 
     # What these need.

@@ -25,7 +25,7 @@ from tests.ops.mask_cases import cached
 pytestmark = pytest.mark.cpu
 
 
-NAMES = ["none", "int8", "fp8", "int6", "int4", "k8v4", "int3", "int8_static"]
+NAMES = ["none", "int8", "fp8", "int6", "int4", "int4_near8", "k8v4", "int3", "int8_static"]
 
 
 def step_of(name, new):

@@ -93,7 +93,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128, near=
         "HEAD_DIM": head_dim, "PIECE": 32, "VALUE_DIM": head_dim, "V_PIECE": 32, "ROTARY": head_dim,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "MAPPED": mapped,
         "PAGE": 64, "EXACT": near is not None, "RETURN": False, "ROWS": 8, "HARDWARE": True,
-        "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True,
+        "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True, "KEYS": True,
         "PRODUCTS": block > 1, "V_PRODUCTS": block > 1,
     }  # fmt: skip
     for side in "KV":

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.kernels.aot import SHARED
+
 pytestmark = pytest.mark.cpu
 
 # Of a program of two tiles of queries, or one of keys or of values, whatever the branch.
@@ -19,15 +21,33 @@ INSTRUCTIONS |= {"int6": 2800, "int3": 3100}
 REGISTERS = {"int4 mapped": 144, "int4 near int8": 128}
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def _compile(*words):
     """Compiled with the interpreter off, which this process may have on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     said = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.write_case"],
-        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300,
+        [sys.executable, "-m", "tests.kernels.write_case", *words],
+        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600,
     )  # fmt: skip
     return json.loads(said.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernel of every half and of keys without feedback."""
+    return _compile()
+
+
+def test_keys_in_turn_compile_for_every_target():
+    found = _compile("turn")
+    assert len(found) == len(SHARED) + 1
+    for name, takes in found.items():
+        assert takes["products"] > 0, name
+        assert takes["shared"] <= SHARED[int(name.split()[-1])], name
+        # A thread's row of one range leaves room for all of it; a few words go to the stack where
+        # it is one of many.
+        assert takes["stack"] <= (0 if name == "few 90" else 400), name
+        # Blocks are a loop: unrolled they would not fit the cache of instructions.
+        assert takes["instructions"] < 12000, name
 
 
 def test_products_find_the_layout_they_are_written_for(compiled):

@@ -1,10 +1,14 @@
 """The write kernel as ahead-of-time compile cases."""
 
 import json
+import sys
 
 from quantpage.ops.operand import CODE_KINDS
+from quantpage.ops.rope_write.triton_in_turn import Coupling
+from quantpage.ops.rope_write.triton_in_turn_kernel import in_turn_kernel
+from quantpage.ops.rope_write.triton_kernel import Pages
 from quantpage.ops.rope_write.triton_products import layout_holds
-from tests.kernels.aot import compile_kernel, resources
+from tests.kernels.aot import SHARED, compile_kernel, resources
 from tests.kernels.decode_case import write_arguments
 
 FORMATS = {"none": (0, 1, False), "int8": (1, 128, False), "fp8": (2, 1, False)}
@@ -14,8 +18,55 @@ FORMATS["int4 near int8"] = (3, 128, True, 0, 128, 1)
 FORMATS |= {name: (CODE_KINDS[name], 128, True) for name in ("int6", "int3")}
 
 
+def in_turn_arguments(factors: int, tried: int, rows: int):
+    """Keys in turn: int4 of five ranges, or int8 of one, with near pages in int8."""
+    width, four = 128, factors > 1
+    code = "*u8" if four else "*i8"
+    types = dict.fromkeys(("k", "k_seen", "weight", "bias"), "*bf16")
+    types["pages"] = Pages(code, "*fp16", "*fp16", code, *["i32:16"] * 6)
+    types["near_pages"] = Pages("*i8", "*fp16", "*fp16", "*i8", *["i32:16"] * 6)
+    types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
+    types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean", "own"), "*fp32")
+    types |= {"own_codes": "*fp16", "eps": "fp32", "tokens": "i32", "kv_heads": "i32"}
+    types |= dict.fromkeys(("coupling", "near_coupling"), Coupling("*fp32", "*fp16", "*fp16"))
+    for name in in_turn_kernel.arg_names:
+        if name not in types and name[0].islower():
+            types[name] = "i32:16"
+    near_tried = 2 if tried > 1 else 1
+    fixed = {
+        "CODE": 3 if four else 1, "SCALES": 1, "ZERO": four, "SHARED": width, "LIMIT": 65504.0,
+        "FACTORS": factors, "TRIED": tried, "HADAMARD": width,
+        "NEAR_CODE": 1, "NEAR_ZERO": False, "NEAR_SHARED": width, "NEAR_LIMIT": 65504.0,
+        "NEAR_FACTORS": 1, "NEAR_TRIED": near_tried,
+        "HEAD_DIM": width, "PIECE": 32, "ROTARY": width, "INTERLEAVED": False, "NORM": 0,
+        "BIAS": False, "MAPPED": 2, "PAGE": 64, "EXACT": True, "RETURN": False, "HARDWARE": True,
+        "ROWS": rows, "CHUNK": 64, "OWN": 2 * width * rows + 2 * rows + width,
+        "OWN_CODES": rows * max(tried, near_tried) * width, "OVERLAP": False,
+    }  # fmt: skip
+    return types | fixed
+
+
+def in_turn(factors: int, tried: int, rows: int, capability: int) -> dict[str, int]:
+    """What such a kernel takes."""
+    compiled = compile_kernel(
+        in_turn_kernel, in_turn_arguments(factors, tried, rows), capability,
+        num_warps=max(1, rows * tried // 32), num_stages=1,
+    )  # fmt: skip
+    takes = resources(compiled)
+    return {
+        "registers": takes.registers, "stack": takes.stack, "shared": takes.shared,
+        "products": takes.find("HMMA"), "instructions": sum(takes.counts.values()),
+    }  # fmt: skip
+
+
 def main() -> None:
     found = {}
+    if "turn" in sys.argv:
+        for capability in SHARED:
+            found[f"few {capability}"] = in_turn(5, 8, 16, capability)
+        found["many 90"] = in_turn(5, 1, 32, 90)
+        print(json.dumps(found))
+        return
     for name, given in FORMATS.items():
         kernel, arguments = write_arguments(*given)
         if name == "none":
