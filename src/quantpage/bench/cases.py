@@ -12,7 +12,7 @@ from quantpage.agreement import Allowed, allowed
 from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
 from quantpage.batch_on_device import plan_on_device
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import FORMATS, QuantSpec, find_format
+from quantpage.formats import FORMATS, KVFormat, QuantSpec, find_format
 from quantpage.ops.attend import AttendParams
 
 PAGE = 64
@@ -124,15 +124,18 @@ def make_layer(case: Case, name: str, device: str = "cuda") -> LayerKV:
     )
     if given.exact_pages is None:
         return layer
-    kept = 3 * case.requests
+    near = near_pages(given, 3 * case.requests, case, device)
+    return replace(layer, exact_key=near[0], exact_value=near[1])
+
+
+def near_pages(
+    given: KVFormat, pages: int, case: Case, device: str = "cuda"
+) -> list[Tensor] | list[QuantizedPages]:
+    """Exact pages of keys and of values, random, as the format keeps them."""
     if given.near is not None:
-        near = [
-            random_pages(spec, kept, case, device) for spec in (given.near.key, given.near.value)
-        ]
-        return replace(layer, exact_key=near[0], exact_value=near[1])
-    shape = (kept, case.kv_heads, case.page_size, case.head_dim)
-    exact = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    return replace(layer, exact_key=exact[0], exact_value=exact[1])
+        return [random_pages(s, pages, case, device) for s in (given.near.key, given.near.value)]
+    shape = (pages, case.kv_heads, case.page_size, case.head_dim)
+    return [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
 
 def cache_bytes(layer: LayerKV) -> int:

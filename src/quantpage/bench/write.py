@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.cases import Case, cache_bytes, make_layer
+from quantpage.bench.cases import Case, cache_bytes, make_layer, near_pages
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
-from quantpage.formats import FORMATS, KeyMap
+from quantpage.formats import FORMATS, KeyMap, find_format
 from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import device_info
 from quantpage.ops import rope_write as write_op
@@ -104,8 +104,7 @@ def prompt_step(case: Case, name: str, device: str = "cuda") -> tuple[LayerKV, B
     pages, exact = layer.key.pages, None
     if layer.exact_key is not None:
         # While a prompt is written all of its pages are exact.
-        shape = (pages, case.kv_heads, case.page_size, case.head_dim)
-        near = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        near = near_pages(find_format(name), pages, case, device)
         layer = replace(layer, exact_key=near[0], exact_value=near[1])
         exact = [list(range(pages))]
     table = torch.randperm(pages).tolist()
