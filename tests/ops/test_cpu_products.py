@@ -200,3 +200,22 @@ def test_a_norm_alone(dtype, isa):
 def test_a_program_of_an_unknown_step_says_so():
     program = struct.pack("=2q", 99, 0)
     assert cpu_core.core().run(program, len(program), 2) == 1
+
+
+def test_more_threads_than_cores_meet_asleep():
+    torch.manual_seed(0)
+    shapes = (WIDTH, ATTENDED), (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER)
+    half = SecondHalf(
+        tuple(weight(*each, torch.bfloat16)[0] for each in shapes),
+        Norm(torch.randn(WIDTH).bfloat16(), EPS),
+    )
+    attended, x = torch.randn(4, ATTENDED).bfloat16(), torch.randn(4, WIDTH).bfloat16()
+    assert half.serves(torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = half(attended, x)
+        torch.set_num_threads(9)
+        assert all(torch.equal(half(attended, x), want) for _ in range(40))
+    finally:
+        torch.set_num_threads(before)
