@@ -34,21 +34,25 @@ from quantpage.ops.attend.decode.gluon_operands import (
     value_operand,
     whole_score,
 )
+from quantpage.ops.attend.decode.gluon_rows import (
+    capped,
+    find_piece,
+    row_sums,
+    seen_pairs,
+    store_cut,
+    with_sink,
+)
 from quantpage.ops.attend.decode.gluon_share import (
     copy_codes,
     here,
-    key_ranges,
     keys_of_all,
     my_share,
     page_of,
     planes,
-    row_programs,
     same,
     shown_keys,
     tile_at,
-    tile_ranges,
 )
-from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton import words as triton_words
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC, Constant
 from quantpage.ops.triton.gluon_compat import (
@@ -191,17 +195,13 @@ def decode_kernel(
     request, begins = same(request), same(begins)
     position = start
     while position < end:
-        context = same(gl.load(context_lens + request))
-        q_start = same(gl.load(query_starts + request))
-        q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
-        a_low, a_high, b_low, b_high = key_ranges(
-            context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
-        )
-        a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-        tiles = a_tiles + b_tiles
-        item = (position - begins) // gl.maximum(tiles, 1)
-        first_tile = position - begins - item * tiles
-        last_tile = gl.minimum(tiles, first_tile + end - position)
+        (
+            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
+            item, first_tile, last_tile,
+        ) = find_piece(
+            query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
+            TILE, FULL, WINDOW, SEGMENT,
+        )  # fmt: skip
         if last_tile > first_tile:
             head = (item // ROW_TILES).to(gl.int64)
             row_first = (item % ROW_TILES) * ROWS
@@ -328,9 +328,7 @@ def decode_kernel(
                     if K_ZERO:
                         score += q_sum[None, :]
                 if SOFTCAP:
-                    # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
-                    bent = gl.exp2(score * (2.0 * LOG2E / softcap))
-                    score = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
+                    score = capped(score, softcap)
                 heavy = score
                 if V_SCALES == A_TOKEN:
                     log_vs = log2_fast(gl.maximum(vs.to(gl.float32), 1e-30))
@@ -341,17 +339,10 @@ def decode_kernel(
                         key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
                         WINDOW, SEGMENT,
                     )  # fmt: skip
-                    row = here(row_first) + gl.arange(0, ROWS, s_rows)
-                    seat = first_seat + row // GROUP
-                    seen = shown[:, None] & (row < q_len * GROUP)[None, :]
-                    if not FULL:
-                        seen = seen & (key[:, None] <= seat[None, :])
-                    if WINDOW:
-                        near = key[:, None] > seat[None, :] - window
-                        seen = seen & (near | (key < sink_tokens)[:, None])
-                    if SEGMENT != ALL_KEYS:
-                        exact = exact_pairs(seat[None, :], key[:, None], PAGE)
-                        seen = seen & (exact if SEGMENT == EXACT_KEYS else ~exact)
+                    seen = seen_pairs(
+                        key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE,
+                        ROWS, GROUP, FULL, WINDOW, SEGMENT,
+                    )  # fmt: skip
                     heavy = gl.where(seen, heavy, float("-inf"))
                     if V_SCALES == A_TOKEN:
                         # Where a key is hidden p is 0: what it is multiplied by has to be finite.
@@ -423,27 +414,14 @@ def decode_kernel(
             token_at = (q_start + row // GROUP).to(gl.int64)
             q_head_at = head * GROUP + row % GROUP
             complete = (first_tile == 0) & (last_tile == tiles)
-            total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), s_rows)
-            some = total != 0
-            row_lse = gl.where(some, anchor + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
-            ratio = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)
+            total, row_lse, ratio = row_sums(weights, anchor, s_rows)
             slot_id = 2 * program + (position != start).to(gl.int32)
             if first_tile == 0:
-                # Where the row's pieces are, for the merge (triton_merge).
                 cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
-                gl.store(cut, gl.where(complete, -1, slot_id))
-                _, last, _ = row_programs(program, position, position, tiles, share, even)
-                gl.store(cut + 1, last)
+                store_cut(cut, complete, slot_id, program, position, tiles, share, even)
             if complete:
                 if SINKS:
-                    # One more key without a value.
-                    sink = gl.load(sinks + q_head_at, mask=real, other=0.0).to(gl.float32) * LOG2E
-                    peak_lse = gl.maximum(row_lse, sink)
-                    with_sink = peak_lse + gl.log2(
-                        gl.exp2(row_lse - peak_lse) + gl.exp2(sink - peak_lse)
-                    )
-                    ratio = ratio * gl.exp2(row_lse - with_sink)
-                    row_lse = with_sink
+                    row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)
                 if lse is not None:
                     at = lse + token_at * (kv_heads * GROUP) + q_head_at
                     gl.store(at, row_lse * LN2, mask=real)

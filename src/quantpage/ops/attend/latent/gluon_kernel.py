@@ -1,12 +1,15 @@
 """Decode over latent rows on Hopper: keys by queries, a tile of codes read once for both products.
 
     S [keys, rows]     = K [keys, channels] q [channels, rows]      wgmma, K from registers
-    O [channels, rows] = K' [channels, keys] p [keys, rows]         mma, K' from registers
+    O [channels, rows] = K' [channels, keys] p [keys, rows]         mma or wgmma, as K'
 
 It is decode/gluon_kernel for rows that are keys and values: the same anchors, plan, cut rows and
 masks. A tile of 64 rows comes by asynchronous copy into a ring; threads take it from there twice,
-in the order of either product, 128 channels at a time (gluon_operands), so that neither a tile of
-codes nor of numbers has to fit into registers beside the output.
+in the order of either product, a part of its channels at a time (gluon_operands), so that neither a
+tile of codes nor of numbers has to fit into registers beside the output.
+
+Up to 32 query rows the second product is mma, which reads p without a proxy fence; 64 have two
+warpgroups and wgmma, whose rate is worth what the fence waits for the copies under way.
 """
 
 import triton.language as tl
@@ -15,23 +18,29 @@ from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode.gluon_kernel import FAR, FLOOR, SHIFT, log2_fast
 from quantpage.ops.attend.decode.gluon_operands import copy_layout, halved, shared_layout
+from quantpage.ops.attend.decode.gluon_rows import (
+    capped,
+    find_piece,
+    row_sums,
+    seen_pairs,
+    store_cut,
+    with_sink,
+)
 from quantpage.ops.attend.decode.gluon_share import (
     copy_codes,
     here,
-    key_ranges,
     keys_of_all,
     my_share,
     page_of,
-    row_programs,
     same,
     shown_keys,
     tile_at,
-    tile_ranges,
     token_plane,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
+    Hidden,
     far_bits,
     key_part,
     load_queries,
@@ -39,7 +48,6 @@ from quantpage.ops.attend.latent.gluon_operands import (
     query_layout,
     score_of,
     value_part,
-    value_words_layout,
 )
 from quantpage.ops.triton.common import FP8, LN2, LOG2E
 from quantpage.ops.triton.gluon_compat import (
@@ -48,6 +56,7 @@ from quantpage.ops.triton.gluon_compat import (
     mma_v2,
     thread_barrier,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 
@@ -122,14 +131,18 @@ def decode_kernel(
     k_operand: gl.constexpr = gl.DotOperandLayout(0, product, 4 if BYTES else 2)
     s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    WIDE: gl.constexpr = ROWS == 64
+    o_layout: gl.constexpr = (
+        gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
+        if WIDE
+        else gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    )
     o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
     v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     p_operand: gl.constexpr = gl.DotOperandLayout(1, o_layout, 2)
     # Words of a part of the second product.
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = WORDS // V_WORDS
-    v_keys: gl.constexpr = gl.SliceLayout(1, value_words_layout(WARPS))
     q_rows: gl.constexpr = gl.SliceLayout(1, query_layout(PART, WARPS))
 
     row_ring = gl.allocate_shared_memory(
@@ -170,17 +183,13 @@ def decode_kernel(
     request, begins = same(request), same(begins)
     position = start
     while position < end:
-        context = same(gl.load(context_lens + request))
-        q_start = same(gl.load(query_starts + request))
-        q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
-        a_low, a_high, b_low, b_high = key_ranges(
-            context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, ALL_KEYS
-        )
-        a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-        tiles = a_tiles + b_tiles
-        item = (position - begins) // gl.maximum(tiles, 1)
-        first_tile = position - begins - item * tiles
-        last_tile = gl.minimum(tiles, first_tile + end - position)
+        (
+            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
+            item, first_tile, last_tile,
+        ) = find_piece(
+            query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
+            TILE, FULL, WINDOW, ALL_KEYS,
+        )  # fmt: skip
         if last_tile > first_tile:
             row_first = item * ROWS
             table = page_table + request.to(gl.int64) * table_row
@@ -278,9 +287,7 @@ def decode_kernel(
                 score += score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
                 score = score * factor[None, :]
                 if SOFTCAP:
-                    # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
-                    bent = gl.exp2(score * (2.0 * LOG2E / softcap))
-                    score = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
+                    score = capped(score, softcap)
                 log_scale = log2_fast(gl.maximum(scale, 1e-30))
                 heavy = score + log_scale[:, None]
                 if (key_start < all_low) | (key_start + TILE > all_high):
@@ -289,14 +296,10 @@ def decode_kernel(
                         key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
                         WINDOW, ALL_KEYS,
                     )  # fmt: skip
-                    row = here(row_first) + gl.arange(0, ROWS, s_rows)
-                    seat = first_seat + row // HEADS
-                    seen = shown[:, None] & (row < q_len * HEADS)[None, :]
-                    if not FULL:
-                        seen = seen & (key[:, None] <= seat[None, :])
-                    if WINDOW:
-                        near = key[:, None] > seat[None, :] - window
-                        seen = seen & (near | (key < sink_tokens)[:, None])
+                    seen = seen_pairs(
+                        key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE,
+                        ROWS, HEADS, FULL, WINDOW, ALL_KEYS,
+                    )  # fmt: skip
                     heavy = gl.where(seen, heavy, float("-inf"))
                     # Where a key is hidden p is 0: what it is multiplied by has to be finite.
                     log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
@@ -304,6 +307,8 @@ def decode_kernel(
                 p = gl.exp2(x)
                 p_smem.store(p.to(gl.float16))
                 far_smem.store(far_bits(x, GROUPS))
+                if WIDE:
+                    fence_async_shared()
                 # P is there.
                 thread_barrier()
                 if gl.max(far_smem.load(far_layout), 0) > FAR:
@@ -324,29 +329,41 @@ def decode_kernel(
                         acc3 = acc3 * less
                     p = gl.exp2(heavy - anchor[None, :])
                     p_smem.store(p.to(gl.float16))
+                    if WIDE:
+                        fence_async_shared()
                     thread_barrier()
                 # p is of p * scale; the row's weight is of p.
                 weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
-                v_key = key_start + gl.arange(0, TILE, v_keys)
-                v_shown = shown_keys(
-                    v_key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens, WINDOW,
-                    ALL_KEYS,
-                )  # fmt: skip
+                hidden = Hidden(
+                    key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
+                )
                 mine = row_ring.index(stage)
-                heavy_p = p_smem.load(p_operand)
-                v = value_part(mine.slice(0, V_WORDS, dim=1), v_shown, CODE, WARPS, v_operand)
-                acc0 = mma_v2(v, heavy_p, acc0)
-                v = value_part(mine.slice(V_WORDS, V_WORDS, dim=1), v_shown, CODE, WARPS, v_operand)
-                acc1 = mma_v2(v, heavy_p, acc1)
-                if V_PARTS > 2:
-                    v = value_part(
-                        mine.slice(2 * V_WORDS, V_WORDS, dim=1), v_shown, CODE, WARPS, v_operand
-                    )
-                    acc2 = mma_v2(v, heavy_p, acc2)
-                    v = value_part(
-                        mine.slice(3 * V_WORDS, V_WORDS, dim=1), v_shown, CODE, WARPS, v_operand
-                    )
-                    acc3 = mma_v2(v, heavy_p, acc3)
+                if WIDE:
+                    # A quarter of the tile at a time: one is unpacked while the one before is
+                    # multiplied.
+                    first, second = p_smem.slice(0, 32), p_smem.slice(32, 32)
+                    v = value_part(mine, 0, 32, 0, hidden, CODE, WINDOW, v_operand)
+                    acc0 = warpgroup_mma(v, first, acc0, is_async=True)
+                    w = value_part(mine, 0, 32, 1, hidden, CODE, WINDOW, v_operand)
+                    acc1 = warpgroup_mma(w, first, acc1, is_async=True)
+                    acc0, v = warpgroup_mma_wait(1, deps=(acc0, v))
+                    v = value_part(mine, 32, 32, 0, hidden, CODE, WINDOW, v_operand)
+                    acc0 = warpgroup_mma(v, second, acc0, is_async=True)
+                    acc1, w = warpgroup_mma_wait(1, deps=(acc1, w))
+                    w = value_part(mine, 32, 32, 1, hidden, CODE, WINDOW, v_operand)
+                    acc1 = warpgroup_mma(w, second, acc1, is_async=True)
+                    acc0, acc1, v, w = warpgroup_mma_wait(0, deps=(acc0, acc1, v, w))
+                else:
+                    heavy_p = p_smem.load(p_operand)
+                    v = value_part(mine, 0, TILE, 0, hidden, CODE, WINDOW, v_operand)
+                    acc0 = mma_v2(v, heavy_p, acc0)
+                    v = value_part(mine, 0, TILE, 1, hidden, CODE, WINDOW, v_operand)
+                    acc1 = mma_v2(v, heavy_p, acc1)
+                    if V_PARTS > 2:
+                        v = value_part(mine, 0, TILE, 2, hidden, CODE, WINDOW, v_operand)
+                        acc2 = mma_v2(v, heavy_p, acc2)
+                        v = value_part(mine, 0, TILE, 3, hidden, CODE, WINDOW, v_operand)
+                        acc3 = mma_v2(v, heavy_p, acc3)
                 # Everybody has this tile's codes.
                 thread_barrier()
                 ahead = t + STAGES
@@ -373,25 +390,14 @@ def decode_kernel(
             token_at = (q_start + row // HEADS).to(gl.int64)
             head = row % HEADS
             complete = (first_tile == 0) & (last_tile == tiles)
-            total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), s_rows)
-            some = total != 0
-            row_lse = gl.where(some, anchor + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
-            ratio = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)
+            _, row_lse, ratio = row_sums(weights, anchor, s_rows)
             slot_id = 2 * program + (position != start).to(gl.int32)
             if first_tile == 0:
-                # Where the row's pieces are, for the merge (triton_cuts).
                 cut = cuts + (request * ROW_TILES + item) * 2
-                gl.store(cut, gl.where(complete, -1, slot_id))
-                _, last, _ = row_programs(program, position, position, tiles, share, even)
-                gl.store(cut + 1, last)
+                store_cut(cut, complete, slot_id, program, position, tiles, share, even)
             if complete:
                 if SINKS:
-                    # One more key without a value.
-                    sink = gl.load(sinks + head, mask=real, other=0.0).to(gl.float32) * LOG2E
-                    peak = gl.maximum(row_lse, sink)
-                    whole = peak + gl.log2(gl.exp2(row_lse - peak) + gl.exp2(sink - peak))
-                    ratio = ratio * gl.exp2(row_lse - whole)
-                    row_lse = whole
+                    row_lse, ratio = with_sink(row_lse, ratio, sinks, head, real)
                 if lse is not None:
                     gl.store(lse + token_at * HEADS + head, row_lse * LN2, mask=real)
             else:

@@ -8,11 +8,23 @@ With eight warps the first product gives each warpgroup half of the query rows, 
 the channels.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode.gluon_operands import unpack
+from quantpage.ops.attend.decode.gluon_share import shown_keys
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import FP8, Constant
+
+# The four codes of a word, neighbours side by side.
+_PAIRS = Constant("""{
+ .reg .b16 a, b; .reg .b32 x, y;
+ mov.b32 {a, b}, $4;
+ cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
+ mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y;
+}""")
 
 PART = Constant(128)
 """Channels that threads hold at once of a tile."""
@@ -36,31 +48,31 @@ def key_layout(units, per_quarter, warps):
 
 
 @gluon.constexpr_function
-def value_words_layout(warps):
-    """Of the words of 32 channels a warp: a thread has one of a quarter of the keys, two
-    neighbours a pair.
+def value_layout(keys, units):
+    """Of a part's words, eight a warp: a thread has one of a quarter of the keys, two neighbours a
+    pair.
     """
-    registers = [[1, 0], [8, 0], [16, 0], [32, 0]]
+    registers = [[1, 0]] + [[8 << i, 0] for i in range((keys // 8).bit_length() - 1)]
     lanes = [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
-    groups = [[0, 8], [0, 16]] + [[0, 32]] * (warps == 8)
-    return gl.DistributedLinearLayout(registers, lanes, groups, [], [64, 8 * warps])
+    groups = [[0, 8 << i] for i in range((units // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, groups, [], [keys, units])
 
 
 @gluon.jit
 def key_part(smem, CODE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
-    """K [64 keys, channels] from a part's bytes (fp8: words), in the order of _query_part."""
-    UNITS: gl.constexpr = smem.shape[1]
-    QUARTER: gl.constexpr = UNITS // 4
-    codes = smem.load(key_layout(UNITS, QUARTER, WARPS))
+    """K [64 keys, channels] from a part's bytes; of fp8 from words, in the order of _query_part."""
     if CODE == FP8:
-        k0, k1, k2, k3 = unpack(codes, CODE)
-        k = gl.join(gl.join(k0, k1), gl.join(k2, k3))
-        k = gl.permute(gl.reshape(k, [64, 4, QUARTER // 2, 2, 2, 2]), (0, 5, 4, 2, 1, 3))
-        k = gl.reshape(k, [64, UNITS * 4])
+        UNITS: gl.constexpr = smem.shape[1]
+        codes = smem.load(key_layout(UNITS, UNITS // 4, WARPS))
+        k0, k1, k2, k3 = gl.inline_asm_elementwise(
+            _PAIRS, "=h,=h,=h,=h,r", [codes], dtype=(gl.float16,) * 4, is_pure=True, pack=1
+        )
+        k = gl.join(gl.join(k0, k2), gl.join(k1, k3))
+        k = gl.permute(gl.reshape(k, [64, 4, UNITS // 4, 2, 2]), (0, 2, 3, 1, 4))
+        k = gl.convert_layout(gl.reshape(k, [64, UNITS * 4]), layout, assert_trivial=True)
     else:
-        k = gl.permute(gl.reshape(codes, [64, 4, QUARTER // 4, 4]), (0, 2, 1, 3))
-        k = gl.reshape(k, [64, UNITS])
-    return gl.convert_layout(k, layout, assert_trivial=True)
+        k = smem.load(layout)
+    return k
 
 
 @gluon.jit
@@ -69,25 +81,47 @@ def _query_part(q, CODE: gl.constexpr):
     ROWS: gl.constexpr = q.shape[0]
     WIDTH: gl.constexpr = q.shape[1]
     if CODE == FP8:
-        q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 32, 2, 2, 2]), (0, 4, 5, 2, 1, 3))
-    else:
-        q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 16, 4]), (0, 2, 1, 3))
-    return gl.reshape(q, [ROWS, WIDTH])
+        q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 16, 2, 2]), (0, 2, 3, 1, 4))
+        q = gl.reshape(q, [ROWS, WIDTH])
+    return q
+
+
+class Hidden(NamedTuple):
+    """What says which keys of a tile no query sees (decode/triton_share)."""
+
+    key_start: Any
+    a_low: Any
+    a_high: Any
+    b_low: Any
+    b_high: Any
+    first_seat: Any
+    window: Any
+    sink_tokens: Any
 
 
 @gluon.jit
-def value_part(smem, shown, CODE: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
-    """V turned over [channels, 64 keys] from words, channels in the order that ``ordered`` undoes.
-
-    shown: keys whose slots hold numbers; others' codes of fp8 may be NaN.
+def value_part(
+    tile, FIRST: gl.constexpr, KEYS: gl.constexpr, NTH: gl.constexpr, hidden, CODE: gl.constexpr,
+    WINDOW: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """V turned over [channels, KEYS] from a tile's words, keys from FIRST on, channels of part NTH,
+    eight words a warp, in the order that ``ordered`` undoes.
     """
-    words = smem.load(value_words_layout(WARPS))
+    UNITS: gl.constexpr = 8 * gl.num_warps()
+    units: gl.constexpr = value_layout(KEYS, UNITS)
+    words = tile.slice(FIRST, KEYS).slice(NTH * UNITS, UNITS, dim=1).load(units)
     if CODE == FP8:
+        # Slots that no query sees may hold NaN.
+        key = hidden.key_start + FIRST + gl.arange(0, KEYS, gl.SliceLayout(1, units))
+        shown = shown_keys(
+            key, hidden.a_low, hidden.a_high, hidden.b_low, hidden.b_high, hidden.first_seat,
+            hidden.window, hidden.sink_tokens, WINDOW, ALL_KEYS,
+        )  # fmt: skip
         words = gl.where(shown[:, None], words, 0)
     v0, v1, v2, v3 = unpack(words, CODE)
     v = gl.join(gl.join(v0, v1), gl.join(v2, v3))
-    v = gl.permute(gl.reshape(v, [64, WARPS, 8, 2, 2]), (4, 1, 3, 2, 0))
-    return gl.convert_layout(gl.reshape(v, [32 * WARPS, 64]), layout, assert_trivial=True)
+    v = gl.permute(gl.reshape(v, [KEYS, UNITS // 8, 8, 2, 2]), (4, 1, 3, 2, 0))
+    return gl.convert_layout(gl.reshape(v, [4 * UNITS, KEYS]), layout, assert_trivial=True)
 
 
 @gluon.jit

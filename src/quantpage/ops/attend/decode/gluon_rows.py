@@ -1,0 +1,121 @@
+"""Where a program is in the line of tiles, which keys its rows see, and how rows end: what the
+Hopper kernels of decode and of latent rows share.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.decode.gluon_share import (
+    here,
+    key_ranges,
+    row_programs,
+    same,
+    tile_ranges,
+)
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
+from quantpage.ops.triton.common import LOG2E
+
+
+class Piece(NamedTuple):
+    """The tiles of one row that a program has; key ranges and their tiles as in triton_share."""
+
+    context: Any
+    q_start: Any
+    q_len: Any
+    a_low: Any
+    a_high: Any
+    b_low: Any
+    b_high: Any
+    a_first: Any
+    a_tiles: Any
+    b_first: Any
+    tiles: Any
+    """Of the whole row."""
+    item: Any
+    """Which (kv_head, tile of query rows) of the request."""
+    first_tile: Any
+    last_tile: Any
+
+
+@gluon.jit
+def find_piece(
+    query_starts, context_lens, request, begins, position, end, window, sink_tokens,
+    PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
+    SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """What lies at ``position`` of a line whose request begins at ``begins``."""
+    context = same(gl.load(context_lens + request))
+    q_start = same(gl.load(query_starts + request))
+    q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    tiles = a_tiles + b_tiles
+    item = (position - begins) // gl.maximum(tiles, 1)
+    first_tile = position - begins - item * tiles
+    last_tile = gl.minimum(tiles, first_tile + end - position)
+    return Piece(
+        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
+        item, first_tile, last_tile,
+    )  # fmt: skip
+
+
+@gluon.jit
+def capped(score, softcap):
+    """Scores, natural, as powers of two under the cap."""
+    # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends.
+    bent = gl.exp2(score * (2.0 * LOG2E / softcap))
+    return (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + bent))
+
+
+@gluon.jit
+def seen_pairs(
+    key, shown, row_first, rows: gl.constexpr, first_seat, q_len, window, sink_tokens,
+    PAGE: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, FULL: gl.constexpr,
+    WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """Which of a tile's pairs [keys, rows] the mask shows. shown: keys that some query sees."""
+    row = here(row_first) + gl.arange(0, ROWS, rows)
+    seat = first_seat + row // GROUP
+    seen = shown[:, None] & (row < q_len * GROUP)[None, :]
+    if not FULL:
+        seen = seen & (key[:, None] <= seat[None, :])
+    if WINDOW:
+        near = key[:, None] > seat[None, :] - window
+        seen = seen & (near | (key < sink_tokens)[:, None])
+    if SEGMENT != ALL_KEYS:
+        exact = exact_pairs(seat[None, :], key[:, None], PAGE)
+        seen = seen & (exact if SEGMENT == EXACT_KEYS else ~exact)
+    return seen
+
+
+@gluon.jit
+def row_sums(weights, anchor, rows: gl.constexpr):
+    """Of each row: the sum of weights, its log2-sum-exp, and what outputs are multiplied by."""
+    total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), rows)
+    some = total != 0
+    row_lse = gl.where(some, anchor + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
+    ratio = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)
+    return total, row_lse, ratio
+
+
+@gluon.jit
+def store_cut(cut, complete, slot_id, program, position, tiles, share, even):
+    """Where a row's pieces are, for the merge (triton_cuts): the first one's slot, -1 for none, and
+    the program that holds the last.
+    """
+    gl.store(cut, gl.where(complete, -1, slot_id))
+    _, last, _ = row_programs(program, position, position, tiles, share, even)
+    gl.store(cut + 1, last)
+
+
+@gluon.jit
+def with_sink(row_lse, ratio, sinks, head, real):
+    """log2-sum-exps and ratios with one more key, which has no value."""
+    sink = gl.load(sinks + head, mask=real, other=0.0).to(gl.float32) * LOG2E
+    peak = gl.maximum(row_lse, sink)
+    whole = peak + gl.log2(gl.exp2(row_lse - peak) + gl.exp2(sink - peak))
+    return whole, ratio * gl.exp2(row_lse - whole)
