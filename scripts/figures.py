@@ -65,13 +65,15 @@ def accuracy() -> str:
 
 
 def calibrated() -> str:
-    """KL and top-1 of two models on two texts: keys as they are, from the weights, calibrated."""
+    """KL and top-1 of three models on two texts: keys as they are, from the weights, calibrated."""
     rows = read("accuracy-calibrated.csv")
     columns = {
         ("smollm2", "austen.txt"): "SmolLM2, Austen",
         ("smollm2", "handbook.txt"): "SmolLM2, handbook",
         ("qwen2.5-coder-0.5b", "austen.txt"): "Qwen2.5-Coder, Austen",
         ("qwen2.5-coder-0.5b", "handbook.txt"): "Qwen2.5-Coder, handbook",
+        ("gemma-3-270m", "austen.txt"): "Gemma 3, Austen",
+        ("gemma-3-270m", "handbook.txt"): "Gemma 3, handbook",
     }
     measured = {(row["model"], row["text"]) for row in rows}
     columns = {each: said for each, said in columns.items() if each in measured}
@@ -95,6 +97,29 @@ def calibrated() -> str:
     ]
     lines = [each for each in lines if set(each[2:]) != {MISSING}]
     return table(["cache", "keys", *columns.values()], lines)
+
+
+def judged() -> str:
+    """Programs that pass, and needles that are found, a column a format."""
+    formats = ("none", "int8", "int4")
+    said = {"smollm2": "SmolLM2", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
+    programs = {row["kv_format"]: row for row in read("accuracy-programs.csv")}
+    solved = {name: set(programs[name]["solved"].split()) for name in formats}
+    first = programs["none"]
+    lines = [
+        [f"programs that pass, of {first['problems']}, {said[first['model']]}"]
+        + [programs[name]["passed"] for name in formats],
+        ["of them those of `none`"] + [str(len(solved[name] & solved["none"])) for name in formats],
+    ]
+    needles = read("accuracy-needles.csv")
+    for model in dict.fromkeys(row["model"] for row in needles):
+        rows = [row for row in needles if row["model"] == model]
+        found = [[int(row["found"]) for row in rows if row["kv_format"] == f] for f in formats]
+        counts = {len(each) for each in found}
+        assert len(counts) == 1, f"{model}: needles differ by format"
+        head = f"needles that are found, of {counts.pop()}, {said[model]}"
+        lines.append([head, *(str(sum(each)) for each in found)])
+    return table(["", *(f"`{name}`" for name in formats)], lines)
 
 
 def _decode_rows() -> Rows:
@@ -411,6 +436,7 @@ def memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "calibrated": calibrated,
+    "judged": judged,
     "decode": decode,
     "decode-shares": decode_shares,
     "planes": planes,

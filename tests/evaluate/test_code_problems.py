@@ -81,5 +81,5 @@ def test_a_run_goes_on_with_more_problems_and_formats(problems, tmp_path, monkey
 
 @pytest.mark.parametrize(("count", "said"), [(0, "got 0"), (4, "expected 1 to 3, got 4")])
 def test_a_number_of_problems_that_there_are_not_is_refused(problems, count, said):
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(ValueError, match=said):
         code_problems.choose(count)
