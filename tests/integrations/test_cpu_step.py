@@ -287,3 +287,24 @@ def test_gradients_flow_as_without():
         model(ids).logits.sum().backward()
     assert model.lm_head.weight.grad is not None
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+@torch.inference_mode()
+def test_a_step_is_the_same_bits_for_any_number_of_threads(kv_format, calls):
+    ids, model = tokens(2, LENGTH), tiny("llama", torch.bfloat16)
+    before, made = torch.get_num_threads(), []
+    with quantpage.attach(model, kv_format=kv_format, page_size=16) as attached:
+        cache = attached.new_cache()
+        model(ids[:, :PROMPT], **cache_as(model, cache))
+        try:
+            for threads in (1, 3, 9):
+                torch.set_num_threads(threads)
+                mine = cache.fork()
+                steps = [ids[:, at : at + 1] for at in range(PROMPT, LENGTH)]
+                made.append([model.model(each, **cache_as(model, mine))[0] for each in steps])
+        finally:
+            torch.set_num_threads(before)
+    assert len(calls) == 3 * (LENGTH - PROMPT)
+    for others in made[1:]:
+        assert all(map(torch.equal, others, made[0]))
