@@ -67,6 +67,10 @@ def _no_json(folder):
     (folder / "config.json").write_text("{ not json")
 
 
+def _deep(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 def _no_type(folder):
     (folder / "config.json").write_text('{"hidden_size": 64}')
 
@@ -92,6 +96,7 @@ def _pickled(folder):
         (_broken_index, "expected a weight_map"),
         (_no_tokenizer, "could not load the tokenizer of"),
         (_no_json, r"expected JSON in .*config\.json"),
+        (_deep, r"expected JSON in .*config\.json"),
         (_no_type, "to name a model_type"),
         (_unknown_type, "foo"),
         (_pickled, "could not load"),

@@ -46,7 +46,9 @@ def test_another_model_finds_nothing(parts):
     )
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"key": {}, "found": [2]}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"key": {}, "found": [2]}', "[" * 100_000]
+)
 def test_a_damaged_part_is_measured_again(parts, damage):
     parts.keep([1], "text", format="int8")
     (file,) = parts.folder.iterdir()

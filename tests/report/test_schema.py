@@ -57,9 +57,10 @@ def test_what_is_missing_is_named(tmp_path):
     file.write_text(json.dumps(data))
     with pytest.raises(CorruptReport, match=r"r\.json.made: expected 'model_digest'"):
         load(file)
-    file.write_text("{")
-    with pytest.raises(CorruptReport, match="expected JSON of `quantpage report`"):
-        load(file)
+    for wrong in ("{", "[" * 100_000):
+        file.write_text(wrong)
+        with pytest.raises(CorruptReport, match="expected JSON of `quantpage report`"):
+            load(file)
     file.write_text("[]")
     with pytest.raises(CorruptReport, match="got something else"):
         load(file)

@@ -27,7 +27,7 @@ class Parts:
         path, key = self._place(kind, what)
         try:
             held = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(held, dict) or held.get("key") != key:
             return None

@@ -105,7 +105,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     try:
         data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptReport(f"{path}: expected JSON of `quantpage report`, got {error}") from error
     check(data, str(path))
     return data

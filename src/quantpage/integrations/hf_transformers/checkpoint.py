@@ -53,7 +53,7 @@ def check_config(file: Path) -> None:
     """ValueError where a config.json is no JSON object that names a model type."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model: expected JSON in {file}, got {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise ValueError(f"model: expected {file} to name a model_type, found none")
@@ -69,7 +69,7 @@ def check_weights(folder: Path) -> None:
         try:
             shards = json.loads(index.read_text("utf-8"))["weight_map"]
             files = sorted({folder / name for name in shards.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model: expected a weight_map in {index}, got {error}") from error
     for file in files:
         if not file.is_file():
