@@ -280,6 +280,20 @@ MUTATIONS = (
         "byte |= parts[i] << (BITS * i)",
         ("tests/ops/test_triton_rope_write.py",),
     ),
+    Mutation(
+        "keys in turn take the first range, whatever it loses",
+        _OPS + "rope_write/triton_in_turn_kernel.py",
+        'chosen = tl.where(best < float("inf"), chosen, FACTORS)',
+        'chosen = tl.where(best < float("inf"), 0, FACTORS)',
+        ("tests/ops/test_triton_rope_write.py::test_keys_that_are_rounded_in_turn",),
+    ),
+    Mutation(
+        "the body's result enters near pages of codes with two channels in each other's place",
+        _OPS + "attend/decode/triton_kernel.py",
+        "acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 2,",
+        "acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 3,",
+        ("tests/ops/test_triton_decode.py::test_segments_join_to_the_whole",),
+    ),
     # Offsets past 2^31.
     Mutation(
         "offsets of heads in 32 bits, prefill",

@@ -101,7 +101,7 @@ def _check_ranges(spec, rows: Rows, numbers, scales, turn: Turn, known, where: s
     mine = _cost(numbers[last], x[last], turn)
     worse = mine > 1.01 * np.min(losses, 0) + 1e-12 * np.square(scale[last, :, 0])
     # A sum a rounding away from a tie takes those along that are rounded after it.
-    worse &= known[last] & (reach[last, :, 0] < 1e-4 * scale[last, :, 0])
+    worse &= known[last] & (reach[last, :, 0] < 0.05 * scale[last, :, 0])
     if worse.sum() > 2 + 0.1 * worse.size:
         raise Mismatch(
             f"{where}: {int(worse.sum())} of {worse.size} rows have a range that loses more than "
