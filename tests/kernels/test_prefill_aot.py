@@ -41,10 +41,12 @@ def test_planes_cost_a_tile_what_four_bits_do(compiled, code):
     found, four = (compiled[f"{each} sm_90"] for each in (code, "int4"))
     assert len(found["loop"]) <= 1.05 * len(four["loop"])
     assert count(found, r"STS\.U16") == 0
-    # Behind those of Hopper registers run short, as they do for four bits.
-    for target, least in ((80, 256), (89, 256), (100, 64), (120, 256)):
+    # Elsewhere a few words are parked around the loop, as they are for four bits.
+    for target in (80, 89, 100, 120):
         other = compiled[f"{code} sm_{target}"]
-        assert count(other, "HMMA|UTCHMMA") > 0 and other["stack"] <= least
+        assert count(other, "HMMA|UTCHMMA") > 0 and other["stack"] <= 96
+    ampere = compiled[f"{code} sm_80"]["loop"]
+    assert not [name for name in ampere if name.startswith(("LDL", "STL"))]
 
 
 def test_int8_turns_four_codes_with_five_instructions(compiled):

@@ -55,11 +55,11 @@ def plane_row(channels, code, size):
 
 
 @triton.jit
-def _twice(x):
-    """A tile two times side by side. What a load gives a thread stays its own in a join; a
-    broadcast begins with a layout of its own, a channel a thread.
+def _beside(x, y):
+    """Two tiles side by side. What a load gives a thread stays its own in a join; a broadcast
+    begins with a layout of its own, a channel a thread.
     """
-    both = tl.permute(tl.join(x, x), (0, 2, 1))
+    both = tl.permute(tl.join(x, y), (0, 2, 1))
     return tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
 
 
@@ -76,30 +76,33 @@ def load_bytes(rows, shown, D: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.const
     BLOCKS: tl.constexpr = 8 // high_bits(CODE)
     # Elements of a block.
     EACH: tl.constexpr = D // (BLOCKS * SIZE)
-    at = tl.arange(0, WIDTH)[None, :]
-    block = at // EACH
+    LOW: tl.constexpr = low_bits(CODE)
     if WIDTH == BLOCKS * EACH:
         low_at = tl.arange(0, 2 * EACH)[None, :]
         high_at = 2 * EACH + tl.arange(0, EACH)[None, :]
-        low = _twice(_load(rows, low_at, shown, MASKED))
-        high = _twice(_twice(_load(rows, high_at, shown, MASKED)))
-        if BLOCKS == 8:
-            low = _twice(low)
-            high = _twice(high)
+        low = _load(rows, low_at, shown, MASKED).to(tl.int32)
+        high = _load(rows, high_at, shown, MASKED).to(tl.int32)
+        if CODE == INT6:
+            low = _beside(low, low >> 4)
+            high = _beside(_beside(high << 4, high << 2), _beside(high, high >> 2))
+        else:
+            low = _beside(_beside(low, low >> 2), _beside(low >> 4, low >> 6))
+            first = _beside(_beside(high << 2, high << 1), _beside(high, high >> 1))
+            last = _beside(_beside(high >> 2, high >> 3), _beside(high >> 4, high >> 5))
+            high = _beside(first, last)
     else:
         # Blocks that are no power of two: what they share is loaded for each.
+        at = tl.arange(0, WIDTH)[None, :]
+        block = at // EACH
         inside = block < BLOCKS
         shown = shown & inside if MASKED else inside
-        low = _load(rows, block % 2 * EACH + at % EACH, shown, True)
-        high = _load(rows, 2 * EACH + at % EACH, shown, True)
-    LOW: tl.constexpr = low_bits(CODE)
+        low = _load(rows, block % 2 * EACH + at % EACH, shown, True).to(tl.int32)
+        high = _load(rows, 2 * EACH + at % EACH, shown, True).to(tl.int32)
+        low >>= block // 2 * LOW
+        right = block * high_bits(CODE) - LOW
+        high = tl.where(right < 0, high << tl.maximum(-right, 0), high >> tl.maximum(right, 0))
     LOWS: tl.constexpr = each_byte((1 << LOW) - 1)
     HIGHS: tl.constexpr = each_byte(((1 << high_bits(CODE)) - 1) << LOW)
-    # Constants of a register, since a tile's layout has blocks in registers of their own.
-    low = low.to(tl.int32) >> (block // 2 * LOW)
-    right = block * high_bits(CODE) - LOW
-    high = high.to(tl.int32)
-    high = tl.where(right < 0, high << tl.maximum(-right, 0), high >> tl.maximum(right, 0))
     return (low & LOWS) | (high & HIGHS)
 
 
