@@ -122,15 +122,15 @@ class Patience {
   bool alone() const { return Clock::now().time_since_epoch().count() < until.load(std::memory_order_relaxed); }
   void judge(Clock::time_point begin, Clock::duration lost) {
     const Clock::time_point now = Clock::now();
-    if (lost < LEAST || lost * 3 < now - begin) return rest.store(FIRST, std::memory_order_relaxed);
     const int64_t pause = rest.load(std::memory_order_relaxed);
+    if (lost < LEAST || lost * 3 < now - begin) return rest.store(std::max(pause / 2, FIRST), std::memory_order_relaxed);
     until.store((now.time_since_epoch() + std::chrono::milliseconds(pause)).count(), std::memory_order_relaxed);
     rest.store(std::min(2 * pause, LAST), std::memory_order_relaxed);
   }
 
  private:
   static constexpr std::chrono::microseconds LEAST{500};
-  static constexpr int64_t FIRST = 10, LAST = 320;
+  static constexpr int64_t FIRST = 40, LAST = 640;
   std::atomic<int64_t> until{0}, rest{FIRST};
 };
 
