@@ -190,10 +190,11 @@ def one_width(*wanted: int) -> Condition:
 
 
 def latent_widths(row: int, rotary: int) -> Condition:
-    """Channels of latent rows and the rotary ones beside them."""
+    """Channels of latent rows and the rotary ones beside them; of other rows ``latent_rows`` says
+    all."""
 
     def condition(call: Call) -> Iterator[str]:
-        if (call.head_dim, call.value_head_dim) != (row, rotary):
+        if call.latent and (call.head_dim, call.value_head_dim) != (row, rotary):
             yield (
                 f"needs rows of {row} and {rotary} rotary channels, got {call.head_dim} and "
                 f"{call.value_head_dim}."
