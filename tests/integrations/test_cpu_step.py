@@ -245,7 +245,7 @@ def test_angles_of_every_kind_of_rotary_embedding(kind, calls):
     with quantpage.attach(model, kv_format="none", page_size=16):
         got = decode(model, ids)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    # Frequencies that change with the length are the model's own affair, and with new ones its blocks.
+    # Where frequencies change with the length, blocks that saw them change run by themselves.
     assert len(calls) == 8 or kind == "dynamic"
 
 
