@@ -134,9 +134,9 @@ def convert(source_file: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         **source,
     )
+    tokenizer = gguf_tokenizer(source_file, loaded.config.model_type)
     # save_pretrained refuses a model that says it is quantized, though its weights no longer are:
     # a fresh model of the same configuration takes them over.
-    tokenizer = gguf_tokenizer(source_file, loaded.config.model_type)
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
     config = type(loaded.config)(**{k: v for k, v in fields.items() if not k.startswith("_")})

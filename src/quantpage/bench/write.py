@@ -11,7 +11,7 @@ from quantpage.bench.cases import Case, cache_bytes, make_layer, near_pages
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
-from quantpage.formats import FORMATS, KeyMap, find_format
+from quantpage.formats import KeyMap, find_format
 from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import device_info
 from quantpage.ops import rope_write as write_op
@@ -36,7 +36,7 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     """One launch from a fused QKV projection into random pages."""
     case = Case(1, tokens, (name,))
     plainly, in_turn = name.removesuffix(IN_TURN), name.endswith(IN_TURN)
-    given = FORMATS[plainly]
+    given = find_format(plainly)
     layer, batch = prompt_step(case, plainly)
     if in_turn:
         layer = replace(layer, key_map=_random_map(case, given.key.rotation == "hadamard"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantpage.cache.tensor_file import Damaged, open_whole, write_whole
 from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
+from quantpage.integrations.hf_transformers.digest import model_digest
 
 KIND = "quantpage measurement"
 VERSION = "1"
@@ -89,11 +90,8 @@ class Measured:
 
 
 def mark_of(model: nn.Module, texts: Sequence[Int[Tensor, "1 tokens"]], ranges: bool) -> str:
-    """Of what decides a measurement: the weights, their dtype and the texts."""
-    made = blake2b(f"{ranges}".encode(), digest_size=16)
-    for name, weight in model.named_parameters():
-        few = weight.detach().flatten()[:: max(1, weight.numel() // 8)].float().tolist()
-        made.update(f"{name} {tuple(weight.shape)} {weight.dtype} {few}\n".encode())
+    """Of what decides a measurement: every weight, its dtype, the configuration and the texts."""
+    made = blake2b(f"{model_digest(model)} {ranges}\n".encode(), digest_size=16)
     for each in texts:
         made.update(f"{each.tolist()}\n".encode())
     return made.hexdigest()
