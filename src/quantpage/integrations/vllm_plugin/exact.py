@@ -30,6 +30,10 @@ SUFFIX = ".quantpage_exact"
 class ExactPagesSpec(SlidingWindowSpec):
     """The first page and the last two of each request, in the model's dtype."""
 
+    num_retained_tokens = 0
+    """0.33's runner for GPUs writes the null page over all that lies further back than this, which
+    the first page does; 0: it leaves tables as they are."""
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens, max_model_len):
         """One more than the window's: the first."""
         return super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len) + 1
