@@ -142,12 +142,10 @@ def convert(source_file: Path, folder: Path) -> None:
     config = type(loaded.config)(**{k: v for k, v in fields.items() if not k.startswith("_")})
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
-    # The reader of GGUF tokenizers takes the wrong end token; the configuration has the right one.
-    start, end = config.bos_token_id, config.eos_token_id
-    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(start)
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     plain.generation_config = GenerationConfig(
-        bos_token_id=start, eos_token_id=end, pad_token_id=end
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

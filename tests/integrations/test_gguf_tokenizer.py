@@ -1,4 +1,5 @@
-"""A GGUF's tokenizer: a Gemma's pieces are merged by their scores, and nothing of it is lost."""
+"""A GGUF's tokenizer: a Gemma's pieces are merged by their scores, and tokens have the roles that
+the file gives them."""
 
 import pytest
 
@@ -60,3 +61,34 @@ def test_what_is_kept_is_read_back(file, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path / "made")
     for text in ("ab abc\n\nb", "<start_of_turn>cab"):
         assert again(text).input_ids == made(text).input_ids
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_tokens_have_the_roles_that_the_file_says(tmp_path, architecture, padding):
+    file = tmp_path / "model.gguf"
+    special = ["<|endoftext|>", "<|im_start|>", "<unk>", "<|im_end|>", "<fill>"]
+    names = [*special, *"abc", "ab", "bc"]
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(names)
+    writer.add_token_types([3] * len(special) + [1] * 5)
+    writer.add_token_merges(["a b", "b c"])
+    writer.add_unk_token_id(2)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(3)
+    if padding is not None:
+        writer.add_pad_token_id(padding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = gguf_tokenizer(file, architecture)
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 3)
+    assert (tokenizer.unk_token, tokenizer.unk_token_id) == ("<unk>", 2)
+    if padding is not None:
+        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<fill>", 4)
+    assert len(tokenizer) == len(names)
+    ids = tokenizer("abc<|im_end|>", add_special_tokens=False).input_ids
+    assert ids == [names.index(each) for each in ("ab", "c", "<|im_end|>")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "abc"

@@ -29,6 +29,11 @@ for call in (
     print("code", run(call), flush=True)
 """
 
+LOAD = """
+from quantpage.integrations.hf_transformers.model import load_model
+model, tokenizer = load_model("someone/small")
+"""
+
 
 @pytest.fixture
 def hub(tmp_path):
@@ -89,10 +94,14 @@ def test_a_model_of_the_hub_is_fetched_and_no_more_than_it(hub, tmp_path):
         "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment,
-        cwd=tmp_path, timeout=300,
-    )  # fmt: skip
+
+    def run(program):
+        return subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment,
+            cwd=tmp_path, timeout=300,
+        )  # fmt: skip
+
+    done = run(PROGRAM)
     codes = [line for line in done.stdout.splitlines() if line.startswith("code")]
     assert codes == ["code 0", "code 2", "code 0"], done.stderr
     assert "no folder someone/other here, and the hub shows no model of this id" in done.stderr
@@ -102,6 +111,15 @@ def test_a_model_of_the_hub_is_fetched_and_no_more_than_it(hub, tmp_path):
     assert fetched.index("config.json") < fetched.index("model.safetensors")
     assert fetched.count("model.safetensors") == fetched.count("config.json") == 1
     assert not any(path.endswith("training.bin") for _, path in asked)
+    models = [path for _, path in asked if path.startswith("/api/models/someone/small")]
+    assert models.count("/api/models/someone/small") == 1
+    # Everything is of the commit that was the newest then.
+    assert not any("/main" in path for _, path in asked if path.startswith("/someone/small"))
+    asked.clear()
+    done = run(LOAD)
+    assert done.returncode == 0, done.stderr
+    about = [each for each in asked if "someone" in each[1]]
+    assert about == [("GET", "/api/models/someone/small")]
 
 
 @pytest.mark.parametrize("offline", [True, False])
