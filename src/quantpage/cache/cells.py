@@ -78,10 +78,15 @@ def layer_of_cells(
     )
     if exact is None:
         return LayerKV(key, value, latent=layout.latent)
+    return LayerKV(key, value, *exact_of_cells(exact, layout), latent=layout.latent)
+
+
+def exact_of_cells(exact: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor]:
+    """(exact_key, exact_value) of a ``LayerKV`` over ``exact``, as ``layer_of_cells`` takes it."""
     _check("exact", exact, layout.kv_heads, exact_cell_bytes(layout))
     memory = _Planes(exact, layout.page_size)
-    exact_key, exact_value = (memory.next(width, layout.dtype) for _, width in halves)
-    return LayerKV(key, value, exact_key, exact_value, latent=layout.latent)
+    key, value = (memory.next(width, layout.dtype) for width in (layout.head_dim, layout.v_dim))
+    return key, value
 
 
 def _scales(memory: "_Planes", spec: QuantSpec, width: int, given: ScalePair) -> ScalePair:

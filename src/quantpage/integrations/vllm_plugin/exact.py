@@ -1,51 +1,89 @@
 """Exact pages in vLLM's own memory: a second cache group, allocated, freed, shared and hit by vLLM.
 
-Beside each attention layer stands one that computes nothing. Its spec says: a window of the last
-two pages, and the first page. vLLM's scheduler then gives every request such pages from the same
-pool of blocks, frees those that fell out of the window, counts them for admission, preempts with
-them, and hits a cached prefix only where they are cached too: a hit is as exact as a cold start.
+Beside each attention layer stands one that computes nothing (``exact_layer``). Its spec says: a
+window of a page and the token's own, and the first page. vLLM's scheduler then gives every request
+such pages from the same pool of blocks, frees those that fell out of the window, counts them for
+admission, preempts with them, and hits a cached prefix only where they are cached too: a hit is as
+exact as a cold start.
+
+Of a long chunk of a prompt only those pages are taken that somebody reads after its step: the first
+one, those at whose end a prefix can be hit, and those that the next tokens see. The step itself
+runs in pages of its own (``working``), for one layer at a time. Else 8,192 tokens would hold 128
+pages in every layer until their step ends: 1.07 GB in 32 layers of 8 heads, where 36 pages do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import KVCacheLayout, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from quantpage.integrations.vllm_plugin import compat
-from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES
+from quantpage.integrations.vllm_plugin.formats import LONG_CHUNK
 
-SUFFIX = ".quantpage_exact"
+
+def window_of(page: int) -> int:
+    """Tokens, the query's own counted, whose pages are the query's own and the one before."""
+    return page + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactPagesSpec(SlidingWindowSpec):
     """The first page and the last two of each request, in the model's dtype."""
 
+    hit_tokens: int = 0
+    """A prefix can be hit at multiples of this; 0: none can."""
+    drafts: int = 0
+    """The newest tokens of a step that may be taken back after it."""
+    steps: int = 1
+    """That may be under way at once."""
+
     num_retained_tokens = 0
     """0.33's runner for GPUs writes the null page over all that lies further back than this, which
     the first page does; 0: it leaves tables as they are."""
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens, max_model_len):
-        """One more than the window's: the first."""
-        return super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len) + 1
+        """Most pages that a request holds at once."""
+        page, tokens = self.block_size, min(max_in_flight_tokens, max_model_len)
+        every = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        # With drafts of a model's own a hit looks one page further.
+        each = 2 if self.drafts else 1
+        hits = 0
+        if self.hit_tokens:
+            hits = each * (tokens // max(self.hit_tokens, each * page) + 1)
+        # A short chunk's pages, or those that the end of a long one leaves to the next tokens; of
+        # the steps under way, and of the one before.
+        ends = max(-(-LONG_CHUNK // page) + 1, 3) + -(-2 * self.drafts // page)
+        return 1 + min(every, hits + (self.steps + 1) * ends)
 
 
 class ExactPagesManager(SlidingWindowManager):
-    """A sliding window that never lets go of block 0."""
+    """A sliding window that never lets go of block 0, and leaves out what only one step reads."""
+
+    def __init__(self, kv_cache_spec, **named) -> None:
+        super().__init__(kv_cache_spec, **named)
+        self._given_back: dict[str, int] = {}
+        """Request -> its first page, but for the first of all, that may still be held."""
 
     def remove_skipped_blocks(self, request_id, processed_computed_tokens, num_prompt_tokens=None):
         """Give back what fell out of the window, from the second page on."""
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks:
+            return
         skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        self._remove_blocks_in_range(request_id, 1, skipped)
+        first, end = self._given_back.get(request_id, 1), min(skipped, len(blocks))
+        if first >= end:
+            return
+        # The newest first, as vLLM does: what is freed last is evicted last.
+        freed = [each for each in reversed(blocks[first:end]) if not each.is_null]
+        blocks[first:end] = [self._null_block] * (end - first)
+        self._given_back[request_id] = end
+        self.block_pool.free_blocks(freed)
+
+    def pop_blocks_for_free(self, request_id):
+        """All that a request holds; nothing of it is remembered."""
+        self._given_back.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
@@ -91,14 +129,58 @@ class ExactPagesManager(SlidingWindowManager):
             held[0] = blocks[0]
 
     def get_num_blocks_to_allocate(
-        self, request_id, num_tokens, new_computed_blocks, *args, **named
-    ):
-        """A window's, and the first page of a hit."""
-        need = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *args, **named
-        )
-        # Block 0 of a hit may have to be taken from the eviction queue too.
-        return need + self._get_num_evictable_blocks(new_computed_blocks[:1])
+        self, request_id, num_tokens, new_computed_blocks, total_computed_tokens,
+        num_local_computed_tokens, num_tokens_main_model, apply_admission_cap=False, **named,
+    ):  # fmt: skip
+        """Pages that ``allocate_new_blocks`` will take, and those of a hit that nobody holds."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        skipped = 0
+        if request_id not in self.num_cached_block:
+            skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
+        first = max(skipped, held + len(new_computed_blocks))
+        need = sum(self._taken(first, num_tokens, num_tokens_main_model))
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            need = min(need, self.max_admission_blocks_per_request)
+        # The first page of a hit may have to be taken from the eviction queue too.
+        hit = [*new_computed_blocks[max(skipped - held, 0) :]]
+        if skipped > held:
+            hit += new_computed_blocks[:1]
+        return need + self._get_num_evictable_blocks(hit)
+
+    def allocate_new_blocks(self, request_id, num_tokens, num_tokens_main_model):
+        """Pages for ``num_tokens`` tokens; the null page where only the step under way reads."""
+        blocks = self.req_to_blocks[request_id]
+        taken = self._taken(len(blocks), num_tokens, num_tokens_main_model)
+        fresh = iter(self.block_pool.get_new_blocks(sum(taken)))
+        made = [next(fresh) if each else self._null_block for each in taken]
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(each.block_id for each in made if not each.is_null)
+        blocks.extend(made)
+        return made
+
+    def _taken(self, first: int, num_tokens: int, num_tokens_main_model: int) -> list[bool]:
+        """Which pages from ``first`` on are taken for a request of ``num_tokens`` tokens.
+
+        num_tokens_main_model: without those that a draft may need.
+        """
+        page = self.block_size
+        end = max(-(-num_tokens // page), first)
+        drafted = -(-(num_tokens - num_tokens_main_model) // page)
+        if (end - first - drafted) * page <= LONG_CHUNK:
+            return [True] * (end - first)
+        seen = (num_tokens_main_model - self.kv_cache_spec.drafts) // page - 1
+        hit: Sequence[bool] | None = [False] * (end - first)
+        if self.enable_caching:
+            hit = self.reachable_block_mask(
+                start_block=first,
+                end_block=end,
+                alignment_tokens=self.cache_hit_alignment_tokens,
+                kv_cache_spec=self.kv_cache_spec,
+                use_eagle=self.use_eagle,
+            )
+        if hit is None:
+            return [True] * (end - first)
+        return [at == 0 or at >= seen or known for at, known in enumerate(hit, first)]
 
     @classmethod
     def reachable_block_mask(cls, start_block, *args, **named):
@@ -107,109 +189,6 @@ class ExactPagesManager(SlidingWindowManager):
         if mask and start_block == 0:
             mask[0] = True
         return mask
-
-
-@dataclass
-class ExactStep:
-    """Where a step's exact pages are."""
-
-    page_table: torch.Tensor
-    """[requests, max_pages]"""
-    slots: torch.Tensor
-    """[tokens or more]"""
-
-
-class ExactBuilder(AttentionMetadataBuilder[ExactStep]):
-    """Hands tables on."""
-
-    _cudagraph_support = AttentionCGSupport.ALWAYS
-
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        # Abstract in vLLM, for all that it sets everything.
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-        """The tables of this group."""
-        given = common_attn_metadata
-        return ExactStep(given.block_table_tensor, given.slot_mapping)
-
-
-class ExactImpl(AttentionImpl):
-    """Never called."""
-
-    def __init__(self) -> None:
-        """Nothing to know."""
-
-    def forward(self, *args, **named):
-        """No model calls it."""
-        raise NotImplementedError("layers of exact pages compute nothing")
-
-
-class ExactBackend(AttentionBackend):
-    """The companion layers' backend."""
-
-    supported_kv_cache_dtypes = ["auto"]  # noqa: RUF012
-
-    @staticmethod
-    def get_name() -> str:
-        """A member of vLLM's table of backends."""
-        return compat.backend_name()
-
-    @staticmethod
-    def get_impl_cls():
-        """Never called."""
-        return ExactImpl
-
-    @staticmethod
-    def get_builder_cls():
-        """Of a step's tables."""
-        return ExactBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None):
-        """One exact page a block."""
-        return list(EXACT_PAGES[::-1]) if kv_cache_spec is None else [kv_cache_spec.block_size]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls):
-        """Whole cells, as those of codes."""
-        return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        """The window of ``ExactPagesSpec``."""
-        return True
-
-
-class ExactPagesLayer(AttentionLayerBase):
-    """Owns a cache and computes nothing."""
-
-    def __init__(self, beside, widths: tuple[int, int], dtype: torch.dtype, page: int):
-        self.num_heads = 0
-        self.beside, self.widths, self.dtype, self.page = beside, widths, dtype, page
-        self.kv_cache = torch.tensor([])
-        self.impl = ExactImpl()
-
-    def get_attn_backend(self):
-        """Tables only."""
-        return ExactBackend
-
-    def get_kv_cache_spec(self, vllm_config):
-        """The memory of ``beside``'s exact pages."""
-        # Bytes to vLLM, of the same kind as the codes beside: with two kinds it zeroes every new
-        # block, which we do not need, and which its CPU runner does at the wrong address where
-        # blocks are split into kernel blocks (cpu_model_runner._zero_block_ids, 0.32 and 0.33).
-        codes = self.beside.get_kv_cache_spec(vllm_config)
-        return ExactPagesSpec(
-            block_size=self.page,
-            num_kv_heads=codes.num_kv_heads,
-            head_size=self.widths[0],
-            head_size_v=self.widths[1],
-            dtype=codes.dtype,
-            kv_quant_mode=codes.kv_quant_mode,
-            state_content_bytes=sum(self.widths) * self.dtype.itemsize,
-            sliding_window=2 * self.page,
-        )
 
 
 def register() -> None:

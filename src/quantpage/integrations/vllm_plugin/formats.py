@@ -40,6 +40,10 @@ NAMES: dict[str, KVFormat] = {
 EXACT_PAGES = (64, 32, 16)
 """Tokens of an exact page, the best first: longer pages keep more of the end of a context exact."""
 
+LONG_CHUNK = 256
+"""A step of more tokens of a request keeps only those exact pages that later steps read: it runs in
+pages of its own (``working``). Both vLLM's scheduler and its workers go by this."""
+
 
 def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVFormat:
     """The format of layers whose --kv-cache-dtype is ``name``.

@@ -1,5 +1,6 @@
 """One layer in vLLM: views over its memory, then write and attend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +17,16 @@ from quantpage.errors import NoImplementation
 from quantpage.formats import KVFormat, rotate
 from quantpage.formats.scales import ScalePair
 from quantpage.hardware import device_info
-from quantpage.integrations.vllm_plugin import compat, exact
-from quantpage.integrations.vllm_plugin.formats import exact_page, format_of, refuse_layer
+from quantpage.integrations.vllm_plugin import compat
+from quantpage.integrations.vllm_plugin.exact_layer import SUFFIX, ExactPagesLayer
+from quantpage.integrations.vllm_plugin.formats import (
+    LONG_CHUNK,
+    exact_page,
+    format_of,
+    refuse_layer,
+)
+from quantpage.integrations.vllm_plugin.step import Part
+from quantpage.integrations.vllm_plugin.working import most_pages
 from quantpage.masks import CausalMask, FullMask, Mask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import Call
@@ -75,9 +84,12 @@ class QuantPageImpl(AttentionImpl):
         self.softcap = logits_soft_cap or None
         if self.form.quantized:
             Served.last = Served(self.form, self.dtype)
-        self._companion: exact.ExactPagesLayer | None = None
+        self._companion: ExactPagesLayer | None = None
         self._companion_name = ""
         self._view: LayerKV | None = None
+        self._layout: CacheLayout | None = None
+        self._pool: Tensor | None = None
+        """vLLM's exact pages, as cells."""
         self._view_of: tuple[object, ...] = ()
         self._built: dict[tuple[bool, int], tuple[LayerAttention, AttendParams]] = {}
 
@@ -94,8 +106,8 @@ class QuantPageImpl(AttentionImpl):
         if self.form.exact_pages is None or self._companion is not None:
             return
         page = exact_page(self.form, self.config.cache_config.block_size, widths, self.dtype)
-        self._companion = exact.ExactPagesLayer(layers[name], widths, self.dtype, page)
-        self._companion_name = name + exact.SUFFIX
+        self._companion = ExactPagesLayer(layers[name], widths, self.dtype, page)
+        self._companion_name = name + SUFFIX
         layers[self._companion_name] = self._companion
 
     def forward(
@@ -110,16 +122,21 @@ class QuantPageImpl(AttentionImpl):
         """
         if attn_metadata is None:
             # vLLM measures how much memory the rest of a model takes.
+            self._allocate_working(layer, query)
             return output.fill_(0)
-        plan = attn_metadata.plan
-        if self._companion is not None:
-            near = get_forward_context().attn_metadata[self._companion_name]
-            plan = attn_metadata.with_exact(near.page_table, near.slots)
         view = self._views(layer, kv_cache)
         widths = view.key.head_dim, view.value.head_dim
         attention, params = self._attention(
             attn_metadata.causal, widths, view.page_size, view.device
         )
+        if self._companion is not None:
+            near = get_forward_context().attn_metadata[self._companion_name]
+            self._forward_exact(
+                attn_metadata.with_exact(near.page_table, near.slots),
+                (query, key, value), output, (attention, params),
+            )  # fmt: skip
+            return output
+        plan = attn_metadata.plan
         tokens = plan.num_tokens
         q = query[:tokens]
         if key is not None and not self.shared:
@@ -128,6 +145,49 @@ class QuantPageImpl(AttentionImpl):
             q = rotate(q)
         attention.attend_step(q, view, plan, params, lse_wanted=False, out=output[:tokens])
         return output
+
+    def _forward_exact(
+        self,
+        parts: Sequence[Part],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        by: tuple[LayerAttention, AttendParams],
+    ) -> None:
+        """A step over exact pages too, long chunks in working pages of this layer."""
+        attention, params = by
+        view, pool, layout = self._view, self._pool, self._layout
+        assert view is not None and pool is not None and layout is not None
+        opened = [
+            (None, view) if part.working is None else part.working.open(pool, view, layout)
+            for part in parts
+        ]
+        queries = []
+        for part, (_, pages) in zip(parts, opened, strict=True):
+            q, k, v = (each[part.rows] for each in qkv)
+            written = attention.write_step(q, k, v, pages, part.plan, _WRITE)
+            assert written.q is not None
+            queries.append(written.q)
+        working = [
+            (part.working, cells)
+            for part, (cells, _) in zip(parts, opened, strict=True)
+            if part.working is not None and cells is not None
+        ]
+        for own, cells in working:
+            own.keep(cells, pool)
+        for own, cells in working:
+            own.bring(pool, cells)
+        for part, (_, pages), q in zip(parts, opened, queries, strict=True):
+            attention.attend_step(
+                q, pages, part.plan, params, lse_wanted=False, out=output[part.rows]
+            )
+
+    def _allocate_working(self, layer, query: Tensor) -> None:
+        """Take what a step of so many tokens works in, and let it go: so vLLM counts it."""
+        if self._companion is not None:
+            page, most = self._companion.page, query.shape[0]
+            pages = most_pages(most, most // LONG_CHUNK + 1, page)
+            width = self.head_size + layer.head_size_v
+            query.new_empty(pages, self.num_kv_heads, page * width)
 
     def _views(self, layer, kv_cache: Tensor) -> LayerKV:
         """Over vLLM's memory, made anew when it moves: after profiling, after sleep."""
@@ -142,8 +202,9 @@ class QuantPageImpl(AttentionImpl):
                 self.num_kv_heads, self.head_size, self.form, kv_cache.shape[2], self.dtype,
                 layer.head_size_v,
             )  # fmt: skip
-            held = None if near is None else _cells(near)
-            self._view = layer_of_cells(_cells(kv_cache), layout, static, held)
+            self._pool = None if near is None else _cells(near)
+            self._layout = layout
+            self._view = layer_of_cells(_cells(kv_cache), layout, static, self._pool)
             self._view_of = found
         return self._view
 
