@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile
+from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile, portable_width
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from quantpage.ops.operand import CODE_KINDS
@@ -30,7 +30,8 @@ def pages_arguments(
     """Keys of a code and values of the same or another, a scale a token (and a zero for less than 8
     bits), 32/8 heads."""
     codes = {"k": code, "v": value or code}
-    tile, warps = portable_tile(head_dim, rows, 4 if code == "float32" else 2, SHARED[capability])
+    width = portable_width(head_dim)
+    tile, warps = portable_tile(width, rows, 4 if code == "float32" else 2, SHARED[capability])
     pointers = {
         "none": "*fp16",
         "float32": "*fp32",
@@ -55,7 +56,7 @@ def pages_arguments(
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     fixed = {
-        "G": 4, "D": head_dim, "DV": head_dim, "DP": head_dim, "DVP": head_dim,
+        "G": 4, "D": head_dim, "DV": head_dim, "DP": width, "DVP": width,
         "BM": tile.rows, "BN": tile.keys,
         "SLOTS": page, "PAGE": page,
         "WINDOW": False,
@@ -124,6 +125,11 @@ PAGES = {
         for target in SHARED
     },
     "int6 keys, int4 values sm_90": {"code": "int6", "value": "int4"},
+    # Blocks of channels that are no power of two take another way to the copy to shared memory.
+    **{
+        f"{code} {width} sm_90": {"code": code, "head_dim": width}
+        for code, width in (("int6", 48), ("int6", 80), ("int3", 96))
+    },
     "float32 256 sm_90": {"code": "float32", "head_dim": 256},
 }
 DENSE = {

@@ -143,4 +143,9 @@ def plane_numbers(rows, shown, D: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.co
                 _INT6_ASM if CODE == INT6 else _INT3_ASM, "=h,=h,=h,=h,r", [codes],
                 dtype=(tl.float16,) * 4, is_pure=True, pack=1,
             )  # fmt: skip
-        return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+        number = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+        if D < WIDTH:
+            # With nothing between them Triton 3.6 moves the reshape of ``interleave`` behind the
+            # copy to shared memory, where it has no layout for such rows and fails to compile.
+            number = tl.where((tl.arange(0, WIDTH) < D)[None, :], number, 0.0)
+        return number
