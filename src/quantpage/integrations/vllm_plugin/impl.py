@@ -25,7 +25,7 @@ from quantpage.integrations.vllm_plugin.formats import (
     format_of,
     refuse_layer,
 )
-from quantpage.integrations.vllm_plugin.step import Part
+from quantpage.integrations.vllm_plugin.parts import Part
 from quantpage.integrations.vllm_plugin.working import most_pages
 from quantpage.masks import CausalMask, FullMask, Mask
 from quantpage.ops.attend import AttendParams

@@ -12,11 +12,11 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from quantpage.batch import BatchPlan, ExactPlan, derive
+from quantpage.batch import BatchPlan, derive
 from quantpage.batch_values import places_of
 from quantpage.cache import PAGE_SIZES
-from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES, LONG_CHUNK
-from quantpage.integrations.vllm_plugin.working import WorkingPages, plan_working
+from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES
+from quantpage.integrations.vllm_plugin.parts import Part, parts_of
 
 
 def kernel_pages(spec: object) -> list[int]:
@@ -31,17 +31,6 @@ def kernel_pages(spec: object) -> list[int]:
     return list(PAGE_SIZES)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Neighbouring requests of a step that are written and attended to by calls of their own."""
-
-    rows: slice
-    """Their tokens."""
-    plan: BatchPlan
-    working: WorkingPages | None = None
-    """What each layer works in; None: in vLLM's pages."""
-
-
 @dataclass
 class Step(AttentionMetadata):
     """What the layers of one cache group share in one step."""
@@ -53,52 +42,11 @@ class Step(AttentionMetadata):
     def with_exact(self, page_table: Tensor, slots: Tensor) -> tuple[Part, ...]:
         """The step over exact pages too; made by the first layer that asks.
 
-        page_table: [requests, max_pages]; slots: [tokens or more]. Requests with long chunks, which
-        run in working pages, stand at the end in a runner that sorts them; in one that does not,
-        all requests run so.
+        page_table: [requests, max_pages]; slots: [tokens or more].
         """
         if not self._with_exact:
-            plan = self.plan
-            near = ExactPlan(page_table, slots[: plan.num_tokens])
-            long = [new > LONG_CHUNK for new in plan.query_lens]
-            first = len(long) - sum(long)
-            if not all(long[first:]):
-                first = 0
-            parts = []
-            if first:
-                cut = sum(plan.query_lens[:first])
-                own = plan if first == len(long) else some_requests(plan, 0, first)
-                near = ExactPlan(page_table[:first], near.slots[:cut])
-                parts.append(Part(slice(0, cut), derive(own, exact=near)))
-            if first < len(long):
-                rest = plan if first == 0 else some_requests(plan, first, len(long))
-                over, working = plan_working(rest, page_table[first:])
-                rows = slice(plan.num_tokens - rest.num_tokens, plan.num_tokens)
-                parts.append(Part(rows, over, working))
-            self._with_exact = tuple(parts)
+            self._with_exact = parts_of(self.plan, page_table, slots)
         return self._with_exact
-
-
-def some_requests(plan: BatchPlan, first: int, end: int) -> BatchPlan:
-    """The step of the requests first..end (exclusive) alone, its rows counted from their first."""
-    rows = slice(sum(plan.query_lens[:first]), sum(plan.query_lens[:end]))
-    starts = plan.query_starts[first : end + 1]
-    tensors = {
-        "query_starts": starts - rows.start if rows.start else starts,
-        "context_lens": plan.context_lens[first:end],
-        "page_table": plan.page_table[first:end],
-        "slots": plan.slots[rows],
-        "positions": plan.positions[rows],
-    }
-    if first:
-        # Kernels are compiled for addresses that are multiples of 16 bytes.
-        tensors = {name: each.clone() for name, each in tensors.items()}
-    return derive(
-        plan,
-        query_lens=plan.query_lens[first:end],
-        host_context_lens=plan.host_context_lens[first:end],
-        **tensors,
-    )
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):

@@ -1,0 +1,190 @@
+"""A step over exact pages, in parts and in working pages, answers and leaves what a whole one does.
+
+On a GPU with kernels, where there is one.
+"""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantpage.attention import LayerAttention, build_attention, find_backend
+from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
+from quantpage.cache import CacheLayout, LayerKV
+from quantpage.cache.cells import cell_bytes, exact_cell_bytes, layer_of_cells
+from quantpage.formats import find_format
+from quantpage.hardware import device_info
+from quantpage.integrations.vllm_plugin.parts import Part, parts_of
+from quantpage.integrations.vllm_plugin.working import most_pages, plan_working
+from quantpage.masks import CausalMask
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import Call
+from quantpage.ops.rope_write import WriteParams
+
+PAGE, HEADS, WIDTH = 16, 2, 64
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.cpu), pytest.param("cuda", marks=ON_GPU)]
+PARAMS = AttendParams(WIDTH**-0.5)
+
+
+class Layer:
+    """A layer over cells as vLLM would hold them: page 0 is nobody's."""
+
+    def __init__(self, pages: int, device: str) -> None:
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        form = find_format("k8v4")
+        self.layout = CacheLayout(HEADS, WIDTH, form, PAGE, self.dtype)
+        codes = torch.zeros(pages, HEADS, cell_bytes(self.layout), dtype=torch.uint8, device=device)
+        width = exact_cell_bytes(self.layout) // self.dtype.itemsize
+        near = torch.full((pages, HEADS, width), torch.nan, dtype=self.dtype, device=device)
+        self.pool = near.view(torch.uint8)
+        self.view = layer_of_cells(codes, self.layout, None, self.pool)
+        call = Call(
+            device_info(device), form, self.dtype, 4, HEADS, WIDTH, WIDTH, PAGE
+        )  # fmt: skip
+        self.attention: LayerAttention = build_attention(find_backend("flash"), CausalMask(), call)
+
+    def numbers(self, tokens: int) -> list[Tensor]:
+        device = self.pool.device
+        return [
+            torch.randn(tokens, heads, WIDTH, dtype=self.dtype, device=device)
+            for heads in (4, HEADS, HEADS)
+        ]
+
+    def write(self, plan: BatchPlan, given, view: LayerKV) -> Tensor:
+        written = self.attention.write_step(*given, view, plan, WriteParams()).q
+        assert written is not None
+        return written
+
+    def run(self, parts: list[Part], given) -> Tensor:
+        """As QuantPageImpl does."""
+        opened = [
+            (None, self.view)
+            if part.working is None
+            else part.working.open(self.pool, self.view, self.layout)
+            for part in parts
+        ]
+        queries = [
+            self.write(part.plan, [each[part.rows] for each in given], view)
+            for part, (_, view) in zip(parts, opened, strict=True)
+        ]
+        for part, (cells, _) in zip(parts, opened, strict=True):
+            if part.working is not None:
+                part.working.keep(cells, self.pool)
+        for part, (cells, _) in zip(parts, opened, strict=True):
+            if part.working is not None:
+                part.working.bring(self.pool, cells)
+        return torch.cat(
+            [
+                self.attention.attend_step(q, view, part.plan, PARAMS).out
+                for q, part, (_, view) in zip(queries, parts, opened, strict=True)
+            ]
+        )
+
+    def whole(self, plan: BatchPlan, given) -> Tensor:
+        over = derive(plan, exact=ExactPlan(plan.page_table, plan.slots))
+        return self.attention.attend_step(
+            self.write(over, given, self.view), self.view, over, PARAMS
+        ).out
+
+
+def in_working(plan: BatchPlan, table: Tensor) -> list[Part]:
+    over, working = plan_working(plan, table)
+    return [Part(slice(0, plan.num_tokens), over, working)]
+
+
+def same(got: Tensor, wanted: Tensor) -> bool:
+    """Exactly where the same code ran; kernels of decode and prefill add in other orders."""
+    if got.device.type == "cpu":
+        return torch.equal(got, wanted)
+    torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
+    return True
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        ((40,), (37,), (300,)),
+        ((1, 33), (290, 1), (17, 270)),
+        ((16, 0), (48, 31), (48, 300)),
+        ((15, 260), (1, 16), (257, 2)),
+        ((1, 1), (1, 300), (2, 2)),
+    ],
+)
+@pytest.mark.parametrize("how", ("working", "parts"))
+def test_steps_answer_as_over_pages_that_are_all_kept(how, cuts, device):
+    """Three steps, the later ones reading what the earlier ones kept."""
+    torch.manual_seed(0)
+    requests, width = len(cuts[0]), 40
+    tables = [[1 + r * width + p for p in range(width)] for r in range(requests)]
+    whole, sparse = (Layer(1 + requests * width, device) for _ in range(2))
+    lengths = [0] * requests
+    for news in cuts:
+        contexts = [length + new for length, new in zip(lengths, news, strict=True)]
+        plan = plan_batch(news, contexts, tables, PAGE, device)
+        given = whole.numbers(sum(news))
+        # What vLLM holds: the first page, and those that the next token sees; a page of before too.
+        kept = torch.tensor(tables, dtype=torch.int32)
+        for row, length, context, new in zip(kept, lengths, contexts, news, strict=True):
+            row[1 : max(length // PAGE - 1, 1)].zero_()
+            if how == "working" or new > 256:
+                row[length // PAGE + 1 : max(context // PAGE - 1, 1)].zero_()
+        kept = kept.to(device)
+        wanted = whole.whole(plan, given)
+        parts = in_working(plan, kept) if how == "working" else parts_of(plan, kept, plan.slots)
+        assert same(sparse.run(parts, given), wanted)
+        for part in parts:
+            most = most_pages(sum(news), requests, PAGE)
+            assert part.working is None or part.working.count <= most
+        lengths = contexts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_request_reads_a_page_that_another_writes_in_the_same_step(device):
+    torch.manual_seed(0)
+    one, other = Layer(60, device), Layer(60, device)
+    # The second request begins with the first one's 32 tokens, which come in this step.
+    tables = [[1, 2, 3, 4], [1, 2, 5, 6]]
+    news, contexts = (64, 20), (64, 52)
+    plan = plan_batch((64,), (64,), tables[:1], PAGE, device)
+    both = derive(
+        plan,
+        query_starts=torch.tensor([0, *accumulate(news)], dtype=torch.int32, device=device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        page_table=torch.tensor(tables, dtype=torch.int32, device=device),
+        slots=torch.arange(16, 100, device=device),
+        positions=torch.tensor([*range(64), *range(32, 52)], device=device),
+        query_lens=news,
+        host_context_lens=contexts,
+    )
+    given = one.numbers(84)
+    wanted = one.whole(both, given)
+    got = other.run(in_working(both, both.page_table), given)
+    assert same(got, wanted) and got.isfinite().all()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("news", "rows"),
+    [
+        ((1, 5, 16), [(0, 22)]),
+        ((1, 17, 256), [(0, 1), (1, 274)]),
+        ((1, 2, 17, 257, 300), [(0, 3), (3, 20), (20, 577)]),
+        ((300, 1), [(0, 301)]),
+        ((20, 1), [(0, 21)]),
+    ],
+)
+def test_parts_of_a_step(news, rows):
+    tables = [[1 + r * 20 + p for p in range(20)] for r in range(len(news))]
+    plan = plan_batch(news, news, tables, PAGE)
+    parts = parts_of(plan, plan.page_table, torch.cat([plan.slots, plan.slots]))
+    assert [(part.rows.start, part.rows.stop) for part in parts] == rows
+    for part in parts:
+        assert (part.working is not None) == (part.plan.max_query_len > 256)
+        assert part.plan.query_starts.tolist() == [0, *accumulate(part.plan.query_lens)]
+        assert torch.equal(part.plan.slots, plan.slots[part.rows])
