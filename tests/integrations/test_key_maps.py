@@ -8,7 +8,11 @@ import transformers as tf
 from transformers import DynamicCache
 
 import quantpage
-from quantpage.integrations.hf_transformers.statistics import has_key_biases, measure
+from quantpage.integrations.hf_transformers.statistics import (
+    has_key_biases,
+    has_uneven_key_norms,
+    measure,
+)
 from tests.integrations.tiny_models import COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -65,6 +69,42 @@ def test_only_models_with_key_biases_are_measured():
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias.zero_()
     assert not has_key_biases(model)
+
+
+def uneven(name="qwen3_norm"):
+    """A model whose norms of keys have a few large gains, as Gemma 3 has."""
+    model = tiny(name, torch.float32)
+    with torch.no_grad():
+        for each, gain in model.named_parameters():
+            if each.endswith(("q_norm.weight", "k_norm.weight")):
+                gain.normal_(1.0, 0.1)
+                gain[[7, 15]] = 0.05 if each.endswith("q_norm.weight") else 40.0
+    return model
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_large_gains_of_key_norms_no_longer_hurt(kv_format):
+    model, ids = uneven(), tokens(1, 120)
+    exact = last_logits(model, ids, DynamicCache())
+    found = {}
+    for calibration in ("auto", None):
+        with quantpage.attach(
+            model, kv_format=kv_format, page_size=16, calibration=calibration
+        ) as attached:
+            found[calibration] = divergence(exact, last_logits(model, ids))
+        assert ("weights" in attached.calibration) == (calibration == "auto")
+    assert found["auto"] < 0.5 * found[None]
+
+
+def test_norms_of_keys_are_measured_where_their_gains_differ():
+    model = tiny("qwen3_norm", torch.float32)
+    assert not has_uneven_key_norms(model)
+    with quantpage.attach(model) as attached:
+        assert not attached.options.key_maps
+    model = uneven()
+    assert has_uneven_key_norms(model) and not has_key_biases(model)
+    with quantpage.attach(model) as attached:
+        assert len(attached.options.key_maps) == model.config.num_hidden_layers
 
 
 def test_a_softcap_keeps_the_mean():

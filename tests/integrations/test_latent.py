@@ -16,6 +16,7 @@ from quantpage.cache.sizes import held_bytes
 from quantpage.errors import FormatError, PartlyPaged
 from quantpage.formats import FORMATS, dequantize, quantize, rotate
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers import key_maps
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 from quantpage.integrations.int8_weights import Int8Linear
@@ -222,6 +223,13 @@ def test_bytes_are_those_of_a_row_and_a_rotary_key(v3):
         assert [each.layout.bytes_per_token() for each in layers] == [48 + 2 + 16 + 2] * 3
         assert cache.used_bytes() == held_bytes(layers, 50, 2) == 2 * 3 * 64 * 68
         assert cache.layers[0].layout.bytes_per_token() == 68
+
+
+def test_no_key_map_is_made_for_latent_rows(monkeypatch):
+    """Some have norms beside their attention that are called as those of keys."""
+    monkeypatch.setattr(key_maps, "has_uneven_key_norms", lambda _: True)
+    with quantpage.attach(build("v2"), page_size=PAGE) as attached:
+        assert not attached.options.key_maps
 
 
 def test_gradients_are_the_models_own(v3):

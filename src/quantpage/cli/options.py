@@ -22,8 +22,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Calibration = Annotated[
     str,
     typer.Option(
-        help="Of cached keys: auto (from the weights, where keys have biases), none, or a file of "
-        "`quantpage calibrate`."
+        help="Of cached keys: auto (from the weights, where keys have biases or norms), none, or a "
+        "file of `quantpage calibrate`."
     ),
 ]
 CacheFormat = Annotated[

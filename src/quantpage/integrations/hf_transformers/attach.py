@@ -120,9 +120,9 @@ def attach(  # noqa: PLR0913
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
     NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
-    on random tokens where its keys have biases, once, in seconds; a file of `quantpage calibrate`;
-    None: keys as they are. Static formats need such a file, or a checkpoint's folder that holds
-    their scales ('auto': the one that the model was loaded from).
+    on random tokens where its keys have biases or uneven norms, once, in seconds; a file of
+    `quantpage calibrate`; None: keys as they are. Static formats need such a file, or a
+    checkpoint's folder that holds their scales ('auto': the one that the model was loaded from).
     max_tokens: that a row will hold at most; its pages are then allocated once, and more tokens
     raise OutOfPages. None: pages are added as they are needed.
 
@@ -159,7 +159,7 @@ def attach(  # noqa: PLR0913
         if mask is not None:
             _refuse_mask(model, mask, cache, options.ledger)
         _refuse_static_rows(cache, options.ledger)
-        maps = find_key_maps(model, cache.formats, calibration)
+        maps = find_key_maps(model, cache.formats, calibration, options.ledger.latent)
         _refuse_maps_of_rows(maps, options.ledger)
         attached.options = replace(options, key_maps=maps.layers, static=maps.static)
         attached.calibration = maps.source

@@ -1,7 +1,7 @@
 """Which key maps an attached model gets: none, those of a file, or those its weights ask for."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -15,10 +15,14 @@ from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.calibration import Calibration, takes_means
 from quantpage.integrations.hf_transformers.checkpoint_scales import read_checkpoint_scales
 from quantpage.integrations.hf_transformers.model import model_shape
-from quantpage.integrations.hf_transformers.statistics import has_key_biases, measure_random
+from quantpage.integrations.hf_transformers.statistics import (
+    has_key_biases,
+    has_uneven_key_norms,
+    measure_random,
+)
 
 AUTO = "auto"
-"""Key maps from the weights, where a model's keys have biases."""
+"""Key maps from the weights, where a model's keys have biases or norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,12 @@ def find_key_maps(
     model: PreTrainedModel,
     formats: Sequence[KVFormat],
     calibration: str | Path | None,
+    latent: Collection[int] = (),
 ) -> KeyMaps:
     """The maps for a format a layer.
 
-    calibration: AUTO, None for none, or a file of `quantpage calibrate`.
+    calibration: AUTO, None for none, or a file of `quantpage calibrate`. latent: layers whose keys
+    are not what is cached, and that the weights ask for no map of.
     """
     static = next((each for each in formats if not each.dynamic), None)
     if static is not None and (calibration == AUTO or _is_folder(calibration)):
@@ -51,21 +57,22 @@ def find_key_maps(
         return KeyMaps("none")
     if calibration != AUTO:
         return _of_file(model, formats, calibration)
-    if not any(each.key.quantized for each in formats):
+    mapped = {i for i, each in enumerate(formats) if each.key.quantized}
+    if not mapped:
         return KeyMaps("none: keys are not quantized")
-    if not has_key_biases(model):
-        return KeyMaps("none: keys have no bias")
+    mapped -= set(latent)
+    if not mapped or not (has_key_biases(model) or has_uneven_key_norms(model)):
+        return KeyMaps("none: keys have neither biases nor norms with uneven gains")
     found = _of_weights(model)
     mean = takes_means(model)
     layers = {
-        index: statistics.key_map(mean)
-        for index, statistics in found.items()
-        if index < len(formats) and formats[index].key.quantized
+        index: statistics.key_map(mean) for index, statistics in found.items() if index in mapped
     }
     if not layers:
         warnings.warn(
-            f"{type(model).__name__}: its keys have biases, which quantization does badly with, "
-            "and it computes attention by itself, so that they cannot be measured and taken out; "
+            f"{type(model).__name__}: its keys have biases or norms with uneven gains, which "
+            "quantization does badly with, and it computes attention by itself, so that they "
+            "cannot be measured and taken out; "
             "compare answers with kv_format='none'",
             stacklevel=3,
         )

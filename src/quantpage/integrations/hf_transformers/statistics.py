@@ -4,7 +4,8 @@ The model runs unquantized and its attention is watched (watch): keys and querie
 RoPE, whatever the architecture.
 
 Without a text, tokens are drawn at random: what every key has in common, the turned bias of its
-projection, is a matter of the weights, and random tokens show it in a second.
+projection, and how far a norm's gains spread its channels, is a matter of the weights, and random
+tokens show it in a second.
 """
 
 import inspect
@@ -27,6 +28,9 @@ KEY_BIASES = (
 )  # fmt: skip
 """How Transformers' decoders call the bias of a projection that makes keys."""
 
+KEY_NORMS = ("k_norm.weight", "k_layernorm.weight", "key_norm.weight", "key_layernorm.weight")
+"""And the gains of a norm of keys."""
+
 _RANDOM_TOKENS = 256
 _LONGEST = 4096
 """Positions that random tokens are spread over, where a model has so many."""
@@ -38,6 +42,15 @@ def has_key_biases(model: nn.Module) -> bool:
         bias is not None and (bias.is_meta or bool(bias.any()))
         for name, bias in model.named_parameters()
         if name.endswith(KEY_BIASES)
+    )
+
+
+def has_uneven_key_norms(model: nn.Module) -> bool:
+    """Whether any norm of keys has gains that differ."""
+    return any(
+        gain.is_meta or bool((gain != gain.flatten()[0]).any())
+        for name, gain in model.named_parameters()
+        if name.endswith(KEY_NORMS) and gain.numel()
     )
 
 
