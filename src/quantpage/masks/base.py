@@ -15,6 +15,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quantpage.masks.draw import Picture
 
+Queries = Int[Tensor, " queries"]
+"""Positions of queries."""
+Keys = Int[Tensor, " keys"]
+"""Positions of keys."""
+Seen = Bool[Tensor, "queries keys"]
+"""True where a query sees a key."""
+
 
 class Mask(ABC):
     """What every mask can say of itself."""
@@ -51,13 +58,7 @@ class Mask(ABC):
         return 0
 
     @abstractmethod
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """True where the query at position ``queries[i]`` sees the key at position ``keys[j]``."""
 
     @abstractmethod
@@ -70,8 +71,8 @@ class Mask(ABC):
         """
 
     def materialize(
-        self, queries: Int[Tensor, " queries"], num_keys: int, request: int = 0, kv_head: int = 0
-    ) -> Bool[Tensor, "queries keys"]:
+        self, queries: Queries, num_keys: int, request: int = 0, kv_head: int = 0
+    ) -> Seen:
         """``visible`` over keys 0 .. num_keys - 1: the oracle."""
         keys = torch.arange(num_keys, device=queries.device)
         return self.visible(queries, keys, request, kv_head)
@@ -132,6 +133,30 @@ class Mask(ABC):
         )
 
 
+class IntervalMask(Mask):
+    """A mask that one tensor tells: [batch, heads, ...], a row a request and kv_head.
+
+    batch 1 serves every request, heads 1 every kv_head.
+    """
+
+    kind: ClassVar[str] = "interval"
+
+    @property
+    @abstractmethod
+    def told(self) -> Tensor:
+        """The tensor."""
+
+    @property
+    def heads(self) -> int:
+        """As Mask: kv_heads that were given rows of their own, or 1."""
+        return self.told.shape[1]
+
+    @property
+    def requests(self) -> int:
+        """As Mask: batch rows, or 1."""
+        return self.told.shape[0]
+
+
 @dataclass(frozen=True, slots=True)
 class CausalMask(Mask):
     """Query i sees keys up to and including its own position.
@@ -151,13 +176,7 @@ class CausalMask(Mask):
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens: expected at least 0, got {self.sink_tokens}")
 
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """k <= q, and within the window or among the sink tokens."""
         q, k = queries[:, None], keys[None, :]
         seen = k <= q
@@ -194,13 +213,7 @@ class FullMask(Mask):
 
     kind: ClassVar[str] = "full"
 
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """All True."""
         return torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=queries.device)
 

@@ -19,13 +19,13 @@ last document.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from quantpage.masks.base import CausalMask, Mask
+from quantpage.masks.base import CausalMask, IntervalMask, Keys, Mask, Queries, Seen
 from quantpage.masks.checks import (
     END,
     check_lengths,
@@ -55,10 +55,9 @@ class HiddenRows(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ColumnIntervals(Mask):
+class ColumnIntervals(IntervalMask):
     """FlashMask's ``startend_row_indices``; see the module."""
 
-    kind: ClassVar[str] = "interval"
     startend_row_indices: Int[Tensor, "batch heads keys vectors"]
     """batch 1 serves every request, heads 1 every kv_head. Kept as a view of ``bounds``: ends are
     ``END`` and an interval without rows is [END, 0)."""
@@ -92,14 +91,9 @@ class ColumnIntervals(Mask):
         object.__setattr__(self, "startend_row_indices", bounds.transpose(-1, -2))
 
     @property
-    def heads(self) -> int:
-        """As Mask: kv_heads that were given rows of their own, or 1."""
-        return self.bounds.shape[1]
-
-    @property
-    def requests(self) -> int:
-        """As Mask: batch rows, or 1."""
-        return self.bounds.shape[0]
+    def told(self) -> Tensor:
+        """As IntervalMask."""
+        return self.bounds
 
     def described(self, request: int = 0) -> int:
         """Keys that the mask describes; later ones are causal."""
@@ -127,13 +121,7 @@ class ColumnIntervals(Mask):
         ute = torch.where(past, causal, named.get("UTE", causal))
         return HiddenRows(lts, lte, uts, ute)
 
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """Neither in the lower nor in the upper interval of the key."""
         hidden, q = self.hidden_rows(keys, request, kv_head), queries[:, None]
         lower = (q >= hidden.lts) & (q < hidden.lte)

@@ -12,13 +12,12 @@ what the last described one saw among the keys before it, and every key from the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from quantpage.masks.base import CausalMask, Mask
+from quantpage.masks.base import CausalMask, IntervalMask, Keys, Mask, Queries, Seen
 from quantpage.masks.checks import (
     END,
     check_lengths,
@@ -31,13 +30,12 @@ from quantpage.masks.checks import (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowIntervals(Mask):
+class RowIntervals(IntervalMask):
     """Visible key ranges a query; see the module.
 
     Raises ValueError for ranges, lengths and first positions that cannot be.
     """
 
-    kind: ClassVar[str] = "interval"
     intervals: Int[Tensor, "batch heads queries ranges 2"]
     """[start, end) in absolute key positions, sorted and disjoint in a query; empty ranges
     (start == end) may stand anywhere. batch 1 serves every request, heads 1 every kv_head."""
@@ -83,14 +81,9 @@ class RowIntervals(Mask):
         return cls(padded[:, None, :, None], first=first, lengths=tuple(lens))
 
     @property
-    def heads(self) -> int:
-        """As Mask: kv_heads that were given rows of their own, or 1."""
-        return self.intervals.shape[1]
-
-    @property
-    def requests(self) -> int:
-        """As Mask: batch rows, or 1."""
-        return self.intervals.shape[0]
+    def told(self) -> Tensor:
+        """As IntervalMask."""
+        return self.intervals
 
     def described(self, request: int = 0) -> int:
         """As Mask: up to the last described query."""
@@ -103,7 +96,7 @@ class RowIntervals(Mask):
         return self.first[row], self.first[row] + self.lengths[row]
 
     def visible_ranges(
-        self, queries: Int[Tensor, " queries"], request: int = 0, kv_head: int = 0
+        self, queries: Queries, request: int = 0, kv_head: int = 0
     ) -> Int[Tensor, "queries ranges 2"]:
         """The ranges of queries at any positions, described or not; the last is for new tokens."""
         batch, heads, _, ranges, _ = self.intervals.shape
@@ -124,13 +117,7 @@ class RowIntervals(Mask):
         found[:, ranges, 1] = torch.where(past, queries + 1, 0)
         return found
 
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """In one of the query's ranges."""
         ranges = self.visible_ranges(queries, request, kv_head)
         starts, ends = ranges[..., 0, None], ranges[..., 1, None]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from quantpage.masks.base import Mask
+from quantpage.masks.base import Keys, Mask, Queries, Seen
 from quantpage.masks.checks import first_bad
 from quantpage.masks.rows import RowIntervals
 
@@ -89,13 +89,7 @@ class TreeMask(Mask):
         starts = (prefix,) if isinstance(prefix, int) else tuple(prefix)
         return cls(starts, torch.tensor(words, dtype=torch.int64))
 
-    def visible(
-        self,
-        queries: Int[Tensor, " queries"],
-        keys: Int[Tensor, " keys"],
-        request: int = 0,
-        kv_head: int = 0,
-    ) -> Bool[Tensor, "queries keys"]:
+    def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """The prompt, the ancestors, itself; before the tree causally."""
         return self.rows.visible(queries, keys, request, kv_head)
 
