@@ -10,6 +10,7 @@ import typer
 
 from quantpage import console
 from quantpage.cli.capacity import parse_bytes
+from quantpage.cli.options import AnswerFlags
 
 SOME_FAILED = 4
 
@@ -21,16 +22,17 @@ class Batch:
     model: str
     file: Path
     out: Path
-    sampling: dict[str, Any]
-    """By the API's names, of requests that do not say it themselves."""
-    kv_format: str
-    page_size: int
-    calibration: str
-    dtype: str
-    device: str
-    weights: str
+    max_new_tokens: int
+    flags: AnswerFlags
     max_requests: int
     memory: str | None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """By the API's names, of requests that do not say it themselves."""
+        names = ("temperature", "top_p", "top_k", "seed", "stop")
+        said = {name: getattr(self.flags, name) for name in names}
+        return {"max_tokens": self.max_new_tokens, **said}
 
 
 def answer_file(batch: Batch) -> None:
@@ -40,15 +42,16 @@ def answer_file(batch: Batch) -> None:
     from quantpage.server.options import ServeOptions
     from quantpage.server.run import load
 
+    flags = batch.flags
     defaults = {name: each for name, each in batch.sampling.items() if each is not None}
     name = Path(batch.model).resolve().name
     setting = {
         "model": name,
-        "kv_format": batch.kv_format,
-        "page_size": batch.page_size,
-        "calibration": batch.calibration,
-        "weights": batch.weights,
-        "dtype": batch.dtype,
+        "kv_format": flags.kv_format,
+        "page_size": flags.page_size,
+        "calibration": flags.calibration,
+        "weights": flags.weights,
+        "dtype": flags.dtype,
     }
     lines = read_lines(batch.file, defaults, setting)
     with AnswerFile(batch.out) as file:
@@ -59,16 +62,16 @@ def answer_file(batch: Batch) -> None:
         attached, served = load(
             ServeOptions(
                 model=batch.model,
-                kv_format=batch.kv_format,
-                page_size=batch.page_size,
-                calibration=None if batch.calibration == "none" else batch.calibration,
+                kv_format=flags.kv_format,
+                page_size=flags.page_size,
+                calibration=None if flags.calibration == "none" else flags.calibration,
                 memory=None if batch.memory is None else parse_bytes(batch.memory),
                 max_requests=batch.max_requests,
                 # Only so many wait as are asked at once, each of them with any number of answers.
                 max_waiting=1 << 30,
-                dtype=batch.dtype,
-                device=batch.device,
-                weights=batch.weights,
+                dtype=flags.dtype,
+                device=flags.device,
+                weights=flags.weights,
             )
         )
         try:

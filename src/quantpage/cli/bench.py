@@ -73,26 +73,26 @@ def decode(
     _kernels("decode", out, check_only, part, flex, commit, cases)
 
 
-def latent(
-    out: Out = None,
-    check_only: CheckOnly = False,
-    cases: Cases = "",
-    part: Part = "0/1",
-    commit: Commit = "",
-) -> None:
-    """Decode over latent rows (MLA), in DeepSeek-V3's shapes (CUDA)."""
-    _kernels("latent", out, check_only, part, False, commit, cases)
+def _kernel_bench(op: str, about: str) -> Callable[..., None]:
+    """The command of kernels that no peer is timed beside."""
+
+    def command(
+        out: Out = None,
+        check_only: CheckOnly = False,
+        cases: Cases = "",
+        part: Part = "0/1",
+        commit: Commit = "",
+    ) -> None:
+        _kernels(op, out, check_only, part, False, commit, cases)
+
+    command.__name__, command.__doc__ = op, about
+    return command
 
 
-def write(
-    out: Out = None,
-    check_only: CheckOnly = False,
-    cases: Cases = "",
-    part: Part = "0/1",
-    commit: Commit = "",
-) -> None:
-    """The fused write beside the copy bandwidth and a plain engine's separate steps (CUDA)."""
-    _kernels("write", out, check_only, part, False, commit, cases)
+latent = _kernel_bench("latent", "Decode over latent rows (MLA), in DeepSeek-V3's shapes (CUDA).")
+write = _kernel_bench(
+    "write", "The fused write beside the copy bandwidth and a plain engine's separate steps (CUDA)."
+)
 
 
 def _kernels(
@@ -313,7 +313,7 @@ def with_base(function: Callable[..., None]) -> Callable[..., None]:
         said = {n: each for n, each in given.items() if n != "out" and each != plain[n]}
         compare(function.__name__, said, given["out"], base)
 
-    return with_flags(command, function, "", {"base": Base})
+    return with_flags(command, function, {"base": (Base, "")})
 
 
 _TIMED: tuple[Callable[..., None], ...] = (

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import (
-    CacheFormat,
-    Calibration,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    PageSize,
-    Stop,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-    Weights,
-)
+from quantpage.cli.options import AnswerFlags, MaxNewTokens, with_answers
 from quantpage.errors import QuantPageError
 
 if TYPE_CHECKING:
@@ -35,24 +22,15 @@ _HELP = """\
 /exit        leave (or Ctrl-D); Ctrl-C ends an answer, a /save or a /load, and nothing else"""
 
 
+@with_answers
 def command(
     model: Annotated[
         str, typer.Argument(help="Folder of a decoder, a .gguf, or an id of the hub.")
     ],
-    system: System = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation of /save.")] = None,
-    kv_format: CacheFormat = "int8",
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    stop: Stop = None,
-    page_size: PageSize = 64,
-    calibration: Calibration = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    weights: Weights = "model",
+    *,
+    flags: AnswerFlags,
 ) -> None:
     """Talk with a model. The cache is kept: a turn computes only what is new in it.
 
@@ -60,27 +38,13 @@ def command(
     question, answers go to stdout and what they took to stderr.
     """
     from quantpage.cli.conversation import Conversation
-    from quantpage.cli.generation import GenerateRequest, Sampling
     from quantpage.cli.generation import load as load_model
     from quantpage.integrations.hf_transformers import attach
 
-    request = GenerateRequest(
-        model=model,
-        prompts=("a conversation",),
-        system=system,
-        kv_format=kv_format,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p, top_k, seed),
-        stop=tuple(stop or ()),
-        page_size=page_size,
-        calibration=calibration,
-        dtype=dtype,
-        device=device,
-        weights=weights,
-    )
+    request = flags.request(model, ("a conversation",), max_new_tokens)
     found, tokenizer = load_model(request)
     with attach(
-        found, kv_format=kv_format, page_size=page_size, calibration=request.key_maps
+        found, request.kv_format, page_size=request.page_size, calibration=request.key_maps
     ) as attached:
         conversation = Conversation(attached, tokenizer, request)
         if load is not None:

@@ -8,22 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
-from quantpage.cli.options import (
-    AsJson,
-    CacheFormat,
-    Calibration,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    PageSize,
-    Stop,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-    Weights,
-)
+from quantpage.cli.options import AnswerFlags, AsJson, MaxNewTokens, Model, with_answers
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
@@ -31,6 +16,7 @@ if TYPE_CHECKING:
     from quantpage.cli.generation import Answer, GenerateRequest
 
 
+@with_answers
 def command(
     model: Model,
     prompt: Annotated[
@@ -47,22 +33,10 @@ def command(
         Path | None,
         typer.Option(help="Answer the requests of --file in one batch, a JSON object a line."),
     ] = None,
-    system: System = None,
-    kv_format: CacheFormat = "int8",
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")] = 0,
-    stop: Stop = None,
-    page_size: PageSize = 64,
-    calibration: Calibration = "auto",
     compare: Annotated[
         bool, typer.Option(help="Force the answer through other caches, and compare.")
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    weights: Weights = "model",
     raw: Annotated[
         bool, typer.Option(help="Give the prompt as it is, without the chat template.")
     ] = False,
@@ -71,6 +45,8 @@ def command(
     memory: Annotated[
         str | None, typer.Option(help="With --out: of the cache, such as 4GiB.")
     ] = None,
+    *,
+    flags: AnswerFlags,
 ) -> None:
     """Generate text through a quantized, paged cache and report what it took and what it cost.
 
@@ -86,7 +62,7 @@ def command(
     if out is not None:
         for name, given in (
             ("prompt", prompt),
-            ("system", system),
+            ("system", flags.system),
             ("compare", compare),
             ("raw", raw),
             ("json", as_json),
@@ -103,20 +79,8 @@ def command(
                 model=model,
                 file=file,
                 out=out,
-                sampling={
-                    "max_tokens": max_new_tokens,
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "top_k": top_k,
-                    "seed": seed,
-                    "stop": stop,
-                },
-                kv_format=kv_format,
-                page_size=page_size,
-                calibration=calibration,
-                dtype=dtype,
-                device=device,
-                weights=weights,
+                max_new_tokens=max_new_tokens,
+                flags=flags,
                 max_requests=max_requests,
                 memory=memory,
             )
@@ -127,23 +91,9 @@ def command(
     read = None if file is None else _read(file)
     texts = ["\n\n".join(each for each in (read, own) if each) for own in prompt or [""]]
 
-    from quantpage.cli.generation import GenerateRequest, Sampling, Session
+    from quantpage.cli.generation import Session
 
-    request = GenerateRequest(
-        model=model,
-        prompts=texts,
-        system=system,
-        kv_format=kv_format,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p, top_k, seed),
-        stop=tuple(stop or ()),
-        page_size=page_size,
-        calibration=calibration,
-        dtype=dtype,
-        device=device,
-        weights=weights,
-        raw=raw,
-    )
+    request = flags.request(model, texts, max_new_tokens, raw)
     session = Session(request)
     done = []
     for index in range(len(texts)):
@@ -161,7 +111,7 @@ def command(
             print(flush=True)
             _report(answer, rows, request)
     if as_json:
-        console.print_json({"model": model, "kv_format": kv_format, "answers": done})
+        console.print_json({"model": model, "kv_format": flags.kv_format, "answers": done})
 
 
 def _write(text: str) -> None:

@@ -3,12 +3,16 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantpage import console
+
+if TYPE_CHECKING:
+    from quantpage.cli.generation import GenerateRequest
 
 Model = Annotated[
     str,
@@ -47,7 +51,48 @@ TopK = Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all."
 Stop = Annotated[
     list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
 ]
+Seed = Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFlags:
+    """How answers are made: flags of `generate` and of `chat`."""
+
+    system: System = None
+    kv_format: CacheFormat = "int8"
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    seed: Seed = 0
+    stop: Stop = None
+    page_size: PageSize = 64
+    calibration: Calibration = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    weights: Weights = "model"
+
+    def request(
+        self, model: str, prompts: Sequence[str], max_new_tokens: int, raw: bool = False
+    ) -> "GenerateRequest":
+        """The same for ``cli/generation``."""
+        from quantpage.cli.generation import GenerateRequest, Sampling
+
+        return GenerateRequest(
+            model=model,
+            prompts=prompts,
+            system=self.system,
+            kv_format=self.kv_format,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(self.temperature, self.top_p, self.top_k, self.seed),
+            stop=tuple(self.stop or ()),
+            page_size=self.page_size,
+            calibration=self.calibration,
+            dtype=self.dtype,
+            device=self.device,
+            weights=self.weights,
+            raw=raw,
+        )
 
 
 @functools.cache
@@ -81,19 +126,36 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
             # Commands are functions: what runs after one in the same process is not silent.
             console.ERR.quiet = before
 
-    return with_flags(command, function, False, _common())
+    return with_flags(command, function, {name: (hint, False) for name, hint in _common().items()})
+
+
+def with_answers(function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` with the flags of AnswerFlags, which it is given as ``flags``."""
+    names = [each.name for each in fields(AnswerFlags)]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        flags = AnswerFlags(**{name: given.pop(name) for name in names})
+        function(**given, flags=flags)
+
+    hints = {each.name: (each.type, each.default) for each in fields(AnswerFlags)}
+    return with_flags(command, function, hints, without="flags")
 
 
 def with_flags(
-    command: Callable[..., None], function: Callable[..., None], default: Any, hints: dict[str, Any]
+    command: Callable[..., None],
+    function: Callable[..., None],
+    flags: Mapping[str, tuple[Any, Any]],
+    without: str = "",
 ) -> Callable[..., None]:
-    """``command`` with the flags of ``function`` and those of ``hints``, which share a default."""
+    """``command`` with the flags of ``function``, but ``without``, and ``flags``: hint, default."""
     signature = inspect.signature(function)
+    own = [each for name, each in signature.parameters.items() if name != without]
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-        for name, hint in hints.items()
+        for name, (hint, default) in flags.items()
     ]
-    parameters = [*signature.parameters.values(), *more]
-    vars(command)["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {**function.__annotations__, **hints}
+    vars(command)["__signature__"] = signature.replace(parameters=[*own, *more])
+    hints = {name: hint for name, hint in function.__annotations__.items() if name != without}
+    command.__annotations__ = hints | {name: hint for name, (hint, _) in flags.items()}
     return command
