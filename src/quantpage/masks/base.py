@@ -143,18 +143,18 @@ class IntervalMask(Mask):
 
     @property
     @abstractmethod
-    def told(self) -> Tensor:
+    def _told(self) -> Tensor:
         """The tensor."""
 
     @property
     def heads(self) -> int:
         """As Mask: kv_heads that were given rows of their own, or 1."""
-        return self.told.shape[1]
+        return self._told.shape[1]
 
     @property
     def requests(self) -> int:
         """As Mask: batch rows, or 1."""
-        return self.told.shape[0]
+        return self._told.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

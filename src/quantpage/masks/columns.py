@@ -91,7 +91,7 @@ class ColumnIntervals(IntervalMask):
         object.__setattr__(self, "startend_row_indices", bounds.transpose(-1, -2))
 
     @property
-    def told(self) -> Tensor:
+    def _told(self) -> Tensor:
         """As IntervalMask."""
         return self.bounds
 

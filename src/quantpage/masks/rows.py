@@ -81,7 +81,7 @@ class RowIntervals(IntervalMask):
         return cls(padded[:, None, :, None], first=first, lengths=tuple(lens))
 
     @property
-    def told(self) -> Tensor:
+    def _told(self) -> Tensor:
         """As IntervalMask."""
         return self.intervals
 
