@@ -156,12 +156,19 @@ KERNEL_FORMATS = [
     if {given.key.code.name, given.value.code.name} <= set(CODE_KINDS)
 ]
 """Formats whose codes the kernels read; the others they refuse (test_dispatch)."""
+GROUPED_FORMATS = [
+    name
+    for name, given in FORMATS.items()
+    if any(each.dynamic and each.granularity.group for each in (given.key, given.value))
+]
+"""Several scales a token and kv_head, which the kernels of decode refuse."""
 HOPPER_FORMATS = [
     name
     for name in KERNEL_FORMATS
     if {FORMATS[name].key.code.name, FORMATS[name].value.code.name} <= {"int8", "fp8", "int4"}
+    and name not in GROUPED_FORMATS
 ]
-"""Those of them that the Hopper kernel of decode reads."""
+"""Those that the Hopper kernel of decode reads."""
 NEAR_FORMATS = [find_format(name) for name in ("int4_near8", "k8v4_near8", "k=fp8,v=int4_near8")]
 """Some that keep exact pages as codes."""
 

@@ -62,25 +62,30 @@ def ours(
     if near:
         words += f" in {' or '.join(sorted(near))}"
 
-    wanted = None if calibration == "none" else calibration
     coded = [each.format for each in layouts if each.format.quantized]
     hidden = bool(coded) and all(each.exact_pages is not None for each in coded)
-
-    @contextmanager
-    def attaching(model: Any) -> Iterator[Callable[[], Any]]:
-        with attach(model, formats, page_size=page_size, calibration=wanted) as attached:
-            yield attached.new_cache
 
     return Candidate(
         name=choice if isinstance(choice, str) else formats.name,
         bits_per_value=bits / numbers,
         bytes_per_token=sum(each.bytes_per_token() for each in layouts),
         sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
-        attaching=attaching,
+        attaching=pages(formats, page_size, None if calibration == "none" else calibration),
         calibration=Path(calibration).name,
         # Page 0 is exact for all; of page 3 pages 2 and 3 are near, and page 1 is read as codes.
         codes_from=(2 + NEAR_PAGES) * page_size if hidden else 0,
     )
+
+
+def pages(formats: LayerFormats, page_size: int, calibration: str | None) -> Attaching:
+    """Our cache in these formats; calibration: as ``attach`` takes it."""
+
+    @contextmanager
+    def attaching(model: Any) -> Iterator[Callable[[], Any]]:
+        with attach(model, formats, page_size=page_size, calibration=calibration) as attached:
+            yield attached.new_cache
+
+    return attaching
 
 
 @dataclass(frozen=True, slots=True)

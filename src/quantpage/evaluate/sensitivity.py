@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantpage.evaluate.caches import unquantized
-from quantpage.evaluate.score import Scores, Window, log_probabilities
+import torch
+from torch import Tensor
+
+from quantpage.evaluate.blocks import Unquantized
+from quantpage.evaluate.caches import pages
+from quantpage.evaluate.score import Window, divergence
 from quantpage.formats import ExactPages, KVFormat, find_format
 from quantpage.formats.per_layer import LayerFormats, LayerRule
-from quantpage.integrations.hf_transformers import attach
 
 Half = Literal["key", "value"]
 
@@ -67,27 +70,26 @@ def measure_losses(
     page_size: int = 64,
     calibration: str | None = "auto",
     each: Callable[[], None] = lambda: None,
+    unquantized: Callable[[Any, Window], Unquantized] = Unquantized.of,
 ) -> dict[Part, float]:
     """The loss of every part on the same windows.
 
     model: loaded, not attached. parts: with the names of ``candidates``. calibration: as ``attach``
     takes it. each: called when one of ``len(windows) * (len(parts) + 1)`` forwards is done.
+    unquantized: of a window, for callers that ask for several parts one after the other.
     """
     by_name = {form.name: form for form in candidates}
     kept = next((form.exact_pages for form in candidates if form.exact_pages is not None), None)
-    scores = [Scores() for _ in parts]
+    lost: dict[Part, list[Tensor]] = {part: [] for part in parts}
     for window in windows:
-        # All scored tokens in one step: what a cache says does not depend on the cut.
-        with unquantized(model) as new_cache:
-            exact = log_probabilities(model, window, new_cache, window.scored)
+        exact = unquantized(model, window)
         each()
-        for part, found in zip(parts, scores, strict=True):
+        for part, found in lost.items():
             formats = _alone(part, by_name[part.format], kept)
-            with attach(model, formats, page_size=page_size, calibration=calibration) as attached:
-                other = log_probabilities(model, window, attached.new_cache, window.scored)
-            found.add(window, exact, other)
+            other = exact.changed(model, part.layer, pages(formats, page_size, calibration))
+            found.append(divergence(exact.predictions, other))
             each()
-    return {part: found.mean_divergence for part, found in zip(parts, scores, strict=True)}
+    return {part: float(torch.cat(found).mean()) for part, found in lost.items()}
 
 
 def _alone(part: Part, form: KVFormat, kept: ExactPages | None) -> LayerFormats:

@@ -6,12 +6,14 @@ Measured a layer at a time, so that finished layers are kept.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from quantpage.errors import FormatError
 from quantpage.evaluate.advise import CANDIDATES, choose, pairs_of
+from quantpage.evaluate.blocks import Unquantized
 from quantpage.evaluate.score import Window
 from quantpage.evaluate.sensitivity import Part, measure_losses, parts_of
 from quantpage.formats import find_format
@@ -27,7 +29,7 @@ def expected_tokens(config: Any, windows: Sequence[Window]) -> int:
     """What goes through the model where nothing is kept."""
     layers = cache_shape(config).paged
     parts = len(parts_of(layers, pairs_of(_FORMATS)))
-    return (parts + len(layers)) * sum(each.tokens.shape[1] for each in windows)
+    return (parts + 1) * sum(each.tokens.shape[1] for each in windows)
 
 
 def advise(
@@ -44,6 +46,8 @@ def advise(
     shape = replace(cache_shape(config), dtype=torch.bfloat16)
     size = sum(each.tokens.shape[1] for each in windows)
     losses: dict[Part, float] = {}
+    # Of a window once, and only where a layer is missing; windows are told apart as objects.
+    unquantized = cache(Unquantized.of)
     for number, layer in enumerate(shape.paged, 1):
         parts = parts_of([layer], pairs_of(_FORMATS))
         about = {
@@ -62,11 +66,12 @@ def advise(
                 _FORMATS,
                 page_size=page_size,
                 calibration=calibration,
+                unquantized=unquantized,
             )
             return [found[part] for part in parts]
 
         found = subjects.parts.measure(measure, "layer", **about)
-        subjects.steps.advance((len(parts) + 1) * size)
+        subjects.steps.advance(len(parts) * size)
         losses |= dict(zip(parts, found, strict=True))
     try:
         made = choose(

@@ -1,8 +1,8 @@
 """Looking at what a model's attention is given, in its own unquantized forward.
 
-An attention function that looks on stands in for the model's own and calls it: queries, keys and
-values after norms and RoPE, whatever the architecture. No name of a projection has to be known,
-and offloaded or sharded weights serve as always.
+An attention function that looks on stands in for the model's own and calls it, or answers for a
+layer: queries, keys and values after norms and RoPE, whatever the architecture. No name of a
+projection has to be known, and offloaded or sharded weights serve as always.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 """Keys and values -> what the layer's attention answers with them in place of its own,
 [rows, tokens, q_heads, value_head_dim]."""
 
-Look = Callable[[int, Tensor, Tensor, Tensor, Attend], None]
+Look = Callable[[int, Tensor, Tensor, Tensor, Attend], Tensor | None]
 """Told of a layer's call: its index; query, key and value as [rows, heads, tokens, head_dim]; and
-what asks the same attention again."""
+what asks the same attention again. What it returns is the layer's answer; None: the model's own."""
 
 
 @contextmanager
@@ -45,8 +45,9 @@ def watched(model: PreTrainedModel, look: Look) -> Iterator[None]:
             return functions.attention_function(module, query, keys, values, *args, **kwargs)[0]
 
         index = getattr(module, "layer_idx", None)
-        if index is not None:
-            look(index, query, key, value, attend)
+        answer = None if index is None else look(index, query, key, value, attend)
+        if answer is not None:
+            return answer, None
         return functions.attention_function(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(NAME, attention)
