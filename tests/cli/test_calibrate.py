@@ -75,6 +75,14 @@ def interrupt(monkeypatch):
     return after
 
 
+def test_without_feedback_a_file_has_maps_alone(calibrate, tmp_path):
+    for flags, metric in (((), True), (("--no-feedback",), False)):
+        calibrate(tmp_path / "made", *flags)
+        found = load_file(tmp_path / "made")
+        assert any(each.endswith(".scale") for each in found)
+        assert any(each.endswith(".metric") for each in found) == metric
+
+
 @pytest.mark.parametrize("name", ["int4", "int8_static", "k=int8_static,v=int4"])
 def test_an_interrupted_calibration_goes_on(calibrate, interrupt, tmp_path, name):
     whole, out, part = tmp_path / "whole", tmp_path / "made", tmp_path / "made.part"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpage.formats import FORMATS, dequantize, rotate
+from quantpage.formats import FORMATS, dequantize, quantize, rotate
 from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_statistics import EXPONENTS, KeyStatistics, choose_map
 
@@ -18,10 +18,11 @@ def statistics(sizes, tokens=600):
     return KeyStatistics.of(q, k)
 
 
-def lost(found, spec, key_map):
-    """Mean of e' W e of the keys that were kept, rounded in turn."""
+def lost(found, spec, key_map, feedback=True):
+    """Mean of e' W e of the keys that were kept, rounded in turn or each channel by itself."""
     by = with_feedback(key_map, found.metric, rotated=True).feedback
-    codes = quantize_with_feedback(rotate(key_map.keys(found.keys)), spec, by)
+    given = rotate(key_map.keys(found.keys))
+    codes = quantize_with_feedback(given, spec, by) if feedback else quantize(given, spec)
     error = key_map.restored(rotate(dequantize(*codes, spec))) - found.keys
     error = error.double()
     return torch.einsum("thi,hij,thj->h", error, found.metric, error)
@@ -46,3 +47,12 @@ def test_the_choice_loses_least_of_all_that_are_tried():
     every = torch.stack([lost(found, spec, found.key_map(a=a, b=b)) for a, b in EXPONENTS])
     torch.testing.assert_close(lost(found, spec, chosen.key_map), every.amin(0))
     assert chosen.loss < chosen.plain_loss
+
+
+def test_channels_that_are_rounded_by_themselves_have_scales_of_their_own():
+    spec = FORMATS["int4"].key
+    found = statistics(4.0 ** torch.linspace(-0.6, 0.6, 64))
+    chosen = choose_map(found, spec, feedback=False)
+    every = [lost(found, spec, found.key_map(a=a, b=b), False) for a, b in EXPONENTS]
+    torch.testing.assert_close(lost(found, spec, chosen.key_map, False), torch.stack(every).amin(0))
+    assert not torch.equal(chosen.key_map.scale, choose_map(found, spec).key_map.scale)

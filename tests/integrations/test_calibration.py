@@ -111,6 +111,25 @@ def test_formats_of_other_codes_take_what_they_can(model, file):
             assert all((each.feedback is not None) == in_turn for each in maps.values())
 
 
+@pytest.mark.parametrize("kv_format", ["k=int4,v=int8", "k=int8,v=none"])
+def test_without_feedback_keys_are_written_by_the_map_alone(model, file, tmp_path, kv_format):
+    path, ids = tmp_path / "plain", tokens(1, 300, seed=9)
+    plain = calibrate(model, texts(), [FORMATS["int4"]] * 3, {"text": "random"}, feedback=False)
+    plain.save(path)
+    exact = logits(model, ids, DynamicCache())
+    found = {}
+    for calibration in (path, file, None):
+        with quantpage.attach(model, kv_format, page_size=16, calibration=calibration) as attached:
+            maps, cache = attached.options.key_maps, attached.new_cache()
+            other = logits(model, ids, cache)
+        found[calibration] = (exact.exp() * (exact - other)).sum(-1).mean().item()
+        if calibration == path:
+            assert len(maps) == 3 and all(each.feedback is None for each in maps.values())
+            assert maps[0].digest() == plain.layers[0].key_map.digest()
+    assert found[path] < 0.8 * found[None]
+    assert found[file] != found[path]
+
+
 def test_another_model_is_refused_and_nothing_changes(file):
     model = tiny("mistral_window", torch.float32)
     with torch.no_grad():

@@ -115,13 +115,15 @@ class ChosenMap:
     """Without a map, channels rounded by themselves."""
 
 
-def choose_map(statistics: KeyStatistics, spec: QuantSpec, mean: bool = True) -> ChosenMap:
+def choose_map(
+    statistics: KeyStatistics, spec: QuantSpec, mean: bool = True, feedback: bool = True
+) -> ChosenMap:
     """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
-    spec: dynamic. mean: take it out.
+    spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers.
     """
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
-    losses = torch.stack([_loss(statistics, spec, each) for each in maps])
+    losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
     best = losses.argmin(0)
     heads = torch.arange(len(best))
     scale = torch.stack([each.scale for each in maps])[best, heads]
@@ -131,22 +133,24 @@ def choose_map(statistics: KeyStatistics, spec: QuantSpec, mean: bool = True) ->
         KeyMap(scale.contiguous(), maps[0].mean),
         tuple(EXPONENTS[each] for each in best.tolist()),
         float(losses[best, heads].sum() / size),
-        float(_loss(statistics, spec, None).sum() / size),
+        float(_loss(statistics, spec, None, feedback).sum() / size),
     )
 
 
-def _loss(statistics: KeyStatistics, spec: QuantSpec, key_map: KeyMap | None) -> Tensor:
+def _loss(
+    statistics: KeyStatistics, spec: QuantSpec, key_map: KeyMap | None, feedback: bool
+) -> Tensor:
     """[kv_heads]."""
     turned = spec.rotation == "hadamard"
     keys = statistics.keys
     x = keys if key_map is None else key_map.keys(keys)
     x = rotate(x) if turned else x
-    if key_map is None or not spec.code.integer:
+    if key_map is None or not (feedback and spec.code.integer):
         codes = quantize(x, spec)
     else:
-        feedback = with_feedback(key_map, statistics.metric, turned).feedback
-        assert feedback is not None
-        codes = quantize_with_feedback(x, spec, feedback)
+        factor = with_feedback(key_map, statistics.metric, turned).feedback
+        assert factor is not None
+        codes = quantize_with_feedback(x, spec, factor)
     seen = dequantize(*codes, spec)
     seen = rotate(seen) if turned else seen
     seen = seen if key_map is None else key_map.restored(seen)

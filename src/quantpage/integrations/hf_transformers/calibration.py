@@ -1,7 +1,8 @@
 """What text says of a model's keys and queries, in a file for ``attach(calibration=...)``.
 
-    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q'; for a
-                 static format <layer>.key_scale, .key_zero, .value_scale, .value_zero instead
+    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q', where
+                 keys are rounded in turn; for a static format <layer>.key_scale, .key_zero,
+                 .value_scale, .value_zero instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
 The maps are chosen for one format and hold for others; rounding in turn follows from the metric
@@ -42,15 +43,15 @@ class LayerCalibration:
 
     key_map: KeyMap
     """Without feedback."""
-    metric: Float[Tensor, "kv_heads head_dim head_dim"]
-    """Mean of q q', float32."""
+    metric: Float[Tensor, "kv_heads head_dim head_dim"] | None
+    """Mean of q q', float32; None: channels are rounded by themselves."""
 
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
         spec = kv_format.key
         if not spec.quantized or not spec.dynamic:
             return None
-        if not spec.code.integer:
+        if self.metric is None or not spec.code.integer:
             return self.key_map
         return with_feedback(self.key_map, self.metric, spec.rotation == "hadamard")
 
@@ -74,7 +75,8 @@ class Calibration:
             planes[f"{index}.scale"] = each.key_map.scale.cpu()
             if each.key_map.mean is not None:
                 planes[f"{index}.mean"] = each.key_map.mean.cpu()
-            planes[f"{index}.metric"] = each.metric.cpu()
+            if each.metric is not None:
+                planes[f"{index}.metric"] = each.metric.cpu()
         for index, scales in self.static.items():
             for name in _PLANES:
                 plane = getattr(scales, name)
@@ -106,10 +108,10 @@ class Calibration:
         layers = {
             index: LayerCalibration(
                 KeyMap(planes[f"{index}.scale"], planes.get(f"{index}.mean")),
-                planes[f"{index}.metric"],
+                planes.get(f"{index}.metric"),
             )
             for index in indices
-            if f"{index}.metric" in planes
+            if f"{index}.scale" in planes
         }
         static = {
             index: LayerScales(**{name: planes.get(f"{index}.{name}") for name in _PLANES})
@@ -180,12 +182,13 @@ def calibrate(
     each: Callable[[int, ChosenMap], None] | None = None,
     rule: Rule = "mse",
     measured: Measured | None = None,
+    feedback: bool = True,
 ) -> Calibration:
     """Measure a model on texts, one forward each, and choose every layer's map, or its scales.
 
     formats: of the layers; those that are static are one. note: what to remember. each: told of a
     layer's map when it is chosen. rule: how much of a range static scales cover. measured: what was
-    measured before and is added to.
+    measured before and is added to. feedback: keep what rounding in turn needs.
     """
     static_names = {form.name for form in formats if not form.dynamic}
     if len(static_names) > 1:
@@ -216,8 +219,8 @@ def calibrate(
         key = formats[index].key
         if not (key.quantized and key.dynamic):
             continue
-        chosen = choose_map(_on_cpu(statistics), key, mean)
-        metric = statistics.metric.float().cpu().contiguous()
+        chosen = choose_map(_on_cpu(statistics), key, mean, feedback)
+        metric = statistics.metric.float().cpu().contiguous() if feedback else None
         layers[index] = LayerCalibration(chosen.key_map, metric)
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
