@@ -39,7 +39,7 @@ prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and what it should answer
     [ -f $folder/expect-$each.json ] || check expect $folder "${each%-*}" "${each#*-}"
   done
 }
-prepare $work llama none-16 int8-64 k8v4-16 int4-16 int8_exact-32
+prepare $work llama none-16 int8-64 k8v4-16 int4-16 int8_exact-32 int6-64 k8v4_near8-64
 
 case_() {  # NAME CASE...: runs it where it was asked for
   local name=$1; shift
@@ -72,6 +72,12 @@ VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int4 "${int4[@]}" --set tensor_parallel_s
 case_ k8v4 "${k8v4[@]}" --set block_size=128
 case_ k8v4 "${k8v4[@]}" --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=22
 case_ int8_exact int8_per_token_head --quantpage int8_exact --expect int8_exact-32 --set block_size=128
+case_ planes int8_per_token_head --quantpage int6 --expect int6-64 --set block_size=64
+case_ planes int8_per_token_head --quantpage int3 --agree $work/int3.tokens --set block_size=160
+case_ planes int8_per_token_head --quantpage int3 --agree $work/int3.tokens --set block_size=160 max_num_batched_tokens=64 max_num_seqs=8
+case_ near8 int8_per_token_head --quantpage k8v4_near8 --expect k8v4_near8-64 --set block_size=128
+case_ near8 int8_per_token_head --quantpage int4_near8 --agree $work/near8.tokens --set block_size=128
+case_ near8 int8_per_token_head --quantpage int4_near8 --agree $work/near8.tokens --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=22
 case_ fp8 fp8_per_token_head --agree $work/fp8.tokens --set block_size=64
 case_ fp8 fp8_per_token_head --agree $work/fp8.tokens --set block_size=128 max_num_batched_tokens=64 max_num_seqs=8
 case_ fp8 fp8 --agree $work/fp8-given.tokens --set block_size=64

@@ -14,7 +14,7 @@ from quantpage.cache import CacheLayout, LayerKV
 from quantpage.cache.cells import cell_bytes, exact_cell_bytes, layer_of_cells
 from quantpage.cache.paged import allocate_layer
 from quantpage.errors import NoImplementation
-from quantpage.formats import FORMATS, KVFormat
+from quantpage.formats import FORMATS, KVFormat, find_format
 from quantpage.hardware import DeviceInfo
 from quantpage.integrations.vllm_plugin.formats import FP8
 from quantpage.ops import attend as attend_op
@@ -24,7 +24,9 @@ from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.rope_write import WriteParams
 
 FORMS = {**FORMATS, "fp8_tensor": FP8}
-LIKE_OTHERS = ("int8_exact", "int8_static", "fp8_static")
+ALL = [pytest.param(form, id=name) for name, form in FORMATS.items()]
+ALL += [pytest.param(find_format(name), id=name) for name in ("int4_near8", "k8v4_near8")]
+LIKE_OTHERS = ("int8_exact", "int8_static", "fp8_static", "k8v4_near8")
 """Their codes, scales and exact pages lie as those of other formats do."""
 PAGES, EXACT_PAGES, HEADS, GROUP, WIDTHS = 9, 7, 2, 3, (64, 32)
 
@@ -87,7 +89,7 @@ WHO = [
 
 @pytest.mark.parametrize("page_size", [16, 32])
 @pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_cells_hold_what_our_own_pages_hold(form, who, page_size):
     if DEVICE == "cuda" and who.device is HOST:
         pytest.skip("reads memory of a CPU")
@@ -123,7 +125,7 @@ def test_cells_hold_what_our_own_pages_hold(form, who, page_size):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_planes_fill_a_cell_and_are_aligned(form):
     for page_size in (16, 64, 256):
         layout = CacheLayout(HEADS, WIDTHS[0], form, page_size, torch.bfloat16, WIDTHS[1])

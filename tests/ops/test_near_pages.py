@@ -9,7 +9,6 @@ import torch
 import quantpage
 from quantpage.batch import plan_batch
 from quantpage.cache import CacheLayout, PagedKVCache
-from quantpage.cache.cells import layer_of_cells
 from quantpage.cpu_core import ISAS, find_core
 from quantpage.errors import CorruptCache, FormatError
 from quantpage.explain import candidates_of, example_call
@@ -282,9 +281,6 @@ def test_kernels_take_it_where_they_take_its_codes():
             assert served, (op, near, kernels)
         else:
             assert not served and any(re.search(words, " ".join(r)) for r in kernels.values())
-    layout = CacheLayout(2, 64, find_format("int4_near8"), 16)
-    with pytest.raises(FormatError, match="exact pages of 16 bits in an engine's cells"):
-        layer_of_cells(torch.zeros(1, 2, 16, dtype=torch.uint8), layout)
 
 
 def test_attention_serves_what_it_was_built_for():

@@ -5,10 +5,11 @@ of what lies in them. Ours holds, in this order,
 
     [K codes | V codes | K scales | K zeros | V scales | V zeros]
 
-each with its page's tokens in order; a cell of exact pages holds [K | V] in the model's dtype. One
-plane after the other keeps every plane 16-byte aligned, which a scale beside each row would not,
-and a cell still belongs to one head: heads can be sent or sharded apart. Pages and heads may be
-any distance from each other (padding, several layers in one page).
+each with its page's tokens in order; a cell of exact pages holds [K | V] in the model's dtype, or
+codes and scales in the same order where the format keeps them so (``KVFormat.near``). One plane
+after the other keeps every plane 16-byte aligned, which a scale beside each row would not, and a
+cell still belongs to one head: heads can be sent or sharded apart. Pages and heads may be any
+distance from each other (padding, several layers in one page).
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.errors import FormatError
 from quantpage.formats import QuantSpec
 from quantpage.formats.scales import ScalePair
 
@@ -34,8 +34,8 @@ def cell_bytes(layout: CacheLayout) -> int:
 
 
 def exact_cell_bytes(layout: CacheLayout) -> int:
-    """Bytes of one page of one kv_head in the model's own dtype."""
-    return layout.page_size * layout.unquantized_bytes_per_token() // layout.kv_heads
+    """Bytes of one exact page of one kv_head; 0 where the format keeps none."""
+    return layout.exact_bytes_per_page() // layout.kv_heads
 
 
 def layer_of_cells(
@@ -50,14 +50,8 @@ def layer_of_cells(
     static: ((key scale, key zero), (value scale, value zero)) for static formats.
     exact: uint8 [exact pages, kv_heads, exact_cell_bytes(layout)], where the format keeps some.
 
-    Raises ValueError where the memory does not fit the layout, FormatError for near pages in int8.
+    Raises ValueError where the memory does not fit the layout.
     """
-    if layout.format.near is not None:
-        raise FormatError(
-            "format: expected exact pages of 16 bits in an engine's cells, got "
-            f"{layout.format.name}"
-        )
-    _check("cells", cells, layout.kv_heads, cell_bytes(layout))
     if (exact is not None) != (layout.format.exact_pages is not None):
         have = "None" if exact is None else "a tensor"
         wanted = "None" if layout.format.exact_pages is None else "a tensor"
@@ -66,6 +60,31 @@ def layer_of_cells(
         raise ValueError(
             f"static: expected scales for the static format {layout.format.name}, got None"
         )
+    key, value = _halves("cells", cells, layout, static or _NO_SCALES)
+    if exact is None:
+        return LayerKV(key, value, latent=layout.latent)
+    exact_key, exact_value = exact_of_cells(exact, layout)
+    return LayerKV(key, value, exact_key, exact_value, latent=layout.latent)
+
+
+def exact_of_cells(
+    exact: Tensor, layout: CacheLayout
+) -> tuple[Tensor, Tensor] | tuple[QuantizedPages, QuantizedPages]:
+    """(exact_key, exact_value) of a ``LayerKV`` over ``exact``, as ``layer_of_cells`` takes it."""
+    near = layout.near
+    if near is None:
+        raise ValueError(
+            f"layout: expected one of a format with exact pages, got {layout.format.name}"
+        )
+    halves = _halves("exact", exact, near, _NO_SCALES)
+    return halves if near.format.quantized else (halves[0].codes, halves[1].codes)
+
+
+def _halves(
+    name: str, cells: Tensor, layout: CacheLayout, given: tuple[ScalePair, ScalePair]
+) -> tuple[QuantizedPages, QuantizedPages]:
+    """Keys and values of ``cells``."""
+    _check(name, cells, layout.kv_heads, cell_bytes(layout))
     memory = _Planes(cells, layout.page_size)
     halves = (layout.format.key, layout.head_dim), (layout.format.value, layout.v_dim)
     codes = [
@@ -73,19 +92,9 @@ def layer_of_cells(
         for spec, width in halves
     ]
     key, value = (
-        QuantizedPages(spec, plane, *_scales(memory, spec, width, given))
-        for (spec, width), plane, given in zip(halves, codes, static or _NO_SCALES, strict=True)
+        QuantizedPages(spec, plane, *_scales(memory, spec, width, scales))
+        for (spec, width), plane, scales in zip(halves, codes, given, strict=True)
     )
-    if exact is None:
-        return LayerKV(key, value, latent=layout.latent)
-    return LayerKV(key, value, *exact_of_cells(exact, layout), latent=layout.latent)
-
-
-def exact_of_cells(exact: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor]:
-    """(exact_key, exact_value) of a ``LayerKV`` over ``exact``, as ``layer_of_cells`` takes it."""
-    _check("exact", exact, layout.kv_heads, exact_cell_bytes(layout))
-    memory = _Planes(exact, layout.page_size)
-    key, value = (memory.next(width, layout.dtype) for width in (layout.head_dim, layout.v_dim))
     return key, value
 
 

@@ -25,14 +25,10 @@ from quantpage.integrations.vllm_plugin.formats import OWN_NAMES, exact_page
 from quantpage.integrations.vllm_plugin.here import VllmHere, find_vllm
 from quantpage.server.options import ServeOptions
 
-_BEFORE = {
-    "int8": ("int8_per_token_head", None),
-    "fp8": ("fp8_per_token_head", None),
-    "int4": ("int4_per_token_head", None),
-    "k8v4": ("int4_per_token_head", "k8v4"),
-    "int8_exact": ("int8_per_token_head", "int8_exact"),
-}
-"""For a vLLM without names of our own: its name, and what --additional-config says beside it."""
+_SERVED = tuple(name.removeprefix("quantpage_") for name in OWN_NAMES)
+_BEFORE = {f"{name}_per_token_head" for name in ("int8", "fp8", "int4")}
+"""Names of a vLLM without names of our own; --additional-config says the others beside the first.
+"""
 LACKS = "one device, no speculative decoding, no adapters, no pictures"
 """What whoever gets the embedded engine does without."""
 _NO_VLLM = (ValueError, QuantPageError, ImportError, OSError, RuntimeError)
@@ -158,12 +154,12 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
         raise ValueError(f"model: expected one that vLLM {here.version} serves, got {what}")
     formats = LayerFormats.of(options.kv_format)
     form = formats.default
-    if formats.rules or (form.name not in _BEFORE and form.quantized):
+    if formats.rules or (form.name not in _SERVED and form.quantized):
         raise ValueError(
-            f"kv_format: expected one for all layers of none, {', '.join(_BEFORE)}, as vLLM takes "
+            f"kv_format: expected one for all layers of none, {', '.join(_SERVED)}, as vLLM takes "
             f"them; got {options.kv_format!r}"
         )
-    if model.key_biases and form.key.code.name == "int4":
+    if model.key_biases and form.key.code.bits < 8:
         raise ValueError(
             "kv_format: expected keys in 8 bits or more, as this model's have biases, which vLLM "
             f"is not given key maps for; got {form.name}"
@@ -187,13 +183,12 @@ def _cache_flags(form: KVFormat, here: VllmHere) -> dict[str, str]:
     if not form.quantized:
         return {}
     if here.own_names:
-        assert f"quantpage_{form.name}" in OWN_NAMES
         return {"--kv-cache-dtype": f"quantpage_{form.name}"}
-    name, additional = _BEFORE[form.name]
-    flags = {"--kv-cache-dtype": name}
-    if additional is not None:
-        flags["--additional-config"] = json.dumps({"quantpage": additional})
-    return flags
+    name = f"{form.name}_per_token_head"
+    if name in _BEFORE:
+        return {"--kv-cache-dtype": name}
+    chosen = json.dumps({"quantpage": form.name})
+    return {"--kv-cache-dtype": "int8_per_token_head", "--additional-config": chosen}
 
 
 def _block_size(form: KVFormat, page_size: int, model: ServedModel) -> int:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from quantpage.errors import FormatError, NoImplementation
-from quantpage.formats import FORMATS
+from quantpage.formats import FORMATS, find_format
 from quantpage.integrations.vllm_plugin.formats import (
     FP8,
     NAMES,
     OWN_NAMES,
     exact_page,
+    exact_token_bytes,
     format_of,
     refuse_layer,
     token_bytes,
@@ -35,11 +36,11 @@ def test_vllm_finds_the_plugin():
 
 
 def test_every_quantized_format_with_scales_of_its_own_has_a_name():
-    assert set(OWN_NAMES) == {
-        f"quantpage_{n}" for n in ("int8", "int8_exact", "fp8", "int4", "k8v4")
-    }
+    names = {"int8", "int8_exact", "fp8", "int6", "int4", "k8v4", "int3"}
+    near = {f"{name}_near8" for name in ("int4", "k8v4", "int3")}
+    assert set(OWN_NAMES) == {f"quantpage_{name}" for name in names | near}
     for name in OWN_NAMES:
-        assert format_of(name) is FORMATS[name.removeprefix("quantpage_")]
+        assert format_of(name) == find_format(name.removeprefix("quantpage_"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_additional_config_chooses_where_vllm_has_no_name():
     ("name", "additional", "said"),
     [
         ("fp8_e5m2", None, "--kv-cache-dtype: expected one of auto, .*got 'fp8_e5m2'"),
-        ("quantpage_int3", None, "--kv-cache-dtype: expected one of .*quantpage_int4"),
+        ("quantpage_int2", None, "--kv-cache-dtype: expected one of .*quantpage_int4"),
         (
             "fp8",
             {"quantpage": "k8v4"},
@@ -93,8 +94,11 @@ def test_names_that_cannot_be_served_are_refused(name, additional, said):
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("none", 512), ("int8", 260), ("fp8", 260), ("int4", 136), ("k8v4", 198)],
-)
+    [
+        ("none", 512), ("int8", 260), ("fp8", 260), ("int4", 136), ("k8v4", 198), ("int6", 200),
+        ("int3", 104),
+    ],
+)  # fmt: skip
 def test_bytes_a_token_and_head(name, wanted):
     assert token_bytes(FORMATS[name], (128, 128), torch.bfloat16) == wanted
 
@@ -105,15 +109,18 @@ def test_bytes_a_token_and_head(name, wanted):
     [
         ("int4", 256, 64), ("int4", 128, 32), ("int4", 64, 16), ("k8v4", 192, 64),
         ("k8v4", 256, 64), ("k8v4", 128, 32), ("int8_exact", 128, 64), ("int8_exact", 64, 32),
-        ("int8_exact", 32, 16),
+        ("int8_exact", 32, 16), ("int3", 320, 64), ("int3", 256, 32), ("int4_near8", 128, 64),
+        ("int4_near8", 64, 32), ("k8v4_near8", 128, 64), ("int3_near8", 192, 64),
     ],
 )  # fmt: skip
 def test_an_exact_page_fits_into_a_block_of_codes(name, block, page):
-    form = FORMATS[name]
+    form = find_format(name)
     assert exact_page(form, block, (128, 128), torch.bfloat16) == page
     room = block * token_bytes(form, (128, 128), torch.bfloat16)
-    assert page * 512 <= room and block % page == 0
-    assert page == 64 or 2 * page * 512 > room or block % (2 * page)
+    token = 512 if form.near is None else 260
+    assert exact_token_bytes(form, (128, 128), torch.bfloat16) == token
+    assert page * token <= room and block % page == 0
+    assert page == 64 or 2 * page * token > room or block % (2 * page)
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,14 @@ PARAMS = AttendParams(WIDTH**-0.5)
 class Layer:
     """A layer over cells as vLLM would hold them: page 0 is nobody's."""
 
-    def __init__(self, pages: int, device: str) -> None:
+    def __init__(self, pages: int, device: str, name: str = "k8v4") -> None:
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        form = find_format("k8v4")
+        form = find_format(name)
         self.layout = CacheLayout(HEADS, WIDTH, form, PAGE, self.dtype)
         codes = torch.zeros(pages, HEADS, cell_bytes(self.layout), dtype=torch.uint8, device=device)
-        width = exact_cell_bytes(self.layout) // self.dtype.itemsize
-        near = torch.full((pages, HEADS, width), torch.nan, dtype=self.dtype, device=device)
-        self.pool = near.view(torch.uint8)
+        # Bytes that are NaN as numbers of any kind.
+        width = exact_cell_bytes(self.layout)
+        self.pool = torch.full((pages, HEADS, width), 255, dtype=torch.uint8, device=device)
         self.view = layer_of_cells(codes, self.layout, None, self.pool)
         call = Call(
             device_info(device), form, self.dtype, 4, HEADS, WIDTH, WIDTH, PAGE
@@ -116,13 +116,16 @@ def same(got: Tensor, wanted: Tensor) -> bool:
         ((1, 1), (1, 300), (2, 2)),
     ],
 )
-@pytest.mark.parametrize("how", ("working", "parts"))
-def test_steps_answer_as_over_pages_that_are_all_kept(how, cuts, device):
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("working", "k8v4"), ("parts", "k8v4"), ("parts", "int4_near8"), ("working", "int3")],
+)
+def test_steps_answer_as_over_pages_that_are_all_kept(how, name, cuts, device):
     """Three steps, the later ones reading what the earlier ones kept."""
     torch.manual_seed(0)
     requests, width = len(cuts[0]), 40
     tables = [[1 + r * width + p for p in range(width)] for r in range(requests)]
-    whole, sparse = (Layer(1 + requests * width, device) for _ in range(2))
+    whole, sparse = (Layer(1 + requests * width, device, name) for _ in range(2))
     lengths = [0] * requests
     for news in cuts:
         contexts = [length + new for length, new in zip(lengths, news, strict=True)]

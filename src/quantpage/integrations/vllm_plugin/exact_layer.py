@@ -94,9 +94,10 @@ class ExactBackend(AttentionBackend):
 class ExactPagesLayer(AttentionLayerBase):
     """Owns a cache and computes nothing."""
 
-    def __init__(self, beside, widths: tuple[int, int], dtype: torch.dtype, page: int):
+    def __init__(self, beside, widths: tuple[int, int], page: int, token_bytes: int):
+        """token_bytes: of a token and kv_head in an exact page."""
         self.num_heads = 0
-        self.beside, self.widths, self.dtype, self.page = beside, widths, dtype, page
+        self.beside, self.widths, self.page, self.token_bytes = beside, widths, page, token_bytes
         self.kv_cache = torch.tensor([])
         self.impl = ExactImpl()
 
@@ -117,7 +118,7 @@ class ExactPagesLayer(AttentionLayerBase):
             head_size_v=self.widths[1],
             dtype=codes.dtype,
             kv_quant_mode=codes.kv_quant_mode,
-            state_content_bytes=sum(self.widths) * self.dtype.itemsize,
+            state_content_bytes=self.token_bytes,
             sliding_window=window_of(self.page),
             hit_tokens=codes.block_size if vllm_config.cache_config.enable_prefix_caching else 0,
             drafts=vllm_config.num_speculative_tokens,

@@ -11,6 +11,7 @@ import torch
 from quantpage.cache.layout import CacheLayout
 from quantpage.errors import FormatError, NoImplementation
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, find_format
+from quantpage.formats.table import NEAR8
 
 _FP8_TENSOR = QuantSpec(CODES["fp8"], Granularity(per_head=False), dynamic=False)
 FP8 = KVFormat("fp8_tensor", _FP8_TENSOR, _FP8_TENSOR, None, "one given scale a tensor")
@@ -18,13 +19,21 @@ FP8 = KVFormat("fp8_tensor", _FP8_TENSOR, _FP8_TENSOR, None, "one given scale a 
 
 
 def _served(form: KVFormat) -> bool:
-    """Given scales a head or channel are in no checkpoint that vLLM reads; codes in planes and near
-    pages of codes have not run inside vLLM yet."""
-    known = {form.key.code.name, form.value.code.name} <= {"none", "int8", "fp8", "int4"}
-    return form.quantized and form.dynamic and known and form.near is None
+    """Given scales a head or channel are in no checkpoint that vLLM reads."""
+    return form.quantized and form.dynamic
 
 
-OWN_NAMES = tuple(f"quantpage_{name}" for name, form in FORMATS.items() if _served(form))
+def _near8(form: KVFormat) -> bool:
+    """Whether exact pages in int8 are less than 16 bits and more than its codes."""
+    codes = form.key.code, form.value.code
+    return form.exact_pages is not None and min(code.bits for code in codes) < 8
+
+
+_FORMATS = [name for name, form in FORMATS.items() if _served(form)]
+OWN_NAMES = tuple(
+    f"quantpage_{name}"
+    for name in [*_FORMATS, *[f"{each}{NEAR8}" for each in _FORMATS if _near8(FORMATS[each])]]
+)
 """Names of --kv-cache-dtype that a vLLM with names of plugins' own takes."""
 
 _CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
@@ -33,7 +42,7 @@ NAMES: dict[str, KVFormat] = {
     **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
     **dict.fromkeys(("fp8", "fp8_e4m3"), FP8),
     **{name: find_format(name) for name in _CHOOSABLE},
-    **{name: FORMATS[name.removeprefix("quantpage_")] for name in OWN_NAMES},
+    **{name: find_format(name.removeprefix("quantpage_")) for name in OWN_NAMES},
 }
 """All names of --kv-cache-dtype that are served."""
 
@@ -69,18 +78,32 @@ def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVForma
     return form
 
 
+def layout_of(
+    form: KVFormat, widths: tuple[int, int], dtype: torch.dtype, page: int = 64
+) -> CacheLayout:
+    """Pages of one kv_head; widths: of a key, of a value."""
+    return CacheLayout(1, widths[0], form, page, dtype, widths[1])
+
+
 def token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of one token and kv_head, its share of scales counted; widths: of a key, of a value."""
-    return CacheLayout(1, widths[0], form, 64, dtype, widths[1]).bytes_per_token()
+    """Bytes of one token and kv_head, its share of scales counted."""
+    return layout_of(form, widths, dtype).bytes_per_token()
+
+
+def exact_token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtype) -> int:
+    """The same in an exact page: 16 bits a number, or int8 codes and their scales."""
+    near = layout_of(form, widths, dtype).near
+    assert near is not None
+    return near.bytes_per_token()
 
 
 def exact_page(form: KVFormat, block_size: int, widths: tuple[int, int], dtype: torch.dtype) -> int:
-    """Tokens of an exact page: the most whose 16 bits fit into a block of codes.
+    """Tokens of an exact page: the most that fit into a block of codes.
 
     Both kinds of pages come from vLLM's one pool, whose blocks all have the same bytes. Raises
     ValueError where ``block_size`` is too small or no multiple of a page.
     """
-    exact_bytes = sum(widths) * dtype.itemsize
+    exact_bytes = exact_token_bytes(form, widths, dtype)
     coded = token_bytes(form, widths, dtype)
     room = block_size * coded
     for page in EXACT_PAGES:

@@ -22,6 +22,7 @@ from quantpage.integrations.vllm_plugin.exact_layer import SUFFIX, ExactPagesLay
 from quantpage.integrations.vllm_plugin.formats import (
     LONG_CHUNK,
     exact_page,
+    exact_token_bytes,
     format_of,
     refuse_layer,
 )
@@ -106,7 +107,8 @@ class QuantPageImpl(AttentionImpl):
         if self.form.exact_pages is None or self._companion is not None:
             return
         page = exact_page(self.form, self.config.cache_config.block_size, widths, self.dtype)
-        self._companion = ExactPagesLayer(layers[name], widths, self.dtype, page)
+        size = exact_token_bytes(self.form, widths, self.dtype)
+        self._companion = ExactPagesLayer(layers[name], widths, page, size)
         self._companion_name = name + SUFFIX
         layers[self._companion_name] = self._companion
 
@@ -122,7 +124,7 @@ class QuantPageImpl(AttentionImpl):
         """
         if attn_metadata is None:
             # vLLM measures how much memory the rest of a model takes.
-            self._allocate_working(layer, query)
+            self._allocate_working(query)
             return output.fill_(0)
         view = self._views(layer, kv_cache)
         widths = view.key.head_dim, view.value.head_dim
@@ -181,13 +183,13 @@ class QuantPageImpl(AttentionImpl):
                 q, pages, part.plan, params, lse_wanted=False, out=output[part.rows]
             )
 
-    def _allocate_working(self, layer, query: Tensor) -> None:
+    def _allocate_working(self, query: Tensor) -> None:
         """Take what a step of so many tokens works in, and let it go: so vLLM counts it."""
         if self._companion is not None:
-            page, most = self._companion.page, query.shape[0]
-            pages = most_pages(most, most // LONG_CHUNK + 1, page)
-            width = self.head_size + layer.head_size_v
-            query.new_empty(pages, self.num_kv_heads, page * width)
+            near, most = self._companion, query.shape[0]
+            pages = most_pages(most, most // LONG_CHUNK + 1, near.page)
+            size = pages * self.num_kv_heads * near.page * near.token_bytes
+            torch.empty(size, dtype=torch.uint8, device=query.device)
 
     def _views(self, layer, kv_cache: Tensor) -> LayerKV:
         """Over vLLM's memory, made anew when it moves: after profiling, after sleep."""
