@@ -30,7 +30,7 @@ def test_why_asks_every_candidate(quantpage):
     assert said.startswith("fp8, decode") and "torch: " in said and "CUDA" in said
     assert sum(line.endswith(": runs") for line in said.splitlines()) == 1
     assert "op: expected one of" in quantpage("explain", "--why", "int8", "swim", code=2).err
-    assert "kv_format: expected" in quantpage("explain", "--why", "int5", "decode", code=2).err
+    assert "kv_format: expected" in quantpage("explain", "--why", "int99", "decode", code=2).err
 
 
 def test_formats_a_layer_are_rows(quantpage):

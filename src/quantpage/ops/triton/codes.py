@@ -87,7 +87,7 @@ def row_of(channels, code, size):
     return channels // 2 if code == CODE_KINDS["int4"] else channels
 
 
-_CODES = {CODE_KINDS[name]: code for name, code in CODES.items()}
+_CODES = {kind: CODES[name] for name, kind in CODE_KINDS.items()}
 
 
 @triton.constexpr_function

@@ -14,7 +14,7 @@ from quantpage.formats import CODES
 from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.triton.common import INT6, INTERPRETED, Constant
 
-_FIELDS = {CODE_KINDS[name]: code.fields for name, code in CODES.items() if code.fields}
+_FIELDS = {kind: CODES[name].fields for name, kind in CODE_KINDS.items() if CODES[name].fields}
 
 
 @triton.constexpr_function
