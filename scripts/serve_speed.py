@@ -3,6 +3,8 @@
     serve_speed.py tokens  --out FILE NAME=URL@PID ...   ms a token at 1, 8, 32 clients
     serve_speed.py context --out FILE NAME=URL@PID ...   four prompts of 4k tokens: first token of
                                                          a miss and of a hit, ms a token of 4 hits
+    serve_speed.py decode  --out FILE NAME=URL@PID ...   ms a token of answers over four prompts of
+                                                         4k tokens, while all four are being given
     serve_speed.py agents  --out FILE NAME=URL@PID ...   rounds of several users over one system
                                                          prompt, each with all that was said before
 
@@ -80,6 +82,8 @@ class Heard:
     tokens: int
     cached: int
     text: str
+    times: list[float]
+    """When its pieces came."""
 
 
 def story(seed: int, words: int) -> str:
@@ -103,6 +107,7 @@ async def ask(
     if not server.name.startswith("transformers"):
         body["ignore_eos"] = True
     start, first, count, cached, text = time.perf_counter(), 0.0, 0, 0, ""
+    times = []
     async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as got:
         if got.status_code != 200:
             raise SystemExit(f"{server.name}: {got.status_code} {(await got.aread())[:300]!r}")
@@ -119,8 +124,9 @@ async def ask(
                     first = first or time.perf_counter() - start
                 count += bool(piece)
                 text += piece
+                times += [time.perf_counter()] * bool(piece)
             count = usage.get("completion_tokens") or count
-    return Heard(first, count, cached, text)
+    return Heard(first, count, cached, text, times)
 
 
 async def tokens(servers: list[Server], given: argparse.Namespace) -> list[dict]:
@@ -184,6 +190,42 @@ async def context(servers: list[Server], given: argparse.Namespace) -> list[dict
     return rows
 
 
+async def decode(servers: list[Server], given: argparse.Namespace) -> list[dict]:
+    """Answers over four long prompts, from the last one's first piece to the first one's last."""
+    rows = []
+    async with httpx.AsyncClient(timeout=3000) as client:
+        for server in servers:
+            had: list[tuple[float, float]] = []
+
+            async def watch(server: Server = server, had: list = had) -> None:
+                while True:
+                    had.append((time.perf_counter(), server.processor_seconds()))
+                    await asyncio.sleep(0.1)
+
+            watching = asyncio.create_task(watch())
+            asked = [
+                [
+                    {
+                        "role": "user",
+                        "content": story(7 + at, given.words) + "\nGo on with the story.",
+                    }
+                ]
+                for at in range(4)
+            ]
+            heard = await asyncio.gather(*(ask(client, server, e, given.tokens) for e in asked))
+            watching.cancel()
+            begin, end = max(e.times[0] for e in heard), min(e.times[-1] for e in heard)
+            made = sum(begin < at <= end for each in heard for at in each.times)
+            if made < given.tokens:
+                raise SystemExit(
+                    f"{server.name}: {made} pieces while all were given: more --tokens"
+                )
+            used = [seconds for at, seconds in had if begin <= at <= end]
+            taken = {server.name: [((end - begin) / made, (used[-1] - used[0]) / made)]}
+            rows += told("decode", 4, taken)
+    return rows
+
+
 async def agents(servers: list[Server], given: argparse.Namespace) -> list[dict]:
     """Time to the first token, by round."""
     rows = []
@@ -219,7 +261,7 @@ def told(case: str, clients: int, taken: dict[str, list[tuple[float, float]]]) -
     return rows
 
 
-CASES = {"tokens": tokens, "context": context, "agents": agents}
+CASES = {"tokens": tokens, "context": context, "decode": decode, "agents": agents}
 COLUMNS = (
     "case", "server", "clients", "round", "cached", "ms_a_token", "processor_ms_a_token",
     "first_miss_s", "first_hit_s", "first_s", "note", "device", "cores", "commit",
