@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -22,6 +21,7 @@ from quantpage.ops.attend import AttendParams
 from quantpage.ops.checks import check_attend, check_out, needs_of
 from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, find
 from quantpage.ops.rope_write import WriteParams, Written
+from quantpage.ops.rows import Keys, Outputs, Queries, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class LayerAttention:
 
     def write_step(
         self,
-        q: Float[Tensor, "tokens q_heads query_dim"] | None,
-        k: Float[Tensor, "tokens kv_heads head_dim"],
-        v: Float[Tensor, "tokens kv_heads value_dim"],
+        q: Queries | None,
+        k: Keys,
+        v: Values,
         layer: LayerKV,
         batch: BatchPlan,
         params: WriteParams,
@@ -90,12 +90,12 @@ class LayerAttention:
 
     def attend_step(
         self,
-        q: Float[Tensor, "tokens q_heads query_dim"],
+        q: Queries,
         layer: LayerKV,
         batch: BatchPlan,
         params: AttendParams,
         lse_wanted: bool = True,
-        out: Float[Tensor, "tokens q_heads out_dim"] | None = None,
+        out: Outputs | None = None,
     ) -> Attended:
         """Attend to what the pages hold; ``q`` as ``write_step`` handed it back.
 
@@ -129,9 +129,9 @@ class LayerAttention:
 
     def __call__(
         self,
-        q: Float[Tensor, "tokens q_heads query_dim"],
-        k: Float[Tensor, "tokens kv_heads head_dim"],
-        v: Float[Tensor, "tokens kv_heads value_dim"],
+        q: Queries,
+        k: Keys,
+        v: Values,
         layer: LayerKV,
         batch: BatchPlan,
         write: WriteParams,
@@ -145,7 +145,7 @@ class LayerAttention:
 
     def into(
         self,
-        out: Float[Tensor, "tokens q_heads out_dim"],
+        out: Outputs,
         qkv: tuple[Tensor, Tensor, Tensor],
         layer: LayerKV,
         batch: BatchPlan,

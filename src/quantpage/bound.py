@@ -14,7 +14,6 @@ from itertools import count
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.attention import LayerAttention
@@ -22,6 +21,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.rope_write import WriteParams
+from quantpage.ops.rows import Keys, Outputs, Queries, Values
 
 
 class CurrentStep:
@@ -58,13 +58,7 @@ class BoundAttention:
         self.number = next(_numbers)
         _bound[self.number] = self
 
-    def __call__(
-        self,
-        q: Float[Tensor, "tokens q_heads query_dim"],
-        k: Float[Tensor, "tokens kv_heads head_dim"],
-        v: Float[Tensor, "tokens kv_heads value_dim"],
-        out: Float[Tensor, "tokens q_heads out_dim"] | None = None,
-    ) -> Float[Tensor, "tokens q_heads out_dim"]:
+    def __call__(self, q: Queries, k: Keys, v: Values, out: Outputs | None = None) -> Outputs:
         """``out``, or new memory, with the output in the model's basis.
 
         Raises ValueError for what does not fit the step, before anything is written, and

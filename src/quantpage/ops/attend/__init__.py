@@ -15,7 +15,6 @@ rows, for W_v.
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -27,6 +26,7 @@ from quantpage.ops.attend.results import contiguous
 from quantpage.ops.checks import check_attend, check_out, needs_of, unchecked
 from quantpage.ops.dispatch import DECODE_TOKENS, Implementation, Phase, call_of, find
 from quantpage.ops.rotate_output import rotate_output
+from quantpage.ops.rows import LogSumExps, Outputs, Queries
 
 __all__ = ["CANDIDATES", "AttendParams", "Segment", "attend", "merge_partials"]
 
@@ -103,15 +103,15 @@ CANDIDATES: list[Implementation] = [
 
 
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
+    q: Queries,
     layer: LayerKV,
     batch: BatchPlan,
     params: AttendParams,
     implementation: Implementation | str | None = None,
     model_basis: bool = False,
     lse_wanted: bool = True,
-    out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"] | None]:
+    out: Outputs | None = None,
+) -> tuple[Outputs, LogSumExps | None]:
     """Output in the query's dtype and natural log-sum-exp in at least float32.
 
     implementation: a name, or what ``dispatch.choose`` gave; None: the first that serves the call.

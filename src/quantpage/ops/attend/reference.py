@@ -5,8 +5,6 @@ query is float64. Read this first.
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
@@ -14,15 +12,13 @@ from quantpage.ops.attend.params import AttendParams, exact_pairs
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
 from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.reference import gather_request
+from quantpage.ops.rows import LogSumExps, Outputs, Queries
 
 
 @attends(Needs(host_lengths=True))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    q: Queries, layer: LayerKV, batch: BatchPlan, params: AttendParams
+) -> tuple[Outputs, LogSumExps]:
     """Output and natural log-sum-exp, float64, in the basis of the cache.
 
     A query that may see nothing gives output 0 and log-sum-exp -inf. A query that is not finite,

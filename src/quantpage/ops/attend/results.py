@@ -4,20 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.checks import Needs, attends
+from quantpage.ops.rows import LogSumExps, Outputs, Queries
 
 
 class Results(NamedTuple):
     """Output and natural log-sum-exp of a call."""
 
-    out: Float[Tensor, "tokens q_heads value_dim"]
-    lse: Float[Tensor, "tokens q_heads"] | None
+    out: Outputs
+    lse: LogSumExps | None
     """float32 and contiguous; None: nobody reads it, and kernels do not write it."""
 
 
@@ -34,12 +34,12 @@ def kernel(needs: Needs) -> Callable[[Callable[..., Results]], Callable[..., Res
 
     def behind(by: Callable[..., Results]) -> Callable[..., Results]:
         def attend(
-            q: Float[Tensor, "tokens q_heads head_dim"],
+            q: Queries,
             layer: LayerKV,
             batch: BatchPlan,
             params: AttendParams,
             segment: Segment = "all",
-            out: Float[Tensor, "tokens q_heads value_dim"] | None = None,
+            out: Outputs | None = None,
             lse_wanted: bool = True,
             **more: Any,
         ) -> Results:
@@ -58,11 +58,7 @@ def kernel(needs: Needs) -> Callable[[Callable[..., Results]], Callable[..., Res
 
 
 def results_for(
-    q: Tensor,
-    value_dim: int,
-    final: bool,
-    out: Tensor | None = None,
-    lse_wanted: bool = True,
+    q: Tensor, value_dim: int, final: bool, out: Tensor | None = None, lse_wanted: bool = True
 ) -> Results:
     """To be written. final: False for partial results, which stay in float32 until they are merged.
 

@@ -9,7 +9,6 @@ shows whole are not masked.
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -19,6 +18,7 @@ from quantpage.ops.attend.params import AttendParams, Segment, exact_band, exact
 from quantpage.ops.attend.shown_values import refuse_to_hide, weighted_sum
 from quantpage.ops.checks import Needs, attends, unchecked
 from quantpage.ops.gather.reference import gather_request
+from quantpage.ops.rows import LogSumExps, Outputs, Queries
 
 QUERY_TILE = 256
 KEY_TILE = 512
@@ -26,12 +26,8 @@ KEY_TILE = 512
 
 @attends(Needs(host_lengths=True))
 def attend(
-    q: Float[Tensor, "tokens q_heads head_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: AttendParams,
-    segment: Segment = "all",
-) -> tuple[Float[Tensor, "tokens q_heads value_dim"], Float[Tensor, "tokens q_heads"]]:
+    q: Queries, layer: LayerKV, batch: BatchPlan, params: AttendParams, segment: Segment = "all"
+) -> tuple[Outputs, LogSumExps]:
     """Output and natural log-sum-exp, in float32 (float64 for float64 queries)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(q.shape[0], q.shape[1], layer.facts.out_dim, dtype=work)

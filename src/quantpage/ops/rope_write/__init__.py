@@ -1,13 +1,11 @@
 """Norm, rotate, quantize and scatter new tokens into pages."""
 
-from jaxtyping import Float
-from torch import Tensor
-
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.ops import refusals
 from quantpage.ops.dispatch import Implementation, call_of, find
 from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
+from quantpage.ops.rows import Keys, Queries, Values
 
 __all__ = ["CANDIDATES", "QKNorm", "WriteParams", "Written", "rope_write"]
 
@@ -21,9 +19,9 @@ CANDIDATES: list[Implementation] = [
 
 
 def rope_write(
-    q: Float[Tensor, "tokens q_heads query_dim"] | None,
-    k: Float[Tensor, "tokens kv_heads head_dim"],
-    v: Float[Tensor, "tokens kv_heads value_dim"],
+    q: Queries | None,
+    k: Keys,
+    v: Values,
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,

@@ -6,7 +6,6 @@ that codes differ on rounding ties alone.
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -18,13 +17,14 @@ from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
 from quantpage.ops.rope_write.params import WriteParams, Written
 from quantpage.ops.rope_write.reference import refuse_non_finite
+from quantpage.ops.rows import Keys, Queries, Values
 
 
 @writes(Needs(refusals.CPU, kind="cpu"))
 def rope_write(
-    q: Float[Tensor, "tokens q_heads query_dim"] | None,
-    k: Float[Tensor, "tokens kv_heads head_dim"],
-    v: Float[Tensor, "tokens kv_heads value_dim"],
+    q: Queries | None,
+    k: Keys,
+    v: Values,
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,

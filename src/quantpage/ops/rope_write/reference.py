@@ -5,7 +5,6 @@ inputs) and rounded once.
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -16,17 +15,13 @@ from quantpage.formats.feedback import quantize_with_feedback
 from quantpage.formats.quantize import finite_rows
 from quantpage.ops.checks import ANY, writes
 from quantpage.ops.rope_write.params import QKNorm, WriteParams, Written
+from quantpage.ops.rows import Keys, Queries, Values
 from quantpage.rope import apply_rope
 
 
 @writes(ANY)
 def rope_write(
-    q: Float[Tensor, "tokens q_heads query_dim"] | None,
-    k: Float[Tensor, "tokens kv_heads head_dim"],
-    v: Float[Tensor, "tokens kv_heads value_dim"],
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: WriteParams,
+    q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan, params: WriteParams
 ) -> Written:
     """Write one step's K and V into their pages; rows with slot -1 are skipped.
 

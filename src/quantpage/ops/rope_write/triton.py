@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 import triton
-from jaxtyping import Float
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -20,6 +19,7 @@ from quantpage.ops.rope_write.reference import refuse_non_finite
 from quantpage.ops.rope_write.triton_in_turn import launch as launch_in_turn
 from quantpage.ops.rope_write.triton_kernel import Pages, write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
+from quantpage.ops.rows import Keys, Queries, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def can_multiply(specs: list[QuantSpec], x: Tensor, shape: Shape) -> bool:
 
 @writes(Needs(refusals.WRITE_TRITON, kind="cuda"))
 def rope_write(
-    q: Float[Tensor, "tokens q_heads query_dim"] | None,
-    k: Float[Tensor, "tokens kv_heads head_dim"],
-    v: Float[Tensor, "tokens kv_heads value_dim"],
+    q: Queries | None,
+    k: Keys,
+    v: Values,
     layer: LayerKV,
     batch: BatchPlan,
     params: WriteParams,
