@@ -61,6 +61,7 @@ case_ int8 "${int8[@]}" --set block_size=64 enable_prefix_caching=false
 case_ int8 "${int8[@]}" --set block_size=16
 case_ int8 "${int8[@]}" --set block_size=128
 case_ int8 "${int8[@]}" --set block_size=64 "$drafts"
+VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int8 "${int8[@]}" --set block_size=64 tensor_parallel_size=2
 # Not a failure where it differs: 4-bit codes carry one rounding that differs on to larger ones than a tie.
 case_ int4 int4_per_token_head --expect int4-16 --report --set block_size=128
 case_ int4 "${int4[@]}"

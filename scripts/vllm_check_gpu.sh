@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM 0.33 on a GPU with QuantPage's pages: do a random float32 model's answers leave quantpage.attach's on the same GPU?
 #   scripts/vllm_check_gpu.sh [FOLDER]     PYTHON: one that has vLLM, CUDA and quantpage; all settings side by side, about five minutes
+#   TP=2 scripts/vllm_check_gpu.sh         the same of int8 and int4 on two GPUs of one host, tensor-parallel, and of nothing else
 # Products with codes are in 16 bits on a GPU, so that an answer may leave where the best token led by less than TIE (0.1 logits). Exact pages
 # are as long as vLLM's blocks have room for (formats.exact_page): what is expected has pages of that size.
 set -uo pipefail
@@ -9,8 +10,16 @@ python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-gpu} failed=0
 mkdir -p "$folder"
 check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_check.py "$@" --dtype float32; }
 [ -f "$folder/prompts.json" ] || check model "$folder" --head-dim 128 || exit 1
+all=(none-64 int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32 int6-64 int4_near8-64)
+tp=${TP:-1}
+if [ "$tp" -gt 1 ]; then
+  all=(int8-64 int4-32)
+  # Sums over NCCL alone, without NVLink's multicast.
+  export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_ALLREDUCE_USE_FLASHINFER=0
+  export VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
 expected=()
-for each in none-64 int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32; do
+for each in "${all[@]}"; do
   check expect "$folder" "${each%-*}" "${each#*-}" > "$folder/expect-$each.log" 2>&1 &
   expected+=($!)
 done
@@ -34,6 +43,13 @@ finish() {
   done
   running=()
 }
+if [ "$tp" -gt 1 ]; then
+  case_ int8-64 quantpage_int8 block_size=64 tensor_parallel_size="$tp" disable_custom_all_reduce=true
+  finish
+  case_ int4-32 quantpage_int4 block_size=256 tensor_parallel_size="$tp" disable_custom_all_reduce=true enforce_eager=false "$graphs"
+  finish
+  exit $failed
+fi
 case_ none-64 auto block_size=64
 case_ int8-64 quantpage_int8 block_size=64
 case_ int8-64 quantpage_int8 block_size=64 max_num_batched_tokens=64 max_num_seqs=8
@@ -42,5 +58,8 @@ finish
 case_ k8v4-32 quantpage_k8v4 block_size=192
 case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
 case_ int8_exact-32 quantpage_int8_exact block_size=128 enforce_eager=false "$graphs"
+finish
+case_ int6-64 quantpage_int6 block_size=64 enforce_eager=false "$graphs"
+case_ int4_near8-64 quantpage_int4_near8 block_size=128 enforce_eager=false "$graphs"
 finish
 exit $failed
