@@ -98,11 +98,12 @@ def expect(folder: Path, given: argparse.Namespace) -> None:
                 attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
                 output_logits=True,
             )  # fmt: skip
-            best = [logits[0].float().topk(2).values.tolist() for logits in out.logits]
+            said = [logits[0].float().log_softmax(0).topk(2) for logits in out.logits]
             rows.append(
                 {
                     "tokens": out.sequences[0, len(prompt) :].tolist(),
-                    "leads": [first - second for first, second in best],
+                    "leads": [(best.values[0] - best.values[1]).item() for best in said],
+                    "logprobs": [best.values[0].item() for best in said],
                 }
             )
     (folder / f"expect-{given.format}-{given.page}.json").write_text(json.dumps(rows))
@@ -127,7 +128,9 @@ def run(folder: Path, given: argparse.Namespace) -> int:
         settings["additional_config"] = {"quantpage": given.quantpage}
     llm = LLM(str(folder), **settings)
     prompts = json.loads((folder / "prompts.json").read_text())
-    params = SamplingParams(temperature=0, max_tokens=NEW, detokenize=False, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=NEW, detokenize=False, ignore_eos=True, logprobs=0
+    )
     rounds = [
         llm.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
         for _ in range(2)
@@ -143,7 +146,7 @@ def run(folder: Path, given: argparse.Namespace) -> int:
         f"{config.num_gpu_blocks} blocks of {config.block_size}, {preempted} preemptions, "
         f"cached {cached[0]} then {cached[1]}"
     )
-    wanted, leads = None, [[given.tie] * NEW] * len(prompts)
+    wanted, leads, rows = None, [[given.tie] * NEW] * len(prompts), []
     if given.expect:
         rows = json.loads((folder / f"expect-{given.expect}.json").read_text())
         wanted, leads = [each["tokens"] for each in rows], [each["leads"] for each in rows]
@@ -158,8 +161,33 @@ def run(folder: Path, given: argparse.Namespace) -> int:
         for row in first
         for at, lead in zip(row, leads, strict=True)
     )
-    print(f"  tokens as wanted {first[0]} and {first[1]} of {NEW}; {bad} wrong answers", flush=True)
+    far = [
+        max(
+            (abs(got - row["logprobs"][i]) for i, got in enumerate(_logprobs(out)[:same])),
+            default=0,
+        )
+        for outs, sames in zip(rounds, first, strict=True)
+        for out, row, same in zip(outs, rows, sames, strict=bool(rows))
+    ]
+    apart = f"; logprobs of the same tokens at most {max(far):.2g} apart" if far else ""
+    print(f"  tokens as wanted {first[0]} and {first[1]} of {NEW}; {bad} wrong answers{apart}")
+    parted = [
+        f"{lead[at]:.2g}"
+        for row in first
+        for at, lead in zip(row, leads, strict=True)
+        if rows and at < NEW
+    ]
+    if parted:
+        print(f"  where they part the best token led by {', '.join(parted)} logits")
+    sys.stdout.flush()
     return int(bad > 0 and not given.report)
+
+
+def _logprobs(out) -> list[float]:
+    """Of the tokens that a request was answered with."""
+    completion = out.outputs[0]
+    each = zip(completion.logprobs, completion.token_ids, strict=True)
+    return [said[token].logprob for said, token in each]
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -30,16 +30,16 @@ running=()
 case_() {  # EXPECTED KV_DTYPE SETTINGS...: in the background; its words go to a log
   local expect=$1 dtype=$2
   shift 2
-  # Settings are checked side by side on one card: none may measure what is free.
+  # Settings are checked side by side on one card: none may ask what is free.
   check run "$folder" "$dtype" --expect "$expect" --tie "${TIE:-0.1}" \
-    --set 'attention_config={"backend":"CUSTOM"}' kv_cache_memory_bytes=3000000000 "$@" > "$folder/run-$dtype-${#running[@]}.log" 2>&1 &
+    --set 'attention_config={"backend":"CUSTOM"}' kv_cache_memory_bytes=3000000000 gpu_memory_utilization=0.1 "$@" > "$folder/run-$dtype-${#running[@]}.log" 2>&1 &
   running+=("$!:$folder/run-$dtype-${#running[@]}.log")
 }
 finish() {
   local each
   for each in "${running[@]}"; do
     wait "${each%%:*}" || { failed=1; echo "FAILED: see ${each#*:}"; }
-    grep -hE '^quantpage_|^auto|^  tokens' "${each#*:}" | cut -c1-200
+    grep -hE '^quantpage_|^auto|^  tokens|^  where' "${each#*:}" | cut -c1-240
   done
   running=()
 }
