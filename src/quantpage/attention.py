@@ -73,14 +73,9 @@ class LayerAttention:
     call: Call
 
     def write_step(
-        self,
-        q: Queries | None,
-        k: Keys,
-        v: Values,
-        layer: LayerKV,
-        batch: BatchPlan,
+        self, q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan,
         params: WriteParams,
-    ) -> Written:
+    ) -> Written:  # fmt: skip
         """Write a step's keys and values; hand the query back in the basis of the cache.
 
         Raises ValueError for what does not belong together, before anything is written.

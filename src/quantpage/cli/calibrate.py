@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from quantpage import console
-from quantpage.cli.options import Device, Model
+from quantpage.cli.options import Device, Model, Text
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 def command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text to measure on; default: Austen's novels, from Debian."),
-    ] = None,
+    text: Text = None,
     kv_format: Annotated[
         str, typer.Option(help="The format, or one a layer, that maps are chosen for.")
     ] = "int4",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, Text
 from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
 
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Model,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="English text to score; default: Austen's novels, from Debian."),
-    ] = None,
+    text: Text = None,
     formats: Annotated[
         str,
         typer.Option(

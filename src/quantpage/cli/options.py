@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,6 +53,9 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")]
+Text = Annotated[
+    Path | None, typer.Option(help="English text to read; default: Austen's novels, from Debian.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize
+from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, Text
 from quantpage.formats.per_layer import split_choices
 
 
@@ -22,10 +22,7 @@ def command(
             "all dynamic ones."
         ),
     ] = "",
-    text: Annotated[
-        Path | None,
-        typer.Option(help="English text to read; default: Austen's novels, from Debian."),
-    ] = None,
+    text: Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
     scored: Annotated[int, typer.Option(min=1, help="Predictions compared in each.")] = 1472,
     answers: Annotated[int, typer.Option(min=1, help="Answers of the model itself.")] = 4,

@@ -1,14 +1,13 @@
 """Pages to dense rows: export, foreign attention, prefill workspaces."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
 from quantpage.formats import KVFormat
 from quantpage.hardware import device_info
 from quantpage.ops import refusals
 from quantpage.ops.dispatch import Call, Implementation, find
+from quantpage.ops.rows import Cached, PageTable
 
 __all__ = ["CANDIDATES", "gather"]
 
@@ -23,11 +22,11 @@ CANDIDATES: list[Implementation] = [
 
 def gather(
     pages: QuantizedPages,
-    page_table: Int[Tensor, " max_pages"],
+    page_table: PageTable,
     context_len: int,
     dtype: torch.dtype,
     implementation: Implementation | str | None = None,
-) -> Float[Tensor, "context kv_heads head_dim"]:
+) -> Cached:
     """The first ``context_len`` keys or values of one request, dequantized.
 
     pages: one half of a layer. Rows are in the basis of the cache. implementation: as in

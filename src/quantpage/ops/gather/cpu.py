@@ -1,24 +1,23 @@
 """Pages to dense rows in the compiled core; what it rounds, it rounds once, from float32."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
 from quantpage.cpu_core import core
 from quantpage.cpu_core.interface import GATHER
 from quantpage.cpu_core.records import CODES, float32_statics, pages_fields
 from quantpage.ops.checks import gathers
+from quantpage.ops.rows import Cached, PageTable
 
 
 @gathers("cpu")
 def gather_request(
     pages: QuantizedPages,
-    page_table: Int[Tensor, " max_pages"],
+    page_table: PageTable,
     context_len: int,
     dtype: torch.dtype,
     isa: int | None = None,
-) -> Float[Tensor, "context kv_heads head_dim"]:
+) -> Cached:
     """One request's cached rows, dequantized, in the basis of the cache."""
     library = core()
     pages = float32_statics(pages)

@@ -1,21 +1,19 @@
 """Pages to dense rows: the true statement."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from quantpage.cache.views import QuantizedPages
 from quantpage.formats import dequantize
 from quantpage.ops.checks import gathers
+from quantpage.ops.rows import Cached, PageTable
 
 
 @gathers(None)
 def gather_request(
-    pages: QuantizedPages,
-    page_table: Int[Tensor, " max_pages"],
-    context_len: int,
-    dtype: torch.dtype,
-) -> Float[Tensor, "context kv_heads head_dim"]:
+    pages: QuantizedPages, page_table: PageTable, context_len: int, dtype: torch.dtype
+) -> Cached:
     """One request's cached rows, dequantized, in the basis of the cache."""
     used = page_table[: -(-context_len // pages.page_size)].long()
     codes = take_pages(pages.codes, used)

@@ -15,6 +15,7 @@ from quantpage.hardware import E4M3, device_info
 from quantpage.ops.checks import gathers
 from quantpage.ops.gather.triton_kernel import gather_kernel
 from quantpage.ops.operand import NO_SCALES, STATIC, Operand, halves, read
+from quantpage.ops.rows import Cached, PageTable
 
 
 def tile_of(width: int) -> int:
@@ -133,11 +134,8 @@ def _launch(
 
 @gathers("cuda")
 def gather_request(
-    pages: QuantizedPages,
-    page_table: Int[Tensor, " max_pages"],
-    context_len: int,
-    dtype: torch.dtype,
-) -> Float[Tensor, "context kv_heads head_dim"]:
+    pages: QuantizedPages, page_table: PageTable, context_len: int, dtype: torch.dtype
+) -> Cached:
     """One request's cached rows, dequantized, in the basis of the cache."""
     out = torch.empty(
         context_len, pages.kv_heads, pages.head_dim, dtype=dtype, device=pages.codes.device

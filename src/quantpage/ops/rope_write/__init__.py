@@ -19,14 +19,9 @@ CANDIDATES: list[Implementation] = [
 
 
 def rope_write(
-    q: Queries | None,
-    k: Keys,
-    v: Values,
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: WriteParams,
+    q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan, params: WriteParams,
     implementation: Implementation | str | None = None,
-) -> Written:
+) -> Written:  # fmt: skip
     """Write a step's keys and values into their pages; the query in the basis of the cache.
 
     q: None where only the cache is wanted. Rows whose slot is -1 are skipped. implementation: as

@@ -22,14 +22,9 @@ from quantpage.ops.rows import Keys, Queries, Values
 
 @writes(Needs(refusals.CPU, kind="cpu"))
 def rope_write(
-    q: Queries | None,
-    k: Keys,
-    v: Values,
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: WriteParams,
+    q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan, params: WriteParams,
     isa: int | None = None,
-) -> Written:
+) -> Written:  # fmt: skip
     """Write one step's K and V into their pages; rows with slot -1 are skipped.
 
     isa: an index of cpu_core.ISAS that the machine runs; None: the widest. Raises

@@ -86,14 +86,9 @@ def can_multiply(specs: list[QuantSpec], x: Tensor, shape: Shape) -> bool:
 
 @writes(Needs(refusals.WRITE_TRITON, kind="cuda"))
 def rope_write(
-    q: Queries | None,
-    k: Keys,
-    v: Values,
-    layer: LayerKV,
-    batch: BatchPlan,
-    params: WriteParams,
+    q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan, params: WriteParams,
     shape: Shape | None = None,
-) -> Written:
+) -> Written:  # fmt: skip
     """As ops/rope_write/reference.rope_write, in one launch, and one more for keys that are rounded
     in turn; strides of tokens and heads are free.
 
