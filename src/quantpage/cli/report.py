@@ -32,7 +32,7 @@ def command(
     ] = "256,512,1024",
     advice: Annotated[
         bool,
-        typer.Option(help="Measure every layer alone, for a choice a layer; half of the time."),
+        typer.Option(help="Measure every layer alone, for a choice a layer; a third of the time."),
     ] = True,
     contexts: Annotated[int, typer.Option(min=1, help="Longest context timed.")] = 8192,
     page_size: PageSize = 64,
