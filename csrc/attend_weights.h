@@ -73,19 +73,24 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
   const bool raised = value.code == FP8 && value.scale && !value.dynamic;
   vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f);
-  for (int64_t i = 0; i < lanes; i += VW) {
-    vf e = vexp(loadf(x + i) - peak);
-    total += e;
-    if (weighed) {
-      // Select, do not multiply by zero: scales of keys that the row does not see may be NaN.
-      const vi none = e == splat(0.f);
-      if (zeroed) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
-      e = select(none, splat(0.f), e * loadf(s.value_scale + i));
+  const auto weigh = [&](bool weighed, bool zeroed, bool raised) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < lanes; i += VW) {
+      vf e = vexp(loadf(x + i) - peak);
+      total += e;
+      if (weighed) {
+        // Select, do not multiply by zero: scales of keys that the row does not see may be NaN.
+        const vi none = e == splat(0.f);
+        if (zeroed) zero_sum += select(none, splat(0.f), e * loadf(s.value_zero + i));
+        e = select(none, splat(0.f), e * loadf(s.value_scale + i));
+      }
+      if (raised) e = e * splat(code_unit(value));
+      most = vmax(most, e);
+      storef(x + i, e);
     }
-    if (raised) e = e * splat(code_unit(value));
-    most = vmax(most, e);
-    storef(x + i, e);
-  }
+  };
+  // Most formats have a scale a token and nothing else.
+  if (weighed && !zeroed && !raised) weigh(true, false, false);
+  else weigh(weighed, zeroed, raised);
   storef(s.total + row * VW, total);
   storef(s.zero_sum + row * VW, zero_sum);
   return s.value_words ? hmax(most) : 0;

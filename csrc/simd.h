@@ -98,28 +98,29 @@ static inline bool any(vi mask) {
 #endif
 }
 
-// exp for x <= 88; 0 below -87 (so for -inf), NaN for NaN. Cephes' polynomial, 2e-7 relative.
+// exp for x <= 88; 0 below -87 (so for -inf), NaN for NaN. 2^n times a polynomial of what is left of
+// x log2(e), 2e-7 relative (of x beyond 10: 2e-8 times x).
 static inline vf vexp(vf x) {
   const vi tiny = x < splat(-87.0f);
-  // The second of the two where one is NaN.
-  const vf least = vmax(splat(-87.0f), x);
-  const vf magic = splat(12582912.f);
-  vf r = least * splat(1.442695041f) + magic;
-  const vi n = (vi)r - (vi)magic;
-  r = r - magic;
-  vf f = least - r * splat(0.693359375f);
-  f = f - r * splat(-2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * f + splat(1.3981999507e-3f);
-  p = p * f + splat(8.3334519073e-3f);
-  p = p * f + splat(4.1665795894e-2f);
-  p = p * f + splat(1.6666665459e-1f);
-  p = p * f + splat(5.0000001201e-1f);
-  p = p * f * f + f + splat(1.f);
+  const vf log2e = splat(1.442695041f), magic = splat(12582912.f);
 #if VW == 16
-  (void)n;
-  return (vf)_mm512_maskz_scalef_ps((__mmask16)~_mm512_movepi32_mask((__m512i)tiny), (__m512)p, (__m512)r);
+  // What comes of -inf is masked.
+  const vf bounded = x;
 #else
+  // The second of the two where one is NaN.
+  const vf bounded = vmax(splat(-87.0f), x);
+#endif
+  const vf raised = bounded * log2e + magic, whole = raised - magic, f = bounded * log2e - whole;
+  vf p = splat(1.3276471e-3f);
+  p = p * f + splat(9.6755410e-3f);
+  p = p * f + splat(5.5507131e-2f);
+  p = p * f + splat(2.4022120e-1f);
+  p = p * f + splat(6.9314694e-1f);
+  p = p * f + splat(1.f);
+#if VW == 16
+  return (vf)_mm512_maskz_scalef_ps((__mmask16)~_mm512_movepi32_mask((__m512i)tiny), (__m512)p, (__m512)whole);
+#else
+  const vi n = (vi)raised - (vi)magic;
   // Bits of a NaN that are moved into its exponent would make a number of it.
   return select(tiny, splat(0.f), select(x != x, x, (vf)((vi)p + (n << 23))));
 #endif
