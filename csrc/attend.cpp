@@ -22,7 +22,7 @@ struct Interval {
 // Which of the keys that the mask shows come from a source (ops/attend/params.py).
 enum Part { ALL, BODY, EXACT };
 struct Source {
-  const Pages *key, *value;
+  const Pages *key, *value, *rotary;
   const int32_t* table;
   int64_t stride;
   Part part;
@@ -154,7 +154,13 @@ Run find_slot(const Source& from, int64_t id, int64_t head, int64_t slot) {
   const Pages &k = *from.key, &v = *from.value;
   const uint8_t* key = at(k.codes, k.page_stride, k.head_stride, k.row_stride);
   const uint8_t* value = at(v.codes, v.page_stride, v.head_stride, v.row_stride);
-  return {key, value, scale(k), zero(k), scale(v), zero(v), 0, 1};
+  Run run = {key, value, scale(k), zero(k), scale(v), zero(v), nullptr, nullptr, nullptr, 0, 1};
+  if (const Pages* r = from.rotary) {
+    run.rotary = at(r->codes, r->page_stride, r->head_stride, r->row_stride);
+    run.rotary_scale = scale(*r);
+    run.rotary_zero = zero(*r);
+  }
+  return run;
 }
 // The same, `rows` later in the page.
 void advance(Run& run, const Source& from, int64_t rows) {
@@ -166,6 +172,10 @@ void advance(Run& run, const Source& from, int64_t rows) {
   step(run.k_zero, k.zero_row);
   step(run.v_scale, v.scale_row);
   step(run.v_zero, v.zero_row);
+  if (!from.rotary) return;
+  step(run.rotary, from.rotary->row_stride);
+  step(run.rotary_scale, from.rotary->scale_row);
+  step(run.rotary_zero, from.rotary->zero_row);
 }
 
 // Runs over the union of what the rows see, and who sees what where they differ.
@@ -202,13 +212,16 @@ struct Plan {
   int64_t group, dim;
 
   Plan(const Attend& call, const Kernels& with)
-      : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(call.layer.value.head_dim) {
+      : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(values_of(call).head_dim) {
     const Layer& l = a.layer;
     const bool near = l.exact_key.codes != nullptr;
-    sources.push_back({&l.key, &l.value, a.step.page_table, a.step.table_stride, near ? BODY : ALL});
-    if (near) sources.push_back({&l.exact_key, &l.exact_value, a.step.exact_table, a.step.exact_stride, EXACT});
+    add_source(l.key, l.value, a.step.page_table, a.step.table_stride, near ? BODY : ALL);
+    if (near) add_source(l.exact_key, l.exact_value, a.step.exact_table, a.step.exact_stride, EXACT);
   }
 
+  void add_source(const Pages& key, const Pages& value, const int32_t* table, int64_t stride, Part part) {
+    sources.push_back({&key, a.latent ? &key : &value, a.latent ? &value : nullptr, table, stride, part});
+  }
   int64_t size(const Work& w) const { return w.tokens * group * (dim + 2); }
 
   void cut() {
@@ -253,8 +266,8 @@ struct Plan {
 
   void attend(const Source& from, const Work& w, const Partial& out) const {
     Memory& m = memory;
-    const Item item = {&a, from.key, from.value, w.head, w.first, w.tokens, m.runs.data(), (int64_t)m.runs.size(),
-                       m.bits.data()};
+    const Item item = {&a, from.key, from.value, from.rotary, w.head, w.first, w.tokens, m.runs.data(),
+                       (int64_t)m.runs.size(), m.bits.data()};
     const int64_t wanted = kernels.attend(&item, &out, m.scratch.take(0), m.scratch.size);
     if (wanted) kernels.attend(&item, &out, m.scratch.take(wanted), wanted);
   }

@@ -28,7 +28,7 @@ static void join(int64_t rows, int64_t dim, const Partial* into, const Partial* 
 
 static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_row, const Partial* parts,
                        int64_t count) {
-  const int64_t dim = a.layer.value.head_dim;
+  const int64_t dim = values_of(a).head_dim;
   alignas(64) float acc[512];
   float peak = a.sinks ? a.sinks[head] : -__builtin_inff();
   for (int64_t i = 0; i < count; i++) peak = parts[i].peak[row] > peak ? parts[i].peak[row] : peak;
@@ -47,7 +47,7 @@ static void finish_row(const Attend& a, int64_t head, int64_t row, int64_t out_r
   // Nothing seen: acc is 0 and stays so.
   const vf times = splat(total == 0 ? 0.f : 1.f / total);
   for (int64_t c = 0; c < dim; c += VW) storef(acc + c, loadf(acc + c) * times);
-  if (a.model_basis && a.layer.value.rotated) rotate_row(acc, dim);
+  if (a.model_basis && values_of(a).rotated) rotate_row(acc, dim);
   write_numbers(acc, dim, a.out + out_row * dim * (a.out_type == F32 ? 4 : 2), a.out_type);
 }
 

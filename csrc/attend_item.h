@@ -44,6 +44,17 @@ template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run
   else keys_of_run<CODE, 0>(s, run, next, stride);
 }
 
+// Few channels beside the rows': as floats, whatever their format.
+static void score_rotary(const Item& item, const Scratch& s, const Run& run, int64_t lane) {
+  const Pages& rotary = *item.rotary;
+  for (int64_t j = 0; j < RUN; j++) {
+    const int64_t row = j < run.count ? j : run.count - 1;
+    dequantize_row(rotary, item.kv_head, run.rotary + row * rotary.row_stride, run.rotary_scale + row * rotary.scale_row,
+                   run.rotary_zero + row * rotary.zero_row, s.rotary_keys + j * s.rotary_dim);
+  }
+  float_scores(s.rotary_keys, s.rotary_dim, s.rotary_query, s.rows, s.rotary_scores + lane);
+}
+
 // `next`: keys to fetch meanwhile, where there are.
 static void score_run(const Item& item, const Scratch& s, const Run& run, const Run* next, int64_t lane) {
   const Pages &key = *item.key, &value = *item.value;
@@ -77,6 +88,7 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
     for (int64_t b = 0; b < run.count * value.row_stride; b += 64) __builtin_prefetch(run.v + b, 0, 2);
     float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
   }
+  if (item.rotary) score_rotary(item, s, run, lane);
   if (key.scale && key.dynamic && !grouped(key)) {
     load_plane(key, run.k_scale, key.scale_row, run.count, code_unit(key), s.key_scale + lane);
     if (key.zero) load_plane(key, run.k_zero, key.zero_row, run.count, 1.f, s.key_zero + lane);
@@ -263,7 +275,7 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
 static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory, int64_t size) {
   const Pages &key = *item->key, &value = *item->value;
   const int64_t group = item->call->q_heads / item->call->kv_heads;
-  const Scratch s = plan_scratch(key, value, item->tokens, item->tokens * group, memory);
+  const Scratch s = plan_scratch(*item, item->tokens * group, memory);
   if (s.bytes > size) return s.bytes;
   fetch_first(item->runs, item->num_runs, key.row_stride);
   prepare_rows(*item, s);

@@ -12,7 +12,7 @@ enum Content : uint8_t { UNKNOWN, EMPTY, FAINT, LOUD };
 
 // Where things lie in the scratch memory of a thread; every part starts on a cache line.
 struct Scratch {
-  int64_t rows, padded, key_dim, value_dim, width;
+  int64_t rows, padded, key_dim, value_dim, rotary_dim, width;
   // Bytes of a run's values over the products of one run's keys.
   int64_t value_step;
   bool key_words, value_words, halves;
@@ -26,6 +26,8 @@ struct Scratch {
   float *acc, *peak, *unit, *top;
   // Static values by channel: scale and zero over the largest scale; null where one scale is all.
   float *channel_scale, *channel_zero;
+  // Of latent rows: queries, a run's keys and the scores of the rotary channels.
+  float *rotary_query, *rotary_keys, *rotary_scores;
   // Codes in planes, spread: a run's keys', and a tile's values'.
   uint8_t *key_bytes, *value_bytes;
   // What is known of the codes of the tile's value rows.
@@ -46,7 +48,8 @@ static bool grouped(const Pages& p) {
 // Whether channels of values differ in what a code stands for.
 static bool by_channel(const Pages& p) { return p.scale && !p.dynamic && (p.groups > 1 || p.zero); }
 
-static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens, int64_t rows, uint8_t* base) {
+static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
+  const Pages &key = *item.key, &value = *item.value;
   Scratch s;
   int64_t at = 0;
   auto take = [&](auto*& to, int64_t count) {
@@ -57,6 +60,7 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   s.padded = (rows + 3) / 4 * 4;
   s.key_dim = key.head_dim;
   s.value_dim = value.head_dim;
+  s.rotary_dim = item.rotary ? item.rotary->head_dim : 0;
   s.value_step = STEP * 8 * value.row_stride / s.key_dim;
   s.key_words = integer_path(key);
   s.value_words = integer_path(value);
@@ -74,10 +78,13 @@ static Scratch plan_scratch(const Pages& key, const Pages& value, int64_t tokens
   for (float** each : {&s.key_scale, &s.key_zero, &s.value_scale, &s.value_zero}) take(*each, TILE);
   take(s.weights, s.padded * TILE / 2);
   take(s.value_pairs, s.value_words && rows > 4 ? TILE / 2 * s.width : 0);
-  take(s.value_floats, !s.value_words && (rows > 4 || tokens > 1 || grouped(value)) ? TILE * s.value_dim : 0);
+  take(s.value_floats, !s.value_words && (rows > 4 || item.tokens > 1 || grouped(value)) ? TILE * s.value_dim : 0);
   const bool channels = s.value_words && by_channel(value);
   for (float** each : {&s.channel_scale, &s.channel_zero}) take(*each, channels ? s.value_dim : 0);
   if (!channels) s.channel_scale = s.channel_zero = nullptr;
+  take(s.rotary_query, s.padded * s.rotary_dim);
+  take(s.rotary_keys, RUN * s.rotary_dim);
+  take(s.rotary_scores, s.rotary_dim ? s.padded * TILE : 0);
   take(s.key_bytes, s.key_words && planed(key.code) ? RUN * s.key_dim : 0);
   take(s.value_bytes, s.value_words && planed(value.code) ? TILE * s.value_dim : 0);
   take(s.content, TILE);
@@ -172,11 +179,16 @@ static void prepare_rows(const Item& item, const Scratch& s) {
     if (r >= s.rows) continue;
     const int64_t head = item.kv_head * group + r % group;
     float* q = s.query32 + r * dim;
-    load_query(a.q + ((item.first + r / group) * a.q_token + head * a.q_head) * item_size, a.q_type, dim,
-               (float)a.softmax_scale, q);
+    const uint8_t* from = a.q + ((item.first + r / group) * a.q_token + head * a.q_head) * item_size;
+    load_query(from, a.q_type, dim, (float)a.softmax_scale, q);
     if (key.zero && key.dynamic) s.query_sum[r] = hsum(sum_over(q, dim, 1.f));
     if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
-    const bool finite = s.key_words ? round_query(s, r, key.code) : hsum(sum_over(q, dim, 0.f)) == 0;
+    bool finite = s.key_words ? round_query(s, r, key.code) : hsum(sum_over(q, dim, 0.f)) == 0;
+    if (item.rotary) {
+      float* rotary = s.rotary_query + r * s.rotary_dim;
+      load_query(from + dim * item_size, a.q_type, s.rotary_dim, (float)a.softmax_scale, rotary);
+      finite &= hsum(sum_over(rotary, s.rotary_dim, 0.f)) == 0;
+    }
     // Each score of a query that is not finite is to be NaN.
     if (!finite) s.constant[r] = __builtin_nanf("");
   }

@@ -31,6 +31,7 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
       if (moved) v = v + lift;
       if (scaled) v = v * loadf(s.key_scale + i);
       if (zeroed) v = v + loadf(s.key_zero + i) * sum;
+      if (item.rotary) v = v + loadf(s.rotary_scores + row * TILE + i);
       if (moved) v = v + constant;
       if (a.softcap > 0) v = vtanh(v * per_cap) * cap;
       if (bits != 0xffff) v = select(lanes_seen(bits, j), v, splat(-__builtin_inff()));

@@ -11,6 +11,8 @@ constexpr int TILE = RUN * RUNS;
 struct Run {
   const uint8_t *k, *v;
   const uint8_t *k_scale, *k_zero, *v_scale, *v_zero;
+  // Of latent rows.
+  const uint8_t *rotary, *rotary_scale, *rotary_zero;
   int32_t count;
   // 0: some query does not see some key of it, ask `seen`.
   int32_t all;
@@ -18,8 +20,8 @@ struct Run {
 
 struct Item {
   const Attend* call;
-  // Of the codes, or exact ones.
-  const Pages *key, *value;
+  // Of the codes, or exact ones. rotary: channels of latent rows' keys after those of `key`, or null.
+  const Pages *key, *value, *rotary;
   int64_t kv_head;
   // First query row and the number of tokens; rows are (token, head of the group), token major.
   int64_t first, tokens;
@@ -28,6 +30,9 @@ struct Item {
   // [run][token], a bit a key.
   const uint16_t* seen;
 };
+
+// What is summed up.
+static inline const Pages& values_of(const Attend& a) { return a.latent ? a.layer.key : a.layer.value; }
 
 // Results of an item: [rows], [rows], [rows, value_dim], numerator not divided.
 struct Partial {

@@ -81,9 +81,7 @@ class Layer:
             case.kv_heads, case.head_dim, case.value_dim, case.page_size, latent=case.latent,
             in_turn=case.in_turn,
         )  # fmt: skip
-        # The core writes latent rows and may leave attention to others: as dispatch chooses.
-        chosen = None if case.latent and case.kind == "cpu" else NAMES[case.kind]
-        run = build_attention(find_backend(backend), mask, call, chosen)
+        run = build_attention(find_backend(backend), mask, call, NAMES[case.kind])
         return cls(case, name, _given(case, name, rng), run)
 
     @property

@@ -74,7 +74,7 @@ def allowed(
     """
     want, want_lse = plain_attention(torch.float64, q, layer, batch, params)
     plain, plain_lse = plain_attention(low, q, layer, batch, params)
-    if model_basis and layer.value.spec.rotation == "hadamard":
+    if model_basis and layer.out_rotated:
         want, plain = rotate(want), rotate(plain)
     seen = ~want_lse.isneginf()
     error = 2 * (plain - want).abs().amax((0, -1))

@@ -35,6 +35,8 @@ class Case:
     head_dim: int = 128
     page_size: int = PAGE
     peers: bool = False
+    rotary: int = 0
+    """Channels of keys after those of latent rows, which are values as well; 0: other keys."""
     title: str = ""
     """Its name, where requests and context do not say it."""
 

@@ -25,7 +25,7 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.cpu_core import ISAS, core
 from quantpage.formats import QuantSpec, find_format
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.ops.attend import AttendParams, cpu
+from quantpage.ops.attend import AttendParams, attend, cpu
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -40,6 +40,18 @@ CASES = [
     *(replace(_SMOLLM2, context=n, title=f"SmolLM2 {n}") for n in (512, 2048, 8192)),
     *(Case(1, n, new=n, title=f"prompt {n}") for n in (1024, 2048)),
     *(replace(_SMOLLM2, context=n, new=n, title=f"SmolLM2 prompt {n}") for n in (1024, 4096)),
+    *(
+        Case(
+            1,
+            n,
+            q_heads=heads,
+            kv_heads=1,
+            head_dim=512,
+            rotary=64,
+            title=f"latent {n}, {heads} heads",
+        )
+        for heads, n in ((16, 4096), (16, 16384), (128, 4096))
+    ),
 ]
 
 
@@ -58,9 +70,11 @@ def cached_pages(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
 def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
     """A layer and the step over it, pages in random order, exact ones where the format has some."""
     form, pages = find_format(name), -(-case.context // case.page_size)
+    beside = replace(case, head_dim=case.rotary) if case.rotary else case
     order = torch.randperm(case.requests * pages).view(case.requests, pages).tolist()
     key, value = (
-        cached_pages(spec, case.requests * pages, case) for spec in (form.key, form.value)
+        cached_pages(spec, case.requests * pages, each)
+        for spec, each in ((form.key, case), (form.value, beside))
     )
     exact, exact_key, exact_value = None, None, None
     if form.exact_pages is not None:
@@ -71,12 +85,12 @@ def random_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
         near = form.near or find_format("none")
         exact_key, exact_value = (
             pages if spec.quantized else pages.codes
-            for spec in (near.key, near.value)
-            for pages in [cached_pages(spec, case.requests * count, case)]
+            for spec, each in ((near.key, case), (near.value, beside))
+            for pages in [cached_pages(spec, case.requests * count, each)]
         )
     lens = [case.new] * case.requests, [case.context] * case.requests
     batch = plan_batch(*lens, order, case.page_size, exact_tables=exact)
-    return LayerKV(key, value, exact_key, exact_value), batch
+    return LayerKV(key, value, exact_key, exact_value, latent=case.rotary > 0), batch
 
 
 def _exact_table(pages: int, first: int, number: int) -> list[int]:
@@ -92,11 +106,10 @@ def _exact_table(pages: int, first: int, number: int) -> list[int]:
 def gate(name: str, case: Case) -> None:
     """ValueError unless the core is right on a short version of the case."""
     context = min(case.context, 300)
-    small = Case(
-        2, context, new=min(case.new, context), head_dim=case.head_dim, page_size=case.page_size
-    )
+    new = min(case.new, context)
+    small = replace(case, requests=2, context=context, new=new)
     layer, batch = random_layer(name, small)
-    q = torch.randn(2 * small.new, small.q_heads, small.head_dim) / 8
+    q = torch.randn(2 * small.new, small.q_heads, layer.facts.query_dim) / 8
     params = AttendParams(small.head_dim**-0.5)
     wanted = allowed(q, layer, batch, params)
     for isa in range(core().isa + 1):
@@ -109,13 +122,20 @@ def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], 
     decode = case.new == 1
     codes = case.requests * case.context * case.kv_heads * case.head_dim * 2
     layers = max(1, min(16, ROTATED_BYTES // codes)) if decode else 1
-    q = torch.randn(case.requests * case.new, case.q_heads, case.head_dim, dtype=torch.bfloat16)
+    width = case.head_dim + case.rotary
+    q = torch.randn(case.requests * case.new, case.q_heads, width, dtype=torch.bfloat16)
     params = AttendParams(case.head_dim**-0.5)
     found: dict[str, Callable[[int], object]] = {}
-    dense = (case.requests, case.kv_heads, case.context, case.head_dim)
-    kv = [as_cached(torch.randn(2, *dense, dtype=torch.bfloat16)) for _ in range(layers)]
+    dense = case.requests, case.kv_heads, case.context
+    kv = [
+        tuple(
+            as_cached(torch.randn(*dense, channels, dtype=torch.bfloat16))
+            for channels in (width, case.head_dim)
+        )
+        for _ in range(layers)
+    ]
     if decode:
-        grouped = q.view(case.requests, case.kv_heads, -1, case.head_dim)
+        grouped = q.view(case.requests, case.kv_heads, -1, width)
         found["sdpa bf16"] = lambda i: sdpa(grouped, kv[i % layers][0], kv[i % layers][1])
     else:
         rows = q.transpose(0, 1)[None].contiguous()
@@ -127,7 +147,9 @@ def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], 
         made = [random_layer(name, case) for _ in range(layers)]
         run = reader_of(made, q, params)
         found[f"{name} {ISAS[library.isa]}"] = run
-        if name == "int8":
+        if case.rotary:
+            found[f"{name} torch"] = partial(plain_torch, made, q, params)
+        elif name == "int8":
             for isa in range(library.isa):
                 found[f"{name} {ISAS[isa]}"] = partial(run, isa=isa)
         if decode and name in ("int8", "int4"):
@@ -146,6 +168,14 @@ def reader_of(
         return cpu.attend(q, layer, batch, params, isa=isa)
 
     return run
+
+
+def plain_torch(
+    made: list[tuple[LayerKV, BatchPlan]], q: torch.Tensor, params: AttendParams, sample: int
+) -> object:
+    """What answers where there is no core."""
+    layer, batch = made[sample % len(made)]
+    return attend(q, layer, batch, params, "torch")
 
 
 def bytes_alone(count: int, layers: int) -> Callable[[int], object]:

@@ -205,6 +205,7 @@ def _attend_end(block: Block, q: Tensor, out: Tensor) -> bytes:
         tokens=q.shape[0],
         q_heads=block.q_heads,
         kv_heads=block.kv_heads,
+        latent=0,
         mask=number("CAUSAL"),
         window=block.window or 0,
         sink_tokens=0,

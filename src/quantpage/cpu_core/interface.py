@@ -157,6 +157,9 @@ ATTEND = Record(
   const int32_t* high;
   int64_t per_head;
   int64_t tokens, q_heads, kv_heads;
+  // Keys are values as well, and value pages hold the channels that follow in a key: queries have
+  // those of both, outputs those of the key pages.
+  int64_t latent;
   int64_t mask, window, sink_tokens;
   // Outputs in the model's basis where values are cached rotated.
   int64_t model_basis;

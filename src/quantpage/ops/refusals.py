@@ -351,8 +351,7 @@ _CORE = (
     short_scales,
 )
 CPU = refuse(*_CORE, first=(device("cpu"), core))
-"""The compiled core, in every op but attention."""
-ATTEND_CPU = refuse(*_CORE, own_values, first=(device("cpu"), core))
+"""The compiled core, in every op."""
 DECODE_TRITON = refuse(*_DECODE)
 DECODE_GLUON = refuse(
     *_DECODE,

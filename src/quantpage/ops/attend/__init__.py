@@ -94,9 +94,7 @@ CANDIDATES: list[Implementation] = [
         into=True,
         reserve=_RESERVE_LATENT,
     ),
-    Implementation(
-        "cpu", "quantpage.ops.attend.cpu:attend", refusals.ATTEND_CPU, whole=True, into=True
-    ),
+    Implementation("cpu", "quantpage.ops.attend.cpu:attend", refusals.CPU, whole=True, into=True),
     Implementation("torch", "quantpage.ops.attend.torch_blockwise:attend", refusals.NOTHING),
 ]
 """In order of preference."""

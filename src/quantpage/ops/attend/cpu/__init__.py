@@ -2,7 +2,8 @@
 
 The core (csrc/attend*) reads the codes where they lie. Rows that share keys (the group, and up
 to 64 rows of a prompt) are served together, so that a key is converted once; integer codes are
-multiplied as 16-bit words; what a row may not see is not read.
+multiplied as 16-bit words; what a row may not see is not read. Latent rows are read as keys and as
+values, their rotary channels as floats.
 """
 
 import torch
@@ -21,7 +22,7 @@ from quantpage.ops.attend.params import AttendParams
 from quantpage.ops.checks import Needs, attends
 
 
-@attends(Needs(refusals.ATTEND_CPU, kind="cpu", host_lengths=True))
+@attends(Needs(refusals.CPU, kind="cpu", host_lengths=True))
 def attend(
     q: Float[Tensor, "tokens q_heads head_dim"],
     layer: LayerKV,
@@ -45,7 +46,7 @@ def attend(
     by_token, by_head, _ = q.stride()
     dtype = CODES[q.dtype]
     if out is None or not out.is_contiguous():
-        out = q.new_empty(tokens, q_heads, layer.value.head_dim)
+        out = q.new_empty(tokens, q_heads, layer.facts.out_dim)
     lse = torch.empty(tokens, q_heads) if lse_wanted else None
     mask, sinks = params.mask, params.sinks
     kind, window, sink_tokens, intervals = "CAUSAL", 0, 0, (0, 0, 0)
@@ -75,6 +76,7 @@ def attend(
         tokens=tokens,
         q_heads=q_heads,
         kv_heads=layer.kv_heads,
+        latent=layer.latent,
         mask=number(kind),
         window=window,
         sink_tokens=sink_tokens,
