@@ -22,7 +22,7 @@ import pytest
 
 names = (
     "cpu_attend", "cpu_intervals", "cpu_rope_write", "cpu_products",
-    "unlike_values", "hidden_numbers", "far_pages",
+    "unlike_values", "hidden_numbers", "far_pages", "latent_rows",
 )
 tests = [f"tests/ops/test_{name}.py" for name in names]
 quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
