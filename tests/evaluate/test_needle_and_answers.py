@@ -6,7 +6,7 @@ import torch
 from quantpage.evaluate.answers import draw_answer, noise, same_tokens
 from quantpage.evaluate.caches import find_candidates, unquantized
 from quantpage.evaluate.needle import judge, make_needles
-from quantpage.evaluate.score import Scores, Window, log_probabilities, overlap
+from quantpage.evaluate.score import Scores, Window, apart, log_probabilities
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -89,7 +89,7 @@ def test_a_forced_answer_tells_where_a_run_of_its_own_would_part():
 
 def test_overlap_is_the_probability_that_stays():
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.5, 0.25]])
-    found = overlap(p.log(), q.log())
+    _, found = apart(p.log(), q.log())
     assert float(found) == pytest.approx(0.75)
     scores, window = Scores(), Window(torch.tensor([[1, 0, 1]]), 1)
     pair = p.clamp_min(1e-9).log().expand(2, 3), q.log().expand(2, 3)
@@ -99,4 +99,4 @@ def test_overlap_is_the_probability_that_stays():
     # Slices change nothing.
     wide = torch.randn(300, 50).log_softmax(-1), torch.randn(300, 50).log_softmax(-1)
     moved = (wide[0].double().exp() - wide[1].double().exp()).abs().sum(-1) / 2
-    torch.testing.assert_close(overlap(*wide), 1 - moved)
+    torch.testing.assert_close(apart(*wide)[1], 1 - moved)

@@ -98,9 +98,10 @@ class Scores:
         """Take one window's log-probabilities: of the unquantized cache, and of this one."""
         targets = window.tokens[0, window.prompt :].to(other.device)
         self.losses.append(-other.gather(1, targets[:, None])[:, 0].double().cpu())
-        self.divergences.append(divergence(exact, other).double().cpu())
+        diverged, kept = apart(exact, other)
+        self.divergences.append(diverged.cpu())
         self.agreements.append((exact.argmax(-1) == other.argmax(-1)).cpu())
-        self.overlaps.append(overlap(exact, other).cpu())
+        self.overlaps.append(kept.cpu())
 
     @property
     def tokens(self) -> int:
@@ -142,25 +143,29 @@ def divergence(
     exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, " tokens"]:
     """KL(exact || other) of log-probabilities, in nats; >= 0 up to rounding."""
-
-    # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
-    def of(p: Tensor, q: Tensor) -> Tensor:
-        likely = p.exp()
-        return (likely * (p - q) - likely + q.exp()).sum(-1)
-
-    return _in_slices(of, exact, other)
+    return _in_slices(lambda p, q: _divergence(p, q, p.exp(), q.exp()), exact, other)
 
 
-def overlap(
+def apart(
     exact: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
-) -> Float[Tensor, " tokens"]:
-    """Sum of the smaller of two probabilities: 1 - total variation distance, at most 1."""
-    return 1 - _in_slices(lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2, exact, other)
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """``divergence``, and how much probability stays: 1 - total variation distance, at most 1."""
+
+    def of(p: Tensor, q: Tensor) -> Tensor:
+        likely, unlikely = p.exp(), q.exp()
+        moved = (likely - unlikely).abs().sum(-1) / 2
+        return torch.stack([_divergence(p, q, likely, unlikely), 1 - moved], -1)
+
+    diverged, kept = _in_slices(of, exact, other).unbind(-1)
+    return diverged, kept
 
 
-def _in_slices(
-    of: Callable[[Tensor, Tensor], Tensor], exact: Tensor, other: Tensor
-) -> Float[Tensor, " tokens"]:
+def _divergence(p: Tensor, q: Tensor, likely: Tensor, unlikely: Tensor) -> Tensor:
+    # Term by term, p log(p / q) - p + q >= 0: rounding of float32 sums would drown 1e-7 otherwise.
+    return (likely * (p - q) - likely + unlikely).sum(-1)
+
+
+def _in_slices(of: Callable[[Tensor, Tensor], Tensor], exact: Tensor, other: Tensor) -> Tensor:
     """In float64, few tokens at a time: all of them would take gigabytes."""
     pairs = zip(exact.split(_SLICE), other.split(_SLICE), strict=True)
     return torch.cat([of(p.double(), q.double()) for p, q in pairs])
