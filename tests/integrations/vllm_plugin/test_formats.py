@@ -82,7 +82,11 @@ def test_additional_config_chooses_where_vllm_has_no_name():
             {"quantpage": "k8v4"},
             "expected --kv-cache-dtype int8_per_token_head or .*got fp8",
         ),
-        ("int8_per_token_head", {"quantpage": "int9"}, "kv_format: expected one of .*'int9'"),
+        (
+            "int8_per_token_head",
+            {"quantpage": "int9"},
+            "--additional-config quantpage: expected one of int8, .*int3_near8; got 'int9'",
+        ),
         ("int8_per_token_head", {"quantpage": "none"}, "expected one of int8, .*got 'none'"),
         ("int8_per_token_head", {"quantpage": "int8_static"}, "got 'int8_static'"),
     ],

@@ -4,6 +4,7 @@ Imports no vLLM.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,10 +72,13 @@ def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVForma
             f"--additional-config quantpage: expected --kv-cache-dtype {' or '.join(_CHOOSABLE)} "
             f"beside it, got {name}"
         )
-    form = find_format(str(wanted))
-    if not _served(form):
-        known = ", ".join(each.removeprefix("quantpage_") for each in OWN_NAMES)
-        raise FormatError(f"--additional-config quantpage: expected one of {known}; got {wanted!r}")
+    form, served = None, [each.removeprefix("quantpage_") for each in OWN_NAMES]
+    with suppress(FormatError):
+        form = find_format(str(wanted))
+    if form is None or not _served(form):
+        raise FormatError(
+            f"--additional-config quantpage: expected one of {', '.join(served)}; got {wanted!r}"
+        )
     return form
 
 

@@ -1,8 +1,8 @@
 """Exact pages that a long chunk's step reads and nobody reads later, for one layer at a time.
 
 vLLM's pool holds of such a chunk only what later steps read (``exact``); entries of its tables that
-hold nothing name the null page, 0. So a layer runs the step in pages of its own, which torch's
-allocator hands to the next layer again (as ``cache/working`` does where the host knows the tables):
+hold nothing name the null page, 0. So a layer runs the step in pages of its own, in which the next
+layer runs it then (as ``cache/working`` does where the host knows the tables):
 
     1. the page in which the chunk begins is brought, if tokens of before stand in it
     2. the step is written; its pages are copied to the pool, those that have no place there onto
@@ -14,16 +14,20 @@ Working pages of all requests lie in this order: those that are written, request
 page before of each; the first page of each.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan, ExactPlan, derive
-from quantpage.cache import CacheLayout, LayerKV
+from quantpage.cache import CacheLayout, LayerKV, QuantizedPages
 from quantpage.cache.cells import exact_cell_bytes, exact_of_cells
 from quantpage.hardware import upload
+
+_Pages = Tensor | QuantizedPages
+_Planes = tuple[Tensor, _Pages, _Pages]
+"""Working pages as cells, and their exact_key and exact_value."""
 
 
 def most_pages(tokens: int, requests: int, page_size: int) -> int:
@@ -42,17 +46,22 @@ class WorkingPages:
     """Pool page of each working page that the step writes."""
     before: Tensor
     """Pool pages of the others."""
+    _made: dict[CacheLayout, _Planes] = field(init=False, default_factory=dict)
+    """Layers that are alike work in the same memory."""
 
     def open(self, pool: Tensor, view: LayerKV, layout: CacheLayout) -> tuple[Tensor, LayerKV]:
         """Working pages as cells, and ``view`` with them in the place of ``pool``'s.
 
         pool: as the ``exact`` of ``layer_of_cells``.
         """
-        cells = pool.new_empty(self.count, layout.kv_heads, exact_cell_bytes(layout))
+        made = self._made.get(layout)
+        if made is None:
+            cells = pool.new_empty(self.count, layout.kv_heads, exact_cell_bytes(layout))
+            made = self._made[layout] = cells, *exact_of_cells(cells, layout)
+        cells, key, value = made
         if self.begun is not None:
             brought, into = self.begun
             _words(cells)[into] = _words(pool)[brought]
-        key, value = exact_of_cells(cells, layout)
         return cells, replace(view, exact_key=key, exact_value=value)
 
     def keep(self, cells: Tensor, pool: Tensor) -> None:
