@@ -294,6 +294,14 @@ MUTATIONS = (
         "acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 3,",
         ("tests/ops/test_triton_decode.py::test_segments_join_to_the_whole",),
     ),
+    # Long chunks inside vLLM.
+    Mutation(
+        "a long chunk's working pages have another page in the place of the one before",
+        "src/quantpage/integrations/vllm_plugin/working.py",
+        "(first - 1).clamp(min=0)",
+        "first.clamp(min=0)",
+        ("tests/integrations/vllm_plugin/test_parts.py",),
+    ),
     # Offsets past 2^31.
     Mutation(
         "offsets of heads in 32 bits, prefill",
