@@ -13,7 +13,7 @@ from quantpage.cache.saved import read_pages, write_pages
 from quantpage.cache.tensor_file import Damaged
 from quantpage.engine.prefix_file import collect, restore
 from quantpage.engine.request import Piece, Request, TokenChoice
-from quantpage.engine.sampling import Sampler
+from quantpage.engine.sampling import Sampler, likeliest
 from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
 from quantpage.engine.step import StepRunner
 from quantpage.engine.text import TextStream
@@ -281,15 +281,15 @@ class Engine:
 
     def _answer(self, chunks: list[Chunk], logits: Any) -> None:
         ready = [at for at, chunk in enumerate(chunks) if _complete(chunk.answer)]
-        plain = logits[ready].argmax(-1).tolist() if ready else []
-        for at, likeliest in zip(ready, plain, strict=True):
+        plain = likeliest(logits[ready]) if ready else []
+        for at, token in zip(ready, plain, strict=True):
             answer = chunks[at].answer
             beside = self._scheduler.fork(answer) if answer.siblings else []
             for each in [answer, *beside]:
                 if each.sampler is None:
                     self._begin(each)
                 if each.sampler.plain:
-                    choice = each.sampler.take(likeliest)
+                    choice = each.sampler.take(token)
                 else:
                     choice = each.sampler.choose(logits[at])
                 self._take(each, choice)

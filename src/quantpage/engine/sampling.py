@@ -4,6 +4,7 @@ An answer's draws depend on its seed and its logits alone, so that it does not m
 requests share its steps.
 """
 
+import math
 from collections import Counter
 from typing import Any, Protocol
 
@@ -11,6 +12,32 @@ import torch
 from torch import Tensor
 
 from quantpage.engine.request import Request, TokenChoice
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The token of the largest number of each row of [rows, vocabulary] logits."""
+    if logits.is_cpu:
+        # torch takes 160 us for a row of 49k numbers of 16 bits, numpy 5 for their float32.
+        found: list[int] = logits.float().numpy().argmax(-1).tolist()
+        return found
+    return logits.argmax(-1).tolist()
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> int:
+    """A token by [vocabulary] weights, of one number of the generator.
+
+    Raises RuntimeError where they are not finite or all zero.
+    """
+    # Where on the line of all weights a number falls. torch.multinomial draws one for every token,
+    # 750 us for 49k of them; this takes 35.
+    ends = weights.cumsum(0, dtype=torch.float64)
+    total = float(ends[-1])
+    if not 0 < total < math.inf:
+        raise RuntimeError(f"logits: expected finite numbers, got weights that sum to {total}")
+    place = total * float(torch.rand(1, dtype=torch.float64, generator=generator))
+    # The product may round up to the end, where no token is.
+    ahead = torch.tensor(min(place, math.nextafter(total, 0.0)), dtype=torch.float64)
+    return int(torch.searchsorted(ends, ahead, right=True))
 
 
 class Grammar(Protocol):
@@ -66,10 +93,9 @@ class Sampler:
         """The next token of [vocabulary] float32 logits."""
         scores = self._adjusted(logits.float().cpu()[None])
         if self._greedy:
-            token = int(scores.argmax())
+            token = likeliest(scores)[0]
         else:
-            weights = scores.softmax(-1)
-            token = int(torch.multinomial(weights[0], 1, generator=self._generator))
+            token = draw(scores[0].softmax(-1), self._generator)
         return self.take(token, logits)
 
     def take(self, token: int, logits: Tensor | None = None) -> TokenChoice:
@@ -97,7 +123,9 @@ class Sampler:
         if self._made and (self._presence or self._frequency):
             counts = torch.tensor(list(self._made.values()), dtype=torch.float32)
             scores[0, list(self._made)] -= self._presence + self._frequency * counts
-        return self._processors(torch.tensor([self._tokens]), scores)
+        return (
+            self._processors(torch.tensor([self._tokens]), scores) if self._processors else scores
+        )
 
 
 def _processors(sampling: Any) -> Any:

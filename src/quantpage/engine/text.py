@@ -9,8 +9,10 @@ if TYPE_CHECKING:
 _UNFINISHED = "\ufffd"
 """What tokenizers write for bytes that are no character yet."""
 _CONTEXT = 6
-"""Tokens before a new one that are decoded with it: some tokenizers write a space or not by what
-stands before."""
+"""Tokens before a new one that are decoded with it, at least: some tokenizers write a space or not
+by what stands before."""
+_MOST = 18
+"""Shown tokens that are decoded with a new one, at most; then all but _CONTEXT are left behind."""
 
 
 class TextStream:
@@ -19,7 +21,8 @@ class TextStream:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
-        self._from, self._shown = 0, 0
+        self._from, self._before = 0, ""
+        """The first token that is decoded, and the text from there on that was shown."""
         self._held = ""
         """Characters that may turn out to be the beginning of a stop text."""
         self.stopped = False
@@ -28,21 +31,20 @@ class TextStream:
     def push(self, token: int) -> str:
         """The characters that this token makes certain, perhaps none."""
         self._tokens.append(token)
-        before = self._decode(self._from, self._shown)
-        now = self._decode(self._from, len(self._tokens))
-        if now.endswith(_UNFINISHED) or len(now) <= len(before):
+        now, shown = self._decode(), len(self._before)
+        if now.endswith(_UNFINISHED) or len(now) <= shown:
             return ""
-        self._shown = len(self._tokens)
-        self._from = max(0, self._shown - _CONTEXT)
-        return self._release(now[len(before) :])
+        self._before = now
+        if len(self._tokens) - self._from >= _MOST:
+            self._from = len(self._tokens) - _CONTEXT
+            self._before = self._decode()
+        return self._release(now[shown:])
 
     def finish(self) -> str:
         """What was held back, at the end of an answer that no stop text ended."""
         if self.stopped:
             return ""
-        before = self._decode(self._from, self._shown)
-        rest = self._decode(self._from, len(self._tokens))[len(before) :]
-        return self._release(rest) + self._take_held()
+        return self._release(self._decode()[len(self._before) :]) + self._take_held()
 
     def _release(self, text: str) -> str:
         """``text`` and what was held, up to a stop text or what may become one."""
@@ -60,9 +62,11 @@ class TextStream:
         held, self._held = self._held, ""
         return held
 
-    def _decode(self, start: int, end: int) -> str:
+    def _decode(self) -> str:
         # One text for one row of tokens, whatever its type says.
-        return cast(str, self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
+        return cast(
+            str, self._tokenizer.decode(self._tokens[self._from :], skip_special_tokens=True)
+        )
 
 
 def _overlap(text: str, stop: str) -> int:
