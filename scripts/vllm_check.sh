@@ -67,11 +67,11 @@ case_ int4 int4_per_token_head --expect int4-16 --report --set block_size=128
 case_ int4 "${int4[@]}"
 case_ int4 "${int4[@]}" --set enable_prefix_caching=false
 case_ int4 "${int4[@]}" --set max_num_batched_tokens=64 max_num_seqs=8
-case_ int4 "${int4[@]}" --set max_num_batched_tokens=128 num_gpu_blocks_override=22
+case_ int4 "${int4[@]}" --set max_num_batched_tokens=128 num_gpu_blocks_override=25
 case_ int4 "${int4[@]}" --set "$drafts"
 VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int4 "${int4[@]}" --set tensor_parallel_size=2
 case_ k8v4 "${k8v4[@]}" --set block_size=128
-case_ k8v4 "${k8v4[@]}" --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=22
+case_ k8v4 "${k8v4[@]}" --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=25
 case_ int8_exact int8_per_token_head --quantpage int8_exact --expect int8_exact-32 --set block_size=128
 case_ planes int8_per_token_head --quantpage int6 --expect int6-64 --set block_size=64
 case_ planes int8_per_token_head --quantpage int3 --agree $work/int3.tokens --set block_size=160
