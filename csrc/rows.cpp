@@ -157,8 +157,8 @@ static void put_codes(int64_t code, const float* codes, int64_t dim, uint8_t* to
 }
 
 // Ranges that a row is tried with (formats/feedback).
-static const double FACTORS[] = {1.05, 1.0, 0.92, 0.85, 0.78};
-constexpr int64_t TRIES = 5;
+static const double OF_INT4[] = {0.96, 0.88}, OF_INT3[] = {0.88, 0.8}, WHOLE[] = {1.0};
+constexpr int64_t TRIES = 2;
 struct Try {
   alignas(64) float target[512];
   alignas(64) float codes[512];
@@ -199,12 +199,13 @@ static void round_in_turn(const Pages& p, const float* x, const float* factor, T
 static void choose_range(const Pages& p, const float* x, const Affine* plain, const float* factor, float* codes,
                          uint8_t* scale, uint8_t* zero) {
   Try tries[TRIES];
-  const bool whole = !p.dynamic || p.code == INT8;
-  const int64_t channels = p.head_dim / p.groups, size = p.scale_type == F32 ? 4 : 2, count = whole ? 1 : TRIES;
+  const bool several = p.dynamic && (p.code == INT4 || p.code == INT3);
+  const double* factors = !several ? WHOLE : p.code == INT4 ? OF_INT4 : OF_INT3;
+  const int64_t channels = p.head_dim / p.groups, size = p.scale_type == F32 ? 4 : 2, count = several ? TRIES : 1;
   for (int64_t t = 0; t < count; t++)
     for (int64_t g = 0; g < p.groups; g++)
       tries[t].groups[g] = p.dynamic ? measure(p, x + g * channels, channels, tries[t].scale + g * size,
-                                               tries[t].zero + g * size, whole ? 1.0 : FACTORS[t])
+                                               tries[t].zero + g * size, factors[t])
                                      : plain[g];
   round_in_turn(p, x, factor, tries, count);
   const Try* best = nullptr;

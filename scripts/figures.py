@@ -80,13 +80,23 @@ def calibrated() -> str:
     kinds = {
         "none": "as they are",
         "auto": "mapped, from the weights",
+        "maps": "calibrated, without feedback",
         "file": "calibrated on the other text",
     }
 
+    def kind_of(row: dict[str, str]) -> str:
+        if row["calibration"].endswith("-no-feedback.safetensors"):
+            return "maps"
+        return row["calibration"] if row["calibration"] in kinds else "file"
+
     def cell(cache: str, kind: str, model: str, text: str) -> str:
         for row in rows:
-            here = row["calibration"] if row["calibration"] in kinds else "file"
-            if (row["cache"], here, row["model"], row["text"]) == (cache, kind, model, text):
+            if (row["cache"], kind_of(row), row["model"], row["text"]) == (
+                cache,
+                kind,
+                model,
+                text,
+            ):
                 return f"{float(row['kl_mean']):.1e}, {float(row['top1']):.1%}"
         return MISSING
 

@@ -283,8 +283,8 @@ MUTATIONS = (
     Mutation(
         "keys in turn take the first range, whatever it loses",
         _OPS + "rope_write/triton_in_turn_kernel.py",
-        'chosen = tl.where(best < float("inf"), chosen, FACTORS)',
-        'chosen = tl.where(best < float("inf"), 0, FACTORS)',
+        "keep = (number == chosen)",
+        "keep = (number == 0)",
         ("tests/ops/test_triton_rope_write.py::test_keys_that_are_rounded_in_turn",),
     ),
     Mutation(

@@ -57,6 +57,12 @@ def test_scores_are_nearer_than_by_plain_rounding(name, head_dim):
     assert losses[1] < 0.5 * losses[0]
 
 
+def test_what_errors_are_multiplied_with_is_exact_in_sixteen_bits():
+    """Every implementation takes it as it is, tensor cores too."""
+    lower = made(SPECS["int4"]).feedback.tril(-1)
+    assert torch.equal(lower, lower.half().float()) and lower.any()
+
+
 def test_of_an_even_metric_and_whole_range_it_is_plain_rounding():
     spec = SPECS["int8"]
     flat = with_feedback(KeyMap(torch.ones(1, 64)), torch.eye(64)[None], True)

@@ -47,7 +47,7 @@ def compile_kernel(kernel, arguments: dict, capability: int, **options):
     signature, constants, aligned = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         given = arguments[name]
-        if isinstance(given, tuple):
+        if isinstance(given, tuple) and isinstance(given[0], str):
             signature[name] = type(given)(*(each.removesuffix(":16") for each in given))
             for inner, each in enumerate(given):
                 if each.endswith(":16") or each.startswith("*"):

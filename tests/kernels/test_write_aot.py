@@ -43,9 +43,8 @@ def test_keys_in_turn_compile_for_every_target():
     for name, takes in found.items():
         assert takes["products"] > 0, name
         assert takes["shared"] <= SHARED[int(name.split()[-1])], name
-        # A thread's row of one range leaves room for all of it; a few words go to the stack where
-        # it is one of many.
-        assert takes["stack"] <= (0 if name == "few 90" else 400), name
+        # A few words of what blocks have heard go to the stack.
+        assert takes["stack"] <= 200, name
         # Blocks are a loop: unrolled they would not fit the cache of instructions.
         assert takes["instructions"] < 12000, name
 

@@ -19,7 +19,7 @@ FORMATS |= {name: (CODE_KINDS[name], 128, True) for name in ("int6", "int3")}
 
 
 def in_turn_arguments(factors: int, tried: int, rows: int):
-    """Keys in turn: int4 of five ranges, or int8 of one, with near pages in int8."""
+    """Keys in turn: int4 of two ranges, or int8 of one, with near pages in int8."""
     width, four = 128, factors > 1
     code = "*u8" if four else "*i8"
     types = dict.fromkeys(("k", "k_seen", "weight", "bias"), "*bf16")
@@ -27,21 +27,21 @@ def in_turn_arguments(factors: int, tried: int, rows: int):
     types["near_pages"] = Pages("*i8", "*fp16", "*fp16", "*i8", *["i32:16"] * 6)
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
     types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean", "own"), "*fp32")
-    types |= {"own_codes": "*fp16", "eps": "fp32", "tokens": "i32", "kv_heads": "i32"}
+    types |= {"own_codes": "*i8", "eps": "fp32", "tokens": "i32", "kv_heads": "i32"}
     types |= dict.fromkeys(("coupling", "near_coupling"), Coupling("*fp32", "*fp16", "*fp16"))
     for name in in_turn_kernel.arg_names:
         if name not in types and name[0].islower():
             types[name] = "i32:16"
-    near_tried = 2 if tried > 1 else 1
     fixed = {
         "CODE": 3 if four else 1, "SCALES": 1, "ZERO": four, "SHARED": width, "LIMIT": 65504.0,
-        "FACTORS": factors, "TRIED": tried, "HADAMARD": width,
+        "FACTORS": (0.96, 0.88)[:factors] if four else (1.0,), "TRIED": tried, "HADAMARD": width,
         "NEAR_CODE": 1, "NEAR_ZERO": False, "NEAR_SHARED": width, "NEAR_LIMIT": 65504.0,
-        "NEAR_FACTORS": 1, "NEAR_TRIED": near_tried,
+        "NEAR_FACTORS": (1.0,), "NEAR_TRIED": 1,
         "HEAD_DIM": width, "PIECE": 32, "ROTARY": width, "INTERLEAVED": False, "NORM": 0,
         "BIAS": False, "MAPPED": 2, "PAGE": 64, "EXACT": True, "RETURN": False, "HARDWARE": True,
-        "ROWS": rows, "CHUNK": 64, "OWN": 2 * width * rows + 2 * rows + width,
-        "OWN_CODES": rows * max(tried, near_tried) * width, "OVERLAP": False,
+        "ROWS": rows, "OWN": width * rows + 2 * rows,
+        "OWN_CODES": rows * tried * width, "OVERLAP": False,
+        "PRODUCTS": True, "LOADED": 8,
     }  # fmt: skip
     return types | fixed
 
@@ -63,8 +63,8 @@ def main() -> None:
     found = {}
     if "turn" in sys.argv:
         for capability in SHARED:
-            found[f"few {capability}"] = in_turn(5, 8, 16, capability)
-        found["many 90"] = in_turn(5, 1, 32, 90)
+            found[f"few {capability}"] = in_turn(2, 2, 16, capability)
+        found["many 90"] = in_turn(2, 1, 32, 90)
         print(json.dumps(found))
         return
     for name, given in FORMATS.items():

@@ -1,6 +1,7 @@
 """The write kernel against the reference: codes, scales, queries and rows."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -297,7 +298,24 @@ def test_keys_that_are_rounded_in_turn(name, head_dim, few, monkeypatch):
     x = rotate(x) if given.key.rotation == "hadamard" else x
     rows = torch.arange(40, device=DEVICE) > 6
     mine, theirs = (losses(each.k_rows, x, key_map.feedback)[rows] for each in (got, wanted))
-    torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=5e-3, atol=1e-9)
+    torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("int8", 64), ("int4", 128), ("int3", 64)])
+def test_rounding_in_turn_does_not_depend_on_the_cut(name, head_dim, monkeypatch):
+    """A token's codes, written alone and among others, by either shape of the launch."""
+    torch.manual_seed(6)
+    spec, key_map = FORMATS[name].key, feedback_map(head_dim, True)
+    k = torch.randn(40, KV_HEADS, head_dim, device=DEVICE).to(torch.float16)
+    written = []
+    for cuts, few in (((0, 40), 0), ((0, 1, 18, 40), 256)):
+        monkeypatch.setattr(triton_in_turn, "FEW_TOKENS", few)
+        layer = LayerKV(*(empty_pages(spec, head_dim, 3) for _ in "kv"), None, None, key_map)
+        for start, stop in pairwise(cuts):
+            batch = plan_batch((stop - start,), (stop,), [[0, 1, 2]], PAGE, DEVICE)
+            rope_write(None, k[start:stop], k[start:stop], layer, batch, WriteParams())
+        written.append(layer.key)
+    assert same_rows(*written) == 1.0
 
 
 def same_rows(got, wanted) -> float:

@@ -201,10 +201,8 @@ def rope_write(
         KEYS=not in_turn,
         num_warps=shape.warps,
     )
-    compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
-    if (products or v_products) and not as_written(compiled):
-        launch(PRODUCTS=False, V_PRODUCTS=False)
     if in_turn:
+        eight = Shape(8, 1, 1, 32, 1)
         fixed = _fixed(key, layer.key.spec)
         near_fixed = _fixed_near("", near_key if coded else None, k_specs[-1])
         launch_in_turn(
@@ -222,8 +220,13 @@ def rope_write(
             {
                 **{name: fixed[name] for name in ("CODE", "SCALES", "ZERO", "SHARED", "LIMIT")},
                 **near_fixed, "HADAMARD": fixed["BLOCK"], **both,
+                "PIECE": _piece(k_specs, width, eight.piece),
             },
+            can_multiply(k_specs, k, eight),
         )  # fmt: skip
+    compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
+    if (products or v_products) and not as_written(compiled):
+        launch(PRODUCTS=False, V_PRODUCTS=False, OVERLAP=False, launch_pdl=False)
     return Written(q_out, k_seen, v_seen)
 
 

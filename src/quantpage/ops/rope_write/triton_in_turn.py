@@ -1,5 +1,6 @@
 """Keys that are rounded in turn (formats/feedback) on a GPU: the launch of their kernel."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,36 +11,56 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats.feedback import range_factors
 from quantpage.hardware import device_info
 from quantpage.kept import KeptWith
-from quantpage.ops.rope_write.triton_in_turn_kernel import BLOCK, in_turn_kernel
+from quantpage.ops.rope_write.triton_in_turn_block import BLOCK
+from quantpage.ops.rope_write.triton_in_turn_kernel import in_turn_kernel
+from quantpage.ops.rope_write.triton_products import as_written
 
 FEW_TOKENS = 256
-"""Up to so many every range of a row has a thread of its own: a row's channels take their time one
-after the other, whatever else the device could do."""
+"""Up to so many a tile is sixteen of them: a row's channels take their time one after the other,
+whatever else the device could do, and half of a tile is turned in half of the time."""
+PROGRAMS = 4
+"""Of a multiprocessor, at most: what they leave of its registers serves queries and values, whose
+launch runs beside."""
 
 
 class Coupling(NamedTuple):
-    """``KeyMap.feedback`` in steps of the codes, [kv_heads, head_dim, head_dim] each."""
+    """``KeyMap.feedback`` in steps of the codes, cut into blocks of BLOCK channels."""
 
-    lower: Tensor
-    """float32: U below the diagonal, times the steps' ratio; on it what a step of error costs."""
-    high: Tensor
-    """float16: U between blocks of channels, 0 within them."""
-    low: Tensor
-    """What ``high`` rounded off."""
+    within: Tensor
+    """float32 [kv_heads, blocks, BLOCK, BLOCK]: U within a block below the diagonal, times the
+    steps' ratio, negative; on it what a step of error costs."""
+    between: Tensor
+    """float16 [kv_heads, blocks, BLOCK, blocks or more x BLOCK]: U from a block to the one before
+    it, to the one before that, .., then 0."""
+    rest: Tensor
+    """What ``between`` rounded off, where steps differ; U itself is exact in float16."""
 
 
 def _coupling(feedback: Tensor, pages: QuantizedPages) -> Coupling:
     lower = feedback
     heads, width = feedback.shape[:2]
-    if pages.scale is not None and not pages.spec.dynamic:
+    static = pages.scale is not None and not pages.spec.dynamic
+    if static:
+        assert pages.scale is not None
         step = pages.scale.float().repeat_interleave(width // pages.scale.shape[1], 1)
         step = step.expand(heads, width)
         loss = feedback.diagonal(dim1=1, dim2=2) * step.square()
         lower = feedback.tril(-1) * step[:, :, None] / step[:, None, :] + torch.diag_embed(loss)
-    block = torch.arange(width, device=feedback.device) // BLOCK.value
-    between = torch.where(block[:, None] > block, lower, 0.0)
-    high = between.half()
-    return Coupling(lower.contiguous(), high, (between - high.float()).half())
+    size = BLOCK.value
+    blocks = width // size
+    tiles = lower.unflatten(2, (blocks, size)).unflatten(1, (blocks, size)).transpose(2, 3)
+    own = tiles.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+    within = (2 * torch.diag_embed(own.diagonal(dim1=2, dim2=3)) - own).contiguous()
+    # Of a block's rows first what the block before it hears, then the one before that.
+    wide = triton.next_power_of_2(blocks)
+    between = torch.zeros(heads, blocks, size, wide, size, device=feedback.device)
+    for block in range(blocks):
+        for back in range(block):
+            between[:, block, :, back] = tiles[:, block, block - 1 - back]
+    between = -between
+    rest = between - between.half().float()
+    between, rest = (each.flatten(3).half().contiguous() for each in (between, rest))
+    return Coupling(within, between, rest if static else between)
 
 
 def _couplings_of(layer: LayerKV) -> tuple[Coupling, Coupling | None]:
@@ -55,39 +76,53 @@ def _couplings_of(layer: LayerKV) -> tuple[Coupling, Coupling | None]:
 _couplings = KeptWith(_couplings_of)
 
 
-def launch(layer: LayerKV, tokens: int, given: dict[str, object], fixed: dict[str, object]) -> None:
-    """Write the keys of a step. given, fixed: arguments that the write's kernel has as well."""
+def launch(
+    layer: LayerKV,
+    tokens: int,
+    given: dict[str, object],
+    fixed: dict[str, object],
+    can_multiply: bool,
+) -> None:
+    """Write the keys of a step. given, fixed: arguments that the write's kernel has as well.
+    can_multiply: rows may be rotated by products, eight of them a warp.
+    """
     coupling, near_coupling = _couplings(layer)
-    few = tokens <= FEW_TOKENS
-    rows = 16 if few else 32
-    factors = len(range_factors(layer.key.spec))
-    tried = triton.next_power_of_2(factors + 1) if few else 1
+    factors = range_factors(layer.key.spec)
     near = layer.exact_key.spec if isinstance(layer.exact_key, QuantizedPages) else None
-    near_factors = 1 if near is None else len(range_factors(near))
-    near_tried = triton.next_power_of_2(near_factors + 1) if few else 1
-    width, items = layer.key.head_dim, triton.cdiv(tokens, rows) * layer.kv_heads
-    device = layer.device
+    near_factors = (1.0,) if near is None else range_factors(near)
+    width, device = layer.key.head_dim, layer.device
+    tried, near_tried = (triton.next_power_of_2(len(each)) for each in (factors, near_factors))
+    # A warp has a thread for every range of a row.
+    rows = 16 if tokens <= FEW_TOKENS or tried > 1 else 32
+    items = triton.cdiv(tokens, rows) * layer.kv_heads
     # A few where kernels are interpreted.
     processors = device_info(device).processors if device.type == "cuda" else 1
-    programs = min(items, processors * 8)
-    own = 2 * width * rows + 2 * rows + width
+    programs = min(items, processors * PROGRAMS)
+    own = width * rows + 2 * rows
     own_codes = rows * max(tried, near_tried) * width
-    in_turn_kernel[(programs,)](
+    # What is said to blocks is kept by all threads together.
+    warps = max(1, rows * tried // 32, triton.next_power_of_2(width) // 128)
+    loaded = 8 * warps
+    products = can_multiply and rows % loaded == 0
+    made = partial(
+        in_turn_kernel[(programs,)],
         **given,
         coupling=coupling,
         near_coupling=near_coupling,
         own=torch.empty(programs * own, dtype=torch.float32, device=device),
-        own_codes=torch.empty(programs * own_codes, dtype=torch.float16, device=device),
+        own_codes=torch.empty(programs * own_codes, dtype=torch.int8, device=device),
         **fixed,
         FACTORS=factors,
         TRIED=tried,
         NEAR_FACTORS=near_factors,
         NEAR_TRIED=near_tried,
         ROWS=rows,
-        CHUNK=min(64, triton.next_power_of_2(width)),
         OWN=own,
         OWN_CODES=own_codes,
-        num_warps=max(1, rows * tried // 32),
+        num_warps=warps,
         # What a program reads it may have written just before.
         num_stages=1,
     )
+    compiled = made(PRODUCTS=products, LOADED=loaded if products else rows)
+    if products and not as_written(compiled):
+        made(PRODUCTS=False, LOADED=rows, OVERLAP=False, launch_pdl=False)
