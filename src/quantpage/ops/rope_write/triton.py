@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
-from quantpage.cache.views import LayerKV
+from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.ops import refusals
@@ -102,136 +103,197 @@ def rope_write(
         # Absorbed queries are as wide as both halves, each in the basis of its own rows.
         turned = layer.turned(q).to(q.dtype)
         q = None
-    tokens, kv_heads, width = k.shape
-    value_width = v.shape[-1]
-    q_heads = 0 if q is None else q.shape[1]
     q_out = turned
     if q is not None:
         q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = [torch.empty(t.shape, dtype=k.dtype, device=k.device) for t in (k, v)]
-    k_seen, v_seen = seen if params.return_rows else (None, None)
-    if tokens == 0:
-        return Written(q_out, k_seen, v_seen)
+    written = Written(q_out, *(seen if params.return_rows else (None, None)))
+    if not k.shape[0]:
+        return written
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+    step = _step(k, layer, batch, params)
+    if shape is None:
+        widest = max(k.shape[-1], v.shape[-1])
+        shape = launch_shape(k.shape[0], widest, 0 if q is None else q.shape[1], k.shape[1])
+    if step.in_turn:
+        _write_in_turn(k, written, step, layer, params)
+    _write((q, k, v), written, step, params, shape)
+    return written
+
+
+class _Half(NamedTuple):
+    """K or V of a layer."""
+
+    body: Operand
+    near: Operand
+    """Exact pages; the body where there are none."""
+    coded: bool
+    """Exact pages hold codes."""
+    specs: list[QuantSpec]
+    """Of all pages that a row is written to."""
+
+    @classmethod
+    def of(cls, body: QuantizedPages, near: QuantizedPages | None) -> "_Half":
+        if near is None:
+            alone = operand(body)
+            return cls(alone, alone, False, [body.spec])
+        return cls(operand(body), operand(near), near.spec.quantized, [body.spec, near.spec])
+
+    def pages(self) -> tuple[Pages, Pages | None]:
+        """Of the body, and of exact pages that hold codes."""
+        body = Pages(*_planes(self.body, self.near))
+        return body, Pages(*_planes(self.near, self.near)) if self.coded else None
+
+    def fixed(self, name: str) -> dict[str, object]:
+        """What is compiled in; name: 'K_' or 'V_'."""
+        body = {f"{name}{each}": fixed for each, fixed in _fixed(self.body, self.specs[0]).items()}
+        return body | self.fixed_near(name)
+
+    def fixed_near(self, name: str = "") -> dict[str, object]:
+        """The same of exact pages in codes, where those may differ from the body."""
+        fixed = _fixed(self.near, self.specs[-1]) if self.coded else {}
+        return {
+            f"{name}NEAR_{each}": fixed.get(each) for each in ("CODE", "ZERO", "SHARED", "LIMIT")
+        }
+
+
+class _Given(NamedTuple):
+    """What both kernels are given, by their names of it."""
+
+    slots: Tensor
+    exact_slots: Tensor
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    map_scale: Tensor
+    map_mean: Tensor
+    eps: float
+    angle_row: int
+
+
+class _Step(NamedTuple):
+    """What the launch of a write and the one of keys in turn have in common."""
+
+    key: _Half
+    value: _Half
+    in_turn: bool
+    """Keys are written by a launch of their own."""
+    given: _Given
+    fixed: dict[str, object]
+    """What both kernels are compiled for."""
+
+
+def _step(k: Tensor, layer: LayerKV, batch: BatchPlan, params: WriteParams) -> _Step:
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm, mapped = params.rope, params.norm, layer.key_map
-    in_turn = mapped is not None and mapped.feedback is not None
     mean = None if mapped is None else mapped.mean
-    bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
-    shape = shape or launch_shape(tokens, max(width, value_width), q_heads, kv_heads)
-    piece = shape.piece
-    key, value = operand(layer.key), operand(layer.value)
-    near_key, near_value = key, value
-    k_specs, v_specs = [layer.key.spec], [layer.value.spec]
-    if exact is not None:
-        near_key, near_value = operand(exact.key), operand(exact.value)
-        k_specs.append(exact.key.spec)
-        v_specs.append(exact.value.spec)
-    coded = exact is not None and exact.key.spec.quantized
-    products = can_multiply(k_specs, k, shape)
+    device = device_info(k.device)
+    overlap = device.since(HOPPER)
+    return _Step(
+        _Half.of(layer.key, None if exact is None else exact.key),
+        _Half.of(layer.value, None if exact is None else exact.value),
+        mapped is not None and mapped.feedback is not None,
+        _Given(
+            batch.slots,
+            batch.slots if exact is None or batch.exact is None else batch.exact.slots,
+            batch.positions,
+            k if rope is None else rope.cos,
+            k if rope is None else rope.sin,
+            k if mapped is None or mapped.scale is None else mapped.scale,
+            k if mean is None else mean,
+            0.0 if norm is None else norm.eps,
+            0 if rope is None else rope.cos.stride(0),
+        ),
+        {
+            "HEAD_DIM": k.shape[-1], "ROTARY": 0 if rope is None else rope.rotary_dim,
+            "INTERLEAVED": rope is not None and rope.interleaved,
+            "NORM": 0 if norm is None else (2 if norm.after_rope else 1),
+            "BIAS": params.bias is not None,
+            "MAPPED": 0 if mapped is None else (1 if mean is None else 2),
+            "PAGE": batch.page_size, "EXACT": exact is not None, "RETURN": params.return_rows,
+            "HARDWARE": device.since(E4M3), "OVERLAP": overlap, "launch_pdl": overlap,
+        },
+    )  # fmt: skip
+
+
+def _write(
+    qkv: tuple[Tensor | None, Tensor, Tensor], written: Written, step: _Step, params: WriteParams,
+    shape: Shape,
+) -> None:  # fmt: skip
+    """All rows, but keys that are rounded in turn."""
+    q, k, v = qkv
+    (tokens, kv_heads, width), value_width = k.shape, v.shape[-1]
+    q_heads = 0 if q is None else q.shape[1]
+    key, value, given, norm = step.key, step.value, step.given, params.norm
+    products = can_multiply(key.specs, k, shape)
     if q is not None:
-        products = products and can_multiply(k_specs, q, shape)
-    v_products = can_multiply(v_specs, v, shape)
-    overlap = device_info(k.device).since(HOPPER)
+        products = products and can_multiply(key.specs, q, shape)
+    v_products = can_multiply(value.specs, v, shape)
     tiles = triton.cdiv(tokens, shape.rows // shape.heads)
-    halves = 1 if in_turn else 2
+    halves = 1 if step.in_turn else 2
     parts = triton.cdiv(q_heads, shape.heads * shape.tiles) + halves * (kv_heads // shape.heads)
-    exact_slots = batch.slots if exact is None or batch.exact is None else batch.exact.slots
-    positions = batch.positions
-    angle_row = 0 if rope is None else rope.cos.stride(0)
-    cos, sin = (k, k) if rope is None else (rope.cos, rope.sin)
-    map_scale, map_mean = (k if each is None else each for each in (mapped and mapped.scale, mean))
-    key_pages, near_key_pages = _pages(key, near_key), _pages(near_key, near_key)
-    k_piece = _piece(k_specs, width, piece)
-    eps = 0.0 if norm is None else norm.eps
-    # What both kernels are compiled for.
-    both = {
-        "HEAD_DIM": width, "PIECE": k_piece, "ROTARY": 0 if rope is None else rope.rotary_dim,
-        "INTERLEAVED": rope is not None and rope.interleaved,
-        "NORM": 0 if norm is None else (2 if norm.after_rope else 1),
-        "BIAS": params.bias is not None,
-        "MAPPED": 0 if mapped is None else (1 if mean is None else 2), "PAGE": batch.page_size,
-        "EXACT": exact is not None, "RETURN": params.return_rows,
-        "HARDWARE": device_info(k.device).since(E4M3), "OVERLAP": overlap, "launch_pdl": overlap,
-    }  # fmt: skip
+    (k_pages, k_near), (v_pages, v_near) = key.pages(), value.pages()
+    bias = [b.contiguous() for b in params.bias or (k[:0], k[:0], k[:0])]
+    first = k if q is None else q
     launch = partial(
         write_kernel[(parts, tiles) if shape.heads_first else (tiles, parts)],
-        k if q is None else q,
-        k,
-        v,
-        k if q_out is None else q_out,
-        k if k_seen is None else k_seen,
-        v if v_seen is None else v_seen,
-        key_pages,
-        _pages(value, near_value),
-        batch.slots,
-        exact_slots,
-        positions,
-        cos,
-        sin,
-        k if norm is None else norm.q_weight,
-        k if norm is None else norm.k_weight,
-        *bias,
-        map_scale,
-        map_mean,
-        eps,
-        tokens,
-        q_heads,
-        kv_heads,
-        *((k.stride(0), k.stride(1)) if q is None else (q.stride(0), q.stride(1))),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        angle_row,
-        near_key_pages if coded else None,
-        _pages(near_value, near_value) if coded else None,
-        **{f"K_{name}": fixed for name, fixed in _fixed(key, layer.key.spec).items()},
-        **{f"V_{name}": fixed for name, fixed in _fixed(value, layer.value.spec).items()},
-        **_fixed_near("K_", near_key if coded else None, k_specs[-1]),
-        **_fixed_near("V_", near_value if coded else None, v_specs[-1]),
-        **both,
+        first, k, v,
+        k if written.q is None else written.q,
+        k if written.k_rows is None else written.k_rows,
+        v if written.v_rows is None else written.v_rows,
+        k_pages, v_pages, given.slots, given.exact_slots, given.positions, given.cos, given.sin,
+        k if norm is None else norm.q_weight, k if norm is None else norm.k_weight, *bias,
+        given.map_scale, given.map_mean, given.eps, tokens, q_heads, kv_heads, first.stride(0),
+        first.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), given.angle_row,
+        k_near, v_near,
+        **key.fixed("K_"),
+        **value.fixed("V_"),
+        **step.fixed,
+        PIECE=_piece(key.specs, width, shape.piece),
         VALUE_DIM=value_width,
-        V_PIECE=_piece(v_specs, value_width, piece),
+        V_PIECE=_piece(value.specs, value_width, shape.piece),
         ROWS=shape.rows,
         HEADS=shape.heads,
         TILES=shape.tiles,
         HEADS_FIRST=shape.heads_first,
-        KEYS=not in_turn,
+        KEYS=not step.in_turn,
         num_warps=shape.warps,
-    )
-    if in_turn:
-        eight = Shape(8, 1, 1, 32, 1)
-        fixed = _fixed(key, layer.key.spec)
-        near_fixed = _fixed_near("", near_key if coded else None, k_specs[-1])
-        launch_in_turn(
-            layer,
-            tokens,
-            {
-                "k": k, "k_seen": k if k_seen is None else k_seen, "pages": key_pages,
-                "near_pages": near_key_pages if coded else None, "slots": batch.slots,
-                "exact_slots": exact_slots, "positions": positions, "cos": cos, "sin": sin,
-                "weight": k if norm is None else norm.k_weight, "bias": bias[1],
-                "map_scale": map_scale, "map_mean": map_mean, "eps": eps, "tokens": tokens,
-                "kv_heads": kv_heads, "k_token": k.stride(0), "k_head": k.stride(1),
-                "angle_row": angle_row,
-            },
-            {
-                **{name: fixed[name] for name in ("CODE", "SCALES", "ZERO", "SHARED", "LIMIT")},
-                **near_fixed, "HADAMARD": fixed["BLOCK"], **both,
-                "PIECE": _piece(k_specs, width, eight.piece),
-            },
-            can_multiply(k_specs, k, eight),
-        )  # fmt: skip
+    )  # fmt: skip
     compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
     if (products or v_products) and not as_written(compiled):
         launch(PRODUCTS=False, V_PRODUCTS=False, OVERLAP=False, launch_pdl=False)
-    return Written(q_out, k_seen, v_seen)
 
 
-def _pages(half: Operand, near: Operand) -> Pages:
-    return Pages(*half.planes, near.codes, *half.strides, *half.scale_strides, *near.strides)
+def _write_in_turn(
+    k: Tensor, written: Written, step: _Step, layer: LayerKV, params: WriteParams
+) -> None:
+    key, fixed = step.key, _fixed(step.key.body, step.key.specs[0])
+    pages, near_pages = key.pages()
+    eight = Shape(8, 1, 1, 32, 1)
+    launch_in_turn(
+        layer,
+        k.shape[0],
+        {
+            "k": k, "k_seen": k if written.k_rows is None else written.k_rows, "pages": pages,
+            "near_pages": near_pages,
+            "weight": k if params.norm is None else params.norm.k_weight,
+            "bias": k[:0] if params.bias is None else params.bias[1].contiguous(),
+            "tokens": k.shape[0], "kv_heads": k.shape[1], "k_token": k.stride(0),
+            "k_head": k.stride(1), **step.given._asdict(),
+        },
+        {
+            **{name: fixed[name] for name in ("CODE", "SCALES", "ZERO", "SHARED", "LIMIT")},
+            **key.fixed_near(), "HADAMARD": fixed["BLOCK"], **step.fixed,
+            "PIECE": _piece(key.specs, k.shape[-1], eight.piece),
+        },
+        can_multiply(key.specs, k, eight),
+    )  # fmt: skip
+
+
+def _planes(half: Operand, near: Operand) -> tuple[Any, ...]:
+    """Fields of ``Pages``."""
+    return (*half.planes, near.codes, *half.strides, *half.scale_strides, *near.strides)
 
 
 def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:
@@ -247,12 +309,3 @@ def _fixed(half: Operand, spec: QuantSpec) -> dict[str, object]:
         "LIMIT": limit,
         "BLOCK": rotation_block(half.head_dim) if spec.rotation == "hadamard" else 1,
     }
-
-
-def _fixed_near(name: str, near: Operand | None, spec: QuantSpec) -> dict[str, object]:
-    """The same of near pages in codes, where those may differ from the body; None: there are none.
-
-    name: 'K_' or 'V_'.
-    """
-    fixed = {} if near is None else _fixed(near, spec)
-    return {f"{name}NEAR_{each}": fixed.get(each) for each in ("CODE", "ZERO", "SHARED", "LIMIT")}
