@@ -56,6 +56,13 @@ def test_values_are_multiplied_by_what_suits_the_rows(compiled):
         assert count(found, "MEMBAR") >= 1, name
 
 
+def test_outputs_are_stored_in_wide_pieces(compiled):
+    """Four neighbouring channels at once: eight threads fill whole sectors."""
+    for name, found in compiled.items():
+        assert count(found, r"STG\.E\.U16") == 0, name
+        assert count(found, r"STG\.E\.(64|128)") >= 32, name
+
+
 def test_a_byte_takes_few_instructions(compiled):
     """Of 64 rows of 580 bytes by all warps, copies and softmax included."""
     for name, warps in (("int8 16", 4), ("fp8 16", 4), ("int8 32", 8)):

@@ -124,12 +124,26 @@ def value_part(
     return gl.convert_layout(gl.reshape(v, [4 * UNITS, KEYS]), layout, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def output_layout(rows, units):
+    """Of a part of the output as ``ordered`` gives it: a thread's four neighbouring channels come
+    first, which are stored at once, by eight threads a row side by side.
+    """
+    registers = [[0, 1], [0, 2], [1, 0]] + [
+        [8 << i, 0] for i in range((rows // 8).bit_length() - 1)
+    ]
+    lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
+    groups = [[0, 32 << i] for i in range((units // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, groups, [], [rows, 4 * units])
+
+
 @gluon.jit
 def ordered(o, WARPS: gl.constexpr):
     """[channels as value_part has them, rows] -> [rows, channels]."""
     ROWS: gl.constexpr = o.shape[1]
     o = gl.permute(gl.reshape(o, [2, WARPS, 2, 8, ROWS]), (4, 1, 3, 0, 2))
-    return gl.reshape(o, [ROWS, 32 * WARPS])
+    o = gl.reshape(o, [ROWS, 32 * WARPS])
+    return gl.convert_layout(o, output_layout(ROWS, 8 * WARPS), assert_trivial=True)
 
 
 @gluon.constexpr_function
