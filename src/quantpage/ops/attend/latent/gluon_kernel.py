@@ -106,7 +106,8 @@ def decode_kernel(
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words."""
+    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4."""
+    gl.static_assert(STAGES == 3 or STAGES == 4)
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
     TILE: gl.constexpr = 64
@@ -119,8 +120,6 @@ def decode_kernel(
     EACH: gl.constexpr = 1 if BYTES else 4
     Q_NUMBER: gl.constexpr = gl.int8 if BYTES else gl.float16
     Q_ROWS: gl.constexpr = 2 * ROWS if BYTES else ROWS
-    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, WARPS)
-    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, WARPS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, GROUPS], [16, ROWS // GROUPS, 16]
     )
@@ -195,41 +194,40 @@ def decode_kernel(
             table = page_table + request.to(gl.int64) * table_row
             last_key = context - 1
 
-            for i in gl.static_range(STAGES):
-                t = first_tile + i
-                if t < last_tile:
-                    key_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-                    page = page_of(
-                        table, t, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-                    )
-                    copy_codes(
-                        row_ring.index(i), row_codes, row_page, page, table, key_start, last_key,
-                        PAGE, TILE, WORDS, row_copy,
-                    )  # fmt: skip
-                    copy_codes(
-                        rotary_ring.index(i), rotary_codes, rotary_page, page, table, key_start,
-                        last_key, PAGE, TILE, ROTARY_WORDS, rotary_copy,
-                    )  # fmt: skip
-                async_copy.commit_group()
-            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-            page = page_of(
+            # Pages are looked up before they are needed: of the ring's tiles, and of the next.
+            first_page = page_of(
                 table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
-            )  # fmt: skip
-            next_scale = token_plane(
-                row_scale, row_scale_page, page, table, key_start, last_key, PAGE, TILE, s_keys
-            )
-            next_other = token_plane(
-                rotary_scale, rotary_scale_page, page, table, key_start, last_key, PAGE, TILE,
-                s_keys,
             )  # fmt: skip
             next_page = page_of(
                 table, first_tile + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
             )  # fmt: skip
+            third_page = page_of(
+                table, first_tile + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                ALL_KEYS,
+            )  # fmt: skip
+            fourth_page = page_of(
+                table, first_tile + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                ALL_KEYS,
+            )  # fmt: skip
             ahead_page = page_of(
                 table, first_tile + STAGES, last_tile, a_first, a_tiles, b_first, PAGE, TILE,
                 WINDOW, ALL_KEYS,
+            )  # fmt: skip
+            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+            _copy(
+                row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
+                first_page, table, key_start, last_key, PAGE,
+            )  # fmt: skip
+            async_copy.commit_group()
+            next_scale = token_plane(
+                row_scale, row_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
+                s_keys,
+            )  # fmt: skip
+            next_other = token_plane(
+                rotary_scale, rotary_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
+                s_keys,
             )  # fmt: skip
 
             q_row = row_first + gl.arange(0, ROWS, q_rows)
@@ -241,7 +239,18 @@ def decode_kernel(
                 WARPS,
             )  # fmt: skip
             factor = gl.convert_layout(factor, s_rows) * (softmax_scale * natural)
+            # It waits for copies under way, of which there is one.
             fence_async_shared()
+            for i in gl.static_range(1, STAGES):
+                t = first_tile + i
+                if t < last_tile:
+                    page = next_page if i == 1 else third_page if i == 2 else fourth_page
+                    start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+                    _copy(
+                        row_ring, rotary_ring, i, row_codes, rotary_codes, row_page, rotary_page,
+                        page, table, start_of, last_key, PAGE,
+                    )  # fmt: skip
+                async_copy.commit_group()
 
             first_seat = context - q_len
             all_low, all_high = keys_of_all(
@@ -257,7 +266,10 @@ def decode_kernel(
 
             stage = 0
             for t in range(first_tile, last_tile):
-                async_copy.wait_group(STAGES - 1)
+                if t == first_tile:
+                    async_copy.wait_group(STAGES - 1)
+                else:
+                    async_copy.wait_group(STAGES - 2)
                 # Everybody's copies of this tile are in.
                 thread_barrier()
                 scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
@@ -309,8 +321,22 @@ def decode_kernel(
                 far_smem.store(far_bits(x, GROUPS))
                 if WIDE:
                     fence_async_shared()
-                # P is there.
+                # P is there, and nobody reads the tile before any more.
                 thread_barrier()
+                ahead = t - 1 + STAGES
+                if (t > first_tile) & (ahead < last_tile):
+                    ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
+                    _copy(
+                        row_ring, rotary_ring, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
+                        rotary_codes, row_page, rotary_page, ahead_page, table, ahead_tile * TILE,
+                        last_key, PAGE,
+                    )  # fmt: skip
+                    ahead_page = page_of(
+                        table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                        ALL_KEYS,
+                    )  # fmt: skip
+                if t > first_tile:
+                    async_copy.commit_group()
                 if gl.max(far_smem.load(far_layout), 0) > FAR:
                     old = anchor
                     anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
@@ -364,27 +390,11 @@ def decode_kernel(
                         acc2 = mma_v2(v, heavy_p, acc2)
                         v = value_part(mine, 0, TILE, 3, hidden, CODE, WINDOW, v_operand)
                         acc3 = mma_v2(v, heavy_p, acc3)
-                # Everybody has this tile's codes.
-                thread_barrier()
-                ahead = t + STAGES
-                if ahead < last_tile:
-                    ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
-                    copy_codes(
-                        row_ring.index(stage), row_codes, row_page, ahead_page, table,
-                        ahead_tile * TILE, last_key, PAGE, TILE, WORDS, row_copy,
-                    )  # fmt: skip
-                    copy_codes(
-                        rotary_ring.index(stage), rotary_codes, rotary_page, ahead_page, table,
-                        ahead_tile * TILE, last_key, PAGE, TILE, ROTARY_WORDS, rotary_copy,
-                    )  # fmt: skip
-                    ahead_page = page_of(
-                        table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                        ALL_KEYS,
-                    )  # fmt: skip
-                async_copy.commit_group()
                 key_start = next_start
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             async_copy.wait_group(0)
+            # Nobody reads the ring any more.
+            thread_barrier()
             row = here(row_first) + gl.arange(0, ROWS, s_rows)
             real = row < q_len * HEADS
             token_at = (q_start + row // HEADS).to(gl.int64)
@@ -414,6 +424,27 @@ def decode_kernel(
         if position - begins >= tiles * ROW_TILES:
             request += 1
             begins = position
+
+
+@gluon.jit
+def _copy(
+    row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page, page, table,
+    key_start, last_key, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Ask for a tile's codes."""
+    TILE: gl.constexpr = row_ring.shape[1]
+    WORDS: gl.constexpr = row_ring.shape[2]
+    ROTARY_WORDS: gl.constexpr = rotary_ring.shape[2]
+    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, gl.num_warps())
+    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, gl.num_warps())
+    copy_codes(
+        row_ring.index(stage), row_codes, row_page, page, table, key_start, last_key, PAGE, TILE,
+        WORDS, row_copy,
+    )  # fmt: skip
+    copy_codes(
+        rotary_ring.index(stage), rotary_codes, rotary_page, page, table, key_start, last_key, PAGE,
+        TILE, ROTARY_WORDS, rotary_copy,
+    )  # fmt: skip
 
 
 @gluon.jit

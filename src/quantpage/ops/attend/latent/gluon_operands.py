@@ -154,39 +154,34 @@ def query_layout(width, warps):
 
 @gluon.jit
 def _asked(at, real, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    """WIDTH channels of queries, float32, NaN where they are not finite."""
+    """WIDTH channels of queries as they lie."""
     layout: gl.constexpr = query_layout(WIDTH, WARPS)
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     at = gl.convert_layout(at, rows)
     mask = gl.convert_layout(real, rows)[:, None]
-    x = gl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(gl.float32)
-    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
-    return gl.where(gl.abs(x) < float("inf"), x, float("nan"))
+    return gl.load(at[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
 @gluon.jit
-def _largest(x, rows: gl.constexpr):
-    """Of each row's finite sizes, and 1 where one is not."""
-    size = gl.abs(x)
-    finite = size < float("inf")
-    high = gl.max(gl.where(finite, size, 0.0), 1)
-    wrong = gl.max((~finite).to(gl.int32), 1)
-    return gl.convert_layout(high, rows), gl.convert_layout(wrong, rows)
+def _size(x):
+    """Absolute values, infinite where they are not finite."""
+    size = gl.abs(x.to(gl.float32))
+    return gl.where(size < float("inf"), size, float("inf"))
 
 
 @gluon.jit
 def _store_part(smem, x, unit, CODE: gl.constexpr, GROUPS: gl.constexpr):
-    """A part of queries as the second operand."""
+    """A part of queries as the second operand; of rows that are not finite anything."""
     ROWS: gl.constexpr = x.shape[0]
     WIDTH: gl.constexpr = x.shape[1]
     unit = gl.convert_layout(unit, gl.SliceLayout(1, x.type.layout))[:, None]
+    x = x.to(gl.float32) * unit
     if CODE == FP8:
-        smem.store(_query_part((x * unit).to(gl.float16), CODE))
+        smem.store(_query_part(x.to(gl.float16), CODE))
     else:
-        # Added and taken off again, the number rounds to the nearest even integer.
-        fixed = (gl.where(x == x, x, 0.0) * unit + 12582912.0) - 12582912.0
-        fixed = _query_part(fixed.to(gl.int32), CODE)
+        # Added to 1.5 * 2^23 the number rounds to the nearest even integer, in the sum's low bits.
+        fixed = (x + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
         high = (fixed + 64) >> 7
         both = gl.join(high, fixed - (high << 7)).to(gl.int8)
         both = gl.reshape(both, [GROUPS, ROWS // GROUPS, WIDTH, 2])
@@ -201,31 +196,36 @@ def load_queries(
     """Queries into shared memory as the second operand of scores: two int8 numbers each beside
     integer codes, float16 beside others. at: pointers of rows.
 
-    Returns what a row's scores are multiplied by, in the layout of ``at``.
+    Returns what a row's scores are multiplied by, in the layout of ``at``; NaN where a query is not
+    finite: an infinite one would weigh keys by 0 or 1.
     """
     rows: gl.constexpr = at.type.layout
     GROUPS: gl.constexpr = WARPS // 4
-    high = gl.full([at.shape[0]], 0.0, gl.float32, rows)
-    wrong = gl.full([at.shape[0]], 0, gl.int32, rows)
-    for i in gl.static_range(ROW_DIM // PART):
-        own, bad = _largest(_asked(at + i * PART, real, PART, WARPS), rows)
-        high = gl.maximum(high, own)
-        wrong = gl.maximum(wrong, bad)
-    own, bad = _largest(_asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), rows)
-    high = gl.maximum(gl.maximum(high, own), 1e-30)
-    wrong = gl.maximum(wrong, bad)
+    gl.static_assert(ROW_DIM == 4 * PART)
+    asked0 = _asked(at, real, PART, WARPS)
+    asked1 = _asked(at + PART, real, PART, WARPS)
+    asked2 = _asked(at + 2 * PART, real, PART, WARPS)
+    asked3 = _asked(at + 3 * PART, real, PART, WARPS)
+    turned = _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS)
+    size = gl.maximum(gl.maximum(_size(asked0), _size(asked1)), _size(asked2))
+    high = gl.convert_layout(gl.max(gl.maximum(size, _size(asked3)), 1), rows)
+    high = gl.maximum(high, gl.convert_layout(gl.max(_size(turned), 1), rows))
+    finite = high < float("inf")
+    high = gl.maximum(gl.where(finite, high, 0.0), 1e-30)
     if CODE == FP8:
-        # Of a power of two: it rounds nothing.
+        # Of a power of two: it rounds nothing, and brings the largest to float16's upper end.
         power = (high.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
         left = power / 16384.0
     else:
+        # Of 15 bits.
         left = high / 16256.0
     unit = 1.0 / left
-    # The second time they come from a cache: all of a row would not fit into registers.
-    for i in gl.static_range(ROW_DIM // PART):
-        _store_part(row_smem.index(i), _asked(at + i * PART, real, PART, WARPS), unit, CODE, GROUPS)
-    _store_part(rotary_smem, _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), unit, CODE, GROUPS)
-    return gl.where(wrong > 0, float("nan"), left)
+    _store_part(row_smem.index(0), asked0, unit, CODE, GROUPS)
+    _store_part(row_smem.index(1), asked1, unit, CODE, GROUPS)
+    _store_part(row_smem.index(2), asked2, unit, CODE, GROUPS)
+    _store_part(row_smem.index(3), asked3, unit, CODE, GROUPS)
+    _store_part(rotary_smem, turned, unit, CODE, GROUPS)
+    return gl.where(finite, left, float("nan"))
 
 
 @gluon.jit
