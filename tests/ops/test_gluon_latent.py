@@ -81,6 +81,31 @@ def test_heads_and_drafts(step, code, tiles):
     check(code, step, tiles)
 
 
+@pytest.mark.parametrize(
+    "step,code,tiles",
+    [
+        (Step((40, 1, 0, 33), (170, 900, 0, 33), 64, group=16), "int8", MANY),
+        (Step((40, 1, 0, 33), (170, 900, 0, 33), 16, group=20), "fp8", MANY),
+        (Step((20, 3), (1000, 33), 64, group=128), "int8", MANY),
+        (Step((20, 3), (1000, 33), 64, group=128), "fp8", MANY),
+        (Step((17, 1), (9000, 40), 64, group=16), "int8", MANY),
+        (Step((25,), (1500,), 64, group=1), "int8", FEW),
+        (Step((300,), (300,), 64, group=16), "int8", None),
+    ],
+    ids=str,
+)
+def test_prompts(step, code, tiles):
+    """Rows that begin within a token, of requests of any length; those of 9,000 keys are cut."""
+    check(code, step, tiles)
+
+
+@CODE
+def test_prompts_under_every_mask(code):
+    step = Step(group=16, queries=(60, 1, 25), contexts=(470, 33, 2150), page_size=64)
+    check(code, step, MANY, CausalMask(window=70, sink_tokens=3), 5.0, sinks=True)
+    check(code, step, MANY, FullMask(), sinks=True)
+
+
 @SHAPES
 @CODE
 def test_windows_sinks_and_softcap(code, tiles):

@@ -89,7 +89,7 @@ def test_who_serves_rows_on_a_gpu(name, attends, on_hopper):
             value_head_dim=64, latent=True,
         )  # fmt: skip
         for phase in ("prefill", "decode"):
-            wanted = on_hopper if (device, phase) == ("Hopper", "decode") else attends
+            wanted = on_hopper if device == "Hopper" else attends
             assert choose(attend.CANDIDATES, replace(call, phase=phase)).name == wanted
         narrow = replace(call, head_dim=256, value_head_dim=32)
         assert choose(attend.CANDIDATES, narrow).name == attends

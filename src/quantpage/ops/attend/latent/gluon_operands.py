@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_operands import unpack
-from quantpage.ops.attend.decode.gluon_share import shown_keys
+from quantpage.ops.attend.decode.gluon_operands import copy_layout, unpack
+from quantpage.ops.attend.decode.gluon_share import copy_codes, shown_keys
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import FP8, Constant
 
@@ -84,6 +84,27 @@ def _query_part(q, CODE: gl.constexpr):
         q = gl.permute(gl.reshape(q, [ROWS, 4, WIDTH // 16, 2, 2]), (0, 2, 3, 1, 4))
         q = gl.reshape(q, [ROWS, WIDTH])
     return q
+
+
+@gluon.jit
+def copy_tile(
+    row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page, page, table,
+    key_start, last_key, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Ask for a tile's codes."""
+    TILE: gl.constexpr = row_ring.shape[1]
+    WORDS: gl.constexpr = row_ring.shape[2]
+    ROTARY_WORDS: gl.constexpr = rotary_ring.shape[2]
+    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, gl.num_warps())
+    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, gl.num_warps())
+    copy_codes(
+        row_ring.index(stage), row_codes, row_page, page, table, key_start, last_key, PAGE, TILE,
+        WORDS, row_copy,
+    )  # fmt: skip
+    copy_codes(
+        rotary_ring.index(stage), rotary_codes, rotary_page, page, table, key_start, last_key, PAGE,
+        TILE, ROTARY_WORDS, rotary_copy,
+    )  # fmt: skip
 
 
 class Hidden(NamedTuple):
@@ -220,10 +241,10 @@ def load_queries(
         # Of 15 bits.
         left = high / 16256.0
     unit = 1.0 / left
-    _store_part(row_smem.index(0), asked0, unit, CODE, GROUPS)
-    _store_part(row_smem.index(1), asked1, unit, CODE, GROUPS)
-    _store_part(row_smem.index(2), asked2, unit, CODE, GROUPS)
-    _store_part(row_smem.index(3), asked3, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(0, PART, dim=1), asked0, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(1 * PART, PART, dim=1), asked1, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(2 * PART, PART, dim=1), asked2, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(3 * PART, PART, dim=1), asked3, unit, CODE, GROUPS)
     _store_part(rotary_smem, turned, unit, CODE, GROUPS)
     return gl.where(finite, left, float("nan"))
 

@@ -93,8 +93,11 @@ def arrange(
     batch: BatchPlan,
     params: AttendParams,
     tiles: LatentTiles,
+    slots: int | None = None,
 ) -> Arranged:
-    """What a launch of this shape takes."""
+    """What a launch of this shape takes. slots: partial results of a prompt's plan (prompts);
+    None: programs share the step's tiles by themselves.
+    """
     mask, (out, lse) = params.mask, results
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
@@ -102,11 +105,17 @@ def arrange(
     q = q if q.stride(-1) == 1 else q.contiguous()
     unit = torch.int32 if tiles.by_keys or tiles.wgmma else None
     row, rotary = operand(layer.key, unit), operand(layer.value, unit)
-    tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
-    all_rows = batch.num_requests * tiles_of_rows
-    programs = programs_of(tiles, processors_of(q.device), all_rows)
+    processors = processors_of(q.device)
+    if slots is None:
+        tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
+        all_rows = batch.num_requests * tiles_of_rows
+        programs = slots = programs_of(tiles, processors, all_rows)
+    else:
+        # Nothing that is compiled into a kernel depends on how long prompts are.
+        tiles_of_rows = all_rows = 1
+        programs = processors * tiles.programs_per_processor
     part_out, part_lse, cuts = workspace(
-        q.device, piece_sizes(programs, tiles.rows, row.head_dim, all_rows)
+        q.device, piece_sizes(slots, tiles.rows, row.head_dim, all_rows)
     )
     window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
