@@ -35,10 +35,12 @@ from quantpage.ops.attend.latent.gluon_few import walk_few
 from quantpage.ops.attend.latent.gluon_many import walk_many
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
+    ask_queries,
     copy_tile,
-    load_queries,
+    into_l2,
     ordered,
     query_layout,
+    store_queries,
 )
 from quantpage.ops.triton.common import FP8, LN2, LOG2E
 from quantpage.ops.triton.gluon_compat import (
@@ -225,6 +227,16 @@ def decode_kernel(
                 table, first_tile + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
             )  # fmt: skip
+            # Memory begins while queries are prepared, which keep the copies waiting.
+            for i in gl.static_range(AT_FIRST):
+                page = (
+                    first_page if i == 0
+                    else next_page if i == 1 else third_page if i == 2 else fourth_page
+                )  # fmt: skip
+                t = gl.minimum(first_tile + i, last_tile - 1)
+                start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+                into_l2(row_codes, row_page, page, start_of, PAGE, TILE, WORDS)
+                into_l2(rotary_codes, rotary_page, page, start_of, PAGE, TILE, ROTARY_WORDS)
             key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
             copy_tile(
                 row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
@@ -240,12 +252,17 @@ def decode_kernel(
                 s_keys,
             )  # fmt: skip
 
+            natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
+            # Nothing of theirs is moved before what memory was asked for.
+            thread_barrier()
             q_row = row_first + gl.arange(0, ROWS, q_rows)
             q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
             q_at += (q_row % HEADS).to(gl.int64) * q_head
-            natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
-            factor = load_queries(
-                q_smem.index(0), turned_smem, q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, CODE,
+            asked0, asked1, asked2, asked3, turned = ask_queries(
+                q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
+            )
+            factor = store_queries(
+                q_smem.index(0), turned_smem, asked0, asked1, asked2, asked3, turned, q_rows, CODE,
                 WARPS,
             )  # fmt: skip
             factor = gl.convert_layout(factor, s_rows) * (softmax_scale * natural)
@@ -283,12 +300,12 @@ def decode_kernel(
                     WINDOW, ALL_KEYS,
                 )  # fmt: skip
                 acc0, acc1, acc2, acc3, weights, anchor = walk_few(
-                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem, far_smem, row_codes,
-                    row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
-                    rotary_scale_page, table, next_page, ahead_page, scale, other, factor, context,
-                    q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, first_tile,
-                    last_tile, row_first, softcap, window, sink_tokens, CODE, HEADS, PAGE, FULL,
-                    WINDOW, SOFTCAP, product, s_layout, o_layout,
+                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem, far_smem,
+                    row_codes, row_scale, rotary_codes, rotary_scale, row_page, row_scale_page,
+                    rotary_page, rotary_scale_page, table, next_page, ahead_page, scale, other,
+                    factor, context, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
+                    first_tile, last_tile, row_first, softcap, window, sink_tokens, CODE, HEADS,
+                    PAGE, FULL, WINDOW, SOFTCAP, product, s_layout, o_layout,
                 )  # fmt: skip
             # Nobody reads the ring any more.
             thread_barrier()

@@ -69,10 +69,11 @@ def _unit_scores(
 def walk_many(
     row_words, rotary_words, q_smem, turned_smem, p_smem, far_smem, row_codes, row_scale,
     rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page, rotary_scale_page, table,
-    next_page, scale, other, factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles,
-    b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens, CODE: gl.constexpr,
-    HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
-    SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    next_page, scale, other, factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first,
+    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens,
+    CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
+    o_layout: gl.constexpr,
 ):  # fmt: skip
     """Outputs (two parts of the channels), weights and anchors of a row's tiles.
 
@@ -146,8 +147,8 @@ def walk_many(
             score += score_of(s, CODE, GROUPS, s_layout) * other[:, None]
         else:
             score = _unit_scores(
-                row_words.index(stage), rotary_words.index(stage), q_smem.index(0), turned_smem, scale,
-                other, no_score, GROUPS, k_operand, s_layout,
+                row_words.index(stage), rotary_words.index(stage), q_smem.index(0), turned_smem,
+                scale, other, no_score, GROUPS, k_operand, s_layout,
             )  # fmt: skip
         score = score * factor_smem.load(s_rows)[None, :]
         if SOFTCAP:
@@ -209,8 +210,8 @@ def walk_many(
         if BYTES:
             # Unknown to the compiler, their place keeps no registers for addresses of its parts.
             s = warpgroup_mma(
-                row_bytes.index(stage), q_smem.index(here(0)).permute((1, 0)), no_score, use_acc=False,
-                is_async=True,
+                row_bytes.index(stage), q_smem.index(here(0)).permute((1, 0)), no_score,
+                use_acc=False, is_async=True,
             )  # fmt: skip
         # A piece of the tile at a time: one is unpacked while the one before is multiplied.
         p_tile = p_smem.index(turn)

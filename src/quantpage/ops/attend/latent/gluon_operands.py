@@ -26,6 +26,13 @@ _PAIRS = Constant("""{
  mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y;
 }""")
 
+# A tile's codes, by one thread.
+_INTO_L2 = Constant("""{
+ .reg .pred p; .reg .b32 t;
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0;
+ @p cp.async.bulk.prefetch.L2.global [$1], $2;
+}""")
+
 PART = Constant(128)
 """Channels that threads hold at once of a tile."""
 
@@ -105,6 +112,20 @@ def copy_tile(
         rotary_ring.index(stage), rotary_codes, rotary_page, page, table, key_start, last_key, PAGE,
         TILE, ROTARY_WORDS, rotary_copy,
     )  # fmt: skip
+
+
+@gluon.jit
+def into_l2(
+    codes, page_stride, page, key_start, PAGE: gl.constexpr, TILE: gl.constexpr,
+    UNITS: gl.constexpr,
+):  # fmt: skip
+    """Have a tile's codes fetched from memory before there is a place for them; nobody waits."""
+    if PAGE >= TILE:
+        at = codes + page.to(gl.int64) * page_stride + key_start % PAGE * UNITS
+        gl.inline_asm_elementwise(
+            _INTO_L2, "=r,l,r", [at.to(gl.int64), TILE * UNITS * 4], dtype=gl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 class Hidden(NamedTuple):
@@ -210,24 +231,32 @@ def _store_part(smem, x, unit, CODE: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(
-    row_smem, rotary_smem, at, real, ROW_DIM: gl.constexpr, ROTARY_DIM: gl.constexpr,
+def ask_queries(
+    at, real, ROW_DIM: gl.constexpr, ROTARY_DIM: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Queries as they lie, four parts and their rotary channels. at: pointers of rows."""
+    gl.static_assert(ROW_DIM == 4 * PART)
+    return (
+        _asked(at, real, PART, WARPS),
+        _asked(at + PART, real, PART, WARPS),
+        _asked(at + 2 * PART, real, PART, WARPS),
+        _asked(at + 3 * PART, real, PART, WARPS),
+        _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS),
+    )
+
+
+@gluon.jit
+def store_queries(
+    row_smem, rotary_smem, asked0, asked1, asked2, asked3, turned, rows: gl.constexpr,
     CODE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Queries into shared memory as the second operand of scores: two int8 numbers each beside
-    integer codes, float16 beside others. at: pointers of rows.
+    integer codes, float16 beside others.
 
-    Returns what a row's scores are multiplied by, in the layout of ``at``; NaN where a query is not
+    Returns what a row's scores are multiplied by, in the layout ``rows``; NaN where a query is not
     finite: an infinite one would weigh keys by 0 or 1.
     """
-    rows: gl.constexpr = at.type.layout
     GROUPS: gl.constexpr = WARPS // 4
-    gl.static_assert(ROW_DIM == 4 * PART)
-    asked0 = _asked(at, real, PART, WARPS)
-    asked1 = _asked(at + PART, real, PART, WARPS)
-    asked2 = _asked(at + 2 * PART, real, PART, WARPS)
-    asked3 = _asked(at + 3 * PART, real, PART, WARPS)
-    turned = _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS)
     size = gl.maximum(gl.maximum(_size(asked0), _size(asked1)), _size(asked2))
     high = gl.convert_layout(gl.max(gl.maximum(size, _size(asked3)), 1), rows)
     high = gl.maximum(high, gl.convert_layout(gl.max(_size(turned), 1), rows))
