@@ -2,6 +2,8 @@
 planner gives to Triton.
 """
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -11,7 +13,7 @@ from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.flash.tiles import processors_of
 from quantpage.ops.attend.latent import triton
-from quantpage.ops.attend.latent.gluon_kernel import decode_kernel
+from quantpage.ops.attend.latent.gluon_kernel import attend_kernel
 from quantpage.ops.attend.latent.launch import LatentTiles
 from quantpage.ops.attend.latent.prompts import PromptPlan, PromptShape, plan_prompts
 from quantpage.ops.attend.latent.triton_cuts import join_rows_kernel
@@ -56,8 +58,10 @@ def _launch(
     planned: tuple[Tensor, Tensor] | tuple[None, None],
 ) -> None:
     """planned: a prompt's pieces and where each program's start."""
-    decode_kernel[(made.programs,)](
+    attend_kernel[(made.programs,)](
         *made.given,
+        made.hints,
+        made.row.codes.shape[0],
         *planned,
         **made.both,
         CODE=made.row.code,
@@ -69,6 +73,16 @@ def _launch(
         STAGES=tiles.stages,
         num_warps=tiles.warps,
     )
+
+
+@lru_cache(maxsize=32)
+def _tables(
+    query_lens: tuple[int, ...], context_lens: tuple[int, ...], shape: PromptShape, device: str
+) -> tuple[PromptPlan, Tensor, Tensor, Tensor]:
+    """A step's plan and its tables on the device: every layer of a step shares them."""
+    plan = plan_prompts(query_lens, context_lens, shape)
+    pieces, starts = on_device(plan.pieces, device), on_device(plan.starts, device)
+    return plan, pieces, starts, on_device(plan.cuts, device)
 
 
 def _prompts(
@@ -85,13 +99,9 @@ def _prompts(
     causal = not isinstance(params.mask, FullMask)
     shape = PromptShape(q.shape[1], tiles.rows, tiles.tile, programs, causal, window, sink_tokens)
 
-    def tables() -> tuple[PromptPlan, Tensor, Tensor, Tensor]:
-        plan = plan_prompts(batch.query_lens, batch.host_context_lens, shape)
-        device = str(q.device)
-        pieces, starts = on_device(plan.pieces, device), on_device(plan.starts, device)
-        return plan, pieces, starts, on_device(plan.cuts, device)
-
-    plan, pieces, starts, cuts = batch.once(("latent prompts", shape), tables)
+    plan, pieces, starts, cuts = _tables(
+        batch.query_lens, batch.host_context_lens, shape, str(q.device)
+    )
     made = triton.arrange(results, q, layer, batch, params, tiles, plan.slots)
     _launch(made, q, params, tiles, 1, (pieces, starts))
     if not plan.slots:

@@ -1,4 +1,4 @@
-"""Decode over latent rows on Hopper: keys by queries, a tile of codes read once for both products.
+"""Attention over latent rows on Hopper: keys by queries, each code read once for two products.
 
     S [keys, rows]     = K [keys, channels] q [channels, rows]      wgmma
     O [channels, rows] = K' [channels, keys] p [keys, rows]         mma or wgmma, as K'
@@ -31,6 +31,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     token_plane,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
+from quantpage.ops.attend.latent import launch
 from quantpage.ops.attend.latent.gluon_few import walk_few
 from quantpage.ops.attend.latent.gluon_many import walk_many
 from quantpage.ops.attend.latent.gluon_operands import (
@@ -42,12 +43,14 @@ from quantpage.ops.attend.latent.gluon_operands import (
     query_layout,
     store_queries,
 )
-from quantpage.ops.triton.common import FP8, LN2, LOG2E
+from quantpage.ops.triton.common import FP8, LN2, LOG2E, Constant
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
     fence_async_shared,
     thread_barrier,
 )
+
+HINTS = Constant(launch.HINTS)
 
 
 @gluon.constexpr_function
@@ -58,8 +61,10 @@ def ring_layout(tile, words, wide):
     return shared_layout(words, gl.int32)
 
 
-@gluon.jit(do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row"])
-def decode_kernel(
+@gluon.jit(
+    do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row", "pages"]
+)
+def attend_kernel(
     q,
     row_codes,
     row_scale,
@@ -89,6 +94,8 @@ def decode_kernel(
     table_row,
     out_token,
     out_head,
+    hints,
+    pages,
     pieces,
     starts,
     CODE: gl.constexpr,
@@ -108,8 +115,9 @@ def decode_kernel(
 ):
     """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4.
 
-    pieces, starts: a prompt's plan (prompts.PromptPlan); None: programs share a decode step's line
-    of tiles, and say in ``cuts`` which rows were cut.
+    hints: int32 [programs, HINTS], where a program's first tiles lay in the launch before. pages:
+    of the layer. pieces, starts: a prompt's plan (prompts.PromptPlan); None: programs share a
+    decode step's line of tiles, and say in ``cuts`` which rows were cut.
     """
     gl.static_assert(STAGES == 3 or STAGES == 4)
     WARPS: gl.constexpr = gl.num_warps()
@@ -174,6 +182,15 @@ def decode_kernel(
     )
 
     program = gl.program_id(0)
+    if OVERLAP and PAGE >= TILE:
+        # What this program began with in the launch before, mostly of the same step's layer before:
+        # to be wrong costs a look at the wrong page, and to read what changes is no harm.
+        for i in gl.static_range(AT_FIRST):
+            nth = gl.load(hints + program * HINTS + i)
+            nth = gl.maximum(gl.minimum(nth, pages * (PAGE // TILE) - 1), 0)
+            page, at = nth // (PAGE // TILE), nth % (PAGE // TILE) * TILE
+            into_l2(row_codes, row_page, page, at, PAGE, TILE, WORDS)
+            into_l2(rotary_codes, rotary_page, page, at, PAGE, TILE, ROTARY_WORDS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -237,6 +254,9 @@ def decode_kernel(
                 start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
                 into_l2(row_codes, row_page, page, start_of, PAGE, TILE, WORDS)
                 into_l2(rotary_codes, rotary_page, page, start_of, PAGE, TILE, ROTARY_WORDS)
+                if OVERLAP and PAGE >= TILE:
+                    nth = page * (PAGE // TILE) + start_of % PAGE // TILE
+                    gl.store(hints + program * HINTS + i, nth, mask=position == start)
             key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
             copy_tile(
                 row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,

@@ -8,7 +8,6 @@ joins. Pieces go to programs longest first, each to the program that has least t
 
 import heapq
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -60,11 +59,10 @@ class PromptPlan:
     """Partial results of all cut rows."""
 
 
-@lru_cache(maxsize=32)
 def plan_prompts(
     query_lens: tuple[int, ...], context_lens: tuple[int, ...], shape: PromptShape
 ) -> PromptPlan:
-    """Pieces of all new tokens of a step, worked out once for its layers."""
+    """Pieces of all new tokens of a step."""
     rows = _rows_of(query_lens, context_lens, shape)
     tiles = _tiles_of(rows[:, 2], rows[:, 3], shape)
     pieces = _cut(tiles, shape.programs)

@@ -18,14 +18,16 @@ from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton import paired
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
-from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
+from quantpage.ops.attend.decode.workspaces import workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
 from quantpage.ops.attend.latent.launch import (
     LatentTiles,
     fitted,
+    hint_count,
     latent_tiles,
     programs_of,
     row_tiles,
+    space,
 )
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
 from quantpage.ops.attend.params import AttendParams, reach_of
@@ -82,6 +84,8 @@ class Arranged(NamedTuple):
     """What is compiled into both kernels and into the launch that joins."""
     row: Operand
     rotary: Operand
+    hints: Tensor
+    """Where programs keep what they began with, if they do (launch.HINTS)."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
     """Grid, arguments and constants of the launch that joins cut rows."""
 
@@ -114,9 +118,11 @@ def arrange(
         # Nothing that is compiled into a kernel depends on how long prompts are.
         tiles_of_rows = all_rows = 1
         programs = processors * tiles.programs_per_processor
-    part_out, part_lse, cuts = workspace(
-        q.device, piece_sizes(slots, tiles.rows, row.head_dim, all_rows)
+    hinted = hint_count(tiles, programs)
+    part_out, part_lse, numbers = workspace(
+        q.device, space(tiles, slots, row.head_dim, hinted + 2 * all_rows)
     )
+    cuts = numbers[hinted:] if hinted else numbers
     window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
     overlap = device_info(q.device).since(HOPPER)
@@ -144,7 +150,7 @@ def arrange(
     }  # fmt: skip
     # A program a query row.
     grid = (all_rows, min(tiles.rows, heads * batch.max_query_len))
-    return Arranged(programs, given, both, row, rotary, (grid, merged, fixed))
+    return Arranged(programs, given, both, row, rotary, numbers, (grid, merged, fixed))
 
 
 def join(made: Arranged) -> None:
