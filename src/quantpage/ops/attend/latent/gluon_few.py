@@ -24,6 +24,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     copy_tile,
     far_bits,
     key_part,
+    scales_into_l2,
     score_of,
     value_part,
 )
@@ -58,7 +59,7 @@ def walk_few(
     TILE: gl.constexpr = row_ring.shape[1]
     ROW_DIM: gl.constexpr = 4 * row_ring.shape[2]
     ROTARY_DIM: gl.constexpr = 4 * rotary_ring.shape[2]
-    ROWS: gl.constexpr = p_smem.shape[2]
+    ROWS: gl.constexpr = p_smem.shape[1]
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = ROW_DIM // 4 // V_WORDS
     # Integer keys are multiplied as bytes, those of fp8 from words.
@@ -145,8 +146,8 @@ def walk_few(
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
-        p_smem.index(0).store(p.to(gl.float16))
-        far_smem.index(0).store(far_bits(x, GROUPS))
+        p_smem.store(p.to(gl.float16))
+        far_smem.store(far_bits(x, GROUPS))
         # P is there, and nobody reads the tile before any more.
         thread_barrier()
         ahead = t - 1 + STAGES
@@ -157,13 +158,17 @@ def walk_few(
                 rotary_codes, row_page, rotary_page, ahead_page, table, ahead_tile * TILE,
                 last_key, PAGE,
             )  # fmt: skip
+            scales_into_l2(
+                row_scale, row_scale_page, rotary_scale, rotary_scale_page, ahead_page,
+                ahead_tile * TILE, PAGE, TILE,
+            )  # fmt: skip
             ahead_page = page_of(
                 table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
             )  # fmt: skip
         if t > first_tile:
             async_copy.commit_group()
-        if gl.max(far_smem.index(0).load(far_layout), 0) > FAR:
+        if gl.max(far_smem.load(far_layout), 0) > FAR:
             old = anchor
             anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
             shrink = gl.exp2(old - anchor)
@@ -180,13 +185,13 @@ def walk_few(
                 acc2 = acc2 * less
                 acc3 = acc3 * less
             p = gl.exp2(heavy - anchor[None, :])
-            p_smem.index(0).store(p.to(gl.float16))
+            p_smem.store(p.to(gl.float16))
             thread_barrier()
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
         hidden = Hidden(key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
         mine = row_ring.index(stage)
-        heavy_p = p_smem.index(0).load(p_operand)
+        heavy_p = p_smem.load(p_operand)
         v = value_part(mine, 0, TILE, 0, hidden, CODE, WINDOW, v_operand)
         acc0 = mma_v2(v, heavy_p, acc0)
         v = value_part(mine, 0, TILE, 1, hidden, CODE, WINDOW, v_operand)

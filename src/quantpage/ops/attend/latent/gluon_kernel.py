@@ -37,10 +37,11 @@ from quantpage.ops.attend.latent.gluon_many import walk_many
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
     ask_queries,
+    codes_into_l2,
     copy_tile,
-    into_l2,
     ordered,
     query_layout,
+    scales_into_l2,
     store_queries,
 )
 from quantpage.ops.triton.common import FP8, LN2, LOG2E, Constant
@@ -149,8 +150,9 @@ def attend_kernel(
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = WORDS // V_WORDS
     q_rows: gl.constexpr = gl.SliceLayout(1, query_layout(PART, WARPS))
-    # Tiles that are asked for before the walk.
-    AT_FIRST: gl.constexpr = STAGES - 1 if WIDE else STAGES
+    # Tiles that are asked for before queries are prepared. A wide walk multiplies codes where they
+    # lie, as queries: one fence is behind both.
+    FENCED: gl.constexpr = 2 if WIDE else 1
 
     row_ring = gl.allocate_shared_memory(
         gl.int32, [STAGES, TILE, WORDS], ring_layout(TILE, WORDS, WIDE)
@@ -166,15 +168,11 @@ def attend_kernel(
         Q_NUMBER, [Q_ROWS, ROTARY_DIM],
         gl.NVMMASharedLayout.get_default_for([Q_ROWS, ROTARY_DIM], Q_NUMBER),
     )  # fmt: skip
-    # Of two tiles, where one is stored while the one before is still read.
-    TURNS: gl.constexpr = 2 if WIDE else 1
     p_smem = gl.allocate_shared_memory(
-        gl.float16, [TURNS, TILE, ROWS],
+        gl.float16, [TILE, ROWS],
         gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16),
     )  # fmt: skip
-    far_smem = gl.allocate_shared_memory(
-        gl.int32, [TURNS, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    far_smem = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     # Read again for every tile: in registers it would stand beside all outputs.
     factor_smem = gl.allocate_shared_memory(
@@ -185,12 +183,15 @@ def attend_kernel(
     if OVERLAP and PAGE >= TILE:
         # What this program began with in the launch before, mostly of the same step's layer before:
         # to be wrong costs a look at the wrong page, and to read what changes is no harm.
-        for i in gl.static_range(AT_FIRST):
+        for i in gl.static_range(STAGES):
             nth = gl.load(hints + program * HINTS + i)
             nth = gl.maximum(gl.minimum(nth, pages * (PAGE // TILE) - 1), 0)
             page, at = nth // (PAGE // TILE), nth % (PAGE // TILE) * TILE
-            into_l2(row_codes, row_page, page, at, PAGE, TILE, WORDS)
-            into_l2(rotary_codes, rotary_page, page, at, PAGE, TILE, ROTARY_WORDS)
+            scales_into_l2(
+                row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, at, PAGE, TILE
+            )
+            codes_into_l2(row_codes, row_page, page, at, PAGE, TILE, WORDS)
+            codes_into_l2(rotary_codes, rotary_page, page, at, PAGE, TILE, ROTARY_WORDS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -227,6 +228,12 @@ def attend_kernel(
             table = page_table + request.to(gl.int64) * table_row
             last_key = context - 1
 
+            q_row = row_first + gl.arange(0, ROWS, q_rows)
+            q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
+            q_at += (q_row % HEADS).to(gl.int64) * q_head
+            asked0, asked1, asked2, asked3, turned = ask_queries(
+                q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
+            )
             # Pages are looked up before they are needed: of the ring's tiles, and of the next.
             first_page = page_of(
                 table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
@@ -244,16 +251,18 @@ def attend_kernel(
                 table, first_tile + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
             )  # fmt: skip
-            # Memory begins while queries are prepared, which keep the copies waiting.
-            for i in gl.static_range(AT_FIRST):
+            for i in gl.static_range(STAGES):
                 page = (
                     first_page if i == 0
                     else next_page if i == 1 else third_page if i == 2 else fourth_page
                 )  # fmt: skip
                 t = gl.minimum(first_tile + i, last_tile - 1)
                 start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-                into_l2(row_codes, row_page, page, start_of, PAGE, TILE, WORDS)
-                into_l2(rotary_codes, rotary_page, page, start_of, PAGE, TILE, ROTARY_WORDS)
+                if i > 0:
+                    scales_into_l2(
+                        row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, start_of,
+                        PAGE, TILE,
+                    )  # fmt: skip
                 if OVERLAP and PAGE >= TILE:
                     nth = page * (PAGE // TILE) + start_of % PAGE // TILE
                     gl.store(hints + program * HINTS + i, nth, mask=position == start)
@@ -262,6 +271,15 @@ def attend_kernel(
                 row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
                 first_page, table, key_start, last_key, PAGE,
             )  # fmt: skip
+            if WIDE:  # noqa: SIM102
+                if first_tile + 1 < last_tile:
+                    start_of = tile_at(
+                        first_tile + 1, a_first, a_tiles, b_first, WINDOW, ALL_KEYS
+                    ) * TILE  # fmt: skip
+                    copy_tile(
+                        row_ring, rotary_ring, 1, row_codes, rotary_codes, row_page, rotary_page,
+                        next_page, table, start_of, last_key, PAGE,
+                    )  # fmt: skip
             async_copy.commit_group()
             scale = token_plane(
                 row_scale, row_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
@@ -273,14 +291,6 @@ def attend_kernel(
             )  # fmt: skip
 
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
-            # Nothing of theirs is moved before what memory was asked for.
-            thread_barrier()
-            q_row = row_first + gl.arange(0, ROWS, q_rows)
-            q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
-            q_at += (q_row % HEADS).to(gl.int64) * q_head
-            asked0, asked1, asked2, asked3, turned = ask_queries(
-                q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
-            )
             factor = store_queries(
                 q_smem.index(0), turned_smem, asked0, asked1, asked2, asked3, turned, q_rows, CODE,
                 WARPS,
@@ -288,11 +298,10 @@ def attend_kernel(
             factor = gl.convert_layout(factor, s_rows) * (softmax_scale * natural)
             if WIDE:
                 factor_smem.store(factor)
-                # The first tile's codes are multiplied where they lie, as queries are.
                 async_copy.wait_group(0)
             # It waits for copies under way, of which there is one.
             fence_async_shared()
-            for i in gl.static_range(1, AT_FIRST):
+            for i in gl.static_range(FENCED, STAGES):
                 t = first_tile + i
                 if t < last_tile:
                     page = next_page if i == 1 else third_page if i == 2 else fourth_page
@@ -307,10 +316,10 @@ def attend_kernel(
                 acc0, acc1, weights, anchor = walk_many(
                     row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes,
                     row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
-                    rotary_scale_page, table, next_page, scale, other, factor_smem, context, q_len,
-                    a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, first_tile, last_tile,
-                    row_first, softcap, window, sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW,
-                    SOFTCAP, product, s_layout, o_layout,
+                    rotary_scale_page, table, next_page, third_page, fourth_page, scale, other,
+                    factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles,
+                    b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens, CODE,
+                    HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout, o_layout,
                 )  # fmt: skip
                 acc2 = acc0
                 acc3 = acc1

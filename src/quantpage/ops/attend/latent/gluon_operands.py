@@ -26,11 +26,16 @@ _PAIRS = Constant("""{
  mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y;
 }""")
 
-# A tile's codes, by one thread.
+# By one thread: a tile's codes, or a line of its scales.
 _INTO_L2 = Constant("""{
  .reg .pred p; .reg .b32 t;
  mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0;
  @p cp.async.bulk.prefetch.L2.global [$1], $2;
+}""")
+_LINE_INTO_L2 = Constant("""{
+ .reg .pred p; .reg .b32 t;
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0;
+ @p prefetch.global.L2 [$1];
 }""")
 
 PART = Constant(128)
@@ -115,17 +120,35 @@ def copy_tile(
 
 
 @gluon.jit
-def into_l2(
+def codes_into_l2(
     codes, page_stride, page, key_start, PAGE: gl.constexpr, TILE: gl.constexpr,
     UNITS: gl.constexpr,
 ):  # fmt: skip
     """Have a tile's codes fetched from memory before there is a place for them; nobody waits."""
+    at = codes + page.to(gl.int64) * page_stride + key_start % PAGE * UNITS
+    gl.inline_asm_elementwise(
+        _INTO_L2, "=r,l,r", [at.to(gl.int64), TILE * UNITS * 4], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def scales_into_l2(
+    row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, key_start,
+    PAGE: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """The same of its scales, which are asked for a tile before they are needed: memory that is
+    busy takes longer.
+    """
     if PAGE >= TILE:
-        at = codes + page.to(gl.int64) * page_stride + key_start % PAGE * UNITS
-        gl.inline_asm_elementwise(
-            _INTO_L2, "=r,l,r", [at.to(gl.int64), TILE * UNITS * 4], dtype=gl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+        slot = key_start % PAGE
+        for i in gl.static_range(2):
+            at = row_scale + page.to(gl.int64) * row_scale_page + slot
+            if i == 1:
+                at = rotary_scale + page.to(gl.int64) * rotary_scale_page + slot
+            gl.inline_asm_elementwise(
+                _LINE_INTO_L2, "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+            )
 
 
 class Hidden(NamedTuple):

@@ -69,6 +69,10 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan, hopper: bool = False) -
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
 
+JOINS = 1024
+"""Programs of the launch that joins, about."""
+
+
 def _width(channels: int) -> int:
     """Of a tile: a power of two, whose words of four are at least a product's sixteen."""
     return max(64, portable_width(channels))
@@ -148,8 +152,9 @@ def arrange(
     fixed = both | {
         "VALUE_DIM": row.head_dim, "GROUP": heads, "SEGMENT": 0, "PARTS": parts, "num_warps": 4
     }  # fmt: skip
-    # A program a query row.
-    grid = (all_rows, min(tiles.rows, heads * batch.max_query_len))
+    # A program a query row, of many rows each several: most are not cut, and launched for nothing.
+    side_by_side = min(tiles.rows, heads * batch.max_query_len, max(8, JOINS // all_rows))
+    grid = (all_rows, side_by_side)
     return Arranged(programs, given, both, row, rotary, numbers, (grid, merged, fixed))
 
 
