@@ -172,6 +172,29 @@ def test_any_grid_gives_the_same_result(programs, code, tiles):
     check(code, step, replace(tiles, programs_per_processor=programs, min_tiles=5))
 
 
+@CODE
+@pytest.mark.parametrize("sinks", [False, True])
+def test_few_pieces_are_joined_by_the_last_program(code, sinks):
+    """Of forty rows; twice, as counters have to be zeros again, and some without keys."""
+    contexts = tuple(9000 if i == 7 else 33 + 29 * i for i in range(40))
+    step = Step(group=16, queries=(1,) * 40, contexts=contexts, page_size=64)
+    q, layer, batch = make(code, step)
+    sink = torch.randn(16, device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, sinks=sink)
+    wanted = reference(q.double(), layer, batch, params)
+    for _ in range(3):
+        out, lse = attend(q, layer, batch, params, tiles=FEW)
+        assert_agrees(out, lse, *wanted, TOLERANCE, 10 * TOLERANCE)
+    lens = batch.context_lens.clone()
+    lens[3:5] = 0
+    out, lse = attend(q, layer, derive(batch, context_lens=lens), params, tiles=FEW)
+    assert (out[3:5] == 0).all()
+    assert torch.allclose(lse[3:5], sink.expand(2, -1)) if sinks else lse[3:5].isneginf().all()
+    rest = [i for i in range(40) if i not in (3, 4)]
+    wanted_out, wanted_lse = (each[rest] for each in wanted)
+    assert_agrees(out[rest], lse[rest], wanted_out, wanted_lse, TOLERANCE, 10 * TOLERANCE)
+
+
 def test_pages_side_by_side_and_a_replayed_graph():
     q, layer, batch = make("int8", Step(group=16, contexts=(700, 33, 150), page_size=64))
     params = AttendParams(q.shape[-1] ** -0.5)

@@ -45,7 +45,8 @@ def attend(
     else:
         made = triton.arrange(results, q, layer, batch, params, tiles)
         _launch(made, q, params, tiles, chunk_of(batch.num_requests), (None, None))
-        triton.join(made)
+        if made.counters is None:
+            triton.join(made)
     return results
 
 
@@ -62,6 +63,7 @@ def _launch(
         *made.given,
         made.hints,
         made.row.codes.shape[0],
+        made.counters,
         *planned,
         **made.both,
         CODE=made.row.code,

@@ -25,6 +25,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     key_ranges,
     my_share,
     page_of,
+    row_programs,
     same,
     tile_at,
     tile_ranges,
@@ -33,6 +34,7 @@ from quantpage.ops.attend.decode.gluon_share import (
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.attend.latent import launch
 from quantpage.ops.attend.latent.gluon_few import walk_few
+from quantpage.ops.attend.latent.gluon_join import arrive, finish_empty, join_pieces
 from quantpage.ops.attend.latent.gluon_many import walk_many
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
@@ -97,6 +99,7 @@ def attend_kernel(
     out_head,
     hints,
     pages,
+    counters,
     pieces,
     starts,
     CODE: gl.constexpr,
@@ -117,8 +120,9 @@ def attend_kernel(
     """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4.
 
     hints: int32 [programs, HINTS], where a program's first tiles lay in the launch before. pages:
-    of the layer. pieces, starts: a prompt's plan (prompts.PromptPlan); None: programs share a
-    decode step's line of tiles, and say in ``cuts`` which rows were cut.
+    of the layer. counters: zeros, one a row, by which the last of a row's programs knows that it
+    joins the pieces; None: another launch does, and ``cuts`` says what. pieces, starts: a prompt's
+    plan (prompts.PromptPlan); None: programs share a decode step's line of tiles.
     """
     gl.static_assert(STAGES == 3 or STAGES == 4)
     WARPS: gl.constexpr = gl.num_warps()
@@ -346,7 +350,7 @@ def attend_kernel(
             if pieces is None:
                 complete = (first_tile == 0) & (last_tile == tiles)
                 slot_id = 2 * program + (position != start).to(gl.int32)
-                if first_tile == 0:
+                if counters is None and first_tile == 0:
                     cut = cuts + (request * ROW_TILES + item) * 2
                     store_cut(cut, complete, slot_id, program, position, tiles, share, even)
             else:
@@ -367,6 +371,17 @@ def attend_kernel(
                     acc * ratio[None, :], complete, out, part_out, q_start, q_len, row_first,
                     slot_id, out_token, out_head, i * 4 * V_WORDS, ROW_DIM, HEADS, WARPS,
                 )  # fmt: skip
+            if counters is not None:  # noqa: SIM102
+                if not complete:
+                    first, last, first_slot = row_programs(
+                        program, position, position - first_tile, tiles, share, even
+                    )
+                    if arrive(counters + request * ROW_TILES + item, last - first + 1):
+                        join_pieces(
+                            part_out, part_lse, sinks, out, lse, first_slot, first,
+                            last - first + 1, q_start, q_len, row_first, out_token, out_head, ROWS,
+                            ROW_DIM, HEADS, SINKS,
+                        )  # fmt: skip
         if pieces is None:
             position += last_tile - first_tile
             if position - begins >= tiles * ROW_TILES:
@@ -374,6 +389,11 @@ def attend_kernel(
                 begins = position
         else:
             position += 1
+    if counters is not None:
+        finish_empty(
+            query_starts, context_lens, requests, sinks, out, lse, window, sink_tokens, out_token,
+            out_head, ROWS, ROW_DIM, HEADS, SINKS, PAGE, FULL, WINDOW,
+        )  # fmt: skip
 
 
 class Part(NamedTuple):

@@ -18,7 +18,7 @@ from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton import paired
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
-from quantpage.ops.attend.decode.workspaces import workspace
+from quantpage.ops.attend.decode.workspaces import counters_of, workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
 from quantpage.ops.attend.latent.launch import (
     LatentTiles,
@@ -69,6 +69,8 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan, hopper: bool = False) -
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
 
+JOINED = 4
+"""Pieces of a row, mostly, up to which the kernel joins them itself."""
 JOINS = 1024
 """Programs of the launch that joins, about."""
 
@@ -88,6 +90,8 @@ class Arranged(NamedTuple):
     """What is compiled into both kernels and into the launch that joins."""
     row: Operand
     rotary: Operand
+    counters: Tensor | None
+    """By which the last of a row's programs knows that it joins the pieces; None: ``join`` does."""
     hints: Tensor
     """Where programs keep what they began with, if they do (launch.HINTS)."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
@@ -155,7 +159,10 @@ def arrange(
     # A program a query row, of many rows each several: most are not cut, and launched for nothing.
     side_by_side = min(tiles.rows, heads * batch.max_query_len, max(8, JOINS // all_rows))
     grid = (all_rows, side_by_side)
-    return Arranged(programs, given, both, row, rotary, numbers, (grid, merged, fixed))
+    # Of few pieces a program is done before a launch would begin. (64 rows have no registers left.)
+    joined = tiles.wgmma and tiles.rows < 64 and programs <= JOINED * all_rows
+    counters = counters_of(q.device, all_rows) if joined else None
+    return Arranged(programs, given, both, row, rotary, counters, numbers, (grid, merged, fixed))
 
 
 def join(made: Arranged) -> None:
