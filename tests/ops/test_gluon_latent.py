@@ -30,7 +30,7 @@ pytestmark = ON_HOPPER
 if HOPPER:
     from quantpage.ops.attend.latent.gluon import attend
 
-FEW = LatentTiles(16, 64, 4, 4, wgmma=True, min_tiles=1)
+FEW = LatentTiles(16, 64, 4, 3, wgmma=True, min_tiles=1)
 MANY = LatentTiles(64, 64, 8, 3, wgmma=True, min_tiles=1)
 SHAPES = pytest.mark.parametrize("tiles", [FEW, MANY], ids=["few", "many"])
 CODE = pytest.mark.parametrize("code", ["int8", "fp8"])

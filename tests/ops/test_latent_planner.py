@@ -37,8 +37,8 @@ def test_the_measured_shapes_are_taken_and_fit():
 
 def test_the_hopper_kernel_takes_what_it_was_measured_in():
     for rows, wanted in (
-        (1, LatentTiles(16, 64, 4, 4, wgmma=True)),
-        (16, LatentTiles(16, 64, 4, 4, wgmma=True)),
+        (1, LatentTiles(16, 64, 4, 3, wgmma=True)),
+        (16, LatentTiles(16, 64, 4, 3, wgmma=True)),
         (32, LatentTiles(32, 64, 8, 3, wgmma=True)),
         (128, LatentTiles(64, 64, 8, 3, wgmma=True)),
     ):

@@ -120,10 +120,12 @@ def walk_few(
         s = warpgroup_mma(k, turned_smem.permute((1, 0)), no_score, use_acc=False)
         score = score_of(s, CODE, GROUPS, s_layout) * other[:, None]
         s = no_score
-        for i in gl.static_range(ROW_DIM // PART):
-            part = row_keys.index(stage).slice(i * (PART // EACH), PART // EACH, dim=1)
+        # Bytes leave registers for a whole row; of float16 a part does.
+        WIDTH: gl.constexpr = ROW_DIM if BYTES else PART
+        for i in gl.static_range(ROW_DIM // WIDTH):
+            part = row_keys.index(stage).slice(i * (WIDTH // EACH), WIDTH // EACH, dim=1)
             k = key_part(part, CODE, WARPS, k_operand)
-            q = q_smem.slice(i * PART, PART, dim=1)
+            q = q_smem.slice(i * WIDTH, WIDTH, dim=1)
             s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=i > 0)
         score += score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
         score = score * factor[None, :]

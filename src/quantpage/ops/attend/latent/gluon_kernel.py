@@ -154,9 +154,8 @@ def attend_kernel(
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = WORDS // V_WORDS
     q_rows: gl.constexpr = gl.SliceLayout(1, query_layout(PART, WARPS))
-    # Tiles that are asked for before queries are prepared. A wide walk multiplies codes where they
-    # lie, as queries: one fence is behind both.
-    FENCED: gl.constexpr = 2 if WIDE else 1
+    # Tiles that are asked for before the walk.
+    AT_FIRST: gl.constexpr = STAGES - 1 if WIDE else STAGES
 
     row_ring = gl.allocate_shared_memory(
         gl.int32, [STAGES, TILE, WORDS], ring_layout(TILE, WORDS, WIDE)
@@ -172,11 +171,15 @@ def attend_kernel(
         Q_NUMBER, [Q_ROWS, ROTARY_DIM],
         gl.NVMMASharedLayout.get_default_for([Q_ROWS, ROTARY_DIM], Q_NUMBER),
     )  # fmt: skip
+    # Of two tiles, where one is stored while the one before is still read.
+    TURNS: gl.constexpr = 2 if WIDE else 1
     p_smem = gl.allocate_shared_memory(
-        gl.float16, [TILE, ROWS],
+        gl.float16, [TURNS, TILE, ROWS],
         gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16),
     )  # fmt: skip
-    far_smem = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    far_smem = gl.allocate_shared_memory(
+        gl.int32, [TURNS, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
 
     # Read again for every tile: in registers it would stand beside all outputs.
     factor_smem = gl.allocate_shared_memory(
@@ -275,15 +278,6 @@ def attend_kernel(
                 row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
                 first_page, table, key_start, last_key, PAGE,
             )  # fmt: skip
-            if WIDE:  # noqa: SIM102
-                if first_tile + 1 < last_tile:
-                    start_of = tile_at(
-                        first_tile + 1, a_first, a_tiles, b_first, WINDOW, ALL_KEYS
-                    ) * TILE  # fmt: skip
-                    copy_tile(
-                        row_ring, rotary_ring, 1, row_codes, rotary_codes, row_page, rotary_page,
-                        next_page, table, start_of, last_key, PAGE,
-                    )  # fmt: skip
             async_copy.commit_group()
             scale = token_plane(
                 row_scale, row_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
@@ -302,10 +296,11 @@ def attend_kernel(
             factor = gl.convert_layout(factor, s_rows) * (softmax_scale * natural)
             if WIDE:
                 factor_smem.store(factor)
+                # The first tile's codes are multiplied where they lie, as queries are.
                 async_copy.wait_group(0)
             # It waits for copies under way, of which there is one.
             fence_async_shared()
-            for i in gl.static_range(FENCED, STAGES):
+            for i in gl.static_range(1, AT_FIRST):
                 t = first_tile + i
                 if t < last_tile:
                     page = next_page if i == 1 else third_page if i == 2 else fourth_page
@@ -320,10 +315,10 @@ def attend_kernel(
                 acc0, acc1, weights, anchor = walk_many(
                     row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes,
                     row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
-                    rotary_scale_page, table, next_page, third_page, fourth_page, scale, other,
-                    factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles,
-                    b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens, CODE,
-                    HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout, o_layout,
+                    rotary_scale_page, table, next_page, scale, other, factor_smem, context, q_len,
+                    a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, first_tile, last_tile,
+                    row_first, softcap, window, sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW,
+                    SOFTCAP, product, s_layout, o_layout,
                 )  # fmt: skip
                 acc2 = acc0
                 acc3 = acc1
@@ -333,12 +328,13 @@ def attend_kernel(
                     WINDOW, ALL_KEYS,
                 )  # fmt: skip
                 acc0, acc1, acc2, acc3, weights, anchor = walk_few(
-                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem, far_smem,
-                    row_codes, row_scale, rotary_codes, rotary_scale, row_page, row_scale_page,
-                    rotary_page, rotary_scale_page, table, next_page, ahead_page, scale, other,
-                    factor, context, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
-                    first_tile, last_tile, row_first, softcap, window, sink_tokens, CODE, HEADS,
-                    PAGE, FULL, WINDOW, SOFTCAP, product, s_layout, o_layout,
+                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem.index(0),
+                    far_smem.index(0), row_codes, row_scale, rotary_codes, rotary_scale, row_page,
+                    row_scale_page, rotary_page, rotary_scale_page, table, next_page, ahead_page,
+                    scale, other, factor, context, q_len, a_low, a_high, b_low, b_high, a_first,
+                    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
+                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout,
+                    o_layout,
                 )  # fmt: skip
             # Nobody reads the ring any more.
             thread_barrier()

@@ -34,6 +34,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     copy_tile,
     far_bits,
     key_part,
+    scales_into_l2,
     score_of,
     value_part,
 )
@@ -69,9 +70,8 @@ def _unit_scores(
 def walk_many(
     row_words, rotary_words, q_smem, turned_smem, p_smem, far_smem, row_codes, row_scale,
     rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page, rotary_scale_page, table,
-    next_page, third_page, fourth_page, scale, other, factor_smem, context, q_len, a_low, a_high,
-    b_low, b_high, a_first, a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
-    sink_tokens,
+    next_page, scale, other, factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first,
+    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens,
     CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
     o_layout: gl.constexpr,
@@ -87,7 +87,7 @@ def walk_many(
     TILE: gl.constexpr = row_words.shape[1]
     ROW_DIM: gl.constexpr = 4 * row_words.shape[2]
     ROTARY_DIM: gl.constexpr = 4 * rotary_words.shape[2]
-    ROWS: gl.constexpr = p_smem.shape[1]
+    ROWS: gl.constexpr = p_smem.shape[2]
     BYTES: gl.constexpr = CODE != FP8
     PIECE: gl.constexpr = 16
     s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -119,7 +119,7 @@ def walk_many(
     following = gl.minimum(first_tile + 1, last_tile - 1)
     next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
     scale, other = scale.to(gl.float32), other.to(gl.float32)
-    # Everybody's copies of the first tiles and queries are in.
+    # Everybody's copies of the first tile and queries are in.
     thread_barrier()
     if BYTES:
         s = warpgroup_mma(
@@ -138,27 +138,18 @@ def walk_many(
     next_other = token_plane(
         rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE, TILE, s_keys
     )
-    next_page = third_page
-    ahead_page = fourth_page
+    next_page = page_of(
+        table, first_tile + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
+    )
 
     stage = 0
     for t in range(first_tile, last_tile):
-        mine = row_words.index(stage)
-        following_stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         if BYTES:
             score += score_of(s, CODE, GROUPS, s_layout) * other[:, None]
         else:
             score = _unit_scores(
                 row_words.index(stage), rotary_words.index(stage), q_smem.index(0), turned_smem,
                 scale, other, no_score, GROUPS, k_operand, s_layout,
-            )  # fmt: skip
-        if BYTES:
-            # The next tile's, of which all but the rotary channels are multiplied meanwhile. Of the
-            # tile past the last what lies there is, and nobody reads it. Unknown to the compiler,
-            # the queries' place keeps no registers for addresses of its parts.
-            s = warpgroup_mma(
-                row_bytes.index(following_stage), q_smem.index(here(0)).permute((1, 0)), no_score,
-                use_acc=False, is_async=True,
             )  # fmt: skip
         score = score * factor_smem.load(s_rows)[None, :]
         if SOFTCAP:
@@ -179,13 +170,28 @@ def walk_many(
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
-        p_smem.store(p.to(gl.float16))
-        far_smem.store(far_bits(x, GROUPS))
-        # The codes of the tile after the next are in, and no other copy is under way.
+        turn = t % 2
+        p_smem.index(turn).store(p.to(gl.float16))
+        far_smem.index(turn).store(far_bits(x, GROUPS))
+        # The next tile's codes are in, and no other copy is under way.
         async_copy.wait_group(0)
         fence_async_shared()
+        # P and the next tile are there, and nobody reads the tile before any more.
         thread_barrier()
-        if gl.max(far_smem.load(far_layout), 0) > FAR:
+        ahead = t + 2
+        if ahead < last_tile:
+            ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
+            copy_tile(
+                row_words, rotary_words, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
+                rotary_codes, row_page, rotary_page, next_page, table, ahead_tile * TILE, last_key,
+                PAGE,
+            )  # fmt: skip
+            scales_into_l2(
+                row_scale, row_scale_page, rotary_scale, rotary_scale_page, next_page,
+                ahead_tile * TILE, PAGE, TILE,
+            )  # fmt: skip
+        async_copy.commit_group()
+        if gl.max(far_smem.index(turn).load(far_layout), 0) > FAR:
             old = anchor
             anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
             shrink = gl.exp2(old - anchor)
@@ -195,21 +201,31 @@ def walk_many(
             acc0 = acc0 * lessened[None, :]
             acc1 = acc1 * lessened[None, :]
             p = gl.exp2(heavy - anchor[None, :])
-            p_smem.store(p.to(gl.float16))
+            p_smem.index(turn).store(p.to(gl.float16))
             fence_async_shared()
             thread_barrier()
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
 
         hidden = Hidden(key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
+        mine = row_words.index(stage)
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
+        # Of the tile past the last what lies there is multiplied, and nobody reads it.
+        if BYTES:
+            # Unknown to the compiler, their place keeps no registers for addresses of its parts.
+            s = warpgroup_mma(
+                row_bytes.index(stage), q_smem.index(here(0)).permute((1, 0)), no_score,
+                use_acc=False, is_async=True,
+            )  # fmt: skip
         # A piece of the tile at a time: one is unpacked while the one before is multiplied.
+        p_tile = p_smem.index(turn)
         v = value_part(mine, 0, PIECE, 0, hidden, CODE, WINDOW, v_operand)
-        acc0 = warpgroup_mma(v, p_smem.slice(0, PIECE), acc0, is_async=True)
+        acc0 = warpgroup_mma(v, p_tile.slice(0, PIECE), acc0, is_async=True)
         w = value_part(mine, 0, PIECE, 1, hidden, CODE, WINDOW, v_operand)
-        acc1 = warpgroup_mma(w, p_smem.slice(0, PIECE), acc1, is_async=True)
+        acc1 = warpgroup_mma(w, p_tile.slice(0, PIECE), acc1, is_async=True)
         key_start = next_start
-        following = gl.minimum(t + 2, last_tile - 1)
+        following = gl.minimum(ahead, last_tile - 1)
         next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
         next_scale = token_plane(
             row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE, s_keys
@@ -218,38 +234,26 @@ def walk_many(
             rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE, TILE,
             s_keys,
         )  # fmt: skip
+        next_page = page_of(
+            table, t + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
+        )
         acc0, v, s = warpgroup_mma_wait(1, deps=(acc0, v, s))
         if BYTES:
             score = score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
         for i in gl.static_range(1, TILE // PIECE):
             v = value_part(mine, i * PIECE, PIECE, 0, hidden, CODE, WINDOW, v_operand)
-            acc0 = warpgroup_mma(v, p_smem.slice(i * PIECE, PIECE), acc0, is_async=True)
+            acc0 = warpgroup_mma(v, p_tile.slice(i * PIECE, PIECE), acc0, is_async=True)
             acc1, w = warpgroup_mma_wait(1, deps=(acc1, w))
             w = value_part(mine, i * PIECE, PIECE, 1, hidden, CODE, WINDOW, v_operand)
             if BYTES and i == TILE // PIECE - 1:
                 s = warpgroup_mma(
-                    rotary_bytes.index(following_stage), turned_smem.permute((1, 0)), no_score,
-                    use_acc=False, is_async=True,
+                    rotary_bytes.index(stage), turned_smem.permute((1, 0)), no_score, use_acc=False,
+                    is_async=True,
                 )  # fmt: skip
-            acc1 = warpgroup_mma(w, p_smem.slice(i * PIECE, PIECE), acc1, is_async=True)
+            acc1 = warpgroup_mma(w, p_tile.slice(i * PIECE, PIECE), acc1, is_async=True)
             if i < TILE // PIECE - 1:
                 acc0, v = warpgroup_mma_wait(1, deps=(acc0, v))
         acc0, acc1, s, v, w = warpgroup_mma_wait(0, deps=(acc0, acc1, s, v, w))
-        # Nobody reads the tile or p any more.
-        thread_barrier()
-        ahead = t + STAGES
-        if ahead < last_tile:
-            ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
-            copy_tile(
-                row_words, rotary_words, stage, row_codes, rotary_codes, row_page, rotary_page,
-                ahead_page, table, ahead_tile * TILE, last_key, PAGE,
-            )  # fmt: skip
-        async_copy.commit_group()
-        next_page = ahead_page
-        ahead_page = page_of(
-            table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-        )
-        stage = following_stage
     return acc0, acc1, weights, anchor
 
 

@@ -84,7 +84,7 @@ def latent_tiles(
         if rows > 32:
             return LatentTiles(64, 64, 8, 3, wgmma=True)
         # A warpgroup for sixteen rows, two for more, as its outputs fill half of its registers.
-        return LatentTiles(*((16, 64, 4, 4) if rows <= 16 else (32, 64, 8, 3)), wgmma=True)
+        return LatentTiles(*((16, 64, 4, 3) if rows <= 16 else (32, 64, 8, 3)), wgmma=True)
     if capability == HOPPER and rows > 16:
         return LatentTiles(64, 64, 8, 2)
     if capability == HOPPER and codes:
