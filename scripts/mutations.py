@@ -288,11 +288,18 @@ MUTATIONS = (
         ("tests/ops/test_triton_rope_write.py::test_keys_that_are_rounded_in_turn",),
     ),
     Mutation(
-        "the body's result enters near pages of codes with two channels in each other's place",
-        _OPS + "attend/decode/triton_kernel.py",
-        "acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 2,",
-        "acc2 = SHARE * load_part(part, v_word4, V_WIDTH, 3,",
-        ("tests/ops/test_triton_decode.py::test_segments_join_to_the_whole",),
+        "the exact pages' result enters the body with its channels in each other's place",
+        _OPS + "attend/decode/triton_parts.py",
+        "part = tl.load(others[None, :] + channel[:, None], mask, 0.0)",
+        "part = tl.load(others[None, :] + first[:, None], mask, 0.0)",
+        ("tests/ops/test_triton_near.py",),
+    ),
+    Mutation(
+        "rows that were cut leave the exact pages' result out",
+        _OPS + "attend/decode/triton_pieces.py",
+        "acc = acc * shrink + others * weight",
+        "acc = acc * shrink",
+        ("tests/ops/test_triton_near.py",),
     ),
     # Long chunks inside vLLM.
     Mutation(

@@ -17,7 +17,8 @@ OTHER_TARGETS = (89, 120)
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
-                     segment=0, sinks=False, softcap=False, lse=True, earlier=False):  # fmt: skip
+                     segment=0, sinks=False, softcap=False, lse=True, earlier=False, whole=False,
+                     gather=16):  # fmt: skip
     types = {}
     for name in ("q", "out"):
         types[name] = "*bf16"
@@ -41,11 +42,13 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
         "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
-        "SINKS": sinks, "EARLIER": earlier, "CHUNK": 128, "STAGES": stages,
+        "SINKS": sinks, "EARLIER": earlier, "BESIDE": earlier and capability >= 90, "CHUNK": 128,
+        "STAGES": stages,
         "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
-        "GATHER": 0 if earlier else 16, "WHOLE": earlier, "HIDES": False,
+        "GATHER": 0 if whole else gather, "WHOLE": whole, "HIDES": False,
     }  # fmt: skip
-    return types | fixed | ({} if lse else {"lse": None})
+    absent = () if earlier else ("earlier_out", "earlier_lse")
+    return types | fixed | dict.fromkeys(absent) | ({} if lse else {"lse": None})
 
 
 def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
@@ -140,10 +143,19 @@ def main() -> None:
             for given in SHARED:
                 # The planner's tile for near pages of many requests, and for few tokens.
                 for tile, warps in ((32, 1), (64, 4)):
-                    near = decode_arguments(tile=tile, segment=2, earlier=True, capability=given)
+                    near = decode_arguments(tile=tile, segment=2, whole=True, capability=given)
                     found[f"decode near int8 {tile} {given}"] = summary(
                         decode_kernel, near, given, warps
                     )
+            # Bodies of int4 and of k8v4, into which exact pages' results enter.
+            for key, tile, gather in (("int4", 64, 0), ("int8", 32, 16)):
+                body = decode_arguments(
+                    key, "int4", tile=tile, segment=1, earlier=True, gather=gather,
+                    zero=(key == "int4", True),
+                )  # fmt: skip
+                found[f"decode {key} and exact pages"] = summary(
+                    decode_kernel, body, 90, 1, packed_bytes(key, "int4", 128, tile)
+                )
             for given, head_dim in ((90, 128), (90, 256), (89, 256)):
                 takes = resources(float32_case(given, head_dim))
                 found[f"decode float32 {head_dim} {given}"] = {

@@ -84,7 +84,7 @@ class Implementation:
     into: bool = False
     """Of attend: takes ``out``, and ``lse_wanted``, False to leave the log-sum-exp away."""
     joins: bool = False
-    """Of attend: the call for the exact pages takes the body's result in (``earlier``)."""
+    """Of attend: reads exact pages itself, in one call."""
     reserve: str | None = None
     """Of attend: what holds the memory that launches keep (call, device, max_requests, max_tokens),
     named as ``target``; None: they keep none."""

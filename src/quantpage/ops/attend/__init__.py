@@ -4,8 +4,8 @@
 (``rope_write`` hands them back so) and outputs leave in it, or in the model's where that is asked.
 
 Formats with exact pages are two calls over disjoint keys, body from the codes and exact from the
-16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them. A whole
-implementation does all of it in one call.
+16-bit pages, merged by log-sum-exp: an implementation that serves a segment serves them. One that
+joins does it in one call, a whole one turns outputs back besides.
 
 Of a layer of latent rows (``LayerKV.latent``) a key is the row and the rotary channels after it,
 and the value the row alone: queries come absorbed, [W_k^T q, q_rope], and outputs leave as sums of
@@ -170,7 +170,7 @@ def _attend(
     if by.whole:
         made, lse = run(q, layer, batch, params, wanted.model_basis, **told)
         return _placed(made, out), lse
-    if layer.exact_key is None:
+    if layer.exact_key is None or by.joins:
         made, lse = run(q, layer, batch, params, **told)
     else:
         made, lse = _attend_segments(q, layer, batch, params, by, told)
@@ -192,15 +192,13 @@ def _attend_segments(
     by: Implementation,
     told: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Body and exact pages, each by a call, and their merge unless the second call does it."""
+    """Body and exact pages, each by a call, and their merge."""
     run = by.load()
     check_attend(q, layer, batch, params, needs_of(run))
     run, exact_batch = unchecked(run), batch.exact_step()
     # The sink is one key of the softmax: it enters once, in the merge.
     bare = replace(params, sinks=None)
     body = run(q, layer.body(), batch, bare, segment="body")
-    if by.joins:
-        return run(q, layer.exact(), exact_batch, params, segment="exact", earlier=body, **told)
     near = run(q, layer.exact(), exact_batch, bare, segment="exact")
     out = contiguous(told.get("out"))
     if out is None and by.into:

@@ -19,6 +19,9 @@ def decode_into(
     results: Results, q, layer, batch, params, options: triton.Options = triton.WHOLE
 ) -> None:
     """As ``triton.decoder`` says."""
+    if layer.exact_key is not None:
+        triton.with_exact(decode_into, results, q, layer, batch, params, serves(q, layer))
+        return
     tiles = options.tiles
     if tiles is None:
         tiles = triton.planned(q, layer, batch, options.segment, hopper=serves(q, layer))
@@ -26,8 +29,7 @@ def decode_into(
     if not tiles.wgmma:
         triton.decode_into(results, q, layer, batch, params, options)
         return
-    # It takes no exact pages, so that nothing came earlier.
-    made = triton.arrange(results, q, layer, batch, params, options._replace(earlier=None))
+    made = triton.arrange(results, q, layer, batch, params, options)
     if made.programs:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
         triton.join(made)

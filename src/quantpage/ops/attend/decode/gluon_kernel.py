@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantpage.ops.attend.decode import triton_pieces
 from quantpage.ops.attend.decode.gluon_operands import (
     byte_layout,
     byte_operand,
@@ -65,6 +66,7 @@ from quantpage.ops.triton.gluon_compat import (
 )
 
 log2_fast = gluon.jit(triton_words.log2_fast.fn)
+add_key = gluon.jit(triton_pieces.add_key.fn)
 
 SHIFT = Constant(6.0)
 """log2 of the largest p * v_scale of a row when its anchor was set."""
@@ -92,6 +94,8 @@ def decode_kernel(
     query_starts,
     context_lens,
     sinks,
+    earlier_out,
+    earlier_lse,
     out,
     lse,
     part_out,
@@ -140,6 +144,8 @@ def decode_kernel(
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
+    EARLIER: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     """Arguments as in triton_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
     # Integer codes are multiplied as bytes, others as units (gluon_operands).
@@ -185,7 +191,8 @@ def decode_kernel(
 
     program = gl.program_id(0)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        if not BESIDE:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
@@ -416,12 +423,22 @@ def decode_kernel(
             complete = (first_tile == 0) & (last_tile == tiles)
             total, row_lse, ratio = row_sums(weights, anchor, s_rows)
             slot_id = 2 * program + (position != start).to(gl.int32)
+            if EARLIER:
+                if BESIDE:
+                    tl.extra.cuda.gdc_wait()
+                # Rows that were cut take it in where they are joined.
+                earlier_at = earlier_lse + token_at * (kv_heads * GROUP) + q_head_at
+                own = gl.load(earlier_at, mask=real & complete, other=float("-inf")) * LOG2E
+                row_lse, ratio, other_share = add_key(row_lse, ratio, own)
             if first_tile == 0:
                 cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
                 store_cut(cut, complete, slot_id, program, position, tiles, share, even)
             if complete:
                 if SINKS:
+                    without = row_lse
                     row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)
+                    if EARLIER:
+                        other_share *= gl.exp2(without - row_lse)
                 if lse is not None:
                     at = lse + token_at * (kv_heads * GROUP) + q_head_at
                     gl.store(at, row_lse * LN2, mask=real)
@@ -450,6 +467,16 @@ def decode_kernel(
             nth = gl.arange(0, ROWS, out_rows)
             out_row = row_first + nth
             keep = (out_row < q_len * GROUP)[:, None]
+            if EARLIER:
+                taken = gl.convert_layout(other_share, out_rows)[:, None]
+                earlier_at = (q_start + out_row // GROUP).to(gl.int64) * (kv_heads * GROUP)
+                earlier_at = (earlier_at + head * GROUP + out_row % GROUP) * VALUE_DIM
+                # A share of nothing is of rows that were cut, too.
+                o += taken * gl.load(
+                    earlier_out + earlier_at[:, None] + out_channel[None, :],
+                    mask=keep & (taken != 0.0),
+                    other=0.0,
+                )
             if complete:
                 out_at = (q_start + out_row // GROUP).to(gl.int64) * out_token
                 out_at += (head * GROUP + out_row % GROUP) * out_head
@@ -462,3 +489,5 @@ def decode_kernel(
         if position - begins >= tiles * kv_heads * ROW_TILES:
             request += 1
             begins = position
+    if BESIDE:
+        tl.extra.cuda.gdc_wait()

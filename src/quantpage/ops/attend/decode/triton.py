@@ -72,8 +72,9 @@ class Options(NamedTuple):
     segment: Segment = "all"
     tiles: DecodeTiles | None = None
     """The launch's shape; None: the planner's choice."""
-    earlier: tuple[Tensor, Tensor] | None = None
-    """The body's result, contiguous, which the exact segment's call makes whole."""
+    earlier: Results | None = None
+    """The exact pages' result, contiguous, which the body's call makes whole: that of the launch
+    before on this stream, beside which it runs."""
 
     @property
     def final(self) -> bool:
@@ -86,16 +87,18 @@ WHOLE = Options()
 
 def decode_into(results: Results, q, layer, batch, params, options: Options = WHOLE) -> None:
     """As ``decoder`` says."""
-    segment, tiles, earlier = options
-    tiles = planned(q, layer, batch, segment) if tiles is None else tiles
+    if layer.exact_key is not None:
+        with_exact(decode_into, results, q, layer, batch, params)
+        return
+    tiles = options.tiles
+    if tiles is None:
+        tiles = planned(q, layer, batch, options.segment)
     made = arrange(results, q, layer, batch, params, options._replace(tiles=tiles))
     if made.programs:
         decode_kernel[(made.programs,)](
             *made.given,
-            *((None, None) if earlier is None else earlier),
             *made.places,
             **made.fixed,
-            EARLIER=earlier is not None,
             OLD=device_info(q.device).before(E4M3),
             PAIRS=paired(layer.key) and paired(layer.value),
             GATHER=tiles.gather,
@@ -105,6 +108,20 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
         )
         if not (tiles.gather or tiles.whole):
             join(made)
+
+
+def with_exact(
+    into: Callable[..., None], results: Results, q, layer, batch, params, hopper: bool = False
+) -> None:
+    """Exact pages and body, in launches beside each other: the first is short and reads whole rows.
+
+    into: whose body. hopper: as ``planned`` says.
+    """
+    body, bare = layer.body(), replace(params, sinks=None)
+    other = results_for(q, layer.value.head_dim, final=False)
+    decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact"))
+    tiles = planned(q, body, batch, "body", hopper)
+    into(results, q, body, batch, params, Options("body", tiles, earlier=other))
 
 
 def planned(
@@ -161,7 +178,6 @@ def arrange(
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
     group = q_heads // kv_heads
-    assert earlier is None or layer.value.spec.dynamic
     out, lse = results
     if tokens == 0:
         return Arranged(0, (), (), {}, ((0, 0), (), {}))
@@ -177,6 +193,8 @@ def arrange(
     window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
     overlap = OVERLAP and device_info(q.device).since(HOPPER)
+    # Before queries that are copied now there is nothing to run beside.
+    beside = overlap and earlier is not None and q.stride(-1) == 1
     q = q if q.stride(-1) == 1 else q.contiguous()
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
     k = operand(layer.key, key_units.get(layer.key.spec.code.name, _unit(layer.key)))
@@ -184,7 +202,7 @@ def arrange(
     sinks = params.sinks if options.final else None
     given = (
         q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
-        batch.query_starts, batch.context_lens, sinks,
+        batch.query_starts, batch.context_lens, sinks, *(earlier or (None, None)),
     )  # fmt: skip
     places = (
         out, lse, part_out, part_lse, cuts, params.softmax_scale,
@@ -205,13 +223,13 @@ def arrange(
         "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "TILE": tiles.tile, "SOFTCAP": params.softcap is not None,
         "CHUNK": chunk_of(batch.num_requests), "STAGES": tiles.stages, "num_warps": tiles.warps,
-        "maxnreg": tiles.registers,
+        "maxnreg": tiles.registers, "EARLIER": earlier is not None, "BESIDE": beside,
     }  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
     parts = min(128, max(4, triton.next_power_of_2(programs // all_rows + 2)))
     merged = (
         cuts, part_out, part_lse, batch.query_starts, batch.context_lens, sinks, out, lse,
-        kv_heads, *mask_numbers, out.stride(0), out.stride(1),
+        *(earlier or (None, None)), kv_heads, *mask_numbers, out.stride(0), out.stride(1),
     )  # fmt: skip
     warps = 8 if parts > 64 else 4 if parts > 8 else 1
     # A program a query row.

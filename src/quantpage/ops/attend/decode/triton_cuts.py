@@ -17,6 +17,8 @@ def merge_cuts_kernel(
     sinks,
     out,
     lse,
+    earlier_out,
+    earlier_lse,
     kv_heads,
     window,
     sink_tokens,
@@ -36,7 +38,8 @@ def merge_cuts_kernel(
 ):
     """A row (request, kv_head, tile of query rows) that was cut, or that has no tile at all.
 
-    Rows that one program finished are left as they are.
+    Rows that one program finished are left as they are. earlier: results of other keys, float32,
+    which those have taken in; None without.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -63,5 +66,5 @@ def merge_cuts_kernel(
         join_row(
             part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,
             item // ROW_TILES, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
-            SINKS, PARTS, tl.program_id(1), tl.num_programs(1),
+            SINKS, PARTS, tl.program_id(1), tl.num_programs(1), earlier_out, earlier_lse,
         )  # fmt: skip

@@ -16,6 +16,21 @@ from quantpage.ops.triton.common import LN2, LOG2E
 
 
 @triton.jit
+def add_key(row_lse, ratio, own):
+    """Rows with one more key of log2 weight ``own``: their log2-sum-exps, what their outputs are
+    multiplied by, and the key's share.
+    """
+    peak = tl.maximum(row_lse, own)
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    had, has = tl.exp2(row_lse - anchor), tl.exp2(own - anchor)
+    total = had + has
+    # Rows of no key at all stay so.
+    safe = tl.where(total != 0, total, 1.0)
+    whole = tl.where(total != 0, anchor + tl.log2(safe), float("-inf"))
+    return whole, ratio * (had / safe), has / safe
+
+
+@triton.jit
 def arrive(counter, wanted):
     """Whether this program is the last of ``wanted``: then it sees what all of them stored."""
     # Every warp's stores come before the one thread's release.
@@ -86,17 +101,32 @@ def join_row(
     part_out, part_lse, sinks, out, lse, slot, base, count, step, rows, row_first, kv_head, q_start,
     kv_heads, out_token, out_head, GROUP: tl.constexpr, ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr, begin=0, by=1,
+    earlier_out=None, earlier_lse=None,
 ):  # fmt: skip
     """The result of query rows begin, begin + by .. below ``rows`` from their pieces.
 
-    Of no piece: 0 and -inf, or the sink's.
+    earlier: what other keys gave. Of no piece at all: 0 and -inf, or the sink's.
     """
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
     for row in range(begin, rows, by):
+        head = kv_head * GROUP + (row_first + row) % GROUP
+        token_at = (q_start + (row_first + row) // GROUP).to(tl.int64)
+        if earlier_lse is not None:
+            # One more piece, asked for before the others.
+            at = token_at * (kv_heads * GROUP) + head
+            own = tl.load(earlier_lse + at) * LOG2E
+            width = tl.where(own != float("-inf"), VALUE_DIM, 0)
+            others = tl.load(earlier_out + at * VALUE_DIM + channel, channel < width, 0.0)
         top, total, acc = _join(
             part_out, part_lse, slot, base, count, step, row, ROWS, VALUE_DIM, PARTS
         )
-        head = kv_head * GROUP + (row_first + row) % GROUP
+        if earlier_lse is not None:
+            new_top = tl.maximum(top, own)
+            anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+            shrink, weight = tl.exp2(top - anchor), tl.exp2(own - anchor)
+            acc = acc * shrink + others * weight
+            total = total * shrink + weight
+            top = new_top
         if SINKS:
             sink = tl.load(sinks + head).to(tl.float32) * LOG2E
             new_top = tl.maximum(top, sink)
@@ -105,7 +135,6 @@ def join_row(
             total = total * shrink + tl.exp2(sink - new_top)
             top = new_top
         safe = tl.where(total != 0, total, 1.0)
-        token_at = (q_start + (row_first + row) // GROUP).to(tl.int64)
         to = out + token_at * out_token + head.to(tl.int64) * out_head + channel
         tl.store(to, (acc / safe).to(out.dtype.element_ty), channel < VALUE_DIM)
         if lse is not None:
@@ -118,7 +147,7 @@ def join_cut(
     counters, part_out, part_lse, sinks, out, lse, program, row_id, first, last, slot, all_rows,
     rows, row_first, kv_head, q_start, kv_heads, out_token, out_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
-    GATHER: tl.constexpr,
+    GATHER: tl.constexpr, earlier_out, earlier_lse,
 ):  # fmt: skip
     """Called by each program of a cut row after its piece is stored.
 
@@ -153,7 +182,7 @@ def join_cut(
             join_row(
                 part_out, part_lse, sinks, out, lse, slot, base, pieces, step, rows, row_first,
                 kv_head, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS,
-                GATHER,
+                GATHER, 0, 1, earlier_out, earlier_lse,
             )  # fmt: skip
 
 
@@ -161,6 +190,7 @@ def join_cut(
 def finish_empty(
     request, query_starts, part_out, part_lse, sinks, out, lse, kv_heads, out_token, out_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
+    earlier_out, earlier_lse,
 ):  # fmt: skip
     """The result of a request whose mask shows no key: no program came by."""
     q_start = tl.load(query_starts + request)
@@ -168,5 +198,5 @@ def finish_empty(
     for head in range(kv_heads):
         join_row(
             part_out, part_lse, sinks, out, lse, 0, 0, 0, 1, rows, 0, head, q_start, kv_heads,
-            out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS, 1,
+            out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS, 1, 0, 1, earlier_out, earlier_lse,
         )  # fmt: skip
