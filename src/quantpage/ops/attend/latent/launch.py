@@ -61,16 +61,15 @@ def latent_tiles(
     and the Hopper kernel:
 
         128 heads                       64 x 4k   16 x 32k
-        (64, 64, 8, 2, 1)               234.5     462.4
-        the same, values by mma         275.9     556.5
-        (64, 64, 8, 3, 1), by mma       276.4     563.8
+        (64, 64, 8, 3, 1)               189.8     372.6
         (32, 64, 8, 3, 1)               307.3     544.5
 
         16 heads                        64 x 4k   16 x 32k
+        (16, 64, 4, 3, 1)               69.3      121.6
+        (16, 64, 4, 4, 1)               69.7      122.6
+    and as it was first:
         (16, 64, 4, 2, 2)               79.4      128.7
-        (16, 64, 4, 2, 1)               90.1      123.7
         (16, 64, 4, 3, 1)               75.2      124.4
-        (16, 64, 4, 4, 1)               77.2      127.3
         (16, 64, 8, 3, 1)               76.5      128.0
         (32, 64, 8, 3, 1)               85.3      151.6
 
@@ -130,8 +129,7 @@ def programs_of(tiles: LatentTiles, processors: int, all_rows: int) -> int:
     """Programs of a launch; all_rows: (request, tile of query rows) of the step.
 
     Where nearly as many as fit are there, each takes one whole: a piece of 64 rows writes 128 KB
-    that another launch reads. (At 64 x 4k with 128 heads: 128 programs of 132, 34 MB not written.
-    Its time has not been measured yet.)
+    that another launch reads. (At 64 x 4k with 128 heads: 128 programs of 132, 34 MB not written.)
     """
     programs = processors * tiles.programs_per_processor
     return all_rows if all_rows <= programs <= all_rows * 17 // 16 else programs
