@@ -116,9 +116,9 @@ def rope_write(
     if shape is None:
         widest = max(k.shape[-1], v.shape[-1])
         shape = launch_shape(k.shape[0], widest, 0 if q is None else q.shape[1], k.shape[1])
+    _write((q, k, v), written, step, params, shape)
     if step.in_turn:
         _write_in_turn(k, written, step, layer, params)
-    _write((q, k, v), written, step, params, shape)
     return written
 
 
@@ -262,7 +262,7 @@ def _write(
     )  # fmt: skip
     compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
     if (products or v_products) and not as_written(compiled):
-        launch(PRODUCTS=False, V_PRODUCTS=False, OVERLAP=False, launch_pdl=False)
+        launch(PRODUCTS=False, V_PRODUCTS=False)
 
 
 def _write_in_turn(

@@ -18,9 +18,8 @@ from quantpage.ops.rope_write.triton_products import as_written
 FEW_TOKENS = 256
 """Up to so many a tile is sixteen of them: a row's channels take their time one after the other,
 whatever else the device could do, and half of a tile is turned in half of the time."""
-PROGRAMS = 4
-"""Of a multiprocessor, at most: what they leave of its registers serves queries and values, whose
-launch runs beside."""
+PROGRAMS = 8
+"""Of a multiprocessor, at most: as many as its registers hold."""
 
 
 class Coupling(NamedTuple):

@@ -64,8 +64,8 @@ def in_turn_kernel(
     near_pages: exact pages that are codes, or None. Others as ``write_kernel``.
     """
     if OVERLAP:
-        # Queries and values start beside it, and it beside the end of the launch before.
-        tl.extra.cuda.gdc_wait()
+        # The launch before, of queries and values, waited for what is read here before it let this
+        # one start; nothing that it writes is read.
         tl.extra.cuda.gdc_launch_dependents()
     rows = own + tl.program_id(0).to(tl.int64) * OWN
     codes = own_codes + tl.program_id(0).to(tl.int64) * OWN_CODES
@@ -132,6 +132,9 @@ def in_turn_kernel(
             rows, codes, pages, coupling, slots, kv_head, first_token, tokens, kv_heads, k_seen,
             CODE, SCALES, ZERO, SHARED, LIMIT, FACTORS, TRIED, HEAD_DIM, PIECE, PAGE, RETURN, ROWS,
         )  # fmt: skip
+    if OVERLAP:
+        # Who waits for this launch has to find the one before done as well.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -282,16 +282,10 @@ def write_kernel(
     """
     if OVERLAP:
         # Launched while the launch before ends; what that wrote is read from here on.
-        if KEYS:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1 if HEADS_FIRST else 0)
     part = tl.program_id(0 if HEADS_FIRST else 1)
-    if OVERLAP and not KEYS:  # noqa: SIM102
-        # The launch before is that of keys: it waited for what both read, and nothing of it is
-        # read. Who waits for this one has to find that one done as well.
-        if tile + part == 0:
-            tl.extra.cuda.gdc_wait()
     row = tl.arange(0, ROWS)
     token = tile * (ROWS // HEADS) + row // HEADS
     # One token a tile: no tile has rows past the last token, and no load a mask.
