@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantpage.batch import derive, plan_batch
+from quantpage.bench import latent
 from quantpage.bench.cases import (
     CHECKED,
     Case,
@@ -105,6 +106,14 @@ def test_dense_rows_are_a_layer_of_pages():
     wanted = torch.nn.functional.scaled_dot_product_attention(*rows, seen, enable_gqa=True)
     found = expected(q, layer, batch, AttendParams(32**-0.5))
     torch.testing.assert_close(found.want, wanted.transpose(0, 1))
+
+
+@pytest.mark.parametrize("new,context", [(1, 70), (5, 70), (70, 70)])
+def test_operations_over_latent_rows_are_those_of_pairs_that_are_seen(new, context):
+    case = Case(3, context, new=new, q_heads=4, kv_heads=1, head_dim=512)
+    seen = torch.ones(new, context).tril(context - new).sum().item()
+    # A row of 512 and 64 by the query, and 512 by its probability.
+    assert latent.operations(case) == 2 * 3 * 4 * (576 + 512) * seen
 
 
 def test_the_last_queries_of_a_step_are_those_of_the_whole():

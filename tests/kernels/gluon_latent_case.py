@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from quantpage.hardware import HOPPER
-from quantpage.ops.attend.latent.gluon_kernel import decode_kernel
+from quantpage.ops.attend.latent.gluon_kernel import attend_kernel
 from quantpage.ops.attend.latent.launch import latent_tiles
 from quantpage.ops.operand import CODE_KINDS
 from tests.kernels.aot import compile_kernel, resources
@@ -15,8 +15,9 @@ def compile_latent(code="int8", heads=16, **given):
     """The planner's shape for these heads of one token; ``given`` replaces arguments."""
     tiles = latent_tiles(True, heads, 1, HOPPER, True)
     arguments = decode_arguments(code, tiles.rows, tiles.tile, tiles.stages, heads)
-    words = {"row_codes": "*i32", "rotary_codes": "*i32", "CODE": CODE_KINDS[code]}
-    return compile_kernel(decode_kernel, arguments | words | given, 90, num_warps=tiles.warps)
+    planned = {"hints": "*i32", "pages": "i32", "counters": None, "pieces": None, "starts": None}
+    words = planned | {"row_codes": "*i32", "rotary_codes": "*i32", "CODE": CODE_KINDS[code]}
+    return compile_kernel(attend_kernel, arguments | words | given, 90, num_warps=tiles.warps)
 
 
 CASES = {
@@ -25,6 +26,8 @@ CASES = {
     "int8 32": {"heads": 32},
     "int8 128": {"heads": 128},
     "fp8 128": {"code": "fp8", "heads": 128},
+    "int8 16 joined": {"counters": "*i32"},
+    "int8 128 of prompts": {"heads": 128, "pieces": "*i32", "starts": "*i32"},
     "int8 16 of small pages, window": {
         "PAGE": 16, "WINDOW": True, "SINKS": True, "SOFTCAP": True, "lse": None
     },

@@ -31,7 +31,7 @@ if HOPPER:
     from quantpage.ops.attend.latent.gluon import attend
 
 FEW = LatentTiles(16, 64, 4, 3, wgmma=True, min_tiles=1)
-MANY = LatentTiles(64, 64, 8, 2, wgmma=True, min_tiles=1)
+MANY = LatentTiles(64, 64, 8, 3, wgmma=True, min_tiles=1)
 SHAPES = pytest.mark.parametrize("tiles", [FEW, MANY], ids=["few", "many"])
 CODE = pytest.mark.parametrize("code", ["int8", "fp8"])
 RANK, ROTARY = 512, 64
@@ -79,6 +79,31 @@ def test_every_page_size(code, page_size, tiles):
 )
 def test_heads_and_drafts(step, code, tiles):
     check(code, step, tiles)
+
+
+@pytest.mark.parametrize(
+    "step,code,tiles",
+    [
+        (Step((40, 1, 0, 33), (170, 900, 0, 33), 64, group=16), "int8", MANY),
+        (Step((40, 1, 0, 33), (170, 900, 0, 33), 16, group=20), "fp8", MANY),
+        (Step((20, 3), (1000, 33), 64, group=128), "int8", MANY),
+        (Step((20, 3), (1000, 33), 64, group=128), "fp8", MANY),
+        (Step((17, 1), (9000, 40), 64, group=16), "int8", MANY),
+        (Step((25,), (1500,), 64, group=1), "int8", FEW),
+        (Step((300,), (300,), 64, group=16), "int8", None),
+    ],
+    ids=str,
+)
+def test_prompts(step, code, tiles):
+    """Rows that begin within a token, of requests of any length; those of 9,000 keys are cut."""
+    check(code, step, tiles)
+
+
+@CODE
+def test_prompts_under_every_mask(code):
+    step = Step(group=16, queries=(60, 1, 25), contexts=(470, 33, 2150), page_size=64)
+    check(code, step, MANY, CausalMask(window=70, sink_tokens=3), 5.0, sinks=True)
+    check(code, step, MANY, FullMask(), sinks=True)
 
 
 @SHAPES
@@ -145,6 +170,29 @@ def test_any_grid_gives_the_same_result(programs, code, tiles):
     step = Step(group=16, contexts=(700, 33, 150), page_size=64)
     check(code, step, replace(tiles, programs_per_processor=programs))
     check(code, step, replace(tiles, programs_per_processor=programs, min_tiles=5))
+
+
+@CODE
+@pytest.mark.parametrize("sinks", [False, True])
+def test_few_pieces_are_joined_by_the_last_program(code, sinks):
+    """Of forty rows; twice, as counters have to be zeros again, and some without keys."""
+    contexts = tuple(9000 if i == 7 else 33 + 29 * i for i in range(40))
+    step = Step(group=16, queries=(1,) * 40, contexts=contexts, page_size=64)
+    q, layer, batch = make(code, step)
+    sink = torch.randn(16, device=DEVICE) if sinks else None
+    params = AttendParams(q.shape[-1] ** -0.5, sinks=sink)
+    wanted = reference(q.double(), layer, batch, params)
+    for _ in range(3):
+        out, lse = attend(q, layer, batch, params, tiles=FEW)
+        assert_agrees(out, lse, *wanted, TOLERANCE, 10 * TOLERANCE)
+    lens = batch.context_lens.clone()
+    lens[3:5] = 0
+    out, lse = attend(q, layer, derive(batch, context_lens=lens), params, tiles=FEW)
+    assert (out[3:5] == 0).all()
+    assert torch.allclose(lse[3:5], sink.expand(2, -1)) if sinks else lse[3:5].isneginf().all()
+    rest = [i for i in range(40) if i not in (3, 4)]
+    wanted_out, wanted_lse = (each[rest] for each in wanted)
+    assert_agrees(out[rest], lse[rest], wanted_out, wanted_lse, TOLERANCE, 10 * TOLERANCE)
 
 
 def test_pages_side_by_side_and_a_replayed_graph():

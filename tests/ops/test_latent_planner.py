@@ -40,7 +40,7 @@ def test_the_hopper_kernel_takes_what_it_was_measured_in():
         (1, LatentTiles(16, 64, 4, 3, wgmma=True)),
         (16, LatentTiles(16, 64, 4, 3, wgmma=True)),
         (32, LatentTiles(32, 64, 8, 3, wgmma=True)),
-        (128, LatentTiles(64, 64, 8, 2, wgmma=True)),
+        (128, LatentTiles(64, 64, 8, 3, wgmma=True)),
     ):
         for keys in (1, MANY + 1):
             assert latent_tiles(True, rows, keys, HOPPER, True) == wanted
@@ -89,7 +89,7 @@ def test_who_serves_rows_on_a_gpu(name, attends, on_hopper):
             value_head_dim=64, latent=True,
         )  # fmt: skip
         for phase in ("prefill", "decode"):
-            wanted = on_hopper if (device, phase) == ("Hopper", "decode") else attends
+            wanted = on_hopper if device == "Hopper" else attends
             assert choose(attend.CANDIDATES, replace(call, phase=phase)).name == wanted
         narrow = replace(call, head_dim=256, value_head_dim=32)
         assert choose(attend.CANDIDATES, narrow).name == attends

@@ -22,7 +22,7 @@ from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
 from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.dispatch import call_of, choose
+from quantpage.ops.dispatch import DECODE_TOKENS, Phase, call_of, choose
 
 _MAIN = (
     "none", "int8", "fp8", "int6", "int4", "int4_near8", "k8v4", "k8v4_near8", "int3",
@@ -55,7 +55,8 @@ def measure(
     shape = (case.requests * case.new, case.q_heads, facts.query_dim)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     params = AttendParams(facts.query_dim**-0.5)
-    chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, "decode"))
+    phase: Phase = "decode" if case.new <= DECODE_TOKENS else "prefill"
+    chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, phase))
     got = attend_op.attend(q, layers[0], batch, params, chosen)
     error = checked_error(f"{case.name} {name}", got, q, layers[0], batch, params)
     if not timed:

@@ -1,4 +1,6 @@
-"""Decode over latent rows (MLA) in DeepSeek-V3's shapes, beside copying and multiplying alone."""
+"""Decode and prompts over latent rows (MLA) in DeepSeek-V3's shapes, beside copying and
+multiplying alone.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +23,11 @@ def _case(requests: int, context: int, new: int, heads: int) -> Case:
     )  # fmt: skip
 
 
-_STEPS = ((64, 4096, 1), (16, 32768, 1), (1, 32768, 1), (8, 8192, 1), (64, 4096, 4))
+_STEPS = (
+    *((64, 4096, 1), (16, 32768, 1), (1, 32768, 1), (8, 8192, 1), (64, 4096, 4)),
+    # A prompt, and a chunk at the end of one.
+    *((1, 4096, 4096), (1, 32768, 512)),
+)
 CASES = tuple(_case(*step, heads) for heads in (128, 16) for step in _STEPS)
 
 
@@ -34,8 +40,12 @@ def measure(case: Case, name: str, copy: float, timed: bool) -> Iterator[Row]:
 
 
 def operations(case: Case) -> float:
-    """Of the products of a step: every head with every row twice, and its rotary channels."""
-    return 2 * case.q_heads * (2 * RANK + ROTARY) * case.requests * case.new * case.context
+    """Of the products of a step: every head with every row that it sees, twice, and its rotary
+    channels.
+    """
+    hidden = case.new * (case.new - 1) / 2
+    pairs = case.requests * (case.new * case.context - hidden)
+    return 2 * case.q_heads * (2 * RANK + ROTARY) * pairs
 
 
 def latent_layer(case: Case, name: str, device: str = "cuda") -> LayerKV:

@@ -371,7 +371,7 @@ _LATENT = (
 )  # fmt: skip
 LATENT_TRITON = refuse(*_LATENT)
 LATENT_GLUON = refuse(
-    *_LATENT, capability((9, 0), later=False), phase("decode"), codes, one_code,
+    *_LATENT, capability((9, 0), later=False), codes, one_code,
     latent_widths(512, 64), gluon,
 )  # fmt: skip
 INTERVAL_TRITON = refuse(*_ATTEND, masks("interval"))

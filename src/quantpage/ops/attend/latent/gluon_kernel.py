@@ -1,6 +1,6 @@
-"""Decode over latent rows on Hopper: keys by queries, a tile of codes read once for both products.
+"""Attention over latent rows on Hopper: keys by queries, each code read once for two products.
 
-    S [keys, rows]     = K [keys, channels] q [channels, rows]      wgmma, K from registers
+    S [keys, rows]     = K [keys, channels] q [channels, rows]      wgmma
     O [channels, rows] = K' [channels, keys] p [keys, rows]         mma or wgmma, as K'
 
 It is decode/gluon_kernel for rows that are keys and values: the same anchors, plan, cut rows and
@@ -8,60 +8,66 @@ masks. A tile of 64 rows comes by asynchronous copy into a ring; threads take it
 in the order of either product, a part of its channels at a time (gluon_operands), so that neither a
 tile of codes nor of numbers has to fit into registers beside the output.
 
-Up to 32 query rows the second product is mma, which reads p without a proxy fence; 64 have two
-warpgroups and wgmma, whose rate is worth what the fence waits for the copies under way.
+How a row's tiles are walked depends on its rows: up to 32 of them memory bounds (gluon_few), of 64
+the tensor cores (gluon_many).
 """
+
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_kernel import FAR, FLOOR, SHIFT, log2_fast
-from quantpage.ops.attend.decode.gluon_operands import copy_layout, halved, shared_layout
-from quantpage.ops.attend.decode.gluon_rows import (
-    capped,
-    find_piece,
-    row_sums,
-    seen_pairs,
-    store_cut,
-    with_sink,
-)
+from quantpage.ops.attend.decode.gluon_operands import shared_layout
+from quantpage.ops.attend.decode.gluon_rows import find_piece, row_sums, store_cut, with_sink
 from quantpage.ops.attend.decode.gluon_share import (
-    copy_codes,
     here,
-    keys_of_all,
+    key_ranges,
     my_share,
     page_of,
+    row_programs,
     same,
-    shown_keys,
     tile_at,
+    tile_ranges,
     token_plane,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
+from quantpage.ops.attend.latent import launch
+from quantpage.ops.attend.latent.gluon_few import walk_few
+from quantpage.ops.attend.latent.gluon_join import arrive, finish_empty, join_pieces
+from quantpage.ops.attend.latent.gluon_many import walk_many
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
-    Hidden,
-    far_bits,
-    key_part,
-    load_queries,
+    ask_queries,
+    codes_into_l2,
+    copy_tile,
     ordered,
     query_layout,
-    score_of,
-    value_part,
+    scales_into_l2,
+    store_queries,
 )
-from quantpage.ops.triton.common import FP8, LN2, LOG2E
+from quantpage.ops.triton.common import FP8, LN2, LOG2E, Constant
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
     fence_async_shared,
-    mma_v2,
     thread_barrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
+HINTS = Constant(launch.HINTS)
 
-@gluon.jit(do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row"])
-def decode_kernel(
+
+@gluon.constexpr_function
+def ring_layout(tile, words, wide):
+    """Of a tile's words: as threads read them, or as the product and threads do."""
+    if wide:
+        return gl.NVMMASharedLayout.get_default_for([tile, words], gl.int32)
+    return shared_layout(words, gl.int32)
+
+
+@gluon.jit(
+    do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row", "pages"]
+)
+def attend_kernel(
     q,
     row_codes,
     row_scale,
@@ -91,6 +97,11 @@ def decode_kernel(
     table_row,
     out_token,
     out_head,
+    hints,
+    pages,
+    counters,
+    pieces,
+    starts,
     CODE: gl.constexpr,
     ROW_DIM: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
@@ -106,21 +117,23 @@ def decode_kernel(
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words."""
+    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4.
+
+    hints: int32 [programs, HINTS], where a program's first tiles lay in the launch before. pages:
+    of the layer. counters: zeros, one a row, by which the last of a row's programs knows that it
+    joins the pieces; None: another launch does, and ``cuts`` says what. pieces, starts: a prompt's
+    plan (prompts.PromptPlan); None: programs share a decode step's line of tiles.
+    """
+    gl.static_assert(STAGES == 3 or STAGES == 4)
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
     TILE: gl.constexpr = 64
     WORDS: gl.constexpr = ROW_DIM // 4
     ROTARY_WORDS: gl.constexpr = ROTARY_DIM // 4
-    PARTS: gl.constexpr = ROW_DIM // PART
-    # Integer keys are multiplied as bytes, those of fp8 from words.
+    # Integer keys are multiplied as bytes.
     BYTES: gl.constexpr = CODE != FP8
-    KEY: gl.constexpr = gl.int8 if BYTES else gl.int32
-    EACH: gl.constexpr = 1 if BYTES else 4
     Q_NUMBER: gl.constexpr = gl.int8 if BYTES else gl.float16
     Q_ROWS: gl.constexpr = 2 * ROWS if BYTES else ROWS
-    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, WARPS)
-    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, WARPS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, GROUPS], [16, ROWS // GROUPS, 16]
     )
@@ -128,7 +141,6 @@ def decode_kernel(
         [3, 0], [4, GROUPS], [16, Q_ROWS // GROUPS, 32]
     )
     product: gl.constexpr = byte_score if BYTES else s_layout
-    k_operand: gl.constexpr = gl.DotOperandLayout(0, product, 4 if BYTES else 2)
     s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
     WIDE: gl.constexpr = ROWS == 64
@@ -138,263 +150,208 @@ def decode_kernel(
         else gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     )
     o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
-    v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    p_operand: gl.constexpr = gl.DotOperandLayout(1, o_layout, 2)
     # Words of a part of the second product.
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = WORDS // V_WORDS
     q_rows: gl.constexpr = gl.SliceLayout(1, query_layout(PART, WARPS))
+    # Tiles that are asked for before the walk.
+    AT_FIRST: gl.constexpr = STAGES - 1 if WIDE else STAGES
 
     row_ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES, TILE, WORDS], shared_layout(WORDS, gl.int32)
+        gl.int32, [STAGES, TILE, WORDS], ring_layout(TILE, WORDS, WIDE)
     )
     rotary_ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES, TILE, ROTARY_WORDS], shared_layout(ROTARY_WORDS, gl.int32)
-    )
-    row_keys = row_ring._reinterpret(
-        KEY, [STAGES, TILE, ROW_DIM // EACH], shared_layout(ROW_DIM // EACH, KEY)
-    )
-    rotary_keys = rotary_ring._reinterpret(
-        KEY, [STAGES, TILE, ROTARY_DIM // EACH], shared_layout(ROTARY_DIM // EACH, KEY)
+        gl.int32, [STAGES, TILE, ROTARY_WORDS], ring_layout(TILE, ROTARY_WORDS, WIDE)
     )
     q_smem = gl.allocate_shared_memory(
-        Q_NUMBER, [PARTS, Q_ROWS, PART],
-        gl.NVMMASharedLayout.get_default_for([Q_ROWS, PART], Q_NUMBER),
+        Q_NUMBER, [1, Q_ROWS, ROW_DIM],
+        gl.NVMMASharedLayout.get_default_for([Q_ROWS, ROW_DIM], Q_NUMBER),
     )  # fmt: skip
     turned_smem = gl.allocate_shared_memory(
         Q_NUMBER, [Q_ROWS, ROTARY_DIM],
         gl.NVMMASharedLayout.get_default_for([Q_ROWS, ROTARY_DIM], Q_NUMBER),
     )  # fmt: skip
+    # Of two tiles, where one is stored while the one before is still read.
+    TURNS: gl.constexpr = 2 if WIDE else 1
     p_smem = gl.allocate_shared_memory(
-        gl.float16, [TILE, ROWS], gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16)
+        gl.float16, [TURNS, TILE, ROWS],
+        gl.NVMMASharedLayout.get_default_for([TILE, ROWS], gl.float16),
+    )  # fmt: skip
+    far_smem = gl.allocate_shared_memory(
+        gl.int32, [TURNS, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    far_smem = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    far_layout: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
+
+    # Read again for every tile: in registers it would stand beside all outputs.
+    factor_smem = gl.allocate_shared_memory(
+        gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
 
     program = gl.program_id(0)
+    if OVERLAP and PAGE >= TILE:
+        # What this program began with in the launch before, mostly of the same step's layer before:
+        # to be wrong costs a look at the wrong page, and to read what changes is no harm.
+        for i in gl.static_range(STAGES):
+            nth = gl.load(hints + program * HINTS + i)
+            nth = gl.maximum(gl.minimum(nth, pages * (PAGE // TILE) - 1), 0)
+            page, at = nth // (PAGE // TILE), nth % (PAGE // TILE) * TILE
+            scales_into_l2(
+                row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, at, PAGE, TILE
+            )
+            codes_into_l2(row_codes, row_page, page, at, PAGE, TILE, WORDS)
+            codes_into_l2(rotary_codes, rotary_page, page, at, PAGE, TILE, ROTARY_WORDS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    start, end, share, request, begins, even = my_share(
-        query_starts, context_lens, requests, ROW_TILES, min_tiles, window, sink_tokens, PAGE, TILE,
-        FULL, WINDOW, ALL_KEYS, CHUNK,
-    )  # fmt: skip
-    start, end, share = same(start), same(end), same(share)
-    request, begins = same(request), same(begins)
+    if pieces is None:
+        start, end, share, request, begins, even = my_share(
+            query_starts, context_lens, requests, ROW_TILES, min_tiles, window, sink_tokens, PAGE,
+            TILE, FULL, WINDOW, ALL_KEYS, CHUNK,
+        )  # fmt: skip
+        start, end, share = same(start), same(end), same(share)
+        request, begins = same(request), same(begins)
+    else:
+        start = same(gl.load(starts + program))
+        end = same(gl.load(starts + program + 1))
+        request, begins = start, start
     position = start
     while position < end:
-        (
-            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
-            item, first_tile, last_tile,
-        ) = find_piece(
-            query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
-            TILE, FULL, WINDOW, ALL_KEYS,
-        )  # fmt: skip
-        if last_tile > first_tile:
+        if pieces is None:
+            (
+                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
+                tiles, item, first_tile, last_tile,
+            ) = find_piece(
+                query_starts, context_lens, request, begins, position, end, window, sink_tokens,
+                PAGE, TILE, FULL, WINDOW, ALL_KEYS,
+            )  # fmt: skip
             row_first = item * ROWS
+        else:
+            (
+                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
+                request, row_first, first_tile, last_tile, slot,
+            ) = read_piece(
+                pieces, position, window, sink_tokens, PAGE, TILE, FULL, WINDOW
+            )  # fmt: skip
+        if last_tile > first_tile:
             table = page_table + request.to(gl.int64) * table_row
             last_key = context - 1
 
-            for i in gl.static_range(STAGES):
-                t = first_tile + i
-                if t < last_tile:
-                    key_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-                    page = page_of(
-                        table, t, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-                    )
-                    copy_codes(
-                        row_ring.index(i), row_codes, row_page, page, table, key_start, last_key,
-                        PAGE, TILE, WORDS, row_copy,
-                    )  # fmt: skip
-                    copy_codes(
-                        rotary_ring.index(i), rotary_codes, rotary_page, page, table, key_start,
-                        last_key, PAGE, TILE, ROTARY_WORDS, rotary_copy,
-                    )  # fmt: skip
-                async_copy.commit_group()
-            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-            page = page_of(
+            q_row = row_first + gl.arange(0, ROWS, q_rows)
+            q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
+            q_at += (q_row % HEADS).to(gl.int64) * q_head
+            asked0, asked1, asked2, asked3, turned = ask_queries(
+                q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
+            )
+            # Pages are looked up before they are needed: of the ring's tiles, and of the next.
+            first_page = page_of(
                 table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
-            )  # fmt: skip
-            next_scale = token_plane(
-                row_scale, row_scale_page, page, table, key_start, last_key, PAGE, TILE, s_keys
-            )
-            next_other = token_plane(
-                rotary_scale, rotary_scale_page, page, table, key_start, last_key, PAGE, TILE,
-                s_keys,
             )  # fmt: skip
             next_page = page_of(
                 table, first_tile + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 ALL_KEYS,
             )  # fmt: skip
-            ahead_page = page_of(
-                table, first_tile + STAGES, last_tile, a_first, a_tiles, b_first, PAGE, TILE,
-                WINDOW, ALL_KEYS,
+            third_page = page_of(
+                table, first_tile + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                ALL_KEYS,
+            )  # fmt: skip
+            fourth_page = page_of(
+                table, first_tile + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                ALL_KEYS,
+            )  # fmt: skip
+            for i in gl.static_range(STAGES):
+                page = (
+                    first_page if i == 0
+                    else next_page if i == 1 else third_page if i == 2 else fourth_page
+                )  # fmt: skip
+                t = gl.minimum(first_tile + i, last_tile - 1)
+                start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+                if i > 0:
+                    scales_into_l2(
+                        row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, start_of,
+                        PAGE, TILE,
+                    )  # fmt: skip
+                if OVERLAP and PAGE >= TILE:
+                    nth = page * (PAGE // TILE) + start_of % PAGE // TILE
+                    gl.store(hints + program * HINTS + i, nth, mask=position == start)
+            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+            copy_tile(
+                row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
+                first_page, table, key_start, last_key, PAGE,
+            )  # fmt: skip
+            async_copy.commit_group()
+            scale = token_plane(
+                row_scale, row_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
+                s_keys,
+            )  # fmt: skip
+            other = token_plane(
+                rotary_scale, rotary_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
+                s_keys,
             )  # fmt: skip
 
-            q_row = row_first + gl.arange(0, ROWS, q_rows)
-            q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
-            q_at += (q_row % HEADS).to(gl.int64) * q_head
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
-            factor = load_queries(
-                q_smem, turned_smem, q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, CODE,
+            factor = store_queries(
+                q_smem.index(0), turned_smem, asked0, asked1, asked2, asked3, turned, q_rows, CODE,
                 WARPS,
             )  # fmt: skip
             factor = gl.convert_layout(factor, s_rows) * (softmax_scale * natural)
+            if WIDE:
+                factor_smem.store(factor)
+                # The first tile's codes are multiplied where they lie, as queries are.
+                async_copy.wait_group(0)
+            # It waits for copies under way, of which there is one.
             fence_async_shared()
-
-            first_seat = context - q_len
-            all_low, all_high = keys_of_all(
-                context, first_seat, window, PAGE, FULL, WINDOW, ALL_KEYS
-            )
-            anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
-            weights = halved(gl.full([TILE, ROWS], 0.0, gl.float32, s_layout), ROWS)
-            no_score = gl.full([TILE, Q_ROWS], 0, gl.int32 if BYTES else gl.float32, product)
-            acc0 = gl.full([4 * V_WORDS, ROWS], 0.0, gl.float32, o_layout)
-            acc1 = acc0
-            acc2 = acc0
-            acc3 = acc0
-
-            stage = 0
-            for t in range(first_tile, last_tile):
-                async_copy.wait_group(STAGES - 1)
-                # Everybody's copies of this tile are in.
-                thread_barrier()
-                scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
-                following = gl.minimum(t + 1, last_tile - 1)
-                next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-                next_scale = token_plane(
-                    row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE,
-                    s_keys,
-                )  # fmt: skip
-                next_other = token_plane(
-                    rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE,
-                    TILE, s_keys,
-                )  # fmt: skip
-                next_page = page_of(
-                    table, t + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-                )
-
-                # Triton 3.6 waits for no asynchronous product of bytes from registers.
-                k = key_part(rotary_keys.index(stage), CODE, WARPS, k_operand)
-                s = warpgroup_mma(k, turned_smem.permute((1, 0)), no_score, use_acc=False)
-                score = score_of(s, CODE, GROUPS, s_layout) * other[:, None]
-                s = no_score
-                for i in gl.static_range(PARTS):
-                    part = row_keys.index(stage).slice(i * (PART // EACH), PART // EACH, dim=1)
-                    k = key_part(part, CODE, WARPS, k_operand)
-                    s = warpgroup_mma(k, q_smem.index(i).permute((1, 0)), s, use_acc=i > 0)
-                score += score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
-                score = score * factor[None, :]
-                if SOFTCAP:
-                    score = capped(score, softcap)
-                log_scale = log2_fast(gl.maximum(scale, 1e-30))
-                heavy = score + log_scale[:, None]
-                if (key_start < all_low) | (key_start + TILE > all_high):
-                    key = key_start + gl.arange(0, TILE, s_keys)
-                    shown = shown_keys(
-                        key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
-                        WINDOW, ALL_KEYS,
-                    )  # fmt: skip
-                    seen = seen_pairs(
-                        key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE,
-                        ROWS, HEADS, FULL, WINDOW, ALL_KEYS,
-                    )  # fmt: skip
-                    heavy = gl.where(seen, heavy, float("-inf"))
-                    # Where a key is hidden p is 0: what it is multiplied by has to be finite.
-                    log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
-                x = heavy - anchor[None, :]
-                p = gl.exp2(x)
-                p_smem.store(p.to(gl.float16))
-                far_smem.store(far_bits(x, GROUPS))
-                if WIDE:
-                    fence_async_shared()
-                # P is there.
-                thread_barrier()
-                if gl.max(far_smem.load(far_layout), 0) > FAR:
-                    old = anchor
-                    anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
-                    shrink = gl.exp2(old - anchor)
-                    weights = (
-                        weights
-                        * gl.convert_layout(
-                            shrink, gl.SliceLayout(0, gl.SliceLayout(1, weights.type.layout))
-                        )[None, None, :]
-                    )
-                    less = gl.convert_layout(shrink, o_rows)[None, :]
-                    acc0 = acc0 * less
-                    acc1 = acc1 * less
-                    if V_PARTS > 2:
-                        acc2 = acc2 * less
-                        acc3 = acc3 * less
-                    p = gl.exp2(heavy - anchor[None, :])
-                    p_smem.store(p.to(gl.float16))
-                    if WIDE:
-                        fence_async_shared()
-                    thread_barrier()
-                # p is of p * scale; the row's weight is of p.
-                weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
-                hidden = Hidden(
-                    key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
-                )
-                mine = row_ring.index(stage)
-                if WIDE:
-                    # A quarter of the tile at a time: one is unpacked while the one before is
-                    # multiplied.
-                    first, second = p_smem.slice(0, 32), p_smem.slice(32, 32)
-                    v = value_part(mine, 0, 32, 0, hidden, CODE, WINDOW, v_operand)
-                    acc0 = warpgroup_mma(v, first, acc0, is_async=True)
-                    w = value_part(mine, 0, 32, 1, hidden, CODE, WINDOW, v_operand)
-                    acc1 = warpgroup_mma(w, first, acc1, is_async=True)
-                    acc0, v = warpgroup_mma_wait(1, deps=(acc0, v))
-                    v = value_part(mine, 32, 32, 0, hidden, CODE, WINDOW, v_operand)
-                    acc0 = warpgroup_mma(v, second, acc0, is_async=True)
-                    acc1, w = warpgroup_mma_wait(1, deps=(acc1, w))
-                    w = value_part(mine, 32, 32, 1, hidden, CODE, WINDOW, v_operand)
-                    acc1 = warpgroup_mma(w, second, acc1, is_async=True)
-                    acc0, acc1, v, w = warpgroup_mma_wait(0, deps=(acc0, acc1, v, w))
-                else:
-                    heavy_p = p_smem.load(p_operand)
-                    v = value_part(mine, 0, TILE, 0, hidden, CODE, WINDOW, v_operand)
-                    acc0 = mma_v2(v, heavy_p, acc0)
-                    v = value_part(mine, 0, TILE, 1, hidden, CODE, WINDOW, v_operand)
-                    acc1 = mma_v2(v, heavy_p, acc1)
-                    if V_PARTS > 2:
-                        v = value_part(mine, 0, TILE, 2, hidden, CODE, WINDOW, v_operand)
-                        acc2 = mma_v2(v, heavy_p, acc2)
-                        v = value_part(mine, 0, TILE, 3, hidden, CODE, WINDOW, v_operand)
-                        acc3 = mma_v2(v, heavy_p, acc3)
-                # Everybody has this tile's codes.
-                thread_barrier()
-                ahead = t + STAGES
-                if ahead < last_tile:
-                    ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
-                    copy_codes(
-                        row_ring.index(stage), row_codes, row_page, ahead_page, table,
-                        ahead_tile * TILE, last_key, PAGE, TILE, WORDS, row_copy,
-                    )  # fmt: skip
-                    copy_codes(
-                        rotary_ring.index(stage), rotary_codes, rotary_page, ahead_page, table,
-                        ahead_tile * TILE, last_key, PAGE, TILE, ROTARY_WORDS, rotary_copy,
-                    )  # fmt: skip
-                    ahead_page = page_of(
-                        table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                        ALL_KEYS,
+            for i in gl.static_range(1, AT_FIRST):
+                t = first_tile + i
+                if t < last_tile:
+                    page = next_page if i == 1 else third_page if i == 2 else fourth_page
+                    start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+                    copy_tile(
+                        row_ring, rotary_ring, i, row_codes, rotary_codes, row_page, rotary_page,
+                        page, table, start_of, last_key, PAGE,
                     )  # fmt: skip
                 async_copy.commit_group()
-                key_start = next_start
-                stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-            async_copy.wait_group(0)
+
+            if WIDE:
+                acc0, acc1, weights, anchor = walk_many(
+                    row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes,
+                    row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
+                    rotary_scale_page, table, next_page, scale, other, factor_smem, context, q_len,
+                    a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, first_tile, last_tile,
+                    row_first, softcap, window, sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW,
+                    SOFTCAP, product, s_layout, o_layout,
+                )  # fmt: skip
+                acc2 = acc0
+                acc3 = acc1
+            else:
+                ahead_page = page_of(
+                    table, first_tile + STAGES, last_tile, a_first, a_tiles, b_first, PAGE, TILE,
+                    WINDOW, ALL_KEYS,
+                )  # fmt: skip
+                acc0, acc1, acc2, acc3, weights, anchor = walk_few(
+                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem.index(0),
+                    far_smem.index(0), row_codes, row_scale, rotary_codes, rotary_scale, row_page,
+                    row_scale_page, rotary_page, rotary_scale_page, table, next_page, ahead_page,
+                    scale, other, factor, context, q_len, a_low, a_high, b_low, b_high, a_first,
+                    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
+                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout,
+                    o_layout,
+                )  # fmt: skip
+            # Nobody reads the ring any more.
+            thread_barrier()
             row = here(row_first) + gl.arange(0, ROWS, s_rows)
             real = row < q_len * HEADS
             token_at = (q_start + row // HEADS).to(gl.int64)
             head = row % HEADS
-            complete = (first_tile == 0) & (last_tile == tiles)
             _, row_lse, ratio = row_sums(weights, anchor, s_rows)
-            slot_id = 2 * program + (position != start).to(gl.int32)
-            if first_tile == 0:
-                cut = cuts + (request * ROW_TILES + item) * 2
-                store_cut(cut, complete, slot_id, program, position, tiles, share, even)
+            if pieces is None:
+                complete = (first_tile == 0) & (last_tile == tiles)
+                slot_id = 2 * program + (position != start).to(gl.int32)
+                if counters is None and first_tile == 0:
+                    cut = cuts + (request * ROW_TILES + item) * 2
+                    store_cut(cut, complete, slot_id, program, position, tiles, share, even)
+            else:
+                complete = slot < 0
+                slot_id = 2 * slot
             if complete:
                 if SINKS:
                     row_lse, ratio = with_sink(row_lse, ratio, sinks, head, real)
@@ -410,10 +367,70 @@ def decode_kernel(
                     acc * ratio[None, :], complete, out, part_out, q_start, q_len, row_first,
                     slot_id, out_token, out_head, i * 4 * V_WORDS, ROW_DIM, HEADS, WARPS,
                 )  # fmt: skip
-        position += last_tile - first_tile
-        if position - begins >= tiles * ROW_TILES:
-            request += 1
-            begins = position
+            if counters is not None:  # noqa: SIM102
+                if not complete:
+                    first, last, first_slot = row_programs(
+                        program, position, position - first_tile, tiles, share, even
+                    )
+                    if arrive(counters + request * ROW_TILES + item, last - first + 1):
+                        join_pieces(
+                            part_out, part_lse, sinks, out, lse, first_slot, first,
+                            last - first + 1, q_start, q_len, row_first, out_token, out_head, ROWS,
+                            ROW_DIM, HEADS, SINKS,
+                        )  # fmt: skip
+        if pieces is None:
+            position += last_tile - first_tile
+            if position - begins >= tiles * ROW_TILES:
+                request += 1
+                begins = position
+        else:
+            position += 1
+    if counters is not None:
+        finish_empty(
+            query_starts, context_lens, requests, sinks, out, lse, window, sink_tokens, out_token,
+            out_head, ROWS, ROW_DIM, HEADS, SINKS, PAGE, FULL, WINDOW,
+        )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A piece of prompts.PromptPlan with its keys' ranges (decode/triton_share)."""
+
+    context: Any
+    q_start: Any
+    q_len: Any
+    a_low: Any
+    a_high: Any
+    b_low: Any
+    b_high: Any
+    a_first: Any
+    a_tiles: Any
+    b_first: Any
+    request: Any
+    row_first: Any
+    first_tile: Any
+    last_tile: Any
+    slot: Any
+
+
+@gluon.jit
+def read_piece(
+    pieces, position, window, sink_tokens, PAGE: gl.constexpr, TILE: gl.constexpr,
+    FULL: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """A row of prompts.FIELDS: the request as if its tokens ended with the row's last."""
+    at = pieces + position * 8
+    request, q_start = same(gl.load(at)), same(gl.load(at + 1))
+    context, q_len = same(gl.load(at + 2)), same(gl.load(at + 3))
+    row_first, slot = same(gl.load(at + 4)), same(gl.load(at + 7))
+    first_tile, last_tile = same(gl.load(at + 5)), same(gl.load(at + 6))
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, ALL_KEYS
+    )
+    a_first, a_tiles, b_first, _ = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return Part(
+        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, request,
+        row_first, first_tile, last_tile, slot,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_operands import unpack
-from quantpage.ops.attend.decode.gluon_share import shown_keys
+from quantpage.ops.attend.decode.gluon_operands import copy_layout, unpack
+from quantpage.ops.attend.decode.gluon_share import copy_codes, shown_keys
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import FP8, Constant
 
@@ -24,6 +24,18 @@ _PAIRS = Constant("""{
  mov.b32 {a, b}, $4;
  cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
  mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y;
+}""")
+
+# By one thread: a tile's codes, or a line of its scales.
+_INTO_L2 = Constant("""{
+ .reg .pred p; .reg .b32 t;
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0;
+ @p cp.async.bulk.prefetch.L2.global [$1], $2;
+}""")
+_LINE_INTO_L2 = Constant("""{
+ .reg .pred p; .reg .b32 t;
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0;
+ @p prefetch.global.L2 [$1];
 }""")
 
 PART = Constant(128)
@@ -86,6 +98,59 @@ def _query_part(q, CODE: gl.constexpr):
     return q
 
 
+@gluon.jit
+def copy_tile(
+    row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page, page, table,
+    key_start, last_key, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Ask for a tile's codes."""
+    TILE: gl.constexpr = row_ring.shape[1]
+    WORDS: gl.constexpr = row_ring.shape[2]
+    ROTARY_WORDS: gl.constexpr = rotary_ring.shape[2]
+    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, gl.num_warps())
+    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, gl.num_warps())
+    copy_codes(
+        row_ring.index(stage), row_codes, row_page, page, table, key_start, last_key, PAGE, TILE,
+        WORDS, row_copy,
+    )  # fmt: skip
+    copy_codes(
+        rotary_ring.index(stage), rotary_codes, rotary_page, page, table, key_start, last_key, PAGE,
+        TILE, ROTARY_WORDS, rotary_copy,
+    )  # fmt: skip
+
+
+@gluon.jit
+def codes_into_l2(
+    codes, page_stride, page, key_start, PAGE: gl.constexpr, TILE: gl.constexpr,
+    UNITS: gl.constexpr,
+):  # fmt: skip
+    """Have a tile's codes fetched from memory before there is a place for them; nobody waits."""
+    at = codes + page.to(gl.int64) * page_stride + key_start % PAGE * UNITS
+    gl.inline_asm_elementwise(
+        _INTO_L2, "=r,l,r", [at.to(gl.int64), TILE * UNITS * 4], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def scales_into_l2(
+    row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, key_start,
+    PAGE: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """The same of its scales, which are asked for a tile before they are needed: memory that is
+    busy takes longer.
+    """
+    if PAGE >= TILE:
+        slot = key_start % PAGE
+        for i in gl.static_range(2):
+            at = row_scale + page.to(gl.int64) * row_scale_page + slot
+            if i == 1:
+                at = rotary_scale + page.to(gl.int64) * rotary_scale_page + slot
+            gl.inline_asm_elementwise(
+                _LINE_INTO_L2, "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+            )
+
+
 class Hidden(NamedTuple):
     """What says which keys of a tile no query sees (decode/triton_share)."""
 
@@ -124,12 +189,26 @@ def value_part(
     return gl.convert_layout(gl.reshape(v, [4 * UNITS, KEYS]), layout, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def output_layout(rows, units):
+    """Of a part of the output as ``ordered`` gives it: a thread's four neighbouring channels come
+    first, which are stored at once, by eight threads a row side by side.
+    """
+    registers = [[0, 1], [0, 2], [1, 0]] + [
+        [8 << i, 0] for i in range((rows // 8).bit_length() - 1)
+    ]
+    lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
+    groups = [[0, 32 << i] for i in range((units // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, groups, [], [rows, 4 * units])
+
+
 @gluon.jit
 def ordered(o, WARPS: gl.constexpr):
     """[channels as value_part has them, rows] -> [rows, channels]."""
     ROWS: gl.constexpr = o.shape[1]
     o = gl.permute(gl.reshape(o, [2, WARPS, 2, 8, ROWS]), (4, 1, 3, 0, 2))
-    return gl.reshape(o, [ROWS, 32 * WARPS])
+    o = gl.reshape(o, [ROWS, 32 * WARPS])
+    return gl.convert_layout(o, output_layout(ROWS, 8 * WARPS), assert_trivial=True)
 
 
 @gluon.constexpr_function
@@ -140,39 +219,34 @@ def query_layout(width, warps):
 
 @gluon.jit
 def _asked(at, real, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    """WIDTH channels of queries, float32, NaN where they are not finite."""
+    """WIDTH channels of queries as they lie."""
     layout: gl.constexpr = query_layout(WIDTH, WARPS)
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     at = gl.convert_layout(at, rows)
     mask = gl.convert_layout(real, rows)[:, None]
-    x = gl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(gl.float32)
-    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
-    return gl.where(gl.abs(x) < float("inf"), x, float("nan"))
+    return gl.load(at[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
 @gluon.jit
-def _largest(x, rows: gl.constexpr):
-    """Of each row's finite sizes, and 1 where one is not."""
-    size = gl.abs(x)
-    finite = size < float("inf")
-    high = gl.max(gl.where(finite, size, 0.0), 1)
-    wrong = gl.max((~finite).to(gl.int32), 1)
-    return gl.convert_layout(high, rows), gl.convert_layout(wrong, rows)
+def _size(x):
+    """Absolute values, infinite where they are not finite."""
+    size = gl.abs(x.to(gl.float32))
+    return gl.where(size < float("inf"), size, float("inf"))
 
 
 @gluon.jit
 def _store_part(smem, x, unit, CODE: gl.constexpr, GROUPS: gl.constexpr):
-    """A part of queries as the second operand."""
+    """A part of queries as the second operand; of rows that are not finite anything."""
     ROWS: gl.constexpr = x.shape[0]
     WIDTH: gl.constexpr = x.shape[1]
     unit = gl.convert_layout(unit, gl.SliceLayout(1, x.type.layout))[:, None]
+    x = x.to(gl.float32) * unit
     if CODE == FP8:
-        smem.store(_query_part((x * unit).to(gl.float16), CODE))
+        smem.store(_query_part(x.to(gl.float16), CODE))
     else:
-        # Added and taken off again, the number rounds to the nearest even integer.
-        fixed = (gl.where(x == x, x, 0.0) * unit + 12582912.0) - 12582912.0
-        fixed = _query_part(fixed.to(gl.int32), CODE)
+        # Added to 1.5 * 2^23 the number rounds to the nearest even integer, in the sum's low bits.
+        fixed = (x + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
         high = (fixed + 64) >> 7
         both = gl.join(high, fixed - (high << 7)).to(gl.int8)
         both = gl.reshape(both, [GROUPS, ROWS // GROUPS, WIDTH, 2])
@@ -180,38 +254,51 @@ def _store_part(smem, x, unit, CODE: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(
-    row_smem, rotary_smem, at, real, ROW_DIM: gl.constexpr, ROTARY_DIM: gl.constexpr,
+def ask_queries(
+    at, real, ROW_DIM: gl.constexpr, ROTARY_DIM: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Queries as they lie, four parts and their rotary channels. at: pointers of rows."""
+    gl.static_assert(ROW_DIM == 4 * PART)
+    return (
+        _asked(at, real, PART, WARPS),
+        _asked(at + PART, real, PART, WARPS),
+        _asked(at + 2 * PART, real, PART, WARPS),
+        _asked(at + 3 * PART, real, PART, WARPS),
+        _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS),
+    )
+
+
+@gluon.jit
+def store_queries(
+    row_smem, rotary_smem, asked0, asked1, asked2, asked3, turned, rows: gl.constexpr,
     CODE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Queries into shared memory as the second operand of scores: two int8 numbers each beside
-    integer codes, float16 beside others. at: pointers of rows.
+    integer codes, float16 beside others.
 
-    Returns what a row's scores are multiplied by, in the layout of ``at``.
+    Returns what a row's scores are multiplied by, in the layout ``rows``; NaN where a query is not
+    finite: an infinite one would weigh keys by 0 or 1.
     """
-    rows: gl.constexpr = at.type.layout
     GROUPS: gl.constexpr = WARPS // 4
-    high = gl.full([at.shape[0]], 0.0, gl.float32, rows)
-    wrong = gl.full([at.shape[0]], 0, gl.int32, rows)
-    for i in gl.static_range(ROW_DIM // PART):
-        own, bad = _largest(_asked(at + i * PART, real, PART, WARPS), rows)
-        high = gl.maximum(high, own)
-        wrong = gl.maximum(wrong, bad)
-    own, bad = _largest(_asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), rows)
-    high = gl.maximum(gl.maximum(high, own), 1e-30)
-    wrong = gl.maximum(wrong, bad)
+    size = gl.maximum(gl.maximum(_size(asked0), _size(asked1)), _size(asked2))
+    high = gl.convert_layout(gl.max(gl.maximum(size, _size(asked3)), 1), rows)
+    high = gl.maximum(high, gl.convert_layout(gl.max(_size(turned), 1), rows))
+    finite = high < float("inf")
+    high = gl.maximum(gl.where(finite, high, 0.0), 1e-30)
     if CODE == FP8:
-        # Of a power of two: it rounds nothing.
+        # Of a power of two: it rounds nothing, and brings the largest to float16's upper end.
         power = (high.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
         left = power / 16384.0
     else:
+        # Of 15 bits.
         left = high / 16256.0
     unit = 1.0 / left
-    # The second time they come from a cache: all of a row would not fit into registers.
-    for i in gl.static_range(ROW_DIM // PART):
-        _store_part(row_smem.index(i), _asked(at + i * PART, real, PART, WARPS), unit, CODE, GROUPS)
-    _store_part(rotary_smem, _asked(at + ROW_DIM, real, ROTARY_DIM, WARPS), unit, CODE, GROUPS)
-    return gl.where(wrong > 0, float("nan"), left)
+    _store_part(row_smem.slice(0, PART, dim=1), asked0, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(1 * PART, PART, dim=1), asked1, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(2 * PART, PART, dim=1), asked2, unit, CODE, GROUPS)
+    _store_part(row_smem.slice(3 * PART, PART, dim=1), asked3, unit, CODE, GROUPS)
+    _store_part(rotary_smem, turned, unit, CODE, GROUPS)
+    return gl.where(finite, left, float("nan"))
 
 
 @gluon.jit

@@ -7,8 +7,11 @@ Nothing is tuned at run time. Each branch carries the measurement that made it
 from dataclasses import dataclass, replace
 
 from quantpage.hardware import HOPPER
+from quantpage.ops.attend.decode.workspaces import piece_sizes
 from quantpage.ops.attend.flash.tiles import HOPPER_SHARED_BYTES
 
+HINTS = 4
+"""Of a program: the most tiles that are asked for before any is multiplied."""
 MANY = 400_000
 """Keys of all requests from which keys by queries is the faster one."""
 
@@ -78,7 +81,7 @@ def latent_tiles(
     """
     if wgmma:
         if rows > 32:
-            return LatentTiles(64, 64, 8, 2, wgmma=True)
+            return LatentTiles(64, 64, 8, 3, wgmma=True)
         # A warpgroup for sixteen rows, two for more, as its outputs fill half of its registers.
         return LatentTiles(*((16, 64, 4, 3) if rows <= 16 else (32, 64, 8, 3)), wgmma=True)
     if capability == HOPPER and rows > 16:
@@ -133,6 +136,17 @@ def programs_of(tiles: LatentTiles, processors: int, all_rows: int) -> int:
     """
     programs = processors * tiles.programs_per_processor
     return all_rows if all_rows <= programs <= all_rows * 17 // 16 else programs
+
+
+def space(tiles: LatentTiles, slots: int, width: int, numbers: int) -> tuple[int, int, int]:
+    """What a launch wants of decode/workspaces: two partial results a slot, int32 ``numbers``."""
+    outs, sums, _ = piece_sizes(slots, tiles.rows, width, 0)
+    return outs, sums, numbers
+
+
+def hint_count(tiles: LatentTiles, programs: int) -> int:
+    """Places that the Hopper kernel's programs keep of their first tiles, before the rest."""
+    return HINTS * programs if tiles.wgmma else 0
 
 
 def row_tiles(heads: int, query_len: int, tile: int) -> int:

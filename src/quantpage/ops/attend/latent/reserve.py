@@ -6,9 +6,16 @@ from itertools import product
 import torch
 
 from quantpage.ops import refusals
-from quantpage.ops.attend.decode.workspaces import larger, piece_sizes, workspace
+from quantpage.ops.attend.decode.workspaces import larger, workspace
 from quantpage.ops.attend.flash.tiles import processors_of
-from quantpage.ops.attend.latent.launch import MANY, latent_tiles, programs_of, row_tiles
+from quantpage.ops.attend.latent.launch import (
+    MANY,
+    hint_count,
+    latent_tiles,
+    programs_of,
+    row_tiles,
+    space,
+)
 from quantpage.ops.dispatch import DECODE_TOKENS, Call
 
 
@@ -42,5 +49,6 @@ def needed(call: Call, processors: int, max_requests: int, max_tokens: int) -> t
             tiles, processors, requests * row_tiles(call.q_heads, new, tiles.rows)
         )
         smallest = requests * row_tiles(call.q_heads, new, 16)
-        pieces = larger(pieces, piece_sizes(programs, tiles.rows, call.head_dim, smallest))
+        numbers = hint_count(tiles, programs) + 2 * smallest
+        pieces = larger(pieces, space(tiles, programs, call.head_dim, numbers))
     return pieces

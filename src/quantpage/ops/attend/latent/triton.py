@@ -18,14 +18,16 @@ from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton import paired
 from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
-from quantpage.ops.attend.decode.workspaces import piece_sizes, workspace
+from quantpage.ops.attend.decode.workspaces import counters_of, workspace
 from quantpage.ops.attend.flash.tiles import portable_width, processors_of
 from quantpage.ops.attend.latent.launch import (
     LatentTiles,
     fitted,
+    hint_count,
     latent_tiles,
     programs_of,
     row_tiles,
+    space,
 )
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
 from quantpage.ops.attend.params import AttendParams, reach_of
@@ -67,6 +69,12 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan, hopper: bool = False) -
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
 
+JOINED = 4
+"""Pieces of a row, mostly, up to which the kernel joins them itself."""
+JOINS = 1024
+"""Programs of the launch that joins, about."""
+
+
 def _width(channels: int) -> int:
     """Of a tile: a power of two, whose words of four are at least a product's sixteen."""
     return max(64, portable_width(channels))
@@ -82,6 +90,10 @@ class Arranged(NamedTuple):
     """What is compiled into both kernels and into the launch that joins."""
     row: Operand
     rotary: Operand
+    counters: Tensor | None
+    """By which the last of a row's programs knows that it joins the pieces; None: ``join`` does."""
+    hints: Tensor
+    """Where programs keep what they began with, if they do (launch.HINTS)."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
     """Grid, arguments and constants of the launch that joins cut rows."""
 
@@ -93,8 +105,11 @@ def arrange(
     batch: BatchPlan,
     params: AttendParams,
     tiles: LatentTiles,
+    slots: int | None = None,
 ) -> Arranged:
-    """What a launch of this shape takes."""
+    """What a launch of this shape takes. slots: partial results of a prompt's plan (prompts);
+    None: programs share the step's tiles by themselves.
+    """
     mask, (out, lse) = params.mask, results
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
@@ -102,12 +117,20 @@ def arrange(
     q = q if q.stride(-1) == 1 else q.contiguous()
     unit = torch.int32 if tiles.by_keys or tiles.wgmma else None
     row, rotary = operand(layer.key, unit), operand(layer.value, unit)
-    tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
-    all_rows = batch.num_requests * tiles_of_rows
-    programs = programs_of(tiles, processors_of(q.device), all_rows)
-    part_out, part_lse, cuts = workspace(
-        q.device, piece_sizes(programs, tiles.rows, row.head_dim, all_rows)
+    processors = processors_of(q.device)
+    if slots is None:
+        tiles_of_rows = row_tiles(heads, batch.max_query_len, tiles.rows)
+        all_rows = batch.num_requests * tiles_of_rows
+        programs = slots = programs_of(tiles, processors, all_rows)
+    else:
+        # Nothing that is compiled into a kernel depends on how long prompts are.
+        tiles_of_rows = all_rows = 1
+        programs = processors * tiles.programs_per_processor
+    hinted = hint_count(tiles, programs)
+    part_out, part_lse, numbers = workspace(
+        q.device, space(tiles, slots, row.head_dim, hinted + 2 * all_rows)
     )
+    cuts = numbers[hinted:] if hinted else numbers
     window, sink_tokens = reach_of(mask)
     mask_numbers = (window or 0, sink_tokens)
     overlap = device_info(q.device).since(HOPPER)
@@ -133,9 +156,13 @@ def arrange(
     fixed = both | {
         "VALUE_DIM": row.head_dim, "GROUP": heads, "SEGMENT": 0, "PARTS": parts, "num_warps": 4
     }  # fmt: skip
-    # A program a query row.
-    grid = (all_rows, min(tiles.rows, heads * batch.max_query_len))
-    return Arranged(programs, given, both, row, rotary, (grid, merged, fixed))
+    # A program a query row, of many rows each several: most are not cut, and launched for nothing.
+    side_by_side = min(tiles.rows, heads * batch.max_query_len, max(8, JOINS // all_rows))
+    grid = (all_rows, side_by_side)
+    # Of few pieces a program is done before a launch would begin. (64 rows have no registers left.)
+    joined = tiles.wgmma and tiles.rows < 64 and programs <= JOINED * all_rows
+    counters = counters_of(q.device, all_rows) if joined else None
+    return Arranged(programs, given, both, row, rotary, counters, numbers, (grid, merged, fixed))
 
 
 def join(made: Arranged) -> None:

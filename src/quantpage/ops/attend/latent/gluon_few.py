@@ -1,0 +1,209 @@
+"""The walk of up to 32 query rows over their keys: what memory bounds.
+
+The second product is mma, which reads p without a proxy fence: a fence waits for the copies under
+way, of which there always are some here. A stage is filled again behind the next tile's barrier.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.decode.gluon_kernel import FAR, FLOOR, SHIFT, log2_fast
+from quantpage.ops.attend.decode.gluon_operands import halved, shared_layout
+from quantpage.ops.attend.decode.gluon_rows import capped, seen_pairs
+from quantpage.ops.attend.decode.gluon_share import (
+    keys_of_all,
+    page_of,
+    shown_keys,
+    tile_at,
+    token_plane,
+)
+from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
+from quantpage.ops.attend.latent.gluon_operands import (
+    PART,
+    Hidden,
+    copy_tile,
+    far_bits,
+    key_part,
+    scales_into_l2,
+    score_of,
+    value_part,
+)
+from quantpage.ops.triton.common import FP8
+from quantpage.ops.triton.gluon_compat import (
+    async_copy,
+    mma_v2,
+    thread_barrier,
+    warpgroup_mma,
+)
+
+
+@gluon.jit
+def walk_few(
+    row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes, row_scale,
+    rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page, rotary_scale_page, table,
+    next_page, ahead_page, next_scale, next_other, factor, context, q_len, a_low, a_high, b_low,
+    b_high, a_first, a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
+    sink_tokens, CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
+    o_layout: gl.constexpr,
+):  # fmt: skip
+    """Outputs (two or four parts of the channels), weights and anchors of a row's tiles.
+
+    Queries are in shared memory, and the ring's tiles asked for. next_page: the second tile's.
+    ahead_page: of the first that the ring has no room for. next_scale, next_other: the first
+    tile's, as they lie.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    GROUPS: gl.constexpr = WARPS // 4
+    STAGES: gl.constexpr = row_ring.shape[0]
+    TILE: gl.constexpr = row_ring.shape[1]
+    ROW_DIM: gl.constexpr = 4 * row_ring.shape[2]
+    ROTARY_DIM: gl.constexpr = 4 * rotary_ring.shape[2]
+    ROWS: gl.constexpr = p_smem.shape[1]
+    V_WORDS: gl.constexpr = 8 * WARPS
+    V_PARTS: gl.constexpr = ROW_DIM // 4 // V_WORDS
+    # Integer keys are multiplied as bytes, those of fp8 from words.
+    BYTES: gl.constexpr = CODE != FP8
+    KEY: gl.constexpr = gl.int8 if BYTES else gl.int32
+    EACH: gl.constexpr = 1 if BYTES else 4
+    s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
+    k_operand: gl.constexpr = gl.DotOperandLayout(0, product, 4 if BYTES else 2)
+    v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    p_operand: gl.constexpr = gl.DotOperandLayout(1, o_layout, 2)
+    far_layout: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
+    row_keys = row_ring._reinterpret(
+        KEY, [STAGES, TILE, ROW_DIM // EACH], shared_layout(ROW_DIM // EACH, KEY)
+    )
+    rotary_keys = rotary_ring._reinterpret(
+        KEY, [STAGES, TILE, ROTARY_DIM // EACH], shared_layout(ROTARY_DIM // EACH, KEY)
+    )
+
+    last_key = context - 1
+    key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+    first_seat = context - q_len
+    all_low, all_high = keys_of_all(context, first_seat, window, PAGE, FULL, WINDOW, ALL_KEYS)
+    anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
+    weights = halved(gl.full([TILE, ROWS], 0.0, gl.float32, s_layout), ROWS)
+    no_score = gl.full([TILE, q_smem.shape[0]], 0, gl.int32 if BYTES else gl.float32, product)
+    acc0 = gl.full([4 * V_WORDS, ROWS], 0.0, gl.float32, o_layout)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+
+    stage = 0
+    for t in range(first_tile, last_tile):
+        if t == first_tile:
+            async_copy.wait_group(STAGES - 1)
+        else:
+            async_copy.wait_group(STAGES - 2)
+        # Everybody's copies of this tile are in.
+        thread_barrier()
+        scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
+        following = gl.minimum(t + 1, last_tile - 1)
+        next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+        next_scale = token_plane(
+            row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE,
+            s_keys,
+        )  # fmt: skip
+        next_other = token_plane(
+            rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE,
+            TILE, s_keys,
+        )  # fmt: skip
+        next_page = page_of(
+            table, t + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
+        )
+
+        # Triton 3.6 waits for no asynchronous product of bytes from registers.
+        k = key_part(rotary_keys.index(stage), CODE, WARPS, k_operand)
+        s = warpgroup_mma(k, turned_smem.permute((1, 0)), no_score, use_acc=False)
+        score = score_of(s, CODE, GROUPS, s_layout) * other[:, None]
+        s = no_score
+        # Bytes leave registers for a whole row; of float16 a part does.
+        WIDTH: gl.constexpr = ROW_DIM if BYTES else PART
+        for i in gl.static_range(ROW_DIM // WIDTH):
+            part = row_keys.index(stage).slice(i * (WIDTH // EACH), WIDTH // EACH, dim=1)
+            k = key_part(part, CODE, WARPS, k_operand)
+            q = q_smem.slice(i * WIDTH, WIDTH, dim=1)
+            s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=i > 0)
+        score += score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
+        score = score * factor[None, :]
+        if SOFTCAP:
+            score = capped(score, softcap)
+        log_scale = log2_fast(gl.maximum(scale, 1e-30))
+        heavy = score + log_scale[:, None]
+        if (key_start < all_low) | (key_start + TILE > all_high):
+            key = key_start + gl.arange(0, TILE, s_keys)
+            shown = shown_keys(
+                key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
+                WINDOW, ALL_KEYS,
+            )  # fmt: skip
+            seen = seen_pairs(
+                key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE,
+                ROWS, HEADS, FULL, WINDOW, ALL_KEYS,
+            )  # fmt: skip
+            heavy = gl.where(seen, heavy, float("-inf"))
+            # Where a key is hidden p is 0: what it is multiplied by has to be finite.
+            log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
+        x = heavy - anchor[None, :]
+        p = gl.exp2(x)
+        p_smem.store(p.to(gl.float16))
+        far_smem.store(far_bits(x, GROUPS))
+        # P is there, and nobody reads the tile before any more.
+        thread_barrier()
+        ahead = t - 1 + STAGES
+        if (t > first_tile) & (ahead < last_tile):
+            ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
+            copy_tile(
+                row_ring, rotary_ring, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
+                rotary_codes, row_page, rotary_page, ahead_page, table, ahead_tile * TILE,
+                last_key, PAGE,
+            )  # fmt: skip
+            scales_into_l2(
+                row_scale, row_scale_page, rotary_scale, rotary_scale_page, ahead_page,
+                ahead_tile * TILE, PAGE, TILE,
+            )  # fmt: skip
+            ahead_page = page_of(
+                table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                ALL_KEYS,
+            )  # fmt: skip
+        if t > first_tile:
+            async_copy.commit_group()
+        if gl.max(far_smem.load(far_layout), 0) > FAR:
+            old = anchor
+            anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
+            shrink = gl.exp2(old - anchor)
+            weights = (
+                weights
+                * gl.convert_layout(
+                    shrink, gl.SliceLayout(0, gl.SliceLayout(1, weights.type.layout))
+                )[None, None, :]
+            )
+            less = gl.convert_layout(shrink, o_rows)[None, :]
+            acc0 = acc0 * less
+            acc1 = acc1 * less
+            if V_PARTS > 2:
+                acc2 = acc2 * less
+                acc3 = acc3 * less
+            p = gl.exp2(heavy - anchor[None, :])
+            p_smem.store(p.to(gl.float16))
+            thread_barrier()
+        # p is of p * scale; the row's weight is of p.
+        weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
+        hidden = Hidden(key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
+        mine = row_ring.index(stage)
+        heavy_p = p_smem.load(p_operand)
+        v = value_part(mine, 0, TILE, 0, hidden, CODE, WINDOW, v_operand)
+        acc0 = mma_v2(v, heavy_p, acc0)
+        v = value_part(mine, 0, TILE, 1, hidden, CODE, WINDOW, v_operand)
+        acc1 = mma_v2(v, heavy_p, acc1)
+        if V_PARTS > 2:
+            v = value_part(mine, 0, TILE, 2, hidden, CODE, WINDOW, v_operand)
+            acc2 = mma_v2(v, heavy_p, acc2)
+            v = value_part(mine, 0, TILE, 3, hidden, CODE, WINDOW, v_operand)
+            acc3 = mma_v2(v, heavy_p, acc3)
+        key_start = next_start
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    async_copy.wait_group(0)
+    return acc0, acc1, acc2, acc3, weights, anchor
