@@ -52,7 +52,9 @@ class Turn:
         # docs: a hundredth of the mean on the diagonal, so that nothing is free.
         root = np.linalg.cholesky(own / mean + 0.01 * np.eye(width))
         on = np.diagonal(root, axis1=1, axis2=2)
-        return cls(np.tril(root / on[:, None, :], -1), np.square(on))
+        # docs: in 16 bits, so that every implementation multiplies by the same numbers.
+        lower = np.clip(np.tril(root / on[:, None, :], -1), -65504, 65504)
+        return cls(lower.astype(np.float16).astype(np.float64), np.square(on))
 
 
 @dataclass(frozen=True, slots=True)
