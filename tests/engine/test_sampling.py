@@ -20,12 +20,31 @@ def test_tokens_are_drawn_by_their_weights():
     assert ((drawn / count - wanted).abs() <= 4 * spread).all()
 
 
-def test_the_end_of_the_line_is_the_last_token_with_a_weight(monkeypatch):
-    nearly = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: nearly)
-    for weights in ([0.1, 0.2, 0.0], [3.0, 0.7, 0.0, 0.0], [1e-30, 0.0]):
-        chosen = draw(torch.tensor(weights), torch.Generator())
-        assert weights[chosen] > 0 and not any(weights[chosen + 1 :])
+def test_tokens_that_weigh_next_to_nothing_are_drawn_too():
+    """A hundred thousand of them, between two that weigh something, and some of no weight."""
+    weights = torch.full((200_003,), 1e-6)
+    weights[[0, -1]] = 0.1
+    weights[1:200_001:2] = 0.0
+    generator, count = torch.Generator().manual_seed(0), 600
+    drawn = torch.tensor([draw(weights, generator) for _ in range(count)])
+    assert (weights[drawn] > 0).all()
+    small = drawn[(drawn > 0) & (drawn < 200_002)]
+    # A third of the mass, evenly.
+    assert abs(len(small) - count / 3) <= 4 * (count * 2 / 9) ** 0.5
+    assert abs(float((small < 100_000).double().mean()) - 0.5) <= 4 * (0.25 / len(small)) ** 0.5
+    assert len(small.unique()) > 0.95 * len(small)
+
+
+def test_weights_that_are_rounded_otherwise_draw_the_same():
+    """A number on a line of all weights would fall to other tokens for 7 seeds."""
+    noise = torch.Generator().manual_seed(0)
+    logits = torch.randn(49_152, generator=noise) * 3
+    moved = logits * (1 + 1e-5 * torch.randn(logits.shape, generator=noise))
+    draws = [
+        [draw(given.softmax(-1), torch.Generator().manual_seed(seed)) for seed in range(200)]
+        for given in (logits, moved)
+    ]
+    assert sum(a != b for a, b in zip(*draws, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, 0.0])
