@@ -21,14 +21,10 @@ from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
 from quantpage.integrations.hf_transformers.model import load_config, model_shape
 from quantpage.integrations.hf_transformers.statistics import KEY_BIASES
-from quantpage.integrations.vllm_plugin.formats import OWN_NAMES, exact_page
+from quantpage.integrations.vllm_plugin.formats import CHOOSABLE, SERVED, exact_page
 from quantpage.integrations.vllm_plugin.here import VllmHere, find_vllm
 from quantpage.server.options import ServeOptions
 
-_SERVED = tuple(name.removeprefix("quantpage_") for name in OWN_NAMES)
-_BEFORE = {f"{name}_per_token_head" for name in ("int8", "fp8", "int4")}
-"""Names of a vLLM without names of our own; --additional-config says the others beside the first.
-"""
 LACKS = "one device, no speculative decoding, no adapters, no pictures"
 """What whoever gets the embedded engine does without."""
 _NO_VLLM = (ValueError, QuantPageError, ImportError, OSError, RuntimeError)
@@ -154,9 +150,9 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
         raise ValueError(f"model: expected one that vLLM {here.version} serves, got {what}")
     formats = LayerFormats.of(options.kv_format)
     form = formats.default
-    if formats.rules or (form.name not in _SERVED and form.quantized):
+    if formats.rules or (form.name not in SERVED and form.quantized):
         raise ValueError(
-            f"kv_format: expected one for all layers of none, {', '.join(_SERVED)}, as vLLM takes "
+            f"kv_format: expected one for all layers of none, {', '.join(SERVED)}, as vLLM takes "
             f"them; got {options.kv_format!r}"
         )
     if model.key_biases and form.key.code.bits < 8:
@@ -185,10 +181,10 @@ def _cache_flags(form: KVFormat, here: VllmHere) -> dict[str, str]:
     if here.own_names:
         return {"--kv-cache-dtype": f"quantpage_{form.name}"}
     name = f"{form.name}_per_token_head"
-    if name in _BEFORE:
+    if name in CHOOSABLE:
         return {"--kv-cache-dtype": name}
     chosen = json.dumps({"quantpage": form.name})
-    return {"--kv-cache-dtype": "int8_per_token_head", "--additional-config": chosen}
+    return {"--kv-cache-dtype": CHOOSABLE[0], "--additional-config": chosen}
 
 
 def _block_size(form: KVFormat, page_size: int, model: ServedModel) -> int:

@@ -31,19 +31,19 @@ def _near8(form: KVFormat) -> bool:
 
 
 _FORMATS = [name for name, form in FORMATS.items() if _served(form)]
-OWN_NAMES = tuple(
-    f"quantpage_{name}"
-    for name in [*_FORMATS, *[f"{each}{NEAR8}" for each in _FORMATS if _near8(FORMATS[each])]]
-)
+SERVED = (*_FORMATS, *(f"{name}{NEAR8}" for name in _FORMATS if _near8(FORMATS[name])))
+"""Formats that a vLLM serves whole models in, by our names."""
+OWN_NAMES = tuple(f"quantpage_{name}" for name in SERVED)
 """Names of --kv-cache-dtype that a vLLM with names of plugins' own takes."""
 
-_CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
+CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
+"""vLLM's names, beside each of which --additional-config may choose another format."""
 
 NAMES: dict[str, KVFormat] = {
     **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
     **dict.fromkeys(("fp8", "fp8_e4m3"), FP8),
-    **{name: find_format(name) for name in _CHOOSABLE},
-    **{name: find_format(name.removeprefix("quantpage_")) for name in OWN_NAMES},
+    **{name: find_format(name) for name in CHOOSABLE},
+    **{name: find_format(own) for name, own in zip(OWN_NAMES, SERVED, strict=True)},
 }
 """All names of --kv-cache-dtype that are served."""
 
@@ -67,17 +67,17 @@ def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVForma
     # Layers that --kv-cache-dtype-skip-layers leaves out are "auto".
     if wanted is None or name == "auto":
         return NAMES[name]
-    if name not in _CHOOSABLE:
+    if name not in CHOOSABLE:
         raise ValueError(
-            f"--additional-config quantpage: expected --kv-cache-dtype {' or '.join(_CHOOSABLE)} "
+            f"--additional-config quantpage: expected --kv-cache-dtype {' or '.join(CHOOSABLE)} "
             f"beside it, got {name}"
         )
-    form, served = None, [each.removeprefix("quantpage_") for each in OWN_NAMES]
+    form = None
     with suppress(FormatError):
         form = find_format(str(wanted))
     if form is None or not _served(form):
         raise FormatError(
-            f"--additional-config quantpage: expected one of {', '.join(served)}; got {wanted!r}"
+            f"--additional-config quantpage: expected one of {', '.join(SERVED)}; got {wanted!r}"
         )
     return form
 
