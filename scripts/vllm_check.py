@@ -109,15 +109,15 @@ def expect(folder: Path, given: argparse.Namespace) -> None:
     (folder / f"expect-{given.format}-{given.page}.json").write_text(json.dumps(rows))
 
 
-def run(folder: Path, given: argparse.Namespace) -> int:
-    """Two rounds of all prompts; 0 where every answer is the wanted one."""
+def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
+    """LLM() over the model in ``folder``, with what ``add_settings`` asks for and ``more``."""
     for name, value in (
         ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"),
         ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     settings = {
         "enforce_eager": True, "max_model_len": 1024, "dtype": given.dtype,
@@ -126,7 +126,14 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     }  # fmt: skip
     if given.quantpage:
         settings["additional_config"] = {"quantpage": given.quantpage}
-    llm = LLM(str(folder), **settings)
+    return LLM(str(folder), **settings, **more)
+
+
+def run(folder: Path, given: argparse.Namespace) -> int:
+    """Two rounds of all prompts; 0 where every answer is the wanted one."""
+    llm = start_vllm(folder, given)
+    from vllm import SamplingParams
+
     prompts = json.loads((folder / "prompts.json").read_text())
     params = SamplingParams(
         temperature=0, max_tokens=NEW, detokenize=False, ignore_eos=True, logprobs=0
@@ -190,6 +197,13 @@ def _logprobs(out) -> list[float]:
     return [said[token].logprob for said, token in each]
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """What ``start_vllm`` reads, but for --dtype."""
+    parser.add_argument("kv_dtype")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="name=value")
+    parser.add_argument("--quantpage", help="a format that this vLLM has no name for")
+
+
 def _setting(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
     try:
@@ -219,9 +233,7 @@ def main() -> int:
             each.add_argument("format")
             each.add_argument("page", type=int)
         if kind == "run":
-            each.add_argument("kv_dtype")
-            each.add_argument("--set", nargs="+", action="extend", default=[], metavar="name=value")
-            each.add_argument("--quantpage", help="a format that this vLLM has no name for")
+            add_settings(each)
             each.add_argument("--expect", metavar="FORMAT-PAGE")
             each.add_argument("--agree", type=Path, metavar="FILE")
             each.add_argument(

@@ -48,6 +48,14 @@ case_() {  # NAME CASE...: runs it where it was asked for
   check run $folder "$@" || { echo "FAILED: $name"; failed=1; }
 }
 wanted="$*"
+logits() {  # FORMAT PAGE RUN...: whole distributions under answers that are chosen before
+  local form=$1 page=$2; shift 2
+  if [ -n "$wanted" ] && ! [[ " $wanted " == *" logits "* ]]; then return; fi
+  echo "== logits $form"
+  distances attach "$form" "$page" --name "$form-attach" && distances attach "$form" "$page" --by torch --name "$form-float32" &&
+    distances run "$@" --name "$form-vllm" && distances compare "$form-float32" "$form-attach" "$form-vllm" || { echo "FAILED: logits $form"; failed=1; }
+}
+distances() { $env/bin/python scripts/vllm_logits.py "$1" $work "${@:2}" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
 drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":2}'
 int8=(int8_per_token_head --expect int8-64)
 int4=(int4_per_token_head --agree $work/int4.tokens --set block_size=128)
@@ -73,6 +81,9 @@ VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int4 "${int4[@]}" --set tensor_parallel_s
 case_ k8v4 "${k8v4[@]}" --set block_size=128
 case_ k8v4 "${k8v4[@]}" --set block_size=128 max_num_batched_tokens=128 num_gpu_blocks_override=25
 case_ int8_exact int8_per_token_head --quantpage int8_exact --expect int8_exact-32 --set block_size=128
+logits int8 64 int8_per_token_head --set block_size=64
+logits k8v4 16 int4_per_token_head --quantpage k8v4 --set block_size=128
+logits int4 16 int4_per_token_head --set block_size=128
 case_ planes int8_per_token_head --quantpage int6 --expect int6-64 --set block_size=64
 case_ planes int8_per_token_head --quantpage int3 --agree $work/int3.tokens --set block_size=160
 case_ planes int8_per_token_head --quantpage int3 --agree $work/int3.tokens --set block_size=160 max_num_batched_tokens=64 max_num_seqs=8
