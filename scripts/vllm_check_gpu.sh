@@ -3,14 +3,14 @@
 #   scripts/vllm_check_gpu.sh [FOLDER]     PYTHON: one that has vLLM, CUDA and quantpage; all settings side by side, about five minutes
 #   TP=2 scripts/vllm_check_gpu.sh         the same of int8 and int4 on two GPUs of one host, tensor-parallel, and of nothing else
 # Products with codes are in 16 bits on a GPU, so that an answer may leave where the best token led by less than TIE (0.1 logits). Exact pages
-# are as long as vLLM's blocks have room for (formats.exact_page): what is expected has pages of that size.
+# are as long as vLLM's blocks have room for (formats.exact_page): what is expected has pages of that size. `none` has no kernel for float32.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-gpu} failed=0
 mkdir -p "$folder"
 check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_check.py "$@" --dtype float32; }
 [ -f "$folder/prompts.json" ] || check model "$folder" --head-dim 128 || exit 1
-all=(none-64 int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32 int6-64 int4_near8-64)
+all=(int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32 int6-64 int4_near8-64)
 tp=${TP:-1}
 if [ "$tp" -gt 1 ]; then
   all=(int8-64 int4-32)
@@ -39,7 +39,7 @@ finish() {
   local each
   for each in "${running[@]}"; do
     wait "${each%%:*}" || { failed=1; echo "FAILED: see ${each#*:}"; }
-    grep -hE '^quantpage_|^auto|^  tokens|^  where' "${each#*:}" | cut -c1-240
+    grep -hE '^quantpage_|^  tokens|^  where' "${each#*:}" | cut -c1-240
   done
   running=()
 }
@@ -50,7 +50,6 @@ if [ "$tp" -gt 1 ]; then
   finish
   exit $failed
 fi
-case_ none-64 auto block_size=64
 case_ int8-64 quantpage_int8 block_size=64
 case_ int8-64 quantpage_int8 block_size=64 max_num_batched_tokens=64 max_num_seqs=8
 case_ fp8-64 quantpage_fp8 block_size=64 enforce_eager=false "$graphs"

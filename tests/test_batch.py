@@ -100,3 +100,35 @@ def test_slots_that_are_skipped_stay_so():
     plan.slots[1] = -1
     plan.check_unchanged()
     assert one_more(plan).slots.tolist() == [9 * 16 + 1, -1]
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 3), (1, 3), (2, 4), (0, 4)])
+def test_a_part_is_the_step_of_its_requests_alone(first, end):
+    news, contexts = (3, 0, 20, 1), (35, 16, 20, 49)
+    tables = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    near = [[11, 12, 13], [14], [15, 16], [17, -1, 18, 19]]
+    given = [*zip(news, contexts, tables, near, (1, 0, 0, 1), strict=True)]
+
+    def plan(requests):
+        new, context, table, exact, firsts = zip(*requests, strict=True)
+        return plan_batch(new, context, table, 16, exact_tables=exact, first_pages=firsts)
+
+    whole = plan(given)
+    with torch.inference_mode():
+        part = whole.part(first, end)
+        assert whole.part(first, end) is part
+    assert (part is whole) == (end - first == 4)
+    alone = plan(given[first:end])
+    for name in ("query_lens", "host_context_lens", "first_pages", "page_size"):
+        assert getattr(part, name) == getattr(alone, name)
+    exact = part.exact
+    for got, wanted in (
+        *((getattr(part, x), getattr(alone, x)) for x in ("query_starts", "context_lens")),
+        *((getattr(part, x), getattr(alone, x)) for x in ("slots", "positions")),
+        (exact.slots, alone.exact.slots),
+        (part.page_table[:, : alone.page_table.shape[1]], alone.page_table),
+        (exact.page_table[:, : alone.exact.page_table.shape[1]], alone.exact.page_table),
+    ):
+        assert torch.equal(got, wanted)
+        # What kernels are given begins as aligned as any tensor, and torch counts writes to it.
+        assert got.storage_offset() == 0 and not got.is_inference()

@@ -6,6 +6,8 @@ attend.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,6 +41,9 @@ class AttentionBackend:
         accepted = " or ".join(self.mask_kinds)
         return [f"backend {self.name} takes a {accepted} mask, got {mask.kind}."]
 
+
+_MOST_PARTS = 4
+"""Of a step: more launches than this cost what a decode kernel gains."""
 
 BACKENDS: dict[str, AttentionBackend] = {
     each.name: each
@@ -98,8 +103,45 @@ class LayerAttention:
         together, before anything runs.
         """
         self._check(layer, batch, params)
+        if self._in_parts(layer, batch, params):
+            return self._attend_parts(q, layer, batch, params, lse_wanted, out)
         chosen = self._serving(batch)
         return Attended(*attend_op.attend(q, layer, batch, params, chosen, True, lse_wanted, out))
+
+    def _in_parts(self, layer: LayerKV, batch: BatchPlan, params: AttendParams) -> bool:
+        """Whether requests of few tokens stand beside prompts over exact pages.
+
+        A decode kernel reads codes and exact pages in one launch. A prompt's kernels take two and a
+        merge, and would read a whole context for one row. (Without exact pages they cut a step
+        themselves: ops/attend/prefill/ways.)
+        """
+        return (
+            layer.exact_key is not None
+            and self.decode.joins
+            and not self.prefill.joins
+            and params.facts.mask_batch == 1
+            and 1 < len(_parts(batch.query_lens)) <= _MOST_PARTS
+        )
+
+    def _attend_parts(
+        self, q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, lse_wanted: bool,
+        out: Tensor | None,
+    ) -> Attended:  # fmt: skip
+        """Neighbours of one kind by a call of their own."""
+        check_attend(q, layer, batch, params, needs_of(self.prefill.load()))
+        if out is None:
+            out = q.new_empty(*q.shape[:2], layer.facts.out_dim)
+        check_out(out, q, layer.facts.out_dim)
+        lses, row = [], 0
+        for first, end in _parts(batch.query_lens):
+            own = batch.part(first, end)
+            rows = slice(row, row + own.num_tokens)
+            row = rows.stop
+            _, lse = attend_op.attend(
+                q[rows], layer, own, params, self._serving(own), True, lse_wanted, out[rows]
+            )
+            lses.append(lse)
+        return Attended(out, torch.cat([x for x in lses if x is not None]) if lse_wanted else None)
 
     def reserve(
         self, max_requests: int, max_tokens: int, device: torch.device | str | None = None
@@ -204,6 +246,19 @@ class LayerAttention:
                 f"got {params.mask.kind}"
             )
         batch.passed.add(key)
+
+
+@lru_cache(maxsize=32)
+def _parts(query_lens: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First request and end of the neighbours that decode, or that are prompts.
+
+    Who has no new tokens belongs to those before.
+    """
+    kinds: list[bool] = []
+    for new in query_lens:
+        kinds.append(new > DECODE_TOKENS if new or not kinds else kinds[-1])
+    ends = accumulate(len([*same]) for _, same in groupby(kinds))
+    return tuple(pairwise([0, *ends]))
 
 
 def find_backend(name: str) -> AttentionBackend:

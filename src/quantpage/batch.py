@@ -20,7 +20,6 @@ from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import index
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,16 +28,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from quantpage.batch_values import (
+    INT32_END,
     check_exact_table,
     check_lengths,
     check_page_table,
     check_positions,
     places_of,
+    table_rows,
+    whole_numbers,
 )
 from quantpage.hardware import upload
 
 Made = TypeVar("Made")
-_INT32_END = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,14 @@ class BatchPlan:
         assert self._exact_step is not None
         return self._exact_step
 
+    def part(self, first: int, end: int) -> "BatchPlan":
+        """The step of the requests first .. end - 1 alone, its rows counted from the first of
+        theirs; made once.
+        """
+        if end - first == self.num_requests:
+            return self
+        return self.once(("part", first, end), lambda: _part(self, first, end))
+
     def once(self, what: Hashable, make: Callable[[], Made]) -> Made:
         """``make()``, or what it gave for ``what`` in another layer of the step.
 
@@ -237,7 +246,7 @@ class BatchPlan:
         for row, (new, context) in enumerate(
             zip(self.query_lens, self.host_context_lens, strict=True)
         ):
-            if not 0 <= new <= context < _INT32_END:
+            if not 0 <= new <= context < INT32_END:
                 raise ValueError(
                     f"query_lens[{row}], host_context_lens[{row}]: expected 0 <= new <= context "
                     f"< 2^31, got {new} and {context}"
@@ -337,6 +346,33 @@ def derive(batch: BatchPlan, **changes: Any) -> BatchPlan:
     return made
 
 
+def _part(batch: BatchPlan, first: int, end: int) -> BatchPlan:
+    rows = slice(sum(batch.query_lens[:first]), sum(batch.query_lens[:end]))
+    exact, firsts = batch.exact, batch.first_pages
+
+    def own(tensor: Tensor, where: slice) -> Tensor:
+        # Kernels are compiled for addresses that are multiples of 16 bytes.
+        return tensor[where].clone() if where.start else tensor[where]
+
+    requests = slice(first, end)
+    # Outside of inference mode, so that torch counts writes to them.
+    with torch.inference_mode(False):
+        return derive(
+            batch,
+            query_starts=own(batch.query_starts, slice(first, end + 1)) - rows.start,
+            context_lens=own(batch.context_lens, requests),
+            page_table=own(batch.page_table, requests),
+            slots=own(batch.slots, rows),
+            positions=own(batch.positions, rows),
+            query_lens=batch.query_lens[requests],
+            host_context_lens=batch.host_context_lens[requests],
+            exact=None
+            if exact is None
+            else ExactPlan(own(exact.page_table, requests), own(exact.slots, rows)),
+            first_pages=None if firsts is None else firsts[requests],
+        )
+
+
 def one_more(batch: BatchPlan) -> BatchPlan | None:
     """The step after a checked one, in which every request brings one token to the page that it
     wrote last: what was checked of ``batch`` holds of it, and nothing is asked again.
@@ -345,7 +381,7 @@ def one_more(batch: BatchPlan) -> BatchPlan | None:
     page, numbers that only a GPU knows, tensors that were written to since.
     """
     contexts = batch.host_context_lens
-    full = any(not context % batch.page_size or context == _INT32_END - 1 for context in contexts)
+    full = any(not context % batch.page_size or context == INT32_END - 1 for context in contexts)
     if full or any(new != 1 for new in batch.query_lens) or batch.bounded or not batch.unchanged():
         return None
     exact = batch.exact
@@ -410,16 +446,16 @@ def plan_batch(
     for row, (new, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         if not 0 <= new <= context:
             raise ValueError(f"query_lens[{row}]: expected 0..context {context}, got {new}")
-        if context >= _INT32_END:
+        if context >= INT32_END:
             raise ValueError(f"context_lens[{row}]: expected less than 2^31, got {context}")
     # Outside of inference mode, so that torch counts writes to them (check_unchanged).
     with torch.inference_mode(False):
-        table = _rectangle("page_tables", page_tables, context_lens, page_size, fill=0)
+        table = table_rows("page_tables", page_tables, context_lens, page_size, fill=0)
         news, contexts = (np.array(x, dtype=np.int64) for x in (query_lens, context_lens))
         owners, positions = places_of(news, contexts)
         exact = None
         if exact_tables is not None:
-            near = _rectangle("exact_tables", exact_tables, context_lens, page_size, fill=-1)
+            near = table_rows("exact_tables", exact_tables, context_lens, page_size, fill=-1)
             slots = _slots(near, owners, positions, page_size)
             exact = ExactPlan(torch.from_numpy(near), torch.from_numpy(slots))
         plan = BatchPlan(
@@ -435,40 +471,6 @@ def plan_batch(
             first_pages=None if first_pages is None else tuple(first_pages),
         )
         return plan.to(device)
-
-
-def whole_numbers(name: str, given: Sequence[int]) -> tuple[int, ...]:
-    """``given`` as a tuple of Python integers; ValueError for anything else."""
-    try:
-        return tuple(map(index, given))
-    except TypeError:
-        raise ValueError(f"{name}: expected whole numbers, got {given!r}") from None
-
-
-def _rectangle(
-    name: str, tables: Sequence[Sequence[int]], contexts: Sequence[int], page_size: int, fill: int
-) -> np.ndarray:
-    for row, (table, context) in enumerate(zip(tables, contexts, strict=True)):
-        if len(table) * page_size < context:
-            raise ValueError(
-                f"{name}[{row}]: expected {-(-context // page_size)} pages for {context} tokens, "
-                f"got {len(table)}"
-            )
-    width = max([1, *map(len, tables)])
-    rows = np.full((len(tables), width), fill, dtype=np.int32)
-    for row, table in enumerate(tables):
-        if not len(table):
-            continue
-        given = np.asarray(table)
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise ValueError(f"{name}[{row}]: expected whole numbers, got {table!r}")
-        used = given[: -(-contexts[row] // page_size)]
-        if fill == 0 and used.size and used.min() < 0:
-            raise ValueError(f"{name}[{row}]: expected page ids of at least 0, got {table}")
-        if given.min() < -1 or given.max() >= _INT32_END:
-            raise ValueError(f"{name}[{row}]: expected page ids from -1 to 2^31 - 1, got {table}")
-        rows[row, : len(given)] = given
-    return rows
 
 
 def _slots(

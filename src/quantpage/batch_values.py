@@ -4,10 +4,52 @@ Each check is a few operations on arrays of requests, tokens or table entries, a
 first wrong number where it is, what was expected and what came.
 """
 
+from collections.abc import Sequence
+from operator import index
+
 import numpy as np
+
+INT32_END = 2**31
 
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """New tokens and contexts a request; owner and position a token; first page a request. int64."""
+
+
+def whole_numbers(name: str, given: Sequence[int]) -> tuple[int, ...]:
+    """``given`` as a tuple of Python integers; ValueError for anything else."""
+    try:
+        return tuple(map(index, given))
+    except TypeError:
+        raise ValueError(f"{name}: expected whole numbers, got {given!r}") from None
+
+
+def table_rows(
+    name: str, tables: Sequence[Sequence[int]], contexts: Sequence[int], page_size: int, fill: int
+) -> np.ndarray:
+    """int32 [requests, max_pages] of page tables, ``fill`` behind their ends; ValueError for those
+    that are too short for their contexts or hold no page ids.
+    """
+    for row, (table, context) in enumerate(zip(tables, contexts, strict=True)):
+        if len(table) * page_size < context:
+            raise ValueError(
+                f"{name}[{row}]: expected {-(-context // page_size)} pages for {context} tokens, "
+                f"got {len(table)}"
+            )
+    width = max([1, *map(len, tables)])
+    rows = np.full((len(tables), width), fill, dtype=np.int32)
+    for row, table in enumerate(tables):
+        if not len(table):
+            continue
+        given = np.asarray(table)
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise ValueError(f"{name}[{row}]: expected whole numbers, got {table!r}")
+        used = given[: -(-contexts[row] // page_size)]
+        if fill == 0 and used.size and used.min() < 0:
+            raise ValueError(f"{name}[{row}]: expected page ids of at least 0, got {table}")
+        if given.min() < -1 or given.max() >= INT32_END:
+            raise ValueError(f"{name}[{row}]: expected page ids from -1 to 2^31 - 1, got {table}")
+        rows[row, : len(given)] = given
+    return rows
 
 
 def places_of(new: np.ndarray, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

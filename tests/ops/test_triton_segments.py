@@ -4,7 +4,7 @@ windows and sinks within a page. Numbers that are not finite reach nobody who do
 
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -25,14 +25,15 @@ from tests.ops.triton_cases import (
 
 # isort: split
 from quantpage import masks
-from quantpage.formats import FORMATS, find_format
+from quantpage.attention import LayerAttention, find_backend
+from quantpage.formats import FORMATS, find_format, rotate
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams, attend
 from quantpage.ops.attend.params import exact_pairs
 from quantpage.ops.attend.prefill import plan as prefill_plan
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill import ways as prefill
-from quantpage.ops.dispatch import Implementation
+from quantpage.ops.dispatch import Implementation, call_of
 from tests.ops.segment_cases import make_segments, oracle, spoil
 
 pytestmark = TIER
@@ -285,3 +286,58 @@ def test_a_query_that_is_not_finite_stays_so(name, kernel, what, monkeypatch):
         assert out[others].isfinite().all()
         if clean is not None:
             assert torch.equal(out[others], clean[others])
+
+
+def serving(layer, q, mask) -> LayerAttention:
+    """As ``build_attention`` gives on a GPU: one kernel decodes, another one takes prompts."""
+    call = call_of(layer.facts, q.shape[1], q.dtype, "prefill", mask.kind)
+    return LayerAttention(find_backend("flash"), PORTABLE, PORTABLE, DECODE, call)
+
+
+@pytest.mark.parametrize(
+    ("queries", "contexts", "ends"),
+    [
+        ((1, 20, 3, 30), (70, 33, 50, 30), (1, 2, 3, 4)),
+        ((20, 1), (80, 90), (1, 2)),
+        ((1, 0, 16, 17), (5 * PAGE, 40, 3 * PAGE + 1, 100), (3, 4)),
+        # More parts than are worth it: whole.
+        ((1, 20, 1, 20, 1), (70, 33, 50, 30, 20), (5,)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [*((name, CAUSAL) for name in EXACT), ("int4", CausalMask(window=40, sink_tokens=20))],
+)
+def test_requests_that_decode_beside_prompts(queries, contexts, ends, name, mask):
+    step = Step(queries, contexts, PAGE, kv_heads=1, group=2, head_dim=32)
+    q, layer, batch = make_segments(find_format(name), step, mask)
+    params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(2, device=DEVICE))
+    layers = serving(layer, q, mask)
+    out = torch.full_like(q, torch.nan)
+    made, lse = layers.attend_step(q, layer, batch, params, out=out)
+    assert made is out
+    wanted, wanted_lse = oracle(q, layer, batch, params)
+    wanted = rotate(wanted) if layer.out_rotated else wanted
+    assert_agrees(out, lse, wanted, wanted_lse, TOLERANCE, 10 * TOLERANCE)
+    again = layers.attend_step(q, layer, batch, params, lse_wanted=False)
+    assert again.lse is None and torch.equal(again.out, out)
+    # Bit by bit what these requests get alone, by the kernel that serves them there.
+    for first, end in pairwise((0, *ends)):
+        rows = slice(sum(queries[:first]), sum(queries[:end]))
+        by = DECODE if max(queries[first:end]) <= 16 else PORTABLE
+        alone = attend(q[rows], layer, batch.part(first, end), params, by, model_basis=True)[0]
+        assert torch.equal(out[rows], alone)
+
+
+def test_a_step_that_is_refused_leaves_its_results_alone():
+    step = Step((1, 20), (70, 33), PAGE, kv_heads=1, group=2, head_dim=32)
+    q, layer, batch = make_segments(FORMATS["int4"], step, CAUSAL)
+    out = torch.full_like(q, 7)
+    sinks = AttendParams(1.0, CAUSAL, None, torch.zeros(3, device=DEVICE))
+    with pytest.raises(ValueError, match="sinks: expected 2 logits"):
+        serving(layer, q, CAUSAL).attend_step(q, layer, batch, sinks, out=out)
+    with pytest.raises(ValueError, match="out: expected"):
+        serving(layer, q, CAUSAL).attend_step(q, layer, batch, AttendParams(1.0), out=out[:20])
+    with pytest.raises(ValueError, match="q: expected"):
+        serving(layer, q, CAUSAL).attend_step(q[:20], layer, batch, AttendParams(1.0))
+    assert (out == 7).all()

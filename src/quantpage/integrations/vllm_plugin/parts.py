@@ -42,39 +42,10 @@ def parts_of(plan: BatchPlan, page_table: Tensor, slots: Tensor) -> tuple[Part, 
 
 
 def _part(plan: BatchPlan, page_table: Tensor, slots: Tensor, first: int, end: int) -> Part:
-    """The requests first..end (exclusive), of one kind."""
-    own = plan if end - first == plan.num_requests else _some(plan, first, end)
+    """The requests first .. end - 1, of one kind."""
     start = sum(plan.query_lens[:first])
-    rows, table = slice(start, start + own.num_tokens), page_table[first:end]
-    if own.max_query_len > LONG_CHUNK:
-        return Part(rows, *plan_working(own, table))
-    near = ExactPlan(*_aligned(first, table, slots[rows]))
-    return Part(rows, derive(own, exact=near))
-
-
-def _some(plan: BatchPlan, first: int, end: int) -> BatchPlan:
-    """The step of the requests first..end (exclusive) alone, its rows counted from their first."""
-    rows = slice(sum(plan.query_lens[:first]), sum(plan.query_lens[:end]))
-    starts = plan.query_starts[first : end + 1]
-    contexts, table, slots, positions = _aligned(
-        first,
-        plan.context_lens[first:end],
-        plan.page_table[first:end],
-        plan.slots[rows],
-        plan.positions[rows],
-    )
-    return derive(
-        plan,
-        query_starts=starts - rows.start if first else starts,
-        context_lens=contexts,
-        page_table=table,
-        slots=slots,
-        positions=positions,
-        query_lens=plan.query_lens[first:end],
-        host_context_lens=plan.host_context_lens[first:end],
-    )
-
-
-def _aligned(first: int, *tensors: Tensor) -> list[Tensor]:
-    """Views from the request ``first`` on, at addresses that kernels are compiled for."""
-    return [each.clone() if first else each for each in tensors]
+    rows = slice(start, sum(plan.query_lens[:end]))
+    if max(plan.query_lens[first:end], default=0) > LONG_CHUNK:
+        return Part(rows, *plan_working(plan.part(first, end), page_table[first:end]))
+    over = derive(plan, exact=ExactPlan(page_table, slots[: plan.num_tokens]))
+    return Part(rows, over.part(first, end))
