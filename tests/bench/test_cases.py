@@ -38,6 +38,25 @@ def step_of(name, new):
     return torch.randn(3 * new, 4, 32, dtype=torch.bfloat16), layer, batch
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_requests_of_unlike_lengths_have_pages_of_their_own(name):
+    torch.manual_seed(0)
+    lengths = (70, 330, 48)
+    case = Case(3, 330, new=2, q_heads=4, kv_heads=2, head_dim=32, page_size=16, lengths=lengths)
+    assert make_layer(case, name, "cpu").key.codes.shape[0] == 5 + 21 + 3
+    batch = make_batch(case, name == "int4", "cpu")
+    owned = [row[: -(-n // 16)] for row, n in zip(batch.page_table, lengths, strict=True)]
+    assert sorted(torch.cat(owned).tolist()) == list(range(29))
+    assert batch.host_context_lens == lengths and batch.context_lens.tolist() == list(lengths)
+    batch.check_values()
+    if name == "int4":
+        for row, n in zip(batch.exact.page_table, lengths, strict=True):
+            last = -(-n // 16) - 1
+            assert (row >= 0).nonzero().flatten().tolist() == [0, last - 1, last]
+    with pytest.raises(ValueError, match="lengths: expected 2 of up to 330, got 3 of up to 330"):
+        Case(2, 330, lengths=lengths)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_that_is_written_fills_its_pages(name):
     torch.manual_seed(0)

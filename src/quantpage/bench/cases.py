@@ -23,7 +23,7 @@ CHECKED = 32
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One shape: every request has ``new`` tokens at the end of ``context``."""
+    """One shape: every request has ``new`` tokens at the end of its context."""
 
     requests: int
     context: int
@@ -39,11 +39,31 @@ class Case:
     """Channels of keys after those of latent rows, which are values as well; 0: other keys."""
     title: str = ""
     """Its name, where requests and context do not say it."""
+    lengths: tuple[int, ...] = ()
+    """Contexts of requests that are unlike each other, ``context`` the longest; (): all have it."""
+
+    def __post_init__(self) -> None:
+        """Lengths that belong to no such requests fail here."""
+        if self.lengths and (len(self.lengths), max(self.lengths)) != (self.requests, self.context):
+            raise ValueError(
+                f"lengths: expected {self.requests} of up to {self.context}, got "
+                f"{len(self.lengths)} of up to {max(self.lengths)}"
+            )
 
     @property
     def name(self) -> str:
         """'16 x 32k'."""
         return self.title or f"{self.requests} x {self.context // 1024}k"
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Of each request."""
+        return self.lengths or (self.context,) * self.requests
+
+    @property
+    def pages(self) -> list[int]:
+        """Of each request."""
+        return [-(-context // self.page_size) for context in self.contexts]
 
     @property
     def whole(self) -> bool:
@@ -82,20 +102,23 @@ def random_pages(spec: QuantSpec, pages: int, case: Case, device: str = "cuda") 
 
 def make_batch(case: Case, exact: bool, device: str = "cuda") -> BatchPlan:
     """Random page order; with ``exact``, each request's first and last two pages kept."""
-    pages = -(-case.context // case.page_size)
-    table = torch.randperm(case.requests * pages, device=device).int().view(-1, pages)
+    pages = torch.tensor(case.pages, device=device)
+    owned = torch.arange(max(case.pages), device=device) < pages[:, None]
+    table = torch.zeros(owned.shape, dtype=torch.int32, device=device)
+    table[owned] = torch.randperm(sum(case.pages), device=device).int()
     kept = None
     if exact:
+        request = torch.arange(case.requests, device=device)
         kept = torch.full_like(table, -1)
-        for nth, page in enumerate((0, -2, -1)):
-            kept[:, page] = torch.arange(case.requests, device=device) + nth * case.requests
+        for nth, page in enumerate((pages * 0, pages - 2, pages - 1)):
+            kept[request, page] = (request + nth * case.requests).int()
     return plan_on_device(
         torch.arange(case.requests + 1, device=device, dtype=torch.int32) * case.new,
-        torch.full((case.requests,), case.context, device=device, dtype=torch.int32),
+        torch.tensor(case.contexts, device=device, dtype=torch.int32),
         table,
         case.page_size,
         (case.new,) * case.requests,
-        case.context,
+        case.contexts,
         kept,
     )
 
@@ -120,7 +143,7 @@ def last_queries(batch: BatchPlan, new: int) -> BatchPlan:
 def make_layer(case: Case, name: str, device: str = "cuda") -> LayerKV:
     """One layer's random cache."""
     given = find_format(name)
-    pages = case.requests * -(-case.context // case.page_size)
+    pages = sum(case.pages)
     layer = LayerKV(
         random_pages(given.key, pages, case, device), random_pages(given.value, pages, case, device)
     )

@@ -29,12 +29,23 @@ _MAIN = (
     "int8_static",
 )  # fmt: skip
 _SHAPES = ((1, 4096), (1, 32768), (8, 8192), (64, 4096), (128, 1024), (16, 32768))
+_SKEWED = {
+    # Where nothing but one request is long, and where no two are alike; the longest is checked.
+    "1 x 128k and 31 x 4k": (4096,) * 31 + (131072,),
+    "1 x 64k and 15 x 4k": (4096,) * 15 + (65536,),
+    "1 x 100k and 63 x 512": (512,) * 63 + (102400,),
+    "64 of 512 to 128k": tuple(round(512 * 256 ** (nth / 63)) for nth in range(64)),
+}
 CASES = (
     *(Case(requests, context, _MAIN, peers=True) for requests, context in _SHAPES),
     *(Case(16, 8192, ("int8", "fp8", "int6", "int4"), new=new) for new in (1, 2, 4, 8, 16)),
     *(Case(64, 4096, ("none", "int8", "int4"), head_dim=d) for d in (64, 256)),
     Case(64, 4096, ("none", "int8", "int4"), q_heads=28, kv_heads=4),
     *(Case(64, 4096, ("int8",), page_size=p) for p in (16, 128)),
+    *(
+        Case(len(each), each[-1], ("none", "int8", "int4"), title=title, lengths=each)
+        for title, each in _SKEWED.items()
+    ),
 )
 
 
