@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quantpage.ops.attend.flash.tiles import hopper_tile, portable_tile, portable_width
+from quantpage.ops.attend.params import SEGMENTS
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.triton_kernel import prefill_pages_kernel
 from quantpage.ops.operand import CODE_KINDS
@@ -111,6 +112,7 @@ PAGES = {
     "fp8 sm_90": {"code": "fp8"},
     "int4 sm_90": {"code": "int4"},
     "workspace sm_90": {"code": "none"},
+    "exact pages sm_90": {"code": "bfloat16", "segment": SEGMENTS["exact"]},
     "int8 sm_80": {"capability": 80},
     "int8 sm_100": {"capability": 100},
     "int8 sm_89": {"capability": 89},

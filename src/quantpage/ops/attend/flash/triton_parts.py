@@ -137,6 +137,13 @@ def load_queries(q_at, keep_rows, k, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def begin_rows(sink, mass, BM: tl.constexpr, DP: tl.constexpr):
+    """Rows that have seen no key, but a logit of ``sink`` per log2 that weighs ``mass``."""
+    zeros = tl.zeros([BM], tl.float32)
+    return Rows(tl.zeros([BM, DP], tl.float32), sink, zeros + mass, zeros)
+
+
+@triton.jit
 def find_rows(
     table, key0, keys, shown, SLOTS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -161,14 +168,19 @@ def find_rows(
 
 
 @triton.jit
-def attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED: tl.constexpr):
+def attend_tile(
+    rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr, SEEN_BY_SOME: tl.constexpr = False,
+):  # fmt: skip
     """One tile of keys and values into the running softmax.
 
-    shown: keys that exist. seen: which pairs the mask shows, if MASKED.
+    shown: keys that exist. seen: which pairs the mask shows, if MASKED. CAREFUL: values that are
+    not finite are kept from rows that do not see them (``spoiled``). SEEN_BY_SOME: each shown key
+    is seen by some row.
     """
     K_ROW: tl.constexpr = row_of(k.D, k.CODE, k.codes.dtype.element_ty.primitive_bitwidth // 8)
     V_ROW: tl.constexpr = row_of(v.D, v.CODE, v.codes.dtype.element_ty.primitive_bitwidth // 8)
-    if MASKED:
+    if MASKED and not SEEN_BY_SOME:
         # A slot that no row sees may hold NaN: it is not loaded.
         shown = tl.max(seen.to(tl.int32), 0) > 0
     s, rest = _scores(
@@ -179,7 +191,7 @@ def attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED: 
         s = tl.where(seen, s, -float("inf"))
     return _accumulate(
         rows, s, rest, v, page * v.page + slot * V_ROW, page * v.scale_page + slot * v.GROUPS,
-        shown, seen, scoring, MASKED,
+        shown, seen, scoring, MASKED, CAREFUL,
     )  # fmt: skip
 
 
@@ -204,7 +216,10 @@ def _scores(q, q_sum, k, code_at, scale_at, shown, scoring, MASKED: tl.constexpr
 
 
 @triton.jit
-def _accumulate(rows, s, rest, v, code_at, scale_at, shown, seen, scoring, MASKED: tl.constexpr):
+def _accumulate(
+    rows, s, rest, v, code_at, scale_at, shown, seen, scoring, MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
     """Scores and their values into the running softmax."""
     acc, top, mass, zeros = rows
     new_top = tl.maximum(top, tl.max(s, 1) * rest)
@@ -227,7 +242,7 @@ def _accumulate(rows, s, rest, v, code_at, scale_at, shown, seen, scoring, MASKE
         p *= _column(v.scale, scale_at, shown, MASKED)[None, :]
         if MASKED:
             p = tl.where(seen, p, 0.0)
-    if MASKED and (v.CODE == NONE or v.SCALED == SEVERAL):
+    if MASKED and CAREFUL:
         # A value that is not finite reaches the rows that see it, through their own weight of it:
         # in the product it would reach all of them, as 0 times NaN is NaN.
         bad = tl.max((tl.abs(numbers.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
@@ -235,6 +250,19 @@ def _accumulate(rows, s, rest, v, code_at, scale_at, shown, seen, scoring, MASKE
         p = tl.where(seen & bad[None, :], float("nan"), p)
     acc = tl.dot(p.to(numbers.dtype), numbers, acc, input_precision="ieee")
     return Rows(acc, new_top, mass, zeros)
+
+
+@triton.jit
+def spoiled(rows):
+    """Whether something that is not finite came into some row's output, maybe one that it is hidden
+    from: 0 times NaN is NaN.
+
+    Then the keys are walked once more, carefully: to look at each value of each tile, in case, is
+    more than half of a tile's instructions. Values of codes with one scale a row need none of it:
+    codes are finite, and scales enter probabilities, which are selected.
+    """
+    fine = tl.abs(rows.acc) < float("inf")
+    return tl.max(tl.max(fine.to(tl.int32) ^ 1, 1), 0) > 0
 
 
 @triton.jit

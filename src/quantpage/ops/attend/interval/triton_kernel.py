@@ -15,17 +15,18 @@ import triton.language as tl
 
 from quantpage.ops.attend.flash.triton_parts import (
     Half,
-    Rows,
     Scoring,
     attend_tile,
+    begin_rows,
     find_rows,
     finish,
     load_queries,
+    spoiled,
     store_rows,
 )
 from quantpage.ops.attend.flash.triton_segments import BODY_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.attend.interval.triton_plan import hidden_rows, visible_range
-from quantpage.ops.triton.common import LOG2E
+from quantpage.ops.triton.common import LOG2E, NONE, SEVERAL
 
 
 @triton.jit
@@ -86,12 +87,12 @@ class Listed(NamedTuple):
 
 @triton.jit
 def _visit(
-    rows, q, q_sum, k, v, table, begin, stop, listed, scoring, BN: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr,
+    rows, q, q_sum, k, v, table, first, step, begin, stop, listed, scoring, BN: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Visits begin..stop of the list: full tiles from its front, partial ones from its back."""
+    """Visits begin..stop of the list, which are at first + step * visit."""
     for visit in tl.range(begin, stop, num_stages=STAGES):
-        tile = tl.load(listed.visits + (listed.capacity - 1 - visit if MASKED else visit))
+        tile = tl.load(listed.visits + (first + step * visit))
         key0 = tile * BN
         keys = key0 + tl.arange(0, BN)
         shown = keys < listed.context
@@ -108,7 +109,7 @@ def _visit(
                 seen &= ~near
             if listed.SEGMENT == EXACT_KEYS:
                 seen &= near
-        rows = attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED)
+        rows = attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED, CAREFUL)
     return rows
 
 
@@ -123,26 +124,35 @@ def _attend_list(
     q_at: the rows' queries, of token and q_index. part: from one split's results to the next's.
     """
     q, q_sum = load_queries(q_at, listed.valid, k, OPERAND)
-    top = tl.full([BM], -float("inf"), tl.float32)
-    mass = tl.zeros([BM], tl.float32)
-    zeros = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, v.DP], tl.float32)
+    sink = tl.full([BM], -float("inf"), tl.float32)
+    sunk = 0.0
     if SINKS:
         # One key of the softmax: it enters one split.
         sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
         sink = tl.where(split == 0, sink, -float("inf"))
-        top = sink
-        mass = tl.where(split == 0, 2.0**scoring.SHIFT, 0.0) + mass
-    running = Rows(acc, top, mass, zeros)
-    for masked in tl.static_range(2):
-        if masked == 0:
-            low, high = begin, tl.minimum(stop, full_count)
-        else:
-            low, high = tl.maximum(begin, full_count) - full_count, stop - full_count
-        running = _visit(
-            running, q, q_sum, k, v, table, low, high, listed, scoring, BN, masked == 1,
-            STAGES if masked == 0 else 1,
-        )  # fmt: skip
+        sunk = tl.where(split == 0, 2.0**scoring.SHIFT, 0.0)
+    full_end = tl.minimum(stop, full_count)
+    rest, rest_end = tl.maximum(begin, full_count) - full_count, stop - full_count
+    running = begin_rows(sink, sunk, BM, v.DP)
+    # Full tiles from the front, partial ones from the back.
+    running = _visit(
+        running, q, q_sum, k, v, table, 0, 1, begin, full_end, listed, scoring, BN, False, False,
+        STAGES,
+    )  # fmt: skip
+    running = _visit(
+        running, q, q_sum, k, v, table, listed.capacity - 1, -1, rest, rest_end, listed, scoring,
+        BN, True, False, 1,
+    )  # fmt: skip
+    if v.CODE == NONE or v.SCALED == SEVERAL:  # noqa: SIM102
+        if spoiled(running):
+            running = begin_rows(sink, sunk, BM, v.DP)
+            for turn in range(2):
+                running = _visit(
+                    running, q, q_sum, k, v, table,
+                    tl.where(turn == 0, 0, listed.capacity - 1), tl.where(turn == 0, 1, -1),
+                    tl.where(turn == 0, begin, rest), tl.where(turn == 0, full_end, rest_end),
+                    listed, scoring, BN, True, True, 1,
+                )  # fmt: skip
 
     sink_mass = running.mass * 0.0
     if SINKS:

@@ -14,12 +14,13 @@ import triton.language as tl
 
 from quantpage.ops.attend.flash.triton_parts import (
     Half,
-    Rows,
     Scoring,
     attend_tile,
+    begin_rows,
     find_rows,
     finish,
     load_queries,
+    spoiled,
     store_rows,
 )
 from quantpage.ops.attend.flash.triton_segments import (
@@ -31,7 +32,7 @@ from quantpage.ops.attend.flash.triton_segments import (
     near_pairs,
 )
 from quantpage.ops.attend.prefill.triton_work import load_item
-from quantpage.ops.triton.common import LOG2E
+from quantpage.ops.triton.common import LOG2E, NONE, SEVERAL
 
 
 class Seen(NamedTuple):
@@ -52,10 +53,15 @@ class Seen(NamedTuple):
 @triton.jit
 def _tiles(
     rows, q, q_sum, k, v, table, span, seen_by, scoring, BN: tl.constexpr, SLOTS: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Key tiles from span[0] up to span[1]; of their keys span[2]..span[3] exist."""
     first, last, low_key, high_key = span
+    # A span begins and ends with what its first and its last row see. What windows and segments
+    # leave out between them may be hidden from all.
+    SEEN_BY_SOME: tl.constexpr = seen_by.SEGMENT == ALL_KEYS or (
+        not seen_by.WINDOW and (seen_by.CAUSAL or seen_by.SEGMENT == EXACT_KEYS)
+    )
     for key0 in tl.range(first, last, BN, num_stages=STAGES):
         keys = key0 + tl.arange(0, BN)
         shown = (keys >= low_key) & (keys < high_key)
@@ -70,7 +76,9 @@ def _tiles(
                 seen &= exact_pairs(seen_by.positions[:, None], column, seen_by.PAGE)
             if seen_by.SEGMENT == BODY_KEYS and not seen_by.CAUSAL:
                 seen &= ~near_pairs(seen_by.positions[:, None], column, seen_by.PAGE)
-        rows = attend_tile(rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED)
+        rows = attend_tile(
+            rows, q, q_sum, k, v, page, slot, shown, seen, scoring, MASKED, CAREFUL, SEEN_BY_SOME
+        )  # fmt: skip
     return rows
 
 
@@ -144,20 +152,16 @@ def _attend_item(
     # Tiles start..whole_start and whole_end..high are masked, those between are seen by every row.
     whole_start = tl.maximum((tl.maximum(whole_from, from_key) + BN - 1) // BN * BN, start)
     whole_end = tl.maximum(first_limit // BN * BN, whole_start)
-    if SEGMENT == EXACT_KEYS or (SEGMENT == BODY_KEYS and not CAUSAL):
-        whole_start = tl.maximum((high + BN - 1) // BN * BN, start)
-        whole_end = whole_start
+    MASKED: tl.constexpr = SEGMENT == EXACT_KEYS or (SEGMENT == BODY_KEYS and not CAUSAL)
+    if MASKED:
+        whole_start = high
 
-    top = tl.full([BM], -float("inf"), tl.float32)
-    mass = tl.zeros([BM], tl.float32)
-    zeros = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, v.DP], tl.float32)
+    sink = tl.full([BM], -float("inf"), tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + q_index).to(tl.float32) * LOG2E
-        top = sink
-        mass = tl.full([BM], 2.0**scoring.SHIFT, tl.float32)
-    running = Rows(acc, top, mass, zeros)
     NEAR: tl.constexpr = SEGMENT == EXACT_KEYS or WINDOW
+    FIRST: tl.constexpr = SEGMENT != ALL_KEYS or WINDOW
+    running = begin_rows(sink, 2.0**scoring.SHIFT if SINKS else 0.0, BM, v.DP)
     # Parts: near keys, masked tiles, whole tiles, masked tiles. Each is compiled by itself, so that
     # whole tiles, which are nearly all of a long context, have neither mask nor its registers.
     for part in tl.static_range(4):
@@ -169,12 +173,27 @@ def _attend_item(
             span = whole_start, whole_end, from_key, high
         else:
             span = tl.maximum(whole_end, start), high, from_key, high
-        if (part == 1 and (WINDOW or SEGMENT != ALL_KEYS)) or (part == 0 and NEAR) or part >= 2:
+        if (part == 0 and NEAR) or (part == 1 and FIRST) or (part >= 2 and not MASKED):
             running = _tiles(
                 running, q, q_sum, k, v, table, span,
                 Seen(positions, limit, low, sink_tokens, PAGE, WINDOW, CAUSAL, SEGMENT), scoring,
-                BN, SLOTS, part != 2, STAGES if part == 2 else 1,
+                BN, SLOTS, part != 2, False, STAGES if part == 2 else 1,
             )  # fmt: skip
+    if v.CODE == NONE or v.SCALED == SEVERAL:  # noqa: SIM102
+        if spoiled(running):
+            running = begin_rows(sink, 2.0**scoring.SHIFT if SINKS else 0.0, BM, v.DP)
+            for turn in range(2):
+                tiles = (
+                    tl.where(turn == 0, near_low // BN * BN, start),
+                    tl.where(turn == 0, near_high, high),
+                    tl.where(turn == 0, near_low, from_key),
+                    tl.where(turn == 0, near_high, high),
+                )
+                running = _tiles(
+                    running, q, q_sum, k, v, table, tiles,
+                    Seen(positions, limit, low, sink_tokens, PAGE, WINDOW, CAUSAL, SEGMENT),
+                    scoring, BN, SLOTS, True, True, 1,
+                )  # fmt: skip
 
     sink_mass = running.mass * 0.0
     if SINKS:
