@@ -12,9 +12,10 @@ static bool supported(int64_t isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
   if (isa == 1) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  return isa == 2 ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return isa == 0;
 #endif
@@ -22,6 +23,10 @@ static bool supported(int64_t isa) {
 
 const Kernels* find_kernels(int64_t isa) {
   if (!supported(isa)) return nullptr;
+#ifdef HAVE_AVX512_BF16
+  // Its products alone are others.
+  if (isa == 3) return quantpage_kernels_avx512();
+#endif
 #ifdef HAVE_AVX512
   if (isa == 2) return quantpage_kernels_avx512();
 #endif
@@ -33,6 +38,9 @@ const Kernels* find_kernels(int64_t isa) {
 
 const Products* find_products(int64_t isa) {
   if (!supported(isa)) return nullptr;
+#ifdef HAVE_AVX512_BF16
+  if (isa == 3) return quantpage_products_avx512bf16();
+#endif
 #ifdef HAVE_AVX512
   if (isa == 2) return quantpage_products_avx512();
 #endif
@@ -44,7 +52,7 @@ const Products* find_products(int64_t isa) {
 
 // The widest instruction set of this machine that is in this build; -1: none.
 EXPORT int64_t quantpage_isa() {
-  for (int64_t isa = 2; isa >= 0; isa--)
+  for (int64_t isa = 3; isa >= 0; isa--)
     if (find_kernels(isa)) return isa;
   return -1;
 }

@@ -6,7 +6,7 @@
 // and sums begin at what that adds. They are exact, so that results have float32's rounding and that of the 16
 // bits, 2e-5 of the result.
 #pragma once
-#include "simd.h"
+#include "product_tiles.h"
 
 namespace CONCAT(isa_, SUFFIX) {
 
@@ -14,7 +14,6 @@ namespace CONCAT(isa_, SUFFIX) {
 constexpr int64_t AHEAD = 8192;
 
 #if VW == 16
-constexpr int64_t LINE = 64;
 // A token: upper bytes, lower bytes, the lanes' scales, and where the sums of both begin.
 static inline int64_t padded(int64_t width) { return (width + LINE - 1) / LINE * LINE; }
 static inline int64_t arranged_bytes(int64_t width) { return 2 * padded(width) + 3 * LINE; }
@@ -69,9 +68,10 @@ static void arrange_bytes(const float* x, int64_t tokens, int64_t width, uint8_t
   for (int64_t t = 0; t < tokens; t++) arrange_token(x + t * width, width, to + t * arranged_bytes(width));
 }
 
-// Sums of 4 rows with TOKENS tokens, by lane, to sums[token * VW .. + 4]. FIRST: the rows come from memory.
-template <int TOKENS, bool FIRST>
-static inline void byte_sums(const uint8_t* const* rows, int64_t width, const uint8_t* x, vf* sums) {
+// Sums of 4 rows with TOKENS tokens, by lane, to sums[token * VW .. + 4]; meanwhile as much as lies in FETCHED of
+// the rows is asked for at `ahead`: where it is four, it is wanted soon.
+template <int TOKENS, int FETCHED>
+static void byte_sums(const uint8_t* const* rows, int64_t width, const uint8_t* x, const uint8_t* ahead, vf* sums) {
   const int64_t all = padded(width), stride = arranged_bytes(width);
   __m512i upper[TOKENS][4], lower[TOKENS][4];
   UNROLL for (int t = 0; t < TOKENS; t++) UNROLL for (int r = 0; r < 4; r++) {
@@ -80,9 +80,11 @@ static inline void byte_sums(const uint8_t* const* rows, int64_t width, const ui
   }
   const auto step = [&](int64_t c, __mmask64 there) __attribute__((always_inline)) {
     __m512i row[4];
-    UNROLL for (int r = 0; r < 4; r++) {
+    UNROLL for (int r = 0; r < 4; r++)
       row[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, rows[r] + c), _mm512_set1_epi8((char)0x80));
-      if (FIRST) __builtin_prefetch(rows[r] + c + AHEAD);
+    UNROLL for (int i = 0; i < FETCHED; i++) {
+      if (FETCHED == 4) __builtin_prefetch(ahead + i * width + c);
+      else fetch_line(ahead + i * width + c);
     }
     UNROLL for (int t = 0; t < TOKENS; t++) {
       const __m512i high = _mm512_loadu_si512(x + t * stride + c), low = _mm512_loadu_si512(x + t * stride + all + c);
@@ -102,16 +104,28 @@ static inline void byte_sums(const uint8_t* const* rows, int64_t width, const ui
           ((vf)_mm512_cvtepi32_ps(upper[t][r]) * splat(256.f) + (vf)_mm512_cvtepi32_ps(lower[t][r])) * scale;
   }
 }
-// At most VW rows, whose sums fill one vector a token.
-template <int TOKENS, bool FIRST>
-static void byte_rows(const uint8_t* w, int64_t width, const uint8_t* x, int64_t count, float* out, int64_t out_stride) {
+template <int TOKENS> static auto byte_sums_of(int64_t fetched) {
+  switch (fetched) {
+    case 0: return byte_sums<TOKENS, 0>;
+    case 1: return byte_sums<TOKENS, 1>;
+    case 2: return byte_sums<TOKENS, 2>;
+    default: return byte_sums<TOKENS, 4>;
+  }
+}
+// At most VW rows, whose sums fill one vector a token; meanwhile rows low to high after the next VW are asked for.
+template <int TOKENS>
+static void byte_rows(const uint8_t* w, int64_t width, const uint8_t* x, int64_t low, int64_t high, int64_t count,
+                      float* out, int64_t out_stride) {
   vf sums[TOKENS * VW];
   if (count < VW) memset(sums, 0, sizeof sums);
   for (int64_t r = 0; r < count; r += 4) {
     const uint8_t* rows[4];
     // Of fewer than four the last is multiplied again.
     for (int64_t i = 0; i < 4; i++) rows[i] = w + (r + i < count ? r + i : count - 1) * width;
-    byte_sums<TOKENS, FIRST>(rows, width, x, sums + r);
+    const int64_t from = low + (high - low) * r / VW, until = low + (high - low) * (r + 4) / VW;
+    // With one tile the next block is too far.
+    const uint8_t* ahead = high - low == VW ? rows[0] + AHEAD : w + (VW + from) * width;
+    byte_sums_of<TOKENS>(until - from)(rows, width, x, ahead, sums + r);
   }
   for (int t = 0; t < TOKENS; t++) {
     const vf done = transposed_sums(sums + t * VW);
@@ -121,15 +135,12 @@ static void byte_rows(const uint8_t* w, int64_t width, const uint8_t* x, int64_t
 static void multiply_bytes(const uint8_t* w, int64_t width, const uint8_t* x, int64_t tokens, int64_t count,
                            float* out, int64_t out_stride) {
   const int64_t token = arranged_bytes(width);
-  // A few rows are multiplied with all tokens while they are in the first cache.
-  for (int64_t first = 0; first < count; first += VW, w += VW * width) {
+  // A few rows are multiplied with all tokens while they are in the first cache, and the next are asked for.
+  for (int64_t first = 0; first < count; first += VW, w += VW * width, out += VW) {
     const int64_t some = count - first < VW ? count - first : VW;
-    const auto two = tokens > 1 ? byte_rows<2, true> : byte_rows<1, true>;
-    two(w, width, x, some, out + first, out_stride);
-    int64_t t = 2;
-    for (; t + 2 <= tokens; t += 2)
-      byte_rows<2, false>(w, width, x + t * token, some, out + t * out_stride + first, out_stride);
-    if (t < tokens) byte_rows<1, false>(w, width, x + t * token, some, out + t * out_stride + first, out_stride);
+    each_tile(tokens, VW, [&](auto tile, int64_t t, int64_t low, int64_t high) {
+      byte_rows<tile.value>(w, width, x + t * token, low, high, some, out + t * out_stride, out_stride);
+    });
   }
 }
 #endif

@@ -4,6 +4,7 @@
 
 #include "convert.h"
 #include "product_bytes.h"
+#include "product_pairs.h"
 
 namespace CONCAT(isa_, SUFFIX) {
 
@@ -124,11 +125,17 @@ static int64_t arranged(int64_t code, int64_t width) {
 #if VW == 16
   if (code == INT8) return arranged_bytes(width);
 #endif
+#ifdef __AVX512BF16__
+  if (code == BF16) return 2 * width;
+#endif
   return 4 * width;
 }
 static void arrange(const float* x, int64_t code, int64_t tokens, int64_t width, uint8_t* to) {
 #if VW == 16
   if (code == INT8) return arrange_bytes(x, tokens, width, to);
+#endif
+#ifdef __AVX512BF16__
+  if (code == BF16) return arrange_pairs(x, tokens * width, to);
 #endif
   arrange_floats(x, code, tokens, width, (float*)to);
 }
@@ -136,6 +143,9 @@ static void multiply_rows(int64_t code, const uint8_t* w, int64_t width, const u
                           int64_t count, float* out, int64_t out_stride) {
 #if VW == 16
   if (code == INT8) return multiply_bytes(w, width, x, tokens, count, out, out_stride);
+#endif
+#ifdef __AVX512BF16__
+  if (code == BF16) return multiply_pairs(w, width, x, tokens, count, out, out_stride);
 #endif
   const float* floats = (const float*)x;
   switch (code) {

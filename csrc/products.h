@@ -27,4 +27,5 @@ extern "C" {
 const Products* quantpage_products_base();
 const Products* quantpage_products_avx2();
 const Products* quantpage_products_avx512();
+const Products* quantpage_products_avx512bf16();
 }

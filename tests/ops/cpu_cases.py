@@ -6,11 +6,11 @@ import torch
 
 from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.cpu_core import find_core
+from quantpage.cpu_core import LAST_FOR_ATTENTION, find_core
 from quantpage.formats import KVFormat, QuantSpec, quantize, quantize_static
 
-AVAILABLE = [] if (core := find_core()) is None else list(range(core.isa + 1))
-"""Instruction sets that this machine runs."""
+AVAILABLE = list(range(min(core.isa, LAST_FOR_ATTENTION) + 1)) if (core := find_core()) else []
+"""Instruction sets that this machine runs, as far as they differ in attention and the write."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_where_a_compiler_is_there_is_a_core():
     if shutil.which("c++") or shutil.which("g++"):
         assert cpu_core.absence() == ""
         found = cpu_core.core()
-        assert cpu_core.ISAS[found.isa] in ("baseline", "avx2", "avx512")
+        assert cpu_core.ISAS[found.isa] in ("baseline", "avx2", "avx512", "avx512_bf16")
         numbers = torch.ones(1 << 12, dtype=torch.int64)
         assert found.read(numbers.data_ptr(), 1 << 15, 1) == 1 << 12
     else:

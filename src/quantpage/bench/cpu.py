@@ -22,7 +22,7 @@ from quantpage.bench.rows import Rows, environment
 from quantpage.bench.timing import Sample, Timing, cpu_clock, sample, timing
 from quantpage.cache.memory import zero_plane
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.cpu_core import ISAS, core
+from quantpage.cpu_core import ISAS, LAST_FOR_ATTENTION, core
 from quantpage.formats import QuantSpec, find_format
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.ops.attend import AttendParams, attend, cpu
@@ -112,7 +112,7 @@ def gate(name: str, case: Case) -> None:
     q = torch.randn(2 * small.new, small.q_heads, layer.facts.query_dim) / 8
     params = AttendParams(small.head_dim**-0.5)
     wanted = allowed(q, layer, batch, params)
-    for isa in range(core().isa + 1):
+    for isa in range(min(core().isa, LAST_FOR_ATTENTION) + 1):
         if said := wanted.wrong(*cpu.attend(q, layer, batch, params, isa=isa)):
             raise ValueError(f"{case.name} {name}, {ISAS[isa]}: {said}")
 
@@ -142,15 +142,15 @@ def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], 
         for label, dtype in (("sdpa bf16", torch.bfloat16), ("sdpa fp32", torch.float32)):
             tensors = [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])]
             found[label] = partial(_prompt_sdpa, tensors)
-    library = core()
+    widest = min(core().isa, LAST_FOR_ATTENTION)
     for name in formats:
         made = [random_layer(name, case) for _ in range(layers)]
         run = reader_of(made, q, params)
-        found[f"{name} {ISAS[library.isa]}"] = run
+        found[f"{name} {ISAS[widest]}"] = run
         if case.rotary:
             found[f"{name} torch"] = partial(plain_torch, made, q, params)
         elif name == "int8":
-            for isa in range(library.isa):
+            for isa in range(widest):
                 found[f"{name} {ISAS[isa]}"] = partial(run, isa=isa)
         if decode and name in ("int8", "int4"):
             count = sum(side.codes.nbytes for side in (made[0][0].key, made[0][0].value))

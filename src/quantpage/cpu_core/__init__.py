@@ -17,8 +17,10 @@ import torch  # noqa: F401
 
 from quantpage.cpu_core import interface
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """Instruction sets that the core is compiled for, by the number that the library uses."""
+LAST_FOR_ATTENTION = ISAS.index("avx512")
+"""Wider ones differ in products of weights alone."""
 
 _PATTERN = "libquantpage_cpu*"
 

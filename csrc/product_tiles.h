@@ -1,0 +1,32 @@
+// How products of a few rows of weights with many tokens are cut: what integers and pairs of bf16 share.
+#pragma once
+#include "simd.h"
+
+#if VW == 16
+namespace CONCAT(isa_, SUFFIX) {
+
+constexpr int64_t LINE = 64;
+template <int64_t N> struct Count {
+  static constexpr int64_t value = N;
+};
+
+// body(Count, t, low, high): tokens t to t + Count, threes and twos, a single one only where it is all there
+// is; low and high say which part of `shares` is this tile's: so that what is done beside goes evenly.
+template <class Body> INLINE void each_tile(int64_t tokens, int64_t shares, const Body& body) {
+  const int64_t tiles = (tokens + 2) / 3;
+  int64_t t = 0, tile = 0;
+  const auto take = [&](auto count) __attribute__((always_inline)) {
+    body(count, t, shares * tile / tiles, shares * (tile + 1) / tiles);
+    t += count.value;
+    tile++;
+  };
+  while (tokens - t > 4 || tokens - t == 3) take(Count<3>());
+  while (tokens - t >= 2) take(Count<2>());
+  if (t < tokens) take(Count<1>());
+}
+
+// A line of rows that come later, into the second-level cache: the first has fewer requests under way.
+INLINE void fetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+
+}  // namespace
+#endif
