@@ -21,6 +21,7 @@ NEW = 24
 _GEMMA = {"sliding_window": 64, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
 FAMILIES = {
     "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
     "mistral": ("Mistral", {"sliding_window": 64}),
     "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3Text", _GEMMA),
@@ -39,6 +40,8 @@ FAMILIES = {
 }  # fmt: skip
 """Transformers' classes, and what a model has beside the shape of all: windows, a softcap, sink
 logits, layers of two kinds, layers that share pages."""
+KEYS = "keys.calibration"
+"""In a model's folder: its key maps. (vLLM reads all .safetensors there as weights.)"""
 TIE = 0.02
 """Logits. Where the best token led by less, another order of the same sums may choose the second,
 and all that follows is another text: such a difference from ``expect`` is none."""
@@ -63,7 +66,11 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
     if config.tie_word_embeddings:
         # Else the likeliest next token is the last one again, whatever attention says.
         model.get_input_embeddings().weight.data.mul_(0.05)
-    model.to(getattr(torch, given.dtype)).eval().save_pretrained(folder)
+    model.to(getattr(torch, given.dtype)).eval()
+    biased = [weight for name, weight in model.named_parameters() if name.endswith("k_proj.bias")]
+    if biased:
+        _bias_keys(model, biased, folder / KEYS)
+    model.save_pretrained(folder)
     long = [(7 * i * i + 3 * i + 11) % 500 + 3 for i in range(900)]
     prompts = [
         long[:300],
@@ -73,6 +80,22 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
         [*long[:290], *range(40, 80)],
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def _bias_keys(model, biases, file: Path) -> None:
+    """Keys as Qwen2.5's, most of whose numbers are what all keys have in common; and their maps,
+    which ``expect`` and ``start_vllm`` use then.
+    """
+    import torch
+
+    from quantpage.formats import FORMATS
+    from quantpage.integrations.hf_transformers.calibration import calibrate
+
+    for bias in biases:
+        bias.data.normal_(std=2.0)
+    noise = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 500, (1, 300), generator=noise) for _ in range(2)]
+    calibrate(model, texts, [FORMATS["int4"]] * len(biases), {"text": "random"}).save(file)
 
 
 def expect(folder: Path, given: argparse.Namespace) -> None:
@@ -88,7 +111,9 @@ def expect(folder: Path, given: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, given.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    attached = quantpage.attach(model, kv_format=given.format, page_size=given.page)
+    attached = quantpage.attach(
+        model, kv_format=given.format, page_size=given.page, calibration=calibration(folder)
+    )
     rows = []
     with nullcontext() if given.format == "none" else attached:
         for prompt in json.loads((folder / "prompts.json").read_text()):
@@ -124,8 +149,9 @@ def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
         "skip_tokenizer_init": True, "disable_log_stats": False, "kv_cache_dtype": given.kv_dtype,
         **dict(map(_setting, given.set)),
     }  # fmt: skip
-    if given.quantpage:
-        settings["additional_config"] = {"quantpage": given.quantpage}
+    keys = calibration(folder)
+    told = {"quantpage": given.quantpage, "quantpage_calibration": keys if keys != "auto" else None}
+    settings["additional_config"] = {name: each for name, each in told.items() if each}
     return LLM(str(folder), **settings, **more)
 
 
@@ -195,6 +221,11 @@ def _logprobs(out) -> list[float]:
     completion = out.outputs[0]
     each = zip(completion.logprobs, completion.token_ids, strict=True)
     return [said[token].logprob for said, token in each]
+
+
+def calibration(folder: Path) -> str:
+    """The model's key maps, where it has some, else what ``attach`` makes of itself: none."""
+    return str(folder / KEYS) if (folder / KEYS).exists() else "auto"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from vllm_check import add_settings, start_vllm
+from vllm_check import add_settings, calibration, start_vllm
 
 FORCED = 40
 """Tokens of each answer: two pages of 32 begin in some of them."""
@@ -65,7 +65,13 @@ def attach(folder: Path, given: argparse.Namespace) -> int:
             _add_noise(model, given.noise, stack)
         if given.format != "none":
             stack.enter_context(
-                quantpage.attach(model, given.format, page_size=given.page, implementation=given.by)
+                quantpage.attach(
+                    model,
+                    given.format,
+                    page_size=given.page,
+                    implementation=given.by,
+                    calibration=calibration(folder),
+                )
             )
         for index, prompt in enumerate(json.loads((folder / "prompts.json").read_text())):
             ids = torch.tensor([prompt], device=device)

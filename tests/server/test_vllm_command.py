@@ -20,7 +20,7 @@ pytestmark = pytest.mark.pure
 
 NEW = VllmHere("0.33.0", cpu=False, own_names=True, architectures=frozenset({"LlamaForCausalLM"}))
 OLD_CPU = replace(NEW, version="0.32.0", cpu=True, own_names=False)
-LLAMA = ServedModel(("LlamaForCausalLM",), 128, torch.bfloat16, key_biases=False)
+LLAMA = ServedModel(("LlamaForCausalLM",), 128, torch.bfloat16)
 BEGIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "models/one"]
 COMMON = [*BEGIN, "--served-model-name", "one", "--host", "127.0.0.1", "--port", "8000"]
 
@@ -99,21 +99,51 @@ def test_the_plugin_takes_the_dtype_and_the_block_size(kv_format, head_dim, here
         ({"kv_format": "k=int8,v=fp8"}, "kv_format: expected one for all layers"),
         ({"kv_format": "fp8_static"}, "kv_format: expected one for all layers"),
         ({"device": "cpu"}, "device: expected what vLLM"),
-        ({"calibration": "keys.safetensors"}, "calibration: expected"),
         ({"max_waiting": 5}, "max_waiting: expected"),
         ({"weights": "int8"}, "weights: expected"),
         ({"port": 0}, "port: expected"),
         ({"model": replace(LLAMA, gguf=True)}, r"got a \.gguf file"),
         ({"model": replace(LLAMA, architectures=("OwnForCausalLM",))}, "got OwnForCausalLM"),
         (
-            {"kv_format": "int4", "model": replace(LLAMA, key_biases=True)},
-            "kv_format: expected keys in 8 bits or more",
+            {"calibration": "keys", "more": ("--additional_config.more=1",)},
+            "flags after --: expected no --additional-config beside",
         ),
     ],
 )
 def test_what_vllm_does_not_do_is_said_by_its_name(given, said):
     with pytest.raises(ValueError, match=said):
         built(**given)
+
+
+def test_a_calibration_goes_to_the_plugin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = {"quantpage_calibration": str(tmp_path / "keys")}
+    made = dict(pairwise(built(kv_format="int4", calibration="keys")))
+    assert json.loads(made["--additional-config"]) == wanted
+    made = dict(pairwise(built(OLD_CPU, kv_format="k8v4", calibration="keys")))
+    assert json.loads(made["--additional-config"]) == wanted | {"quantpage": "k8v4"}
+    for calibration in ("auto", None):
+        assert "--additional-config" not in built(kv_format="int4", calibration=calibration)
+    # Nothing of it is quantized.
+    assert "--additional-config" not in built(kv_format="none", calibration="keys")
+    assert "--additional-config" in built(more=("--additional-config", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "traits", "calibration", "asks"),
+    [
+        ("int4", ("biases",), "auto", True),
+        ("int4_near8", ("norms",), "auto", True),
+        ("int4", (), "auto", False),
+        ("int4", ("biases",), None, False),
+        ("int4", ("biases",), "keys", False),
+        ("k8v4", ("biases",), "auto", False),
+        ("none", ("biases",), "auto", False),
+    ],
+)
+def test_which_models_are_measured(kv_format, traits, calibration, asks):
+    options = ServeOptions("models/one", kv_format, calibration=calibration)
+    assert vllm.asks_for_maps(options, replace(LLAMA, key_traits=traits)) == asks
 
 
 def test_without_vllm_the_embedded_engine_says_what_it_lacks(monkeypatch, capsys):
@@ -132,7 +162,7 @@ def test_without_vllm_the_embedded_engine_says_what_it_lacks(monkeypatch, capsys
 
 def test_with_vllm_the_model_decides(monkeypatch, capsys, tmp_path):
     folder = str(save_small(tmp_path))
-    assert describe(folder) == ServedModel(("LlamaForCausalLM",), 16, torch.float32, False)
+    assert describe(folder) == ServedModel(("LlamaForCausalLM",), 16, torch.float32)
     monkeypatch.setattr(vllm, "find_vllm", lambda: NEW)
     options = ServeOptions(folder)
     assert choose("auto", options, ("--seed", "1")).arguments[-2:] == ("--seed", "1")

@@ -8,8 +8,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Any, NoReturn
 
 import torch
@@ -18,10 +19,16 @@ from quantpage import console
 from quantpage.errors import QuantPageError, Unavailable
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.calibration import calibrate_random
 from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
-from quantpage.integrations.hf_transformers.model import load_config, model_shape
-from quantpage.integrations.hf_transformers.statistics import KEY_BIASES
-from quantpage.integrations.vllm_plugin.formats import CHOOSABLE, SERVED, exact_page
+from quantpage.integrations.hf_transformers.model import load_config, load_model, model_shape
+from quantpage.integrations.hf_transformers.statistics import key_traits
+from quantpage.integrations.vllm_plugin.formats import (
+    CALIBRATION,
+    CHOOSABLE,
+    SERVED,
+    exact_page,
+)
 from quantpage.integrations.vllm_plugin.here import VllmHere, find_vllm
 from quantpage.server.options import ServeOptions
 
@@ -40,8 +47,8 @@ class ServedModel:
     architectures: tuple[str, ...]
     head_dim: int
     dtype: torch.dtype
-    key_biases: bool
-    """Its keys have biases, for which the embedded engine has key maps and vLLM has none."""
+    key_traits: tuple[str, ...] = ()
+    """'biases' or 'norms' of its keys, which ask for key maps (``statistics.key_traits``)."""
     gguf: bool = False
 
 
@@ -69,7 +76,7 @@ def build_command(
         "--port": options.port,
         # One backend stands for ours on a CPU, where none is chosen by name.
         "--attention-backend": None if here.cpu else "CUSTOM",
-        **_cache_flags(form, here),
+        **_cache_flags(form, here, options.calibration),
         "--block-size": _block_size(form, options.page_size, model),
         "--dtype": None if options.dtype == "auto" else options.dtype,
         "--max-model-len": options.context,
@@ -87,6 +94,11 @@ def build_command(
     for name, value in flags.items():
         if value is not None:
             arguments += [name, str(value)]
+    if "--additional-config" in flags and any(_names(each, "additional-config") for each in more):
+        raise ValueError(
+            "flags after --: expected no --additional-config beside the one that "
+            f"{options.kv_format} and calibration need, got {shlex.join(more)}"
+        )
     if not options.prefix_cache:
         arguments.append("--no-enable-prefix-caching")
     return Command((*arguments, *more), environment)
@@ -106,7 +118,12 @@ def choose(engine: str, options: ServeOptions, more: Sequence[str]) -> Command |
             here = find_vllm()
             if here is None:
                 raise Unavailable("vLLM is not installed (pip install 'quantpage[vllm]')")
-            return build_command(options, describe(options.model), here, more)
+            model = describe(options.model)
+            command = build_command(options, model, here, more)
+            if asks_for_maps(options, model):
+                options = replace(options, calibration=measure_maps(options.model))
+                command = build_command(options, model, here, more)
+            return command
         except _NO_VLLM as error:
             if engine == "vllm":
                 raise
@@ -128,9 +145,39 @@ def describe(path: str) -> ServedModel:
         architectures=tuple(config.architectures or ()),
         head_dim=shape.head_dim,
         dtype=shape.dtype,
-        key_biases=any(name.endswith(KEY_BIASES) for name in tensor_names(folder)),
+        key_traits=tuple(key_traits(tensor_names(folder))),
         gguf=gguf is not None,
     )
+
+
+def asks_for_maps(options: ServeOptions, model: ServedModel) -> bool:
+    """Whether keys in few bits lose much by what they have in common, and no file says what."""
+    key = LayerFormats.of(options.kv_format).default.key
+    few = key.quantized and key.code.bits < 8
+    return few and bool(model.key_traits) and options.calibration == "auto"
+
+
+def measure_maps(path: str) -> str:
+    """A file of key maps from a model's weights, as ``attach`` makes them, for vLLM's processes.
+
+    Reads the model once more than vLLM does, on the CPU. The file stays where temporary files are.
+    Raises ValueError for a model that cannot be measured.
+    """
+    console.note(
+        f"quantpage: measuring the keys of {path} on random tokens; a file of "
+        "`quantpage calibrate` does better (--calibration FILE)"
+    )
+    try:
+        made = calibrate_random(load_model(path)[0])
+    except (ValueError, QuantPageError) as error:
+        raise ValueError(
+            "calibration: expected a file or none for a model that cannot be measured here; "
+            f"{error}"
+        ) from error
+    handle, name = mkstemp(prefix="quantpage-keys-")
+    os.close(handle)
+    made.save(name)
+    return name
 
 
 def become(command: Command) -> NoReturn:
@@ -155,15 +202,9 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
             f"kv_format: expected one for all layers of none, {', '.join(SERVED)}, as vLLM takes "
             f"them; got {options.kv_format!r}"
         )
-    if model.key_biases and form.key.code.bits < 8:
-        raise ValueError(
-            "kv_format: expected keys in 8 bits or more, as this model's have biases, which vLLM "
-            f"is not given key maps for; got {form.name}"
-        )
     device = "cpu" if here.cpu else "cuda"
     for name, given, wanted in (
         ("device", options.device.partition(":")[0], ("auto", device)),
-        ("calibration", options.calibration, ("auto", None)),
         ("prefix_cache_file", options.prefix_cache_file, (None,)),
         ("max_waiting", options.max_waiting, (None,)),
         ("drain", options.drain, (None,)),
@@ -175,16 +216,22 @@ def _format(options: ServeOptions, model: ServedModel, here: VllmHere) -> KVForm
     return form
 
 
-def _cache_flags(form: KVFormat, here: VllmHere) -> dict[str, str]:
+def _names(argument: str, flag: str) -> bool:
+    """Whether an argument is ``flag``, in any of the ways that vLLM takes."""
+    return argument.partition("=")[0].partition(".")[0].replace("_", "-") == f"--{flag}"
+
+
+def _cache_flags(form: KVFormat, here: VllmHere, calibration: str | None) -> dict[str, str]:
     if not form.quantized:
         return {}
-    if here.own_names:
-        return {"--kv-cache-dtype": f"quantpage_{form.name}"}
+    told = {} if calibration in (None, "auto") else {CALIBRATION: str(Path(calibration).resolve())}
     name = f"{form.name}_per_token_head"
-    if name in CHOOSABLE:
-        return {"--kv-cache-dtype": name}
-    chosen = json.dumps({"quantpage": form.name})
-    return {"--kv-cache-dtype": CHOOSABLE[0], "--additional-config": chosen}
+    if here.own_names:
+        name = f"quantpage_{form.name}"
+    elif name not in CHOOSABLE:
+        name, told["quantpage"] = CHOOSABLE[0], form.name
+    more = {"--additional-config": json.dumps(told)} if told else {}
+    return {"--kv-cache-dtype": name, **more}
 
 
 def _block_size(form: KVFormat, page_size: int, model: ServedModel) -> int:

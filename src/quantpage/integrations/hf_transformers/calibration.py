@@ -28,7 +28,7 @@ from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
 from quantpage.integrations.hf_transformers.measured import Measured
 from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.statistics import measure
+from quantpage.integrations.hf_transformers.statistics import measure, measure_random
 
 KIND = "quantpage calibration"
 VERSION = "1"
@@ -203,10 +203,7 @@ def calibrate(
     ranges = measured.ranges if static_names else None
     found = measure(model, texts, SKIPPED, ranges=ranges, found=measured.keys)
     if not found:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: expected attention through Transformers' interface, got its "
-            "own code, which cannot be measured"
-        )
+        raise _unmeasurable(model)
     mean = takes_means(model)
     layers, losses, static, sizes = {}, {}, {}, None
     for index, statistics in sorted(found.items()):
@@ -229,6 +226,27 @@ def calibrate(
     if static:
         made |= {"static_format": next(iter(static_names)), "sizes": sizes, "rule": rule}
     return Calibration(weights_digest(model), layers, made, static)
+
+
+def calibrate_random(model: PreTrainedModel) -> Calibration:
+    """The maps that ``attach`` makes by itself, out of the weights alone, for an engine that cannot
+    measure a model. Raises UnsupportedModel for one that cannot be measured.
+    """
+    mean, found = takes_means(model), measure_random(model)
+    if not found:
+        raise _unmeasurable(model)
+    layers = {
+        index: LayerCalibration(each.key_map(mean), None) for index, each in sorted(found.items())
+    }
+    note = {"text": "random tokens", "weights": weights_sample(model), "measured": sorted(found)}
+    return Calibration(weights_digest(model), layers, note)
+
+
+def _unmeasurable(model: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(model).__name__}: expected attention through Transformers' interface, got its "
+        "own code, which cannot be measured"
+    )
 
 
 def _static(

@@ -36,6 +36,13 @@ _LONGEST = 4096
 """Positions that random tokens are spread over, where a model has so many."""
 
 
+def key_traits(names: Iterable[str]) -> list[str]:
+    """What a checkpoint's tensors say of its keys, in words: 'biases', 'norms'."""
+    kinds = {"biases": KEY_BIASES, "norms": KEY_NORMS}
+    known = [*names]
+    return [word for word, ends in kinds.items() if any(name.endswith(ends) for name in known)]
+
+
 def has_key_biases(model: nn.Module) -> bool:
     """Whether any key projection adds a bias other than 0."""
     return any(

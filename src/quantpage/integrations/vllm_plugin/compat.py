@@ -34,6 +34,23 @@ def device() -> torch.device:
     return torch.device(current_platform.device_type)
 
 
+def tensor_parallel() -> tuple[int, int]:
+    """This worker's rank among those that share a layer's heads, and how many they are."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def layer_index(name: str) -> int:
+    """The number of a layer in its name."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(name)
+
+
 def backend_name() -> str:
     """The member of vLLM's table of backends that stands for ours."""
     return "CPU_ATTN" if on_cpu() else "CUSTOM"

@@ -39,6 +39,9 @@ OWN_NAMES = tuple(f"quantpage_{name}" for name in SERVED)
 CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
 """vLLM's names, beside each of which --additional-config may choose another format."""
 
+CALIBRATION = "quantpage_calibration"
+"""The key of --additional-config that names a file of key maps."""
+
 NAMES: dict[str, KVFormat] = {
     **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
     **dict.fromkeys(("fp8", "fp8_e4m3"), FP8),

@@ -1,7 +1,7 @@
 """One layer in vLLM: views over its memory, then write and attend."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,18 +13,25 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from quantpage.attention import LayerAttention, build_attention, find_backend
 from quantpage.cache import CacheLayout, LayerKV
 from quantpage.cache.cells import layer_of_cells
-from quantpage.errors import NoImplementation
-from quantpage.formats import KVFormat, rotate
+from quantpage.errors import CorruptCalibration, NoImplementation
+from quantpage.formats import KeyMap, KVFormat
 from quantpage.formats.scales import ScalePair
 from quantpage.hardware import device_info
 from quantpage.integrations.vllm_plugin import compat
 from quantpage.integrations.vllm_plugin.exact_layer import SUFFIX, ExactPagesLayer
 from quantpage.integrations.vllm_plugin.formats import (
+    CALIBRATION,
     LONG_CHUNK,
     exact_page,
     exact_token_bytes,
     format_of,
     refuse_layer,
+)
+from quantpage.integrations.vllm_plugin.maps import (
+    find_calibration,
+    key_map,
+    warn_without_maps,
+    worker_heads,
 )
 from quantpage.integrations.vllm_plugin.parts import Part
 from quantpage.integrations.vllm_plugin.working import most_pages
@@ -63,6 +70,8 @@ class QuantPageImpl(AttentionImpl):
         self.config = get_current_vllm_config()
         self.form = format_of(kv_cache_dtype, self.config.additional_config)
         self.shared = kv_sharing_target_layer_name is not None
+        self.keys_of: str | None = kv_sharing_target_layer_name
+        """The layer whose keys are read, where they are another's."""
         refuse_layer(
             self.form,
             sliding_window=sliding_window,
@@ -85,6 +94,7 @@ class QuantPageImpl(AttentionImpl):
         self.softcap = logits_soft_cap or None
         if self.form.quantized:
             Served.last = Served(self.form, self.dtype)
+        self._key_map: KeyMap | None = None
         self._companion: ExactPagesLayer | None = None
         self._companion_name = ""
         self._view: LayerKV | None = None
@@ -102,6 +112,7 @@ class QuantPageImpl(AttentionImpl):
         layers = self.config.compilation_config.static_forward_context
         (name,) = [each for each, layer in layers.items() if getattr(layer, "impl", None) is self]
         self._built.clear()
+        self._key_map = self._find_map(self.keys_of or name)
         widths = (self.head_size, layers[name].head_size_v)
         self._attention(True, widths, 64, compat.device())
         if self.form.exact_pages is None or self._companion is not None:
@@ -143,8 +154,8 @@ class QuantPageImpl(AttentionImpl):
         q = query[:tokens]
         if key is not None and not self.shared:
             q = attention.write_step(q, key[:tokens], value[:tokens], view, plan, _WRITE).q
-        elif self.form.key.rotation == "hadamard":
-            q = rotate(q)
+        else:
+            q = view.turned(q).to(q.dtype)
         attention.attend_step(q, view, plan, params, lse_wanted=False, out=output[:tokens])
         return output
 
@@ -183,6 +194,27 @@ class QuantPageImpl(AttentionImpl):
                 q, pages, part.plan, params, lse_wanted=False, out=output[part.rows]
             )
 
+    def _find_map(self, name: str) -> KeyMap | None:
+        """What is done to the keys of the layer ``name`` before they are cached."""
+        model = self.config.model_config
+        path = (self.config.additional_config or {}).get(CALIBRATION)
+        if path is None:
+            warn_without_maps(model.model, self.form)
+            return None
+        if not self.form.key.quantized:
+            return None
+        heads = model.get_total_num_kv_heads()
+        own = worker_heads(heads, *compat.tensor_parallel())
+        found = find_calibration(path, model.model)
+        made = key_map(
+            found, path, compat.layer_index(name), self.form, (heads, self.head_size), own
+        )
+        if made is not None and made.mean is not None and self.softcap is not None:
+            raise CorruptCalibration(
+                f"{path}: expected maps without means for a model with capped scores, got means"
+            )
+        return None if made is None else made.to(compat.device())
+
     def _allocate_working(self, query: Tensor) -> None:
         """Take what a step of so many tokens works in, and let it go: so vLLM counts it."""
         if self._companion is not None:
@@ -206,7 +238,8 @@ class QuantPageImpl(AttentionImpl):
             )  # fmt: skip
             self._pool = None if near is None else _cells(near)
             self._layout = layout
-            self._view = layer_of_cells(_cells(kv_cache), layout, static, self._pool)
+            view = layer_of_cells(_cells(kv_cache), layout, static, self._pool)
+            self._view = replace(view, key_map=self._key_map)
             self._view_of = found
         return self._view
 
@@ -225,7 +258,7 @@ class QuantPageImpl(AttentionImpl):
         mask: Mask = CausalMask(window=self.sliding_window) if causal else FullMask()
         call = Call(
             device_info(device), self.form, self.dtype, self.num_heads, self.num_kv_heads, *widths,
-            page_size,
+            page_size, in_turn=self._key_map is not None and self._key_map.feedback is not None,
         )  # fmt: skip
         attention = build_attention(find_backend("flash"), mask, call)
         chosen = (attention.write, attention.prefill, attention.decode)
