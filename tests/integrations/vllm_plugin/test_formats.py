@@ -14,6 +14,7 @@ from quantpage.integrations.vllm_plugin.formats import (
     FP8,
     NAMES,
     OWN_NAMES,
+    check_block_size,
     exact_page,
     exact_token_bytes,
     format_of,
@@ -175,3 +176,10 @@ def test_plain_layers_are_served_by_every_format(name):
     refuse_layer(form)
     if form.exact_pages is None:
         refuse_layer(form, sliding_window=128, shared=True)
+
+
+def test_blocks_that_no_page_divides_are_refused():
+    for size in (16, 32, 48, 528):
+        check_block_size(size)
+    with pytest.raises(ValueError, match="--block-size: expected a multiple of 16, got 8"):
+        check_block_size(8)

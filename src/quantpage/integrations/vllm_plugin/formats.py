@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from quantpage.cache import PAGE_SIZES
 from quantpage.cache.layout import CacheLayout
 from quantpage.errors import FormatError, NoImplementation
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec, find_format
@@ -102,6 +103,17 @@ def exact_token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtyp
     near = layout_of(form, widths, dtype).near
     assert near is not None
     return near.bytes_per_token()
+
+
+def check_block_size(block_size: int) -> None:
+    """ValueError where no page of ours divides a block of vLLM's.
+
+    vLLM asks too, but when its server takes its engine for started, and waits ten minutes then.
+    """
+    if block_size % min(PAGE_SIZES):
+        raise ValueError(
+            f"--block-size: expected a multiple of {min(PAGE_SIZES)}, got {block_size}"
+        )
 
 
 def exact_page(form: KVFormat, block_size: int, widths: tuple[int, int], dtype: torch.dtype) -> int:

@@ -22,6 +22,7 @@ from quantpage.integrations.vllm_plugin.exact_layer import SUFFIX, ExactPagesLay
 from quantpage.integrations.vllm_plugin.formats import (
     CALIBRATION,
     LONG_CHUNK,
+    check_block_size,
     exact_page,
     exact_token_bytes,
     format_of,
@@ -112,6 +113,7 @@ class QuantPageImpl(AttentionImpl):
         layers = self.config.compilation_config.static_forward_context
         (name,) = [each for each, layer in layers.items() if getattr(layer, "impl", None) is self]
         self._built.clear()
+        check_block_size(self.config.cache_config.block_size)
         self._key_map = self._find_map(self.keys_of or name)
         widths = (self.head_size, layers[name].head_size_v)
         self._attention(True, widths, 64, compat.device())
