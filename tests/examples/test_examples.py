@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantpage import attach
@@ -78,22 +79,26 @@ def test_the_costliest_layers_keep_their_bits(loaded, ids):
     assert 1e-6 < loss[0] < loss[1] < loss[2]
 
 
+def small_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def test_a_line_names_the_costliest_layers():
     by_layer = example("format_by_layer")
     assert by_layer.choose([3.0, 1.0, 4.0, 2.0], "int4", "int8", 2) == "int4,layers=0,2:int8"
     assert by_layer.choose([3.0, 1.0], "int4", "int8", 0) == "int4"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.2,
-        )
-    ).eval()
+    model = small_model()
     with torch.no_grad():
         # What this layer says is not heard, so that its bits cost nothing.
         model.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -154,6 +159,34 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lm_eval_harness.py", "models/smollm2"])
     assert example("lm_eval_harness").main() == 3
     assert capsys.readouterr().err == "lm_eval_harness: needs lm-eval: pip install lm-eval\n"
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith("5.17."), reason="the example is of Transformers 5.17"
+)
+@pytest.mark.parametrize("kv_format", ["none", "int8", "int6"])
+def test_transformers_batching_answers_as_attach(kv_format):
+    model = small_model()
+    known = torch.randint(1, 64, (150,)).tolist()
+    # One that runs in chunks, one that stands alone, two whose first two pages are one.
+    prompts = [torch.randint(1, 64, (length,)).tolist() for length in (300, 5)]
+    prompts += [[*known, 7], [*known, 9, 11]]
+    made = example("transformers_batching").answers(model, prompts, kv_format, 8)
+    with attach(model, kv_format):
+        for ids, tokens in zip(prompts, made, strict=True):
+            given = torch.tensor([ids])
+            out = model.generate(given, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            assert out[0, len(ids) :].tolist() == tokens
+
+
+def test_transformers_batching_refuses_what_it_was_not_made_for():
+    batching = example("transformers_batching")
+    batching.TESTED = transformers.__version__
+    with pytest.raises(ValueError, match="format without exact pages, got 'int4'"):
+        batching.answers(small_model(), [[1, 2]], "int4", 2)
+    batching.TESTED = "4.0."
+    with pytest.raises(RuntimeError, match=r"expected transformers 4\.0\.x, .*, got 5"):
+        batching.answers(small_model(), [[1, 2]], "int8", 2)
 
 
 def test_every_example_is_listed_and_says_how_it_is_run():
