@@ -149,7 +149,7 @@ def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
         "skip_tokenizer_init": True, "disable_log_stats": False, "kv_cache_dtype": given.kv_dtype,
         **dict(map(_setting, given.set)),
     }  # fmt: skip
-    keys = calibration(folder)
+    keys = given.calibration or calibration(folder)
     told = {"quantpage": given.quantpage, "quantpage_calibration": keys if keys != "auto" else None}
     settings["additional_config"] = {name: each for name, each in told.items() if each}
     return LLM(str(folder), **settings, **more)
@@ -233,6 +233,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kv_dtype")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="name=value")
     parser.add_argument("--quantpage", help="a format that this vLLM has no name for")
+    parser.add_argument("--calibration", help=f"key maps (default: {KEYS} in FOLDER, if any)")
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -2,6 +2,7 @@
 
     vllm_logits.py attach FOLDER FORMAT PAGE [--by torch] [--noise 1e-3]   by quantpage.attach
     vllm_logits.py run FOLDER KV_DTYPE --name NAME [--set name=value ..]   by vLLM, cold and warm
+    vllm_logits.py text MODEL KV_DTYPE TEXT --out FILE [--beside FILE]     of a text's own tokens
     vllm_logits.py compare FOLDER REFERENCE PEER NAME...                   of what they have written
 
 Free answers of a model that turns a rounding into another text say little. Here every request is
@@ -102,35 +103,78 @@ def _add_noise(model, size: float, stack: ExitStack) -> None:
             stack.callback(module.register_forward_pre_hook(disturb).remove)
 
 
+class Vllm:
+    """vLLM over a model, whose answers are chosen before."""
+
+    def __init__(self, folder: Path, given: argparse.Namespace, logprobs: int) -> None:
+        self._on_cpu, self._logprobs = _force_on_cpu(), logprobs
+        how = {"enable_trace_replay": True}
+        if self._on_cpu:
+            how = {"logits_processors": [self._on_cpu]}
+        self._llm = start_vllm(folder, given, max_logprobs=logprobs, **how)
+
+    def said(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[dict]]:
+        """Of each token of each answer: token -> what is said of it, the likeliest and itself."""
+        from vllm import SamplingParams
+
+        name = "extra_args" if self._on_cpu else "trace_decode_token_ids"
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=len(answer), detokenize=False, ignore_eos=True,
+                logprobs=self._logprobs, **{name: {"forced": answer} if self._on_cpu else answer},
+            )
+            for answer in answers
+        ]  # fmt: skip
+        asked = [{"prompt_token_ids": each} for each in prompts]
+        outs = self._llm.generate(asked, params, use_tqdm=False)
+        for out, answer in zip(outs, answers, strict=True):
+            if list(out.outputs[0].token_ids) != answer:
+                raise SystemExit(f"expected {answer}, got {out.outputs[0].token_ids}")
+        return [out.outputs[0].logprobs for out in outs]
+
+
 def run(folder: Path, given: argparse.Namespace) -> int:
     """What vLLM says, in two rounds: the second one hits the first one's prefixes."""
     prompts = json.loads((folder / "prompts.json").read_text())
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    on_cpu = _force_on_cpu()
-    how = {"logits_processors": [on_cpu]} if on_cpu else {"enable_trace_replay": True}
-    llm = start_vllm(folder, given, max_logprobs=vocabulary, **how)
-    from vllm import SamplingParams
-
-    def params(index: int) -> SamplingParams:
-        tokens = forced(index)
-        told = {"extra_args": {"forced": tokens}} if on_cpu else {"trace_decode_token_ids": tokens}
-        return SamplingParams(
-            temperature=0, max_tokens=FORCED, detokenize=False, ignore_eos=True,
-            logprobs=vocabulary, **told,
-        )  # fmt: skip
-
-    asked = [{"prompt_token_ids": each} for each in prompts]
+    llm = Vllm(folder, given, vocabulary)
+    answers = [forced(index) for index in range(len(prompts))]
     rounds = np.full((2, len(prompts), FORCED, vocabulary), np.nan, dtype=np.float32)
     for each in rounds:
-        outs = llm.generate(asked, [params(i) for i in range(len(prompts))], use_tqdm=False)
-        for index, out in enumerate(outs):
-            answer = out.outputs[0]
-            if list(answer.token_ids) != forced(index):
-                raise SystemExit(f"expected the answer {forced(index)}, got {answer.token_ids}")
-            for place, said in enumerate(answer.logprobs):
+        for index, row in enumerate(llm.said(prompts, answers)):
+            for place, said in enumerate(row):
                 tokens = list(said)
                 each[index, place, tokens] = [said[token].logprob for token in tokens]
     np.save(folder / f"logits-{given.name}.npy", rounds)
+    return 0
+
+
+def text(folder: Path, given: argparse.Namespace) -> int:
+    """How likely vLLM finds pieces of a text, token by token behind a prompt of its own."""
+    from transformers import AutoTokenizer
+
+    words = given.text.read_text("utf-8")[: 64 * given.requests * (given.prompt + given.tokens)]
+    tokens = AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
+    each, apart = given.prompt + given.tokens, len(tokens) // given.requests
+    if apart < each:
+        raise SystemExit(f"text: expected {given.requests * each} tokens, got {len(tokens)}")
+    rows = [tokens[first * apart :][:each] for first in range(given.requests)]
+    answers = [row[given.prompt :] for row in rows]
+    said = Vllm(folder, given, 1).said([row[: given.prompt] for row in rows], answers)
+    places = [
+        (place, token)
+        for row, answer in zip(said, answers, strict=True)
+        for place, token in zip(row, answer, strict=True)
+    ]
+    nats = np.array([-place[token].logprob for place, token in places])
+    first = np.array([max(place, key=lambda t: place[t].logprob) for place, _ in places])
+    np.savez(given.out, nats=nats, first=first)
+    beside = np.load(given.beside or given.out)
+    print(
+        f"{given.kv_dtype}: {nats.mean():.4f} nats a token of {len(nats)}, "
+        f"{(nats - beside['nats']).mean():+.4f} beside {given.beside or given.out}, "
+        f"{(first == beside['first']).mean():.4f} with the same likeliest token"
+    )
     return 0
 
 
@@ -211,10 +255,11 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    by_attach, by_vllm, comparing = (kinds.add_parser(k) for k in ("attach", "run", "compare"))
-    for each in (by_attach, by_vllm, comparing):
+    named = ("attach", "run", "text", "compare")
+    by_attach, by_vllm, by_text, comparing = (kinds.add_parser(each) for each in named)
+    for each in (by_attach, by_vllm, by_text, comparing):
         each.add_argument("folder", type=Path)
-    for each in (by_attach, by_vllm):
+    for each in (by_attach, by_vllm, by_text):
         each.add_argument("--dtype", default="float32")
     by_attach.add_argument("format")
     by_attach.add_argument("page", type=int)
@@ -222,14 +267,20 @@ def main() -> int:
     by_attach.add_argument("--noise", type=float, default=0.0, help="relative, of attention")
     by_attach.add_argument("--name", help="of what is written (default: what was asked for)")
     add_settings(by_vllm)
+    add_settings(by_text)
     by_vllm.add_argument("--name", required=True, help="of what is written")
+    by_text.add_argument("text", type=Path)
+    by_text.add_argument("--out", type=Path, required=True, help="an .npz file")
+    by_text.add_argument("--beside", type=Path, help="what another run has written")
+    for name, number in (("requests", 6), ("prompt", 512), ("tokens", 64)):
+        by_text.add_argument(f"--{name}", type=int, default=number)
     comparing.add_argument("reference")
     comparing.add_argument("peer")
     comparing.add_argument("names", nargs="+")
     comparing.add_argument("--where", action="store_true", help="print every token's distance")
     given = parser.parse_args()
-    done = {"attach": attach, "run": run, "compare": compare}[given.kind](given.folder, given)
-    return int(done)
+    do = {"attach": attach, "run": run, "text": text, "compare": compare}[given.kind]
+    return int(do(given.folder, given))
 
 
 if __name__ == "__main__":

@@ -67,3 +67,11 @@ def test_a_model_that_cannot_be_measured_asks_for_a_file(folder, monkeypatch, ca
     # Who left the engine to us gets the one that can.
     assert vllm.choose("auto", options, ()) is None
     assert "embedded engine (calibration: expected" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_model_larger_than_the_memory_asks_for_a_file(folder, monkeypatch):
+    monkeypatch.setattr(vllm, "available_bytes", lambda: 1000)
+    with pytest.raises(
+        ValueError, match=r"calibration: expected a file or none .* 1,000 of memory"
+    ):
+        vllm.measure_maps(str(folder))

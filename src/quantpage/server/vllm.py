@@ -19,6 +19,7 @@ from quantpage import console
 from quantpage.errors import QuantPageError, Unavailable
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.hardware import available_bytes
 from quantpage.integrations.hf_transformers.calibration import calibrate_random
 from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
 from quantpage.integrations.hf_transformers.model import load_config, load_model, model_shape
@@ -161,12 +162,19 @@ def measure_maps(path: str) -> str:
     """A file of key maps from a model's weights, as ``attach`` makes them, for vLLM's processes.
 
     Reads the model once more than vLLM does, on the CPU. The file stays where temporary files are.
-    Raises ValueError for a model that cannot be measured.
+    Raises ValueError for a model that cannot be measured, or is larger than the free memory.
     """
     console.note(
         f"quantpage: measuring the keys of {path} on random tokens; a file of "
         "`quantpage calibrate` does better (--calibration FILE)"
     )
+    size = sum(each.stat().st_size for each in find_files(path)[0].glob("*.safetensors"))
+    free = available_bytes()
+    if free is not None and size > free:
+        raise ValueError(
+            f"calibration: expected a file or none for a model of {size:,} bytes where {free:,} "
+            "of memory are free, as measuring its keys reads it once more"
+        )
     try:
         made = calibrate_random(load_model(path)[0])
     except (ValueError, QuantPageError) as error:
