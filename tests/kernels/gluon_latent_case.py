@@ -15,7 +15,14 @@ def compile_latent(code="int8", heads=16, **given):
     """The planner's shape for these heads of one token; ``given`` replaces arguments."""
     tiles = latent_tiles(True, heads, 1, HOPPER, True)
     arguments = decode_arguments(code, tiles.rows, tiles.tile, tiles.stages, heads)
-    planned = {"hints": "*i32", "pages": "i32", "counters": None, "pieces": None, "starts": None}
+    planned = {
+        "hints": "*i32",
+        "pages": "i32",
+        "counters": None,
+        "pieces": None,
+        "starts": None,
+        "LATE": tiles.refill_late,
+    }
     words = planned | {"row_codes": "*i32", "rotary_codes": "*i32", "CODE": CODE_KINDS[code]}
     return compile_kernel(attend_kernel, arguments | words | given, 90, num_warps=tiles.warps)
 

@@ -27,13 +27,15 @@ def decode_arguments(code="int8", rows=64, tile=64, stages=2, heads=128, capabil
     types |= dict.fromkeys(("softmax_scale", "softcap"), "fp32")
     for name in ("requests", "min_tiles", "window", "sink_tokens", "table_row"):
         types[name] = "i32"
+    # Triton compiles a 1 in, and takes any other number at run time.
+    types["row_tiles"] = 1 if heads * new <= rows else "i32"
     for name in decode_kernel.arg_names:
         if name not in types and name[0].islower():
             types[name] = "i32:16"
     return types | {
         "ROW_CODE": CODE_KINDS[code], "ROTARY_CODE": CODE_KINDS[code], "ROW_DIM": RANK,
         "ROTARY_DIM": ROTARY, "ROW_WIDTH": RANK, "ROTARY_WIDTH": ROTARY, "HEADS": heads,
-        "PAGE": page, "ROWS": rows, "ROW_TILES": -(-heads * new // rows), "TILE": tile,
+        "PAGE": page, "ROWS": rows, "TILE": tile,
         "FULL": False, "WINDOW": window, "SOFTCAP": False, "SINKS": False, "CHUNK": 128,
         "STAGES": stages, "PAIRS": True, "HIDES": code == "none" and new > 1,
         "OLD": capability < 89, "BY_KEYS": by_keys, "OVERLAP": capability >= 90,

@@ -47,3 +47,14 @@ def test_writes_and_gathers_keep_to_their_registers(compiled):
     for name, takes in found.items():
         most = 72 if name.startswith("write") else 128
         assert takes["spills"] == 0 and takes["registers"] <= most, name
+
+
+def test_steps_of_any_length_take_the_same_kernels():
+    """A server's prompts differ in length, and so do its drafts."""
+    found = compile_apart("tests.kernels.latent_variants")
+    assert len(found) == 6
+    for name, kernels in found.items():
+        assert kernels, name
+        for kernel, variants in kernels.items():
+            # Of drafts the first fills one tile of query rows, which is compiled in.
+            assert variants <= 2, (name, kernel)

@@ -214,11 +214,12 @@ def arrange(
     # What the launch that joins is compiled for, too.
     both = {
         "VALUE_DIM": value_width, "GROUP": group, "PAGE": batch.page_size, "ROWS": rows,
-        "ROW_TILES": tiles_of_rows, "FULL": isinstance(mask, FullMask),
-        "WINDOW": window is not None, "SEGMENT": SEGMENTS[segment], "SINKS": sinks is not None,
-        "OVERLAP": overlap, "launch_pdl": overlap,
+        "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
+        "SEGMENT": SEGMENTS[segment], "SINKS": sinks is not None, "OVERLAP": overlap,
+        "launch_pdl": overlap,
     }  # fmt: skip
     fixed = both | {
+        "ROW_TILES": tiles_of_rows,
         "K_CODE": k.code, "K_SCALES": k.scales, "K_ZERO": k.has_zero, "K_SHARED": _shared(k),
         "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "TILE": tiles.tile, "SOFTCAP": params.softcap is not None,
@@ -229,7 +230,8 @@ def arrange(
     parts = min(128, max(4, triton.next_power_of_2(programs // all_rows + 2)))
     merged = (
         cuts, part_out, part_lse, batch.query_starts, batch.context_lens, sinks, out, lse,
-        *(earlier or (None, None)), kv_heads, *mask_numbers, out.stride(0), out.stride(1),
+        *(earlier or (None, None)), kv_heads, tiles_of_rows, *mask_numbers, out.stride(0),
+        out.stride(1),
     )  # fmt: skip
     warps = 8 if parts > 64 else 4 if parts > 8 else 1
     # A program a query row.

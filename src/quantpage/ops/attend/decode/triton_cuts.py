@@ -7,7 +7,10 @@ from quantpage.ops.attend.decode.triton_pieces import join_row
 from quantpage.ops.attend.decode.triton_share import key_ranges
 
 
-@triton.jit(do_not_specialize=["kv_heads", "window", "sink_tokens"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "window", "sink_tokens"],
+    do_not_specialize_on_alignment=["row_tiles"],
+)
 def merge_cuts_kernel(
     cuts,
     part_out,
@@ -20,6 +23,7 @@ def merge_cuts_kernel(
     earlier_out,
     earlier_lse,
     kv_heads,
+    row_tiles,
     window,
     sink_tokens,
     out_token,
@@ -27,7 +31,6 @@ def merge_cuts_kernel(
     VALUE_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
     SINKS: tl.constexpr,
     PARTS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -45,8 +48,8 @@ def merge_cuts_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_id = tl.program_id(0)
-    request = row_id // (kv_heads * ROW_TILES)
-    item = row_id % (kv_heads * ROW_TILES)
+    request = row_id // (kv_heads * row_tiles)
+    item = row_id % (kv_heads * row_tiles)
     slot = tl.load(cuts + row_id * 2)
     last = tl.load(cuts + row_id * 2 + 1)
     q_start = tl.load(query_starts + request)
@@ -60,11 +63,11 @@ def merge_cuts_kernel(
     if nothing | (slot >= 0):
         first_program = slot // 2
         parts = tl.where(nothing, 0, last - first_program + 1)
-        row_first = (item % ROW_TILES) * ROWS
+        row_first = (item % row_tiles) * ROWS
         rows = tl.minimum(ROWS, q_len * GROUP - row_first)
         # Later programs hold their piece of this row in their first slot.
         join_row(
             part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,
-            item // ROW_TILES, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
+            item // row_tiles, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
             SINKS, PARTS, tl.program_id(1), tl.num_programs(1), earlier_out, earlier_lse,
         )  # fmt: skip

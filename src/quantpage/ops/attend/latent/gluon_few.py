@@ -23,6 +23,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     Hidden,
     copy_tile,
     far_bits,
+    hide_codes,
     key_part,
     scales_into_l2,
     score_of,
@@ -34,7 +35,63 @@ from quantpage.ops.triton.gluon_compat import (
     mma_v2,
     thread_barrier,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
+
+
+@gluon.jit
+def _unit_scores(row_tile, rotary_tile, q_smem, turned_smem, no_score, k_operand: gl.constexpr):
+    """Scores of a tile's rows and of its rotary channels, unscaled. A part of the codes becomes
+    float16 in registers while the part before is multiplied.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    gl.static_assert(q_smem.shape[1] == 4 * PART)
+    before = key_part(rotary_tile, FP8, WARPS, k_operand)
+    other = warpgroup_mma(
+        before, turned_smem.permute((1, 0)), no_score, use_acc=False, is_async=True
+    )
+    k = _unit_part(row_tile, 0, WARPS, k_operand)
+    even = warpgroup_mma(k, _query_part_of(q_smem, 0), no_score, use_acc=False, is_async=True)
+    other, before = warpgroup_mma_wait(1, deps=(other, before))
+    before = _unit_part(row_tile, 1, WARPS, k_operand)
+    odd = warpgroup_mma(before, _query_part_of(q_smem, 1), no_score, use_acc=False, is_async=True)
+    even, k = warpgroup_mma_wait(1, deps=(even, k))
+    k = _unit_part(row_tile, 2, WARPS, k_operand)
+    even = warpgroup_mma(k, _query_part_of(q_smem, 2), even, is_async=True)
+    odd, before = warpgroup_mma_wait(1, deps=(odd, before))
+    before = _unit_part(row_tile, 3, WARPS, k_operand)
+    odd = warpgroup_mma(before, _query_part_of(q_smem, 3), odd, is_async=True)
+    even, odd, k, before = warpgroup_mma_wait(0, deps=(even, odd, k, before))
+    return even + odd, other
+
+
+@gluon.jit
+def _unit_part(tile, NTH: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    return key_part(tile.slice(NTH * (PART // 4), PART // 4, dim=1), FP8, WARPS, layout)
+
+
+@gluon.jit
+def _query_part_of(q_smem, NTH: gl.constexpr):
+    return q_smem.slice(NTH * PART, PART, dim=1).permute((1, 0))
+
+
+@gluon.jit
+def _refill(
+    row_ring, rotary_ring, stage, row_codes, row_scale, rotary_codes, rotary_scale, row_page,
+    row_scale_page, rotary_page, rotary_scale_page, page, table, t, last_tile, a_first, a_tiles,
+    b_first, last_key, PAGE: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """Ask for tile t, in ``page``, and look up the next one's page."""
+    TILE: gl.constexpr = row_ring.shape[1]
+    key_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+    copy_tile(
+        row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page, page, table,
+        key_start, last_key, PAGE,
+    )  # fmt: skip
+    scales_into_l2(
+        row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, key_start, PAGE, TILE
+    )
+    return page_of(table, t + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS)
 
 
 @gluon.jit
@@ -44,8 +101,8 @@ def walk_few(
     next_page, ahead_page, next_scale, next_other, factor, context, q_len, a_low, a_high, b_low,
     b_high, a_first, a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
     sink_tokens, CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
-    o_layout: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, LATE: gl.constexpr, product: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Outputs (two or four parts of the channels), weights and anchors of a row's tiles.
 
@@ -94,7 +151,7 @@ def walk_few(
 
     stage = 0
     for t in range(first_tile, last_tile):
-        if t == first_tile:
+        if not LATE or t == first_tile:
             async_copy.wait_group(STAGES - 1)
         else:
             async_copy.wait_group(STAGES - 2)
@@ -115,19 +172,21 @@ def walk_few(
             table, t + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
         )
 
-        # Triton 3.6 waits for no asynchronous product of bytes from registers.
-        k = key_part(rotary_keys.index(stage), CODE, WARPS, k_operand)
-        s = warpgroup_mma(k, turned_smem.permute((1, 0)), no_score, use_acc=False)
-        score = score_of(s, CODE, GROUPS, s_layout) * other[:, None]
-        s = no_score
-        # Bytes leave registers for a whole row; of float16 a part does.
-        WIDTH: gl.constexpr = ROW_DIM if BYTES else PART
-        for i in gl.static_range(ROW_DIM // WIDTH):
-            part = row_keys.index(stage).slice(i * (WIDTH // EACH), WIDTH // EACH, dim=1)
-            k = key_part(part, CODE, WARPS, k_operand)
-            q = q_smem.slice(i * WIDTH, WIDTH, dim=1)
-            s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=i > 0)
-        score += score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
+        if BYTES:
+            # Triton 3.6 waits for no asynchronous product of bytes from registers.
+            k = rotary_keys.index(stage).load(k_operand)
+            s = warpgroup_mma(k, turned_smem.permute((1, 0)), no_score, use_acc=False)
+            score = score_of(s, CODE, GROUPS, s_layout) * other[:, None]
+            k = row_keys.index(stage).load(k_operand)
+            s = warpgroup_mma(k, q_smem.permute((1, 0)), no_score, use_acc=False)
+            s = score_of(s, CODE, GROUPS, s_layout)
+        else:
+            s, score = _unit_scores(
+                row_keys.index(stage), rotary_keys.index(stage), q_smem, turned_smem, no_score,
+                k_operand,
+            )  # fmt: skip
+            score = score * other[:, None]
+        score += s * scale[:, None]
         score = score * factor[None, :]
         if SOFTCAP:
             score = capped(score, softcap)
@@ -146,30 +205,31 @@ def walk_few(
             heavy = gl.where(seen, heavy, float("-inf"))
             # Where a key is hidden p is 0: what it is multiplied by has to be finite.
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
+            if CODE == FP8:
+                hide_codes(
+                    row_ring.index(stage),
+                    Hidden(
+                        key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
+                    ),
+                    WINDOW,
+                )  # fmt: skip
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
         p_smem.store(p.to(gl.float16))
         far_smem.store(far_bits(x, GROUPS))
         # P is there, and nobody reads the tile before any more.
         thread_barrier()
-        ahead = t - 1 + STAGES
-        if (t > first_tile) & (ahead < last_tile):
-            ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
-            copy_tile(
-                row_ring, rotary_ring, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
-                rotary_codes, row_page, rotary_page, ahead_page, table, ahead_tile * TILE,
-                last_key, PAGE,
-            )  # fmt: skip
-            scales_into_l2(
-                row_scale, row_scale_page, rotary_scale, rotary_scale_page, ahead_page,
-                ahead_tile * TILE, PAGE, TILE,
-            )  # fmt: skip
-            ahead_page = page_of(
-                table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                ALL_KEYS,
-            )  # fmt: skip
-        if t > first_tile:
-            async_copy.commit_group()
+        if LATE:
+            ahead = t - 1 + STAGES
+            if (t > first_tile) & (ahead < last_tile):
+                ahead_page = _refill(
+                    row_ring, rotary_ring, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
+                    row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
+                    rotary_scale_page, ahead_page, table, ahead, last_tile, a_first, a_tiles,
+                    b_first, last_key, PAGE, WINDOW,
+                )  # fmt: skip
+            if t > first_tile:
+                async_copy.commit_group()
         if gl.max(far_smem.load(far_layout), 0) > FAR:
             old = anchor
             anchor = gl.maximum(anchor, gl.max(heavy, 0) - SHIFT)
@@ -191,18 +251,27 @@ def walk_few(
             thread_barrier()
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
-        hidden = Hidden(key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
         mine = row_ring.index(stage)
         heavy_p = p_smem.load(p_operand)
-        v = value_part(mine, 0, TILE, 0, hidden, CODE, WINDOW, v_operand)
+        v = value_part(mine, 0, TILE, 0, CODE, v_operand)
         acc0 = mma_v2(v, heavy_p, acc0)
-        v = value_part(mine, 0, TILE, 1, hidden, CODE, WINDOW, v_operand)
+        v = value_part(mine, 0, TILE, 1, CODE, v_operand)
         acc1 = mma_v2(v, heavy_p, acc1)
         if V_PARTS > 2:
-            v = value_part(mine, 0, TILE, 2, hidden, CODE, WINDOW, v_operand)
+            v = value_part(mine, 0, TILE, 2, CODE, v_operand)
             acc2 = mma_v2(v, heavy_p, acc2)
-            v = value_part(mine, 0, TILE, 3, hidden, CODE, WINDOW, v_operand)
+            v = value_part(mine, 0, TILE, 3, CODE, v_operand)
             acc3 = mma_v2(v, heavy_p, acc3)
+        if not LATE:
+            # Nobody reads this tile any more.
+            thread_barrier()
+            if t + STAGES < last_tile:
+                ahead_page = _refill(
+                    row_ring, rotary_ring, stage, row_codes, row_scale, rotary_codes, rotary_scale,
+                    row_page, row_scale_page, rotary_page, rotary_scale_page, ahead_page, table,
+                    t + STAGES, last_tile, a_first, a_tiles, b_first, last_key, PAGE, WINDOW,
+                )  # fmt: skip
+            async_copy.commit_group()
         key_start = next_start
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)

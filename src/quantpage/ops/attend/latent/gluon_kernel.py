@@ -65,7 +65,8 @@ def ring_layout(tile, words, wide):
 
 
 @gluon.jit(
-    do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row", "pages"]
+    do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row", "pages"],
+    do_not_specialize_on_alignment=["row_tiles"],
 )
 def attend_kernel(
     q,
@@ -85,6 +86,7 @@ def attend_kernel(
     softmax_scale,
     softcap,
     requests,
+    row_tiles,
     min_tiles,
     window,
     sink_tokens,
@@ -108,23 +110,24 @@ def attend_kernel(
     HEADS: gl.constexpr,
     PAGE: gl.constexpr,
     ROWS: gl.constexpr,
-    ROW_TILES: gl.constexpr,
     FULL: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
     SINKS: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
+    LATE: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4.
+    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4, or 2 of
+    up to 32 rows that are not filled again LATE (launch.LatentTiles).
 
     hints: int32 [programs, HINTS], where a program's first tiles lay in the launch before. pages:
     of the layer. counters: zeros, one a row, by which the last of a row's programs knows that it
     joins the pieces; None: another launch does, and ``cuts`` says what. pieces, starts: a prompt's
     plan (prompts.PromptPlan); None: programs share a decode step's line of tiles.
     """
-    gl.static_assert(STAGES == 3 or STAGES == 4)
+    gl.static_assert(STAGES == 3 or STAGES == 4 or (STAGES == 2 and not LATE and ROWS < 64))
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
     TILE: gl.constexpr = 64
@@ -204,7 +207,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if pieces is None:
         start, end, share, request, begins, even = my_share(
-            query_starts, context_lens, requests, ROW_TILES, min_tiles, window, sink_tokens, PAGE,
+            query_starts, context_lens, requests, row_tiles, min_tiles, window, sink_tokens, PAGE,
             TILE, FULL, WINDOW, ALL_KEYS, CHUNK,
         )  # fmt: skip
         start, end, share = same(start), same(end), same(share)
@@ -333,7 +336,7 @@ def attend_kernel(
                     row_scale_page, rotary_page, rotary_scale_page, table, next_page, ahead_page,
                     scale, other, factor, context, q_len, a_low, a_high, b_low, b_high, a_first,
                     a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
-                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout,
+                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, LATE, product, s_layout,
                     o_layout,
                 )  # fmt: skip
             # Nobody reads the ring any more.
@@ -347,7 +350,7 @@ def attend_kernel(
                 complete = (first_tile == 0) & (last_tile == tiles)
                 slot_id = 2 * program + (position != start).to(gl.int32)
                 if counters is None and first_tile == 0:
-                    cut = cuts + (request * ROW_TILES + item) * 2
+                    cut = cuts + (request * row_tiles + item) * 2
                     store_cut(cut, complete, slot_id, program, position, tiles, share, even)
             else:
                 complete = slot < 0
@@ -372,7 +375,7 @@ def attend_kernel(
                     first, last, first_slot = row_programs(
                         program, position, position - first_tile, tiles, share, even
                     )
-                    if arrive(counters + request * ROW_TILES + item, last - first + 1):
+                    if arrive(counters + request * row_tiles + item, last - first + 1):
                         join_pieces(
                             part_out, part_lse, sinks, out, lse, first_slot, first,
                             last - first + 1, q_start, q_len, row_first, out_token, out_head, ROWS,
@@ -380,7 +383,7 @@ def attend_kernel(
                         )  # fmt: skip
         if pieces is None:
             position += last_tile - first_tile
-            if position - begins >= tiles * ROW_TILES:
+            if position - begins >= tiles * row_tiles:
                 request += 1
                 begins = position
         else:

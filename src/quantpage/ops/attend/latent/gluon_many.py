@@ -33,6 +33,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     Hidden,
     copy_tile,
     far_bits,
+    hide_codes,
     key_part,
     scales_into_l2,
     score_of,
@@ -168,6 +169,14 @@ def walk_many(
             heavy = gl.where(seen, heavy, float("-inf"))
             # Where a key is hidden p is 0: what it is multiplied by has to be finite.
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
+            if CODE == FP8:
+                hide_codes(
+                    row_words.index(stage),
+                    Hidden(
+                        key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
+                    ),
+                    WINDOW,
+                )  # fmt: skip
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
         turn = t % 2
@@ -207,7 +216,6 @@ def walk_many(
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
 
-        hidden = Hidden(key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
         mine = row_words.index(stage)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
@@ -220,9 +228,9 @@ def walk_many(
             )  # fmt: skip
         # A piece of the tile at a time: one is unpacked while the one before is multiplied.
         p_tile = p_smem.index(turn)
-        v = value_part(mine, 0, PIECE, 0, hidden, CODE, WINDOW, v_operand)
+        v = value_part(mine, 0, PIECE, 0, CODE, v_operand)
         acc0 = warpgroup_mma(v, p_tile.slice(0, PIECE), acc0, is_async=True)
-        w = value_part(mine, 0, PIECE, 1, hidden, CODE, WINDOW, v_operand)
+        w = value_part(mine, 0, PIECE, 1, CODE, v_operand)
         acc1 = warpgroup_mma(w, p_tile.slice(0, PIECE), acc1, is_async=True)
         key_start = next_start
         following = gl.minimum(ahead, last_tile - 1)
@@ -241,10 +249,10 @@ def walk_many(
         if BYTES:
             score = score_of(s, CODE, GROUPS, s_layout) * scale[:, None]
         for i in gl.static_range(1, TILE // PIECE):
-            v = value_part(mine, i * PIECE, PIECE, 0, hidden, CODE, WINDOW, v_operand)
+            v = value_part(mine, i * PIECE, PIECE, 0, CODE, v_operand)
             acc0 = warpgroup_mma(v, p_tile.slice(i * PIECE, PIECE), acc0, is_async=True)
             acc1, w = warpgroup_mma_wait(1, deps=(acc1, w))
-            w = value_part(mine, i * PIECE, PIECE, 1, hidden, CODE, WINDOW, v_operand)
+            w = value_part(mine, i * PIECE, PIECE, 1, CODE, v_operand)
             if BYTES and i == TILE // PIECE - 1:
                 s = warpgroup_mma(
                     rotary_bytes.index(stage), turned_smem.permute((1, 0)), no_score, use_acc=False,

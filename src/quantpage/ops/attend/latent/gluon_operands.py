@@ -165,24 +165,33 @@ class Hidden(NamedTuple):
 
 
 @gluon.jit
+def hide_codes(tile, hidden, WINDOW: gl.constexpr):
+    """Codes of keys that no query sees become 0 in shared memory: slots may hold NaN of fp8. Who
+    still makes scores of them hides those too.
+    """
+    TILE: gl.constexpr = tile.shape[0]
+    UNITS: gl.constexpr = 8 * gl.num_warps()
+    units: gl.constexpr = value_layout(TILE, UNITS)
+    key = hidden.key_start + gl.arange(0, TILE, gl.SliceLayout(1, units))
+    shown = shown_keys(
+        key, hidden.a_low, hidden.a_high, hidden.b_low, hidden.b_high, hidden.first_seat,
+        hidden.window, hidden.sink_tokens, WINDOW, ALL_KEYS,
+    )  # fmt: skip
+    for i in gl.static_range(tile.shape[1] // UNITS):
+        part = tile.slice(i * UNITS, UNITS, dim=1)
+        part.store(gl.where(shown[:, None], part.load(units), 0))
+
+
+@gluon.jit
 def value_part(
-    tile, FIRST: gl.constexpr, KEYS: gl.constexpr, NTH: gl.constexpr, hidden, CODE: gl.constexpr,
-    WINDOW: gl.constexpr, layout: gl.constexpr,
+    tile, FIRST: gl.constexpr, KEYS: gl.constexpr, NTH: gl.constexpr, CODE: gl.constexpr,
+    layout: gl.constexpr,
 ):  # fmt: skip
     """V turned over [channels, KEYS] from a tile's words, keys from FIRST on, channels of part NTH,
     eight words a warp, in the order that ``ordered`` undoes.
     """
     UNITS: gl.constexpr = 8 * gl.num_warps()
-    units: gl.constexpr = value_layout(KEYS, UNITS)
-    words = tile.slice(FIRST, KEYS).slice(NTH * UNITS, UNITS, dim=1).load(units)
-    if CODE == FP8:
-        # Slots that no query sees may hold NaN.
-        key = hidden.key_start + FIRST + gl.arange(0, KEYS, gl.SliceLayout(1, units))
-        shown = shown_keys(
-            key, hidden.a_low, hidden.a_high, hidden.b_low, hidden.b_high, hidden.first_seat,
-            hidden.window, hidden.sink_tokens, WINDOW, ALL_KEYS,
-        )  # fmt: skip
-        words = gl.where(shown[:, None], words, 0)
+    words = tile.slice(FIRST, KEYS).slice(NTH * UNITS, UNITS, dim=1).load(value_layout(KEYS, UNITS))
     v0, v1, v2, v3 = unpack(words, CODE)
     v = gl.join(gl.join(v0, v1), gl.join(v2, v3))
     v = gl.permute(gl.reshape(v, [KEYS, UNITS // 8, 8, 2, 2]), (4, 1, 3, 2, 0))

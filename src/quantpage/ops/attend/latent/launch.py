@@ -35,6 +35,8 @@ class LatentTiles:
     """Smallest share of a program: a piece costs a partial result."""
     wgmma: bool = False
     """The Hopper kernel (gluon_kernel), whose tiles have 64 keys."""
+    refill_late: bool = True
+    """Its stages are filled again behind the next tile's barrier, not behind one of their own."""
 
 
 def latent_tiles(

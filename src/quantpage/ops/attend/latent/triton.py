@@ -135,21 +135,21 @@ def arrange(
     mask_numbers = (window or 0, sink_tokens)
     overlap = device_info(q.device).since(HOPPER)
     both: dict[str, Any] = {
-        "PAGE": batch.page_size, "ROWS": tiles.rows, "ROW_TILES": tiles_of_rows,
-        "FULL": isinstance(mask, FullMask), "WINDOW": window is not None,
-        "SINKS": params.sinks is not None, "OVERLAP": overlap, "launch_pdl": overlap,
+        "PAGE": batch.page_size, "ROWS": tiles.rows, "FULL": isinstance(mask, FullMask),
+        "WINDOW": window is not None, "SINKS": params.sinks is not None, "OVERLAP": overlap,
+        "launch_pdl": overlap,
     }  # fmt: skip
     given = (
         q, row.codes, row.scale, rotary.codes, rotary.scale, batch.page_table, batch.query_starts,
         batch.context_lens, params.sinks, out, lse, part_out, part_lse, cuts, params.softmax_scale,
-        params.softcap if params.softcap is not None else 1.0, batch.num_requests, tiles.min_tiles,
-        *mask_numbers, q.stride(0), q.stride(1), row.strides[0], row.scale_strides[0],
-        rotary.strides[0], rotary.scale_strides[0], batch.page_table.stride(0), out.stride(0),
-        out.stride(1),
+        params.softcap if params.softcap is not None else 1.0, batch.num_requests, tiles_of_rows,
+        tiles.min_tiles, *mask_numbers, q.stride(0), q.stride(1), row.strides[0],
+        row.scale_strides[0], rotary.strides[0], rotary.scale_strides[0],
+        batch.page_table.stride(0), out.stride(0), out.stride(1),
     )  # fmt: skip
     merged = (
         cuts, part_out, part_lse, batch.query_starts, batch.context_lens, params.sinks, out, lse,
-        None, None, 1, *mask_numbers, out.stride(0), out.stride(1),
+        None, None, 1, tiles_of_rows, *mask_numbers, out.stride(0), out.stride(1),
     )  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
     parts = min(32, max(4, triton.next_power_of_2(programs // all_rows + 2)))

@@ -11,7 +11,11 @@ from quantpage.ops.triton.common import LN2, NONE
 
 
 # Numbers that change from step to step or from model to model compile no kernel of their own.
-@triton.jit(do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row"])
+# Nor does the number of tiles of query rows, which is a prompt's length, but that of a decode: 1.
+@triton.jit(
+    do_not_specialize=["requests", "min_tiles", "window", "sink_tokens", "table_row"],
+    do_not_specialize_on_alignment=["row_tiles"],
+)
 def decode_kernel(
     q,
     row_codes,
@@ -30,6 +34,7 @@ def decode_kernel(
     softmax_scale,
     softcap,
     requests,
+    row_tiles,
     min_tiles,
     window,
     sink_tokens,
@@ -51,7 +56,6 @@ def decode_kernel(
     HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
     FULL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -76,7 +80,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
-        query_starts, context_lens, requests, ROW_TILES, min_tiles, window, sink_tokens, PAGE, TILE,
+        query_starts, context_lens, requests, row_tiles, min_tiles, window, sink_tokens, PAGE, TILE,
         FULL, WINDOW, ALL_KEYS, CHUNK,
     )  # fmt: skip
     ROW_NUMBER: tl.constexpr = row_codes.dtype.element_ty if ROW_CODE == NONE else tl.float16
@@ -142,7 +146,7 @@ def decode_kernel(
             if first_tile == 0:
                 # Where the row's pieces are, for the merge: the first one's slot, -1 for none, and
                 # the program that holds the last.
-                cut = cuts + (request * ROW_TILES + item) * 2
+                cut = cuts + (request * row_tiles + item) * 2
                 tl.store(cut, tl.where(complete, -1, slot_id))
                 _, last, _ = row_programs(program, position, position, tiles, share, even)
                 tl.store(cut + 1, last)
@@ -166,7 +170,7 @@ def decode_kernel(
                 else:
                     triton_rows.store(part, acc0, acc1, ratio, real, ROW_DIM)
         position += last_tile - first_tile
-        if position - begins >= tiles * ROW_TILES:
+        if position - begins >= tiles * row_tiles:
             request += 1
             begins = position
         item, first_tile, tiles, context, q_start, q_len = _place(
