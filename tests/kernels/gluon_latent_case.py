@@ -5,24 +5,17 @@ import json
 
 from quantpage.hardware import HOPPER
 from quantpage.ops.attend.latent.gluon_kernel import attend_kernel
-from quantpage.ops.attend.latent.launch import latent_tiles
+from quantpage.ops.attend.latent.launch import LONG, latent_tiles
 from quantpage.ops.operand import CODE_KINDS
 from tests.kernels.aot import compile_kernel, resources
 from tests.kernels.latent_case import decode_arguments
 
 
-def compile_latent(code="int8", heads=16, **given):
+def compile_latent(code="int8", heads=16, keys=1, **given):
     """The planner's shape for these heads of one token; ``given`` replaces arguments."""
-    tiles = latent_tiles(True, heads, 1, HOPPER, True)
+    tiles = latent_tiles(True, heads, keys, HOPPER, True)
     arguments = decode_arguments(code, tiles.rows, tiles.tile, tiles.stages, heads)
-    planned = {
-        "hints": "*i32",
-        "pages": "i32",
-        "counters": None,
-        "pieces": None,
-        "starts": None,
-        "LATE": tiles.refill_late,
-    }
+    planned = {"hints": "*i32", "pages": "i32", "counters": None, "pieces": None, "starts": None}
     words = planned | {"row_codes": "*i32", "rotary_codes": "*i32", "CODE": CODE_KINDS[code]}
     return compile_kernel(attend_kernel, arguments | words | given, 90, num_warps=tiles.warps)
 
@@ -30,6 +23,8 @@ def compile_latent(code="int8", heads=16, **given):
 CASES = {
     "int8 16": {},
     "fp8 16": {"code": "fp8"},
+    "int8 16 of many keys": {"keys": LONG + 1},
+    "fp8 16 of many keys": {"code": "fp8", "keys": LONG + 1},
     "int8 32": {"heads": 32},
     "int8 128": {"heads": 128},
     "fp8 128": {"code": "fp8", "heads": 128},

@@ -32,9 +32,7 @@ if HOPPER:
 
 FEW = LatentTiles(16, 64, 4, 3, wgmma=True, min_tiles=1)
 MANY = LatentTiles(64, 64, 8, 3, wgmma=True, min_tiles=1)
-TWO = LatentTiles(
-    16, 64, 4, 2, programs_per_processor=2, wgmma=True, min_tiles=1, refill_late=False
-)
+TWO = LatentTiles(16, 64, 4, 2, programs_per_processor=2, wgmma=True, min_tiles=1)
 SHAPES = pytest.mark.parametrize("tiles", [FEW, TWO, MANY], ids=["few", "two", "many"])
 CODE = pytest.mark.parametrize("code", ["int8", "fp8"])
 RANK, ROTARY = 512, 64

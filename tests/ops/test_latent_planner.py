@@ -36,14 +36,17 @@ def test_the_measured_shapes_are_taken_and_fit():
 
 
 def test_the_hopper_kernel_takes_what_it_was_measured_in():
-    for rows, wanted in (
-        (1, LatentTiles(16, 64, 4, 3, wgmma=True)),
-        (16, LatentTiles(16, 64, 4, 3, wgmma=True)),
-        (32, LatentTiles(32, 64, 8, 3, wgmma=True)),
-        (128, LatentTiles(64, 64, 8, 3, wgmma=True)),
+    one = LatentTiles(16, 64, 4, 3, wgmma=True)
+    two = LatentTiles(16, 64, 4, 2, programs_per_processor=2, wgmma=True)
+    for rows, keys, wanted in (
+        (1, 1, one),
+        (16, 8 * 8192, one),
+        (16, 64 * 4096, two),
+        (1, 16 * 32768, two),
+        *((32, keys, LatentTiles(32, 64, 8, 3, wgmma=True)) for keys in (1, MANY + 1)),
+        *((128, keys, LatentTiles(64, 64, 8, 3, wgmma=True)) for keys in (1, MANY + 1)),
     ):
-        for keys in (1, MANY + 1):
-            assert latent_tiles(True, rows, keys, HOPPER, True) == wanted
+        assert latent_tiles(True, rows, keys, HOPPER, True) == wanted
 
 
 @pytest.mark.parametrize("kilobytes", [0, 99, 163, 227])

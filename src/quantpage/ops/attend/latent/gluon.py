@@ -73,7 +73,6 @@ def _launch(
         SOFTCAP=params.softcap is not None,
         CHUNK=chunk,
         STAGES=tiles.stages,
-        LATE=tiles.refill_late,
         num_warps=tiles.warps,
     )
 

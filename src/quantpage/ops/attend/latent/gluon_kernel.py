@@ -116,18 +116,17 @@ def attend_kernel(
     SINKS: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
-    LATE: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4, or 2 of
-    up to 32 rows that are not filled again LATE (launch.LatentTiles).
+    """Arguments as in triton_kernel.decode_kernel; codes as 32-bit words. STAGES: 3 or 4, of up
+    to 32 rows 2 as well.
 
     hints: int32 [programs, HINTS], where a program's first tiles lay in the launch before. pages:
     of the layer. counters: zeros, one a row, by which the last of a row's programs knows that it
     joins the pieces; None: another launch does, and ``cuts`` says what. pieces, starts: a prompt's
     plan (prompts.PromptPlan); None: programs share a decode step's line of tiles.
     """
-    gl.static_assert(STAGES == 3 or STAGES == 4 or (STAGES == 2 and not LATE and ROWS < 64))
+    gl.static_assert(STAGES == 3 or STAGES == 4 or (STAGES == 2 and ROWS < 64))
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
     TILE: gl.constexpr = 64
@@ -336,7 +335,7 @@ def attend_kernel(
                     row_scale_page, rotary_page, rotary_scale_page, table, next_page, ahead_page,
                     scale, other, factor, context, q_len, a_low, a_high, b_low, b_high, a_first,
                     a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
-                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, LATE, product, s_layout,
+                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout,
                     o_layout,
                 )  # fmt: skip
             # Nobody reads the ring any more.

@@ -16,6 +16,11 @@ MANY = 400_000
 """Keys of all requests from which keys by queries is the faster one."""
 
 
+LONG = 100_000
+"""The same from which the Hopper kernel has two programs a multiprocessor: each takes a row's
+queries and leaves a piece of it, which has to pay."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatentTiles:
     """The shape of a launch."""
@@ -35,8 +40,6 @@ class LatentTiles:
     """Smallest share of a program: a piece costs a partial result."""
     wgmma: bool = False
     """The Hopper kernel (gluon_kernel), whose tiles have 64 keys."""
-    refill_late: bool = True
-    """Its stages are filled again behind the next tile's barrier, not behind one of their own."""
 
 
 def latent_tiles(
@@ -69,12 +72,15 @@ def latent_tiles(
         (64, 64, 8, 3, 1)               189.8     372.6
         (32, 64, 8, 3, 1)               307.3     544.5
 
-        16 heads                        64 x 4k   16 x 32k
-        (16, 64, 4, 3, 1)               69.3      121.6
-        (16, 64, 4, 4, 1)               69.7      122.6
-    and as it was first:
-        (16, 64, 4, 2, 2)               79.4      128.7
-        (16, 64, 4, 3, 1)               75.2      124.4
+        16 heads                        64 x 4k   16 x 32k   8 x 8k
+        (16, 64, 4, 2, 2)               66.9      117.8      26.4
+        (16, 64, 4, 3, 1)               67.6      120.2      25.2
+        (16, 64, 4, 4, 1)               68.1      121.7      26.3
+    fp8:
+        (16, 64, 4, 2, 2)               75.0      124.2      30.6
+        (16, 64, 4, 3, 1)               76.1      131.5      30.3
+        (16, 64, 4, 4, 1)               77.7      132.8      31.6
+    and int8 as it was first:
         (16, 64, 8, 3, 1)               76.5      128.0
         (32, 64, 8, 3, 1)               85.3      151.6
 
@@ -84,8 +90,13 @@ def latent_tiles(
     if wgmma:
         if rows > 32:
             return LatentTiles(64, 64, 8, 3, wgmma=True)
-        # A warpgroup for sixteen rows, two for more, as its outputs fill half of its registers.
-        return LatentTiles(*((16, 64, 4, 3) if rows <= 16 else (32, 64, 8, 3)), wgmma=True)
+        if rows > 16:
+            # Two warpgroups, as outputs fill half of the registers of one.
+            return LatentTiles(32, 64, 8, 3, wgmma=True)
+        if keys > LONG:
+            # One program's threads work while the other's wait for each other.
+            return LatentTiles(16, 64, 4, 2, programs_per_processor=2, wgmma=True)
+        return LatentTiles(16, 64, 4, 3, wgmma=True)
     if capability == HOPPER and rows > 16:
         return LatentTiles(64, 64, 8, 2)
     if capability == HOPPER and codes:

@@ -69,8 +69,8 @@ def planned(q: Tensor, layer: LayerKV, batch: BatchPlan, hopper: bool = False) -
     return fitted(tiles, width, 1 if codes else 2, device.shared_bytes)
 
 
-JOINED = 4
-"""Pieces of a row, mostly, up to which the kernel joins them itself."""
+JOINED = 5
+"""Programs a row up to which the kernel joins pieces itself: mostly so many, and one more."""
 JOINS = 1024
 """Programs of the launch that joins, about."""
 
