@@ -1,6 +1,9 @@
 #include "library.h"
 
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "products.h"
 #include "team.h"
@@ -55,6 +58,15 @@ EXPORT int64_t quantpage_isa() {
   for (int64_t isa = 3; isa >= 0; isa--)
     if (find_kernels(isa)) return isa;
   return -1;
+}
+
+// Whether this machine multiplies tiles of bf16 (AMX): torch does so there, and nothing here.
+EXPORT int64_t quantpage_tiles() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) return d >> 22 & 1;
+#endif
+  return 0;
 }
 
 // The records that this was compiled with, so that Python can refuse a library of another version.

@@ -177,13 +177,23 @@ static void multiply(const Weight* weight, int64_t code, int64_t type, int64_t w
   }
 }
 
-static void rotate(float* head, const uint8_t* cos, const uint8_t* sin, int64_t type, int64_t head_dim) {
-  const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; i++) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * number(cos, type, i) - b * number(sin, type, i);
-    head[i + half] = b * number(cos, type, i + half) + a * number(sin, type, i + half);
+template <int64_t TYPE> static void rotate_as(float* head, const uint8_t* cos, const uint8_t* sin, int64_t half) {
+  int64_t i = 0;
+  for (; i + VW <= half; i += VW) {
+    const vf a = loadf(head + i), b = loadf(head + i + half);
+    storef(head + i, a * numbers<TYPE>(cos, i) - b * numbers<TYPE>(sin, i));
+    storef(head + i + half, b * numbers<TYPE>(cos, i + half) + a * numbers<TYPE>(sin, i + half));
   }
+  for (; i < half; i++) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * number(cos, TYPE, i) - b * number(sin, TYPE, i);
+    head[i + half] = b * number(cos, TYPE, i + half) + a * number(sin, TYPE, i + half);
+  }
+}
+static void rotate(float* head, const uint8_t* cos, const uint8_t* sin, int64_t type, int64_t head_dim) {
+  if (type == F32) rotate_as<F32>(head, cos, sin, head_dim / 2);
+  else if (type == BF16) rotate_as<BF16>(head, cos, sin, head_dim / 2);
+  else rotate_as<F16>(head, cos, sin, head_dim / 2);
 }
 
 static void write(const float* x, int64_t type, int64_t count, uint8_t* out) {

@@ -15,6 +15,9 @@ constexpr int64_t AHEAD = 8192;
 // Tokens from which on each thread prepares its own part of them for all, at the price of one more wait a product.
 constexpr int64_t DIVIDED = 16;
 
+// Tokens that go through a stage together: what they need of each other stays in the second-level cache.
+constexpr int64_t MOST = 128;
+
 // Floats on a cache line that live until the same thread asks again for the same slot.
 static float* scratch(int slot, int64_t count) {
   static thread_local std::vector<float> kept[4];
@@ -103,13 +106,41 @@ struct FinishRoom {
     all = arranged + work.floats(std::max({f.attended_width, f.width, f.gate.rows}));
   }
 };
+// The tokens first to first + count of a step.
+static Project part_of(Project p, int64_t first, int64_t count) {
+  const int64_t size = size_of(p.type), turn = first * p.head_dim * size;
+  p.x += first * p.width * size;
+  p.out += first * rows_of(p) * size;
+  if (p.cos) p.cos += turn, p.sin += turn;
+  p.tokens = count;
+  return p;
+}
+static Finish part_of(Finish f, int64_t first, int64_t count) {
+  const int64_t size = size_of(f.type);
+  f.attended += first * f.attended_width * size;
+  f.residual += first * f.width * size;
+  f.out += first * f.width * size;
+  f.tokens = count;
+  return f;
+}
+// body(part) of a step, about as many tokens each and MOST at most.
+template <class Call, class Body> static int64_t in_parts(const Call& call, const Body& body) {
+  const int64_t parts = (call.tokens + MOST - 1) / MOST;
+  int64_t failed = 0;
+  for (int64_t i = 0; i < parts && !failed; i++) {
+    const int64_t first = call.tokens * i / parts;
+    failed = body(part_of(call, first, call.tokens * (i + 1) / parts - first));
+  }
+  return failed;
+}
 // None for an instruction set that this machine does not run: such a call fails.
-template <class Room, class Call> static int64_t floats_of(const Call& call) {
+template <class Room, class Call> static int64_t floats_of(Call call) {
   const Products* k = find_products(call.isa);
+  call.tokens = std::min(call.tokens, MOST);
   return k ? Room(call, {k, call.code, call.type, call.tokens}).all : 0;
 }
 
-int64_t project(const Project& p, const Team& team) {
+static int64_t project_part(const Project& p, const Team& team) {
   const Products* k = find_products(p.isa);
   if (!k) return 1;
   const int64_t rows = rows_of(p), size = size_of(p.type);
@@ -144,7 +175,7 @@ int64_t project(const Project& p, const Team& team) {
   return 0;
 }
 
-int64_t finish(const Finish& f, const Team& team) {
+static int64_t finish_part(const Finish& f, const Team& team) {
   const Products* k = find_products(f.isa);
   if (!k) return 1;
   const int64_t inner = f.gate.rows, width = f.width, size = size_of(f.type), tokens = f.tokens;
@@ -175,6 +206,13 @@ int64_t finish(const Finish& f, const Team& team) {
     k->write(sum + first, f.type, count, f.out + first * size);
   });
   return 0;
+}
+
+int64_t project(const Project& p, const Team& team) {
+  return in_parts(p, [&](const Project& part) { return project_part(part, team); });
+}
+int64_t finish(const Finish& f, const Team& team) {
+  return in_parts(f, [&](const Finish& part) { return finish_part(part, team); });
 }
 
 int64_t normalize(const Norm& n, const Team& team) {

@@ -1,4 +1,4 @@
-"""A few tokens on a CPU: the compiled core in place of a model's own layers."""
+"""A step on a CPU: the compiled core in place of a model's own layers."""
 
 import copy
 
@@ -21,6 +21,8 @@ pytestmark = [
 CHAINED = ("llama", "multi_query", "mistral_window", "qwen2_bias")
 """Models whose blocks run in one call."""
 PROMPT, LENGTH = 40, 56
+STEPS = 9
+"""A prompt, and the tokens after it two at a time."""
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_float32_logits_are_those_of_float64(name, calls):
     with quantpage.attach(model, kv_format="none", page_size=16):
         got = relative(decode(model, ids), want)
     assert got < max(1.5 * own, 3e-6)
-    assert len(calls) == (8 if name in CHAINED else 0)
+    assert len(calls) == (STEPS if name in CHAINED else 0)
 
 
 @pytest.mark.parametrize("name", CHAINED)
@@ -75,10 +77,10 @@ def test_pages_hold_what_the_models_own_layers_write(kv_format, calls):
     ids, model = tokens(2, LENGTH), tiny("llama", torch.float32)
     with quantpage.attach(model, kv_format=kv_format, page_size=16):
         got = decode(model, ids)
-    assert len(calls) == 8
+    assert len(calls) == STEPS
     with quantpage.attach(model, kv_format=kv_format, page_size=16, implementation="torch"):
         want = decode(model, ids)
-    assert len(calls) == 8
+    assert len(calls) == STEPS
     # Codes differ on ties alone, queries by the 15 bits that the core rounds them to.
     assert (got - want).abs().median() < 2e-3 * want.abs().median()
 
@@ -92,7 +94,8 @@ def test_a_padded_row_is_the_same_row_alone(calls):
         prompt = {"attention_mask": mask, "position_ids": positions}
         both = _decode_padded(model, ids, prompt)
         alone = _decode_padded(model, ids[1:, 9:], {}, PROMPT - 9)
-    assert len(calls) == 2 * 16
+    # The prompt without padding, too.
+    assert len(calls) == 2 * 16 + 1
     torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -126,7 +129,7 @@ def test_int8_weights_are_multiplied_as_the_numbers_they_stand_for(calls):
             want = plain(ids[:, PROMPT : PROMPT + 2], past_key_values=cache).logits
     with quantpage.attach(model, kv_format="none", page_size=16), torch.inference_mode():
         got = model(ids[:, PROMPT : PROMPT + 2], past_key_values=copied).logits
-    assert len(calls) == 2
+    assert len(calls) == 3
     # Of activations in 16 bits (AVX-512); torch's own product takes bfloat16, which is coarser.
     assert relative(got, want.double()) < 2e-4
 
@@ -190,7 +193,7 @@ def test_a_decoder_that_is_called_in_other_ways(name, calls):
         _after_a_prompt(model, ids, CALLS[name], implementation)
         for implementation in (None, "torch")
     )
-    assert len(calls) == 1
+    assert len(calls) == 2
     torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-4)
     assert got.past_key_values.get_seq_length() == PROMPT + 2
 
@@ -202,11 +205,15 @@ def test_what_the_call_of_all_blocks_does_not_answer(calls):
         return lambda model, ids, cache: model.model(ids, **cache_as(model, cache), **others)
 
     made = _after_a_prompt(model, ids, run(return_dict=False), None)
-    assert isinstance(made, tuple) and made[0].shape == (2, 2, 64) and not calls
+    assert isinstance(made, tuple) and made[0].shape == (2, 2, 64)
+    # The prompt before it alone.
+    assert calls == [1]
     with pytest.raises(ValueError, match="exactly one"):
         _after_a_prompt(model, ids, run(inputs_embeds=torch.zeros(2, 2, 64)), None)
     model.config.output_hidden_states = True
-    assert len(_after_a_prompt(model, ids, run(), None).hidden_states) == 4 and not calls
+    assert len(_after_a_prompt(model, ids, run(), None).hidden_states) == 4
+    # Of the refused call the prompt.
+    assert calls == [1, 1]
 
 
 @torch.inference_mode()
@@ -246,7 +253,7 @@ def test_angles_of_every_kind_of_rotary_embedding(kind, calls):
         got = decode(model, ids)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
     # Where frequencies change with the length, blocks that saw them change run by themselves.
-    assert len(calls) == 8 or kind == "dynamic"
+    assert len(calls) == STEPS or kind == "dynamic"
 
 
 @pytest.mark.parametrize("what", ["data", "parameter", "module", "layers"])
@@ -298,16 +305,14 @@ def test_a_step_is_the_same_bits_for_any_number_of_threads(kv_format, calls):
     ids, model = tokens(2, LENGTH), tiny("llama", torch.bfloat16)
     before, made = torch.get_num_threads(), []
     with quantpage.attach(model, kv_format=kv_format, page_size=16) as attached:
-        cache = attached.new_cache()
-        model(ids[:, :PROMPT], **cache_as(model, cache))
         try:
             for threads in (1, 3, 9):
                 torch.set_num_threads(threads)
-                mine = cache.fork()
-                steps = [ids[:, at : at + 1] for at in range(PROMPT, LENGTH)]
-                made.append([model.model(each, **cache_as(model, mine))[0] for each in steps])
+                cache = attached.new_cache()
+                steps = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)]
+                made.append([model.model(each, **cache_as(model, cache))[0] for each in steps])
         finally:
             torch.set_num_threads(before)
-    assert len(calls) == 3 * (LENGTH - PROMPT)
+    assert len(calls) == 3 * (1 + LENGTH - PROMPT)
     for others in made[1:]:
         assert all(map(torch.equal, others, made[0]))

@@ -125,7 +125,6 @@ def test_detaching_waits_for_the_forwards_of_others():
     model, ids = tiny("llama", torch.float32), tokens(1, 20)
     attached = quantpage.attach(model, "int8", page_size=PAGE)
     with torch.inference_mode():
-        wanted = model(ids).logits
         inside, go = threading.Event(), threading.Event()
 
         def wait(*_):
@@ -133,6 +132,10 @@ def test_detaching_waits_for_the_forwards_of_others():
             go.wait(10)
 
         hook = model.model.layers[1].register_forward_hook(wait)
+        go.set()
+        wanted = model(ids).logits
+        inside.clear()
+        go.clear()
 
         def forward():
             with torch.inference_mode():

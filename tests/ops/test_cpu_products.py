@@ -83,7 +83,7 @@ def test_projections_with_norm_bias_and_rotary(tokens, int8, dtype, isa):
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 5, 150])
 def test_the_second_half_of_a_block(tokens, int8, dtype, isa):
     torch.manual_seed(tokens)
     kind = torch.int8 if int8 else dtype
@@ -109,13 +109,13 @@ def test_the_second_half_of_a_block(tokens, int8, dtype, isa):
     assert torch.equal(torch.cat(alone), got)
 
 
-@pytest.mark.parametrize("tokens", [7, 16, 64])
+@pytest.mark.parametrize(("tokens", "width"), [(7, 256), (16, 256), (300, 256), (17, 3200)])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
-def test_results_do_not_depend_on_threads_nor_on_other_tokens(kind, tokens):
+def test_results_do_not_depend_on_threads_nor_on_other_tokens(kind, tokens, width):
     torch.manual_seed(0)
-    product = Projection([weight(3001, 256, kind)[0]])
+    product = Projection([weight(301, width, kind)[0]])
     assert product.serves(torch.bfloat16)
-    x = torch.randn(tokens, 256).bfloat16()
+    x = torch.randn(tokens, width).bfloat16()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -125,6 +125,18 @@ def test_results_do_not_depend_on_threads_nor_on_other_tokens(kind, tokens):
         assert torch.equal(torch.cat([product(each[None]) for each in x]), want)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("width", [1536, 1568, 3200, 8192])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_wide_rows_of_every_length(tokens, width, isa):
+    torch.manual_seed(0)
+    matrix, numbers = weight(21, width, torch.bfloat16)
+    x = torch.randn(tokens, width).bfloat16()
+    product = Projection([matrix])
+    assert product.serves(torch.bfloat16)
+    assert relative(product(x, isa=isa), x.double() @ numbers.T) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)

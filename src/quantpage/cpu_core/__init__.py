@@ -40,6 +40,8 @@ class Core:
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
     """The widest instruction set that this machine runs, an index of ``ISAS``."""
+    tiles: bool
+    """Whether the machine multiplies tiles of bf16 (AMX), as torch does there and the core not."""
 
 
 @lru_cache
@@ -102,7 +104,8 @@ def _open() -> tuple[Core | None, str]:
     }
     run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return Core(**calls, run=run, read=read, isa=isa), ""
+    tiles = bool(_function(library, "tiles")())
+    return Core(**calls, run=run, read=read, isa=isa, tiles=tiles), ""
 
 
 def _difference(library: ctypes.CDLL) -> str:

@@ -1,4 +1,4 @@
-"""All blocks of a decoder for a few tokens, as one call of the compiled core.
+"""All blocks of a decoder for the tokens of a step, as one call of the compiled core.
 
 A block is four records (projections, the write, attention, the rest); the last norm may follow.
 What in them does not change from step to step is packed once: all blocks work in the same buffers,
@@ -19,6 +19,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.cpu_core import core
 from quantpage.cpu_core.interface import ATTEND, FINISH, NORM, PROJECT, WRITE, Record, number
 from quantpage.cpu_core.products import (
+    MAX_TOKENS,
     Norm,
     Projection,
     Rotary,
@@ -119,9 +120,12 @@ class Decoder:
         key = (threading.get_ident(), x.shape[0], x.dtype, torch.get_num_threads())
         found = self._buffers.get(key)
         if found is None:
-            if len(self._buffers) >= _KEPT:
-                self._buffers.clear()
-            found = self._buffers[key] = self._build(x)
+            found = self._build(x)
+            # Of prompts every one is another.
+            if x.shape[0] <= MAX_TOKENS:
+                if len(self._buffers) >= _KEPT:
+                    self._buffers.clear()
+                self._buffers[key] = found
         return found
 
     def _build(self, like: Tensor) -> _Buffers:

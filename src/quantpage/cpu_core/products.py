@@ -1,4 +1,4 @@
-"""Products of weights with a few tokens in the compiled core (csrc/products.h, project.cpp).
+"""Products of weights with a step's tokens in the compiled core (csrc/products.h, project.cpp).
 
 A decode step reads every weight once, so that its time is what reading them takes; torch's product
 of one bf16 row reaches a third of that on a CPU without AMX. Sums are float32 whatever the types
@@ -19,10 +19,18 @@ from quantpage.cpu_core.interface import FINISH, NORM, PROJECT, WEIGHT
 from quantpage.cpu_core.records import CODES
 
 MAX_TOKENS = 64
-"""Of a step; with more torch's product of bf16 is as fast."""
+"""Of one product; with more torch's of bf16 is as fast."""
 MULTIPLE = 32
 """Of what a width has to be."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def most_tokens(dtype: torch.dtype) -> int | None:
+    """Of a step through whole blocks, of activations of this dtype; None: any number.
+
+    Torch's products of many tokens are as fast as the core's, but what stands between them is not.
+    """
+    return MAX_TOKENS if dtype == torch.bfloat16 and core().tiles else None
 
 
 class Matrix(NamedTuple):

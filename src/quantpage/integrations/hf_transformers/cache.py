@@ -101,6 +101,12 @@ class QuantPageCache(Cache):
         for layer, mark in before:
             layer.put_back(mark)
 
+    def lay_out(self, like: Tensor) -> None:
+        """Make room for layers that have none yet; like: [rows, kv_heads, any, head_dim] keys."""
+        for layer in self.paged():
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+
     def begin_step(
         self, rows: int, new: int, padding: Tensor | None, q_heads: int, dtype: torch.dtype
     ) -> tuple[list[LayerKV], list[BatchPlan]] | None:

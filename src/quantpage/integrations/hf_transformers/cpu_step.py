@@ -1,10 +1,11 @@
-"""A decode step on a CPU: linear layers, blocks and whole decoders by the compiled core.
+"""A step on a CPU: linear layers, blocks and whole decoders by the compiled core.
 
 ``nn.Linear`` of a few tokens is bound by reading its weights, which torch does at a third of the
 memory's speed. Every linear layer of an attached model asks the core instead. A block whose code is
 Llama's is four calls: projections with norm and rotary embedding, the write, attention, and the
 rest; and a decoder of such blocks (Llama, Mistral, Qwen 2) runs them in one call, with nothing of
-the model's own code around it. Prompts, training and whatever the core does not know run that code.
+the model's own code around it, prompts too. Training and whatever the core does not know run that
+code.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from quantpage.cpu_core.products import (
     Projection,
     Rotary,
     SecondHalf,
+    most_tokens,
 )
 from quantpage.integrations.hf_transformers import functions
 from quantpage.integrations.hf_transformers.arguments import cache_name, parameters, take_cache
@@ -88,12 +90,13 @@ class _Parts:
         return any(self._hooks)
 
 
-def _served_here(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a step of a few tokens, of which nobody wants gradients or a graph."""
+def _served_here(x: Tensor, weight: Tensor, most: int | None) -> bool:
+    """Whether this is a step of at most so many tokens, without gradients or a graph."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and x.numel() > 0
+        and (most is None or x.numel() <= most * x.shape[-1])
         and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -117,7 +120,7 @@ class _Linear:
         """``x @ weight.T + bias``."""
         weight = self._matrix.weight
         if (
-            _served_here(x, weight)
+            _served_here(x, weight, MAX_TOKENS)
             and x.shape[-1] == weight.shape[1]
             and self._parts.same()
             and self._product.serves(x.dtype)
@@ -192,7 +195,7 @@ class _Block:
         module = self._module
         if (
             type(cache) is not QuantPageCache
-            or not _served_here(x, self.weight)
+            or not _served_here(x, self.weight, most_tokens(x.dtype))
             or (mask is not None and mask.ndim != 2)
             or not kwargs.keys() <= _HARMLESS
             or module.training
@@ -238,7 +241,7 @@ class _Model:
         self._normed = is_llama_norm(norm)
         last = Norm(norm.weight, norm.variance_epsilon) if self._normed else None
         self._decoder = Decoder([each.block() for each in blocks], last)
-        self._q_heads = blocks[0].block().q_heads
+        _, _, self._q_heads, self._kv_heads, self._head_dim, *_ = blocks[0].block()
         self._names = parameters(module)
         self._still = is_still_rotary(module.rotary_emb)
 
@@ -258,14 +261,16 @@ class _Model:
             or known is None
             or (tokens is not None and x is not None)
             or known.ndim != 2
-            or not 0 < known.numel() <= MAX_TOKENS
+            or not known.numel()
             or not (mask is None or (type(mask) is Tensor and mask.ndim == 2))
             or not self._asks_nothing_else(given)
             or not self._unchanged()
         ):
             return None
         x = self._module.embed_tokens(tokens) if x is None else x
-        if not _served_here(x, self._blocks[0].weight) or not self._decoder.serves(x.dtype):
+        weight = self._blocks[0].weight
+        most = most_tokens(x.dtype)
+        if not _served_here(x, weight, most) or not self._decoder.serves(x.dtype):
             return None
         rows, new, width = x.shape
         past = cache.get_seq_length()
@@ -276,6 +281,7 @@ class _Model:
         cos, sin = (each.expand(rows, -1, -1).flatten(0, 1) for each in self._turn(x, positions))
         with cache.rows.still():
             padding = functions.padding_of(mask, past + new)
+            cache.lay_out(x.new_empty(rows, self._kv_heads, 0, self._head_dim))
             begun = cache.begin_step(rows, new, padding, self._q_heads, x.dtype)
             if begun is None:
                 return None
