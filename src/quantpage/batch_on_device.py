@@ -30,9 +30,10 @@ def plan_on_device(
     of all; columns of the table cover them. exact_table: logical page -> exact page or -1, for
     formats that keep exact pages.
 
-    Slots and positions are worked out where the tensors are. On a CPU what they hold is checked,
-    elsewhere their shapes (``BatchPlan.check_values`` reads back). Raises ValueError for what does
-    not belong together.
+    Slots and positions are worked out where the tensors are, so that a CUDA graph may hold the
+    call; there a row without a request has context_lens 0, and writes and reads nothing. On a CPU
+    what they hold is checked, elsewhere their shapes (``BatchPlan.check_values`` reads back).
+    Raises ValueError for what does not belong together.
     """
     query_lens = tuple(query_lens)
     bounds = (longest,) * len(query_lens) if isinstance(longest, int) else tuple(longest)
@@ -58,7 +59,8 @@ def plan_on_device(
     def slots(table: Tensor) -> Tensor:
         columns = (positions // page_size).clamp(0, table.shape[1] - 1)
         pages = table[owners, columns].long()
-        return torch.where(pages < 0, -1, pages * page_size + positions % page_size)
+        nowhere = (pages < 0) | (positions < 0)
+        return torch.where(nowhere, -1, pages * page_size + positions % page_size)
 
     exact = None if exact_table is None else ExactPlan(exact_table, slots(exact_table))
     plan = BatchPlan(

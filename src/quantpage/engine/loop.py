@@ -67,13 +67,15 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase",
         limits: Limits,
         prefix_cache: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         """tokenizer: the model's. prefix_cache: False forgets prompts with their answers.
+        cuda_graphs: False runs decode steps on a GPU kernel by kernel too.
 
         Raises UnsupportedModel for models with another state than keys and values, or with
         rotations that change with the longest request of a step.
         """
-        self._runner = StepRunner(attached, limits)
+        self._runner = StepRunner(attached, limits, cuda_graphs)
         self.tokenizer, self.limits = tokenizer, limits
         shelves, page_size = self._runner.memory.shelves, self._runner.page_size
         known = KnownPages(shelves, page_size) if prefix_cache else None

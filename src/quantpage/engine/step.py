@@ -9,7 +9,9 @@ from collections.abc import Sequence as Listed
 import torch
 from torch import Tensor
 
+from quantpage.batch import BatchPlan
 from quantpage.cache import PageCopy, Reach
+from quantpage.engine.graphs import DecodeGraphs
 from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
@@ -18,7 +20,7 @@ from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.digest import model_digest
 from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
-from quantpage.integrations.hf_transformers.step import Part, Step, plan_part
+from quantpage.integrations.hf_transformers.step import Part, Step, plan_part, tables_of
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
@@ -27,7 +29,7 @@ _MOVING_ROTATION = ("dynamic", "longrope")
 class StepRunner:
     """An attached model over a fixed number of pages."""
 
-    def __init__(self, attached: Attached, limits: Limits) -> None:
+    def __init__(self, attached: Attached, limits: Limits, cuda_graphs: bool = True) -> None:
         _refuse(attached)
         self._attached, self._model = attached, attached.model
         self._cache = attached.new_cache()
@@ -41,12 +43,40 @@ class StepRunner:
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
             pages = pool_pages(shelf.reach, limits, self.page_size)
             self.memory.make_room(shelf, pages, exact)
+        self.graphs: DecodeGraphs | None = None
+        options = attached.options
+        # A check reads back from the device, and a mask of one's own may.
+        if cuda_graphs and self.device.type == "cuda" and not (options.checked or options.mask):
+            longest = self._longest(limits)
+            self.graphs = DecodeGraphs(
+                self._decode, self.memory.shelves, limits.max_running, longest
+            )
 
     @torch.inference_mode()
     def run(self, chunks: Listed[Chunk], copies: list[tuple[Reach, PageCopy]]) -> Tensor:
         """[chunks, vocabulary] logits after the last token of each chunk; pages are written."""
         for reach, copy in copies:
             self.memory.shelves[reach].store.copy_pages([copy])
+        logits = self._replayed(chunks)
+        return self._eager(chunks) if logits is None else logits
+
+    def _replayed(self, chunks: Listed[Chunk]) -> Tensor | None:
+        """A step in which every answer brings one token, as a CUDA graph; None where it is none."""
+        if self.graphs is None or any(chunk.tokens != 1 for chunk in chunks):
+            return None
+        answers = [chunk.answer for chunk in chunks]
+        holdings = [each.holding for each in answers if each.holding is not None]
+        contexts = [each.cached_length + 1 for each in answers]
+        return self.graphs.run(
+            [each.tokens[at - 1] for each, at in zip(answers, contexts, strict=True)],
+            contexts,
+            {
+                reach: tables_of([each.tables[reach] for each in holdings], shelf, None)
+                for reach, shelf in self.memory.shelves.items()
+            },
+        )
+
+    def _eager(self, chunks: Listed[Chunk]) -> Tensor:
         holdings = [chunk.answer.holding for chunk in chunks]
         new = [chunk.tokens for chunk in chunks]
         parts = self._planned = {
@@ -64,20 +94,37 @@ class StepRunner:
             for chunk in chunks
             for token in chunk.answer.tokens[chunk.answer.cached_length :][: chunk.tokens]
         ]
+        ends = (plan.query_starts[1:] - 1).to(torch.int64)
+        return self._forward(torch.tensor(tokens, device=self.device), plan.positions, parts, ends)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, plans: dict[Reach, BatchPlan]) -> Tensor:
+        return self._forward(tokens, positions, {at: Part(each) for at, each in plans.items()}, 0)
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, parts: dict[Reach, Part], kept: Tensor | int
+    ) -> Tensor:
+        """Logits of the tokens that ``kept`` names; 0: of all."""
         rows = self._cache.rows
         rows.frozen = Step(0, len(tokens), 1, parts, None)
         try:
             out = self._model(
-                input_ids=torch.tensor([tokens], device=self.device),
-                position_ids=plan.positions[None],
+                input_ids=tokens[None],
+                position_ids=positions[None],
                 use_cache=True,
-                logits_to_keep=(plan.query_starts[1:] - 1).to(torch.int64),
+                logits_to_keep=kept,
                 **cache_as(self._model, self._cache),
             )
         finally:
             rows.frozen = None
             self._cache.set_length(0)
-        return out.logits[0]
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _longest(self, limits: Limits) -> int:
+        """Tokens of the longest context that pages and the model's positions have room for."""
+        known = getattr(text_config(self._model.config), "max_position_embeddings", None)
+        held = limits.pages * self.page_size
+        return min(held, known) if isinstance(known, int) and known > 0 else held
 
     def digest(self) -> str:
         """Of what keys and values depend on besides tokens and formats; reads every weight once."""

@@ -9,6 +9,9 @@ from quantpage.batch import BatchPlan, one_more, plan_batch
 from quantpage.cache import LayerKV, Reach, Sequence, Working, find_working
 from quantpage.integrations.hf_transformers.memory import Shelf
 
+Tables = tuple[list[list[int]], list[list[int]], list[int] | None]
+"""Pages and exact pages of each row, and the first pages that are there where a window lets go."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -17,8 +20,8 @@ class Part:
     batch: BatchPlan
     working: Working | None = None
     """What a layer works in, where the step reads pages that are not kept."""
-    tables: tuple[list[list[int]], list[list[int]], list[int] | None] = ([], [], None)
-    """What the plan was made of: pages and exact pages of each row, first pages that are there."""
+    tables: Tables = ([], [], None)
+    """What the plan was made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +66,8 @@ def plan_part(
     """
     device = shelf.store.device
     working = find_working(rows, device)
-    codes, exact = (None, None) if working is None else (working.codes, working.exact)
-    pages = [each.pages for each in rows] if codes is None else codes.tables
-    near = [each.exact_pages for each in rows] if exact is None else exact.tables
-    first_pages = None
-    if shelf.reach.limited:
-        first_pages = [first_there(each) for each in pages]
-        # What a window has left is hidden, but a kernel may load it before: it has to be readable.
-        pages = [[max(page, 0) for page in table] for table in pages]
-        near = [_with_ends(*each) for each in zip(rows, near, strict=True)]
+    tables = pages, near, first_pages = tables_of(rows, shelf, working)
     contexts = [each.length + each.reserved for each in rows]
-    tables = (pages, near, first_pages)
     if before is not None and working is before.working is None and tables == before.tables:
         batch = one_more(before.batch)
         if batch is not None and (batch.query_lens, batch.host_context_lens) == (
@@ -92,6 +86,19 @@ def plan_part(
     )
     kept = [[*each] for each in pages], [[*each] for each in near], first_pages
     return Part(batch, working, kept)
+
+
+def tables_of(rows: Rows[Sequence], shelf: Shelf, working: Working | None) -> Tables:
+    """The pages that a step of ``rows`` reads and writes."""
+    codes, exact = (None, None) if working is None else (working.codes, working.exact)
+    pages = [each.pages for each in rows] if codes is None else codes.tables
+    near = [each.exact_pages for each in rows] if exact is None else exact.tables
+    if not shelf.reach.limited:
+        return pages, near, None
+    # What a window has left is hidden, but a kernel may load it before: it has to be readable.
+    readable = [[max(page, 0) for page in table] for table in pages]
+    near = [_with_ends(*each) for each in zip(rows, near, strict=True)]
+    return readable, near, [first_there(each) for each in pages]
 
 
 def first_there(pages: Rows[int]) -> int:
