@@ -91,4 +91,5 @@ def test_a_step_of_vllms_is_a_plan_of_ours():
     near = builder.build(0, given)
     exact = near.with_exact(given.block_table_tensor, given.slot_mapping)
     assert exact is near.with_exact(given.block_table_tensor, given.slot_mapping)
-    assert exact.exact.slots.shape == (4,) and near.plan.exact is None
+    (part,) = exact
+    assert part.plan.exact.slots.shape == (4,) and near.plan.exact is None
