@@ -288,6 +288,13 @@ MUTATIONS = (
         ("tests/ops/test_triton_rope_write.py::test_keys_that_are_rounded_in_turn",),
     ),
     Mutation(
+        "pages of less than a tile go to the kernel that copies tiles",
+        _OPS + "attend/decode/triton.py",
+        "return not layer.page_size % 64 and one",
+        "return one",
+        ("tests/ops/test_decode_planner.py",),
+    ),
+    Mutation(
         "the exact pages' result enters the body with its channels in each other's place",
         _OPS + "attend/decode/triton_parts.py",
         "part = tl.load(others[None, :] + channel[:, None], mask, 0.0)",

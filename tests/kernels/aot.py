@@ -30,6 +30,8 @@ class Resources:
     counts: collections.Counter = field(repr=False)
     loop: list[str] = field(repr=False)
     """Instructions of the hottest loop (the longest one that holds a matrix product)."""
+    inner: list[str] = field(repr=False)
+    """The same of loops that hold no other with products."""
 
     def find(self, pattern: str) -> int:
         return sum(n for name, n in self.counts.items() if re.match(pattern, name))
@@ -39,8 +41,8 @@ class Resources:
 
 
 def compile_kernel(kernel, arguments: dict, capability: int, **options):
-    """arguments: a type ('*fp16', 'i32', 'fp32') for run-time ones, a NamedTuple of types for a
-    record, anything else is constexpr.
+    """arguments: a type ("*fp16", "i32", "fp32", "tensordesc<..>") for run-time ones, a NamedTuple
+    of types for a record, anything else is constexpr.
 
     Types that end in ':16' are multiples of 16.
     """
@@ -52,7 +54,7 @@ def compile_kernel(kernel, arguments: dict, capability: int, **options):
             for inner, each in enumerate(given):
                 if each.endswith(":16") or each.startswith("*"):
                     aligned[(at, inner)] = [["tt.divisibility", 16]]
-        elif isinstance(given, str) and re.match(r"\*|i32|i64|fp32", given):
+        elif isinstance(given, str) and re.match(r"\*|i32|i64|fp32|tensordesc", given):
             signature[name] = given.removesuffix(":16")
             if given.endswith(":16") or given.startswith("*"):
                 aligned[(at,)] = [["tt.divisibility", 16]]
@@ -75,7 +77,7 @@ def resources(compiled) -> Resources:
     names = [m.group(1) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
     return Resources(
         int(found.group(1)), int(found.group(2)), int(found.group(4)), compiled.metadata.shared,
-        collections.Counter(names), _hot_loop(sass),
+        collections.Counter(names), *_loops(sass),
     )  # fmt: skip
 
 
@@ -86,9 +88,12 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _hot_loop(sass: str) -> list[str]:
-    """The shortest backward branch's body among those with the most matrix products."""
-    lines, labels = [], {}
+def _loops(sass: str) -> tuple[list[str], list[str]]:
+    """The shortest backward branch's body among those with the most matrix products, and the same
+    among those that hold no other with products.
+    """
+    lines: list[str] = []
+    labels: dict[str, int] = {}
     loops = []
     for line in sass.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
@@ -101,11 +106,17 @@ def _hot_loop(sass: str) -> list[str]:
         lines.append(found.group(1))
         target = re.search(r"BRA.*?\(?(\.L_x_\d+)", line)
         if target and target.group(1) in labels:
-            loops.append(lines[labels[target.group(1)] :])
-    best: list[str] = []
-    most = 0
-    for loop in loops:
-        products = sum(1 for name in loop if name.startswith(("HMMA", "HGMMA", "UTCHMMA")))
-        if products > most or (products == most and products and len(loop) < len(best)):
-            best, most = loop, products
-    return best
+            loops.append((labels[target.group(1)], len(lines)))
+
+    def products(loop: tuple[int, int]) -> int:
+        wanted = ("HMMA", "HGMMA", "UTCHMMA")
+        return sum(1 for name in lines[slice(*loop)] if name.startswith(wanted))
+
+    def best(loops: list[tuple[int, int]]) -> list[str]:
+        rank = max(loops, key=lambda one: (products(one), one[0] - one[1]), default=(0, 0))
+        return lines[slice(*rank)]
+
+    busy = [loop for loop in loops if products(loop)]
+    # Not what begins inside another loop and ends behind it: turns of a wait stand at the end.
+    inner = [one for one in busy if not any(o[1] < one[1] and one[0] < o[1] for o in busy)]
+    return best(busy), best(inner)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quantpage.bench.cases import Case, make_layer
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.ops.attend import CANDIDATES
-from quantpage.ops.attend.decode.launch import MAX_ROWS, decode_tiles, fitted, row_tiles
+from quantpage.ops.attend.decode.launch import EXACT_ROWS, MAX_ROWS, decode_tiles, fitted, row_tiles
+from quantpage.ops.attend.decode.triton import in_boxes
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.refusals import (
     DECODE_GLUON,
@@ -27,10 +29,34 @@ CALL = Call(H200, FORMATS["int8"], torch.bfloat16, 32, 8, 128, 128, 64, "decode"
 
 @pytest.mark.parametrize("group", [1, 4, 7, 16])
 @pytest.mark.parametrize("new", [1, 2, 8, 16])
-def test_row_tiles_cover_all_query_rows(group, new):
-    rows, tiles = row_tiles(group, new)
-    assert 8 <= rows <= MAX_ROWS and rows & (rows - 1) == 0
+@pytest.mark.parametrize(("least", "most"), [(8, MAX_ROWS), (8, EXACT_ROWS), (64, 64)])
+def test_row_tiles_cover_all_query_rows(group, new, least, most):
+    rows, tiles = row_tiles(group, new, least, most)
+    assert least <= rows <= most and rows & (rows - 1) == 0
     assert rows * tiles >= group * new > rows * (tiles - 1)
+
+
+@pytest.mark.parametrize("name", HOPPER_FORMATS)
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("new", [1, 4, 8, 16])
+def test_many_query_rows_have_a_kernel_of_their_own_where_tma_reads_their_pages(name, group, new):
+    given = FORMATS[name]
+    rows, tiles_of_rows = row_tiles(group, new)
+    for width in (128, 256):
+        few = decode_tiles(given.key, given.value, width, rows, 10**6, tiles_of_rows, True)
+        assert not few.drafts and few.rows == (8, MAX_ROWS)
+        many = decode_tiles(given.key, given.value, width, rows, 10**6, tiles_of_rows, True, True)
+        assert many.drafts == (width == 128 and rows > 32 and given.key.code.name != "fp8")
+        if not many.drafts:
+            assert many == few
+            continue
+        assert row_tiles(group, new, *many.rows) == (64, tiles_of_rows)
+        # A ring of codes, values in float16, keys where they are not multiplied as they lie, and
+        # queries: twice on a multiprocessor.
+        numbers = 16 + 16 + (8 if given.key.code.name == "int4" else 0)
+        ring = many.stages * (given.key.code.bits + given.value.code.bits)
+        assert 2 * (ring + numbers + 3) <= 227 and many.stages >= 4
+        assert many.programs_per_processor == 2
 
 
 @pytest.mark.parametrize("name", KERNEL_FORMATS)
@@ -51,6 +77,33 @@ def test_every_call_has_a_launch(name, width, rows):
             # Drafts are what the Hopper kernel is for.
             if name in HOPPER_FORMATS and rows == 32:
                 assert tiles.wgmma
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "k8v4", "int8_static"])
+def test_tma_copies_pages_of_whole_tiles_whose_places_it_can_name(name):
+    def layer_of(page_size, heads=2):
+        case = Case(2, 300, kv_heads=heads, page_size=page_size)
+        made = make_layer(case, name, "cpu")
+        return made if made.exact_key is None else made.body()
+
+    assert in_boxes(layer_of(64)) and in_boxes(layer_of(128))
+    assert not in_boxes(layer_of(16)) and not in_boxes(layer_of(96))
+    layer = layer_of(64, 3)
+    assert in_boxes(layer)
+    # Of every other page, codes begin where TMA can; eight bytes later they do not.
+    moved = replace(layer, key=replace(layer.key, codes=shifted(layer.key.codes, 16)))
+    assert in_boxes(moved)
+    moved = replace(layer, key=replace(layer.key, codes=shifted(layer.key.codes, 8)))
+    assert not in_boxes(moved)
+    if layer.value.spec.dynamic:
+        moved = replace(layer, value=replace(layer.value, scale=shifted(layer.value.scale, 4)))
+        assert not in_boxes(moved)
+
+
+def shifted(tensor, count):
+    """The same numbers ``count`` elements later in memory."""
+    room = torch.empty(tensor.numel() + count, dtype=tensor.dtype)
+    return room[count:].view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("kilobytes", [227, 163, 99], ids=["hopper", "ampere", "ada"])

@@ -41,8 +41,10 @@ def test_no_step_up_to_the_size_asks_for_more(data):
         all_rows = requests * 8 * tiles_of_rows
         tiles = decode_tiles(
             form.key, form.value, width, rows, 8 * requests * contexts, all_rows,
-            data.draw(st.booleans()),
+            data.draw(st.booleans()), data.draw(st.booleans()),
         )  # fmt: skip
+        rows, tiles_of_rows = row_tiles(call.group, new, *tiles.rows)
+        all_rows = requests * 8 * tiles_of_rows
         programs = programs_of(tiles, 132, all_rows)
         asked = piece_sizes(programs, rows, width, all_rows)
         assert all(a <= b for a, b in zip(asked, pieces, strict=True))

@@ -28,7 +28,7 @@ _FP8 = Constant("""{
  cvt.rn.f16x2.e4m3x2 $1, b;
 }""")
 # Low nibbles first, then high ones; 0x6408 is 1024 + 8.
-_INT4 = Constant("""{
+INT4_ASM = Constant("""{
  .reg .b32 x, magic, bias, t;
  mov.b32 magic, 0x64646464; mov.b32 bias, 0x64086408;
  and.b32 x, $4, 0x0f0f0f0f;
@@ -68,7 +68,7 @@ def to_float16(codes, CODE: tl.constexpr, OLD: tl.constexpr):
             high = ((codes >> 4).to(tl.int8) - 8).to(tl.float16)
         else:
             low, high = tl.inline_asm_elementwise(
-                _INT4,
+                INT4_ASM,
                 "=r,=r,=r,=r,r",
                 [codes],
                 dtype=(tl.float16, tl.float16),

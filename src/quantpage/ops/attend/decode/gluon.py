@@ -4,15 +4,25 @@ The planner (decode/launch) knows where each kernel is the faster one: steps of 
 long contexts in few rows and unquantized pages go to the Triton kernel, exact pages always.
 """
 
+import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import HOPPER, device_info
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
+from quantpage.ops.attend.decode.gluon_drafts import drafts_kernel
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
 from quantpage.ops.attend.results import Results
 from quantpage.ops.checks import Needs
+from quantpage.ops.operand import A_TOKEN, Operand
+from quantpage.ops.triton.gluon_compat import TensorDescriptor
+
+_ELEMENTS = {
+    torch.int8: gl.int8, torch.uint8: gl.uint8, torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16, torch.float32: gl.float32,
+}  # fmt: skip
 
 
 def decode_into(
@@ -30,9 +40,32 @@ def decode_into(
         triton.decode_into(results, q, layer, batch, params, options)
         return
     made = triton.arrange(results, q, layer, batch, params, options)
-    if made.programs:
+    if not made.programs:
+        return
+    if tiles.drafts:
+        (k, v), (queries, _, _, _, _, _, _, *others) = made.halves, made.given
+        codes = copied(k.codes, tiles.tile), copied(v.codes, tiles.tile)
+        scales = [_plane(half.scale, half, tiles.tile) for half in (k, v)]
+        zeros = [_plane(half.zero, half, tiles.tile) for half in (k, v)]
+        drafts_kernel[(made.programs,)](
+            queries, *codes, *scales, *zeros, *others, *made.places, **made.fixed
+        )
+    else:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
-        triton.join(made)
+    triton.join(made)
+
+
+def copied(pages: Tensor, tile: int) -> TensorDescriptor:
+    """[pages, kv_heads, page], or with rows, as TMA copies it: ``tile`` keys of one page."""
+    block = [1, 1, tile, *pages.shape[3:]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[pages.dtype])
+    return TensorDescriptor.from_tensor(pages, block, layout)
+
+
+def _plane(plane: Tensor, half: Operand, tile: int) -> TensorDescriptor | Tensor:
+    """Scales or zeros of tokens; those of channels as they lie, as what stands in for none."""
+    own = half.scales == A_TOKEN and plane is not half.codes
+    return copied(plane.squeeze(-1), tile) if own else plane
 
 
 def serves(q: Tensor, layer: LayerKV) -> bool:

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode import triton_pieces
+from quantpage.ops.attend.decode.gluon_ends import end_outputs, end_sums
 from quantpage.ops.attend.decode.gluon_operands import (
     byte_layout,
     byte_operand,
@@ -40,12 +40,9 @@ from quantpage.ops.attend.decode.gluon_rows import (
     find_piece,
     row_sums,
     seen_pairs,
-    store_cut,
-    with_sink,
 )
 from quantpage.ops.attend.decode.gluon_share import (
     copy_codes,
-    here,
     keys_of_all,
     my_share,
     page_of,
@@ -55,7 +52,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     tile_at,
 )
 from quantpage.ops.triton import words as triton_words
-from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LN2, LOG2E, STATIC, Constant
+from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, LOG2E, STATIC, Constant
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
     fence_async_shared,
@@ -66,7 +63,6 @@ from quantpage.ops.triton.gluon_compat import (
 )
 
 log2_fast = gluon.jit(triton_words.log2_fast.fn)
-add_key = gluon.jit(triton_pieces.add_key.fn)
 
 SHIFT = Constant(6.0)
 """log2 of the largest p * v_scale of a row when its anchor was set."""
@@ -416,75 +412,25 @@ def decode_kernel(
                 key_start = next_start
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             async_copy.wait_group(0)
-            row = here(row_first) + gl.arange(0, ROWS, s_rows)
-            real = row < q_len * GROUP
-            token_at = (q_start + row // GROUP).to(gl.int64)
-            q_head_at = head * GROUP + row % GROUP
-            complete = (first_tile == 0) & (last_tile == tiles)
-            total, row_lse, ratio = row_sums(weights, anchor, s_rows)
-            slot_id = 2 * program + (position != start).to(gl.int32)
-            if EARLIER:
-                if BESIDE:
-                    tl.extra.cuda.gdc_wait()
-                # Rows that were cut take it in where they are joined.
-                earlier_at = earlier_lse + token_at * (kv_heads * GROUP) + q_head_at
-                own = gl.load(earlier_at, mask=real & complete, other=float("-inf")) * LOG2E
-                row_lse, ratio, other_share = add_key(row_lse, ratio, own)
-            if first_tile == 0:
-                cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
-                store_cut(cut, complete, slot_id, program, position, tiles, share, even)
-            if complete:
-                if SINKS:
-                    without = row_lse
-                    row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)
-                    if EARLIER:
-                        other_share *= gl.exp2(without - row_lse)
-                if lse is not None:
-                    at = lse + token_at * (kv_heads * GROUP) + q_head_at
-                    gl.store(at, row_lse * LN2, mask=real)
-            else:
-                piece = slot_id.to(gl.int64) * ROWS + gl.arange(0, ROWS, s_rows)
-                gl.store(part_lse + piece, row_lse, mask=real)
+            ended = end_sums(
+                weights, anchor, s_rows, row_sums, row_first, q_start, q_len, head, kv_heads,
+                first_tile, last_tile, tiles, program, position, start, request, item, share, even,
+                earlier_lse, cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, EARLIER,
+                BESIDE,
+            )  # fmt: skip
+            ratio = ended.ratio
             o = acc * gl.convert_layout(ratio, o_rows)[None, :]
             if V_ZERO and V_SCALES == A_TOKEN:
                 o += gl.convert_layout(
                     gl.convert_layout(gl.sum(gl.sum(offsets, 0), 0), s_rows) * ratio, o_rows
                 )[None, :]
-            # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
-            mass = gl.convert_layout(total * ratio, o_rows)
+            mass = gl.convert_layout(ended.total * ratio, o_rows)
             o = in_order(o, V_UNITS, ROWS)
-            out_layout: gl.constexpr = o.type.layout
-            out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-            out_channel = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, out_layout))
-            if V_SCALES == STATIC:
-                static_at = head * v_scale_head + out_channel // V_SHARED
-                o = o * gl.load(v_scale + static_at).to(gl.float32)[None, :]
-                if V_ZERO:
-                    o += (
-                        gl.convert_layout(mass, out_rows)[:, None]
-                        * gl.load(v_zero + static_at).to(gl.float32)[None, :]
-                    )
-            nth = gl.arange(0, ROWS, out_rows)
-            out_row = row_first + nth
-            keep = (out_row < q_len * GROUP)[:, None]
-            if EARLIER:
-                taken = gl.convert_layout(other_share, out_rows)[:, None]
-                earlier_at = (q_start + out_row // GROUP).to(gl.int64) * (kv_heads * GROUP)
-                earlier_at = (earlier_at + head * GROUP + out_row % GROUP) * VALUE_DIM
-                # A share of nothing is of rows that were cut, too.
-                o += taken * gl.load(
-                    earlier_out + earlier_at[:, None] + out_channel[None, :],
-                    mask=keep & (taken != 0.0),
-                    other=0.0,
-                )
-            if complete:
-                out_at = (q_start + out_row // GROUP).to(gl.int64) * out_token
-                out_at += (head * GROUP + out_row % GROUP) * out_head
-                out_at = out_at[:, None] + out_channel[None, :]
-                gl.store(out + out_at, o.to(out.dtype.element_ty), mask=keep)
-            else:
-                part_at = (slot_id.to(gl.int64) * ROWS + nth) * VALUE_DIM
-                gl.store(part_out + part_at[:, None] + out_channel[None, :], o, mask=keep)
+            end_outputs(
+                o, mass, ended, row_first, q_start, q_len, head, kv_heads, v_scale, v_zero,
+                v_scale_head, earlier_out, out, part_out, out_token, out_head, GROUP, V_SCALES,
+                V_ZERO, V_SHARED, EARLIER,
+            )  # fmt: skip
         position += last_tile - first_tile
         if position - begins >= tiles * kv_heads * ROW_TILES:
             request += 1

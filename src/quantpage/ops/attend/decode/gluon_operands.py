@@ -108,6 +108,14 @@ def key_operand(
 
 
 @gluon.jit
+def nibbles(codes):
+    """Bytes of two 4-bit codes -> the even channels' and the odd ones', 8 too large."""
+    return gl.inline_asm_elementwise(
+        _NIBBLES, "=r,=r,r", [codes], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+    )
+
+
+@gluon.jit
 def byte_operand(k, CODE: gl.constexpr, TILE: gl.constexpr, BYTES: gl.constexpr,
                   layout: gl.constexpr):  # fmt: skip
     """K [keys, channels] as int8 from its bytes, channels in the order of query_bytes."""
@@ -116,9 +124,7 @@ def byte_operand(k, CODE: gl.constexpr, TILE: gl.constexpr, BYTES: gl.constexpr,
         k = gl.permute(gl.reshape(k, [TILE, H, 4, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2, 6))
         k = gl.reshape(k, [TILE, BYTES])
     else:
-        even, odd = gl.inline_asm_elementwise(
-            _NIBBLES, "=r,=r,r", [k], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-        )
+        even, odd = nibbles(k)
         k = gl.reshape(gl.join(even, odd), [TILE, H, 4, 2, 2, 4, 2])
         k = gl.reshape(gl.permute(k, (0, 1, 3, 4, 6, 2, 5)), [TILE, BYTES * 2])
     return gl.convert_layout(k, layout, assert_trivial=True)

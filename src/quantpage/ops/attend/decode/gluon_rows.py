@@ -12,6 +12,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     key_ranges,
     row_programs,
     same,
+    shown_keys,
     tile_ranges,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
@@ -93,9 +94,43 @@ def seen_pairs(
 
 
 @gluon.jit
+def seen_rows(
+    key, shown, row_first, rows: gl.constexpr, q_len, PAGE: gl.constexpr, ROWS: gl.constexpr,
+    GROUP: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """The same [rows, keys]. shown: gluon_drafts_operands.Shown."""
+    row = here(row_first) + gl.arange(0, ROWS, rows)
+    seat = shown.first_seat + row // GROUP
+    some = shown_keys(
+        key, shown.a_low, shown.a_high, shown.b_low, shown.b_high, shown.first_seat, shown.window,
+        shown.sink_tokens, WINDOW, SEGMENT,
+    )  # fmt: skip
+    seen = some[None, :] & (row < q_len * GROUP)[:, None]
+    if not FULL:
+        seen = seen & (key[None, :] <= seat[:, None])
+    if WINDOW:
+        near = key[None, :] > seat[:, None] - shown.window
+        seen = seen & (near | (key < shown.sink_tokens)[None, :])
+    if SEGMENT != ALL_KEYS:
+        exact = exact_pairs(seat[:, None], key[None, :], PAGE)
+        seen = seen & (exact if SEGMENT == EXACT_KEYS else ~exact)
+    return seen
+
+
+@gluon.jit
 def row_sums(weights, anchor, rows: gl.constexpr):
     """Of each row: the sum of weights, its log2-sum-exp, and what outputs are multiplied by."""
-    total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), rows)
+    return _sums(gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), rows), anchor)
+
+
+@gluon.jit
+def lane_sums(weights, anchor, rows: gl.constexpr):
+    """The same of weights [rows, lanes of a row]."""
+    return _sums(gl.convert_layout(gl.sum(weights, 1), rows), anchor)
+
+
+@gluon.jit
+def _sums(total, anchor):
     some = total != 0
     row_lse = gl.where(some, anchor + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
     ratio = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)

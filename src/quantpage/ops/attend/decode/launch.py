@@ -12,6 +12,10 @@ from quantpage.ops.attend.flash.tiles import fits, portable_width
 MAX_ROWS = 64
 """Query rows (tokens x group) that one tile multiplies at once."""
 
+EXACT_ROWS = 16
+"""Query rows of a program over exact pages, which are few: 64 of drafts would keep few programs
+busy for long (docs/decode.md), and the pages come from the second-level cache."""
+
 SMALL = 40_000
 """Keys of all requests and kv_heads up to which a step is bound by latency."""
 
@@ -42,7 +46,11 @@ class DecodeTiles:
     gather: int = 0
     """Pieces of a row that one program joins at once; 0: a launch of its own joins them."""
     wgmma: bool = False
-    """The Hopper kernel (gluon_kernel): a warpgroup a program, codes in units of four."""
+    """A Hopper kernel: a warpgroup a program; gluon_kernel, codes in units of four, or:"""
+    drafts: bool = False
+    """gluon_drafts, codes as TMA copies them."""
+    rows: tuple[int, int] = (8, MAX_ROWS)
+    """Query rows of a program, at least and at most."""
 
 
 def decode_tiles(
@@ -53,13 +61,16 @@ def decode_tiles(
     keys: int,
     parts: int = 1,
     wgmma: bool = False,
+    drafts: bool = False,
 ) -> DecodeTiles:
     """``width``: the wider of the head_dims of K and V. ``rows``: query rows of a tile. ``keys``:
     keys of all requests and kv_heads, an upper bound. ``parts``: (request, kv_head, tile of query
     rows) of the step. ``wgmma``: whether the device has the Hopper kernel, which reads no planes,
-    and it takes this width.
+    and it takes this width. ``drafts``: whether TMA can copy the pages (triton.in_boxes).
     """
     if wgmma and key.quantized and value.quantized and not (key.code.fields or value.code.fields):
+        if drafts and rows > 32 and width == 128 and key.code.name != "fp8":
+            return drafts_tiles(key, value)
         tiles = _wgmma_tiles(key, value, width, rows, keys, parts)
         if tiles is not None:
             return tiles
@@ -114,6 +125,22 @@ def _wgmma_tiles(
     if value.code.name == "int4":
         return _three_programs()
     return DecodeTiles(64, 4, 3, 4, 128, wgmma=True)
+
+
+def drafts_tiles(key: QuantSpec, value: QuantSpec) -> DecodeTiles:
+    """Two programs a multiprocessor, and as many tiles under way as they have room for. Measured on
+    an H100 at 16 x 8k, us, the kernel of few rows in brackets (two programs; one token's time):
+
+                    4 tokens       8 tokens       16 tokens
+        int8 (99)   109.8 (103.1)  113.1 (110.6)  121.1 (151.0)     one program 157.3
+        int4 (72)   148.1          151.1 (103.1)  170.3 (259.8)     one program 284.5
+        k8v4 (89)                  139.1 (106.4)  159.7 (175.2)
+
+    fp8 keys, unpacked to float16 as its values are, took 157.3 us at 16 tokens (142.1), and are
+    the other kernel's.
+    """
+    stages = 6 if key.code.bits + value.code.bits < 16 else 4
+    return DecodeTiles(64, 4, stages, 2, wgmma=True, drafts=True, rows=(64, 64))
 
 
 def _two_programs() -> DecodeTiles:
@@ -202,10 +229,10 @@ def chunk_of(requests: int) -> int:
     return 32 if requests <= 32 else 128 if requests <= 128 else 512
 
 
-def row_tiles(group: int, query_len: int) -> tuple[int, int]:
-    """Rows of a tile (a power of two of at least 8) and how many such tiles cover a request."""
+def row_tiles(group: int, query_len: int, least: int = 8, most: int = MAX_ROWS) -> tuple[int, int]:
+    """Rows of a tile, a power of two, and how many such tiles cover a request."""
     rows = group * query_len
-    tile = 8
-    while tile < rows and tile < MAX_ROWS:
+    tile = least
+    while tile < rows and tile < most:
         tile *= 2
     return tile, -(-rows // tile)

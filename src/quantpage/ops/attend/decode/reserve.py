@@ -39,14 +39,16 @@ def needed(
             all_rows = requests * call.kv_heads * tiles_of_rows
             shapes = {
                 decode_tiles(
-                    call.format.key, call.format.value, width, rows, 1 << keys, all_rows, hopper
+                    call.format.key, call.format.value, width, rows, 1 << keys, all_rows, *kernels
                 )
                 for keys in range(0, 40)
-                for hopper in (False, True)
+                for kernels in ((False, False), (True, False), (True, True))
             }
             for tiles in shapes:
-                programs = programs_of(tiles, processors, all_rows)
-                asked = piece_sizes(programs, rows, call.value_head_dim, all_rows)
+                own, tiles_of_rows = row_tiles(call.group, new, *tiles.rows)
+                items = requests * call.kv_heads * tiles_of_rows
+                programs = programs_of(tiles, processors, items)
+                asked = piece_sizes(programs, own, call.value_head_dim, items)
                 pieces = larger(pieces, asked)
-                counters = max(counters, counter_count(programs, all_rows, tiles.gather))
+                counters = max(counters, counter_count(programs, items, tiles.gather))
     return pieces, counters

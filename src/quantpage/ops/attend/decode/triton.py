@@ -18,6 +18,8 @@ from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import (
+    EXACT_ROWS,
+    MAX_ROWS,
     DecodeTiles,
     chunk_of,
     decode_tiles,
@@ -129,8 +131,11 @@ def planned(
 ) -> DecodeTiles:
     """The planner's choice; hopper: the Hopper kernel can be had, which takes no exact pages."""
     group = q.shape[1] // layer.kv_heads
-    rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+    exact = segment == "exact"
+    most = EXACT_ROWS if exact else MAX_ROWS
+    rows, tiles_of_rows = row_tiles(group, batch.max_query_len, most=most)
     width = max(q.shape[2], layer.value.head_dim)
+    hopper = hopper and not exact
     tiles = decode_tiles(
         layer.key.spec,
         layer.value.spec,
@@ -138,13 +143,26 @@ def planned(
         rows,
         layer.kv_heads * sum(batch.host_context_lens),
         batch.num_requests * layer.kv_heads * tiles_of_rows,
-        hopper and segment != "exact",
+        hopper,
+        hopper and in_boxes(layer),
     )
     if not layer.key.spec.quantized:
         limit = device_info(q.device).shared_bytes
         tiles = fitted(tiles, rows, width, layer.key.codes.element_size(), limit)
     # Of exact pages three a query: a program reads them all.
-    return replace(tiles, whole=True, gather=0) if segment == "exact" else tiles
+    return replace(tiles, whole=True, gather=0, rows=(8, EXACT_ROWS)) if exact else tiles
+
+
+def in_boxes(layer: LayerKV) -> bool:
+    """Whether TMA can copy what a tile of 64 keys has: codes, and a scale and a zero a token."""
+    halves = layer.key, layer.value
+    given = [p for half in halves if half.spec.dynamic for p in (half.scale, half.zero)]
+    planes = [plane for plane in given if plane is not None]
+    copied = [half.codes for half in halves] + planes
+    numbers = [each.data_ptr() for each in copied]
+    numbers += [n * each.element_size() for each in copied for n in each.stride()[:2]]
+    one = all(plane.shape[-1] == 1 for plane in planes)
+    return not layer.page_size % 64 and one and not any(n % 16 for n in numbers)
 
 
 class Arranged(NamedTuple):
@@ -158,6 +176,8 @@ class Arranged(NamedTuple):
     """Results and workspaces, numbers, strides."""
     fixed: dict[str, Any]
     """What is compiled in."""
+    halves: tuple[Operand, ...]
+    """K and V, of which ``given`` has the codes."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
     """Grid, arguments and constants of the launch that joins cut rows."""
 
@@ -180,8 +200,8 @@ def arrange(
     group = q_heads // kv_heads
     out, lse = results
     if tokens == 0:
-        return Arranged(0, (), (), {}, ((0, 0), (), {}))
-    rows, tiles_of_rows = row_tiles(group, batch.max_query_len)
+        return Arranged(0, (), (), {}, (), ((0, 0), (), {}))
+    rows, tiles_of_rows = row_tiles(group, batch.max_query_len, *tiles.rows)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = processors_of(q.device)
     programs = programs_of(tiles, processors, all_rows)
@@ -197,8 +217,11 @@ def arrange(
     beside = overlap and earlier is not None and q.stride(-1) == 1
     q = q if q.stride(-1) == 1 else q.contiguous()
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
-    k = operand(layer.key, key_units.get(layer.key.spec.code.name, _unit(layer.key)))
-    v = operand(layer.value, value_units.get(layer.value.spec.code.name, _unit(layer.value)))
+    if tiles.drafts:
+        k, v = operand(layer.key), operand(layer.value)
+    else:
+        k = operand(layer.key, key_units.get(layer.key.spec.code.name, _unit(layer.key)))
+        v = operand(layer.value, value_units.get(layer.value.spec.code.name, _unit(layer.value)))
     sinks = params.sinks if options.final else None
     given = (
         q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
@@ -237,7 +260,7 @@ def arrange(
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
     merge = (grid, merged, both | {"PARTS": parts, "num_warps": warps})
-    return Arranged(programs, given, places, fixed, merge)
+    return Arranged(programs, given, places, fixed, (k, v), merge)
 
 
 def join(made: Arranged) -> None:
