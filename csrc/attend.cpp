@@ -28,9 +28,9 @@ struct Source {
   Part part;
 };
 
-// Rows of one kv_head over one stretch of keys.
+// Rows of some kv_heads over one stretch of keys.
 struct Work {
-  int64_t request, head, first, tokens, low, high;
+  int64_t request, head, heads, first, tokens, low, high;
   // Place of the partial result; -1: the only part, goes straight to the output.
   int64_t partial;
 };
@@ -55,17 +55,22 @@ struct Memory {
   std::vector<Interval> seen, all;
   // Token t sees seen[bounds[t], bounds[t + 1]); cursor[t] is the first that may reach the run.
   std::vector<int64_t> bounds, cursor;
-  std::vector<Run> runs;
-  std::vector<uint16_t> bits;
+  // By head.
+  std::vector<Run> runs[HEADS];
+  std::vector<uint16_t> bits[HEADS];
   std::vector<Partial> parts;
   Buffer scratch, results, partials;
 };
 thread_local Memory memory;
 
-// Keys of an item: about 32 items a request, and none too short to be worth its beginning.
-int64_t split_size(int64_t context, int64_t kv_heads) {
+// Pages whose heads lie as near to each other as this are read head by head: beyond it what the processor
+// fetches by itself behind a head's rows is soon of no use.
+constexpr int64_t NEAR = 4096;
+
+// Keys of an item: about so many items a request, and none too short to be worth its beginning.
+int64_t split_size(int64_t context, int64_t parts, int64_t items) {
   int64_t size = 256;
-  while (size < 2048 && size * 32 < context * kv_heads) size *= 2;
+  while (size < 2048 && size * items < context * parts) size *= 2;
   return size;
 }
 
@@ -128,7 +133,7 @@ void unite_seen(const Attend& a, const Source& from, const Work& w, Memory& m) {
 }
 
 // Who sees what of the keys [at, at + count): a bit a key for each row; whether all see all.
-bool mark_seen(int64_t at, int64_t count, int64_t tokens, Memory& m) {
+bool mark_seen(int64_t at, int64_t count, int64_t tokens, Memory& m, std::vector<uint16_t>& to) {
   const uint32_t full = (1u << count) - 1;
   bool all = true;
   for (int64_t t = 0; t < tokens; t++) {
@@ -139,7 +144,7 @@ bool mark_seen(int64_t at, int64_t count, int64_t tokens, Memory& m) {
       bits |= ((1u << high) - 1) & ~((1u << low) - 1);
     }
     all &= bits == full;
-    m.bits.push_back((uint16_t)bits);
+    to.push_back((uint16_t)bits);
   }
   return all;
 }
@@ -178,21 +183,21 @@ void advance(Run& run, const Source& from, int64_t rows) {
   step(run.rotary_zero, from.rotary->zero_row);
 }
 
-// Runs over the union of what the rows see, and who sees what where they differ.
-void list_runs(const Attend& a, const Source& from, const Work& w, Memory& m) {
-  unite_seen(a, from, w, m);
-  m.runs.clear();
-  m.bits.clear();
+// Runs over the union of what the rows see, and who sees what where they differ; of the h-th head.
+void list_runs(const Attend& a, const Source& from, const Work& w, int64_t h, Memory& m) {
+  std::vector<Run>& runs = m.runs[h];
+  runs.clear();
+  m.bits[h].clear();
   m.cursor.assign(m.bounds.begin(), m.bounds.end() - 1);
   const int64_t page = a.step.page_size;
   for (const Interval& part : m.all) {
     for (int64_t at = part.low; at < part.high;) {
       const int64_t slot = at % page, end = std::min(part.high, at + page - slot);
-      Run run = find_slot(from, from.table[w.request * from.stride + at / page], w.head, slot);
+      Run run = find_slot(from, from.table[w.request * from.stride + at / page], w.head + h, slot);
       while (true) {
         run.count = (int32_t)std::min<int64_t>(end - at, RUN);
-        run.all = w.tokens == 1 || mark_seen(at, run.count, w.tokens, m);
-        m.runs.push_back(run);
+        run.all = w.tokens == 1 || mark_seen(at, run.count, w.tokens, m, m.bits[h]);
+        runs.push_back(run);
         at += run.count;
         if (at == end) break;
         advance(run, from, RUN);
@@ -210,12 +215,16 @@ struct Plan {
   int64_t partial_floats = 0;
   float* partials = nullptr;
   int64_t group, dim;
+  // Heads of an item of a few tokens.
+  int64_t joined = 1;
 
   Plan(const Attend& call, const Kernels& with)
       : a(call), kernels(with), group(call.q_heads / call.kv_heads), dim(values_of(call).head_dim) {
     const Layer& l = a.layer;
     const bool near = l.exact_key.codes != nullptr;
     add_source(l.key, l.value, a.step.page_table, a.step.table_stride, near ? BODY : ALL);
+    // Under a mask of its own each head sees other keys.
+    if (!a.per_head && l.key.head_stride <= NEAR) joined = std::min<int64_t>(a.kv_heads, HEADS);
     if (near) add_source(l.exact_key, l.exact_value, a.step.exact_table, a.step.exact_stride, EXACT);
   }
 
@@ -240,19 +249,23 @@ struct Plan {
     int64_t low = 0, high = a.mask == CAUSAL ? last + 1 : context;
     if (a.mask == CAUSAL && a.window > 0 && a.sink_tokens == 0)
       low = std::max<int64_t>(0, position + 1 - a.window);
-    const int64_t part = fresh > FEW_TOKENS ? context + 1 : split_size(context, a.kv_heads);
-    for (int64_t h = 0; h < a.kv_heads; h++) {
+    const bool few = fresh <= FEW_TOKENS;
+    const int64_t together = few ? joined : 1;
+    const int64_t items = together > 1 ? 16 : 32;
+    const int64_t part = few ? split_size(context, (a.kv_heads + together - 1) / together, items) : context + 1;
+    for (int64_t h = 0; h < a.kv_heads; h += together) {
       const int64_t begin = (int64_t)work.size();
       int64_t at = low / part * part;
       do {
-        work.push_back({r, h, first, tokens, std::max(at, low), std::min(at + part, high), -1});
+        const int64_t heads = std::min(together, a.kv_heads - h);
+        work.push_back({r, h, heads, first, tokens, std::max(at, low), std::min(at + part, high), -1});
         at += part;
       } while (at < high);
       const int64_t count = (int64_t)work.size() - begin;
       if (count > 1)
         for (int64_t i = begin; i < begin + count; i++) {
           work[i].partial = partial_floats;
-          partial_floats += size(work[i]);
+          partial_floats += work[i].heads * size(work[i]);
         }
       groups.push_back({begin, begin + count});
     }
@@ -262,42 +275,53 @@ struct Plan {
     const int64_t rows = w.tokens * group;
     return {from + rows * dim, from + rows * dim + rows, from};
   }
-  Partial place(const Work& w) const { return place(w, partials + w.partial); }
+  Partial place(const Work& w, int64_t h) const { return place(w, partials + w.partial + h * size(w)); }
 
-  void attend(const Source& from, const Work& w, const Partial& out) const {
+  void attend(const Source& from, const Work& w, const Partial* outs) const {
     Memory& m = memory;
-    const Item item = {&a, from.key, from.value, from.rotary, w.head, w.first, w.tokens, m.runs.data(),
-                       (int64_t)m.runs.size(), m.bits.data()};
-    const int64_t wanted = kernels.attend(&item, &out, m.scratch.take(0), m.scratch.size);
-    if (wanted) kernels.attend(&item, &out, m.scratch.take(wanted), wanted);
+    Item items[HEADS];
+    for (int64_t h = 0; h < w.heads; h++)
+      items[h] = {&a, from.key, from.value, from.rotary, w.head + h, w.first, w.tokens, m.runs[h].data(),
+                  (int64_t)m.runs[h].size(), m.bits[h].data()};
+    const int64_t wanted = kernels.attend(items, outs, w.heads, m.scratch.take(0), m.scratch.size);
+    if (wanted) kernels.attend(items, outs, w.heads, m.scratch.take(wanted), wanted);
   }
   void run(int64_t index) const {
     const Work& w = work[index];
     Memory& m = memory;
-    const int64_t rows = w.tokens * group;
-    float* own = (float*)m.results.take(2 * 4 * size(w) + 64);
-    const Partial out = w.partial < 0 ? place(w, own) : place(w), more = place(w, own + (size(w) + 15) / 16 * 16);
+    const int64_t rows = w.tokens * group, lines = (size(w) + 15) / 16 * 16;
+    float* own = (float*)m.results.take(4 * 2 * HEADS * lines);
+    Partial outs[HEADS], more[HEADS];
+    for (int64_t h = 0; h < w.heads; h++) {
+      outs[h] = w.partial < 0 ? place(w, own + h * lines) : place(w, h);
+      more[h] = place(w, own + (HEADS + h) * lines);
+    }
     bool any = false;
     for (const Source& from : sources) {
-      list_runs(a, from, w, m);
-      if (m.runs.empty()) continue;
-      attend(from, w, any ? more : out);
-      if (any) kernels.join(rows, dim, &out, &more);
+      unite_seen(a, from, w, m);
+      for (int64_t h = 0; h < w.heads; h++) list_runs(a, from, w, h, m);
+      if (m.runs[0].empty()) continue;
+      attend(from, w, any ? more : outs);
+      for (int64_t h = 0; any && h < w.heads; h++) kernels.join(rows, dim, &outs[h], &more[h]);
       any = true;
     }
-    if (!any) {
-      std::fill(out.peak, out.peak + rows, -__builtin_inff());
-      std::fill(out.total, out.total + rows, 0.f);
+    for (int64_t h = 0; h < w.heads; h++) {
+      if (!any) {
+        std::fill(outs[h].peak, outs[h].peak + rows, -__builtin_inff());
+        std::fill(outs[h].total, outs[h].total + rows, 0.f);
+      }
+      if (w.partial < 0) kernels.finish(&a, w.head + h, w.first, w.tokens, &outs[h], 1);
     }
-    if (w.partial < 0) kernels.finish(&a, w.head, w.first, w.tokens, &out, 1);
   }
   void merge(const Group& g) const {
     if (g.end - g.begin == 1) return;
     const Work& w = work[g.begin];
     std::vector<Partial>& parts = memory.parts;
-    parts.clear();
-    for (int64_t i = g.begin; i < g.end; i++) parts.push_back(place(work[i]));
-    kernels.finish(&a, w.head, w.first, w.tokens, parts.data(), g.end - g.begin);
+    for (int64_t h = 0; h < w.heads; h++) {
+      parts.clear();
+      for (int64_t i = g.begin; i < g.end; i++) parts.push_back(place(work[i], h));
+      kernels.finish(&a, w.head + h, w.first, w.tokens, parts.data(), g.end - g.begin);
+    }
   }
 };
 

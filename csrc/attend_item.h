@@ -272,32 +272,49 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
   }
 }
 
-static int64_t attend_item(const Item* item, const Partial* out, uint8_t* memory, int64_t size) {
-  const Pages &key = *item->key, &value = *item->value;
-  const int64_t group = item->call->q_heads / item->call->kv_heads;
-  const Scratch s = plan_scratch(*item, item->tokens * group, memory);
-  if (s.bytes > size) return s.bytes;
-  fetch_first(item->runs, item->num_runs, key.row_stride);
-  prepare_rows(*item, s);
-  for (int64_t at = 0; at < item->num_runs; at += RUNS) {
-    const int64_t rest = item->num_runs - at, n = rest < RUNS ? rest : RUNS;
-    const Run* runs = item->runs + at;
-    // A tile's values are fetched while its keys are multiplied, the next tile's keys while its
-    // values are; only the first tile's keys have to fetch each other.
-    for (int64_t r = 0; r < n; r++)
-      score_run(*item, s, runs[r], at == 0 && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
-    list_rows(runs, n, &Run::v, value.row_stride, s.value_rows);
-    if (s.value_words && planed(value.code)) spread_values(value, s, n * RUN);
-    const bool again = soften(*item, s, runs, n, at);
-    fetch_planes(runs + n, rest - n < RUNS ? rest - n : RUNS);
-    const bool more = rest >= 2 * n;
-    if (more) list_rows(runs + RUNS, n, &Run::k, key.row_stride, s.ahead);
-    add_values(*item, s, runs, n, at, more ? (row_bytes(key.code, s.key_dim) + 63) / 64 : 0);
-    if (!again) continue;
-    round_remainders(s, n * RUN);
-    add_values(*item, s, runs, n, at, 0);
+// One tile of one head; `next` is the tile after it, of `ahead` runs.
+static void attend_tile(const Item& item, const Scratch& s, int64_t at, int64_t n, bool first, const Run* next,
+                        int64_t ahead) {
+  const Pages &key = *item.key, &value = *item.value;
+  const Run* runs = item.runs + at;
+  // A tile's values are fetched while its keys are multiplied, the next tile's keys while its
+  // values are; only the first tile's keys have to fetch each other.
+  for (int64_t r = 0; r < n; r++)
+    score_run(item, s, runs[r], first && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
+  list_rows(runs, n, &Run::v, value.row_stride, s.value_rows);
+  if (s.value_words && planed(value.code)) spread_values(value, s, n * RUN);
+  const bool again = soften(item, s, runs, n, at);
+  fetch_planes(next, ahead);
+  const bool more = ahead >= n;
+  if (more) list_rows(next, n, &Run::k, key.row_stride, s.ahead);
+  add_values(item, s, runs, n, at, more ? (row_bytes(key.code, s.key_dim) + 63) / 64 : 0);
+  if (!again) return;
+  round_remainders(s, n * RUN);
+  add_values(item, s, runs, n, at, 0);
+}
+
+// Heads of the same runs, tile by tile: so that what of a page lies side by side is read one after the other.
+static int64_t attend_items(const Item* items, const Partial* outs, int64_t heads, uint8_t* memory, int64_t size) {
+  const Item& first = items[0];
+  const int64_t group = first.call->q_heads / first.call->kv_heads;
+  Scratch scratch[HEADS];
+  int64_t bytes = 0;
+  for (int64_t h = 0; h < heads; h++) {
+    scratch[h] = plan_scratch(items[h], first.tokens * group, memory + bytes);
+    bytes += scratch[h].bytes;
   }
-  hand_back(*item, s, *out);
+  if (bytes > size) return bytes;
+  fetch_first(first.runs, first.num_runs, first.key->row_stride);
+  for (int64_t h = 0; h < heads; h++) prepare_rows(items[h], scratch[h]);
+  for (int64_t at = 0; at < first.num_runs; at += RUNS) {
+    const int64_t rest = first.num_runs - at, n = rest < RUNS ? rest : RUNS, after = rest - n < RUNS ? rest - n : RUNS;
+    for (int64_t h = 0; h < heads; h++) {
+      const bool last = h + 1 == heads;
+      attend_tile(items[h], scratch[h], at, n, at == 0 && h == 0, last ? first.runs + at + n : items[h + 1].runs + at,
+                  last ? after : n);
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) hand_back(items[h], scratch[h], outs[h]);
   return 0;
 }
 

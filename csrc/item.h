@@ -6,6 +6,8 @@ constexpr int RUN = 16;
 constexpr int RUNS = 8;
 // Keys of one softmax step.
 constexpr int TILE = RUN * RUNS;
+// Heads of one item.
+constexpr int HEADS = 4;
 
 // At most RUN consecutive keys within one page that some row of the item sees.
 struct Run {
@@ -40,8 +42,8 @@ struct Partial {
 };
 
 struct Kernels {
-  // 0; or the bytes of scratch it needs, where `size` is less.
-  int64_t (*attend)(const Item*, const Partial*, uint8_t* scratch, int64_t size);
+  // Heads that see the same keys, HEADS at most. 0; or the bytes of scratch they need, where `size` is less.
+  int64_t (*attend)(const Item*, const Partial*, int64_t heads, uint8_t* scratch, int64_t size);
   // The first part becomes both: the same rows over disjoint keys.
   void (*join)(int64_t rows, int64_t dim, const Partial* into, const Partial* from);
   // Output and log-sum-exp of tokens from `first` on and the heads of one kv_head, from their parts.

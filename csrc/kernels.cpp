@@ -11,7 +11,7 @@ void dequantize(const Pages*, int64_t, const uint8_t*, const uint8_t*, const uin
                 int64_t, int64_t);
 void write_token(const Write*, int64_t);
 
-static const Kernels kernels = {attend_item, join, finish, dequantize, write_token};
+static const Kernels kernels = {attend_items, join, finish, dequantize, write_token};
 
 }  // namespace
 
