@@ -282,7 +282,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys in turn take the first range, whatever it loses",
-        _OPS + "rope_write/triton_in_turn_kernel.py",
+        _OPS + "rope_write/triton_in_turn_rows.py",
         "keep = (number == chosen)",
         "keep = (number == 0)",
         ("tests/ops/test_triton_rope_write.py::test_keys_that_are_rounded_in_turn",),
@@ -293,6 +293,13 @@ MUTATIONS = (
         "return not layer.page_size % 64 and one",
         "return one",
         ("tests/ops/test_decode_planner.py",),
+    ),
+    Mutation(
+        "of four lanes that round in turn one hears itself",
+        _OPS + "rope_write/triton_in_turn_lanes.py",
+        "later = lane % 4 > lane // 8",
+        "later = lane % 4 >= lane // 8",
+        ("tests/ops/test_triton_in_turn_lanes.py",),
     ),
     Mutation(
         "the exact pages' result enters the body with its channels in each other's place",

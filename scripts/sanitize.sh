@@ -14,7 +14,7 @@ declare -A files=(
   [decode]=triton_decode [gluon_decode]=gluon_decode [write]=triton_rope_write [gather]=triton_gather [merge]=triton_merge
   [prefill]=triton_prefill [gluon_prefill]=gluon_prefill [mask]=triton_flash_mask
   [gluon_mask]=triton_flash_mask [mask_plan]=triton_flash_mask [hadamard]=triton_hadamard
-  [in_turn]=triton_rope_write [latent]=triton_latent [gluon_latent]=gluon_latent
+  [in_turn]=triton_rope_write [in_lanes]=triton_in_turn_lanes [latent]=triton_latent [gluon_latent]=gluon_latent
 )
 declare -A cases=(
   [decode]="reads_every_format or windows_sinks_and_softcap[16 or segments_join and -16 or of_many_pieces"
@@ -29,6 +29,7 @@ declare -A cases=(
   [mask_plan]="device_plan_is_the_torch_plan or order_is_by_visits"
   [hadamard]="every_row and not 700"
   [in_turn]="rounded_in_turn and 128"
+  [in_lanes]="of_the_reference and 128"
   [latent]="heads_and_drafts or a_fresh_prompt"
   [gluon_latent]="heads_and_drafts or windows_sinks_and_softcap"
 )
@@ -65,7 +66,7 @@ dispatch_only() { # what the sanitizer said
     ! grep 'access at' "$said" | grep -vwFf <(printf '%s\n' "$lines")
 }
 
-chosen=${KERNELS:-decode gluon_decode write gather merge prefill gluon_prefill mask gluon_mask mask_plan hadamard in_turn latent gluon_latent}
+chosen=${KERNELS:-decode gluon_decode write gather merge prefill gluon_prefill mask gluon_mask mask_plan hadamard in_turn in_lanes latent gluon_latent}
 if [ -n "${WARM:-}" ]; then
   for kernel in $chosen; do run "$kernel"; done
   exit

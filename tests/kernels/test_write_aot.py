@@ -49,6 +49,18 @@ def test_keys_in_turn_compile_for_every_target():
         assert takes["instructions"] < 14000, name
 
 
+def test_keys_in_lanes_compile_for_every_target():
+    found = _compile("lanes")
+    assert len(found) == len(SHARED) + 1
+    for name, takes in found.items():
+        assert takes["layout"], name
+        assert takes["products"] > 0, name
+        # A few words of what is kept while a body and near pages are written.
+        assert takes["stack"] <= 200, name
+        # Extremes of rows, and scales on their way to memory; while rows are rounded none.
+        assert takes["moved"] <= 80, name
+
+
 def test_products_find_the_layout_they_are_written_for(compiled):
     for name in ("int8", "int4", "int4 mapped", "int4 near int8", "int6", "int3"):
         assert compiled[name]["products"] > 0

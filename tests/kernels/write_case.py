@@ -6,6 +6,8 @@ import sys
 from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.rope_write.triton_in_turn import Coupling
 from quantpage.ops.rope_write.triton_in_turn_kernel import in_turn_kernel
+from quantpage.ops.rope_write.triton_in_turn_lanes import Lanes
+from quantpage.ops.rope_write.triton_in_turn_lanes_kernel import in_lanes_kernel
 from quantpage.ops.rope_write.triton_kernel import Pages
 from quantpage.ops.rope_write.triton_products import layout_holds
 from tests.kernels.aot import SHARED, compile_kernel, resources
@@ -41,7 +43,6 @@ def in_turn_arguments(factors: int, tried: int, rows: int):
         "BIAS": False, "MAPPED": 2, "PAGE": 64, "EXACT": True, "RETURN": False, "HARDWARE": True,
         "ROWS": rows, "OWN": width * rows + 2 * rows,
         "OWN_CODES": rows * tried * width, "OVERLAP": False,
-        "PRODUCTS": True, "LOADED": 8,
     }  # fmt: skip
     return types | fixed
 
@@ -59,8 +60,29 @@ def in_turn(factors: int, tried: int, rows: int, capability: int) -> dict[str, i
     }  # fmt: skip
 
 
+def in_lanes(factors: int, capability: int) -> dict[str, int]:
+    """What the kernel takes whose rows stay in registers."""
+    arguments = in_turn_arguments(factors, factors, 32)
+    arguments |= {"lanes": Lanes("*fp32", "*i32", "*fp32")}
+    arguments["near_lanes"] = arguments["lanes"]
+    arguments = {name: arguments[name] for name in in_lanes_kernel.arg_names}
+    compiled = compile_kernel(in_lanes_kernel, arguments, capability, num_warps=4)
+    takes = resources(compiled)
+    return {
+        "registers": takes.registers, "stack": takes.stack, "products": takes.find("HMMA"),
+        "moved": takes.find("SHFL"), "instructions": sum(takes.counts.values()),
+        "layout": layout_holds(compiled.asm["ttgir"]),
+    }  # fmt: skip
+
+
 def main() -> None:
     found = {}
+    if "lanes" in sys.argv:
+        for capability in SHARED:
+            found[f"two ranges {capability}"] = in_lanes(2, capability)
+        found["one range 90"] = in_lanes(1, 90)
+        print(json.dumps(found))
+        return
     if "turn" in sys.argv:
         for capability in SHARED:
             found[f"few {capability}"] = in_turn(2, 2, 16, capability)

@@ -1,6 +1,9 @@
-"""Keys that are rounded in turn (formats/feedback) on a GPU: the launch of their kernel."""
+"""Keys that are rounded in turn (formats/feedback) on a GPU: the launch of one of two kernels.
 
-from functools import partial
+Rows of 16 bits that products turn stay in registers of four lanes (triton_in_turn_lanes_kernel),
+channels of others go through memory in blocks (triton_in_turn_kernel).
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -13,11 +16,13 @@ from quantpage.hardware import device_info
 from quantpage.kept import KeptWith
 from quantpage.ops.rope_write.triton_in_turn_block import BLOCK
 from quantpage.ops.rope_write.triton_in_turn_kernel import in_turn_kernel
+from quantpage.ops.rope_write.triton_in_turn_lanes import Lanes, lanes_of
+from quantpage.ops.rope_write.triton_in_turn_lanes_kernel import in_lanes_kernel
 from quantpage.ops.rope_write.triton_products import as_written
 
 FEW_TOKENS = 256
-"""Up to so many a tile is sixteen of them: a row's channels take their time one after the other,
-whatever else the device could do, and half of a tile is turned in half of the time."""
+"""Up to so many a tile in blocks is sixteen of them: a row's channels take their time one after the
+other, whatever else the device could do, and half of a tile is turned in half of the time."""
 PROGRAMS = 8
 """Of a multiprocessor, at most: as many as its registers hold."""
 
@@ -72,7 +77,18 @@ def _couplings_of(layer: LayerKV) -> tuple[Coupling, Coupling | None]:
     return made, made if layer.key.spec.dynamic else _coupling(layer.key_map.feedback, near)
 
 
+def _lanes_of(layer: LayerKV) -> tuple[Lanes, Lanes | None]:
+    """The same for rows that stay in the registers of four lanes."""
+    assert layer.key_map is not None and layer.key_map.feedback is not None
+    near = layer.exact_key
+    made = lanes_of(layer.key_map.feedback, layer.key.spec)
+    if not (isinstance(near, QuantizedPages) and near.spec.code.integer):
+        return made, None
+    return made, lanes_of(layer.key_map.feedback, near.spec)
+
+
 _couplings = KeptWith(_couplings_of)
+_lanes = KeptWith(_lanes_of)
 
 
 def launch(
@@ -85,12 +101,16 @@ def launch(
     """Write the keys of a step. given, fixed: arguments that the write's kernel has as well.
     can_multiply: rows may be rotated by products, eight of them a warp.
     """
-    coupling, near_coupling = _couplings(layer)
     factors = range_factors(layer.key.spec)
     near = layer.exact_key.spec if isinstance(layer.exact_key, QuantizedPages) else None
     near_factors = (1.0,) if near is None else range_factors(near)
-    width, device = layer.key.head_dim, layer.device
     tried, near_tried = (triton.next_power_of_2(len(each)) for each in (factors, near_factors))
+    fixed = {**fixed, "FACTORS": factors, "NEAR_FACTORS": near_factors}
+    lanes = can_multiply and layer.key.spec.dynamic
+    if lanes and _written_in_lanes(layer, tokens, given, fixed, max(tried, near_tried)):
+        return
+    coupling, near_coupling = _couplings(layer)
+    width, device = layer.key.head_dim, layer.device
     # A warp has a thread for every range of a row.
     rows = 16 if tokens <= FEW_TOKENS or tried > 1 else 32
     items = triton.cdiv(tokens, rows) * layer.kv_heads
@@ -99,29 +119,47 @@ def launch(
     programs = min(items, processors * PROGRAMS)
     own = width * rows + 2 * rows
     own_codes = rows * max(tried, near_tried) * width
-    # What is said to blocks is kept by all threads together.
-    warps = max(1, rows * tried // 32, triton.next_power_of_2(width) // 128)
-    loaded = 8 * warps
-    products = can_multiply and rows % loaded == 0
-    made = partial(
-        in_turn_kernel[(programs,)],
+    in_turn_kernel[(programs,)](
         **given,
         coupling=coupling,
         near_coupling=near_coupling,
         own=torch.empty(programs * own, dtype=torch.float32, device=device),
         own_codes=torch.empty(programs * own_codes, dtype=torch.int8, device=device),
         **fixed,
-        FACTORS=factors,
         TRIED=tried,
-        NEAR_FACTORS=near_factors,
         NEAR_TRIED=near_tried,
         ROWS=rows,
         OWN=own,
         OWN_CODES=own_codes,
-        num_warps=warps,
+        # What is said to blocks is kept by all threads together.
+        num_warps=max(1, rows * tried // 32, triton.next_power_of_2(width) // 128),
         # What a program reads it may have written just before.
         num_stages=1,
     )
-    compiled = made(PRODUCTS=products, LOADED=loaded if products else rows)
-    if products and not as_written(compiled):
-        made(PRODUCTS=False, LOADED=rows, OVERLAP=False, launch_pdl=False)
+
+
+WARPS = 4
+"""Of a program that keeps rows in lanes: they share a kv_head and what its channels say. One and
+two were no faster (benchmarks/results/h100-write-in-turn.csv)."""
+
+
+def _written_in_lanes(
+    layer: LayerKV,
+    tokens: int,
+    given: dict[str, object],
+    fixed: dict[str, object],
+    tried: int,
+) -> bool:
+    """Whether the compiler put rows where that kernel wants them. tried: rows of a token."""
+    lanes, near_lanes = _lanes(layer)
+    each = 8 * WARPS // tried
+    compiled = in_lanes_kernel[(triton.cdiv(tokens, each) * layer.kv_heads,)](
+        **given,
+        lanes=lanes,
+        near_lanes=near_lanes,
+        **{name: value for name, value in fixed.items() if name != "SCALES"},
+        TRIED=tried,
+        ROWS=8 * WARPS,
+        num_warps=WARPS,
+    )
+    return as_written(compiled)

@@ -14,32 +14,11 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.rope_write.triton_in_turn_block import BLOCK, of_block, round_block
-from quantpage.ops.rope_write.triton_kernel import (
-    angles_of,
-    load_parts,
-    positions_of,
-    slots_of,
-    turned_parts,
-)
-from quantpage.ops.rope_write.triton_products import signs_of
-from quantpage.ops.rope_write.triton_rows import (
-    finite,
-    larger,
-    rounded_scales,
-    smaller,
-    store_codes,
-    store_parts,
-    write_exact,
-    write_near,
-    write_rows,
-)
-from quantpage.ops.triton.codes import largest, lift, row_of, smallest
+from quantpage.ops.rope_write.triton_in_turn_rows import asked_for, kept_of, steps_of, turned_keys
+from quantpage.ops.rope_write.triton_kernel import slots_of
+from quantpage.ops.rope_write.triton_rows import store_codes, store_parts, write_rows
+from quantpage.ops.triton.codes import lift, row_of
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT8, INTERPRETED, STATIC
-
-
-@triton.constexpr_function
-def _rest(factor):
-    return 1.0 - factor
 
 
 @triton.jit
@@ -54,8 +33,7 @@ def in_turn_kernel(
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, PAGE: tl.constexpr,
     EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr, ROWS: tl.constexpr,
-    OWN: tl.constexpr, OWN_CODES: tl.constexpr, OVERLAP: tl.constexpr, PRODUCTS: tl.constexpr,
-    LOADED: tl.constexpr,
+    OWN: tl.constexpr, OWN_CODES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs take tiles of ROWS tokens of a kv_head, in turns.
 
@@ -69,68 +47,39 @@ def in_turn_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     rows = own + tl.program_id(0).to(tl.int64) * OWN
     codes = own_codes + tl.program_id(0).to(tl.int64) * OWN_CODES
-    PAIRED: tl.constexpr = ROTARY == HEAD_DIM and HEAD_DIM % (2 * PIECE) == 0 and not INTERLEAVED
     items = tl.cdiv(tokens, ROWS) * kv_heads
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         kv_head = (item % kv_heads).to(tl.int64)
-        first_token = item // kv_heads * ROWS
+        token = item // kv_heads * ROWS + tl.arange(0, ROWS)
+        real = token < tokens
         # Who reads the rows of a tile before has done so.
         tl.debug_barrier()
         if not INTERPRETED:
-            # Its lines are in the cache of the multiprocessor when they are needed.
             LINES: tl.constexpr = HEAD_DIM // 2
             line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES
-            line = coupling.within + kv_head * (HEAD_DIM * BLOCK) + line * 32
-            tl.inline_asm_elementwise(
-                "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [line.to(tl.int64)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-        # Nothing overtakes a barrier, and there is one wherever numbers change hands: what comes
-        # from far is asked for first.
-        row = tl.arange(0, LOADED)
-        asked = ()
-        where = ()
-        for i in tl.static_range(ROWS // LOADED):
-            token = first_token + i * LOADED + row
-            at = token.to(tl.int64) * k_token + kv_head * k_head
-            asked = asked + (load_parts(k, at, token < tokens, HEAD_DIM, PIECE),)
-            where = where + (positions_of(positions, token, token < tokens, angle_row, ROTARY),)
-        real = first_token + row < tokens
-        cosine, sine = angles_of(
-            cos, sin, where[0], real, 1.0, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED, False
-        )
-        newest = -1
-        for i in tl.static_range(ROWS // LOADED):
-            next_cosine = cosine
-            next_sine = sine
-            if i + 1 < ROWS // LOADED:
-                real = first_token + (i + 1) * LOADED + row < tokens
-                next_cosine, next_sine = angles_of(
-                    cos, sin, where[i + 1], real, 1.0, ROTARY, INTERLEAVED, HEAD_DIM, PIECE, PAIRED,
-                    False,
-                )  # fmt: skip
-            near = _turn_rows(
-                asked[i], cosine, sine, k, rows + i * LOADED, first_token + i * LOADED, pages,
-                near_pages, slots, exact_slots, weight, bias, map_scale, map_mean, eps, tokens,
-                kv_head, k_token, k_head, HADAMARD, NEAR_CODE, NEAR_ZERO, NEAR_SHARED,
-                NEAR_LIMIT, HEAD_DIM, PIECE, ROTARY, INTERLEAVED, NORM, BIAS, MAPPED, PAGE, EXACT,
-                HARDWARE, ROWS, PRODUCTS, LOADED, ZERO or NEAR_ZERO is True, PAIRED,
-            )  # fmt: skip
-            cosine = next_cosine
-            sine = next_sine
-            newest = tl.maximum(newest, near)
+            asked_for(coupling.within + kv_head * (HEAD_DIM * BLOCK) + line * 32)
+        _, near = slots_of(slots, exact_slots, token, real, EXACT)
+        parts, top, bottom = turned_keys(
+            k, token, real, near, pages, near_pages, positions, cos, sin, weight, bias, map_scale,
+            map_mean, eps, kv_head, k_token, k_head, angle_row, HADAMARD, NEAR_CODE, NEAR_ZERO,
+            NEAR_SHARED, NEAR_LIMIT, HEAD_DIM, PIECE, ROTARY, INTERLEAVED, NORM, BIAS, MAPPED, PAGE,
+            EXACT, HARDWARE, ROWS, False, ZERO or NEAR_ZERO is True,
+        )  # fmt: skip
+        _store(parts, top, bottom, rows, HEAD_DIM, PIECE, ROWS)
         tl.debug_barrier()
         if near_pages is not None and NEAR_CODE != FP8:  # noqa: SIM102
             # Nested: `and` would ask without near pages.
-            if newest >= 0:
+            if tl.max(near, 0) >= 0:
                 _round_rows(
-                    rows, codes, near_pages, near_coupling, exact_slots, kv_head, first_token,
-                    tokens, kv_heads, k_seen, NEAR_CODE, A_TOKEN, NEAR_ZERO, NEAR_SHARED,
-                    NEAR_LIMIT, NEAR_FACTORS, NEAR_TRIED, HEAD_DIM, PIECE, PAGE, False, ROWS,
+                    rows, codes, near_pages, near_coupling, exact_slots, kv_head,
+                    item // kv_heads * ROWS, tokens, kv_heads, k_seen, NEAR_CODE, A_TOKEN,
+                    NEAR_ZERO, NEAR_SHARED, NEAR_LIMIT, NEAR_FACTORS, NEAR_TRIED, HEAD_DIM, PIECE,
+                    PAGE, False, ROWS,
                 )  # fmt: skip
         _round_rows(
-            rows, codes, pages, coupling, slots, kv_head, first_token, tokens, kv_heads, k_seen,
-            CODE, SCALES, ZERO, SHARED, LIMIT, FACTORS, TRIED, HEAD_DIM, PIECE, PAGE, RETURN, ROWS,
+            rows, codes, pages, coupling, slots, kv_head, item // kv_heads * ROWS, tokens, kv_heads,
+            k_seen, CODE, SCALES, ZERO, SHARED, LIMIT, FACTORS, TRIED, HEAD_DIM, PIECE, PAGE,
+            RETURN, ROWS,
         )  # fmt: skip
     if OVERLAP:
         # Who waits for this launch has to find the one before done as well.
@@ -138,63 +87,11 @@ def in_turn_kernel(
 
 
 @triton.jit
-def _turn_rows(
-    loaded, cosine, sine, k, rows, first_token, pages, near_pages, slots, exact_slots, weight, bias,
-    map_scale, map_mean, eps, tokens, kv_head, k_token, k_head, HADAMARD: tl.constexpr,
-    NEAR_CODE: tl.constexpr, NEAR_ZERO: tl.constexpr, NEAR_SHARED: tl.constexpr,
-    NEAR_LIMIT: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr,
-    PAGE: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr, ROWS: tl.constexpr,
-    PRODUCTS: tl.constexpr, LOADED: tl.constexpr, BOTH: tl.constexpr, PAIRED: tl.constexpr,
+def _store(
+    parts, top, bottom, rows, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """LOADED of a tile's rows, in the basis of the cache, to ``rows``, and their extremes behind
-    them; to exact pages too, those that are not codes in turn. The largest of their exact slots.
-    """
-    row = tl.arange(0, LOADED)
-    token = first_token + row
-    real = token < tokens
-    at = token.to(tl.int64) * k_token + kv_head * k_head
-    of_head = kv_head * HEAD_DIM + row * 0
-    signs = real
-    if PRODUCTS:
-        signs = signs_of(LOADED, tl.float32)
-    parts = turned_parts(
-        loaded, k, at, cosine, sine, signs, bias + of_head, weight, map_scale + of_head,
-        map_mean + of_head, eps, real, HEAD_DIM, PIECE, LOADED, BIAS, NORM, ROTARY, INTERLEAVED,
-        PAIRED, HADAMARD, False, PRODUCTS, False, MAPPED,
-    )  # fmt: skip
-    _, near = slots_of(slots, exact_slots, token, real, EXACT)
-    if EXACT and near_pages is None:
-        write_exact(
-            parts, near, kv_head, pages.exact, pages.exact_page, pages.exact_head, HEAD_DIM, PIECE,
-            PAGE,
-        )  # fmt: skip
-    elif NEAR_CODE == FP8:
-        # A code of fp8 has no next one at an equal distance.
-        write_near(
-            parts, near, kv_head, near_pages, NEAR_CODE, NEAR_ZERO, NEAR_SHARED, HEAD_DIM, PIECE,
-            PAGE, LOADED, NEAR_LIMIT, HARDWARE, HADAMARD > 1, 1.0,
-        )  # fmt: skip
-    top, bottom = _stored(parts, rows, HEAD_DIM, PIECE, ROWS, LOADED, BOTH)
-    tl.store(rows + HEAD_DIM * ROWS + row, top)
-    tl.store(rows + HEAD_DIM * ROWS + ROWS + row, bottom)
-    return tl.max(near, 0)
-
-
-@triton.jit
-def _stored(
-    parts, rows, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
-    LOADED: tl.constexpr, BOTH: tl.constexpr,
-):  # fmt: skip
-    """Rows to ``rows``, finite, a channel of all after the other; largest and smallest of each."""
-    row = tl.arange(0, LOADED)
-    high, low = _reach(parts, HEAD_DIM, PIECE, BOTH)
-    if tl.max(tl.where((high < float("inf")) & (low > float("-inf")), 0, 1), 0) != 0:
-        known = ()
-        for i in tl.static_range(len(parts)):
-            known = known + (finite(parts[i]),)
-        parts = known
-        high, low = _reach(parts, HEAD_DIM, PIECE, BOTH)
+    """Rows to ``rows``, a channel of all after the other; largest and smallest of each behind."""
+    row = tl.arange(0, ROWS)
     for i in tl.static_range(len(parts)):
         channel = i * PIECE + tl.arange(0, PIECE)
         to = rows + channel[None, :] * ROWS + row[:, None]
@@ -202,29 +99,8 @@ def _stored(
             tl.store(to, parts[i], tl.broadcast_to((channel < HEAD_DIM)[None, :], to.shape))
         else:
             tl.store(to, parts[i])
-    return high, low
-
-
-@triton.jit
-def _reach(parts, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, BOTH: tl.constexpr):
-    """Largest and smallest number of rows, NaN where one is; without BOTH the largest size."""
-    high = parts[0] if BOTH else tl.abs(parts[0])
-    low = parts[0]
-    for i in tl.static_range(1, len(parts)):
-        above = parts[i] if BOTH else tl.abs(parts[i])
-        below = parts[i]
-        if (i + 1) * PIECE > HEAD_DIM:
-            inside = (i * PIECE + tl.arange(0, PIECE) < HEAD_DIM)[None, :]
-            above = tl.where(inside, above, float("-inf"))
-            below = tl.where(inside, below, float("inf"))
-        high = larger(high, above)
-        if BOTH:
-            low = smaller(low, below)
-    most = tl.reduce(high, 1, larger)
-    least = -most
-    if BOTH:
-        least = tl.reduce(low, 1, smaller)
-    return most, least
+    tl.store(rows + HEAD_DIM * ROWS + row, top)
+    tl.store(rows + HEAD_DIM * ROWS + ROWS + row, bottom)
 
 
 @triton.jit
@@ -241,8 +117,6 @@ def _round_rows(
     """
     ALL: tl.constexpr = ROWS * TRIED
     DYNAMIC: tl.constexpr = SCALES == A_TOKEN
-    QMAX: tl.constexpr = largest(CODE)
-    QMIN: tl.constexpr = smallest(CODE)
     BLOCKS: tl.constexpr = HEAD_DIM // BLOCK
     # What one dynamic range loses decides nothing.
     MEASURED: tl.constexpr = len(FACTORS) > 1 or not DYNAMIC
@@ -272,13 +146,7 @@ def _round_rows(
     step = tl.full([ALL], 1.0, tl.float32)
     base = tl.full([ALL], 0.0, tl.float32)
     if DYNAMIC:
-        factor = tl.full([ALL], FACTORS[0], tl.float32)
-        rest = tl.full([ALL], _rest(FACTORS[0]), tl.float32)
-        if len(FACTORS) > 1:
-            for i in tl.static_range(1, len(FACTORS)):
-                factor = tl.where(number == i, FACTORS[i], factor)
-                rest = tl.where(number == i, _rest(FACTORS[i]), rest)
-        step, base = rounded_scales(top, bottom, factor, rest, scale, zero, ZERO, QMAX, QMIN, LIMIT)
+        step, base = steps_of(top, bottom, number, scale, zero, ZERO, CODE, LIMIT, FACTORS)
     inverse = tl.math.div_rn(tl.full([ALL], 1.0, tl.float32), step)
     shift = -base * inverse
     loss = tl.full([ALL], 0.0, tl.float32)
@@ -301,17 +169,7 @@ def _round_rows(
         loss = tl.where(most < 60000.0, 0.0, float("inf"))
     else:
         loss = loss * step * step
-    # A loss that is no number is never less.
-    least = tl.where((number < len(FACTORS)) & (loss == loss), loss, float("inf"))
-    keep = least < float("inf")
-    if TRIED > 1:
-        tried = tl.reshape(least, [TRIED, ROWS])
-        best = tl.min(tried, 0)
-        order = tl.arange(0, TRIED)[:, None]
-        chosen = tl.min(tl.where(tried == best[None, :], order, TRIED), 0)
-        chosen = tl.reshape(tl.broadcast_to(chosen[None, :], [TRIED, ROWS]), [ALL])
-        least = tl.reshape(tl.broadcast_to(best[None, :], [TRIED, ROWS]), [ALL])
-        keep = (number == chosen) & (least < float("inf"))
+    keep, least = kept_of(loss, number, len(FACTORS), TRIED, ALL)
     stored = keep & (slot >= 0)
     if DYNAMIC:
         tl.store(scale + plane, step.to(scale.dtype.element_ty), stored)

@@ -165,10 +165,11 @@ def hadamard_products(parts, signs, GUARD: tl.constexpr):
     turned = ()
     if parts[0].dtype == tl.float32:
         for i in tl.static_range(len(parts) // 2):
-            turned = turned + tl.inline_asm_elementwise(
+            one, two = tl.inline_asm_elementwise(
                 _GUARDED if GUARD else _PLAIN, _OF_FLOATS, [parts[2 * i], parts[2 * i + 1], signs],
                 dtype=(tl.float32, tl.float32), is_pure=True, pack=8,
             )  # fmt: skip
+            turned = turned + (one, two)
     else:
         for i in tl.static_range(len(parts)):
             done = tl.inline_asm_elementwise(
@@ -233,9 +234,9 @@ def turned_by_products(one, two, factors):
 
 
 def layout_holds(ttgir: str) -> bool:
-    """Whether every product in the compiled kernel has the layout it was written for."""
+    """Whether all that takes a thread's eight channels has the layout it was written for."""
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", ttgir, re.MULTILINE))
-    used = set(re.findall(r"elementwise_inline_asm.*mma\.sync.*->.*?, (#\w+)>", ttgir))
+    used = set(re.findall(r"elementwise_inline_asm.*packed_element = 8 .*->.*?, (#\w+)>", ttgir))
     return bool(used) and all(re.search(_LAYOUT, layouts.get(name, "")) for name in used)
 
 
