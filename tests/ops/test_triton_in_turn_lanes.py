@@ -19,6 +19,7 @@ from quantpage.ops.rope_write import QKNorm, WriteParams, triton_in_turn
 from quantpage.ops.rope_write import triton as host
 from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.ops.rope_write.triton import Shape, rope_write
+from quantpage.ops.rope_write.triton_in_turn_lanes import Lanes
 from quantpage.rope import rope_table
 from tests.ops import inline_ptx
 from tests.ops.test_triton_rope_write import (
@@ -36,6 +37,9 @@ from tests.ops.triton_cases import DEVICE, GPU, TIER
 
 pytestmark = TIER
 PLAIN = Shape(4, 2, 2, 32, 1)
+LANES = triton_in_turn._lanes
+IN_BLOCKS = triton_in_turn._couplings
+"""What the kernel of other rows is given."""
 
 
 class Outputs(list):
@@ -162,3 +166,20 @@ def test_rows_are_turned_as_the_write_does():
     q, k, v = (torch.randn(40, h, 64, device=DEVICE).half() for h in heads)
     layer, other, *_ = written(find_format("int8"), k, v, key_map, params, q)
     assert same_rows(layer.key, other.key) > 0.97
+
+
+def test_rows_that_lie_elsewhere_are_written_again(monkeypatch):
+    """Where the compiler puts rows into other lanes, what was written is nobody's."""
+    torch.manual_seed(8)
+    k, key_map = torch.randn(40, KV_HEADS, 64, device=DEVICE).half(), feedback_map(64, True)
+    monkeypatch.setattr(triton_in_turn, "as_written", lambda compiled: False)
+    monkeypatch.setattr(triton_in_turn, "_couplings", IN_BLOCKS)
+    monkeypatch.setattr(triton_in_turn, "_lanes", silent)
+    layer, other, *_ = written(find_format("int8"), k, k, key_map, WriteParams())
+    assert same_rows(layer.key, other.key) > 0.97
+
+
+def silent(layer):
+    """Channels that say nothing: rows that lie elsewhere hear what is not theirs."""
+    made, near = LANES(layer)
+    return Lanes(made.own * 0, made.between * 0, made.weight), near
