@@ -112,9 +112,7 @@ static inline void integer_scores(const int16_t* words, int64_t any_dim, const i
       }
       UNROLL for (int j = 0; j < STEP; j += 4) {
         const vf s = __builtin_convertvector(reduce4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]), vf) * unit;
-        float lane[VW];
-        storef(lane, s);
-        UNROLL for (int l = 0; l < LANES; l++) memcpy(scores + (first + l) * TILE + t + j, lane + 4 * l, 16);
+        store_lanes(s, scores + first * TILE + t + j, TILE);
       }
     }
   }
