@@ -81,6 +81,12 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
     // The run's values are wanted after the tile's keys: fetched a little with every product.
     const Ahead values = {run.v, s.value_step};
     float* to = s.scores + lane;
+#if VW == 16
+    if (s.rows >= MANY_ROWS) {
+      const auto many = s.key_dim == 128 ? many_scores<128> : s.key_dim == 64 ? many_scores<64> : many_scores<0>;
+      many(s.words, s.key_dim, s.turned, s.query16, s.query_unit, s.rows, to, values);
+    } else
+#endif
     if (s.key_dim == 128) integer_scores<128>(s.words, 128, s.query16, s.query_unit, s.rows, to, values);
     else if (s.key_dim == 64) integer_scores<64>(s.words, 64, s.query16, s.query_unit, s.rows, to, values);
     else integer_scores<0>(s.words, s.key_dim, s.query16, s.query_unit, s.rows, to, values);

@@ -118,6 +118,59 @@ static inline void integer_scores(const int16_t* words, int64_t any_dim, const i
   }
 }
 
+// Rows from which on words are turned over, a key a lane, so that no sum has to be added up over lanes.
+constexpr int64_t MANY_ROWS = 16;
+#if VW == 16
+// Rows whose sums there are registers for.
+constexpr int64_t BLOCK = 24;
+
+// [RUN][dim] words to [dim / 2][RUN] pairs of them.
+static inline void turn_words(const int16_t* words, int64_t dim, int32_t* turned, Ahead ahead) {
+  NO_UNROLL for (int64_t c = 0; c < dim; c += 8) {
+    fetch(ahead);
+    vf v[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+      const auto key = [&](int l) { return _mm_loadu_si128((const __m128i*)(words + (4 * l + j) * dim + c)); };
+      __m512i x = _mm512_castsi128_si512(key(0));
+      x = _mm512_inserti32x4(x, key(1), 1);
+      x = _mm512_inserti32x4(x, key(2), 2);
+      v[j] = (vf)_mm512_inserti32x4(x, key(3), 3);
+    }
+    transpose4(v);
+    UNROLL for (int x = 0; x < 4; x++) store(turned + (c / 2 + x) * VW, v[x]);
+  }
+}
+// The same two words of a row for all keys. By name: the instruction reads them by itself.
+static inline void add_pair(vi& sum, vi keys, const int16_t* words) {
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(keys), "m"(*(const int32_t*)words));
+}
+template <int64_t DIM, int64_t R>
+static void turned_scores(const int32_t* turned, int64_t any_dim, const int16_t* query, const float* scale,
+                          float* scores) {
+  const int64_t dim = DIM ? DIM : any_dim;
+  vi sums[R] = {};
+  NO_UNROLL for (int64_t c = 0; c < dim; c += 8) UNROLL for (int x = 0; x < 4; x++) {
+    const vi keys = load<vi>(turned + (c / 2 + x) * VW);
+    UNROLL for (int r = 0; r < R; r++)
+      add_pair(sums[r], keys, query + r / LANES * LANES * dim + c * LANES + r % LANES * 8 + 2 * x);
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    storef(scores + r * TILE, __builtin_convertvector(sums[r], vf) * splat(scale[r]));
+}
+// As integer_scores; turned: room for the words.
+template <int64_t DIM>
+static void many_scores(const int16_t* words, int64_t any_dim, int32_t* turned, const int16_t* query,
+                        const float* scale, int64_t rows, float* scores, Ahead ahead) {
+  const int64_t dim = DIM ? DIM : any_dim;
+  turn_words(words, dim, turned, ahead);
+  for (int64_t r = 0, count; r < rows; r += count) {
+    count = rows - r >= BLOCK ? BLOCK : rows - r > 8 ? 16 : 8;
+    const auto some = count == BLOCK ? turned_scores<DIM, BLOCK> : count == 16 ? turned_scores<DIM, 16> : turned_scores<DIM, 8>;
+    some(turned, dim, query + r * dim, scale + r, scores + r * TILE);
+  }
+}
+#endif
+
 // ---- floats ------------------------------------------------------------------------------------
 // rows32: [RUN][dim] floats; query: [rows][dim].
 static inline void float_scores(const float* keys, int64_t dim, const float* query, int64_t rows,

@@ -19,6 +19,7 @@ struct Scratch {
   int16_t* query16;
   float *query32, *query_unit, *query_sum, *lift_keys, *constant;
   int16_t* words;
+  int32_t* turned;
   float* floats;
   float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
   int32_t *weights, *value_pairs;
@@ -57,7 +58,8 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
     at = (at + count * (int64_t)sizeof(*to) + 63) / 64 * 64;
   };
   s.rows = rows;
-  s.padded = (rows + 3) / 4 * 4;
+  // Rows are summed in groups of four, many in blocks.
+  s.padded = rows >= MANY_ROWS ? (rows + 15) / 16 * 16 : (rows + 3) / 4 * 4;
   s.key_dim = key.head_dim;
   s.value_dim = value.head_dim;
   s.rotary_dim = item.rotary ? item.rotary->head_dim : 0;
@@ -73,6 +75,7 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
     take(*each, s.padded);
   for (float** each : {&s.total, &s.zero_sum, &s.lift}) take(*each, s.padded * VW);
   take(s.words, s.key_words ? RUN * s.key_dim : 0);
+  take(s.turned, s.key_words && rows >= MANY_ROWS ? RUN * s.key_dim / 2 : 0);
   take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
   take(s.scores, s.padded * TILE);
   for (float** each : {&s.key_scale, &s.key_zero, &s.value_scale, &s.value_zero}) take(*each, TILE);
