@@ -161,11 +161,13 @@ def test_any_grid_gives_the_same_result(programs, name, tiles):
     check(given.key, given.value, DRAFTS, tiles=replace(tiles, stages=2))
 
 
+@pytest.mark.parametrize("new", [8, 16])
 @pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=130, sink_tokens=20)], ids=str)
 @pytest.mark.parametrize("name", ["int4", "k8v4", "int4_near8", "k8v4_near8"])
-def test_segments_join_to_the_whole(name, mask):
+def test_segments_join_to_the_whole(name, mask, new):
     given = find_format(name)
-    q, layer, batch = make_step(given.key, given.value, DRAFTS, mask, exact=True, near=given.near)
+    step = replace(DRAFTS, queries=(new, 1, 3))
+    q, layer, batch = make_step(given.key, given.value, step, mask, exact=True, near=given.near)
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
     out, lse = attend_op(q, layer, batch, params, GLUON)
     wanted, wanted_lse = reference(q.double(), layer, batch, params)

@@ -400,6 +400,8 @@ def drafts_kernel(
                     k_smem.index(0).store(key_numbers(codes))
                 store_late(of_keys, vz, log_vs, seen, V_SCALES, V_ZERO)
                 count += 1
+            # What nobody reads is stored, too: the next row's comes to the same place.
+            thread_barrier()
             ended = end_sums(
                 weights, anchor, s_rows, lane_sums, row_first, q_start, q_len, head, kv_heads,
                 first_tile, last_tile, tiles, program, position, start, request, item, share, even,
