@@ -20,6 +20,7 @@ from quantpage.integrations.vllm_plugin.formats import (
     format_of,
     refuse_layer,
     token_bytes,
+    wants_warm_up,
 )
 
 pytestmark = pytest.mark.pure
@@ -183,3 +184,10 @@ def test_blocks_that_no_page_divides_are_refused():
         check_block_size(size)
     with pytest.raises(ValueError, match="--block-size: expected a multiple of 16, got 8"):
         check_block_size(8)
+
+
+def test_a_warm_up_is_asked_for_by_true():
+    assert not wants_warm_up(None) and not wants_warm_up({"quantpage": "k8v4"})
+    assert wants_warm_up({"quantpage_warm_up": True})
+    with pytest.raises(ValueError, match="quantpage_warm_up: expected true or false, got 'yes'"):
+        wants_warm_up({"quantpage_warm_up": "yes"})

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
@@ -93,3 +94,22 @@ def test_a_step_of_vllms_is_a_plan_of_ours():
     assert exact is near.with_exact(given.block_table_tensor, given.slot_mapping)
     (part,) = exact
     assert part.plan.exact.slots.shape == (4,) and near.plan.exact is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "warms", "newer", "runs"),
+    [
+        (CUDAGraphMode.FULL_DECODE_ONLY, False, False, True),
+        (CUDAGraphMode.NONE, True, True, True),
+        (CUDAGraphMode.NONE, True, False, False),
+        (CUDAGraphMode.NONE, False, True, False),
+        (None, False, False, False),
+    ],
+)
+def test_when_kernels_can_be_compiled_before_the_first_request(mode, warms, newer, runs):
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        kernel_config=SimpleNamespace(enable_jit_warmup=warms),
+        use_v2_model_runner=newer,
+    )
+    assert compat.runs_first_steps(config) == runs

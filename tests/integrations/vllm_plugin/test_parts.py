@@ -41,7 +41,9 @@ class Layer:
         codes = torch.zeros(pages, HEADS, cell_bytes(self.layout), dtype=torch.uint8, device=device)
         # Bytes that are NaN as numbers of any kind.
         width = exact_cell_bytes(self.layout)
-        self.pool = torch.full((pages, HEADS, width), 255, dtype=torch.uint8, device=device)
+        self.pool = None
+        if form.exact_pages is not None:
+            self.pool = torch.full((pages, HEADS, width), 255, dtype=torch.uint8, device=device)
         self.view = layer_of_cells(codes, self.layout, None, self.pool)
         call = Call(
             device_info(device), form, self.dtype, 4, HEADS, WIDTH, WIDTH, PAGE
@@ -49,7 +51,7 @@ class Layer:
         self.attention: LayerAttention = build_attention(find_backend("flash"), CausalMask(), call)
 
     def numbers(self, tokens: int) -> list[Tensor]:
-        device = self.pool.device
+        device = self.view.device
         return [
             torch.randn(tokens, heads, WIDTH, dtype=self.dtype, device=device)
             for heads in (4, HEADS, HEADS)

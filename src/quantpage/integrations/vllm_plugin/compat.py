@@ -4,6 +4,7 @@ What is asked is whether a name is there, not a number, as builds of vLLM call t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,16 @@ def device() -> torch.device:
     from vllm.platforms import current_platform
 
     return torch.device(current_platform.device_type)
+
+
+def runs_first_steps(config: Any) -> bool:
+    """Whether vLLM runs steps over its cache before the first request: to warm kernels up (its
+    newer runner), or before it captures graphs."""
+    from vllm.config import CUDAGraphMode
+
+    warms = getattr(config.kernel_config, "enable_jit_warmup", False)
+    captures = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    return captures or bool(warms and getattr(config, "use_v2_model_runner", False))
 
 
 def tensor_parallel() -> tuple[int, int]:

@@ -42,6 +42,8 @@ CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
 
 CALIBRATION = "quantpage_calibration"
 """The key of --additional-config that names a file of key maps."""
+WARM_UP = "quantpage_warm_up"
+"""And the one that asks for kernels to be compiled at the start (``warm_up``)."""
 
 NAMES: dict[str, KVFormat] = {
     **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
@@ -103,6 +105,14 @@ def exact_token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtyp
     near = layout_of(form, widths, dtype).near
     assert near is not None
     return near.bytes_per_token()
+
+
+def wants_warm_up(additional: Mapping[str, Any] | None) -> bool:
+    """What --additional-config says of WARM_UP; ValueError for other than true and false."""
+    wanted = (additional or {}).get(WARM_UP, False)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"--additional-config {WARM_UP}: expected true or false, got {wanted!r}")
+    return wanted
 
 
 def check_block_size(block_size: int) -> None:

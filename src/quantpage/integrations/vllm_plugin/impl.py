@@ -11,6 +11,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from quantpage.attention import LayerAttention, build_attention, find_backend
+from quantpage.batch import BatchPlan
 from quantpage.cache import CacheLayout, LayerKV
 from quantpage.cache.cells import layer_of_cells
 from quantpage.errors import CorruptCalibration, NoImplementation
@@ -27,6 +28,7 @@ from quantpage.integrations.vllm_plugin.formats import (
     exact_token_bytes,
     format_of,
     refuse_layer,
+    wants_warm_up,
 )
 from quantpage.integrations.vllm_plugin.maps import (
     find_calibration,
@@ -35,6 +37,7 @@ from quantpage.integrations.vllm_plugin.maps import (
     worker_heads,
 )
 from quantpage.integrations.vllm_plugin.parts import Part
+from quantpage.integrations.vllm_plugin.warm_up import Sizes, warm_up
 from quantpage.integrations.vllm_plugin.working import most_pages
 from quantpage.masks import CausalMask, FullMask, Mask
 from quantpage.ops.attend import AttendParams
@@ -96,6 +99,9 @@ class QuantPageImpl(AttentionImpl):
         if self.form.quantized:
             Served.last = Served(self.form, self.dtype)
         self._key_map: KeyMap | None = None
+        asked = wants_warm_up(self.config.additional_config)
+        self._warm = not asked or compat.on_cpu() or not compat.runs_first_steps(self.config)
+        """Whether kernels are compiled, or will be when requests ask for them."""
         self._companion: ExactPagesLayer | None = None
         self._companion_name = ""
         self._view: LayerKV | None = None
@@ -144,6 +150,8 @@ class QuantPageImpl(AttentionImpl):
         attention, params = self._attention(
             attn_metadata.causal, widths, view.page_size, view.device
         )
+        if not self._warm:
+            self._warm_up(attention, params, view, attn_metadata.plan)
         if self._companion is not None:
             near = get_forward_context().attn_metadata[self._companion_name]
             self._forward_exact(
@@ -195,6 +203,22 @@ class QuantPageImpl(AttentionImpl):
             attention.attend_step(
                 q, pages, part.plan, params, lse_wanted=False, out=output[part.rows]
             )
+
+    def _warm_up(
+        self, attention: LayerAttention, params: AttendParams, view: LayerKV, like: BatchPlan
+    ) -> None:
+        """Compile what requests will need, in the first step that vLLM runs by itself."""
+        self._warm = True
+        if torch.cuda.is_current_stream_capturing():
+            return
+        scheduler, config = self.config.scheduler_config, self.config
+        sizes = Sizes(
+            scheduler.max_num_seqs,
+            scheduler.max_num_batched_tokens,
+            config.model_config.max_model_len,
+            config.num_speculative_tokens,
+        )
+        warm_up(attention, view, params, like, sizes)
 
     def _find_map(self, name: str) -> KeyMap | None:
         """What is done to the keys of the layer ``name`` before they are cached."""

@@ -1,0 +1,126 @@
+"""Kernels are compiled before the first request, not during it, where that is asked for.
+
+Triton compiles a kernel when it is first launched with arguments of a kind: a second or more, in
+which every request of a server waits. So the first layer of each kind runs steps of all sizes when
+vLLM runs its own first steps at the start: writes that write nowhere (slot -1), attention to the
+null page. Which sizes ask for a kernel of their own the planners know, and the same launch again
+costs microseconds, so that the sizes are simply powers of two, of contexts the middles between
+too. Compiled kernels stay in Triton's cache on disk: the next start loads them.
+"""
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from quantpage.attention import LayerAttention
+from quantpage.batch import BatchPlan, ExactPlan, derive
+from quantpage.cache import LayerKV
+from quantpage.ops.attend import AttendParams
+from quantpage.ops.rope_write import WriteParams
+
+_WRITE = WriteParams()
+_DONE: set[Hashable] = set()
+_LONG = 4
+"""Times a chunk is the longest context before which it stands here: a prompt's kernels do not
+depend on more, and a step on a long context takes its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What steps a server will have."""
+
+    requests: int
+    """Most in a step."""
+    tokens: int
+    """Most new ones in a step."""
+    context: int
+    """Longest."""
+    drafts: int = 0
+    """New tokens of a decoding request beside the one."""
+
+    def steps(self) -> Iterator[tuple[tuple[int, ...], int]]:
+        """New tokens of each request, and the context of all."""
+        for new in {1, 1 + self.drafts}:
+            for requests in _powers(1, min(self.requests, max(self.tokens // new, 1))):
+                for context in sorted({*_powers(64, self.context), *_powers(96, self.context)}):
+                    yield (new,) * requests, max(context, new)
+        for chunk in _powers(32, min(self.tokens, self.context)):
+            for context in {chunk, min(_LONG * chunk, self.context)}:
+                yield (chunk,), context
+            # Beside a request that decodes, and beside another prompt.
+            for beside in {1, chunk}:
+                if self.requests > 1 and beside + chunk <= self.tokens:
+                    yield (beside, chunk), min(_LONG * chunk, self.context)
+
+
+def warm_up(
+    attention: LayerAttention,
+    view: LayerKV,
+    params: AttendParams,
+    like: BatchPlan,
+    sizes: Sizes,
+) -> int:
+    """Launch what a layer's steps will launch; the number of steps, 0 where a layer of the same
+    kind has done it in this process.
+
+    view: pages, of which the first is read and none is written. like: a step of the engine, whose
+    tables' strides others will have.
+    """
+    call, device = attention.call, view.device
+    kind = call, params.facts, params.softcap is None, view.facts, sizes
+    if kind in _DONE:
+        return 0
+    _DONE.add(kind)
+    done = 0
+    for news, context in sizes.steps():
+        plan = _plan(like, news, context, view.exact_key is not None)
+        q, k, v = (
+            torch.zeros(plan.num_tokens, heads, width, dtype=call.dtype, device=device)
+            for heads, width in (
+                (call.q_heads, call.head_dim),
+                (call.kv_heads, call.head_dim),
+                (call.kv_heads, call.value_head_dim),
+            )
+        )
+        written = attention.write_step(q, k, v, view, plan, _WRITE).q
+        assert written is not None
+        out = torch.empty_like(q[..., : call.value_head_dim])
+        attention.attend_step(written, view, plan, params, lse_wanted=False, out=out)
+        done += 1
+    return done
+
+
+def _plan(like: BatchPlan, news: tuple[int, ...], context: int, exact: bool) -> BatchPlan:
+    """A step over the null page that writes nothing."""
+    device, tokens, requests = like.device, sum(news), len(news)
+
+    def filled(value: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    width = max(like.page_table.shape[1], -(-context // like.page_size))
+    table = filled(0, torch.int32, requests, width)
+    slots = filled(-1, torch.int64, tokens)
+    return derive(
+        like,
+        query_starts=torch.tensor([0, *accumulate(news)], dtype=torch.int32).to(device),
+        context_lens=filled(context, torch.int32, requests),
+        page_table=table,
+        slots=slots,
+        positions=filled(0, torch.int64, tokens),
+        query_lens=news,
+        host_context_lens=(context,) * requests,
+        exact=ExactPlan(table, slots) if exact else None,
+        first_pages=None,
+    )
+
+
+def _powers(least: int, most: int) -> list[int]:
+    """``least``, twice that, and so on below ``most``, and ``most``."""
+    found = []
+    while least < most:
+        found.append(least)
+        least *= 2
+    return [*found, most] if most > 0 else []
