@@ -140,7 +140,6 @@ DENSE = {
     "dense 256": {"head_dim": 256},
     "dense window, sinks": {"WINDOW": True, "SINKS": True},
     "dense carried": {"CARRY": True},
-    "dense body": {"BODY": True, "CARRY": True},
     "dense given scales": {"SINKS": True, "V_STATIC": True, "V_ZERO": True, "V_GROUPS": 128},
     # As launched where nobody reads the log-sum-exp: what is not there is None.
     "dense, output alone": dict.fromkeys(

@@ -28,7 +28,7 @@ from quantpage import masks
 from quantpage.attention import LayerAttention, find_backend
 from quantpage.formats import FORMATS, find_format, rotate
 from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend import AttendParams, attend, merge_partials
+from quantpage.ops.attend import AttendParams, attend
 from quantpage.ops.attend.params import exact_pairs
 from quantpage.ops.attend.prefill import plan as prefill_plan
 from quantpage.ops.attend.prefill import triton as triton_prefill
@@ -42,7 +42,7 @@ PORTABLE = Implementation(
     "triton", "quantpage.ops.attend.prefill.triton:attend", lambda call: [], merge=MERGE
 )
 DENSE = Implementation(
-    "gluon", "quantpage.ops.attend.prefill.gluon:attend", lambda call: [], joins=True
+    "gluon", "quantpage.ops.attend.prefill.gluon:attend", lambda call: [], merge=MERGE
 )
 INTERVALS = Implementation(
     "triton", "quantpage.ops.attend.interval.triton:attend", lambda call: [], merge=MERGE
@@ -106,21 +106,6 @@ def test_a_chunk_on_a_prefix(context, count, mask, parts):
     parts(count)
     step = Step((20,), (context,), PAGE, kv_heads=1, group=2, head_dim=32)
     check(PORTABLE, FORMATS["int4"], step, mask, sinks=True)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", ["int4", "int4_near8"])
-def test_a_sink_may_enter_with_the_exact_pages(name, count, parts):
-    """As where the body's rows take the exact pages' result in: it is whole but for the body."""
-    parts(count)
-    step = Step((20,), (8 * PAGE + 1,), PAGE, kv_heads=1, group=2, head_dim=32)
-    q, layer, batch = make_segments(find_format(name), step, CAUSAL)
-    params = AttendParams(q.shape[-1] ** -0.5, CAUSAL, None, torch.randn(2, device=DEVICE))
-    bare = replace(params, sinks=None)
-    near = triton_prefill.attend(q, layer.exact(), batch.exact_step(), params, segment="exact")
-    body = triton_prefill.attend(q, layer.body(), batch, bare, segment="body")
-    out, lse = merge_partials([near.out, body.out], [near.lse, body.lse])
-    assert_agrees(out, lse, *oracle(q, layer, batch, params), TOLERANCE, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("mask", CAUSAL_KINDS, ids=named)

@@ -70,7 +70,7 @@ CANDIDATES: list[Implementation] = [
         refusals.PREFILL_GLUON,
         into=True,
         reserve=_RESERVE,
-        joins=True,
+        merge=_MERGE,
     ),
     Implementation(
         "triton",

@@ -9,11 +9,9 @@ Numbers of a quantized cache are kept in float16: codes are exact in it and scal
 to 11 bits (bfloat16: 8). An unquantized cache keeps its dtype.
 
 Exact pages are few keys a query: that segment goes to the portable kernel, as do requests with too
-few rows to be worth a workspace (prefill/ways). Where all requests have enough, the body's rows end
-by taking in what the exact pages gave, float32 that another launch would read and write once more.
+few rows to be worth a workspace (prefill/ways).
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -27,14 +25,13 @@ from quantpage.ops.attend.decode.triton import attend as triton_decode
 from quantpage.ops.attend.flash.gluon_launch import compiled, descriptor, value_scales
 from quantpage.ops.attend.flash.tiles import hopper_tile
 from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
-from quantpage.ops.attend.flash.triton_merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, exponent_scale, reach_of
 from quantpage.ops.attend.prefill import triton as triton_prefill
 from quantpage.ops.attend.prefill.gluon_kernel import prefill_kernel
 from quantpage.ops.attend.prefill.plan import DensePass, DenseShape, plan_passes
 from quantpage.ops.attend.prefill.triton_workspace import fill_workspace, merge_parts, on_device
-from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways, choose_ways
-from quantpage.ops.attend.results import Asked, Results, contiguous, kernel, results_for
+from quantpage.ops.attend.prefill.ways import Launches, attend_by_ways
+from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import Operand, given_values
 
@@ -43,84 +40,42 @@ from quantpage.ops.operand import Operand, given_values
 def attend(
     q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
 ) -> Results:
-    """As prefill/triton.attend, and of a layer with exact pages both segments at once."""
-    if layer.exact_key is not None:
-        return _attend_both(q, layer, batch, params, asked)
-    return _attend_segment(q, layer, batch, params, asked)
-
-
-def _attend_segment(
-    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
-) -> Results:
+    """As prefill/triton.attend."""
     segment = asked.segment
     portable = segment == "exact" or (segment == "body" and params.mask.kind == "full")
     by = triton_prefill.LAUNCHES if portable else LAUNCHES
     return attend_by_ways(q, layer, batch, params, by, asked)
 
 
-def _attend_both(
-    q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, asked: Asked
-) -> Results:
-    """Exact pages, then the body, of which rows take the former's result in at their end."""
-    body, near, near_batch = layer.body(), layer.exact(), batch.exact_step()
-    # The sink is one key of the softmax: it enters once.
-    bare = replace(params, sinks=None)
-    ways = choose_ways(batch.query_lens, q.shape[1] // layer.kv_heads, "gluon", False)
-    carries = params.mask.kind == "causal" and ways.workspace is None
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    exact = _attend_segment(q, near, near_batch, params if carries else bare, Asked("exact"))
-    results = results_for(
-        q, layer.value.head_dim, True, contiguous(asked.out), asked.lse and not carries
-    )
-    if carries:
-        _attend_workspace(results, q, body, batch, bare, "body", None, exact)
-        return Results(results.out, exact.lse if asked.lse else None)
-    coded = _attend_segment(q, body, batch, bare, Asked("body"))
-    assert coded.lse is not None and exact.lse is not None
-    outs, lses = [coded.out, exact.out], [coded.lse, exact.lse]
-    merge_partials(outs, lses, params.sinks, results.out, results.lse)
-    return results
-
-
-def _attend_workspace(
-    results: Results, q, layer, batch, params, segment, members, earlier: Results | None = None
-) -> None:
-    """earlier: results of other keys, float32, contiguous and used up: its log-sum-exp becomes the
-    whole's.
-    """
+def _attend_workspace(results: Results, q, layer, batch, params, segment, members) -> None:
     shape = workspace_shape(q, layer, params)
     body_page = batch.page_size if segment == "body" else 0
     lens = (batch.query_lens, batch.host_context_lens)
     passes = _device_passes(*lens, shape, members, str(q.device))
     dtype, values = workspace_dtype(layer), given_values(layer)
-    waiting = earlier
-    if earlier is not None:
-        results = Results(results.out, earlier.lse)
-    elif any(each.carried for each, *_ in passes):
+    carried = None
+    if any(each.carried for each, *_ in passes):
         # Between passes rows wait as float32 with their log-sum-exp, asked for or not.
-        waiting = results_for(q, layer.value.head_dim, False, None, True)
-        if results.lse is not None:
-            waiting = Results(waiting.out, results.lse)
+        partial = results_for(q, layer.value.head_dim, False)
+        carried = partial.out
+        if results.lse is None:
+            results = Results(results.out, partial.lse)
     for each, spans, order, items in passes:
         workspace = fill_workspace(each, spans, layer, batch.page_table, dtype)
         planned = (each, order, items, shape)
         if each.work.parts > 1:
             parts = parts_for(results, each.work.parts)
-            launch(q, workspace, parts, None, params, planned, body_page, values)
-            merge_parts(parts, params.sinks, results, earlier)
+            launch(q, workspace, (*parts, None), params, planned, body_page, values)
+            merge_parts(parts, params.sinks, results)
             continue
-        begun = waiting if each.carried or earlier is not None else None
-        target = results
-        if waiting is not None:
-            target = Results(results.out if each.final else waiting.out, waiting.lse)
-        launch(q, workspace, target, begun, params, planned, body_page, values)
+        target = results.out if each.final or carried is None else carried
+        launch(q, workspace, (target, results.lse, carried), params, planned, body_page, values)
 
 
 def launch(
     q: Tensor,
     workspace: tuple[Tensor, Tensor],
-    results: Results,
-    begun: Results | None,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
     params: AttendParams,
     planned: tuple[DensePass, Tensor, Tensor, DenseShape],
     body_page: int = 0,
@@ -128,15 +83,15 @@ def launch(
 ) -> None:
     """One pass: queries against the filled workspace.
 
-    begun: float32 results of other keys that rows take in; None: there are none. planned: the pass,
-    its order and items on the device, its shape. body_page: the page size where only the body is
-    asked for, else 0. values: whose scales are given, so that the workspace holds their codes;
+    results: out, log-sum-exp, and the float32 partials that carried rows start from. planned: the
+    pass, its order and items on the device, its shape. body_page: the page size where only the body
+    is asked for, else 0. values: whose scales are given, so that the workspace holds their codes;
     None: numbers.
     """
-    (k, v), (each, order, items, shape) = workspace, planned
+    (k, v), (out, lse, carried), (each, order, items, shape) = workspace, results, planned
     tile, mask = shape.tile, params.mask
     # A sink logit enters a row once: in the first pass, or when parts are merged.
-    sinks = params.sinks is not None and begun is None and each.work.parts == 1
+    sinks = params.sinks is not None and not each.carried and each.work.parts == 1
     scale, cap = exponent_scale(params)
     given_scales, scaled = value_scales(values)
     rounds, programs = order.shape
@@ -144,8 +99,10 @@ def launch(
         q,
         descriptor(k, tile.keys),
         descriptor(v, tile.keys),
-        *results,
-        *(begun or (None, None)),
+        out,
+        lse,
+        carried if each.carried else None,
+        lse,
         params.sinks if sinks else None,
         *given_scales,
         order,
@@ -169,7 +126,7 @@ def launch(
         BODY=body_page > 0,
         SOFTCAP=params.softcap is not None,
         SINKS=sinks,
-        CARRY=begun is not None,
+        CARRY=each.carried,
         **compiled(q, k, v, shape.group, tile),
         **scaled,
         num_warps=4,

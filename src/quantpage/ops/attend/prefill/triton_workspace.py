@@ -23,15 +23,10 @@ def fill_workspace(
     return k, v
 
 
-def merge_parts(
-    parts: Results, sinks: Tensor | None, results: Results, earlier: Results | None = None
-) -> None:
-    """Parts, and the result of other keys, into ``results``; the parts are used up."""
+def merge_parts(parts: Results, sinks: Tensor | None, results: Results) -> None:
+    """Parts into ``results``; the parts are used up."""
     assert parts.lse is not None
     outs, lses = list(parts.out.unbind()), list(parts.lse.unbind())
-    if earlier is not None and earlier.lse is not None:
-        outs.append(earlier.out)
-        lses.append(earlier.lse)
     if len(outs) > 2:
         # All but the last into the first, so that nothing between is rounded to 16 bits.
         merge_partials(outs[:-1], lses[:-1], out=outs[0], lse=lses[0])
