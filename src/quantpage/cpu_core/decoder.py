@@ -104,15 +104,18 @@ class Decoder:
         buffers = self._prepared(x)
         for into, given in ((buffers.x, x), (buffers.cos, cos), (buffers.sin, sin)):
             into.copy_(given)
-        parts = []
+        blocks = []
         for (first, middle, last), layer, batch in zip(
             buffers.pieces, layers, batches, strict=True
         ):
             pages, step = layer_record(layer), step_record(batch)
-            parts += [first, pages, step, middle, pages, step, last]
-        program = b"".join((*parts, buffers.end))
-        if core().run(program, len(program), torch.get_num_threads()):
-            raise RuntimeError("isa: expected one that this machine runs")
+            blocks.append(b"".join((first, pages, step, middle, pages, step, last)))
+        blocks.append(buffers.end)
+        # How many threads a call has is decided when it begins: of a prompt each block may ask.
+        few = x.shape[0] <= MAX_TOKENS
+        for program in [b"".join(blocks)] if few else blocks:
+            if core().run(program, len(program), torch.get_num_threads()):
+                raise RuntimeError("isa: expected one that this machine runs")
         return buffers.x.clone()
 
     def _prepared(self, x: Tensor) -> _Buffers:
