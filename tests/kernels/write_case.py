@@ -65,6 +65,7 @@ def in_lanes(factors: int, capability: int) -> dict[str, int]:
     arguments = in_turn_arguments(factors, factors, 32)
     arguments |= {"lanes": Lanes("*fp32", "*i32", "*fp32")}
     arguments["near_lanes"] = arguments["lanes"]
+    arguments["RETURN"] = True
     arguments = {name: arguments[name] for name in in_lanes_kernel.arg_names}
     compiled = compile_kernel(in_lanes_kernel, arguments, capability, num_warps=4)
     takes = resources(compiled)

@@ -97,6 +97,8 @@ def _round_rows(
     finite loss each channel by itself. number: of a row's range.
     """
     LIFT: tl.constexpr = int(lift(CODE))
+    # Bytes of codes are signed where nothing was added to them.
+    HALF: tl.constexpr = 0 if LIFT > 0 else 0x80
     if not ZERO:
         top = tl.maximum(top, -bottom)
     step, base = steps_of(top, bottom, number, pages.scale, pages.zero, ZERO, CODE, LIMIT, FACTORS)
@@ -130,8 +132,6 @@ def _round_rows(
     if RETURN:
         numbers = ()
         for i in tl.static_range(len(bits)):
-            # Bytes are signed where nothing was added.
-            HALF: tl.constexpr = 0 if LIFT > 0 else 0x80
             code = ((bits[i] ^ HALF) - (HALF + LIFT)).to(tl.float32)
             numbers = numbers + (code * step[:, None] + base[:, None],)
         store_parts(to_seen, numbers, keep & real, HEAD_DIM, PIECE)
