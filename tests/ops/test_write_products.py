@@ -149,9 +149,14 @@ def test_layouts_are_read():
     good = (
         "#blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [8, 4], "
         "warpsPerCTA = [1, 1], order = [1, 0]}>\n"
-        '%0:2 = tt.elementwise_inline_asm "mma.sync" %1 : tensor<8x32xf32, #blocked> '
+        '%0:2 = tt.elementwise_inline_asm "mma.sync" {constraints = "=r", '
+        "packed_element = 8 : i32, pure = true} %1 : tensor<8x32xf32, #blocked> "
         "-> tensor<8x32xf32, #blocked>, tensor<8x32xf32, #blocked>\n"
     )
     assert triton_products.layout_holds(good)
+    # Whose elements stand alone may lie as they like.
+    other = good.replace("#blocked", "#other").replace("[8, 4]", "[4, 8]")
+    assert triton_products.layout_holds(good + other.replace("element = 8", "element = 1"))
+    assert not triton_products.layout_holds(good + other)
     assert not triton_products.layout_holds(good.replace("[8, 4]", "[4, 8]"))
     assert not triton_products.layout_holds("")
