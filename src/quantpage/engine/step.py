@@ -44,9 +44,9 @@ class StepRunner:
             pages = pool_pages(shelf.reach, limits, self.page_size)
             self.memory.make_room(shelf, pages, exact)
         self.graphs: DecodeGraphs | None = None
-        options = attached.options
         # A check reads back from the device, and a mask of one's own may.
-        if cuda_graphs and self.device.type == "cuda" and not (options.checked or options.mask):
+        still = not attached.options.checked and attached.options.mask is None
+        if cuda_graphs and still and self.device.type == "cuda":
             longest = self._longest(limits)
             self.graphs = DecodeGraphs(
                 self._decode, self.memory.shelves, limits.max_running, longest

@@ -285,9 +285,14 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
     for name, weight in model.named_parameters():
         plain = type(weight) is nn.Parameter and weight.is_floating_point()
         if weight.ndim == 2 and plain and not weight.is_meta:
-            few = weight.detach().flatten()[:: max(1, weight.numel() // 4)][:4]
+            few = weight.detach().flatten()[[*sampled_places(weight.numel())]]
             found[name] = [float(f"{each:.4g}") for each in few.tolist()]
     return found
+
+
+def sampled_places(numbers: int) -> range:
+    """Which of a matrix's numbers ``weights_sample`` takes."""
+    return range(0, numbers, max(1, numbers // 4))[:4]
 
 
 def likeness(kept: Mapping[str, Sequence[float]], here: Mapping[str, Sequence[float]]) -> float:

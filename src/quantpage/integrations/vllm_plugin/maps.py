@@ -15,7 +15,12 @@ from safetensors import safe_open
 from quantpage import console
 from quantpage.errors import CorruptCalibration
 from quantpage.formats import FORMATS, KeyMap, KVFormat
-from quantpage.integrations.hf_transformers.calibration import SAME_MODEL, Calibration, likeness
+from quantpage.integrations.hf_transformers.calibration import (
+    SAME_MODEL,
+    Calibration,
+    likeness,
+    sampled_places,
+)
 from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
 from quantpage.integrations.hf_transformers.statistics import key_traits
 from quantpage.integrations.vllm_plugin.formats import CALIBRATION
@@ -101,8 +106,7 @@ def _sample(folder: Path, kept: Mapping[str, Any]) -> dict[str, list[float]]:
                 shape = plane.get_shape()
                 if name not in kept or len(shape) != 2 or len(found) >= _SAMPLED:
                     continue
-                width, size = shape[1], shape[0] * shape[1]
-                places = range(0, size, max(1, size // 4))[:4]
+                width, places = shape[1], sampled_places(shape[0] * shape[1])
                 few = [plane[at // width : at // width + 1] for at in places]
                 found[name] = [
                     float(row[0, at % width]) for row, at in zip(few, places, strict=True)

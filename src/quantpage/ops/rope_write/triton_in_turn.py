@@ -67,24 +67,28 @@ def _coupling(feedback: Tensor, pages: QuantizedPages) -> Coupling:
     return Coupling(within, between, rest if static else between)
 
 
-def _couplings_of(layer: LayerKV) -> tuple[Coupling, Coupling | None]:
-    """Of the body's codes, and of near pages of whole numbers."""
-    assert layer.key_map is not None and layer.key_map.feedback is not None
+def _near_of(layer: LayerKV) -> QuantizedPages | None:
+    """Near pages whose codes are whole numbers, as those alone are rounded in turn."""
     near = layer.exact_key
-    made = _coupling(layer.key_map.feedback, layer.key)
-    if not (isinstance(near, QuantizedPages) and near.spec.code.integer):
+    return near if isinstance(near, QuantizedPages) and near.spec.code.integer else None
+
+
+def _couplings_of(layer: LayerKV) -> tuple[Coupling, Coupling | None]:
+    """Of the body's codes, and of near pages'."""
+    assert layer.key_map is not None and layer.key_map.feedback is not None
+    feedback, near = layer.key_map.feedback, _near_of(layer)
+    made = _coupling(feedback, layer.key)
+    if near is None:
         return made, None
-    return made, made if layer.key.spec.dynamic else _coupling(layer.key_map.feedback, near)
+    return made, made if layer.key.spec.dynamic else _coupling(feedback, near)
 
 
 def _lanes_of(layer: LayerKV) -> tuple[Lanes, Lanes | None]:
     """The same for rows that stay in the registers of four lanes."""
     assert layer.key_map is not None and layer.key_map.feedback is not None
-    near = layer.exact_key
-    made = lanes_of(layer.key_map.feedback, layer.key.spec)
-    if not (isinstance(near, QuantizedPages) and near.spec.code.integer):
-        return made, None
-    return made, lanes_of(layer.key_map.feedback, near.spec)
+    feedback, near = layer.key_map.feedback, _near_of(layer)
+    other = None if near is None else lanes_of(feedback, near.spec)
+    return lanes_of(feedback, layer.key.spec), other
 
 
 _couplings = KeptWith(_couplings_of)
