@@ -1,5 +1,7 @@
 """What kernel benches measure on, made on a CPU: a step that holds, and the truth that gates it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,11 +16,12 @@ from quantpage.bench.cases import (
     last_queries,
     make_batch,
     make_layer,
+    read_bytes,
     relative_error,
 )
 from quantpage.bench.write import prompt_step
 from quantpage.formats import find_format, rotate
-from quantpage.masks import causal_document
+from quantpage.masks import CausalMask, causal_document
 from quantpage.ops import gather, rope_write
 from quantpage.ops.attend import AttendParams, attend, reference
 from tests.ops.mask_cases import cached
@@ -55,6 +58,27 @@ def test_requests_of_unlike_lengths_have_pages_of_their_own(name):
             assert (row >= 0).nonzero().flatten().tolist() == [0, last - 1, last]
     with pytest.raises(ValueError, match="lengths: expected 2 of up to 330, got 3 of up to 330"):
         Case(2, 330, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4_near8"])
+def test_bytes_of_a_step_are_those_of_keys_that_a_query_sees(name):
+    lengths = (70, 336, 48)
+    case = Case(3, 336, q_heads=4, kv_heads=2, head_dim=32, page_size=16, lengths=lengths)
+    layer = make_layer(case, name, "cpu")
+    # Of a key and its value in two kv_heads: codes, and a scale and a zero of 16 bits.
+    body = 2 * 2 * {"int8": 32 + 2, "int4": 16 + 4}.get(name.partition("_")[0])
+    near = {"int8": body, "int4": 2 * 2 * 64, "int4_near8": 2 * 2 * (32 + 2)}[name]
+    kept = (16 + 16 + 6, 48, 48)
+    whole = sum(n * near + (length - n) * body for n, length in zip(kept, lengths, strict=True))
+    assert read_bytes(layer, case) == whole
+    # The first request sees the end of its third page, the second nothing of its first.
+    seen, kept = (40, 40, 40), (22, 32, 40)
+    less = sum(n * near + (length - n) * body for n, length in zip(kept, seen, strict=True))
+    assert read_bytes(layer, replace(case, window=40)) == less
+    params = AttendParams(0.2, CausalMask(40))
+    batch, q = make_batch(case, name != "int8", "cpu"), torch.randn(3, 4, 32, dtype=torch.bfloat16)
+    out = attend(q, layer, batch, params, "torch")
+    assert checked_error("right", out, q, layer, batch, params) < 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantpage.bench.cases import Case, make_layer
+from quantpage.bench.cases import Case, make_batch, make_layer
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
-from quantpage.ops.attend import CANDIDATES
+from quantpage.masks import CausalMask
+from quantpage.ops.attend import CANDIDATES, AttendParams
 from quantpage.ops.attend.decode.launch import EXACT_ROWS, MAX_ROWS, decode_tiles, fitted, row_tiles
-from quantpage.ops.attend.decode.triton import in_boxes
+from quantpage.ops.attend.decode.triton import in_boxes, planned
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.refusals import (
     DECODE_GLUON,
@@ -77,6 +78,20 @@ def test_every_call_has_a_launch(name, width, rows):
             # Drafts are what the Hopper kernel is for.
             if name in HOPPER_FORMATS and rows == 32:
                 assert tiles.wgmma
+
+
+def test_a_step_under_a_window_is_planned_by_the_keys_that_it_sees():
+    layer = make_layer(Case(1, 64), "int4", "cpu").body()
+    q, batch = torch.empty(16, 32, 128), make_batch(Case(16, 8192), False, "cpu")
+
+    def tiles(window=None, sink_tokens=0, new=batch):
+        params = AttendParams(0.1, CausalMask(window, sink_tokens))
+        return planned(q, layer, new, params, "all", hopper=True)
+
+    short = make_batch(Case(16, 512), False, "cpu")
+    assert tiles(500) == tiles(new=short) != tiles()
+    # Wider than any context, or with as many sinks: no key is counted twice.
+    assert tiles(10**6) == tiles(500, 10**6) == tiles()
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4", "k8v4", "int8_static"])

@@ -46,8 +46,8 @@ def test_requests_with_and_without_a_body(name, tiles, mask, monkeypatch):
     """One page, two, three and more; drafts; a request at rest."""
     planned = decode.planned
 
-    def fixed(q, layer, batch, segment, hopper=False):
-        return tiles if segment == "body" else planned(q, layer, batch, segment, hopper)
+    def fixed(q, layer, batch, params, segment, hopper=False):
+        return tiles if segment == "body" else planned(q, layer, batch, params, segment, hopper)
 
     monkeypatch.setattr(decode, "planned", fixed)
     page = tiles.tile

@@ -41,6 +41,8 @@ class Case:
     """Its name, where requests and context do not say it."""
     lengths: tuple[int, ...] = ()
     """Contexts of requests that are unlike each other, ``context`` the longest; (): all have it."""
+    window: int = 0
+    """The last keys that a query sees, its own included; 0: all."""
 
     def __post_init__(self) -> None:
         """Lengths that belong to no such requests fail here."""
@@ -172,6 +174,26 @@ def cache_bytes(layer: LayerKV) -> int:
         if plane is not None
     ]
     return sum(plane.numel() * plane.element_size() for plane in planes)
+
+
+def read_bytes(layer: LayerKV, case: Case) -> int:
+    """What a step reads of a layer: codes and scales of the keys that its queries see, and of those
+    in exact pages the exact rows in their place.
+    """
+    body = cache_bytes(layer) / layer.key.pages
+    exact = body
+    if layer.exact_key is not None:
+        exact = cache_bytes(layer.exact()) / (3 * case.requests)
+    total = 0.0
+    for context, pages in zip(case.contexts, case.pages, strict=True):
+        first = max(0, context - case.new + 1 - case.window) if case.window else 0
+        # make_batch keeps them of each request.
+        kept = {0, pages - 2, pages - 1}
+        for page in range(first // case.page_size, pages):
+            start = page * case.page_size
+            seen = min(context, start + case.page_size) - max(first, start)
+            total += seen / case.page_size * (exact if page in kept else body)
+    return round(total)
 
 
 def dense_step(k: Tensor, v: Tensor, new: int) -> tuple[LayerKV, BatchPlan]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quantpage.bench import cpu, decode
-from quantpage.bench.cases import Case
+from quantpage.bench.cases import Case, cache_bytes
 from quantpage.bench.timing import copy_bandwidth
 from quantpage.cpu_core import absence, find_core
 from quantpage.errors import Unavailable
@@ -101,7 +101,7 @@ def _on_cpu(
         for name in formats:
             cpu.gate(name, case)
             made = [cpu.random_layer(name, case) for _ in range(layers)]
-            sizes[name] = decode.cache_bytes(made[0][0])
+            sizes[name] = cache_bytes(made[0][0])
             found[name] = cpu.reader_of(made, q, params)
         taken = cpu.measure(found | {"read": cpu.bytes_alone(codes, layers)}, seconds)
         # The last one's counts, whose layers are the largest: those of a short context lie in a

@@ -9,17 +9,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantpage.bench.cases import (
     Case,
-    cache_bytes,
     checked_error,
     dense_step,
     expected,
     make_batch,
     make_layer,
+    read_bytes,
     relative_error,
 )
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
+from quantpage.masks import CausalMask
 from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import DECODE_TOKENS, Phase, call_of, choose
@@ -43,7 +44,15 @@ CASES = (
     Case(64, 4096, ("none", "int8", "int4"), q_heads=28, kv_heads=4),
     *(Case(64, 4096, ("int8",), page_size=p) for p in (16, 128)),
     *(
-        Case(len(each), each[-1], ("none", "int8", "int4"), title=title, lengths=each)
+        Case(
+            len(each),
+            each[-1],
+            ("none", "int8", "int4", "int4_near8"),
+            title=title + f", window {window // 1024}k" * (window > 0),
+            lengths=each,
+            window=window,
+        )
+        for window in (0, 4096)
         for title, each in _SKEWED.items()
     ),
 )
@@ -59,13 +68,13 @@ def measure(
 ) -> Iterator[Row]:
     """Ours for one format: a row, or nothing where only checked. make: of one layer's cache."""
     layers = [make(case, name)]
-    size, facts = cache_bytes(layers[0]), layers[0].facts
+    size, facts = read_bytes(layers[0], case), layers[0].facts
     count = max(2, min(32, -(-COLD_BYTES // size))) if timed else 1
     layers += [make(case, name) for _ in range(count - 1)]
     batch = make_batch(case, layers[0].exact_key is not None)
     shape = (case.requests * case.new, case.q_heads, facts.query_dim)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    params = AttendParams(facts.query_dim**-0.5)
+    params = AttendParams(facts.query_dim**-0.5, CausalMask(case.window or None))
     phase: Phase = "decode" if case.new <= DECODE_TOKENS else "prefill"
     chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, phase))
     got = attend_op.attend(q, layers[0], batch, params, chosen)

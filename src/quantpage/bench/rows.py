@@ -35,7 +35,8 @@ class Row:
     microseconds: float
     """Of one layer, everything it launches included."""
     bytes: int
-    """Codes and scales that must be read (decode), or all that must be read and written."""
+    """That must be read: codes and scales of the keys that are seen, exact rows of those in exact
+    pages. Of writes, all that is read and written."""
     tb_per_s: float
     of_copy: float
     """Share of the copy bandwidth measured in the same run."""

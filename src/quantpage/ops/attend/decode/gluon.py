@@ -34,7 +34,7 @@ def decode_into(
         return
     tiles = options.tiles
     if tiles is None:
-        tiles = triton.planned(q, layer, batch, options.segment, hopper=serves(q, layer))
+        tiles = triton.planned(q, layer, batch, params, options.segment, hopper=serves(q, layer))
     options = options._replace(tiles=tiles)
     if not tiles.wgmma:
         triton.decode_into(results, q, layer, batch, params, options)

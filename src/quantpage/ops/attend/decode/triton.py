@@ -94,7 +94,7 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
         return
     tiles = options.tiles
     if tiles is None:
-        tiles = planned(q, layer, batch, options.segment)
+        tiles = planned(q, layer, batch, params, options.segment)
     made = arrange(results, q, layer, batch, params, options._replace(tiles=tiles))
     if made.programs:
         decode_kernel[(made.programs,)](
@@ -122,12 +122,17 @@ def with_exact(
     body, bare = layer.body(), replace(params, sinks=None)
     other = results_for(q, layer.value.head_dim, final=False)
     decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact"))
-    tiles = planned(q, body, batch, "body", hopper)
+    tiles = planned(q, body, batch, params, "body", hopper)
     into(results, q, body, batch, params, Options("body", tiles, earlier=other))
 
 
 def planned(
-    q: Tensor, layer: LayerKV, batch: BatchPlan, segment: Segment, hopper: bool = False
+    q: Tensor,
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: AttendParams,
+    segment: Segment,
+    hopper: bool = False,
 ) -> DecodeTiles:
     """The planner's choice; hopper: the Hopper kernel can be had, which takes no exact pages."""
     group = q.shape[1] // layer.kv_heads
@@ -141,7 +146,7 @@ def planned(
         layer.value.spec,
         width,
         rows,
-        layer.kv_heads * sum(batch.host_context_lens),
+        layer.kv_heads * _keys(batch, params),
         batch.num_requests * layer.kv_heads * tiles_of_rows,
         hopper,
         hopper and in_boxes(layer),
@@ -151,6 +156,15 @@ def planned(
         tiles = fitted(tiles, rows, width, layer.key.codes.element_size(), limit)
     # Of exact pages three a query: a program reads them all.
     return replace(tiles, whole=True, gather=0, rows=(8, EXACT_ROWS)) if exact else tiles
+
+
+def _keys(batch: BatchPlan, params: AttendParams) -> int:
+    """Keys that the requests' queries see at most."""
+    window, sink_tokens = reach_of(params.mask)
+    if window is None:
+        return sum(batch.host_context_lens)
+    most = window + sink_tokens + batch.max_query_len
+    return sum(min(context, most) for context in batch.host_context_lens)
 
 
 def in_boxes(layer: LayerKV) -> bool:
