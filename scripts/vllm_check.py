@@ -24,7 +24,10 @@ FAMILIES = {
     "qwen2": ("Qwen2", {}),
     "mistral": ("Mistral", {"sliding_window": 64}),
     "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
-    "gemma3": ("Gemma3Text", _GEMMA),
+    "gemma3": (
+        "Gemma3Text",
+        {**_GEMMA, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    ),
     "gemma3n": (
         "Gemma3nText",
         {
@@ -150,7 +153,9 @@ def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
         **dict(map(_setting, given.set)),
     }  # fmt: skip
     keys = given.calibration or calibration(folder)
-    told = {"quantpage": given.quantpage, "quantpage_calibration": keys if keys != "auto" else None}
+    if keys in ("auto", "none"):
+        keys = None
+    told = {"quantpage": given.quantpage, "quantpage_calibration": keys}
     settings["additional_config"] = {name: each for name, each in told.items() if each}
     return LLM(str(folder), **settings, **more)
 
@@ -233,7 +238,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kv_dtype")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="name=value")
     parser.add_argument("--quantpage", help="a format that this vLLM has no name for")
-    parser.add_argument("--calibration", help=f"key maps (default: {KEYS} in FOLDER, if any)")
+    parser.add_argument(
+        "--calibration", help=f"key maps, or none (default: {KEYS} in FOLDER, if any)"
+    )
 
 
 def _setting(text: str) -> tuple[str, object]:

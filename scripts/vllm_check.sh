@@ -112,6 +112,7 @@ if [ -z "$wanted" ] || [[ " $wanted " == *" qwen2 "* ]]; then
   wanted="${wanted:+$wanted logits}" logits int4 16 int4_per_token_head --set block_size=128
 fi
 # Windows, a softcap, sink logits, layers of two kinds, layers that read another layer's pages.
+declare -A pools=([mistral]=30 [gemma2]=40 [gemma3]=90 [gptoss]=30)
 for family in mistral gemma2 gemma3 gemma3n gptoss; do
   if [ -n "$wanted" ] && ! [[ " $wanted " == *" $family "* ]]; then continue; fi
   folder=$work/$family
@@ -122,5 +123,18 @@ for family in mistral gemma2 gemma3 gemma3n gptoss; do
   case_ $family "${int8[@]}" --set block_size=64 num_gpu_blocks_override=36
   case_ $family "${int8[@]}" --set block_size=64 enable_prefix_caching=false
   case_ $family "${int8[@]}" --set block_size=64 "$drafts"
+  # Beside exact pages, of which a window shows the first only for a while. (Layers that read another's cache have none.)
+  if [ $family = gemma3n ]; then continue; fi
+  prepare $folder $family k8v4-16
+  k8v4=(int4_per_token_head --quantpage k8v4 --expect k8v4-16 --tie 0.002 --set block_size=128)
+  int4=(int4_per_token_head --agree $folder/int4.tokens --set block_size=128)
+  rm -f $folder/int4.tokens
+  case_ $family "${k8v4[@]}"
+  case_ $family "${k8v4[@]}" max_num_batched_tokens=64 max_num_seqs=8
+  case_ $family "${k8v4[@]}" max_num_batched_tokens=128 num_gpu_blocks_override=${pools[$family]}
+  case_ $family "${k8v4[@]}" "$drafts"
+  case_ $family "${int4[@]}"
+  case_ $family "${int4[@]}" enable_prefix_caching=false
+  case_ $family "${int4[@]}" max_num_batched_tokens=64 max_num_seqs=8
 done
 exit $failed

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM 0.33 on a GPU with QuantPage's pages: do a random float32 model's answers leave quantpage.attach's on the same GPU?
-#   scripts/vllm_check_gpu.sh [FOLDER]     PYTHON: one that has vLLM, CUDA and quantpage; all settings side by side, about five minutes
+#   scripts/vllm_check_gpu.sh [FOLDER] [NAME..]  PYTHON: one that has vLLM, CUDA and quantpage; settings side by side, about five minutes; or those
+#                                          of these names: plain, keys (key maps), windows
 #   TP=2 scripts/vllm_check_gpu.sh         the same of int8 and int4 on two GPUs of one host, tensor-parallel, and of nothing else
 # Products with codes are in 16 bits on a GPU, which moves this model's log-probabilities by up to 0.24 (k8v4, docs/vllm.md): an answer may leave where
 # the best token led by less than TIE (0.25 logits). Whether it is rounding that moves them scripts/vllm_logits_gpu.sh says. Exact pages
@@ -8,11 +9,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-gpu} failed=0
-mkdir -p "$folder"
+wanted=" ${*:2} " tp=${TP:-1}
+asked() { [ "$tp" -eq 1 ] && { [[ "$wanted" == *[a-z]* ]] || return 0; [[ "$wanted" == *" $1 "* ]]; }; }
 check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_check.py "$@" --dtype float32; }
-[ -f "$folder/prompts.json" ] || check model "$folder" --head-dim 128 || exit 1
 all=(int8-64 fp8-64 k8v4-32 int4-32 int8_exact-32 int6-64 int4_near8-64)
-tp=${TP:-1}
 if [ "$tp" -gt 1 ]; then
   all=(int8-64 int4-32)
   # Sums over NCCL alone, without NVLink's multicast.
@@ -20,10 +20,18 @@ if [ "$tp" -gt 1 ]; then
   export VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 expected=()
-for each in "${all[@]}"; do
-  check expect "$folder" "${each%-*}" "${each#*-}" > "$folder/expect-$each.log" 2>&1 &
-  expected+=($!)
-done
+prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and in the background what it should answer
+  local model=$1 family=$2 each; shift 2
+  mkdir -p "$model"
+  [ -f "$model/prompts.json" ] || check model "$model" --family "$family" --head-dim 128 || exit 1
+  for each; do
+    check expect "$model" "${each%-*}" "${each#*-}" > "$model/expect-$each.log" 2>&1 &
+    expected+=($!)
+  done
+}
+if [ "$tp" -gt 1 ] || asked plain; then prepare "$folder" llama "${all[@]}"; fi
+if asked keys; then prepare "$folder/keys" qwen2 int6-64 int4-32; fi
+if asked windows; then prepare "$folder/windows" gemma3 int8-64 k8v4-32 int4-32; fi
 wait "${expected[@]}"
 
 graphs='compilation_config={"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[5]}'
@@ -32,7 +40,7 @@ case_() {  # EXPECTED KV_DTYPE SETTINGS...: in the background; its words go to a
   local expect=$1 dtype=$2
   shift 2
   # Settings are checked side by side on one card: none may ask what is free.
-  check run "$folder" "$dtype" --expect "$expect" --tie "${TIE:-0.25}" \
+  check run "${model:-$folder}" "$dtype" --expect "$expect" --tie "${TIE:-0.25}" \
     --set 'attention_config={"backend":"CUSTOM"}' kv_cache_memory_bytes=3000000000 gpu_memory_utilization=0.1 "$@" > "$folder/run-$dtype-${#running[@]}.log" 2>&1 &
   running+=("$!:$folder/run-$dtype-${#running[@]}.log")
 }
@@ -51,15 +59,38 @@ if [ "$tp" -gt 1 ]; then
   finish
   exit $failed
 fi
-case_ int8-64 quantpage_int8 block_size=64
-case_ int8-64 quantpage_int8 block_size=64 max_num_batched_tokens=64 max_num_seqs=8
-case_ fp8-64 quantpage_fp8 block_size=64 enforce_eager=false "$graphs"
-finish
-case_ k8v4-32 quantpage_k8v4 block_size=192
-case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
-case_ int8_exact-32 quantpage_int8_exact block_size=128 enforce_eager=false "$graphs"
-finish
-case_ int6-64 quantpage_int6 block_size=64 enforce_eager=false "$graphs"
-case_ int4_near8-64 quantpage_int4_near8 block_size=128 enforce_eager=false "$graphs"
-finish
+if asked plain; then
+  case_ int8-64 quantpage_int8 block_size=64
+  case_ int8-64 quantpage_int8 block_size=64 max_num_batched_tokens=64 max_num_seqs=8
+  case_ fp8-64 quantpage_fp8 block_size=64 enforce_eager=false "$graphs"
+  finish
+  case_ k8v4-32 quantpage_k8v4 block_size=192
+  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
+  case_ int8_exact-32 quantpage_int8_exact block_size=128 enforce_eager=false "$graphs"
+  finish
+  case_ int6-64 quantpage_int6 block_size=64 enforce_eager=false "$graphs"
+  case_ int4_near8-64 quantpage_int4_near8 block_size=128 enforce_eager=false "$graphs"
+  finish
+fi
+if asked keys; then
+  # Keys with large biases, taken out by the maps of a calibration; without its file answers are others.
+  model=$folder/keys
+  check run "$model" quantpage_int6 --calibration none --expect int6-64 --tie "${TIE:-0.25}" \
+    --set 'attention_config={"backend":"CUSTOM"}' kv_cache_memory_bytes=3000000000 gpu_memory_utilization=0.1 block_size=64 > "$model/without.log" 2>&1 &
+  without=$!
+  case_ int6-64 quantpage_int6 block_size=64 enforce_eager=false "$graphs"
+  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
+  finish
+  if wait $without || ! grep -q 'wrong answers' "$model/without.log"; then
+    failed=1; echo "FAILED: without the key maps answers are the same: see $model/without.log"
+  fi
+fi
+if asked windows; then
+  model=$folder/windows
+  case_ int8-64 quantpage_int8 block_size=64 enforce_eager=false "$graphs"
+  case_ k8v4-32 quantpage_k8v4 block_size=192
+  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
+  case_ int4-32 quantpage_int4 block_size=256 max_num_batched_tokens=64 max_num_seqs=8
+  finish
+fi
 exit $failed

@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.config import CUDAGraphMode
+from vllm.model_executor.layers.attention.attention import _largest_kernel_block_within
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from quantpage.batch import plan_batch
@@ -18,6 +19,7 @@ from quantpage.formats import FORMATS
 from quantpage.integrations.vllm_plugin import compat, register
 from quantpage.integrations.vllm_plugin.backend import QuantPageBackend
 from quantpage.integrations.vllm_plugin.exact import ExactPagesManager, ExactPagesSpec
+from quantpage.integrations.vllm_plugin.exact_layer import ExactStep
 from quantpage.integrations.vllm_plugin.impl import Served
 from quantpage.integrations.vllm_plugin.step import StepBuilder
 
@@ -64,6 +66,36 @@ def test_bytes_and_pages_of_a_spec(monkeypatch, name, block, content, page):
     assert QuantPageBackend.customize_spec(plain) is plain
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "wanted"),
+    [("int4", 256, 256), ("int4", 192, 192), ("k8v4", 192, 192), ("int8", 64, 64)],
+)
+def test_blocks_of_layers_with_a_window_are_as_large_as_the_others(
+    monkeypatch, name, block, wanted
+):
+    monkeypatch.setattr(Served, "last", Served(FORMATS[name], torch.bfloat16, block))
+    mode = KVQuantMode.INT8_PER_TOKEN_HEAD
+    probe = QuantPageBackend.customize_spec(window_spec(1, kv_quant_mode=mode))
+    token = probe.real_page_size_bytes
+    size = _largest_kernel_block_within(QuantPageBackend, token, token * block, block, probe)
+    assert size == wanted
+    # And they are cut into the pages that the others are cut into.
+    made, other = (
+        QuantPageBackend.customize_spec(make(size, kv_quant_mode=mode))
+        for make in (window_spec, spec)
+    )
+    pages = QuantPageBackend.get_supported_kernel_block_sizes
+    assert pages(made) == pages(other)
+    assert made.page_size_bytes == other.page_size_bytes
+
+
+def window_spec(block_size: int, **other) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=block_size, num_kv_heads=2, head_size=128, dtype=torch.int8,
+        sliding_window=100, **other,
+    )  # fmt: skip
+
+
 def test_a_step_of_vllms_is_a_plan_of_ours():
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
     builder = StepBuilder(spec(32), ["layer"], config, torch.device("cpu"))
@@ -89,11 +121,15 @@ def test_a_step_of_vllms_is_a_plan_of_ours():
         assert torch.equal(getattr(plan, name), getattr(wanted, name)), name
     captured = builder.build_for_cudagraph_capture(given).plan
     assert captured.host_context_lens == (512, 512)
-    near = builder.build(0, given)
-    exact = near.with_exact(given.block_table_tensor, given.slot_mapping)
-    assert exact is near.with_exact(given.block_table_tensor, given.slot_mapping)
+    step = builder.build(0, given)
+    near, other = (ExactStep(given.block_table_tensor + i, given.slot_mapping) for i in range(2))
+    exact = step.with_exact(near)
+    assert exact is step.with_exact(near)
     (part,) = exact
-    assert part.plan.exact.slots.shape == (4,) and near.plan.exact is None
+    assert part.plan.exact.slots.shape == (4,) and step.plan.exact is None
+    # Layers whose exact pages are in another group have that one's.
+    (part,) = step.with_exact(other)
+    assert torch.equal(part.plan.exact.page_table, given.block_table_tensor + 1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from quantpage.formats import KVFormat
 from quantpage.integrations.vllm_plugin import compat
 from quantpage.integrations.vllm_plugin.formats import NAMES, exact_page, token_bytes
 from quantpage.integrations.vllm_plugin.impl import QuantPageImpl, Served
-from quantpage.integrations.vllm_plugin.step import StepBuilder, kernel_pages
+from quantpage.integrations.vllm_plugin.step import StepBuilder, is_probe, kernel_pages
 
 
 class QuantPageBackend(AttentionBackend):
@@ -48,7 +48,7 @@ class QuantPageBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Yes; formats with exact pages are refused layer by layer."""
+        """In causal steps."""
         return True
 
     @classmethod
@@ -72,5 +72,6 @@ class QuantPageBackend(AttentionBackend):
         spec = replace(spec, state_content_bytes=token_bytes(form, widths, served.dtype))
         if form.exact_pages is None:
             return spec
-        page = exact_page(form, spec.block_size, widths, served.dtype)
+        block = served.block_size if is_probe(spec) else spec.block_size
+        page = exact_page(form, block, widths, served.dtype)
         return replace(spec, block_stride_alignment=MultipleOf(page))

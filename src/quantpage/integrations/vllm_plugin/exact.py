@@ -1,10 +1,10 @@
-"""Exact pages in vLLM's own memory: a second cache group, allocated, freed, shared and hit by vLLM.
+"""Exact pages in vLLM's own memory: more cache groups, allocated, freed, shared and hit by vLLM.
 
 Beside each attention layer stands one that computes nothing (``exact_layer``). Its spec says: a
-window of a page and the token's own, and the first page. vLLM's scheduler then gives every request
-such pages from the same pool of blocks, frees those that fell out of the window, counts them for
-admission, preempts with them, and hits a cached prefix only where they are cached too: a hit is as
-exact as a cold start.
+window of a page and the token's own, and the first page, for as long as the layer's own window, if
+it has one, shows it. vLLM's scheduler then gives every request such pages from the same pool of
+blocks, frees those that fell out of the window, counts them for admission, preempts with them, and
+hits a cached prefix only where they are cached too: a hit is as exact as a cold start.
 
 Of a long chunk of a prompt only those pages are taken that somebody reads after its step: the first
 one, those at whose end a prefix can be hit, and those that the next tokens see. The step itself
@@ -29,8 +29,11 @@ def window_of(page: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactPagesSpec(SlidingWindowSpec):
-    """The first page and the last two of each request, in the model's dtype."""
+    """The first page, while it is seen, and the last two of each request."""
 
+    layer_window: int = 0
+    """Tokens that a query of the layer sees, its own counted; 0: all before it. (``sliding_window``
+    is that of the last two pages.)"""
     hit_tokens: int = 0
     """A prefix can be hit at multiples of this; 0: none can."""
     drafts: int = 0
@@ -41,6 +44,16 @@ class ExactPagesSpec(SlidingWindowSpec):
     num_retained_tokens = 0
     """0.33's runner for GPUs writes the null page over all that lies further back than this, which
     the first page does; 0: it leaves tables as they are."""
+
+    @property
+    def page(self) -> int:
+        """Tokens of an exact page. A block may be several: vLLM makes it larger for layers of a
+        model whose other layers' blocks have more bytes."""
+        return self.sliding_window - 1
+
+    def sees_first(self, computed: int) -> bool:
+        """Whether a query behind ``computed`` tokens sees any of the first page."""
+        return not self.layer_window or computed - self.layer_window + 1 < self.page
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens, max_model_len):
         """Most pages that a request holds at once."""
@@ -58,7 +71,7 @@ class ExactPagesSpec(SlidingWindowSpec):
 
 
 class ExactPagesManager(SlidingWindowManager):
-    """A sliding window that never lets go of block 0, and leaves out what only one step reads."""
+    """A sliding window that keeps block 0 while it is seen, and leaves out what one step reads."""
 
     def __init__(self, kv_cache_spec, **named) -> None:
         super().__init__(kv_cache_spec, **named)
@@ -66,18 +79,21 @@ class ExactPagesManager(SlidingWindowManager):
         """Request -> its first page, but for the first of all, that may still be held."""
 
     def remove_skipped_blocks(self, request_id, processed_computed_tokens, num_prompt_tokens=None):
-        """Give back what fell out of the window, from the second page on."""
+        """Give back what fell out of the window; the first page when no query sees it any more."""
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
             return
         skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
         first, end = self._given_back.get(request_id, 1), min(skipped, len(blocks))
-        if first >= end:
+        gone = range(first, end)
+        if end > 0 and not self.kv_cache_spec.sees_first(processed_computed_tokens):
+            gone = range(0 if not blocks[0].is_null else first, end)
+        if not gone:
             return
         # The newest first, as vLLM does: what is freed last is evicted last.
-        freed = [each for each in reversed(blocks[first:end]) if not each.is_null]
-        blocks[first:end] = [self._null_block] * (end - first)
-        self._given_back[request_id] = end
+        freed = [blocks[at] for at in reversed(gone) if not blocks[at].is_null]
+        blocks[gone.start : end] = [self._null_block] * len(gone)
+        self._given_back[request_id] = max(first, end)
         self.block_pool.free_blocks(freed)
 
     def pop_blocks_for_free(self, request_id):
@@ -89,11 +105,11 @@ class ExactPagesManager(SlidingWindowManager):
     def find_longest_cache_hit(
         cls, block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **named
     ):
-        """A window's hit whose request's first page is cached too; else none."""
+        """A window's hit whose request's first page is cached too, if it is seen; else none."""
         found, length = super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **named
         )
-        if not length:
+        if not length or not kv_cache_spec.sees_first(length):
             return found, length
         from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 

@@ -19,9 +19,9 @@ from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES
 SUFFIX = ".quantpage_exact"
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class ExactStep:
-    """Where a step's exact pages are."""
+    """Where a step's exact pages of one cache group are."""
 
     page_table: torch.Tensor
     """[requests, max_pages]"""
@@ -77,8 +77,8 @@ class ExactBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
-        """One exact page a block."""
-        return list(EXACT_PAGES[::-1]) if kv_cache_spec is None else [kv_cache_spec.block_size]
+        """An exact page."""
+        return list(EXACT_PAGES[::-1]) if kv_cache_spec is None else [kv_cache_spec.page]
 
     @classmethod
     def supported_kv_cache_layouts(cls):
@@ -120,6 +120,7 @@ class ExactPagesLayer(AttentionLayerBase):
             kv_quant_mode=codes.kv_quant_mode,
             state_content_bytes=self.token_bytes,
             sliding_window=window_of(self.page),
+            layer_window=self.beside.sliding_window or 0,
             hit_tokens=codes.block_size if vllm_config.cache_config.enable_prefix_caching else 0,
             drafts=vllm_config.num_speculative_tokens,
             steps=vllm_config.max_concurrent_batches,

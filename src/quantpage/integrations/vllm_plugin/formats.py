@@ -149,7 +149,6 @@ def exact_page(form: KVFormat, block_size: int, widths: tuple[int, int], dtype: 
 def refuse_layer(
     form: KVFormat,
     *,
-    sliding_window: int | None = None,
     alibi: bool = False,
     attn_type: str = "decoder",
     shared: bool = False,
@@ -167,11 +166,6 @@ def refuse_layer(
         said.append(f"decoder layers are served, got a layer of type {attn_type}.")
     if unknown:
         said.append(f"attention with {', '.join(sorted(unknown))} is not served.")
-    if form.exact_pages is not None and sliding_window is not None:
-        said.append(
-            f"{form.name} keeps exact pages, which layers with a sliding window "
-            f"(here {sliding_window} tokens) do not have; int8 and fp8 serve them."
-        )
     if form.exact_pages is not None and shared:
         said.append(
             f"{form.name} keeps exact pages, which layers that read another layer's cache do not "

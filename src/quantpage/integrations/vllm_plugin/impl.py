@@ -59,6 +59,8 @@ class Served:
     form: KVFormat
     dtype: torch.dtype
     """The model's."""
+    block_size: int = 0
+    """Tokens of a block; 0: not known yet."""
 
     last: ClassVar["Served | None"] = None
 
@@ -78,7 +80,6 @@ class QuantPageImpl(AttentionImpl):
         """The layer whose keys are read, where they are another's."""
         refuse_layer(
             self.form,
-            sliding_window=sliding_window,
             alibi=alibi_slopes is not None,
             attn_type=str(getattr(attn_type, "value", attn_type)),
             shared=self.shared,
@@ -119,13 +120,16 @@ class QuantPageImpl(AttentionImpl):
         layers = self.config.compilation_config.static_forward_context
         (name,) = [each for each, layer in layers.items() if getattr(layer, "impl", None) is self]
         self._built.clear()
-        check_block_size(self.config.cache_config.block_size)
+        block_size = self.config.cache_config.block_size
+        check_block_size(block_size)
+        if self.form.quantized:
+            Served.last = Served(self.form, self.dtype, block_size)
         self._key_map = self._find_map(self.keys_of or name)
         widths = (self.head_size, layers[name].head_size_v)
         self._attention(True, widths, 64, compat.device())
         if self.form.exact_pages is None or self._companion is not None:
             return
-        page = exact_page(self.form, self.config.cache_config.block_size, widths, self.dtype)
+        page = exact_page(self.form, block_size, widths, self.dtype)
         size = exact_token_bytes(self.form, widths, self.dtype)
         self._companion = ExactPagesLayer(layers[name], widths, page, size)
         self._companion_name = name + SUFFIX
@@ -155,9 +159,8 @@ class QuantPageImpl(AttentionImpl):
         if self._companion is not None:
             near = get_forward_context().attn_metadata[self._companion_name]
             self._forward_exact(
-                attn_metadata.with_exact(near.page_table, near.slots),
-                (query, key, value), output, (attention, params),
-            )  # fmt: skip
+                attn_metadata.with_exact(near), (query, key, value), output, (attention, params)
+            )
             return output
         plan = attn_metadata.plan
         tokens = plan.num_tokens

@@ -15,20 +15,27 @@ from vllm.v1.attention.backend import (
 from quantpage.batch import BatchPlan, derive
 from quantpage.batch_values import places_of
 from quantpage.cache import PAGE_SIZES
+from quantpage.integrations.vllm_plugin.exact_layer import ExactStep
 from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES
 from quantpage.integrations.vllm_plugin.parts import Part, parts_of
 
 
-def kernel_pages(spec: object) -> list[int]:
+def kernel_pages(spec: object) -> list[int | MultipleOf]:
     """Tokens of a page as kernels see it: one of these that divides a block of vLLM's.
 
     Where exact pages are kept both kinds have one size, which ``customize_spec`` has written into
-    the spec. vLLM itself writes the largest size there where nobody did.
+    the spec. vLLM itself writes the largest size there where nobody did. For layers with a window
+    it asks by a spec of one token which size of a block it may choose.
     """
     held = getattr(spec, "block_stride_alignment", None)
     if isinstance(held, MultipleOf) and held.base in EXACT_PAGES:
-        return [held.base]
+        return [held if is_probe(spec) else held.base]
     return list(PAGE_SIZES)
+
+
+def is_probe(spec: object) -> bool:
+    """Whether a spec is of no pages that will be, but a question about a token's bytes."""
+    return getattr(spec, "block_size", 0) == 1
 
 
 @dataclass
@@ -37,16 +44,18 @@ class Step(AttentionMetadata):
 
     plan: BatchPlan
     causal: bool
-    _with_exact: tuple[Part, ...] = field(default=(), init=False)
+    _with_exact: dict[ExactStep, tuple[Part, ...]] = field(default_factory=dict, init=False)
 
-    def with_exact(self, page_table: Tensor, slots: Tensor) -> tuple[Part, ...]:
+    def with_exact(self, near: ExactStep) -> tuple[Part, ...]:
         """The step over exact pages too; made by the first layer that asks.
 
-        page_table: [requests, max_pages]; slots: [tokens or more].
+        near: of the group in which the layer's exact pages are. Layers that share codes' tables may
+        be in several, where a model has layers of two kinds.
         """
-        if not self._with_exact:
-            self._with_exact = parts_of(self.plan, page_table, slots)
-        return self._with_exact
+        parts = self._with_exact.get(near)
+        if parts is None:
+            parts = self._with_exact[near] = parts_of(self.plan, near.page_table, near.slots)
+        return parts
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
