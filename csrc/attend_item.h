@@ -18,10 +18,8 @@ static inline void load_plane(const Pages& p, const uint8_t* from, int64_t row_s
   for (int64_t i = 0; i < RUN; i++) to[i] = i < count ? number(from + i * row_stride, p.scale_type, 0) * times : 0.f;
 }
 
-template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
+template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, const Run& run, int64_t stride) {
   const int64_t dim = DIM ? DIM : s.key_dim, bytes = row_bytes(CODE, dim);
-  if (next)
-    for (int64_t b = 0; b < RUN * bytes; b += 64) __builtin_prefetch(next + b, 0, 2);
   if (CODE == INT8 && run.count == RUN && stride == bytes) {
     // Rows without gaps are one long row.
     key_words<INT8>(run.k, RUN * dim, s.words);
@@ -38,10 +36,10 @@ template <int64_t CODE, int64_t DIM> static void keys_of_run(const Scratch& s, c
   }
   if constexpr (CODE == INT6 || CODE == INT3) key_words<INT8>(s.key_bytes, RUN * dim, s.words);
 }
-template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, const uint8_t* next, int64_t stride) {
-  if (s.key_dim == 128) keys_of_run<CODE, 128>(s, run, next, stride);
-  else if (s.key_dim == 64) keys_of_run<CODE, 64>(s, run, next, stride);
-  else keys_of_run<CODE, 0>(s, run, next, stride);
+template <int64_t CODE> static void keys_of_run(const Scratch& s, const Run& run, int64_t stride) {
+  if (s.key_dim == 128) keys_of_run<CODE, 128>(s, run, stride);
+  else if (s.key_dim == 64) keys_of_run<CODE, 64>(s, run, stride);
+  else keys_of_run<CODE, 0>(s, run, stride);
 }
 
 // Few channels beside the rows': as floats, whatever their format.
@@ -55,10 +53,55 @@ static void score_rotary(const Item& item, const Scratch& s, const Run& run, int
   float_scores(s.rotary_keys, s.rotary_dim, s.rotary_query, s.rows, s.rotary_scores + lane);
 }
 
-// `next`: keys to fetch meanwhile, where there are.
-static void score_run(const Item& item, const Scratch& s, const Run& run, const Run* next, int64_t lane) {
-  const Pages &key = *item.key, &value = *item.value;
-  const uint8_t* ahead = next && next->count == RUN ? next->k : nullptr;
+// A run's rows; past its end the last one, for keys that get the weight 0.
+static inline void list_rows(const Addresses& rows, const uint8_t* from, int64_t count, const uint8_t** to) {
+  rows.list(from, to);
+  for (int64_t j = count; j < RUN; j++) to[j] = to[count - 1];
+}
+
+static void score_integers(const Item& item, const Scratch& s, const Run& run, float* to) {
+  const Pages& key = *item.key;
+#if VW == 16
+  if (s.by_bytes) {
+    const uint8_t* rows = run.k;
+    int64_t stride = key.row_stride;
+    if (planed(key.code) || run.count < RUN) {
+      // Codes in planes are spread; past the end of a short run stands its last row.
+      const int64_t bytes = row_bytes(spread_code(key.code), s.key_dim);
+      for (int64_t j = 0; j < RUN; j++, rows += j < run.count ? stride : 0)
+        if (planed(key.code)) spread_row(key.code, rows, s.key_dim, s.key_bytes + j * bytes);
+        else memcpy(s.key_bytes + j * bytes, rows, bytes);
+      rows = s.key_bytes;
+      stride = bytes;
+    }
+    const auto scores = [&](auto code) {
+      constexpr int64_t CODE = decltype(code)::value;
+      const auto some = s.key_dim == 128  ? byte_scores<CODE, 128>
+                        : s.key_dim == 64 ? byte_scores<CODE, 64>
+                                          : byte_scores<CODE, 0>;
+      some(rows, stride, s.key_dim, s.query8, s.query_unit, s.rows, to);
+    };
+    if (key.code == INT4) scores(Fixed<INT4>());
+    else scores(Fixed<INT8>());
+    return;
+  }
+#endif
+  switch (key.code) {
+    case INT8: keys_of_run<INT8>(s, run, key.row_stride); break;
+    case INT4: keys_of_run<INT4>(s, run, key.row_stride); break;
+    case INT6: keys_of_run<INT6>(s, run, key.row_stride); break;
+    default: keys_of_run<INT3>(s, run, key.row_stride);
+  }
+#if VW == 16
+  const auto many = s.key_dim == 128 ? many_scores<128> : s.key_dim == 64 ? many_scores<64> : many_scores<0>;
+  many(s.words, s.key_dim, s.turned, s.query16, s.query_unit, s.rows, to);
+#else
+  const auto some = s.key_dim == 128 ? integer_scores<128> : s.key_dim == 64 ? integer_scores<64> : integer_scores<0>;
+  some(s.words, s.key_dim, s.query16, s.query_unit, s.rows, to);
+#endif
+}
+static void score_floats(const Item& item, const Scratch& s, const Run& run, float* to) {
+  const Pages& key = *item.key;
   if (grouped(key)) {
     for (int64_t j = 0; j < RUN; j++) {
       const int64_t row = j < run.count ? j : run.count - 1;
@@ -67,33 +110,20 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
     }
   } else {
     switch (key.code) {
-      case F32: keys_of_run<F32>(s, run, ahead, key.row_stride); break;
-      case BF16: keys_of_run<BF16>(s, run, ahead, key.row_stride); break;
-      case F16: keys_of_run<F16>(s, run, ahead, key.row_stride); break;
-      case INT8: keys_of_run<INT8>(s, run, ahead, key.row_stride); break;
-      case INT4: keys_of_run<INT4>(s, run, ahead, key.row_stride); break;
-      case INT6: keys_of_run<INT6>(s, run, ahead, key.row_stride); break;
-      case INT3: keys_of_run<INT3>(s, run, ahead, key.row_stride); break;
-      default: keys_of_run<FP8>(s, run, ahead, key.row_stride);
+      case F32: keys_of_run<F32>(s, run, key.row_stride); break;
+      case BF16: keys_of_run<BF16>(s, run, key.row_stride); break;
+      case F16: keys_of_run<F16>(s, run, key.row_stride); break;
+      case INT8: keys_of_run<INT8>(s, run, key.row_stride); break;
+      case INT4: keys_of_run<INT4>(s, run, key.row_stride); break;
+      default: keys_of_run<FP8>(s, run, key.row_stride);
     }
   }
-  if (s.key_words) {
-    // The run's values are wanted after the tile's keys: fetched a little with every product.
-    const Ahead values = {run.v, s.value_step};
-    float* to = s.scores + lane;
-#if VW == 16
-    if (s.rows >= MANY_ROWS) {
-      const auto many = s.key_dim == 128 ? many_scores<128> : s.key_dim == 64 ? many_scores<64> : many_scores<0>;
-      many(s.words, s.key_dim, s.turned, s.query16, s.query_unit, s.rows, to, values);
-    } else
-#endif
-    if (s.key_dim == 128) integer_scores<128>(s.words, 128, s.query16, s.query_unit, s.rows, to, values);
-    else if (s.key_dim == 64) integer_scores<64>(s.words, 64, s.query16, s.query_unit, s.rows, to, values);
-    else integer_scores<0>(s.words, s.key_dim, s.query16, s.query_unit, s.rows, to, values);
-  } else {
-    for (int64_t b = 0; b < run.count * value.row_stride; b += 64) __builtin_prefetch(run.v + b, 0, 2);
-    float_scores(s.floats, s.key_dim, s.query32, s.rows, s.scores + lane);
-  }
+  float_scores(s.floats, s.key_dim, s.query32, s.rows, to);
+}
+
+static void score_run(const Item& item, const Scratch& s, const Run& run, int64_t lane) {
+  const Pages &key = *item.key, &value = *item.value;
+  (s.key_words ? score_integers : score_floats)(item, s, run, s.scores + lane);
   if (item.rotary) score_rotary(item, s, run, lane);
   if (key.scale && key.dynamic && !grouped(key)) {
     load_plane(key, run.k_scale, key.scale_row, run.count, code_unit(key), s.key_scale + lane);
@@ -102,16 +132,6 @@ static void score_run(const Item& item, const Scratch& s, const Run& run, const 
   if (value.scale && value.dynamic && !grouped(value)) {
     load_plane(value, run.v_scale, value.scale_row, run.count, code_unit(value), s.value_scale + lane);
     if (value.zero) load_plane(value, run.v_zero, value.zero_row, run.count, 1.f, s.value_zero + lane);
-  }
-}
-
-// Both keys of a pair in turn; rows past the end stand for the last one, with weight 0.
-static void list_rows(const Run* runs, int64_t num_runs, const uint8_t* Run::*side, int64_t row_stride,
-                      const uint8_t** rows) {
-  for (int64_t r = 0; r < num_runs; r++) {
-    const uint8_t* first = runs[r].*side;
-    for (int64_t j = 0; j < RUN; j++) rows[r * RUN + j] = first + j * row_stride;
-    for (int64_t j = runs[r].count; j < RUN; j++) rows[r * RUN + j] = first + (runs[r].count - 1) * row_stride;
   }
 }
 
@@ -124,48 +144,55 @@ static void spread_values(const Pages& value, const Scratch& s, int64_t lanes) {
   }
 }
 
-// Scales and zeros of runs to come: few lines, but a quarter of the time goes by waiting for them.
-static void fetch_planes(const Run* runs, int64_t num_runs) {
+// Lines of some rows of each run, behind those that are listed already; how many there are then.
+static int64_t list_side(const Pages& p, const Run* runs, int64_t num_runs, const uint8_t* Run::*side,
+                         const uint8_t** lines, int64_t listed) {
+  const int64_t bytes = row_bytes(p.code, p.head_dim), stride = p.row_stride;
+  // Rows without gaps are one long row.
+  const bool rows = stride != bytes, each = rows && bytes > 64;
+  const Addresses full(rows && !each ? stride : 64, !rows ? RUN * bytes / 64 : each ? (bytes + 63) / 64 : RUN);
   for (int64_t r = 0; r < num_runs; r++)
-    for (const uint8_t* plane : {runs[r].k_scale, runs[r].k_zero, runs[r].v_scale, runs[r].v_zero})
-      if (plane) __builtin_prefetch(plane, 0, 2);
+    for (int64_t i = 0; i < (each ? RUN : 1) && listed + full.count <= LINES; i++, listed += full.count)
+      full.list(runs[r].*side + i * stride, lines + listed);
+  return listed;
 }
-// What the first tile needs, before the queries are prepared.
-static void fetch_first(const Run* runs, int64_t num_runs, int64_t row_stride) {
-  fetch_planes(runs, num_runs < RUNS ? num_runs : RUNS);
-  for (int64_t r = 0; r < num_runs && r < 2; r++)
-    for (int64_t b = 0; b < runs[r].count * row_stride; b += 64) __builtin_prefetch(runs[r].k + b, 0, 2);
+// What a tile of a head reads; a few lines more behind a short run.
+static Ahead list_tile(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs) {
+  int64_t listed = 0;
+  for (const auto side : {&Run::k_scale, &Run::k_zero, &Run::v_scale, &Run::v_zero})
+    for (int64_t r = 0; r < num_runs && runs->*side; r++) s.lines[listed++] = runs[r].*side;
+  listed = list_side(*item.key, runs, num_runs, &Run::k, s.lines, listed);
+  if (item.value != item.key) listed = list_side(*item.value, runs, num_runs, &Run::v, s.lines, listed);
+  if (item.rotary) listed = list_side(*item.rotary, runs, num_runs, &Run::rotary, s.lines, listed);
+  return {s.lines, s.lines + listed};
 }
 
-template <int N> struct Rows {
-  static constexpr int value = N;
-};
-
-template <int64_t CODE, bool HALVES> static void add_few_integers(const Scratch& s, int64_t lanes, int64_t lines) {
+template <int64_t CODE, bool HALVES> static void add_few_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
   const int64_t bytes = row_bytes(CODE, s.value_dim), width = s.width;
-  const int64_t pieces = (bytes + VW * 4 - 1) / (VW * 4);
+  ahead.spread(1, (bytes + VW * 4 - 1) / (VW * 4) * (lanes / RUN));
   float* acc = s.acc;
   for (int64_t byte = 0; byte < bytes; byte += VW * 4, acc += vectors<CODE>() * VW) {
-    const int64_t left = bytes - byte, piece = byte / (VW * 4);
-    const AheadRows next = {s.ahead, piece * lines / pieces, (piece + 1) * lines / pieces};
+    const int64_t left = bytes - byte;
     auto add = [&](auto rows) {
       integer_piece<CODE, decltype(rows)::value, HALVES>(s.value_rows, lanes, byte, left, s.weights, s.unit, acc, width,
-                                                         next);
+                                                         ahead);
     };
     switch (s.rows) {
-      case 1: add(Rows<1>()); break;
-      case 2: add(Rows<2>()); break;
-      case 3: add(Rows<3>()); break;
-      default: add(Rows<4>());
+      case 1: add(Fixed<1>()); break;
+      case 2: add(Fixed<2>()); break;
+      case 3: add(Fixed<3>()); break;
+      default: add(Fixed<4>());
     }
   }
 }
-template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch& s, int64_t lanes) {
+template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
   constexpr int64_t KEYS = HALVES ? 4 : 2;
   const int64_t bytes = row_bytes(CODE, s.value_dim);
+  ahead.spread(1, (lanes + 63) / 64);
   // 64 keys at a time: their words stay in the first-level cache while all rows use them.
   for (int64_t base = 0; base < lanes; base += 64) {
     const int64_t steps = (lanes - base < 64 ? lanes - base : 64) / KEYS;
+    ahead.fetch();
     for (int64_t i = 0; i < steps; i++)
       for (int64_t byte = 0; byte < bytes; byte += VW * 4)
         row_words<CODE, HALVES>(s.value_rows + base + KEYS * i, byte, bytes - byte,
@@ -175,14 +202,13 @@ template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch
                                      s.unit + r, s.acc + r * s.width);
   }
 }
-template <int64_t CODE, bool HALVES> static void add_integers(const Scratch& s, int64_t lanes, int64_t lines) {
-  if (s.rows <= 4) add_few_integers<CODE, HALVES>(s, lanes, lines);
-  else add_many_integers<CODE, HALVES>(s, lanes);
+template <int64_t CODE, bool HALVES> static void add_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
+  if (s.rows <= 4) add_few_integers<CODE, HALVES>(s, lanes, ahead);
+  else add_many_integers<CODE, HALVES>(s, lanes, ahead);
 }
 template <int64_t CODE>
 static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count,
-                       int64_t lines) {
-  const AheadRows next = {s.ahead, 0, first == 0 ? lines : 0};
+                       Ahead& next) {
   float* acc = s.acc + first * s.width;
   const float* w = s.scores + first * TILE;
   switch (count) {
@@ -213,15 +239,14 @@ static void take_out_odd(const Item& item, const Scratch& s, const Run* runs, in
   }
 }
 
-// `lines` of each row in s.ahead, the next tile's keys, are fetched meanwhile.
 static void add_values(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run,
-                       int64_t lines) {
+                       Ahead& ahead) {
   const Pages& value = *item.value;
   const int64_t lanes = num_runs * RUN;
   if (s.value_words) {
     auto add = s.halves ? add_integers<INT8, true> : add_integers<INT8, false>;
     if (value.code == INT4) add = s.halves ? add_integers<INT4, true> : add_integers<INT4, false>;
-    add(s, lanes, lines);
+    add(s, lanes, ahead);
     return;
   }
   int64_t code = value.code;
@@ -246,13 +271,14 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
     for (int64_t i = 0; i < lanes; i++) s.value_rows[i] = (const uint8_t*)(s.value_floats + i * s.value_dim);
     code = F32;
   }
+  ahead.spread(1, s.padded / 4 * num_runs);
   for (int64_t r = 0; r < s.rows; r += 4) {
     const int64_t count = s.rows - r < 4 ? s.rows - r : 4;
     switch (code) {
-      case F32: add_floats<F32>(s, s.value_rows, lanes, r, count, lines); break;
-      case BF16: add_floats<BF16>(s, s.value_rows, lanes, r, count, lines); break;
-      case F16: add_floats<F16>(s, s.value_rows, lanes, r, count, lines); break;
-      default: add_floats<FP8>(s, s.value_rows, lanes, r, count, lines);
+      case F32: add_floats<F32>(s, s.value_rows, lanes, r, count, ahead); break;
+      case BF16: add_floats<BF16>(s, s.value_rows, lanes, r, count, ahead); break;
+      case F16: add_floats<F16>(s, s.value_rows, lanes, r, count, ahead); break;
+      default: add_floats<FP8>(s, s.value_rows, lanes, r, count, ahead);
     }
   }
 }
@@ -278,25 +304,23 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
   }
 }
 
-// One tile of one head; `next` is the tile after it, of `ahead` runs.
-static void attend_tile(const Item& item, const Scratch& s, int64_t at, int64_t n, bool first, const Run* next,
-                        int64_t ahead) {
-  const Pages &key = *item.key, &value = *item.value;
+// One tile of one head. Meanwhile what is ahead is asked for.
+static void attend_tile(const Item& item, const Scratch& s, int64_t at, int64_t n, Ahead ahead) {
+  const Pages& value = *item.value;
   const Run* runs = item.runs + at;
-  // A tile's values are fetched while its keys are multiplied, the next tile's keys while its
-  // values are; only the first tile's keys have to fetch each other.
-  for (int64_t r = 0; r < n; r++)
-    score_run(item, s, runs[r], first && r + 2 < n ? runs + r + 2 : nullptr, r * RUN);
-  list_rows(runs, n, &Run::v, value.row_stride, s.value_rows);
+  ahead.spread(1 / 3.f, n);
+  const Addresses rows(value.row_stride, RUN);
+  for (int64_t r = 0; r < n; r++) {
+    ahead.fetch();
+    score_run(item, s, runs[r], r * RUN);
+    list_rows(rows, runs[r].v, runs[r].count, s.value_rows + r * RUN);
+  }
   if (s.value_words && planed(value.code)) spread_values(value, s, n * RUN);
-  const bool again = soften(item, s, runs, n, at);
-  fetch_planes(next, ahead);
-  const bool more = ahead >= n;
-  if (more) list_rows(next, n, &Run::k, key.row_stride, s.ahead);
-  add_values(item, s, runs, n, at, more ? (row_bytes(key.code, s.key_dim) + 63) / 64 : 0);
+  const bool again = soften(item, s, runs, n, at, ahead);
+  add_values(item, s, runs, n, at, ahead);
   if (!again) return;
   round_remainders(s, n * RUN);
-  add_values(item, s, runs, n, at, 0);
+  add_values(item, s, runs, n, at, ahead);
 }
 
 // Heads of the same runs, tile by tile: so that what of a page lies side by side is read one after the other.
@@ -310,16 +334,20 @@ static int64_t attend_items(const Item* items, const Partial* outs, int64_t head
     bytes += scratch[h].bytes;
   }
   if (bytes > size) return bytes;
-  fetch_first(first.runs, first.num_runs, first.key->row_stride);
+  // Nothing asks for the first tile while it is computed on.
+  const auto length = [&](int64_t at) { return first.num_runs - at < RUNS ? first.num_runs - at : RUNS; };
+  Ahead ahead = list_tile(first, scratch[0], first.runs, length(0));
+  ahead.spread(1, 1);
+  ahead.fetch();
   for (int64_t h = 0; h < heads; h++) prepare_rows(items[h], scratch[h]);
-  for (int64_t at = 0; at < first.num_runs; at += RUNS) {
-    const int64_t rest = first.num_runs - at, n = rest < RUNS ? rest : RUNS, after = rest - n < RUNS ? rest - n : RUNS;
+  for (int64_t at = 0; at < first.num_runs; at += RUNS)
     for (int64_t h = 0; h < heads; h++) {
       const bool last = h + 1 == heads;
-      attend_tile(items[h], scratch[h], at, n, at == 0 && h == 0, last ? first.runs + at + n : items[h + 1].runs + at,
-                  last ? after : n);
+      const Item& next = items[last ? 0 : h + 1];
+      const int64_t then = last ? at + RUNS : at;
+      ahead = list_tile(next, scratch[h], next.runs + then, then < next.num_runs ? length(then) : 0);
+      attend_tile(items[h], scratch[h], at, length(at), ahead);
     }
-  }
   for (int64_t h = 0; h < heads; h++) hand_back(items[h], scratch[h], outs[h]);
   return 0;
 }

@@ -3,7 +3,8 @@
 // Integer codes with one scale a token (or folded into the query) are multiplied as 16-bit words:
 // the query is rounded to 15 bits of its largest channel, which is finer than a bf16 query. The
 // words of a run are laid out once; then each vector holds the same 8 words of one key in every
-// 128-bit lane against the 8 channels of as many rows as there are lanes.
+// 128-bit lane against the 8 channels of as many rows as there are lanes. With AVX-512 few rows are
+// multiplied byte by byte instead (attend_bytes.h), and many with a key a lane.
 #pragma once
 #include "item.h"
 #include "simd.h"
@@ -77,25 +78,16 @@ static void order_query(int64_t code, int64_t dim, const int16_t* words, int16_t
   }
 }
 
-// Bytes to fetch ahead while something else is computed: `step` of them each time. Everything is
-// fetched into the second-level cache, which has more requests under way than the first.
-struct Ahead {
-  const uint8_t* at;
-  int64_t step;
-};
-static inline void fetch(Ahead& ahead) {
-  for (int64_t b = 0; b < ahead.step; b += 64) __builtin_prefetch(ahead.at + b, 0, 2);
-  ahead.at += ahead.step;
-}
-// Keys whose products are summed side by side, as many as there are registers for.
-constexpr int STEP = VW == 16 ? RUN : 4;
+#if VW != 16
+// Keys whose products are summed side by side.
+constexpr int STEP = 4;
 
 // words: [RUN][dim]; query: [ceil(rows / LANES)][dim / 8][LANES][8] words; scale: its unit, [rows
 // padded]. scores: [rows padded][TILE], from lane `at`.
 // DIM: head_dim where it is known when compiled (addresses become constants), else 0.
 template <int64_t DIM>
 static inline void integer_scores(const int16_t* words, int64_t any_dim, const int16_t* query,
-                                  const float* scale, int64_t rows, float* scores, Ahead ahead) {
+                                  const float* scale, int64_t rows, float* scores) {
   const int64_t dim = DIM ? DIM : any_dim;
   for (int64_t first = 0; first < rows; first += LANES) {
     const int16_t* q = query + first * dim;
@@ -107,17 +99,15 @@ static inline void integer_scores(const int16_t* words, int64_t any_dim, const i
       const int16_t* w = words + t * dim;
       NO_UNROLL for (int64_t c = 0; c < dim; c += 8) {
         const vh x = load<vh>(q + c * LANES);
-        if (first == 0) fetch(ahead);
         UNROLL for (int j = 0; j < STEP; j++) acc[j] = madd(acc[j], lanes16(w + j * dim + c), x);
       }
-      UNROLL for (int j = 0; j < STEP; j += 4) {
-        const vf s = __builtin_convertvector(reduce4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]), vf) * unit;
-        store_lanes(s, scores + first * TILE + t + j, TILE);
-      }
+      const vf s = __builtin_convertvector(reduce4(acc[0], acc[1], acc[2], acc[3]), vf) * unit;
+      for (int l = 0; l < LANES; l++) memcpy(scores + (first + l) * TILE + t, (const float*)&s + 4 * l, 16);
     }
   }
 }
 
+#endif
 // Rows from which on words are turned over, a key a lane, so that no sum has to be added up over lanes.
 constexpr int64_t MANY_ROWS = 16;
 #if VW == 16
@@ -125,9 +115,8 @@ constexpr int64_t MANY_ROWS = 16;
 constexpr int64_t BLOCK = 24;
 
 // [RUN][dim] words to [dim / 2][RUN] pairs of them.
-static inline void turn_words(const int16_t* words, int64_t dim, int32_t* turned, Ahead ahead) {
+static inline void turn_words(const int16_t* words, int64_t dim, int32_t* turned) {
   NO_UNROLL for (int64_t c = 0; c < dim; c += 8) {
-    fetch(ahead);
     vf v[4];
     UNROLL for (int j = 0; j < 4; j++) {
       const auto key = [&](int l) { return _mm_loadu_si128((const __m128i*)(words + (4 * l + j) * dim + c)); };
@@ -157,12 +146,12 @@ static void turned_scores(const int32_t* turned, int64_t any_dim, const int16_t*
   UNROLL for (int r = 0; r < R; r++)
     storef(scores + r * TILE, __builtin_convertvector(sums[r], vf) * splat(scale[r]));
 }
-// As integer_scores; turned: room for the words.
+// Scores as integer_scores has them; turned: room for the words.
 template <int64_t DIM>
 static void many_scores(const int16_t* words, int64_t any_dim, int32_t* turned, const int16_t* query,
-                        const float* scale, int64_t rows, float* scores, Ahead ahead) {
+                        const float* scale, int64_t rows, float* scores) {
   const int64_t dim = DIM ? DIM : any_dim;
-  turn_words(words, dim, turned, ahead);
+  turn_words(words, dim, turned);
   for (int64_t r = 0, count; r < rows; r += count) {
     count = rows - r >= BLOCK ? BLOCK : rows - r > 8 ? 16 : 8;
     const auto some = count == BLOCK ? turned_scores<DIM, BLOCK> : count == 16 ? turned_scores<DIM, 16> : turned_scores<DIM, 8>;

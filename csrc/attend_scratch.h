@@ -1,7 +1,6 @@
 // What an item keeps between its tiles, and what is done before the first of them.
 #pragma once
-#include "attend_keys.h"
-#include "attend_values.h"
+#include "attend_bytes.h"
 #include "rows.h"
 
 namespace CONCAT(isa_, SUFFIX) {
@@ -13,10 +12,10 @@ enum Content : uint8_t { UNKNOWN, EMPTY, FAINT, LOUD };
 // Where things lie in the scratch memory of a thread; every part starts on a cache line.
 struct Scratch {
   int64_t rows, padded, key_dim, value_dim, rotary_dim, width;
-  // Bytes of a run's values over the products of one run's keys.
-  int64_t value_step;
-  bool key_words, value_words, halves;
+  // Whether keys are multiplied as words (if not, as floats), and those as they lie, byte by byte.
+  bool key_words, by_bytes, value_words, halves;
   int16_t* query16;
+  uint8_t* query8;
   float *query32, *query_unit, *query_sum, *lift_keys, *constant;
   int16_t* words;
   int32_t* turned;
@@ -35,7 +34,7 @@ struct Scratch {
   Content* content;
   // Sums over lanes that are added up at the end, a vector a row.
   float *total, *zero_sum, *lift;
-  const uint8_t **value_rows, **ahead;
+  const uint8_t **value_rows, **lines;
   int64_t bytes;
 };
 
@@ -63,18 +62,21 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
   s.key_dim = key.head_dim;
   s.value_dim = value.head_dim;
   s.rotary_dim = item.rotary ? item.rotary->head_dim : 0;
-  s.value_step = STEP * 8 * value.row_stride / s.key_dim;
   s.key_words = integer_path(key);
+  s.by_bytes = VW == 16 && s.key_words && rows < MANY_ROWS;
   s.value_words = integer_path(value);
   const int64_t value_code = spread_code(value.code);
   s.halves = in_halves(value_code, s.value_dim);
   s.width = s.value_words ? value_width(value_code, s.value_dim) : s.value_dim;
-  take(s.query16, s.padded * s.key_dim);
+  take(s.query16, s.by_bytes ? 0 : s.padded * s.key_dim);
+#if VW == 16
+  take(s.query8, s.by_bytes ? rows * query_bytes(spread_code(key.code), s.key_dim) : 0);
+#endif
   take(s.query32, s.padded * s.key_dim);
   for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top})
     take(*each, s.padded);
   for (float** each : {&s.total, &s.zero_sum, &s.lift}) take(*each, s.padded * VW);
-  take(s.words, s.key_words ? RUN * s.key_dim : 0);
+  take(s.words, s.key_words && !s.by_bytes ? RUN * s.key_dim : 0);
   take(s.turned, s.key_words && rows >= MANY_ROWS ? RUN * s.key_dim / 2 : 0);
   take(s.floats, s.key_words ? 0 : RUN * s.key_dim);
   take(s.scores, s.padded * TILE);
@@ -88,12 +90,13 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
   take(s.rotary_query, s.padded * s.rotary_dim);
   take(s.rotary_keys, RUN * s.rotary_dim);
   take(s.rotary_scores, s.rotary_dim ? s.padded * TILE : 0);
-  take(s.key_bytes, s.key_words && planed(key.code) ? RUN * s.key_dim : 0);
+  take(s.key_bytes, s.by_bytes || planed(key.code) ? RUN * s.key_dim : 0);
   take(s.value_bytes, s.value_words && planed(value.code) ? TILE * s.value_dim : 0);
   take(s.content, TILE);
   take(s.acc, s.padded * s.width);
   take(s.value_rows, TILE);
-  take(s.ahead, TILE);
+  // A vector more, as addresses are written.
+  take(s.lines, LINES + VW / 2);
   s.bytes = at;
   return s;
 }
@@ -116,7 +119,10 @@ static float fold_static(const Pages& key, int64_t head, float* q) {
   return constant;
 }
 
-// The query's channels as 15-bit words, eight of a row in each lane. Whether all of them are finite.
+// The largest word of a query: two signed bytes hold it.
+constexpr float WORD = 127 * 256 + 127;
+
+// The query's channels as 15-bit words, eight of a row in each lane, or as bytes. Whether all of them are finite.
 static bool round_query(const Scratch& s, int64_t r, int64_t code) {
   const int64_t dim = s.key_dim;
   const float* q = s.query32 + r * dim;
@@ -127,25 +133,29 @@ static bool round_query(const Scratch& s, int64_t r, int64_t code) {
     most = size > most ? size : most;
   }
   const int32_t top = hmax(most);
-  const float largest = load<float>(&top), unit = largest / 32767.f;
-  const vf inverse = splat(largest > 1e-30f ? 32767.f / largest : 0.f);
+  const float largest = load<float>(&top), unit = largest / WORD;
+  const vf inverse = splat(largest > 1e-30f ? WORD / largest : 0.f);
   vi rounded = {};
   alignas(64) int16_t words[512], ordered[512];
+  if (dim % 32) memset(words + dim, 0, 32);
   for (int64_t c = 0; c < dim; c += VW) {
     const vf magic = splat(12582912.f);
     const vi w = (vi)(loadf(q + c) * inverse + magic) - (vi)magic;
     rounded += w;
     store_words(words + c, w);
   }
-  order_query(code, dim, words, ordered);
-  int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
-  for (int64_t i = 0; i < dim; i += 8) memcpy(to + i * LANES, ordered + i, 16);
-  s.query_unit[r] = unit;
-  if (code == INT4) {
-    int64_t total = 0;
-    for (int j = 0; j < VW; j++) total += rounded[j];
-    s.lift_keys[r] = -8.f * unit * (float)total;
+  int32_t sum = 0;
+  for (int j = 0; j < VW; j++) sum += rounded[j];
+#if VW == 16
+  if (s.by_bytes) arrange_query(code, dim, words, sum, s.query8 + r * query_bytes(code, dim));
+#endif
+  if (!s.by_bytes) {
+    order_query(code, dim, words, ordered);
+    int16_t* to = s.query16 + (r / LANES * LANES) * dim + r % LANES * 8;
+    for (int64_t i = 0; i < dim; i += 8) memcpy(to + i * LANES, ordered + i, 16);
   }
+  s.query_unit[r] = unit;
+  if (code == INT4) s.lift_keys[r] = -8.f * unit * (float)sum;
   return top < 0x7f800000;
 }
 
@@ -174,7 +184,7 @@ static void prepare_rows(const Item& item, const Scratch& s) {
   const int64_t item_size = a.q_type == F32 ? 4 : 2;
   memset(s.acc, 0, 4 * s.padded * s.width);
   if (s.channel_scale) prepare_channels(item, s);
-  if (s.key_words) memset(s.query16, 0, 2 * s.padded * dim);
+  if (s.key_words && !s.by_bytes) memset(s.query16, 0, 2 * s.padded * dim);
   for (int64_t r = 0; r < s.padded; r++) {
     s.peak[r] = -__builtin_inff();
     for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + r * VW, splat(0.f));
@@ -186,7 +196,7 @@ static void prepare_rows(const Item& item, const Scratch& s) {
     load_query(from, a.q_type, dim, (float)a.softmax_scale, q);
     if (key.zero && key.dynamic) s.query_sum[r] = hsum(sum_over(q, dim, 1.f));
     if (key.scale && !key.dynamic) s.constant[r] = fold_static(key, item.kv_head, q);
-    bool finite = s.key_words ? round_query(s, r, key.code) : hsum(sum_over(q, dim, 0.f)) == 0;
+    bool finite = s.key_words ? round_query(s, r, spread_code(key.code)) : hsum(sum_over(q, dim, 0.f)) == 0;
     if (item.rotary) {
       float* rotary = s.rotary_query + r * s.rotary_dim;
       load_query(from + dim * item_size, a.q_type, s.rotary_dim, (float)a.softmax_scale, rotary);

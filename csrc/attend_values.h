@@ -6,8 +6,7 @@
 // offset of 128 and every second nibble a factor of 16 (one operation less each), which are taken
 // off later. Rows of half a vector are taken in twos, so that no lane is idle.
 #pragma once
-#include "item.h"
-#include "simd.h"
+#include "attend_ahead.h"
 
 namespace CONCAT(isa_, SUFFIX) {
 
@@ -59,21 +58,12 @@ template <bool HALVES> INLINE vh row_weights(const int32_t* weights) {
   return (vh)(HALVES ? halves_of(weights[0], weights[1]) : splati(weights[0]));
 }
 
-// Rows to fetch ahead: lines [begin, end) of 64 bytes of each.
-struct AheadRows {
-  const uint8_t* const* rows;
-  int64_t begin, end;
-};
-static inline void fetch(const AheadRows& ahead, int64_t row) {
-  for (int64_t line = ahead.begin; line < ahead.end; line++) __builtin_prefetch(ahead.rows[row] + 64 * line, 0, 2);
-}
-
 // acc[r][c..] += unit[r] * sum over keys of words; R rows, one piece of the row, codes read as
 // they are.
 template <int64_t CODE, int R, bool HALVES>
 static inline void integer_piece(const uint8_t* const* rows, int64_t keys, int64_t byte, int64_t left,
                                  const int32_t* weights, const float* unit, float* acc, int64_t width,
-                                 const AheadRows& ahead) {
+                                 Ahead& ahead) {
   constexpr int N = vectors<CODE>(), KEYS = HALVES ? 4 : 2;
   // Registers: at most 16 accumulators.
   constexpr int C = VW == 16 ? 4 : (R > 2 ? 2 : 4);
@@ -81,7 +71,7 @@ static inline void integer_piece(const uint8_t* const* rows, int64_t keys, int64
     vi sum[R][C];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = (vi){};
     NO_UNROLL for (int64_t i = 0; i < keys; i += KEYS) {
-      if (part == 0) UNROLL for (int k = 0; k < KEYS; k++) fetch(ahead, i + k);
+      if (part == 0 && i % RUN == 0) ahead.fetch();
       vh words[N];
       row_words<CODE, HALVES>(rows + i, byte, left, words);
       UNROLL for (int r = 0; r < R; r++) {
@@ -150,11 +140,11 @@ static void put_back(const float* acc, int64_t dim, bool halves, float zero, flo
 // Floats: weights [R][TILE], one weight a key.
 template <int64_t CODE, int R, int C>
 static inline void float_slice(const uint8_t* const* rows, int64_t keys, int64_t at, const float* weights,
-                               float* acc, int64_t width, const AheadRows& ahead) {
+                               float* acc, int64_t width, Ahead& ahead) {
   vf sum[R][C];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = loadf(acc + r * width + at + c * VW);
   NO_UNROLL for (int64_t i = 0; i < keys; i++) {
-    if (at == 0) fetch(ahead, i);
+    if (at == 0 && i % RUN == 0) ahead.fetch();
     vf v[C];
     UNROLL for (int c = 0; c < C; c++) v[c] = numbers<CODE>(rows[i], at + c * VW);
     UNROLL for (int r = 0; r < R; r++) {
@@ -166,7 +156,7 @@ static inline void float_slice(const uint8_t* const* rows, int64_t keys, int64_t
 }
 template <int64_t CODE, int R>
 static inline void float_values(const uint8_t* const* rows, int64_t keys, const float* weights, float* acc,
-                                int64_t width, const AheadRows& ahead) {
+                                int64_t width, Ahead& ahead) {
   constexpr int C = VW == 16 ? 4 : 2;
   int64_t at = 0;
   for (; at + C * VW <= width; at += C * VW) float_slice<CODE, R, C>(rows, keys, at, weights, acc, width, ahead);

@@ -229,11 +229,18 @@ template <bool KEEP> static void round_weights(const Scratch& s, int64_t row, in
 
 // Weights of the tile. True: some rows have remainders that count, `round_remainders` makes weights of
 // them for a second sum over the same values.
-static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run) {
+static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run,
+                   Ahead& ahead) {
   const int64_t lanes = num_runs * RUN;
-  for (int64_t row = 0; row < s.rows; row++)
+  ahead.spread(.5f, 3 * s.rows);
+  for (int64_t row = 0; row < s.rows; row++) {
+    ahead.fetch();
     s.top[row] = finish_scores(item, s, row, runs, num_runs, first_run);
-  for (int64_t row = 0; row < s.rows; row++) s.top[row] = weigh_row(item, s, row, lanes, s.top[row]);
+  }
+  for (int64_t row = 0; row < s.rows; row++) {
+    ahead.fetch();
+    s.top[row] = weigh_row(item, s, row, lanes, s.top[row]);
+  }
   if (!s.value_words) return false;
   memset(s.content, UNKNOWN, lanes);
   // One look at a tile's rows is less than many searches for the row of the largest weight.
@@ -241,6 +248,7 @@ static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t 
   const bool differ = !loud && scales_differ(*item.value, s, lanes);
   bool again = false;
   for (int64_t row = 0; row < s.rows; row++) {
+    ahead.fetch();
     bool faint = false;
     float largest = s.top[row];
     // Searching costs as much as a tenth of the tile: only where few keys have all the weight.

@@ -6,11 +6,8 @@
 namespace CONCAT(isa_, SUFFIX) {
 
 constexpr int64_t LINE = 64;
-template <int64_t N> struct Count {
-  static constexpr int64_t value = N;
-};
 
-// body(Count, t, low, high): tokens t to t + Count, threes and twos, a single one only where it is all there
+// body(Fixed, t, low, high): tokens t to t + value, threes and twos, a single one only where it is all there
 // is; low and high say which part of `shares` is this tile's: so that what is done beside goes evenly.
 template <class Body> INLINE void each_tile(int64_t tokens, int64_t shares, const Body& body) {
   const int64_t tiles = (tokens + 2) / 3;
@@ -20,9 +17,9 @@ template <class Body> INLINE void each_tile(int64_t tokens, int64_t shares, cons
     t += count.value;
     tile++;
   };
-  while (tokens - t > 4 || tokens - t == 3) take(Count<3>());
-  while (tokens - t >= 2) take(Count<2>());
-  if (t < tokens) take(Count<1>());
+  while (tokens - t > 4 || tokens - t == 3) take(Fixed<3>());
+  while (tokens - t >= 2) take(Fixed<2>());
+  if (t < tokens) take(Fixed<1>());
 }
 
 // A line of rows that come later, into the second-level cache: the first has fewer requests under way.

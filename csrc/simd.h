@@ -31,6 +31,11 @@ typedef uint16_t vuh __attribute__((vector_size(VW * 4)));
 #define SHUFFLE(a, b, type, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
+// A number that is known when compiled, as an argument.
+template <int64_t N> struct Fixed {
+  static constexpr int64_t value = N;
+};
+
 template <class T> static inline T load(const void* p) {
   T v;
   memcpy(&v, p, sizeof v);
@@ -205,17 +210,6 @@ static inline vi reduce4(vi a, vi b, vi c, vi d) {
   vi low, high;
   interleave64(a + b, c + d, low, high);
   return low + high;
-}
-// Each 128-bit lane to a row of its own.
-static inline void store_lanes(vf v, float* to, int64_t row) {
-#if VW == 16
-  _mm_storeu_ps(to, _mm512_castps512_ps128((__m512)v));
-  _mm_storeu_ps(to + row, _mm512_extractf32x4_ps((__m512)v, 1));
-  _mm_storeu_ps(to + 2 * row, _mm512_extractf32x4_ps((__m512)v, 2));
-  _mm_storeu_ps(to + 3 * row, _mm512_extractf32x4_ps((__m512)v, 3));
-#else
-  for (int l = 0; l < VW / 4; l++) memcpy(to + l * row, (const float*)&v + 4 * l, 16);
-#endif
 }
 // v[x] becomes the x-th dwords of v[0], v[1], v[2], v[3], lane by lane.
 static inline void transpose4(vf* v) {
