@@ -56,3 +56,33 @@ def test_channels_that_are_rounded_by_themselves_have_scales_of_their_own():
     every = [lost(found, spec, found.key_map(a=a, b=b), False) for a, b in EXPONENTS]
     torch.testing.assert_close(lost(found, spec, chosen.key_map, False), torch.stack(every).amin(0))
     assert not torch.equal(chosen.key_map.scale, choose_map(found, spec).key_map.scale)
+
+
+def test_queries_count_by_what_they_see_beyond_exact_pages():
+    noise = torch.Generator().manual_seed(0)
+    tokens, sizes = 4000, 4.0 ** torch.linspace(-0.6, 0.6, 64)
+    q, k = (torch.randn(tokens, 4, 64, generator=noise) for _ in range(2))
+    # Half of the queries look at their neighbours, with the channels that the others leave out.
+    q[::2] *= sizes
+    q[1::2] *= sizes.flip(0) * 3
+    far = torch.full((tokens, 4), 0.25)
+    far[1::2] = 0.0
+    # The queries of the last kv_head see nothing there.
+    far[:, 3] = 0.0
+    found = KeyStatistics.of(q, k, far)
+    seen = found.far().metric
+    ratio = seen[:3] / KeyStatistics.of(q[::2], k[::2]).metric[:3]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.125))
+    assert torch.equal(seen[3], found.metric[3])
+    other = found + KeyStatistics.of(q, k)
+    torch.testing.assert_close(other.far_products, found.far_products + found.query_products)
+
+    spec = FORMATS["int4"].key
+    rotated = rotate(found.keys)
+
+    def cost(metric):
+        by = with_feedback(found.key_map(a=0.0, b=0.0, mean=False), metric, True).feedback
+        error = rotate(dequantize(*quantize_with_feedback(rotated, spec, by), spec)) - found.keys
+        return torch.einsum("thi,hij,thj->h", error.double(), seen, error.double())[:3]
+
+    assert (cost(seen) < 0.9 * cost(found.metric)).all()

@@ -12,8 +12,12 @@ import quantpage
 from quantpage.cli.app import run
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import FORMATS
+from quantpage.formats.feedback import with_feedback
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
+from quantpage.integrations.hf_transformers.statistics import far_shares
+from quantpage.integrations.hf_transformers.watch import watched
+from quantpage.ops.attend.params import exact_pairs
 from tests.integrations.tiny_models import save_tiny, tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -95,6 +99,47 @@ def test_a_file_says_what_was_saved(model, file):
         theirs = loaded.layers[index]
         assert theirs.key_map.digest() == layer.key_map.digest()
         assert torch.equal(theirs.metric, layer.metric)
+        assert torch.equal(theirs.far_metric, layer.far_metric)
+        assert not torch.allclose(layer.metric, layer.far_metric, rtol=1e-2)
+
+
+def test_formats_with_exact_pages_take_what_queries_see_beyond_them(model, file, tmp_path):
+    """So does a map that is chosen for one; a file from before there were two metrics serves."""
+    found = Calibration.load(file)
+    layer = found.layers[0]
+    for name, far in (("int8", False), ("int6", False), ("int4", True), ("k8v4", True)):
+        metric = layer.far_metric if far else layer.metric
+        wanted = with_feedback(layer.key_map, metric, rotated=True)
+        assert layer.for_codes(FORMATS[name]).digest() == wanted.digest()
+    assert made(model, "int8").layers[0].key_map.digest() != layer.key_map.digest()
+    old, planes = tmp_path / "old", load_file(file)
+    replace(
+        found, layers={i: replace(each, far_metric=None) for i, each in found.layers.items()}
+    ).save(old)
+    assert set(planes) - set(load_file(old)) == {f"{i}.far_metric" for i in range(3)}
+    before = Calibration.load(old).layers[0].for_codes(FORMATS["int4"])
+    assert before.digest() == with_feedback(layer.key_map, layer.metric, True).digest()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_window"])
+def test_shares_of_attention_beyond_exact_pages(name):
+    """As attention's own probabilities say, windows and more pages than channels included."""
+    model, seen = tiny(name, torch.float64), []
+    ids = tokens(1, 64 * 5 + 7, seed=4)
+
+    def look(index, query, key, value, attend):
+        shares = far_shares(key, value[..., :3].contiguous(), attend)
+        each = torch.eye(key.shape[2], dtype=key.dtype).expand(1, key.shape[1], -1, -1)
+        probabilities = attend(key, each)[0]
+        at = torch.arange(key.shape[2])
+        hidden = ~exact_pairs(at, at, 64)
+        seen.append((shares, (probabilities * hidden[:, None]).sum(-1)))
+
+    with watched(model, look), torch.no_grad():
+        model(ids, use_cache=False)
+    for shares, wanted in seen:
+        torch.testing.assert_close(shares.double(), wanted, atol=1e-6, rtol=0)
+    assert max(float(wanted.max()) for _, wanted in seen) > 0.1
 
 
 def test_a_file_serves_the_model_in_any_dtype(file):

@@ -6,12 +6,16 @@ keep small (HeadQ, arXiv 2605.03562, says the same of attention's KL). For a map
 channel, whose rounding errors are all of about the same size after the rotation, the loss is the
 product of tr(W / s^2) and tr(C s^2), C the keys' covariance: least for s^4 = W_cc / C_cc.
 
+Of pages that are kept exact nothing is off. Where a format keeps the near ones, W is the mean of
+queries with the share of their attention that goes beyond those (``far``): what a query that looks
+at its neighbours alone asks for costs nothing.
+
 Where keys are rounded in turn, errors take W's shape by themselves. The loss is then the product of
 det(W / s^2)^(1/D) and tr(C s^2): least for s^2 = 1 / C_cc, whatever W. Neither law is exact, so
 ``choose_map`` tries both, in part and whole.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,6 +45,8 @@ class KeyStatistics:
     tokens: int
     query_products: Float[Tensor, "kv_heads head_dim head_dim"]
     """Sum of q q' over tokens, mean over the query heads of a kv_head."""
+    far_products: Float[Tensor, "kv_heads head_dim head_dim"]
+    """The same, every query times the share of its attention that goes beyond exact pages."""
     key_products: Float[Tensor, "kv_heads head_dim head_dim"]
     key_sums: Float[Tensor, "kv_heads head_dim"]
     keys: Float[Tensor, "rows kv_heads head_dim"]
@@ -51,15 +57,22 @@ class KeyStatistics:
         cls,
         q: Float[Tensor, "tokens q_heads head_dim"],
         k: Float[Tensor, "tokens kv_heads head_dim"],
+        far: Float[Tensor, "tokens q_heads"] | None = None,
     ) -> "KeyStatistics":
-        """Of some tokens."""
+        """Of some tokens. far: shares of their attention, 0 to 1; None: all of it."""
         q, k = q.double(), k.double()
         tokens, kv_heads, _ = k.shape
         grouped = q.unflatten(1, (kv_heads, -1))
         group = grouped.shape[2]
+        products = torch.einsum("thgi,thgj->hij", grouped, grouped) / group
+        beyond = products
+        if far is not None:
+            shares = far.double().unflatten(1, (kv_heads, -1))
+            beyond = torch.einsum("thg,thgi,thgj->hij", shares, grouped, grouped) / group
         return cls(
             tokens,
-            torch.einsum("thgi,thgj->hij", grouped, grouped) / group,
+            products,
+            beyond,
             torch.einsum("thi,thj->hij", k, k),
             k.sum(0),
             k[:: max(1, -(-tokens // _KEPT))].float(),
@@ -70,10 +83,20 @@ class KeyStatistics:
         return KeyStatistics(
             self.tokens + other.tokens,
             self.query_products + other.query_products,
+            self.far_products + other.far_products,
             self.key_products + other.key_products,
             self.key_sums + other.key_sums,
             torch.cat([self.keys, other.keys])[-_MOST:],
         )
+
+    def far(self) -> "KeyStatistics":
+        """The same with queries by what of their attention goes beyond exact pages.
+
+        kv_heads whose queries never look there, as of a window of few tokens, stay as they are.
+        """
+        looks = self.far_products.diagonal(dim1=1, dim2=2).sum(1) > 0
+        products = torch.where(looks[:, None, None], self.far_products, self.query_products)
+        return replace(self, query_products=products)
 
     @property
     def metric(self) -> Float[Tensor, "kv_heads head_dim head_dim"]:

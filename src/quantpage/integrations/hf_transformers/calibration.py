@@ -1,7 +1,8 @@
 """What text says of a model's keys and queries, in a file for ``attach(calibration=...)``.
 
-    tensors      <layer>.scale, <layer>.mean of the key map, <layer>.metric: mean of q q', where
-                 keys are rounded in turn; for a static format <layer>.key_scale, .key_zero,
+    tensors      <layer>.scale, <layer>.mean of the key map; where keys are rounded in turn
+                 <layer>.metric: mean of q q', and <layer>.far_metric: the same of what queries
+                 see beyond exact pages; for a static format <layer>.key_scale, .key_zero,
                  .value_scale, .value_zero instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
@@ -32,6 +33,7 @@ from quantpage.integrations.hf_transformers.statistics import measure, measure_r
 
 KIND = "quantpage calibration"
 VERSION = "1"
+_METRICS = ("metric", "far_metric")
 _PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
 SKIPPED = 64
 """First tokens of a text that are not counted."""
@@ -45,6 +47,8 @@ class LayerCalibration:
     """Without feedback."""
     metric: Float[Tensor, "kv_heads head_dim head_dim"] | None
     """Mean of q q', float32; None: channels are rounded by themselves."""
+    far_metric: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
+    """The same for formats that keep near pages exact (``KeyStatistics.far``); None: as others."""
 
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
@@ -53,7 +57,10 @@ class LayerCalibration:
             return None
         if self.metric is None or not spec.code.integer:
             return self.key_map
-        return with_feedback(self.key_map, self.metric, spec.rotation == "hadamard")
+        far = kv_format.exact_pages is not None and self.far_metric is not None
+        metric = self.far_metric if far else self.metric
+        assert metric is not None
+        return with_feedback(self.key_map, metric, spec.rotation == "hadamard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,10 @@ class Calibration:
             planes[f"{index}.scale"] = each.key_map.scale.cpu()
             if each.key_map.mean is not None:
                 planes[f"{index}.mean"] = each.key_map.mean.cpu()
-            if each.metric is not None:
-                planes[f"{index}.metric"] = each.metric.cpu()
+            for name in _METRICS:
+                metric = getattr(each, name)
+                if metric is not None:
+                    planes[f"{index}.{name}"] = metric.cpu()
         for index, scales in self.static.items():
             for name in _PLANES:
                 plane = getattr(scales, name)
@@ -108,7 +117,7 @@ class Calibration:
         layers = {
             index: LayerCalibration(
                 KeyMap(planes[f"{index}.scale"], planes.get(f"{index}.mean")),
-                planes.get(f"{index}.metric"),
+                *(planes.get(f"{index}.{name}") for name in _METRICS),
             )
             for index in indices
             if f"{index}.scale" in planes
@@ -216,9 +225,12 @@ def calibrate(
         key = formats[index].key
         if not (key.quantized and key.dynamic):
             continue
-        chosen = choose_map(_on_cpu(statistics), key, mean, feedback)
-        metric = statistics.metric.float().cpu().contiguous() if feedback else None
-        layers[index] = LayerCalibration(chosen.key_map, metric)
+        statistics = _on_cpu(statistics)
+        far = statistics.far()
+        seen = statistics if formats[index].exact_pages is None else far
+        chosen = choose_map(seen, key, mean, feedback)
+        metrics = [one.metric.float().contiguous() for one in (statistics, far) if feedback]
+        layers[index] = LayerCalibration(chosen.key_map, *(metrics or (None,)))
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
@@ -317,6 +329,7 @@ def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
     return KeyStatistics(
         statistics.tokens,
         statistics.query_products.cpu(),
+        statistics.far_products.cpu(),
         statistics.key_products.cpu(),
         statistics.key_sums.cpu(),
         statistics.keys.cpu(),

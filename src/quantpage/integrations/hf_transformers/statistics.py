@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -21,6 +21,7 @@ from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.watch import Attend, watched
+from quantpage.ops.attend.params import exact_pairs
 
 KEY_BIASES = (
     "k_proj.bias", "key.bias", "key_proj.bias", "k_lin.bias", "qkv_proj.bias", "qkv.bias",
@@ -31,6 +32,8 @@ KEY_BIASES = (
 KEY_NORMS = ("k_norm.weight", "k_layernorm.weight", "key_norm.weight", "key_layernorm.weight")
 """And the gains of a norm of keys."""
 
+_PAGE = 64
+"""Tokens of a page where nobody says otherwise."""
 _RANDOM_TOKENS = 256
 _LONGEST = 4096
 """Positions that random tokens are spread over, where a model has so many."""
@@ -96,7 +99,9 @@ def measure(
             return
         # [1, heads, tokens, head_dim]
         q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
-        made = KeyStatistics.of(q, k)
+        # Tokens at positions far apart have no neighbours.
+        far = None if positions is not None else far_shares(key, value, attend)[skipped:]
+        made = KeyStatistics.of(q, k, far)
         found[index] = found[index] + made if index in found else made
         if ranges is not None:
             seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
@@ -111,6 +116,28 @@ def measure(
             moved = {name: each.to(model.device) for name, each in extra.items()}
             body(input_ids=ids.to(model.device), use_cache=False, **moved)
     return found
+
+
+def far_shares(
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens value_head_dim"],
+    attend: Attend,
+) -> Float[Tensor, "tokens q_heads"]:
+    """How much of every query's attention goes to keys that a format with exact pages reads as
+    codes; float32.
+
+    Attention is asked with values that say in which page a key is, whatever its mask and logits.
+    """
+    tokens, width = value.shape[2:]
+    at = torch.arange(tokens, device=value.device)
+    shares = torch.zeros((), device=value.device)
+    for first in range(0, -(-tokens // _PAGE), width):
+        page = first + torch.arange(width, device=value.device)
+        says = (at[:, None] // _PAGE == page).to(value.dtype)
+        seen = attend(key, says.expand(value.shape).contiguous())[0].detach().float()
+        coded = ~exact_pairs(at, page * _PAGE, _PAGE)
+        shares = shares + (seen * coded[:, None]).sum(-1)
+    return shares.clamp(0.0, 1.0)
 
 
 def _takes_positions(body: nn.Module) -> bool:
