@@ -112,7 +112,9 @@ if [ -z "$wanted" ] || [[ " $wanted " == *" qwen2 "* ]]; then
   wanted="${wanted:+$wanted logits}" logits int4 16 int4_per_token_head --set block_size=128
 fi
 # Windows, a softcap, sink logits, layers of two kinds, layers that read another layer's pages.
-declare -A pools=([mistral]=30 [gemma2]=40 [gemma3]=90 [gptoss]=30)
+# Blocks with which some are preempted; and logits by which the best token may lead and yet another one be said, as these models make more or
+# less of a rounding.
+declare -A pools=([mistral]=40 [gemma2]=50 [gemma3]=90 [gptoss]=50) ties=([mistral]=0.05 [gemma2]=0.005 [gemma3]=0.005 [gptoss]=0.02)
 for family in mistral gemma2 gemma3 gemma3n gptoss; do
   if [ -n "$wanted" ] && ! [[ " $wanted " == *" $family "* ]]; then continue; fi
   folder=$work/$family
@@ -126,7 +128,7 @@ for family in mistral gemma2 gemma3 gemma3n gptoss; do
   # Beside exact pages, of which a window shows the first only for a while. (Layers that read another's cache have none.)
   if [ $family = gemma3n ]; then continue; fi
   prepare $folder $family k8v4-16
-  k8v4=(int4_per_token_head --quantpage k8v4 --expect k8v4-16 --tie 0.002 --set block_size=128)
+  k8v4=(int4_per_token_head --quantpage k8v4 --expect k8v4-16 --tie ${ties[$family]} --set block_size=128)
   int4=(int4_per_token_head --agree $folder/int4.tokens --set block_size=128)
   rm -f $folder/int4.tokens
   case_ $family "${k8v4[@]}"

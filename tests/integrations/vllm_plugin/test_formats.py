@@ -14,6 +14,7 @@ from quantpage.integrations.vllm_plugin.formats import (
     FP8,
     NAMES,
     OWN_NAMES,
+    check_additional,
     check_block_size,
     exact_page,
     exact_token_bytes,
@@ -80,11 +81,6 @@ def test_additional_config_chooses_where_vllm_has_no_name():
         ("fp8_e5m2", None, "--kv-cache-dtype: expected one of auto, .*got 'fp8_e5m2'"),
         ("quantpage_int2", None, "--kv-cache-dtype: expected one of .*quantpage_int4"),
         (
-            "fp8",
-            {"quantpage": "k8v4"},
-            "expected --kv-cache-dtype int8_per_token_head or .*got fp8",
-        ),
-        (
             "int8_per_token_head",
             {"quantpage": "int9"},
             "--additional-config quantpage: expected one of int8, .*int3_near8; got 'int9'",
@@ -96,6 +92,27 @@ def test_additional_config_chooses_where_vllm_has_no_name():
 def test_names_that_cannot_be_served_are_refused(name, additional, said):
     with pytest.raises((ValueError, FormatError), match=said):
         format_of(name, additional)
+
+
+@pytest.mark.parametrize(
+    ("name", "additional", "said"),
+    [
+        ("fp8", {"quantpage": "k8v4"}, " quantpage: expected .* int8_per_token_head or .*got fp8"),
+        ("auto", {"quantpage": "int4"}, " quantpage: expected --kv-cache-dtype .*, got auto"),
+        ("auto", {"quantpage_warmup": True}, ": expected .*, quantpage_warm_up; got 'quantpage_w"),
+        ("int4_per_token_head", {"quantpage_warm_up": "yes"}, "expected true or false, got 'yes'"),
+        ("auto", {"quantpage_calibration": True}, "calibration: expected a file, got True"),
+    ],
+)
+def test_what_nobody_would_follow_is_refused(name, additional, said):
+    with pytest.raises(ValueError, match=f"--additional-config.*{said}"):
+        check_additional(additional, name)
+
+
+def test_what_is_said_to_others_is_theirs():
+    check_additional(None, "auto")
+    check_additional({"other": 1, "quantpage_calibration": "file"}, "auto")
+    check_additional({"quantpage": "k8v4", "quantpage_warm_up": True}, "int4_per_token_head")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +174,8 @@ def test_a_block_too_small_for_an_exact_page_is_refused(name, block, least):
         ("none", {"attn_type": "encoder_only"}, "decoder layers .* type encoder_only"),
         ("int8", {"unknown": ["sparse", "chunk"]}, "attention with chunk, sparse is not served"),
         ("k8v4", {"shared": True}, "k8v4 keeps exact pages, which layers that read another"),
+        ("int4", {"skips": True}, "int4 keeps exact pages, .*--kv-cache-dtype-skip-layers"),
+        ("int4", {"one_group": True}, "int4 keeps exact pages, .*--disable-hybrid-kv-cache-man"),
     ],
 )
 def test_layers_that_cannot_be_served_are_refused_in_a_sentence(name, asked, said):
@@ -175,7 +194,7 @@ def test_plain_layers_are_served_by_every_format(name):
     form = format_of(name)
     refuse_layer(form)
     if form.exact_pages is None:
-        refuse_layer(form, shared=True)
+        refuse_layer(form, shared=True, skips=True, one_group=True)
 
 
 def test_blocks_that_no_page_divides_are_refused():

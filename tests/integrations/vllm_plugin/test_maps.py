@@ -77,7 +77,9 @@ def test_a_file_of_another_model_is_refused(made, tmp_path):
             CorruptCalibration, match=r"expected a map of kv_heads, head_dim .* got"
         ):
             key_map(found, path, 0, INT4, shape, (0, 1))
-    with pytest.raises(FileNotFoundError, match="calibration: expected"):
+    with pytest.raises(
+        ValueError, match="--additional-config quantpage_calibration: expected a file"
+    ):
         find_calibration(str(tmp_path / "missing"), "somebody/model")
 
 

@@ -35,6 +35,11 @@ def device() -> torch.device:
     return torch.device(current_platform.device_type)
 
 
+def skips_layers(config: Any) -> bool:
+    """Whether --kv-cache-dtype-skip-layers leaves some out."""
+    return bool(getattr(config.cache_config, "kv_cache_dtype_skip_layers", None))
+
+
 def runs_first_steps(config: Any) -> bool:
     """Whether vLLM runs steps over its cache before the first request: to warm kernels up (its
     newer runner), or before it captures graphs."""

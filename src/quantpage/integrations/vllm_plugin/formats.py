@@ -40,8 +40,10 @@ OWN_NAMES = tuple(f"quantpage_{name}" for name in SERVED)
 CHOOSABLE = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
 """vLLM's names, beside each of which --additional-config may choose another format."""
 
+FORMAT = "quantpage"
+"""The key of --additional-config that names a format."""
 CALIBRATION = "quantpage_calibration"
-"""The key of --additional-config that names a file of key maps."""
+"""The one that names a file of key maps."""
 WARM_UP = "quantpage_warm_up"
 """And the one that asks for kernels to be compiled at the start (``warm_up``)."""
 
@@ -65,27 +67,43 @@ def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVForma
     """The format of layers whose --kv-cache-dtype is ``name``.
 
     additional: --additional-config; its "quantpage" names a format where vLLM has no name for it,
-    in the place of a *_per_token_head name. Raises ValueError for what cannot be served.
+    in the place of a *_per_token_head name. (Layers that --kv-cache-dtype-skip-layers leaves out
+    have another name.) Raises ValueError for what cannot be served.
     """
     if name not in NAMES:
         raise ValueError(f"--kv-cache-dtype: expected one of {', '.join(NAMES)}; got {name!r}")
-    wanted = (additional or {}).get("quantpage")
-    # Layers that --kv-cache-dtype-skip-layers leaves out are "auto".
-    if wanted is None or name == "auto":
+    wanted = (additional or {}).get(FORMAT)
+    if wanted is None or name not in CHOOSABLE:
         return NAMES[name]
-    if name not in CHOOSABLE:
-        raise ValueError(
-            f"--additional-config quantpage: expected --kv-cache-dtype {' or '.join(CHOOSABLE)} "
-            f"beside it, got {name}"
-        )
     form = None
     with suppress(FormatError):
         form = find_format(str(wanted))
     if form is None or not _served(form):
         raise FormatError(
-            f"--additional-config quantpage: expected one of {', '.join(SERVED)}; got {wanted!r}"
+            f"--additional-config {FORMAT}: expected one of {', '.join(SERVED)}; got {wanted!r}"
         )
     return form
+
+
+def check_additional(additional: Mapping[str, Any] | None, name: str) -> None:
+    """ValueError for what --additional-config says of us and nobody would follow.
+
+    name: the --kv-cache-dtype of all layers.
+    """
+    given = {key: each for key, each in (additional or {}).items() if key.startswith(FORMAT)}
+    known = (FORMAT, CALIBRATION, WARM_UP)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"--additional-config: expected {', '.join(known)}; got {key!r}")
+    if FORMAT in given and name not in CHOOSABLE:
+        raise ValueError(
+            f"--additional-config {FORMAT}: expected --kv-cache-dtype {' or '.join(CHOOSABLE)} "
+            f"beside it, got {name}"
+        )
+    path = given.get(CALIBRATION, "")
+    if not isinstance(path, str):
+        raise ValueError(f"--additional-config {CALIBRATION}: expected a file, got {path!r}")
+    wants_warm_up(given)
 
 
 def layout_of(
@@ -153,11 +171,14 @@ def refuse_layer(
     attn_type: str = "decoder",
     shared: bool = False,
     unknown: Sequence[str] = (),
+    skips: bool = False,
+    one_group: bool = False,
 ) -> None:
     """NoImplementation, with every reason, for a layer of vLLM's that cannot be served.
 
     attn_type: vLLM's word. shared: reads another layer's cache. unknown: names of arguments of
-    attention that are not known here.
+    attention that are not known here. skips: other layers are left out of the format. one_group:
+    all layers have one table of blocks.
     """
     said = []
     if alibi:
@@ -170,6 +191,18 @@ def refuse_layer(
         said.append(
             f"{form.name} keeps exact pages, which layers that read another layer's cache do not "
             "find; int8 and fp8 serve them."
+        )
+    if form.exact_pages is not None and skips:
+        said.append(
+            f"{form.name} keeps exact pages, for which blocks are cut into pages, and blocks as "
+            "large as those of layers that --kv-cache-dtype-skip-layers leaves out cannot be; int8 "
+            "and fp8 serve them."
+        )
+    if form.exact_pages is not None and one_group:
+        said.append(
+            f"{form.name} keeps exact pages, which are a cache group of their own, and vLLM's "
+            "hybrid KV cache manager is off (--disable-hybrid-kv-cache-manager, or a KV connector "
+            "that cannot do with it)."
         )
     if said:
         raise NoImplementation("QuantPage cannot serve this model in vLLM: " + " ".join(said))

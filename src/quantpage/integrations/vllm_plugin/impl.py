@@ -23,6 +23,7 @@ from quantpage.integrations.vllm_plugin.exact_layer import SUFFIX, ExactPagesLay
 from quantpage.integrations.vllm_plugin.formats import (
     CALIBRATION,
     LONG_CHUNK,
+    check_additional,
     check_block_size,
     exact_page,
     exact_token_bytes,
@@ -74,6 +75,7 @@ class QuantPageImpl(AttentionImpl):
         attn_type=AttentionType.DECODER, kv_sharing_target_layer_name=None, sinks=None, **unknown,
     ):  # fmt: skip
         self.config = get_current_vllm_config()
+        check_additional(self.config.additional_config, self.config.cache_config.cache_dtype)
         self.form = format_of(kv_cache_dtype, self.config.additional_config)
         self.shared = kv_sharing_target_layer_name is not None
         self.keys_of: str | None = kv_sharing_target_layer_name
@@ -84,6 +86,8 @@ class QuantPageImpl(AttentionImpl):
             attn_type=str(getattr(attn_type, "value", attn_type)),
             shared=self.shared,
             unknown=[name for name, given in unknown.items() if given is not None],
+            skips=compat.skips_layers(self.config),
+            one_group=bool(self.config.scheduler_config.disable_hybrid_kv_cache_manager),
         )
         if self.form.exact_pages is not None and not compat.holds_exact_pages():
             raise NoImplementation(

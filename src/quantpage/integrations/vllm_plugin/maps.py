@@ -33,9 +33,14 @@ _SAMPLED = 8
 def find_calibration(path: str, model: str) -> Calibration:
     """What a file holds; read once a process.
 
-    model: the name that vLLM was given. Raises CorruptCalibration for a file that is broken, or of
-    another model than that folder's.
+    model: the name that vLLM was given. Raises ValueError where there is no file, and
+    CorruptCalibration for one that is broken, or of another model than that folder's.
     """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--additional-config {CALIBRATION}: expected a file that `quantpage calibrate` wrote, "
+            f"got {path}"
+        )
     found = Calibration.load(path)
     folder = Path(model)
     kept = found.note.get("weights", {})
