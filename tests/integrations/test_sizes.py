@@ -1,5 +1,7 @@
 """What is counted from a configuration is what attach then holds, to the byte."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers as tf
@@ -85,6 +87,7 @@ ARCHITECTURES = {
         ssm_state_size=16,
         n_groups=1,
     ),
+    "falcon_h1": lambda: tf.FalconH1Config(**FOUR, **MAMBA, head_dim=16, mamba_d_ssm=128),
     "gpt2": lambda: tf.GPT2Config(vocab_size=128, n_embd=64, n_head=2, n_layer=2, eos_token_id=2),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**SMALL, intermediate_size=128),
     "bloom": lambda: tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
@@ -92,6 +95,29 @@ ARCHITECTURES = {
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(
         vocab_size=128, n_embd=64, n_head=4, n_layer=2, multi_query=True, eos_token_id=2
     ),
+}
+
+NEWER = {
+    # Layers with a window have twice the kv_heads that the configuration names.
+    "MiMoV2FlashConfig": lambda kind: kind(
+        **{**FOUR, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        head_dim=16,
+        v_head_dim=32,
+        **MIXED,
+    ),
+    "ZayaConfig": lambda kind: kind(**FOUR, **{**EXPERTS, "num_experts_per_tok": 1}, head_dim=16),
+    "KimiLinearConfig": lambda kind: kind(
+        **{**FOUR, **LATENT, "q_lora_rank": None, "num_local_experts": 4},
+        n_group=1,
+        topk_group=1,
+        linear_num_heads=4,
+        linear_head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+}
+"""That not all releases have."""
+ARCHITECTURES |= {
+    name: partial(made, getattr(tf, name)) for name, made in NEWER.items() if hasattr(tf, name)
 }
 
 
@@ -298,6 +324,45 @@ def test_weights_are_counted_without_reading_any():
     assert weight_bytes(MODELS["llama-3.1-8b"]()) == 2 * 8_030_261_248
     with pytest.raises(ValueError, match="weights: expected one of bf16, int8, none; got 'int2'"):
         weight_bytes(config, "int2")
+
+
+PAGELESS = {
+    "a picture's encoder": tf.ViTConfig(),
+    "pictures beside texts": tf.CLIPConfig(),
+    "a text's encoder": tf.DistilBertConfig(),
+    "a sound's encoder": tf.Wav2Vec2Config(),
+    "windows of pictures": tf.SwinConfig(),
+    "a part of a model": tf.Qwen2VLConfig().vision_config,
+    "no cache": tf.OpenAIGPTConfig(),
+    "a cache of its own": tf.XLNetConfig(),
+    "buckets": tf.ReformerConfig(is_decoder=True),
+    "sparse blocks": tf.BigBirdConfig(is_decoder=True),
+}
+
+
+@pytest.mark.parametrize("kind", PAGELESS)
+def test_models_without_keys_to_keep_are_not_counted(kind):
+    with pytest.raises(UnsupportedModel, match=r"expected|names no attention heads"):
+        cache_shape(PAGELESS[kind])
+
+
+def test_a_configuration_of_ones_own_is_counted_by_its_numbers():
+    class Own(tf.LlamaConfig):
+        model_type = "own"
+
+    shapes = [cache_shape(kind(**FOUR)).paged for kind in (Own, tf.LlamaConfig)]
+    assert shapes[0] == shapes[1]
+
+
+def test_pictures_parts_are_counted_with_the_weights():
+    text = {**SMALL, "intermediate_size": 128, "num_key_value_heads": 2}
+    config = tf.LlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={"model_type": "clip_vision_model", "num_hidden_layers": 1},
+    )
+    model = tf.LlavaForConditionalGeneration(config)
+    assert weight_bytes(config) == 2 * sum(each.numel() for each in model.parameters())
+    assert cache_shape(config).paged == cache_shape(config.text_config).paged
 
 
 def test_what_attach_refuses_is_not_counted():

@@ -21,6 +21,8 @@ from quantpage.integrations.hf_transformers.coverage import (
     Ledger,
     caching_modules,
     crosses,
+    refuse_own_cache,
+    refuse_pageless,
     uses_interface,
     why_dense,
 )
@@ -145,7 +147,7 @@ def attach(  # noqa: PLR0913
             checked=checked,
             max_tokens=max_tokens,
         )
-        _refuse_own_cache(model)
+        refuse_own_cache(model)
         _refuse_compiled(model)
         caching = caching_modules(model, type(text_config(model.config)))
         options = replace(
@@ -224,10 +226,7 @@ def _survey(
         if hasattr(layer, "conv_states"):
             ledger.beside.add(index)
     if not ledger.paged:
-        raise UnsupportedModel(
-            f"{model.config.model_type}: expected layers that cache keys and values, found none "
-            f"in {type(model).__name__}: there is nothing to keep in pages"
-        )
+        refuse_pageless(model)
 
 
 def _refuse_widths(cache: QuantPageCache, caching: dict[int, list[nn.Module]]) -> None:
@@ -286,16 +285,6 @@ def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledg
     heads, kv_heads = mask.heads, 1 if ledger.latent else model_shape(model.config).kv_heads
     if heads not in (1, kv_heads):
         raise ValueError(f"mask: expected rows for 1 or {kv_heads} kv_heads, got {heads}")
-
-
-def _refuse_own_cache(model: PreTrainedModel) -> None:
-    """UnsupportedModel for a class that Transformers itself gives no cache of its usual kind."""
-    supports = getattr(model, "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
-        raise UnsupportedModel(
-            f"{model.config.model_type}: expected a model that takes Transformers' DynamicCache, "
-            f"got {type(model).__name__}, which has a kind of its own"
-        )
 
 
 def _refuse_compiled(model: PreTrainedModel) -> None:

@@ -115,6 +115,7 @@ def errors_in_one_sentence(path: str | Path) -> Iterator[None]:
         KeyError,
         AttributeError,
         TypeError,
+        AssertionError,
         EOFError,
         SafetensorError,
         pickle.UnpicklingError,

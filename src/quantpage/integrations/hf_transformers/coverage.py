@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from quantpage.errors import PartlyPaged
+from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.integrations.hf_transformers.latent import has_latent_rows, why_expanded
 
 
@@ -113,6 +113,28 @@ def caching_modules(model: nn.Module, kind: type) -> dict[int, list[nn.Module]]:
         if isinstance(index, int) and not other and _updates_cache(type(module).forward):
             found.setdefault(index, []).append(module)
     return found
+
+
+def refuse_own_cache(model: nn.Module) -> None:
+    """UnsupportedModel for a class that Transformers itself gives no cache of its usual kind."""
+    supports: Any = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise UnsupportedModel(
+            f"{_kind(model)}: expected a model that takes Transformers' DynamicCache, "
+            f"got {type(model).__name__}, which has a kind of its own"
+        )
+
+
+def refuse_pageless(model: nn.Module) -> NoReturn:
+    """Raise UnsupportedModel for a model of which no layer can have pages."""
+    raise UnsupportedModel(
+        f"{_kind(model)}: expected layers that cache keys and values, found none in "
+        f"{type(model).__name__}: there is nothing to keep in pages"
+    )
+
+
+def _kind(model: Any) -> str:
+    return model.config.model_type
 
 
 def why_dense(modules: Iterable[nn.Module]) -> str | None:

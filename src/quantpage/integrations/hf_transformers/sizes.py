@@ -14,6 +14,12 @@ from quantpage.cache.reach import Reach
 from quantpage.cache.sizes import LayerPlan
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.coverage import (
+    caching_modules,
+    crosses,
+    refuse_own_cache,
+    refuse_pageless,
+)
 from quantpage.integrations.hf_transformers.latent import caches_latent_rows
 from quantpage.integrations.hf_transformers.model import (
     layer_config,
@@ -22,15 +28,19 @@ from quantpage.integrations.hf_transformers.model import (
     refuse_unsupported,
     text_config,
 )
+from quantpage.integrations.hf_transformers.skeleton import decoder_of, loaded_of
 from quantpage.ops.dispatch import Call
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig
 
 WEIGHTS = ("bf16", "int8", "none")
 """How the weights are counted: as they come in 16 bits, linear layers in int8, or not at all."""
 
-_PAGED = {"full_attention", "sliding_attention", "chunked_attention"}
+_HYBRID = {"hybrid", "hybrid_sliding"}
+"""Layer types with a state beside their keys and values."""
+_PAGED = {"full_attention", "sliding_attention", "chunked_attention", *_HYBRID}
 _EMPTY = {"moe", "mlp", "dummy"}
 """Layer types without any cache; the newest releases say dummy for these, and for layers that read
 another layer's keys and values."""
@@ -96,23 +106,28 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
     if tp < 1:
         raise ValueError(f"tp: expected at least 1 device, got {tp}")
     refuse_unsupported(config)
+    model = decoder_of(config)
+    modules = {} if model is None else _caching(model, config)
     text = text_config(config)
     reaches = reaches_of(config)
     kinds = _kinds(text, len(reaches))
     dtype = _dtype(config, text)
     paged = {
-        index: _layer(text, index, reach, tp)
+        index: _layer(text, index, modules.get(index, []), reach, tp)
         for index, (kind, reach) in enumerate(zip(kinds, reaches, strict=True))
-        if kind in _PAGED
+        # The keys of an encoder's tokens stay where Transformers keeps them.
+        if kind in _PAGED and not (index in modules and crosses(modules[index]))
     }
     if not paged:
         raise UnsupportedModel(
             f"{config.model_type}: expected layers with keys and values, got "
             f"{', '.join(sorted(set(kinds)))}"
         )
+    if model is not None and not paged.keys() & modules.keys():
+        refuse_pageless(model)
     states: dict[str, int] = {}
     for kind in kinds:
-        if kind not in _PAGED | _EMPTY:
+        if kind in _HYBRID or kind not in _PAGED | _EMPTY:
             states[kind] = states.get(kind, 0) + _state_bytes(text, kind, dtype, tp)
     return CacheShape(paged, len(kinds), states, dtype)
 
@@ -149,10 +164,9 @@ def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}; got {weights!r}")
     if weights == "none":
         return 0
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model: Any = loaded_of(config)
+    if model is None:
+        raise UnsupportedModel(f"{config.model_type}: expected a model of Transformers' own")
     total = 2 * sum(each.numel() for each in model.parameters())
     if weights == "int8":
         shared = {id(model.get_input_embeddings().weight)}
@@ -162,6 +176,15 @@ def weight_bytes(config: Any, weights: str = "bf16", tp: int = 1) -> int:
                 saved = 0 if id(module.weight) in shared else 2 * module.weight.numel()
                 total += module.weight.numel() + 2 * module.out_features - saved
     return -(-total // tp)
+
+
+def _caching(model: "nn.Module", config: Any) -> "dict[int, list[nn.Module]]":
+    """The modules that cache keys and values, by layer, as ``attach`` finds them."""
+    refuse_own_cache(model)
+    found = caching_modules(model, type(text_config(config)))
+    if not found:
+        refuse_pageless(model)
+    return found
 
 
 def _kinds(text: Any, count: int) -> list[str]:
@@ -190,8 +213,8 @@ def _dtype(config: Any, text: Any) -> torch.dtype:
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
-    """Heads and channels of one layer."""
+def _layer(text: Any, index: int, modules: "list[nn.Module]", reach: Reach, tp: int) -> LayerShape:
+    """Heads and channels of one layer, whose keys and values ``modules`` cache."""
     own = layer_config(text, index)
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
@@ -204,11 +227,22 @@ def _layer(text: Any, index: int, reach: Reach, tp: int) -> LayerShape:
         key_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
         return LayerShape(-(-q_heads // tp), key_dim, own.v_head_dim, reach)
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
-    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_kv_heads", None)
+    heads = _projected_heads(modules, head_dim) or getattr(own, "num_key_value_heads", None)
+    heads = heads or getattr(own, "num_kv_heads", None)
     if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", False):
         heads = 1
     value_dim = getattr(own, "v_head_dim", None) or head_dim
     return LayerShape(-(-(heads or q_heads) // tp), head_dim, value_dim, reach)
+
+
+def _projected_heads(modules: "list[nn.Module]", head_dim: int) -> int | None:
+    """kv_heads by the width of the keys' projection, where a layer has one of its own: its code may
+    give it others than the configuration names (MiMo V2)."""
+    for module in modules:
+        rows = getattr(getattr(module, "k_proj", None), "out_features", None)
+        if isinstance(rows, int) and getattr(module, "head_dim", None) == head_dim:
+            return rows // head_dim
+    return None
 
 
 def _state_bytes(text: Any, kind: str, dtype: torch.dtype, tp: int) -> int:
@@ -228,6 +262,18 @@ def _delta_rule(text: Any) -> tuple[int, int]:
     values = text.linear_num_value_heads * text.linear_value_head_dim
     convolution = (2 * keys + values) * text.linear_conv_kernel_dim
     return convolution, values * text.linear_key_head_dim
+
+
+def _kimi_delta(text: Any) -> tuple[int, int]:
+    width = text.linear_num_heads * text.linear_head_dim
+    return 3 * width * text.linear_conv_kernel_dim, width * text.linear_head_dim
+
+
+def _compressed_convolution(text: Any) -> tuple[int, int]:
+    heads = text.num_attention_heads + text.num_key_value_heads
+    convolution = heads * text.head_dim * (text.cca_time0 + text.cca_time1 - 2)
+    # And the half of the last token's value that the next one is given.
+    return convolution + text.num_key_value_heads * text.head_dim // 2, 0
 
 
 def _short_convolution(text: Any) -> tuple[int, int]:
@@ -251,9 +297,11 @@ def _mamba1(text: Any) -> tuple[int, int]:
 
 _STATES = (
     (("linear_num_value_heads", "linear_conv_kernel_dim"), _delta_rule),
+    (("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"), _kimi_delta),
     (("mamba_n_heads", "mamba_d_head", "mamba_n_groups"), _mamba2),
     (("mamba_num_heads", "ssm_state_size", "conv_kernel"), _nemotron),
     (("mamba_expand", "mamba_d_state", "mamba_d_conv"), _mamba1),
+    (("cca_time0", "cca_time1"), _compressed_convolution),
     (("conv_L_cache",), _short_convolution),
 )
 """Fields that tell a kind of state -> (numbers of the convolution in the model's dtype, numbers of
