@@ -53,12 +53,6 @@ static void score_rotary(const Item& item, const Scratch& s, const Run& run, int
   float_scores(s.rotary_keys, s.rotary_dim, s.rotary_query, s.rows, s.rotary_scores + lane);
 }
 
-// A run's rows; past its end the last one, for keys that get the weight 0.
-static inline void list_rows(const Addresses& rows, const uint8_t* from, int64_t count, const uint8_t** to) {
-  rows.list(from, to);
-  for (int64_t j = count; j < RUN; j++) to[j] = to[count - 1];
-}
-
 static void score_integers(const Item& item, const Scratch& s, const Run& run, float* to) {
   const Pages& key = *item.key;
 #if VW == 16
@@ -144,32 +138,23 @@ static void spread_values(const Pages& value, const Scratch& s, int64_t lanes) {
   }
 }
 
-// Lines of some rows of each run, behind those that are listed already; how many there are then.
-static int64_t list_side(const Pages& p, const Run* runs, int64_t num_runs, const uint8_t* Run::*side,
-                         const uint8_t** lines, int64_t listed) {
-  const int64_t bytes = row_bytes(p.code, p.head_dim), stride = p.row_stride;
-  // Rows without gaps are one long row.
-  const bool rows = stride != bytes, each = rows && bytes > 64;
-  const Addresses full(rows && !each ? stride : 64, !rows ? RUN * bytes / 64 : each ? (bytes + 63) / 64 : RUN);
-  for (int64_t r = 0; r < num_runs; r++)
-    for (int64_t i = 0; i < (each ? RUN : 1) && listed + full.count <= LINES; i++, listed += full.count)
-      full.list(runs[r].*side + i * stride, lines + listed);
-  return listed;
-}
-// What a tile of a head reads; a few lines more behind a short run.
+// What a tile of a head reads. Scales and zeros are a few lines, which are asked for at once.
 static Ahead list_tile(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs) {
-  int64_t listed = 0;
   for (const auto side : {&Run::k_scale, &Run::k_zero, &Run::v_scale, &Run::v_zero})
-    for (int64_t r = 0; r < num_runs && runs->*side; r++) s.lines[listed++] = runs[r].*side;
-  listed = list_side(*item.key, runs, num_runs, &Run::k, s.lines, listed);
-  if (item.value != item.key) listed = list_side(*item.value, runs, num_runs, &Run::v, s.lines, listed);
-  if (item.rotary) listed = list_side(*item.rotary, runs, num_runs, &Run::rotary, s.lines, listed);
-  return {s.lines, s.lines + listed};
+    for (int64_t r = 0; r < num_runs && runs->*side; r++) __builtin_prefetch(runs[r].*side, 0, 3);
+  int64_t listed = 0;
+  const auto list = [&](const Pages& p, const uint8_t* Run::*side) {
+    const int64_t bytes = row_bytes(p.code, p.head_dim);
+    for (int64_t r = 0; r < num_runs; r++) listed = list_blocks(runs[r].*side, bytes, p.row_stride, s.blocks, listed);
+  };
+  list(*item.key, &Run::k);
+  if (item.value != item.key) list(*item.value, &Run::v);
+  if (item.rotary) list(*item.rotary, &Run::rotary);
+  return {s.blocks, s.blocks + listed};
 }
 
 template <int64_t CODE, bool HALVES> static void add_few_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
   const int64_t bytes = row_bytes(CODE, s.value_dim), width = s.width;
-  ahead.spread(1, (bytes + VW * 4 - 1) / (VW * 4) * (lanes / RUN));
   float* acc = s.acc;
   for (int64_t byte = 0; byte < bytes; byte += VW * 4, acc += vectors<CODE>() * VW) {
     const int64_t left = bytes - byte;
@@ -185,14 +170,12 @@ template <int64_t CODE, bool HALVES> static void add_few_integers(const Scratch&
     }
   }
 }
-template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
+template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch& s, int64_t lanes) {
   constexpr int64_t KEYS = HALVES ? 4 : 2;
   const int64_t bytes = row_bytes(CODE, s.value_dim);
-  ahead.spread(1, (lanes + 63) / 64);
   // 64 keys at a time: their words stay in the first-level cache while all rows use them.
   for (int64_t base = 0; base < lanes; base += 64) {
     const int64_t steps = (lanes - base < 64 ? lanes - base : 64) / KEYS;
-    ahead.fetch();
     for (int64_t i = 0; i < steps; i++)
       for (int64_t byte = 0; byte < bytes; byte += VW * 4)
         row_words<CODE, HALVES>(s.value_rows + base + KEYS * i, byte, bytes - byte,
@@ -204,7 +187,7 @@ template <int64_t CODE, bool HALVES> static void add_many_integers(const Scratch
 }
 template <int64_t CODE, bool HALVES> static void add_integers(const Scratch& s, int64_t lanes, Ahead& ahead) {
   if (s.rows <= 4) add_few_integers<CODE, HALVES>(s, lanes, ahead);
-  else add_many_integers<CODE, HALVES>(s, lanes, ahead);
+  else add_many_integers<CODE, HALVES>(s, lanes);
 }
 template <int64_t CODE>
 static void add_floats(const Scratch& s, const uint8_t* const* rows, int64_t lanes, int64_t first, int64_t count,
@@ -271,7 +254,6 @@ static void add_values(const Item& item, const Scratch& s, const Run* runs, int6
     for (int64_t i = 0; i < lanes; i++) s.value_rows[i] = (const uint8_t*)(s.value_floats + i * s.value_dim);
     code = F32;
   }
-  ahead.spread(1, s.padded / 4 * num_runs);
   for (int64_t r = 0; r < s.rows; r += 4) {
     const int64_t count = s.rows - r < 4 ? s.rows - r : 4;
     switch (code) {
@@ -308,12 +290,12 @@ static void hand_back(const Item& item, const Scratch& s, const Partial& out) {
 static void attend_tile(const Item& item, const Scratch& s, int64_t at, int64_t n, Ahead ahead) {
   const Pages& value = *item.value;
   const Run* runs = item.runs + at;
-  ahead.spread(1 / 3.f, n);
-  const Addresses rows(value.row_stride, RUN);
+  ahead.spread(3 * s.rows + (1 + s.value_passes) * n);
+  const Rows rows(value.row_stride);
   for (int64_t r = 0; r < n; r++) {
     ahead.fetch();
     score_run(item, s, runs[r], r * RUN);
-    list_rows(rows, runs[r].v, runs[r].count, s.value_rows + r * RUN);
+    rows.list(runs[r].v, runs[r].count, s.value_rows + r * RUN);
   }
   if (s.value_words && planed(value.code)) spread_values(value, s, n * RUN);
   const bool again = soften(item, s, runs, n, at, ahead);
@@ -337,7 +319,7 @@ static int64_t attend_items(const Item* items, const Partial* outs, int64_t head
   // Nothing asks for the first tile while it is computed on.
   const auto length = [&](int64_t at) { return first.num_runs - at < RUNS ? first.num_runs - at : RUNS; };
   Ahead ahead = list_tile(first, scratch[0], first.runs, length(0));
-  ahead.spread(1, 1);
+  ahead.spread(1);
   ahead.fetch();
   for (int64_t h = 0; h < heads; h++) prepare_rows(items[h], scratch[h]);
   for (int64_t at = 0; at < first.num_runs; at += RUNS)

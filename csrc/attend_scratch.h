@@ -12,6 +12,8 @@ enum Content : uint8_t { UNKNOWN, EMPTY, FAINT, LOUD };
 // Where things lie in the scratch memory of a thread; every part starts on a cache line.
 struct Scratch {
   int64_t rows, padded, key_dim, value_dim, rotary_dim, width;
+  // How often values are gone through.
+  int64_t value_passes;
   // Whether keys are multiplied as words (if not, as floats), and those as they lie, byte by byte.
   bool key_words, by_bytes, value_words, halves;
   int16_t* query16;
@@ -23,7 +25,7 @@ struct Scratch {
   float *scores, *key_scale, *key_zero, *value_scale, *value_zero;
   int32_t *weights, *value_pairs;
   float* value_floats;
-  float *acc, *peak, *unit, *top;
+  float *acc, *peak, *unit, *top, *sum;
   // Static values by channel: scale and zero over the largest scale; null where one scale is all.
   float *channel_scale, *channel_zero;
   // Of latent rows: queries, a run's keys and the scores of the rotary channels.
@@ -34,7 +36,8 @@ struct Scratch {
   Content* content;
   // Sums over lanes that are added up at the end, a vector a row.
   float *total, *zero_sum, *lift;
-  const uint8_t **value_rows, **lines;
+  const uint8_t** value_rows;
+  Block* blocks;
   int64_t bytes;
 };
 
@@ -68,12 +71,14 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
   const int64_t value_code = spread_code(value.code);
   s.halves = in_halves(value_code, s.value_dim);
   s.width = s.value_words ? value_width(value_code, s.value_dim) : s.value_dim;
+  s.value_passes = s.value_words ? (rows <= 4 ? s.width / (VW * (value_code == INT4 ? 8 : 4)) : 0) : s.padded / 4;
   take(s.query16, s.by_bytes ? 0 : s.padded * s.key_dim);
 #if VW == 16
   take(s.query8, s.by_bytes ? rows * query_bytes(spread_code(key.code), s.key_dim) : 0);
 #endif
   take(s.query32, s.padded * s.key_dim);
-  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top})
+  for (float** each : {&s.query_unit, &s.query_sum, &s.lift_keys, &s.constant, &s.peak, &s.unit, &s.top,
+                       &s.sum})
     take(*each, s.padded);
   for (float** each : {&s.total, &s.zero_sum, &s.lift}) take(*each, s.padded * VW);
   take(s.words, s.key_words && !s.by_bytes ? RUN * s.key_dim : 0);
@@ -95,8 +100,7 @@ static Scratch plan_scratch(const Item& item, int64_t rows, uint8_t* base) {
   take(s.content, TILE);
   take(s.acc, s.padded * s.width);
   take(s.value_rows, TILE);
-  // A vector more, as addresses are written.
-  take(s.lines, LINES + VW / 2);
+  take(s.blocks, BLOCKS);
   s.bytes = at;
   return s;
 }

@@ -10,9 +10,10 @@ static inline vi lanes_seen(uint32_t bits, int shift) {
 
 // Scores of one row: scale, cap, mask; returns the highest (a NaN among them may be lost here). The
 // three steps from scores to weights run over all rows one after the other, so that the waits of one
-// row are filled by the next.
+// row are filled by the next. `whole`: every row sees every key of the tile. Most tiles are, and have a scale
+// a token and nothing else.
 static float finish_scores(const Item& item, const Scratch& s, int64_t row, const Run* runs, int64_t num_runs,
-                           int64_t first_run) {
+                           int64_t first_run, bool whole) {
   const Attend& a = *item.call;
   const Pages& key = *item.key;
   const int64_t token = row / (a.q_heads / a.kv_heads);
@@ -22,6 +23,14 @@ static float finish_scores(const Item& item, const Scratch& s, int64_t row, cons
   const vf lift = splat(s.lift_keys[row]), constant = splat(s.constant[row]), sum = splat(s.query_sum[row]);
   const vf cap = splat((float)a.softcap), per_cap = splat(a.softcap > 0 ? (float)(1 / a.softcap) : 0.f);
   vf highest = splat(-__builtin_inff());
+  if (whole && scaled && !zeroed && !moved && !item.rotary && !(a.softcap > 0)) {
+    for (int64_t i = 0; i < num_runs * RUN; i += VW) {
+      const vf v = loadf(x + i) * loadf(s.key_scale + i);
+      highest = vmax(highest, v);
+      storef(x + i, v);
+    }
+    return hmax(highest);
+  }
   for (int64_t r = 0; r < num_runs; r++) {
     uint32_t bits = (1u << runs[r].count) - 1;
     if (!runs[r].all) bits &= item.seen[(first_run + r) * item.tokens + token];
@@ -59,7 +68,7 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   if (!(__builtin_fabsf(top) < __builtin_inff())) {
     if (top == __builtin_inff() || any_nan(x, lanes)) storef(s.total + row * VW, splat(__builtin_nanf("")));
     memset(x, 0, 4 * lanes);
-    return 0;
+    return s.sum[row] = 0;
   }
   if (top > s.peak[row]) {
     if (s.peak[row] != -__builtin_inff()) {
@@ -73,7 +82,7 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   const vf peak = splat(s.peak[row]);
   const bool weighed = value.scale && value.dynamic && !grouped(value), zeroed = weighed && value.zero;
   const bool raised = value.code == FP8 && value.scale && !value.dynamic;
-  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f);
+  vf total = loadf(s.total + row * VW), zero_sum = loadf(s.zero_sum + row * VW), most = splat(0.f), all = splat(0.f);
   const auto weigh = [&](bool weighed, bool zeroed, bool raised) __attribute__((always_inline)) {
     for (int64_t i = 0; i < lanes; i += VW) {
       vf e = vexp(loadf(x + i) - peak);
@@ -86,6 +95,7 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
       }
       if (raised) e = e * splat(code_unit(value));
       most = vmax(most, e);
+      all += e;
       storef(x + i, e);
     }
   };
@@ -94,7 +104,9 @@ static float weigh_row(const Item& item, const Scratch& s, int64_t row, int64_t 
   else weigh(weighed, zeroed, raised);
   storef(s.total + row * VW, total);
   storef(s.zero_sum + row * VW, zero_sum);
-  return s.value_words ? hmax(most) : 0;
+  if (!s.value_words) return 0;
+  s.sum[row] = hsum(all);
+  return hmax(most);
 }
 
 // The smallest code that says something, against codes of a few hundred rows, whose errors add up to
@@ -154,11 +166,6 @@ static bool all_loud(const Pages& value, const Scratch& s, int64_t lanes) {
   return all;
 }
 
-static float sum_of(const float* x, int64_t lanes) {
-  vf sum = splat(0.f);
-  for (int64_t i = 0; i < lanes; i += VW) sum += loadf(x + i);
-  return hsum(sum);
-}
 static float largest_of(const float* x, int64_t lanes) {
   vf most = splat(0.f);
   for (int64_t i = 0; i < lanes; i += VW) most = vmax(most, loadf(x + i));
@@ -232,10 +239,11 @@ template <bool KEEP> static void round_weights(const Scratch& s, int64_t row, in
 static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t num_runs, int64_t first_run,
                    Ahead& ahead) {
   const int64_t lanes = num_runs * RUN;
-  ahead.spread(.5f, 3 * s.rows);
+  bool whole = true;
+  for (int64_t r = 0; r < num_runs; r++) whole &= runs[r].all && runs[r].count == RUN;
   for (int64_t row = 0; row < s.rows; row++) {
     ahead.fetch();
-    s.top[row] = finish_scores(item, s, row, runs, num_runs, first_run);
+    s.top[row] = finish_scores(item, s, row, runs, num_runs, first_run, whole);
   }
   for (int64_t row = 0; row < s.rows; row++) {
     ahead.fetch();
@@ -252,7 +260,7 @@ static bool soften(const Item& item, const Scratch& s, const Run* runs, int64_t 
     bool faint = false;
     float largest = s.top[row];
     // Searching costs as much as a tenth of the tile: only where few keys have all the weight.
-    if (!loud && (differ || sum_of(s.scores + row * TILE, lanes) < 4 * largest))
+    if (!loud && (differ || s.sum[row] < 4 * largest))
       largest = settle_largest(*item.value, s, row, lanes, largest, faint);
     if (faint) round_weights<true>(s, row, lanes, largest);
     else round_weights<false>(s, row, lanes, largest);

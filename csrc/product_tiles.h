@@ -22,8 +22,9 @@ template <class Body> INLINE void each_tile(int64_t tokens, int64_t shares, cons
   if (t < tokens) take(Fixed<1>());
 }
 
-// A line of rows that come later, into the second-level cache: the first has fewer requests under way.
-INLINE void fetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+// A line of rows that come later. Into the first-level cache: asking for the second level alone, a line now and then,
+// reads memory at half the rate on Zen 5.
+INLINE void fetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
 
 }  // namespace
 #endif
