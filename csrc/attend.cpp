@@ -55,9 +55,9 @@ struct Memory {
   std::vector<Interval> seen, all;
   // Token t sees seen[bounds[t], bounds[t + 1]); cursor[t] is the first that may reach the run.
   std::vector<int64_t> bounds, cursor;
-  // By head.
-  std::vector<Run> runs[HEADS];
-  std::vector<uint16_t> bits[HEADS];
+  // By head, and of the next item's first tile.
+  std::vector<Run> runs[HEADS + 1];
+  std::vector<uint16_t> bits[HEADS + 1];
   std::vector<Partial> parts;
   Buffer scratch, results, partials;
 };
@@ -183,20 +183,20 @@ void advance(Run& run, const Source& from, int64_t rows) {
   step(run.rotary_zero, from.rotary->zero_row);
 }
 
-// Runs over the union of what the rows see, and who sees what where they differ; of the h-th head.
-void list_runs(const Attend& a, const Source& from, const Work& w, int64_t h, Memory& m) {
-  std::vector<Run>& runs = m.runs[h];
+// Runs over the union of what the rows see, and who sees what where they differ; of a head, `most` at most.
+void list_runs(const Attend& a, const Source& from, const Work& w, int64_t head, size_t most, std::vector<Run>& runs,
+               std::vector<uint16_t>& bits, Memory& m) {
   runs.clear();
-  m.bits[h].clear();
+  bits.clear();
   m.cursor.assign(m.bounds.begin(), m.bounds.end() - 1);
   const int64_t page = a.step.page_size;
   for (const Interval& part : m.all) {
-    for (int64_t at = part.low; at < part.high;) {
+    for (int64_t at = part.low; at < part.high && runs.size() < most;) {
       const int64_t slot = at % page, end = std::min(part.high, at + page - slot);
-      Run run = find_slot(from, from.table[w.request * from.stride + at / page], w.head + h, slot);
+      Run run = find_slot(from, from.table[w.request * from.stride + at / page], head, slot);
       while (true) {
         run.count = (int32_t)std::min<int64_t>(end - at, RUN);
-        run.all = w.tokens == 1 || mark_seen(at, run.count, w.tokens, m, m.bits[h]);
+        run.all = w.tokens == 1 || mark_seen(at, run.count, w.tokens, m, bits);
         runs.push_back(run);
         at += run.count;
         if (at == end) break;
@@ -277,12 +277,15 @@ struct Plan {
   }
   Partial place(const Work& w, int64_t h) const { return place(w, partials + w.partial + h * size(w)); }
 
-  void attend(const Source& from, const Work& w, const Partial* outs) const {
+  Item item(const Source& from, const Work& w, int64_t head, int64_t slot, const Item* then) const {
+    const Memory& m = memory;
+    return {&a, from.key, from.value, from.rotary, head, w.first, w.tokens, m.runs[slot].data(),
+            (int64_t)m.runs[slot].size(), m.bits[slot].data(), then};
+  }
+  void attend(const Source& from, const Work& w, const Item* then, const Partial* outs) const {
     Memory& m = memory;
     Item items[HEADS];
-    for (int64_t h = 0; h < w.heads; h++)
-      items[h] = {&a, from.key, from.value, from.rotary, w.head + h, w.first, w.tokens, m.runs[h].data(),
-                  (int64_t)m.runs[h].size(), m.bits[h].data()};
+    for (int64_t h = 0; h < w.heads; h++) items[h] = item(from, w, w.head + h, h, then);
     const int64_t wanted = kernels.attend(items, outs, w.heads, m.scratch.take(0), m.scratch.size);
     if (wanted) kernels.attend(items, outs, w.heads, m.scratch.take(wanted), wanted);
   }
@@ -296,12 +299,22 @@ struct Plan {
       outs[h] = w.partial < 0 ? place(w, own + h * lines) : place(w, h);
       more[h] = place(w, own + (HEADS + h) * lines);
     }
+    // Threads take their own items one after the other (Team::share).
+    Item next;
+    const bool follows = index + 1 < (int64_t)work.size() && work[index + 1].tokens <= FEW_TOKENS;
+    if (follows) {
+      const Work& after = work[index + 1];
+      unite_seen(a, sources[0], after, m);
+      list_runs(a, sources[0], after, after.head, RUNS, m.runs[HEADS], m.bits[HEADS], m);
+      next = item(sources[0], after, after.head, HEADS, nullptr);
+    }
     bool any = false;
     for (const Source& from : sources) {
       unite_seen(a, from, w, m);
-      for (int64_t h = 0; h < w.heads; h++) list_runs(a, from, w, h, m);
+      for (int64_t h = 0; h < w.heads; h++)
+        list_runs(a, from, w, w.head + h, (size_t)-1, m.runs[h], m.bits[h], m);
       if (m.runs[0].empty()) continue;
-      attend(from, w, any ? more : outs);
+      attend(from, w, follows && &from == &sources.back() ? &next : nullptr, any ? more : outs);
       for (int64_t h = 0; any && h < w.heads; h++) kernels.join(rows, dim, &outs[h], &more[h]);
       any = true;
     }
@@ -339,7 +352,9 @@ int64_t attend(const Attend& call, const Team& team) {
     team.wait();
     plan.partials = team.shared->partials;
   }
-  team.in_turn((int64_t)plan.work.size(), [&](int64_t i) { plan.run(i); });
+  team.share((int64_t)plan.work.size(), 1, [&](int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; i++) plan.run(i);
+  });
   if (plan.partial_floats == 0) return 0;
   team.wait();
   team.in_turn((int64_t)plan.groups.size(), [&](int64_t i) { plan.merge(plan.groups[i]); });

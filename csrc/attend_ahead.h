@@ -18,7 +18,7 @@ struct Block {
 constexpr int64_t BLOCKS = 256;
 
 struct Ahead {
-  const Block *next, *end;
+  const Block *next = nullptr, *end = nullptr;
   // In 64ths of a block: what is asked for each time, and what is due.
   int64_t each = 0, due = 0;
 

@@ -316,19 +316,21 @@ static int64_t attend_items(const Item* items, const Partial* outs, int64_t head
     bytes += scratch[h].bytes;
   }
   if (bytes > size) return bytes;
-  // Nothing asks for the first tile while it is computed on.
-  const auto length = [&](int64_t at) { return first.num_runs - at < RUNS ? first.num_runs - at : RUNS; };
-  Ahead ahead = list_tile(first, scratch[0], first.runs, length(0));
+  const auto length = [](const Item& item, int64_t at) {
+    return item.num_runs - at < RUNS ? item.num_runs - at : (int64_t)RUNS;
+  };
+  // The item before may have asked for the first tile, or another thread's.
+  Ahead ahead = list_tile(first, scratch[0], first.runs, length(first, 0));
   ahead.spread(1);
   ahead.fetch();
   for (int64_t h = 0; h < heads; h++) prepare_rows(items[h], scratch[h]);
   for (int64_t at = 0; at < first.num_runs; at += RUNS)
     for (int64_t h = 0; h < heads; h++) {
-      const bool last = h + 1 == heads;
-      const Item& next = items[last ? 0 : h + 1];
-      const int64_t then = last ? at + RUNS : at;
-      ahead = list_tile(next, scratch[h], next.runs + then, then < next.num_runs ? length(then) : 0);
-      attend_tile(items[h], scratch[h], at, length(at), ahead);
+      const Item* next = h + 1 < heads ? &items[h + 1] : &first;
+      int64_t then = h + 1 < heads ? at : at + RUNS;
+      if (then >= next->num_runs) next = first.then, then = 0;
+      ahead = next ? list_tile(*next, scratch[h], next->runs + then, length(*next, then)) : Ahead{};
+      attend_tile(items[h], scratch[h], at, length(items[h], at), ahead);
     }
   for (int64_t h = 0; h < heads; h++) hand_back(items[h], scratch[h], outs[h]);
   return 0;

@@ -31,6 +31,8 @@ struct Item {
   int64_t num_runs;
   // [run][token], a bit a key.
   const uint16_t* seen;
+  // What the thread most likely reads after this item and those beside it, its first tile; or null.
+  const Item* then;
 };
 
 // What is summed up.
