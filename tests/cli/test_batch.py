@@ -113,11 +113,13 @@ def test_a_line_that_cannot_be_asked_is_recorded_and_tried_again(answer, tmp_pat
         ("--dtype", "bfloat16"),
     ],
 )
-def test_answers_to_other_requests_are_not_taken_for_these(answer, flags):
-    _, before = answer(REQUESTS[3:])
-    done, after = answer(REQUESTS[3:], *flags, code=2)
+def test_answers_to_other_requests_are_not_taken_for_these(answer, flags, tmp_path):
+    asked = [*REQUESTS[3:], {"id": "wrong", "prompt": ""}]
+    answer(asked, code=4)
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    done, _ = answer(asked, *flags, code=2)
     assert "out: expected answers to these requests, got one to another" in done.err
-    assert before == after
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ RECORDS = [
 
 def written(path, records):
     with AnswerFile(path) as file:
+        file.resume({})
         for each in records:
             file.append(each)
     return path.read_bytes()
@@ -33,6 +34,8 @@ def test_a_file_cut_anywhere_goes_on_with_its_whole_answers(tmp_path):
             there = [each for each, end in zip(RECORDS, ends, strict=True) if cut >= end]
             good = [each for each in there if "error" not in each]
             assert file.answered == {each["id"]: each["request"] for each in good}
+            asked = {each["id"]: each["request"] for each in RECORDS}
+            assert file.resume(asked) == {each["id"] for each in good}
             file.append(RECORDS[1])
         lines = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
         assert lines == [*good, RECORDS[1]]
@@ -57,6 +60,19 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     with pytest.raises(ValueError, match="out: expected a new file or answers of this command"):
         AnswerFile(path)
     assert path.read_bytes() == content
+
+
+def test_a_file_of_other_answers_is_left_alone(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    # An error, which would be tried again, and a torn line, which would go.
+    whole = written(path, RECORDS) + b'{"id": "c", "requ'
+    path.write_bytes(whole)
+    with (
+        AnswerFile(path) as file,
+        pytest.raises(ValueError, match="got one to another request with id '2'"),
+    ):
+        file.resume({"a": "1", "2": "another"})
+    assert path.read_bytes() == whole
 
 
 def test_modes_and_links_stay(tmp_path):

@@ -11,6 +11,7 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+from quantpage.server.protocol import CompletionBody  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -237,7 +238,10 @@ def test_a_known_prompt_is_counted(client):
         ({"extra_body": {"temperatur": 0}}, "temperatur: unknown"),
         ({"logit_bias": {"9999": 1}}, "logit_bias: expected token ids below"),
         ({"n": 100}, "n: expected at most 16"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": ""}, "stop: String should have at least 1 character"),
+        ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"stop": 5}, "stop: Input should be"),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs"),
         ({"tool_choice": "required"}, "tool_choice: expected tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format: expected a json_schema"),
@@ -249,6 +253,16 @@ def test_what_cannot_be_is_refused_by_its_name(client, options, said):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**options)
     assert said in caught.value.message
+
+
+def test_what_is_null_is_left_out(http):
+    asked = {"model": "small", "prompt": "Hi", "max_tokens": 4, "temperature": 0}
+    given = CompletionBody.model_fields.keys() - asked.keys()
+    plain, null = (
+        http.post("/v1/completions", json=asked | more).json()["choices"]
+        for more in ({}, dict.fromkeys(given))
+    )
+    assert plain == null
 
 
 def test_other_paths_models_and_parts_are_refused(client, http):

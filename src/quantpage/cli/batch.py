@@ -55,8 +55,9 @@ def answer_file(batch: Batch) -> None:
     }
     lines = read_lines(batch.file, defaults, setting)
     with AnswerFile(batch.out) as file:
-        start = time.perf_counter()
-        if all(file.answered.get(each.id) == each.mark for each in lines):
+        there = file.resume({each.id: each.mark for each in lines})
+        todo = [each for each in lines if each.id not in there]
+        if not todo:
             console.note(f"{len(lines):,} of {len(lines):,} were answered before")
             return
         attached, served = load(
@@ -77,18 +78,18 @@ def answer_file(batch: Batch) -> None:
         try:
             start = time.perf_counter()
             with console.progress() as bar:
-                task = bar.add_task("answers", total=len(lines))
+                task = bar.add_task("answers", total=len(lines), completed=len(there))
                 counts = answer_lines(
                     served,
-                    lines,
+                    todo,
                     file,
-                    lambda now: bar.update(task, completed=now.there + now.answered + now.failed),
+                    lambda now: bar.update(task, completed=len(there) + now.answered + now.failed),
                 )
         finally:
             served.engine.stop()
             attached.detach()
     seconds = time.perf_counter() - start
-    before = f", {counts.there:,} were there" if counts.there else ""
+    before = f", {len(there):,} were there" if there else ""
     console.note(
         f"{counts.answered:,} answered{before}, {counts.failed:,} failed: {counts.made_tokens:,} "
         f"tokens in {seconds:.1f} s ({counts.made_tokens / seconds:.1f} a second)"

@@ -3,13 +3,14 @@
     {"id": ..., "request": "<mark of what was asked>", "choices": [...], "usage": {...}}
     {"id": ..., "request": "...", "error": "..."}
 
-A line is one write, so that whoever ends the process leaves at most a torn last line. Opening
+A line is one write, so that whoever ends the process leaves at most a torn last line. ``resume``
 takes that line away, and lines of errors, which are tried again.
 """
 
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -33,10 +34,29 @@ class AnswerFile:
         """Id -> the mark of what was asked, of every answer in the file."""
         self._file = self._open()
         try:
-            self._heal()
+            self._content, self._kept = self._read()
         except BaseException:
             os.close(self._file)
             raise
+
+    def resume(self, asked: Mapping[Id, str]) -> set[Id]:
+        """Make the file one of whole answers; which of ``asked`` (id -> mark) they answer.
+
+        ValueError, with the file as it is, where an id was answered for another request.
+        """
+        there = asked.keys() & self.answered.keys()
+        other = next(
+            (each for each in asked if each in there and self.answered[each] != asked[each]), None
+        )
+        if other is not None:
+            raise ValueError(
+                f"out: expected answers to these requests, got one to another request with id "
+                f"{other!r} (another prompt, parameter, model, format, page size, calibration or "
+                f"dtype) in {self.path}"
+            )
+        if self._kept != self._content:
+            self._replace(self._kept)
+        return there
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; ``record`` begins with its id."""
@@ -66,8 +86,8 @@ class AnswerFile:
             ) from None
         return file
 
-    def _heal(self) -> None:
-        """Read what is there; leave answers, whole lines, and nothing else."""
+    def _read(self) -> tuple[bytes, bytes]:
+        """What is there, and of it whole lines of answers, which are remembered."""
         content = self.path.read_bytes()
         *whole, rest = content.split(b"\n")
         kept = [line for at, line in enumerate(whole, 1) if self._learn(at, line)]
@@ -75,9 +95,9 @@ class AnswerFile:
             kept += [rest] if self._learn(len(whole) + 1, rest) else []
         elif rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
             self._refuse(len(whole) + 1, rest)
-        wanted = b"".join(line + b"\n" for line in kept)
-        if wanted == content:
-            return
+        return content, b"".join(line + b"\n" for line in kept)
+
+    def _replace(self, wanted: bytes) -> None:
         part = self.path.with_name(f".{self.path.name}-{token_hex(8)}")
         try:
             with open(part, "xb") as file:

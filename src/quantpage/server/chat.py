@@ -17,7 +17,7 @@ class Chat:
         self._served, self._body = served, body
         tools = offered(body)
         schema = required_schema(body)
-        self._reader_of = [ToolReader(tools, schema is not None) for _ in range(body.n)]
+        self._reader_of = [ToolReader(tools, schema is not None) for _ in range(body.answers)]
         asked = schema_of(body)
         if asked is not None and schema is not None:
             raise ValueError("response_format: expected none beside a required tool call")
@@ -30,7 +30,7 @@ class Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer when all of it is there."""
-        count = self._body.n
+        count = self._body.answers
         texts, reasons = [""] * count, [""] * count
         choices: list[list[Any]] = [[] for _ in range(count)]
         async for at, piece in self._served.answers(self.requests):
@@ -63,7 +63,7 @@ class Chat:
     async def stream(self) -> AsyncIterator[str]:
         """The same as events."""
         self._head["object"] = "chat.completion.chunk"
-        for index in range(self._body.n):
+        for index in range(self._body.answers):
             yield self._event(index, {"role": "assistant", "content": ""})
         async for at, piece in self._served.answers(self.requests):
             self._usage.piece(at, piece)

@@ -84,11 +84,11 @@ class Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The answer when all of it is there."""
-        count = len(self.requests) * self._body.n
+        count = len(self.requests) * self._body.answers
         texts, reasons = [""] * count, [""] * count
         choices: list[list[Any]] = [[] for _ in range(count)]
         async for at, piece in self._served.answers(self.requests):
-            index = at * self._body.n + piece.answer
+            index = at * self._body.answers + piece.answer
             self._usage.piece(at, piece)
             texts[index] += piece.text
             choices[index] += piece.choices
@@ -109,7 +109,7 @@ class Completion:
                 yield event({"error": {"message": str(error), "type": "server_error"}})
                 return
             if piece.text or piece.choices or piece.finish_reason:
-                index = at * self._body.n + piece.answer
+                index = at * self._body.answers + piece.answer
                 choice = self._choice(index, piece.text, piece.finish_reason, list(piece.choices))
                 so_far = usage_so_far(self._body.stream_options, self._usage)
                 yield event(self._head | {"choices": [choice]} | so_far)

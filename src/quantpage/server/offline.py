@@ -40,9 +40,6 @@ class Line:
 class Counts:
     """What became of the lines."""
 
-    lines: int = 0
-    there: int = 0
-    """Answered before."""
     answered: int = 0
     failed: int = 0
     made_tokens: int = 0
@@ -71,36 +68,21 @@ def read_lines(path: Path, defaults: dict[str, Any], setting: dict[str, Any]) ->
 def answer_lines(
     served: Served, lines: list[Line], file: AnswerFile, told: Callable[[Counts], None]
 ) -> Counts:
-    """Answer every line that has no answer in the file yet; ``told`` hears of each that ends.
-
-    ValueError where an id was answered for another request, before anything is asked.
-    """
-    counts, todo = Counts(len(lines)), []
-    for each in lines:
-        mark = file.answered.get(each.id)
-        if mark is None:
-            todo.append(each)
-        elif mark == each.mark:
-            counts.there += 1
-        else:
-            raise ValueError(
-                f"out: expected answers to these requests, got one to another request with id "
-                f"{each.id!r} (another prompt, parameter, model, format, page size, calibration or "
-                f"dtype) in {file.path}"
-            )
-    told(counts)
-    asyncio.run(_answer_all(served, todo, file, counts, told))
+    """Answer every line, none of which has an answer in the file; ``told`` hears of each that
+    ends."""
+    counts = Counts()
+    asyncio.run(_answer_all(served, lines, file, counts, told))
     return counts
 
 
 async def _answer_all(
     served: Served,
-    todo: list[Line],
+    lines: list[Line],
     file: AnswerFile,
     counts: Counts,
     told: Callable[[Counts], None],
 ) -> None:
-    left = iter(todo)
+    left = iter(lines)
 
     async def work() -> None:
         for each in left:

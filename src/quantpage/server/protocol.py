@@ -44,11 +44,25 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
     first = errors[0]
     if first["type"] == "json_invalid":
         return "", f"expected JSON, got {first['ctx']['error']} at character {first['loc'][-1]}"
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    # Of a parameter that may be of several types each type has an error; one that is about more
+    # than being another type is about what was sent.
+    named = _path(first)[:1]
+    same = [each for each in errors if _path(each)[:1] == named]
+    first = next((each for each in same if not each["type"].endswith("_type")), first)
+    where = ".".join(_path(first))
     if first["type"] == "value_error":
         return where, str(first["ctx"]["error"])
     unknown = first["type"] == "extra_forbidden"
     return where, "unknown or not supported by this server" if unknown else first["msg"]
+
+
+def _path(error: Any) -> list[str]:
+    """Where it is, without pydantic's names of the types that it tried."""
+    return [
+        str(part)
+        for part in error["loc"]
+        if part not in ("body", "str") and not (isinstance(part, str) and set(part) & set("-[("))
+    ]
 
 
 class ErrorFacts(BaseModel):
@@ -88,12 +102,17 @@ class GenerationBody(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     user: str | None = None
+
+    @property
+    def answers(self) -> int:
+        """How many are wanted of each prompt."""
+        return self.n or 1
 
 
 class CompletionBody(GenerationBody):

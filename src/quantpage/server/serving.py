@@ -73,7 +73,7 @@ class Served:
             )
         if wanted is None:
             most = 16 if isinstance(body, CompletionBody) else room
-            wanted = max(1, min(most, room, self.engine.room(len(prompt), body.n)))
+            wanted = max(1, min(most, room, self.engine.room(len(prompt), body.answers)))
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         return Request(
             prompt=tuple(prompt),
@@ -81,7 +81,7 @@ class Served:
             sampling=self._sampling(body),
             stop=stop,
             stop_tokens=frozenset() if body.ignore_eos else self.stop_tokens,
-            answers=body.n,
+            answers=body.answers,
             logprobs=_logprobs(body),
             grammar=None if schema is None else self._grammar(schema),
         )
