@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from quantpage.cuda_graphs import GraphPool
+
 COLD_BYTES = 400_000_000
 """What the layers of a graph read together: several times an H200's 60 MB of L2."""
 
@@ -73,13 +75,13 @@ def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) ->
     Fewer, and the launch of the graph itself (5 to 8 us) would be a part of the call: a model's
     step has tens of layers in a graph.
     """
-    run()
-    torch.cuda.synchronize()
     turns = max(1, -(-GRAPH_CALLS // calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def layers() -> None:
         for _ in range(turns):
             run()
+
+    graph, _ = GraphPool().capture(layers)
     graph.replay()
     torch.cuda.synchronize()
     times = []
@@ -95,11 +97,7 @@ def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) ->
 
 def graph_us(run: Callable[[], object]) -> float:
     """Median time of replays of ``run`` in a CUDA graph, L2 cleared before each."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    torch.cuda.synchronize()
+    graph, _ = GraphPool().capture(run)
     others = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     times = [_replay_us(graph, others)]
     # About 60 ms in all, at least three.

@@ -9,6 +9,7 @@ up to a bound, which chooses no more than the shape of attention's launches.
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.batch_on_device import plan_on_device
 from quantpage.cache import Reach
+from quantpage.cuda_graphs import GraphPool
 from quantpage.integrations.hf_transformers.memory import Shelf
 from quantpage.integrations.hf_transformers.step import Tables
 
@@ -24,8 +26,6 @@ Forward = Callable[[Tensor, Tensor, dict[Reach, BatchPlan]], Tensor]
 
 _FIRST_BOUND, _NEXT_BOUND = 1024, 4
 """Tokens of the shortest bound, and how much longer the next one is."""
-_WARM_UPS = 2
-"""Steps before a capture: kernels compile and workspaces are allocated outside of it."""
 
 
 class _Tables:
@@ -69,8 +69,7 @@ class DecodeGraphs:
         """Tokens, and context lengths with them."""
         self._starts = torch.arange(answers + 1, dtype=torch.int32, device=device)
         self._made: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = GraphPool(device)
         self.replays = 0
         """Steps so far."""
 
@@ -93,7 +92,7 @@ class DecodeGraphs:
         shape = self._shape(count, max(contexts))
         if shape not in self._made:
             try:
-                self._made[shape] = self._capture(*shape)
+                self._made[shape] = self._pool.capture(partial(self._step, *shape))
             except RuntimeError as error:
                 self._answers = 0
                 warnings.warn(
@@ -114,19 +113,6 @@ class DecodeGraphs:
         while bound < context:
             bound *= _NEXT_BOUND
         return rows, min(bound, self._longest)
-
-    def _capture(self, rows: int, bound: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                self._step(rows, bound)
-        self._stream.synchronize()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            logits = self._step(rows, bound)
-        return graph, logits
 
     def _step(self, rows: int, bound: int) -> Tensor:
         tokens, contexts = self._numbers[:, :rows]

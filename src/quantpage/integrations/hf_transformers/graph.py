@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
+from quantpage.cuda_graphs import GraphPool
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.step import Part, Step
-
-_WARM_UPS = 2
-"""Steps before the capture: kernels compile and workspaces are allocated outside of it."""
 
 
 class DecodeGraph:
@@ -39,9 +37,8 @@ class DecodeGraph:
         self._plans = cache.rows.reserve_ahead(max_new_tokens)
         self._token = last_tokens.reshape(-1, 1).clone()
         self._position = next(iter(self._plans.values())).positions.clone()
-        self._graph = torch.cuda.CUDAGraph()
         self._pages = cache.rows.memory.size
-        self._capture()
+        self._graph = self._captured()
 
     @torch.inference_mode()
     def run(self, tokens: int) -> Tensor:
@@ -59,24 +56,18 @@ class DecodeGraph:
         return torch.cat(made, dim=1)
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         rows = self._cache.rows
         parts = {reach: Part(plan) for reach, plan in self._plans.items()}
         rows.frozen = Step(self._start, 1, rows.count, parts, None)
         before = [each.clone() for each in self._moving()]
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    self._step()
-                    self._rewind(before)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
-                self._step()
+            pool = GraphPool(self._token.device)
+            graph, _ = pool.capture(self._step, undo=lambda: self._rewind(before))
         finally:
             rows.frozen = None
             self._rewind(before)
+        return graph
 
     def _step(self) -> None:
         """One token: the model, the most likely token, and everything moved on by one."""
