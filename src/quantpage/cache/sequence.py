@@ -208,15 +208,17 @@ class Sequence:
         """Of the pages after the last, and of the exact ones: whether the pool has to give it."""
         end = self.length + tokens
         last = -(-end // self.page_size)
-        first, exact_first = len(self.pages), len(self.exact_pages)
+        new = range(len(self.pages), last)
+        exact_new = range(len(self.exact_pages), 0 if self._exact_pool is None else last)
+        if not (new or exact_new):
+            # Most tokens of an answer stay in its last page.
+            return [], []
         if not sparse:
-            return [True] * (last - first), [True] * (last - exact_first)
+            return [True] * len(new), [True] * len(exact_new)
         query = kept_from_within(self.length, end, self.page_size)
         seen = pages_seen(self.reach, query, end, self.page_size)
         exact = exact_seen(self.reach, query, end, self.page_size)
-        return [page in seen for page in range(first, last)], [
-            page in exact for page in range(exact_first, last)
-        ]
+        return [page in seen for page in new], [page in exact for page in exact_new]
 
     def _tables(self) -> list[tuple[list[int], PagePool]]:
         tables = [(self.pages, self._pool)]

@@ -14,7 +14,7 @@ from quantpage.cache import CacheLayout
 from quantpage.errors import FormatError, UnsupportedModel
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers import cpu_step, functions
+from quantpage.integrations.hf_transformers import cpu_step, functions, gpu_step
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.coverage import (
     Coverage,
@@ -196,6 +196,8 @@ def _install(
                 attend_to_rows(module, attached._undo)
     if options.implementation in (None, "cpu"):
         cpu_step.install(model, attached._undo)
+    if options.implementation in (None, "triton", "gluon"):
+        gpu_step.install(model, attached._undo)
     Supply(model, attached.new_cache, options.mask is not None).install(attached._undo)
 
 

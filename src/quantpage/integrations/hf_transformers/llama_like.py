@@ -5,6 +5,7 @@ word for word Llama's is Llama's, whatever it is called.
 """
 
 import inspect
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -69,15 +70,19 @@ def is_llama_block(module: Any) -> bool:
         return False
     # The rotary embedding is a function of the module's file, half-split or interleaved.
     file = inspect.getmodule(type(attention))
-    names = {} if file is None else vars(file)
-    turns = [names.get(name) for name in ("apply_rotary_pos_emb", "rotate_half")]
-    llamas = [llama.apply_rotary_pos_emb, llama.rotate_half]
-    if not all(
-        turn and code_of(turn) == code_of(other) for turn, other in zip(turns, llamas, strict=True)
-    ):
+    if file is None or not llama_rotation(vars(file)):
         return False
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     return all(is_linear(each) for each in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def llama_rotation(file: Mapping[str, Any]) -> bool:
+    """Whether the names of a model's file hold Llama's rotary embedding, half-split."""
+    turns = [file.get(name) for name in ("apply_rotary_pos_emb", "rotate_half")]
+    llamas = [llama.apply_rotary_pos_emb, llama.rotate_half]
+    return all(
+        turn and code_of(turn) == code_of(other) for turn, other in zip(turns, llamas, strict=True)
+    )
 
 
 def is_llama_model(module: Any) -> bool:

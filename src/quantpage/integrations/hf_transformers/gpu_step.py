@@ -1,0 +1,104 @@
+"""A step on a GPU: norms and rotary embeddings in one launch each.
+
+Written out in torch they are seven and thirteen launches a layer, each of which reads and writes
+the step's activations: 0.9 of the 7.7 ms that 16 layers take for 16 requests of 16k tokens on an
+H100. The model's own code runs around them, with its roundings, and runs alone where gradients or
+numbers of other kinds are asked for.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantpage.integrations.hf_transformers.llama_like import is_llama_norm, llama_rotation
+from quantpage.ops.refusals import installed
+
+
+def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Give the model's norms and attentions a ``forward`` with fewer launches.
+
+    undo: is given what takes each of them back.
+    """
+    if not installed("triton") or not all(map(_on_gpu, model.parameters())):
+        return
+    for module in model.modules():
+        if "forward" in vars(module):
+            # Somebody else's (accelerate moves weights in it) is kept.
+            continue
+        forward = _Norm(module) if is_llama_norm(module) else _with_our_rotation(module)
+        if forward is not None:
+            module.forward = forward  # type: ignore[method-assign]
+            undo.append(lambda module=module: vars(module).pop("forward", None))
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nobody asks for more of a function of these than its result."""
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    return (
+        not wanted
+        and all(_on_gpu(each) and type(each) in (Tensor, nn.Parameter) for each in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+class _Norm:
+    """``forward`` of Llama's RMS norm."""
+
+    def __init__(self, module: Any) -> None:
+        from quantpage.ops.triton.norm import MAX_WIDTH, rms_norm
+
+        self._module, self._norm, self._most = module, rms_norm, MAX_WIDTH
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """``weight * hidden_states / rms``."""
+        module, weight = self._module, self._module.weight
+        if (
+            _plain(hidden_states, weight)
+            and hidden_states.dtype == weight.dtype != torch.float64
+            and hidden_states.device == weight.device
+            and hidden_states.shape[-1:] == weight.shape
+            and len(weight) <= self._most
+        ):
+            return self._norm(hidden_states, weight, module.variance_epsilon)
+        return type(module).forward(module, hidden_states)
+
+
+def _with_our_rotation(module: Any) -> Callable[..., Any] | None:
+    """The module's own forward, calling our rotary embedding where it calls Llama's.
+
+    None where it calls none, or is wrapped in what would be left out.
+    """
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or inspect.unwrap(forward) is not forward:
+        return None
+    name = "apply_rotary_pos_emb"
+    file = vars(sys.modules[forward.__module__])
+    if name not in forward.__code__.co_names or not llama_rotation(file):
+        return None
+    names = {**file, name: _rotation(file[name])}
+    defaults, cells = forward.__defaults__, forward.__closure__
+    ours = FunctionType(forward.__code__, names, forward.__name__, defaults, cells)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours.__get__(module)
+
+
+def _rotation(own: Callable[..., Any]) -> Callable[..., Any]:
+    from quantpage.ops.triton.rotary import serves, turn_heads
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """q and k [rows, heads, new, head_dim] at their positions."""
+        if args or kwargs or not _plain(q, k, cos, sin) or not serves(q, k, cos, sin):
+            return own(q, k, cos, sin, *args, **kwargs)
+        return turn_heads(q, k, cos, sin)
+
+    return turn
