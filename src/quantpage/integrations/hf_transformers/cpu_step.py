@@ -37,6 +37,7 @@ from quantpage.integrations.hf_transformers.llama_like import (
     is_llama_model,
     is_llama_norm,
     is_still_rotary,
+    replace_forward,
     window_of,
 )
 from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
@@ -53,20 +54,15 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     kept = {each for each in model.modules() if "forward" in vars(each)}
     for module in model.modules():
         if is_linear(module) and module not in kept:
-            _replace(module, _Linear(module), undo)
+            replace_forward(module, _Linear(module), undo)
         elif is_llama_block(module) and kept.isdisjoint(module.modules()):
-            _replace(module, _Block(module), undo)
+            replace_forward(module, _Block(module), undo)
     for module in model.modules():
         if is_llama_model(module) and kept.isdisjoint(module.modules()):
             layers: Any = module.layers
             blocks = [vars(each)["forward"] for each in layers]
             if len({each.block()[2:5] for each in blocks}) == 1:
-                _replace(module, _Model(module, blocks), undo)
-
-
-def _replace(module: nn.Module, forward: Any, undo: list[Callable[[], None]]) -> None:
-    module.forward = forward  # type: ignore[method-assign]
-    undo.append(lambda: vars(module).pop("forward", None))
+                replace_forward(module, _Model(module, blocks), undo)
 
 
 class _Parts:

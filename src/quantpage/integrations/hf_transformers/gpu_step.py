@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantpage.integrations.hf_transformers.llama_like import is_llama_norm, llama_rotation
+from quantpage.integrations.hf_transformers.llama_like import (
+    is_llama_norm,
+    llama_rotation,
+    replace_forward,
+)
 from quantpage.ops.refusals import installed
 
 
@@ -32,8 +36,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             continue
         forward = _Norm(module) if is_llama_norm(module) else _with_our_rotation(module)
         if forward is not None:
-            module.forward = forward  # type: ignore[method-assign]
-            undo.append(lambda module=module: vars(module).pop("forward", None))
+            replace_forward(module, forward, undo)
 
 
 def _on_gpu(tensor: Tensor) -> bool:

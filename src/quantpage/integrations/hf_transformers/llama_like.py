@@ -1,11 +1,11 @@
-"""Which modules of Transformers compute what Llama's do.
+"""Which modules of Transformers compute what Llama's do, and how one is given another forward.
 
 Its models are written out in full, a file each, and most are copies: a module whose forward is
 word for word Llama's is Llama's, whatever it is called.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -111,3 +111,9 @@ def window_of(attention: Any) -> int | None:
     if _like(attention, mistral.MistralAttention):
         return getattr(attention.config, "sliding_window", None)
     return getattr(attention, "sliding_window", None)
+
+
+def replace_forward(module: nn.Module, forward: Any, undo: list[Callable[[], None]]) -> None:
+    """Hang ``forward`` in a module that has its class's; undo: is given what takes it off."""
+    module.forward = forward  # type: ignore[method-assign]
+    undo.append(lambda: vars(module).pop("forward", None))
