@@ -17,7 +17,7 @@ OTHER_TARGETS = (89, 120)
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
-                     segment=0, sinks=False, softcap=False, lse=True, earlier=False, whole=False,
+                     segment=0, sinks=False, softcap=False, lse=True, pieces=False, whole=False,
                      gather=16):  # fmt: skip
     types = {}
     for name in ("q", "out"):
@@ -27,7 +27,7 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         types[f"{side}_scale"] = types[f"{side}_zero"] = "*fp16"
     for name in ("page_table", "query_starts", "context_lens", "cuts"):
         types[name] = "*i32"
-    for name in ("sinks", "earlier_out", "earlier_lse", "lse", "part_out", "part_lse"):
+    for name in ("sinks", "lse", "part_out", "part_lse"):
         types[name] = "*fp32"
     for name in ("softmax_scale", "softcap"):
         types[name] = "fp32"
@@ -42,13 +42,11 @@ def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, t
         "K_ZERO": zero[0], "V_ZERO": zero[1], "K_SHARED": 1, "V_SHARED": 1, "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim, "GROUP": group, "PAGE": page, "ROWS": rows, "ROW_TILES": 1,
         "TILE": tile, "FULL": False, "WINDOW": window, "SEGMENT": segment, "SOFTCAP": softcap,
-        "SINKS": sinks, "EARLIER": earlier, "BESIDE": earlier and capability >= 90, "CHUNK": 128,
-        "STAGES": stages,
-        "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
+        "SINKS": sinks, "PIECES": pieces, "BESIDE": whole and capability >= 90, "CHUNK": 128,
+        "STAGES": stages, "OLD": capability < 89, "PAIRS": True, "OVERLAP": capability >= 90,
         "GATHER": 0 if whole else gather, "WHOLE": whole, "HIDES": False,
     }  # fmt: skip
-    absent = () if earlier else ("earlier_out", "earlier_lse")
-    return types | fixed | dict.fromkeys(absent) | ({} if lse else {"lse": None})
+    return types | fixed | ({} if lse else {"lse": None})
 
 
 def packed_bytes(key: str, value: str, head_dim: int, tile: int) -> float:
@@ -147,10 +145,10 @@ def main() -> None:
                     found[f"decode near int8 {tile} {given}"] = summary(
                         decode_kernel, near, given, warps
                     )
-            # Bodies of int4 and of k8v4, into which exact pages' results enter.
-            for key, tile, gather in (("int4", 64, 0), ("int8", 32, 16)):
+            # Bodies of int4 and of k8v4, of which every row leaves a piece beside exact pages.
+            for key, tile in (("int4", 64), ("int8", 32)):
                 body = decode_arguments(
-                    key, "int4", tile=tile, segment=1, earlier=True, gather=gather,
+                    key, "int4", tile=tile, segment=1, pieces=True, gather=0,
                     zero=(key == "int4", True),
                 )  # fmt: skip
                 found[f"decode {key} and exact pages"] = summary(

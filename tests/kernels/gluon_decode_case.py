@@ -29,7 +29,7 @@ CASES = {
     },
     "int4 token and exact pages": {
         "code": "int4", "rows": 8, "stages": 3, "registers": 168, "zero": (True, True),
-        "segment": 1, "earlier": True,
+        "segment": 1, "pieces": True,
     },
     "int8 draft": {"rows": 32, "stages": 4},
     "fp8 draft": {"code": "fp8", "rows": 32, "stages": 4},

@@ -37,9 +37,9 @@ def compile_drafts(key="int8", value=None, registers=None, chunk=32, page=64, **
 CASES = {
     "int8": {"stages": 4},
     "int8, values of fp8": {"value": "fp8", "stages": 4},
-    "int4": {"key": "int4", "stages": 6, "zero": (True, True), "segment": 1, "earlier": True},
+    "int4": {"key": "int4", "stages": 6, "zero": (True, True), "segment": 1, "pieces": True},
     "k8v4": {
-        "value": "int4", "stages": 4, "zero": (False, True), "segment": 1, "earlier": True,
+        "value": "int4", "stages": 4, "zero": (False, True), "segment": 1, "pieces": True,
     },
     "int8, scales given": {"stages": 4, "scales": 2, "zero": (True, True), "lse": False},
     "int8, window": {"stages": 4, "page": 128, "window": True, "sinks": True},

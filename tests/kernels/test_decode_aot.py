@@ -34,8 +34,7 @@ def test_nothing_spills_and_no_byte_is_loaded_alone(compiled):
             continue
         # Decode kernels may spill a word around the loop, never inside.
         assert takes["spills"] == 0 and takes["stack"] <= 32, name
-        # Which rows take exact pages in crosses layouts as bytes, once a row.
-        assert takes["byte_loads"] <= (2 if "exact pages" in name else 0), name
+        assert takes["byte_loads"] == 0, name
 
 
 def test_near_pages_of_codes_compile_for_every_target(compiled):

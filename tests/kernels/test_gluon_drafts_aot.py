@@ -23,8 +23,8 @@ def in_loop(found: dict, pattern: str) -> int:
 @pytest.mark.parametrize("name", list(CASES))
 def test_nothing_spills_in_the_loop(compiled, name):
     found = compiled[name]
-    # k8v4 has a few words of scalars to read back.
-    assert in_loop(found, "LDL|STL") <= (4 if name == "k8v4" else 0)
+    # Beside exact pages there are a few words of scalars to read back.
+    assert in_loop(found, "LDL|STL") <= (4 if name in ("int4", "k8v4") else 0)
     # Codes come by TMA, and leave shared memory sixteen bytes at a time.
     assert in_loop(found, "UTMALDG") >= 2 and count(found, "LDGSTS") == 0
     assert in_loop(found, r"LDS\.[US]8") == 0 and in_loop(found, r"LDS\.128|LDS\.64") >= 2

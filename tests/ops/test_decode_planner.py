@@ -82,7 +82,7 @@ def test_every_call_has_a_launch(name, width, rows):
 
 def test_a_step_under_a_window_is_planned_by_the_keys_that_it_sees():
     layer = make_layer(Case(1, 64), "int4", "cpu").body()
-    q, batch = torch.empty(16, 32, 128), make_batch(Case(16, 8192), False, "cpu")
+    q, batch = torch.empty(16, 32, 128), make_batch(Case(16, 16384), False, "cpu")
 
     def tiles(window=None, sink_tokens=0, new=batch):
         params = AttendParams(0.1, CausalMask(window, sink_tokens))

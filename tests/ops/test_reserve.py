@@ -46,7 +46,7 @@ def test_no_step_up_to_the_size_asks_for_more(data):
         rows, tiles_of_rows = row_tiles(call.group, new, *tiles.rows)
         all_rows = requests * 8 * tiles_of_rows
         programs = programs_of(tiles, 132, all_rows)
-        asked = piece_sizes(programs, rows, width, all_rows)
+        asked = piece_sizes(programs, rows, width, all_rows, form.exact_pages is not None)
         assert all(a <= b for a, b in zip(asked, pieces, strict=True))
         assert counter_count(programs, all_rows, tiles.gather) <= counters
 

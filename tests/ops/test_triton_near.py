@@ -29,9 +29,8 @@ from tests.ops.segment_cases import make_segments, oracle
 pytestmark = TIER
 TRITON = candidate("decode.triton")
 PAGE = 16
-# Whoever arrives last joins, or a launch does; shares that cut rows, and that hold several.
+# Shares that cut rows, and that hold several.
 BODY_TILES = [
-    DecodeTiles(32, 4, 3, 1, gather=16),
     DecodeTiles(32, 4, 3, 1),
     DecodeTiles(16, 4, 3, 4),
     DecodeTiles(32, 4, 3, 1, min_tiles=9),
@@ -63,7 +62,7 @@ def test_requests_with_and_without_a_body(name, tiles, mask, monkeypatch):
 
 
 def test_queries_that_lie_apart():
-    """They are copied by a launch between those of the exact pages and of the body."""
+    """They are copied by a launch between those of the body and of the exact pages."""
     step = Step((1, 2), (9 * PAGE, 40), PAGE, kv_heads=1, group=2, head_dim=32)
     q, layer, batch = make_segments(find_format("int4"), step, CAUSAL)
     params = AttendParams(q.shape[-1] ** -0.5)

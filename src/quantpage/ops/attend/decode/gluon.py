@@ -27,21 +27,20 @@ _ELEMENTS = {
 
 def decode_into(
     results: Results, q, layer, batch, params, options: triton.Options = triton.WHOLE
-) -> None:
-    """As ``triton.decoder`` says."""
+) -> triton.Arranged | None:
+    """As ``triton.decode_into`` says."""
     if layer.exact_key is not None:
         triton.with_exact(decode_into, results, q, layer, batch, params, serves(q, layer))
-        return
+        return None
     tiles = options.tiles
     if tiles is None:
         tiles = triton.planned(q, layer, batch, params, options.segment, hopper=serves(q, layer))
     options = options._replace(tiles=tiles)
     if not tiles.wgmma:
-        triton.decode_into(results, q, layer, batch, params, options)
-        return
+        return triton.decode_into(results, q, layer, batch, params, options)
     made = triton.arrange(results, q, layer, batch, params, options)
     if not made.programs:
-        return
+        return made
     if tiles.drafts:
         (k, v), (queries, _, _, _, _, _, _, *others) = made.halves, made.given
         codes = copied(k.codes, tiles.tile), copied(v.codes, tiles.tile)
@@ -52,7 +51,9 @@ def decode_into(
         )
     else:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
-    triton.join(made)
+    if options.earlier is None:
+        triton.join(made)
+    return made
 
 
 def copied(pages: Tensor, tile: int) -> TensorDescriptor:

@@ -97,8 +97,6 @@ def drafts_kernel(
     query_starts,
     context_lens,
     sinks,
-    earlier_out,
-    earlier_lse,
     out,
     lse,
     part_out,
@@ -147,8 +145,7 @@ def drafts_kernel(
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
-    EARLIER: gl.constexpr,
-    BESIDE: gl.constexpr,
+    PIECES: gl.constexpr,
 ):
     """Arguments as in triton_kernel.decode_kernel, but pages of codes, and of scales and zeros that
     tokens have, as TMA descriptors (gluon_drafts_operands.Half), which have their strides. ROWS and
@@ -200,8 +197,7 @@ def drafts_kernel(
 
     program = gl.program_id(0)
     if OVERLAP:
-        if not BESIDE:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
@@ -405,8 +401,7 @@ def drafts_kernel(
             ended = end_sums(
                 weights, anchor, s_rows, lane_sums, row_first, q_start, q_len, head, kv_heads,
                 first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-                earlier_lse, cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, EARLIER,
-                BESIDE,
+                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES,
             )  # fmt: skip
             ratio = ended.ratio
             o = acc * gl.convert_layout(ratio, o_rows)[:, None]
@@ -415,12 +410,10 @@ def drafts_kernel(
                 o += gl.convert_layout(moved, o_rows)[:, None]
             end_outputs(
                 in_order(o, V_CODE), ended.total * ratio, ended, row_first, q_start, q_len, head,
-                kv_heads, v_scale, v_zero, v_scale_head, earlier_out, out, part_out, out_token,
-                out_head, GROUP, V_SCALES, V_ZERO, V_SHARED, EARLIER,
+                v_scale, v_zero, v_scale_head, out, part_out, out_token, out_head, GROUP, V_SCALES,
+                V_ZERO, V_SHARED,
             )  # fmt: skip
         position += last_tile - first_tile
         if position - begins >= tiles * kv_heads * ROW_TILES:
             request += 1
             begins = position
-    if BESIDE:
-        tl.extra.cuda.gdc_wait()

@@ -4,16 +4,12 @@ cut. What the Hopper kernels of decode share; outputs are given as [rows, channe
 
 from typing import Any, NamedTuple
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode import triton_pieces
 from quantpage.ops.attend.decode.gluon_rows import store_cut, with_sink
-from quantpage.ops.attend.decode.gluon_share import here
-from quantpage.ops.triton.common import LN2, LOG2E, STATIC
-
-add_key = gluon.jit(triton_pieces.add_key.fn)
+from quantpage.ops.attend.decode.gluon_share import here, row_programs
+from quantpage.ops.triton.common import LN2, STATIC
 
 
 class Ended(NamedTuple):
@@ -27,16 +23,14 @@ class Ended(NamedTuple):
     """What outputs are multiplied by."""
     total: Any
     """The sum of weights."""
-    other_share: Any
-    """The weight of the result of other keys, where one enters."""
 
 
 @gluon.jit
 def end_sums(
     weights, anchor, rows: gl.constexpr, sum_rows: gl.constexpr, row_first, q_start, q_len, head,
     kv_heads, first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-    earlier_lse, cuts, sinks, lse, part_lse, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    ROW_TILES: gl.constexpr, SINKS: gl.constexpr, EARLIER: gl.constexpr, BESIDE: gl.constexpr,
+    cuts, sinks, lse, part_lse, GROUP: gl.constexpr, ROWS: gl.constexpr, ROW_TILES: gl.constexpr,
+    SINKS: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of a piece of a row are stored, and where the row's pieces are. sum_rows: of
     weights as a kernel has them (gluon_rows).
@@ -47,38 +41,37 @@ def end_sums(
     q_head_at = head * GROUP + row % GROUP
     complete = (first_tile == 0) & (last_tile == tiles)
     total, row_lse, ratio = sum_rows(weights, anchor, rows)
+    row_id = request * kv_heads * ROW_TILES + item
     slot_id = 2 * program + (position != start).to(gl.int32)
-    other_share = ratio
-    if EARLIER:
-        if BESIDE:
-            tl.extra.cuda.gdc_wait()
-        # Rows that were cut take it in where they are joined.
-        earlier_at = earlier_lse + token_at * (kv_heads * GROUP) + q_head_at
-        own = gl.load(earlier_at, mask=real & complete, other=float("-inf")) * LOG2E
-        row_lse, ratio, other_share = add_key(row_lse, ratio, own)
-    if first_tile == 0:
-        cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
-        store_cut(cut, complete, slot_id, program, position, tiles, share, even)
+    if PIECES:
+        whole = complete
+        # A program may have many whole rows.
+        slot_id = gl.where(whole, 2 * gl.num_programs(0) + row_id, slot_id)
+        # Never. Without a branch around what is stored Triton 3.6's lowering fails an assertion.
+        complete = whole & (q_len < 0)
+        if first_tile == 0:
+            _, last, _ = row_programs(program, position, position, tiles, share, even)
+            gl.store(cuts + row_id * 2, slot_id)
+            gl.store(cuts + row_id * 2 + 1, gl.where(whole, slot_id // 2, last))
+    elif first_tile == 0:
+        store_cut(cuts + row_id * 2, complete, slot_id, program, position, tiles, share, even)
     if complete:
         if SINKS:
-            without = row_lse
             row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)
-            if EARLIER:
-                other_share *= gl.exp2(without - row_lse)
         if lse is not None:
             at = lse + token_at * (kv_heads * GROUP) + q_head_at
             gl.store(at, row_lse * LN2, mask=real)
     else:
         piece = slot_id.to(gl.int64) * ROWS + gl.arange(0, ROWS, rows)
         gl.store(part_lse + piece, row_lse, mask=real)
-    return Ended(complete, slot_id, ratio, total, other_share)
+    return Ended(complete, slot_id, ratio, total)
 
 
 @gluon.jit
 def end_outputs(
-    o, mass, ended, row_first, q_start, q_len, head, kv_heads, v_scale, v_zero, v_scale_head,
-    earlier_out, out, part_out, out_token, out_head, GROUP: gl.constexpr, V_SCALES: gl.constexpr,
-    V_ZERO: gl.constexpr, V_SHARED: gl.constexpr, EARLIER: gl.constexpr,
+    o, mass, ended, row_first, q_start, q_len, head, v_scale, v_zero, v_scale_head,
+    out, part_out, out_token, out_head, GROUP: gl.constexpr, V_SCALES: gl.constexpr,
+    V_ZERO: gl.constexpr, V_SHARED: gl.constexpr,
 ):  # fmt: skip
     """Outputs, multiplied by their ratio, to the result or to a piece. mass: what the sink left of
     each row's weight: 1 without one, 0 for a row that saw nothing.
@@ -99,16 +92,6 @@ def end_outputs(
     nth = gl.arange(0, ROWS, out_rows)
     out_row = row_first + nth
     keep = (out_row < q_len * GROUP)[:, None]
-    if EARLIER:
-        taken = gl.convert_layout(ended.other_share, out_rows)[:, None]
-        earlier_at = (q_start + out_row // GROUP).to(gl.int64) * (kv_heads * GROUP)
-        earlier_at = (earlier_at + head * GROUP + out_row % GROUP) * VALUE_DIM
-        # A share of nothing is of rows that were cut, too.
-        o += taken * gl.load(
-            earlier_out + earlier_at[:, None] + out_channel[None, :],
-            mask=keep & (taken != 0.0),
-            other=0.0,
-        )
     if ended.complete:
         out_at = (q_start + out_row // GROUP).to(gl.int64) * out_token
         out_at += (head * GROUP + out_row % GROUP) * out_head

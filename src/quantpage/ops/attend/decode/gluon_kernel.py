@@ -90,8 +90,6 @@ def decode_kernel(
     query_starts,
     context_lens,
     sinks,
-    earlier_out,
-    earlier_lse,
     out,
     lse,
     part_out,
@@ -140,8 +138,7 @@ def decode_kernel(
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
-    EARLIER: gl.constexpr,
-    BESIDE: gl.constexpr,
+    PIECES: gl.constexpr,
 ):
     """Arguments as in triton_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
     # Integer codes are multiplied as bytes, others as units (gluon_operands).
@@ -187,8 +184,7 @@ def decode_kernel(
 
     program = gl.program_id(0)
     if OVERLAP:
-        if not BESIDE:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
@@ -415,8 +411,7 @@ def decode_kernel(
             ended = end_sums(
                 weights, anchor, s_rows, row_sums, row_first, q_start, q_len, head, kv_heads,
                 first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-                earlier_lse, cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, EARLIER,
-                BESIDE,
+                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES,
             )  # fmt: skip
             ratio = ended.ratio
             o = acc * gl.convert_layout(ratio, o_rows)[None, :]
@@ -427,13 +422,10 @@ def decode_kernel(
             mass = gl.convert_layout(ended.total * ratio, o_rows)
             o = in_order(o, V_UNITS, ROWS)
             end_outputs(
-                o, mass, ended, row_first, q_start, q_len, head, kv_heads, v_scale, v_zero,
-                v_scale_head, earlier_out, out, part_out, out_token, out_head, GROUP, V_SCALES,
-                V_ZERO, V_SHARED, EARLIER,
+                o, mass, ended, row_first, q_start, q_len, head, v_scale, v_zero, v_scale_head, out,
+                part_out, out_token, out_head, GROUP, V_SCALES, V_ZERO, V_SHARED,
             )  # fmt: skip
         position += last_tile - first_tile
         if position - begins >= tiles * kv_heads * ROW_TILES:
             request += 1
             begins = position
-    if BESIDE:
-        tl.extra.cuda.gdc_wait()

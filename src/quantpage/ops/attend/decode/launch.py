@@ -98,6 +98,9 @@ def _wgmma_tiles(
         int4, a token   (3, 3)   21.5     32.4              96       (2, 1) 1 x 4k 10.1
                         Triton   24.2     33.7              81       1 x 4k 12.7
         the same on an H100, exact pages beside: 8 x 8k 39.6 (Triton 47.5), 64 x 4k 132.6 (127.5)
+        and behind the body: 16 x 8k 63.1 (66.8), 1 x 64k and 15 x 4k 66.0 (71.3), 16 x 32k 212.8
+        (211.8); codes alone 64 x 4k 116.3 (109.8), 128 x 1k 69.1 (63.5), 1 x 100k and 63 x 512 75.8
+        (74.7)
 
         drafts at 16 x 8k, Triton in brackets: int8 4, 8, 16 tokens (3, 2) 74.4 (80.5), 87.3 (119),
         148 (393); fp8 8 tokens (3, 2) 87.3 (120); int4 4 tokens (3, 3) 59.5 (77.3), 8 tokens
@@ -118,7 +121,7 @@ def _wgmma_tiles(
     if keys <= SMALL:
         return DecodeTiles(64, 4, 2, 1, wgmma=True)
     if key.code.name == "int4":
-        return _three_programs() if keys <= 14 * SMALL else None
+        return _three_programs() if keys <= (27 if few else 14) * SMALL else None
     if few:
         return _two_programs() if keys <= 27 * SMALL else None
     if parts > 4 * WGMMA_PROCESSORS:

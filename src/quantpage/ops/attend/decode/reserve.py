@@ -48,7 +48,8 @@ def needed(
                 own, tiles_of_rows = row_tiles(call.group, new, *tiles.rows)
                 items = requests * call.kv_heads * tiles_of_rows
                 programs = programs_of(tiles, processors, items)
-                asked = piece_sizes(programs, own, call.value_head_dim, items)
+                exact = call.format.exact_pages is not None
+                asked = piece_sizes(programs, own, call.value_head_dim, items, exact)
                 pieces = larger(pieces, asked)
                 counters = max(counters, counter_count(programs, items, tiles.gather))
     return pieces, counters

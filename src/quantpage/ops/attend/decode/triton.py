@@ -49,7 +49,7 @@ OVERLAP = True
 """Programmatic dependent launch where the device has it: the merge is set up while decode runs."""
 
 
-def decoder(needs: Needs, into: Callable[..., None]) -> Callable[..., Results]:
+def decoder(needs: Needs, into: Callable[..., object]) -> Callable[..., Results]:
     """The entry of a kernel of decode.
 
     into: (results, q, layer, batch, params, options). The plan may have some of the requests of
@@ -75,8 +75,10 @@ class Options(NamedTuple):
     tiles: DecodeTiles | None = None
     """The launch's shape; None: the planner's choice."""
     earlier: Results | None = None
-    """The exact pages' result, contiguous, which the body's call makes whole: that of the launch
-    before on this stream, beside which it runs."""
+    """The exact pages' result, contiguous, that the body's pieces are joined with: by the caller,
+    when it has launched what makes it."""
+    beside: bool = False
+    """Whether it reads nothing of the launch before on this stream, beside which it runs."""
 
     @property
     def final(self) -> bool:
@@ -87,11 +89,13 @@ class Options(NamedTuple):
 WHOLE = Options()
 
 
-def decode_into(results: Results, q, layer, batch, params, options: Options = WHOLE) -> None:
-    """As ``decoder`` says."""
+def decode_into(
+    results: Results, q, layer, batch, params, options: Options = WHOLE
+) -> "Arranged | None":
+    """As ``decoder`` says. Returns what is left to join where other keys' result enters."""
     if layer.exact_key is not None:
         with_exact(decode_into, results, q, layer, batch, params)
-        return
+        return None
     tiles = options.tiles
     if tiles is None:
         tiles = planned(q, layer, batch, params, options.segment)
@@ -103,27 +107,38 @@ def decode_into(results: Results, q, layer, batch, params, options: Options = WH
             **made.fixed,
             OLD=device_info(q.device).before(E4M3),
             PAIRS=paired(layer.key) and paired(layer.value),
+            BESIDE=made.beside,
             GATHER=tiles.gather,
             WHOLE=tiles.whole,
             # One query a request: what it does not see is not loaded.
             HIDES=not layer.value.spec.quantized and batch.max_query_len > 1,
         )
-        if not (tiles.gather or tiles.whole):
+        if options.earlier is None and not (tiles.gather or tiles.whole):
             join(made)
+    return made
 
 
 def with_exact(
-    into: Callable[..., None], results: Results, q, layer, batch, params, hopper: bool = False
+    into: Callable[..., "Arranged | None"],
+    results: Results,
+    q,
+    layer,
+    batch,
+    params,
+    hopper: bool = False,
 ) -> None:
-    """Exact pages and body, in launches beside each other: the first is short and reads whole rows.
+    """Body and exact pages, in launches beside each other, and one that joins both: the second is
+    short and reads whole rows.
 
     into: whose body. hopper: as ``planned`` says.
     """
     body, bare = layer.body(), replace(params, sinks=None)
     other = results_for(q, layer.value.head_dim, final=False)
-    decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact"))
-    tiles = planned(q, body, batch, params, "body", hopper)
-    into(results, q, body, batch, params, Options("body", tiles, earlier=other))
+    tiles = replace(planned(q, body, batch, params, "body", hopper), gather=0)
+    made = into(results, q, body, batch, params, Options("body", tiles, earlier=other))
+    decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact", beside=True))
+    if made is not None and made.programs:
+        join(made)
 
 
 def planned(
@@ -146,7 +161,7 @@ def planned(
         layer.value.spec,
         width,
         rows,
-        layer.kv_heads * _keys(batch, params),
+        layer.kv_heads * sum(_seen_lengths(batch, params)),
         batch.num_requests * layer.kv_heads * tiles_of_rows,
         hopper,
         hopper and in_boxes(layer),
@@ -158,13 +173,13 @@ def planned(
     return replace(tiles, whole=True, gather=0, rows=(8, EXACT_ROWS)) if exact else tiles
 
 
-def _keys(batch: BatchPlan, params: AttendParams) -> int:
-    """Keys that the requests' queries see at most."""
+def _seen_lengths(batch: BatchPlan, params: AttendParams) -> tuple[int, ...]:
+    """Keys that each request's queries see at most."""
     window, sink_tokens = reach_of(params.mask)
     if window is None:
-        return sum(batch.host_context_lens)
+        return batch.host_context_lens
     most = window + sink_tokens + batch.max_query_len
-    return sum(min(context, most) for context in batch.host_context_lens)
+    return tuple(min(context, most) for context in batch.host_context_lens)
 
 
 def in_boxes(layer: LayerKV) -> bool:
@@ -190,6 +205,8 @@ class Arranged(NamedTuple):
     """Results and workspaces, numbers, strides."""
     fixed: dict[str, Any]
     """What is compiled in."""
+    beside: bool
+    """Whether it does not wait for the launch before, but at its end."""
     halves: tuple[Operand, ...]
     """K and V, of which ``given`` has the codes."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
@@ -205,7 +222,7 @@ def arrange(
     options: Options,
 ) -> Arranged:
     """options: with tiles."""
-    mask, (segment, tiles, earlier) = params.mask, options
+    mask, (segment, tiles, earlier, beside) = params.mask, options
     assert tiles is not None
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
@@ -214,13 +231,13 @@ def arrange(
     group = q_heads // kv_heads
     out, lse = results
     if tokens == 0:
-        return Arranged(0, (), (), {}, (), ((0, 0), (), {}))
+        return Arranged(0, (), (), {}, False, (), ((0, 0), (), {}))
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len, *tiles.rows)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = processors_of(q.device)
     programs = programs_of(tiles, processors, all_rows)
     part_out, part_lse, cuts = workspace(
-        q.device, piece_sizes(programs, rows, value_width, all_rows)
+        q.device, piece_sizes(programs, rows, value_width, all_rows, earlier is not None)
     )
     if tiles.gather:
         cuts = counters_of(q.device, counter_count(programs, all_rows, tiles.gather))
@@ -228,7 +245,7 @@ def arrange(
     mask_numbers = (window or 0, sink_tokens)
     overlap = OVERLAP and device_info(q.device).since(HOPPER)
     # Before queries that are copied now there is nothing to run beside.
-    beside = overlap and earlier is not None and q.stride(-1) == 1
+    beside = overlap and beside and q.stride(-1) == 1
     q = q if q.stride(-1) == 1 else q.contiguous()
     key_units, value_units = (KEY_UNITS, VALUE_UNITS) if tiles.wgmma else ({}, {})
     if tiles.drafts:
@@ -239,7 +256,7 @@ def arrange(
     sinks = params.sinks if options.final else None
     given = (
         q, k.codes, v.codes, k.scale, v.scale, k.zero, v.zero, batch.page_table,
-        batch.query_starts, batch.context_lens, sinks, *(earlier or (None, None)),
+        batch.query_starts, batch.context_lens, sinks,
     )  # fmt: skip
     places = (
         out, lse, part_out, part_lse, cuts, params.softmax_scale,
@@ -261,7 +278,7 @@ def arrange(
         "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "TILE": tiles.tile, "SOFTCAP": params.softcap is not None,
         "CHUNK": chunk_of(batch.num_requests), "STAGES": tiles.stages, "num_warps": tiles.warps,
-        "maxnreg": tiles.registers, "EARLIER": earlier is not None, "BESIDE": beside,
+        "maxnreg": tiles.registers, "PIECES": earlier is not None,
     }  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
     parts = min(128, max(4, triton.next_power_of_2(programs // all_rows + 2)))
@@ -274,7 +291,7 @@ def arrange(
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
     merge = (grid, merged, both | {"PARTS": parts, "num_warps": warps})
-    return Arranged(programs, given, places, fixed, (k, v), merge)
+    return Arranged(programs, given, places, fixed, beside, (k, v), merge)
 
 
 def join(made: Arranged) -> None:

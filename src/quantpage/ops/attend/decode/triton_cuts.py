@@ -42,7 +42,7 @@ def merge_cuts_kernel(
     """A row (request, kv_head, tile of query rows) that was cut, or that has no tile at all.
 
     Rows that one program finished are left as they are. earlier: results of other keys, float32,
-    which those have taken in; None without.
+    without which no row was finished; None where there are none.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.attend.decode.triton_parts import first_channel, parts_of, store_parts, width_of
-from quantpage.ops.attend.decode.triton_pieces import add_key, finish_empty, join_cut
+from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
 from quantpage.ops.attend.decode.triton_planes import half_of
 from quantpage.ops.attend.decode.triton_share import (
     key_ranges,
@@ -53,8 +53,6 @@ def decode_kernel(
     query_starts,
     context_lens,
     sinks,
-    earlier_out,
-    earlier_lse,
     out,
     lse,
     part_out,
@@ -100,7 +98,7 @@ def decode_kernel(
     SEGMENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
-    EARLIER: tl.constexpr,
+    PIECES: tl.constexpr,
     BESIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -113,9 +111,9 @@ def decode_kernel(
 ):
     """K_SCALES, V_SCALES: 0 none, 1 a token and kv_head, 2 static; codes: numbers of
     ops/operand. SHARED: channels that share a static scale. ROWS: query rows (token x group) of a
-    tile. EARLIER: float32 results of other keys enter. BESIDE: they are of the launch before, which
-    began when all that this one reads was there, and runs beside it. GATHER: pieces that are joined
-    at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
+    tile. PIECES: rows that are not cut leave a piece, too. BESIDE: nothing is read of the launch
+    before, which began when all that this one reads was there, and runs beside it. GATHER: pieces
+    that are joined at once; 0: another launch joins. WHOLE: programs take whole rows, none is cut.
     HIDES: values are 16-bit numbers, and a query may see one that another does not.
     """
     program = tl.program_id(0)
@@ -191,20 +189,15 @@ def decode_kernel(
         )  # fmt: skip
 
         if last_tile > first_tile:
-            complete = (first_tile == 0) & (last_tile == tiles)
+            whole = (first_tile == 0) & (last_tile == tiles)
+            row_id = request * kv_heads * ROW_TILES + item
             slot_id = 2 * program + (position != start).to(tl.int32)
-            others, other_share, begun = None, None, None
-            if EARLIER:
-                # What other keys gave is one more key; rows that were cut take it in where they are
-                # joined.
-                if BESIDE:
-                    tl.extra.cuda.gdc_wait()
-                begun = real & complete
-                earlier_at = token_at * (kv_heads * GROUP) + q_head_at
-                others = earlier_out + earlier_at * VALUE_DIM
-                own = tl.load(earlier_lse + earlier_at, begun, float("-inf")) * LOG2E
-                row_lse, ratio, other_share = add_key(row_lse, ratio, own)
-                begun = begun & (other_share != 0.0)
+            if PIECES:
+                # A program may have many whole rows.
+                slot_id = tl.where(whole, 2 * tl.num_programs(0) + row_id, slot_id)
+                complete = False
+            else:
+                complete = whole
             if complete:
                 if SINKS:
                     # One more key without a value.
@@ -214,8 +207,6 @@ def decode_kernel(
                         tl.exp2(row_lse - peak_lse) + tl.exp2(sink - peak_lse)
                     )
                     ratio = ratio * tl.exp2(row_lse - with_sink)
-                    if EARLIER:
-                        other_share = other_share * tl.exp2(row_lse - with_sink)
                     row_lse = with_sink
                 if lse is not None:
                     at = lse + token_at * (kv_heads * GROUP) + q_head_at
@@ -226,9 +217,11 @@ def decode_kernel(
             if GATHER == 0 and not WHOLE and first_tile == 0:
                 # Where the row's pieces are, for the merge: the first one's slot, -1 for none, and
                 # the program that holds the last.
-                cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
+                cut = cuts + row_id * 2
                 tl.store(cut, tl.where(complete, -1, slot_id))
                 _, last, _ = row_programs(program, position, position, tiles, share, even)
+                if PIECES:
+                    last = tl.where(whole, slot_id // 2, last)
                 tl.store(cut + 1, last)
             extra = extra * ratio
             # What the sink left of the row's weight: 1 without one, 0 for a row that saw nothing.
@@ -246,14 +239,14 @@ def decode_kernel(
                 store_parts(
                     to, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra,
                     vs_static, vz_static, v_first, v_first4, v_first8, VALUE_DIM, V_CODE, static,
-                    static_zero, V_SHARED, others, other_share, begun,
+                    static_zero, V_SHARED,
                 )  # fmt: skip
             else:
                 to_part = part_out + (slot_id.to(tl.int64) * ROWS + row) * VALUE_DIM
                 store_parts(
                     to_part, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass,
                     extra, vs_static, vz_static, v_first, v_first4, v_first8, VALUE_DIM, V_CODE,
-                    static, static_zero, V_SHARED, None, None, None,
+                    static, static_zero, V_SHARED,
                 )  # fmt: skip
                 if GATHER > 0:
                     row_first = (item % ROW_TILES) * ROWS
@@ -262,11 +255,11 @@ def decode_kernel(
                     )
                     join_cut(
                         cuts, part_out, part_lse, sinks, out, lse, program,
-                        request * kv_heads * ROW_TILES + item, first, last, slot,
+                        row_id, first, last, slot,
                         requests * kv_heads * ROW_TILES,
                         tl.minimum(ROWS, q_len * GROUP - row_first), row_first, item // ROW_TILES,
                         q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS,
-                        GATHER, earlier_out, earlier_lse,
+                        GATHER,
                     )  # fmt: skip
         if WHOLE:
             position += tl.num_programs(0)
@@ -286,5 +279,5 @@ def decode_kernel(
             ) == 0:  # fmt: skip
                 finish_empty(
                     empty, query_starts, part_out, part_lse, sinks, out, lse, kv_heads, out_token,
-                    out_head, GROUP, ROWS, VALUE_DIM, SINKS, earlier_out, earlier_lse,
+                    out_head, GROUP, ROWS, VALUE_DIM, SINKS,
                 )  # fmt: skip

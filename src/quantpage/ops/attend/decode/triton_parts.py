@@ -147,7 +147,7 @@ def load_queries(
 def _store_part(
     at, acc, first, PART: tl.constexpr, real, ratio, mass, extra, v_scale, v_zero,
     VALUE_DIM: tl.constexpr, CODE: tl.constexpr, STATIC: tl.constexpr,
-    STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr, others, other_share, begun,
+    STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """One strided part of the output, finished and stored."""
     channel = first + part_channel(PART, CODE, VALUE_DIM)
@@ -160,10 +160,6 @@ def _store_part(
         zero = tl.load(v_zero + channel // SHARED, inside, 0.0).to(tl.float32)
         out += mass[None, :] * zero[:, None]
     out += extra[None, :]
-    if others is not None:
-        mask = begun[None, :] & inside[:, None]
-        part = tl.load(others[None, :] + channel[:, None], mask, 0.0)
-        out += other_share[None, :] * part
     at = at[None, :] + channel[:, None]
     tl.store(at, out.to(at.dtype.element_ty), real[None, :] & inside[:, None])
 
@@ -172,36 +168,27 @@ def _store_part(
 def store_parts(
     to, acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, real, ratio, mass, extra, v_scale, v_zero,
     first, first4, first8, VALUE_DIM: tl.constexpr, CODE: tl.constexpr, STATIC: tl.constexpr,
-    STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr, others, other_share, begun,
+    STATIC_ZERO: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """The output's strided parts, finished and stored; accumulators past those of V's code are
-    unused. others: rows of another result, which enter by their share where they have begun; None:
-    nothing enters.
+    unused.
     """
     PARTS: tl.constexpr = parts_of(CODE)
     _store_part(to, acc0, first, 0, real, ratio, mass, extra, v_scale, v_zero,
-                VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                begun)  # fmt: skip
+                VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
     if PARTS > 1:
         _store_part(to, acc1, first4, 1, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
         _store_part(to, acc2, first4, 2, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
         _store_part(to, acc3, first4, 3, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
     if PARTS > 4:
         _store_part(to, acc4, first8, 4, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
         _store_part(to, acc5, first8, 5, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
         _store_part(to, acc6, first8, 6, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip
         _store_part(to, acc7, first8, 7, real, ratio, mass, extra, v_scale, v_zero,
-                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED, others, other_share,
-                    begun)  # fmt: skip
+                    VALUE_DIM, CODE, STATIC, STATIC_ZERO, SHARED)  # fmt: skip

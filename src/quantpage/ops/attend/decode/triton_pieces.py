@@ -16,21 +16,6 @@ from quantpage.ops.triton.common import LN2, LOG2E
 
 
 @triton.jit
-def add_key(row_lse, ratio, own):
-    """Rows with one more key of log2 weight ``own``: their log2-sum-exps, what their outputs are
-    multiplied by, and the key's share.
-    """
-    peak = tl.maximum(row_lse, own)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    had, has = tl.exp2(row_lse - anchor), tl.exp2(own - anchor)
-    total = had + has
-    # Rows of no key at all stay so.
-    safe = tl.where(total != 0, total, 1.0)
-    whole = tl.where(total != 0, anchor + tl.log2(safe), float("-inf"))
-    return whole, ratio * (had / safe), has / safe
-
-
-@triton.jit
 def arrive(counter, wanted):
     """Whether this program is the last of ``wanted``: then it sees what all of them stored."""
     # Every warp's stores come before the one thread's release.
@@ -147,7 +132,7 @@ def join_cut(
     counters, part_out, part_lse, sinks, out, lse, program, row_id, first, last, slot, all_rows,
     rows, row_first, kv_head, q_start, kv_heads, out_token, out_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
-    GATHER: tl.constexpr, earlier_out, earlier_lse,
+    GATHER: tl.constexpr,
 ):  # fmt: skip
     """Called by each program of a cut row after its piece is stored.
 
@@ -182,7 +167,7 @@ def join_cut(
             join_row(
                 part_out, part_lse, sinks, out, lse, slot, base, pieces, step, rows, row_first,
                 kv_head, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS,
-                GATHER, 0, 1, earlier_out, earlier_lse,
+                GATHER,
             )  # fmt: skip
 
 
@@ -190,7 +175,6 @@ def join_cut(
 def finish_empty(
     request, query_starts, part_out, part_lse, sinks, out, lse, kv_heads, out_token, out_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
-    earlier_out, earlier_lse,
 ):  # fmt: skip
     """The result of a request whose mask shows no key: no program came by."""
     q_start = tl.load(query_starts + request)
@@ -198,5 +182,5 @@ def finish_empty(
     for head in range(kv_heads):
         join_row(
             part_out, part_lse, sinks, out, lse, 0, 0, 0, 1, rows, 0, head, q_start, kv_heads,
-            out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS, 1, 0, 1, earlier_out, earlier_lse,
+            out_token, out_head, GROUP, ROWS, VALUE_DIM, SINKS, 1,
         )  # fmt: skip

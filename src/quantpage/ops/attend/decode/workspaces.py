@@ -68,9 +68,14 @@ def _take_counters(device: torch.device, size: int, kept: list[Tensor]) -> Tenso
     return kept[-1]
 
 
-def piece_sizes(programs: int, rows: int, width: int, all_rows: int) -> tuple[int, int, int]:
-    """Numbers of each tensor of ``workspace``: two pieces of ``rows`` query rows a program."""
-    return 2 * programs * rows * width, 2 * programs * rows, 2 * all_rows
+def piece_sizes(
+    programs: int, rows: int, width: int, all_rows: int, whole: bool = False
+) -> tuple[int, int, int]:
+    """Numbers of each tensor of ``workspace``: two pieces of ``rows`` query rows a program, and one
+    for each row that may be whole, where those leave pieces too.
+    """
+    pieces = 2 * programs + all_rows * whole
+    return pieces * rows * width, pieces * rows, 2 * all_rows
 
 
 def larger(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:

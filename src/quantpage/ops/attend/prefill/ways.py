@@ -55,7 +55,7 @@ class Launches:
     """(results, q, layer, batch, params, segment, members; None: all requests)."""
     pages: Callable[..., None]
     """The same."""
-    decode: Callable[..., None]
+    decode: Callable[..., object]
     """(results, q, layer, batch, params): a whole plan, as decode/triton.decode_into takes it."""
     decodes: Callable[..., Any]
     """The entry that says what ``decode`` serves."""
@@ -115,7 +115,7 @@ def decode_some(
     batch: BatchPlan,
     params: AttendParams,
     members: tuple[int, ...],
-    decode: Callable[..., None],
+    decode: Callable[..., object],
 ) -> None:
     """Some requests of a step by a decode kernel, in place where they are neighbours."""
     taken, rows = batch.once(("requests", members), lambda: take_requests(batch, members))
