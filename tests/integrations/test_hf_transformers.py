@@ -1,17 +1,18 @@
 """attach(): real Transformers models over quantized pages, against their own attention."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
 
 import quantpage
 from quantpage.errors import FormatError, NonFiniteInput, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.arguments import cache_as
 from tests.integrations.oracle import oracle
-from tests.integrations.tiny_models import BUILDERS, tiny, tokens
+from tests.integrations.tiny_models import BUILDERS, COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
 
@@ -203,12 +204,60 @@ def test_a_failed_attach_changes_nothing():
     for arguments, error in (
         ({"kv_format": "int33"}, FormatError),
         ({"page_size": 0}, ValueError),
+        ({"page_size": 64.0}, ValueError),
         ({"backend": "fastest"}, ValueError),
+        ({"implementation": "fastest"}, ValueError),
+        ({"mask": torch.ones(3, 3)}, ValueError),
+        ({"calibration": 5}, ValueError),
+        ({"max_tokens": 2.5}, ValueError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=f"^{next(iter(arguments))}: expected"):
             quantpage.attach(model, **arguments)
         assert model.config._attn_implementation == "eager"
         assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["llama", "convolutions"])
+@torch.inference_mode()
+def test_rows_are_chosen_and_repeated_with_all_that_they_hold(kind):
+    if kind == "llama":
+        model = tiny("llama", torch.float32)
+    else:
+        own = Lfm2Config(**COMMON, layer_types=["conv", "full_attention", "conv"])
+        model = Lfm2ForCausalLM(own).eval()
+    ids, more = tokens(3, 40), tokens(6, 4)
+    changes = {
+        "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 2])), [2, 0, 2]),
+        "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+        "mask": (
+            lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+            [0, 2],
+        ),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartlyPaged)
+        attached = quantpage.attach(model, kv_format="none", page_size=16)
+    with attached:
+        for change, rows in changes.values():
+            cache = attached.new_cache()
+            model(ids, past_key_values=cache)
+            change(cache)
+            got = model(more[: len(rows)], past_key_values=cache).logits
+            want = model(torch.cat([ids[rows], more[: len(rows)]], 1)).logits[:, -4:]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        for wrong in (
+            lambda cache: cache.reorder_cache(torch.tensor([0, 1, 3])),
+            lambda cache: cache.reorder_cache(torch.tensor([-1])),
+            lambda cache: cache.batch_repeat_interleave(0),
+        ):
+            cache = attached.new_cache()
+            model(ids, past_key_values=cache)
+            with pytest.raises(ValueError, match=r"expected"):
+                wrong(cache)
+            got = model(more[:3], past_key_values=cache).logits
+            want = model(torch.cat([ids, more[:3]], 1)).logits[:, -4:]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_attached_says_why():

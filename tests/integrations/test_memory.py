@@ -150,7 +150,9 @@ def test_a_known_maximum_is_allocated_once(name, kv_format):
             logits(model, ids[:, :1], [1], cache)
         full = max(pages for pages, _ in size)
         assert full == 2 * -(-300 // PAGE) and before[1] == held(cache)
-    with pytest.raises(ValueError, match="max_tokens: expected at least 1 token, got 0"):
+    with pytest.raises(
+        ValueError, match="max_tokens: expected a whole number of at least 1, got 0"
+    ):
         quantpage.attach(model, max_tokens=0)
 
 

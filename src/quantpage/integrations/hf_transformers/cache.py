@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 
 from quantpage.batch import BatchPlan
 from quantpage.cache import LayerKV, Reach
+from quantpage.cache.counts import whole
 from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.memory import Memory
 from quantpage.integrations.hf_transformers.model import lent_layers, reaches_of
@@ -173,19 +174,16 @@ class QuantPageCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes a copy of row ``beam_idx[i]``; pages are shared."""
-        self._select(beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times; pages are shared."""
-        rows = [row for row in range(self.rows.count) for _ in range(repeats)]
-        self._select(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+        repeats = whole("repeats", repeats, 1)
+        self._select([row for row in range(self.rows.count) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows."""
-        self._select(
-            torch.arange(self.rows.count)[indices.cpu()].tolist(),
-            lambda layer: layer.batch_select_indices(indices),
-        )
+        self._select(torch.arange(self.rows.count)[indices.cpu()].tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
@@ -255,10 +253,18 @@ class QuantPageCache(Cache):
         """What Transformers' own cache would hold for the same tokens, in the model's dtype."""
         return self.rows.unquantized_bytes()
 
-    def _select(self, rows: list[int], apply: Callable[[Any], object]) -> None:
+    def _select(self, rows: list[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was; ValueError, with nothing changed, for no row."""
+        there = self.rows.count
+        wrong = next((row for row in rows if not 0 <= row < there), None) if there else None
+        if wrong is not None:
+            raise ValueError(f"rows: expected some of 0 to {there - 1}, got {wrong}")
+        chosen = torch.tensor(rows, dtype=torch.long)
+
         def select() -> None:
             self._flush()
-            self._change(partial(self.rows.select, rows), apply)
+            # Of any number of rows, also where a layer of Transformers knows no other selection.
+            self._change(partial(self.rows.select, rows), lambda stock: stock.reorder_cache(chosen))
 
         self.turns.take(select)
 

@@ -6,7 +6,6 @@ Keys and values go into pages as in any layer; the state stays what Transformers
 from copy import deepcopy
 from typing import Any
 
-from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -65,19 +64,3 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, 
         for name in vars(LinearAttentionLayer()):
             setattr(made, name, deepcopy(getattr(made, name)))
         return made
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row's state ``repeats`` times."""
-        self._on_states(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """The states of these rows."""
-        self._on_states(lambda state: state[indices.to(state.device)])
-
-    def _on_states(self, change: Any) -> None:
-        for name in ("conv_states", "recurrent_states"):
-            held = getattr(self, name)
-            if isinstance(held, dict):
-                setattr(self, name, {k: None if v is None else change(v) for k, v in held.items()})
-            elif held is not None:
-                setattr(self, name, change(held))

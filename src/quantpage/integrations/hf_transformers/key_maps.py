@@ -48,6 +48,8 @@ def find_key_maps(
     calibration: AUTO, None for none, or a file of `quantpage calibrate`. latent: layers whose keys
     are not what is cached, and that the weights ask for no map of.
     """
+    if not isinstance(calibration, str | Path | None):
+        raise ValueError(f"calibration: expected 'auto', None or a path, got {calibration!r}")
     static = next((each for each in formats if not each.dynamic), None)
     if static is not None and (calibration == AUTO or _is_folder(calibration)):
         return _of_checkpoint(model, formats, static, calibration)

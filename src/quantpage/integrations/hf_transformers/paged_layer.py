@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from quantpage.attention import AttentionBackend, LayerAttention, build_attention, find_backend
 from quantpage.batch import BatchPlan
 from quantpage.cache import PAGE_SIZES, CacheLayout, LayerKV, Reach
+from quantpage.cache.counts import whole
 from quantpage.errors import CacheError
 from quantpage.formats import KeyMap, KVFormat, StaticScales, rotate
 from quantpage.formats.per_layer import LayerFormats
@@ -28,7 +29,7 @@ from quantpage.integrations.hf_transformers.memory import Basis
 from quantpage.integrations.hf_transformers.rows import Rows
 from quantpage.integrations.hf_transformers.step import Step
 from quantpage.masks import CausalMask, Mask
-from quantpage.ops import gather
+from quantpage.ops import attend, gather, rope_write
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.rope_write import WriteParams
@@ -55,10 +56,17 @@ class CacheOptions:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1 token, got {self.max_tokens}")
+        if self.page_size not in PAGE_SIZES or not isinstance(self.page_size, int):
+            raise ValueError(f"page_size: expected one of {PAGE_SIZES}, got {self.page_size!r}")
+        if self.max_tokens is not None:
+            whole("max_tokens", self.max_tokens, 1)
+        if not isinstance(self.mask, Mask | None):
+            raise ValueError(f"mask: expected one of quantpage.masks, got {self.mask!r}")
+        names = {each.name: None for each in (*attend.CANDIDATES, *rope_write.CANDIDATES)}
+        if self.implementation not in (None, *names):
+            raise ValueError(
+                f"implementation: expected one of {', '.join(names)}; got {self.implementation!r}"
+            )
 
 
 class PagedLayer(CacheLayerMixin):
