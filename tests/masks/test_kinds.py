@@ -119,8 +119,16 @@ def test_a_window_goes_on_sliding_over_described_keys():
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: masks.sliding_window(9, 0), "window: expected at least 1, got 0"),
-        (lambda: masks.causal_document([4, 0, 2]), r"lengths\[1\]: expected at least 1, got 0"),
+        (lambda: masks.sliding_window(9, 0), "window: expected a whole number of at least 1"),
+        (lambda: masks.sliding_window(9, 2.5), "window: expected a whole number .*, got 2.5"),
+        (lambda: masks.CausalMask(2.5), "window: expected a whole number of at least 1, got 2.5"),
+        (lambda: masks.CausalMask("5"), "window: expected a whole number of at least 1, got '5'"),
+        (lambda: masks.CausalMask(5, 1.5), "sink_tokens: expected a whole number"),
+        (lambda: masks.causal(-1), "tokens: expected a whole number of at least 0, got -1"),
+        (lambda: masks.full(1.5), "tokens: expected a whole number of at least 0, got 1.5"),
+        (lambda: masks.document([2.5, 3]), r"lengths\[0\]: expected a whole number"),
+        (lambda: masks.prefix_lm(9, 2.5), "prefix: expected 0..9, got 2.5"),
+        (lambda: masks.causal_document([4, 0, 2]), r"lengths\[1\]: expected a whole .* 1, got 0"),
         (lambda: masks.document([]), "lengths: expected at least one document, got none"),
         (lambda: masks.prefix_lm(9, 10), "prefix: expected 0..9, got 10"),
         (

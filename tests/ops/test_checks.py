@@ -348,6 +348,9 @@ def test_halves_and_exact_pages_that_do_not_belong_together_are_no_layer():
 
 PARAMS = [
     (lambda: AttendParams(math.nan), "softmax_scale"),
+    (lambda: AttendParams(None), "softmax_scale"),
+    (lambda: AttendParams(0.1, softcap="5"), "softcap"),
+    (lambda: AttendParams(0.1, sinks=[0.0, 1.0]), "sinks"),
     (lambda: AttendParams(math.inf), "softmax_scale"),
     (lambda: AttendParams(-0.1), "softmax_scale"),
     (lambda: AttendParams(0.0), "softmax_scale"),

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from quantpage.cache.counts import whole
+
 if TYPE_CHECKING:
     from quantpage.masks.draw import Picture
 
@@ -171,10 +173,9 @@ class CausalMask(Mask):
     sink_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least 1 token, got {self.window}")
-        if self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens: expected at least 0, got {self.sink_tokens}")
+        if self.window is not None:
+            whole("window", self.window, 1)
+        whole("sink_tokens", self.sink_tokens)
 
     def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """k <= q, and within the window or among the sink tokens."""

@@ -14,11 +14,13 @@ New tokens past the described ones are causal (masks/columns).
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from quantpage.cache.counts import whole
 from quantpage.masks.checks import END
 from quantpage.masks.columns import ColumnIntervals
 from quantpage.masks.tree import TreeMask
@@ -26,11 +28,13 @@ from quantpage.masks.tree import TreeMask
 
 def causal(tokens: int) -> ColumnIntervals:
     """Query i sees keys 0 .. i."""
+    whole("tokens", tokens)
     return _columns(torch.full((tokens,), END))
 
 
 def full(tokens: int) -> ColumnIntervals:
     """Every described token sees every other."""
+    whole("tokens", tokens)
     return _columns(torch.full((tokens,), END), torch.zeros(tokens), causal=False)
 
 
@@ -39,7 +43,8 @@ def sliding_window(tokens: int, window: int) -> ColumnIntervals:
 
     Describe as many tokens as the request may reach, so that the window goes on sliding.
     """
-    _at_least("window", window, 1)
+    whole("tokens", tokens)
+    whole("window", window, 1)
     return _columns(torch.arange(tokens) + window)
 
 
@@ -57,7 +62,7 @@ def document(lengths: Sequence[int]) -> ColumnIntervals:
 
 def shared_question(question: int, answers: Sequence[int]) -> ColumnIntervals:
     """One question and several answers: an answer sees the question and itself, causally."""
-    _at_least("question", question, 0)
+    whole("question", question, 0)
     starts, ends = _documents("answers", answers)
     after = _open(ends + question, starts + question, answers)
     return _columns(torch.cat([torch.full((question,), END), after]))
@@ -65,8 +70,9 @@ def shared_question(question: int, answers: Sequence[int]) -> ColumnIntervals:
 
 def global_sliding_window(tokens: int, global_tokens: int, window: int) -> ColumnIntervals:
     """The first tokens see all and are seen by all; others see ``window`` keys to each side."""
+    whole("tokens", tokens)
     _within("global_tokens", global_tokens, 0, tokens)
-    _at_least("window", window, 0)
+    whole("window", window, 0)
     keys = torch.arange(tokens)
     wide = keys < global_tokens
     lts = torch.where(wide, END, (keys + window + 1).clamp(min=global_tokens))
@@ -86,6 +92,7 @@ def causal_blockwise(lengths: Sequence[int]) -> ColumnIntervals:
 
 def prefix_lm(tokens: int, prefix: int) -> ColumnIntervals:
     """The first ``prefix`` tokens are seen by all of themselves; the rest is causal."""
+    whole("tokens", tokens)
     _within("prefix", prefix, 0, tokens)
     keys = torch.arange(tokens)
     return _columns(torch.full((tokens,), END), torch.where(keys < prefix, 0, keys), causal=False)
@@ -109,6 +116,7 @@ def qk_sparse(tokens: int, gaps: Sequence[tuple[int, int]]) -> ColumnIntervals:
     """Causal, with queries dropped: those of a gap (first, length) do not see the keys between
     the gap before and their own.
     """
+    whole("tokens", tokens)
     lts, lte = torch.full((tokens,), END), torch.full((tokens,), END)
     before = 0
     for row, (first, length) in enumerate(gaps):
@@ -135,6 +143,7 @@ def random_eviction(evicted_at: Int[Tensor, " tokens"]) -> ColumnIntervals:
 
 def image_spans(tokens: int, spans: Sequence[tuple[int, int]]) -> ColumnIntervals:
     """Causal text with images: tokens of a span [start, end) see all of their own span."""
+    whole("tokens", tokens)
     ute = torch.arange(tokens)
     before = 0
     for row, (start, end) in enumerate(spans):
@@ -147,7 +156,8 @@ def image_spans(tokens: int, spans: Sequence[tuple[int, int]]) -> ColumnInterval
 
 def block_diffusion(tokens: int, block: int, prompt: int = 0) -> ColumnIntervals:
     """A causal prompt, then spans of ``block`` tokens that see themselves and all before them."""
-    _at_least("block", block, 1)
+    whole("tokens", tokens)
+    whole("block", block, 1)
     _within("prompt", prompt, 0, tokens)
     return image_spans(
         tokens, [(at, min(at + block, tokens)) for at in range(prompt, tokens, block)]
@@ -169,7 +179,7 @@ def _documents(name: str, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     if not lengths:
         raise ValueError(f"{name}: expected at least one document, got none")
     for row, length in enumerate(lengths):
-        _at_least(f"{name}[{row}]", length, 1)
+        whole(f"{name}[{row}]", length, 1)
     ends = torch.tensor(list(accumulate(lengths)))
     counts = torch.tensor(list(lengths))
     return (ends - counts).repeat_interleave(counts), ends.repeat_interleave(counts)
@@ -180,11 +190,6 @@ def _open(ends: Tensor, starts: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.where(starts == starts[-1], END, ends)
 
 
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{name}: expected at least {low}, got {value}")
-
-
 def _within(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low}..{high}, got {value}")
+    if not (isinstance(value, SupportsIndex) and low <= value.__index__() <= high):
+        raise ValueError(f"{name}: expected {low}..{high}, got {value!r}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import e, isfinite, log2
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -88,7 +89,9 @@ class AttendParams:
 
     def __post_init__(self) -> None:
         for name, number in (("softmax_scale", self.softmax_scale), ("softcap", self.softcap)):
-            if number is not None and not (isfinite(number) and number > 0):
+            if name == "softcap" and number is None:
+                continue
+            if not (isinstance(number, Real) and isfinite(number) and number > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, got {number}")
         mask, sinks = self.mask, self.sinks
         if not isinstance(mask, Mask):
@@ -97,6 +100,8 @@ class AttendParams:
             for name, tokens in (("window", mask.window), ("sink_tokens", mask.sink_tokens)):
                 if tokens is not None and tokens >= 2**31:
                     raise ValueError(f"mask.{name}: expected less than 2^31 tokens, got {tokens}")
+        if sinks is not None and not isinstance(sinks, Tensor):
+            raise ValueError(f"sinks: expected a tensor [q_heads], got {type(sinks).__name__}")
         if sinks is not None and (sinks.ndim != 1 or not sinks.is_floating_point()):
             raise ValueError(
                 f"sinks: expected floating numbers [q_heads], got {sinks.dtype} "
