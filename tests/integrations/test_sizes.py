@@ -92,6 +92,9 @@ ARCHITECTURES = {
     "gpt_neox": lambda: tf.GPTNeoXConfig(**SMALL, intermediate_size=128),
     "bloom": lambda: tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
     "falcon": lambda: tf.FalconConfig(**SMALL, multi_query=True, alibi=False),
+    "falcon_of_the_second_kind": lambda: tf.FalconConfig(
+        **SMALL, num_kv_heads=2, new_decoder_architecture=True, alibi=False
+    ),
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(
         vocab_size=128, n_embd=64, n_head=4, n_layer=2, multi_query=True, eos_token_id=2
     ),
@@ -166,6 +169,24 @@ def test_what_is_counted_is_what_is_held(name):
                 assert states(cache) == 2 * shape.state_bytes
             else:
                 assert states(cache) <= 2 * shape.state_bytes
+
+
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+@torch.inference_mode()
+def test_states_in_modules_are_no_pages():
+    config = tf.RecurrentGemmaConfig(
+        **{**SMALL, "num_hidden_layers": 3}, num_key_value_heads=1, attention_window_size=48
+    )
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    shape = cache_shape(config)
+    layers = shape.layers(LayerFormats.parse("int8"), 64)
+    with quantpage.attach(model, "int8") as attached:
+        cache = attached.new_cache()
+        model(tokens(1, 300), past_key_values=cache)
+    assert len(layers) == 1 and cache.used_bytes() == held_bytes(layers, 300)
+    recurrent = [each.temporal_block for each in model.model.layers[:2]]
+    held = sum(x.nbytes for r in recurrent for x in (r.conv1d_state, r.rg_lru.recurrent_states))
+    assert shape.states == {"recurrent": held}
 
 
 def test_a_prompts_peak_is_counted_exactly():

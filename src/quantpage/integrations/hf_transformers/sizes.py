@@ -194,7 +194,11 @@ def _kinds(text: Any, count: int) -> list[str]:
     infer = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     kinds = list(_inferred(text) if infer is None else infer(text)[0])
     assert len(kinds) == count
-    return kinds
+    # Recurrent Gemma keeps states in its modules, and its cache is not told of them.
+    blocks = getattr(text, "layers_block_type", None) or kinds
+    return [
+        block if block == "recurrent" else kind for kind, block in zip(kinds, blocks, strict=True)
+    ]
 
 
 def _inferred(text: Any) -> list[str]:
@@ -229,7 +233,10 @@ def _layer(text: Any, index: int, modules: "list[nn.Module]", reach: Reach, tp: 
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
     heads = _projected_heads(modules, head_dim) or getattr(own, "num_key_value_heads", None)
     heads = heads or getattr(own, "num_kv_heads", None)
-    if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", False):
+    if getattr(own, "new_decoder_architecture", False):
+        # Falcon's second kind caches its keys once a query head.
+        heads = q_heads
+    elif getattr(own, "multi_query", False):
         heads = 1
     value_dim = getattr(own, "v_head_dim", None) or head_dim
     return LayerShape(-(-(heads or q_heads) // tp), head_dim, value_dim, reach)
@@ -269,6 +276,10 @@ def _kimi_delta(text: Any) -> tuple[int, int]:
     return 3 * width * text.linear_conv_kernel_dim, width * text.linear_head_dim
 
 
+def _linear_unit(text: Any) -> tuple[int, int]:
+    return text.lru_width * (text.conv1d_width - 1), text.lru_width
+
+
 def _compressed_convolution(text: Any) -> tuple[int, int]:
     heads = text.num_attention_heads + text.num_key_value_heads
     convolution = heads * text.head_dim * (text.cca_time0 + text.cca_time1 - 2)
@@ -301,6 +312,7 @@ _STATES = (
     (("mamba_n_heads", "mamba_d_head", "mamba_n_groups"), _mamba2),
     (("mamba_num_heads", "ssm_state_size", "conv_kernel"), _nemotron),
     (("mamba_expand", "mamba_d_state", "mamba_d_conv"), _mamba1),
+    (("lru_width", "conv1d_width"), _linear_unit),
     (("cca_time0", "cca_time1"), _compressed_convolution),
     (("conv_L_cache",), _short_convolution),
 )
