@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantpage.agreement import allowed
+from quantpage.batch import plan_batch
 from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import device_info
 from quantpage.masks import CausalMask, FullMask, RowIntervals, causal_document
@@ -218,6 +219,24 @@ def test_threads_and_batch_mates_change_nothing():
         host_context_lens=(2100,),
     )
     assert torch.equal(cpu.attend(q[:1], layer, alone, params)[0], got[0][0][:1])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int6", "int3", "int8_static"])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 208])
+def test_few_rows_and_many_have_the_same_scores(name, head_dim):
+    """Rows below and from 16 on are multiplied in ways of their own, both exact."""
+    torch.manual_seed(head_dim)
+    kv_format = replace(FORMATS[name], exact_pages=None)
+    q, layer, batch = make_case(kv_format, Shape(head_dim, 8, 1, 16, (3,), (171,)))
+    # Largest channels of one sign and of the other: words at both ends of their range.
+    q[0, 0, :2] = torch.tensor([9.0, -9.0])
+    params = AttendParams(head_dim**-0.5, mask=FullMask())
+    rows, tables = q.split(1), batch.page_table[:, :11].tolist()
+    one = plan_batch([1], [171], tables, 16)
+    for isa in AVAILABLE:
+        _, many = cpu.attend(q, layer, batch, params, isa=isa)
+        few = [cpu.attend(row, layer, one, params, isa=isa)[1] for row in rows]
+        assert torch.equal(torch.cat(few), many)
 
 
 def test_a_nan_query_stays_alone():
