@@ -111,14 +111,14 @@ class LayerAttention:
     def _in_parts(self, layer: LayerKV, batch: BatchPlan, params: AttendParams) -> bool:
         """Whether requests of few tokens stand beside prompts over exact pages.
 
-        A decode kernel reads codes and exact pages in one launch. A prompt's kernels take two and a
-        merge, and would read a whole context for one row. (Without exact pages they cut a step
-        themselves: ops/attend/prefill/ways.)
+        A decode kernel takes a row over codes and exact pages; a prompt's kernels would read a
+        whole context for it. (Without exact pages they cut a step themselves:
+        ops/attend/prefill/ways.)
         """
         return (
             layer.exact_key is not None
             and self.decode.joins
-            and not self.prefill.joins
+            and self.prefill is not self.decode
             and params.facts.mask_batch == 1
             and 1 < len(_parts(batch.query_lens)) <= _MOST_PARTS
         )

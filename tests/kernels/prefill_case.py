@@ -80,7 +80,7 @@ def compile_dense(head_dim=128, dtype="fp16", **flags):
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], element)
     rows = f"tensordesc<{dtype}[{tile.keys}, {head_dim}],{layout!r}>"
     types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16"}
-    types |= {"order": "*i32", "work": "*i32", "scale": "fp32", "cap": "fp32"}
+    types |= {"order": "*i32", "work": "*i32", "near_rows": "*i32", "scale": "fp32", "cap": "fp32"}
     for name in ("lse_ptr", "carry_ptr", "carry_lse_ptr", "sinks_ptr"):
         types[name] = "*fp32"
     types["v_scale"] = types["v_zero"] = "*fp16"
@@ -89,10 +89,12 @@ def compile_dense(head_dim=128, dtype="fp16", **flags):
         "DP": head_dim, "DVP": head_dim,
         "STAGES": tile.stages, "CAUSAL": True, "WINDOW": False, "BODY": False,
         "SOFTCAP": False, "SINKS": False,
-        "CARRY": False, "SHIFT": 8 if dtype == "fp16" else 0,
+        "CARRY": False, "EXACT": False, "NEAR": False, "SHIFT": 8 if dtype == "fp16" else 0,
         "V_STATIC": False, "V_ZERO": False, "V_GROUPS": 1,
     }  # fmt: skip
     fixed |= flags
+    if not fixed["NEAR"]:
+        fixed["near_rows"] = None
     signature, constants, aligned = {}, {}, {}
     for at, name in enumerate(prefill_kernel.arg_names):
         if name in fixed:
@@ -140,6 +142,10 @@ DENSE = {
     "dense 256": {"head_dim": 256},
     "dense window, sinks": {"WINDOW": True, "SINKS": True},
     "dense carried": {"CARRY": True},
+    "dense exact": {"EXACT": True, "NEAR": True},
+    "dense exact, carried": {"EXACT": True, "CARRY": True},
+    "dense exact, window, sinks": {"EXACT": True, "NEAR": True, "WINDOW": True, "SINKS": True},
+    "dense exact 256": {"EXACT": True, "NEAR": True, "head_dim": 256},
     "dense given scales": {"SINKS": True, "V_STATIC": True, "V_ZERO": True, "V_GROUPS": 128},
     # As launched where nobody reads the log-sum-exp: what is not there is None.
     "dense, output alone": dict.fromkeys(

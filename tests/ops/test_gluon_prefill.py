@@ -113,12 +113,11 @@ def test_groups_of_channels():
     check(spec, spec, RAGGED)
 
 
-@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=100, sink_tokens=70), FullMask()])
-@pytest.mark.parametrize("name", ["int4", "int4_near8"])
-def test_exact_pages_are_one_more_segment(name, mask):
+def check_exact(name, step, mask=CAUSAL):
+    """Both segments in one call, with and without a log-sum-exp, to the caller's memory or not."""
     given = find_format(name)
     q, layer, batch = make_step(
-        given.key, given.value, RAGGED, mask, torch.float16, exact=True, near=given.near
+        given.key, given.value, step, mask, torch.float16, exact=True, near=given.near
     )
     params = AttendParams(q.shape[-1] ** -0.5, mask, None, torch.randn(q.shape[1], device=DEVICE))
     run = candidate("prefill.gluon")
@@ -126,6 +125,37 @@ def test_exact_pages_are_one_more_segment(name, mask):
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE[torch.float16]
     assert (lse.cpu() - wanted_lse).abs().max() < 10 * TOLERANCE[torch.float16]
+    place = torch.empty_like(out)
+    again, none = attend_segments(q, layer, batch, params, run, lse_wanted=False, out=place)
+    assert again is place and none is None and torch.equal(again, out)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CausalMask(window=100, sink_tokens=70), FullMask()])
+@pytest.mark.parametrize("name", ["int4", "int4_near8"])
+def test_exact_pages_are_read_beside_the_codes(name, mask):
+    check_exact(name, RAGGED, mask)
+
+
+@pytest.mark.parametrize("more", [{}, {"processors": 1}])
+def test_exact_pages_are_read_in_the_first_of_several_passes(more, monkeypatch):
+    plain = gluon_prefill.workspace_shape
+    monkeypatch.setattr(
+        gluon_prefill,
+        "workspace_shape",
+        lambda *given: replace(plain(*given), cap=300_000, **more),
+    )
+    check_exact("int4", Step((200, 40), (1500, 600), page_size=64, head_dim=128))
+
+
+def test_exact_pages_are_read_by_the_first_part():
+    check_exact("int4", Step((40,), (9000,), page_size=64, head_dim=128, kv_heads=1))
+
+
+@pytest.mark.parametrize("least", [256, 512])
+def test_exact_pages_of_a_mixed_step(least, monkeypatch):
+    """Through a workspace as the requests' mean of 304 rows is enough, and a merge where not."""
+    monkeypatch.setitem(prefill.WORKSPACE_ROWS, "gluon", least)
+    check_exact("int4", RAGGED)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -43,6 +43,15 @@ def workspace(each):
             assert rows[row + offset, 0] == -2, "a row was written twice"
             key = first + offset
             rows[row + offset] = (request, key) if key < end else (-1, -1)
+    coded = int((rows[:, 0] != -2).sum())
+    assert (rows[coded:, 0] == -2).all()
+    for request, first, count, end, row in () if each.exact is None else each.exact.spans:
+        assert count <= each.exact.max_span
+        for offset, key in enumerate(range(first, first + count)):
+            # In place of codes of the same keys, or behind all of them.
+            was = tuple(rows[row + offset])
+            assert was in ((request, key), (-1, -1)) if row < coded else was == (-2, -2)
+            rows[row + offset] = (request, key) if key < end else (-1, -1)
     assert (rows[:, 0] != -2).all(), "a row was left as it was"
     return rows
 
@@ -103,6 +112,47 @@ def test_every_visible_key_once(queries, contexts, more, persistent):
         assert given.window is None or key < given.sink_tokens or key > first - given.window
 
 
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize(
+    ("queries", "contexts", "more"),
+    [
+        ((5, 0, 3), (5, 9, 20), {}),
+        ((20, 1), (33, 40), {"cap": 300, "processors": 1}),
+        ((3,), (90,), {"cap": 700, "processors": 64}),
+        ((3,), (90,), {"cap": 400, "processors": 64}),
+        ((3, 4, 2), (30, 17, 25), {"cap": 500}),
+        ((2,), (130,), {"processors": 64}),
+        ((9, 12), (40, 12), {"window": 30, "sink_tokens": 11}),
+        ((9, 12), (40, 12), {"window": 7}),
+    ],
+)
+def test_exact_pages_lie_beside_the_codes(queries, contexts, more, page):
+    given = shape(exact_page=page, **more)
+    passes = plan_passes(queries, contexts, given)
+    near = []
+    for each in passes:
+        rows, made = workspace(each), each.exact
+        exact = {row + at for *_, count, _, row in made.spans for at in range(count)}
+        for _, _, _, _, row, base, end, request, _ in each.work.items:
+            # Whoever reads a key of the first page among the codes reads it exactly.
+            behind = row + given.sink_tiles * TILE.keys
+            held = {key: row + key for key in range(given.sink_tiles * TILE.keys)}
+            held |= {key: behind + key - base for key in range(base, end)}
+            for key, at in held.items():
+                if tuple(rows[at]) == (request, key):
+                    assert (at in exact) == (key < page), (request, key)
+        assert (made.near is None) == each.carried
+        for request in () if made.near is None else {*each.work.items[:, 7]}:
+            positions = np.arange(contexts[request] - queries[request], contexts[request])
+            first = max(positions[0] // page - 1, 0) * page
+            for key in range(first, contexts[request]):
+                at = made.near[request] + key - first
+                assert at in exact and tuple(rows[at]) == (request, key)
+            near += [(int(request), each.head0 + head) for head in range(each.heads)]
+    prompts = [request for request, new in enumerate(queries) if new]
+    assert sorted(near) == [(request, head) for request in prompts for head in range(3)]
+
+
 def test_the_cap_is_kept_and_partials_are_carried():
     given = shape(cap=300, processors=64)
     passes = plan_passes((3,), (90,), given)
@@ -123,8 +173,12 @@ def test_what_a_step_works_in_is_bounded(data):
         processors=data.draw(st.integers(1, 64)),
         persistent=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([None, 30])),
+        exact_page=data.draw(st.sampled_from([0, 0, 4, 16])),
     )
-    a_head = max(-(-context // TILE.keys) for context in contexts) * TILE.keys * given.row_bytes
+    most = max(-(-context // TILE.keys) for context in contexts) * TILE.keys
+    if given.exact_page:
+        most += max(queries) + 2 * given.exact_page
+    a_head = most * given.row_bytes
     tokens, q_heads = sum(queries), given.kv_heads * given.group
     for each in plan_passes(queries, contexts, given):
         assert each.rows * each.heads * given.row_bytes <= max(given.cap, a_head)

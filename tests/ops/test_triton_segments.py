@@ -42,7 +42,7 @@ PORTABLE = Implementation(
     "triton", "quantpage.ops.attend.prefill.triton:attend", lambda call: [], merge=MERGE
 )
 DENSE = Implementation(
-    "gluon", "quantpage.ops.attend.prefill.gluon:attend", lambda call: [], merge=MERGE
+    "gluon", "quantpage.ops.attend.prefill.gluon:attend", lambda call: [], joins=True
 )
 INTERVALS = Implementation(
     "triton", "quantpage.ops.attend.interval.triton:attend", lambda call: [], merge=MERGE

@@ -70,7 +70,7 @@ CANDIDATES: list[Implementation] = [
         refusals.PREFILL_GLUON,
         into=True,
         reserve=_RESERVE,
-        merge=_MERGE,
+        joins=True,
     ),
     Implementation(
         "triton",

@@ -92,19 +92,17 @@ def capped(s, scale, cap):
 
 
 @gluon.jit
-def online_softmax(
-    s, m, mass, scale, p_layout: gl.constexpr, dtype: gl.constexpr, SHIFT: gl.constexpr
-):
+def online_softmax(s, m, mass, scale, SHIFT: gl.constexpr):
     """One tile of scores into the running maximum and sum; the scale is per log2.
 
-    Returns probabilities as an operand, what the output so far is multiplied by, maximum, mass.
+    Returns probabilities, what the output so far is multiplied by, maximum, mass.
     """
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
     p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - SHIFT - shift)
     mass = mass * alpha + gl.sum(p, 1)
-    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, mass
+    return p, alpha, m_new, mass
 
 
 @gluon.jit
@@ -151,9 +149,12 @@ def start_barriers(full, empty, STAGES: gl.constexpr):
 def attend_tiles(
     q_half, rings, count, tiles, m, mass, acc, zero, walk, ask, judge, hide, ahead, scale, cap,
     p_layout: gl.constexpr, o_rows: gl.constexpr, dtype: gl.constexpr, SOFTCAP: gl.constexpr,
-    SHIFT: gl.constexpr, STAGES: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's ``tiles`` key tiles, at least one: output, maximum, mass, and the next count.
+
+    LATE: probabilities become operands behind the wait for the product that reads the last ones;
+    before it they are made in other registers and moved.
 
     The kernel says by three functions what its rows see:
 
@@ -170,9 +171,8 @@ def attend_tiles(
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(rings.k.empty.index(stage), count=1)
     masked, facts = judge(walk, 0, asked, True)
-    p16, alpha, m, mass = _softmax(
-        s, m, mass, scale, cap, masked, facts, walk, hide, p_layout, dtype, SOFTCAP, SHIFT
-    )
+    p, alpha, m, mass = _softmax(s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP, SHIFT)
+    p16 = gl.convert_layout(p.to(dtype), p_layout)
     acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
     after, after_phase = stage_of(count + 1, STAGES)
     mbarrier.wait(rings.k.full.index(after), after_phase, pred=tiles > 1)
@@ -186,18 +186,24 @@ def attend_tiles(
         s = warpgroup_mma_wait(1, deps=(s_token,))
         mbarrier.arrive(rings.k.empty.index(after), count=1)
         masked, facts = judge(walk, j, asked, False)
-        p16, alpha, m, mass = _softmax(
-            s, m, mass, scale, cap, masked, facts, walk, hide, p_layout, dtype, SOFTCAP, SHIFT
+        p, alpha, m, mass = _softmax(
+            s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP, SHIFT
         )
         done = stage
         count += 1
         stage = after
         phase = after_phase
         after, after_phase = stage_of(count + 1, STAGES)
-        # Waiting for the next keys here, and naming p16, keeps the softmax in front of the
-        # wait for the values' product: assemblers move a bare wait up.
+        if not LATE:
+            p16 = gl.convert_layout(p.to(dtype), p_layout)
+        # Waiting for the next keys here, and naming the probabilities, keeps the softmax in front
+        # of the wait for the values' product: assemblers move a bare wait up.
         mbarrier.wait(rings.k.full.index(after), after_phase, pred=j + 1 < tiles)
-        acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
+        if LATE:
+            acc, p = warpgroup_mma_wait(0, deps=(acc_token, p))
+            p16 = gl.convert_layout(p.to(dtype), p_layout)
+        else:
+            acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
         mbarrier.arrive(rings.v.empty.index(done), count=1)
         acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
     mbarrier.wait(rings.v.full.index(stage), phase)
@@ -209,8 +215,7 @@ def attend_tiles(
 
 @gluon.jit
 def _softmax(
-    s, m, mass, scale, cap, masked, facts, walk, hide, p_layout: gl.constexpr, dtype: gl.constexpr,
-    SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
+    s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
     """One tile of scores, its hidden pairs hidden, into the running maximum and sum."""
     if SOFTCAP:
@@ -218,4 +223,4 @@ def _softmax(
         scale = 1.0
     if masked:
         s = hide(s, facts, walk)
-    return online_softmax(s, m, mass, scale, p_layout, dtype, SHIFT)
+    return online_softmax(s, m, mass, scale, SHIFT)

@@ -314,7 +314,7 @@ def _consume(
                     s_layout,
                 ),
                 _ask, _judge, _hide, _key_tile(visits, 0, full, partial, capacity) * BN, scale,
-                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES,
+                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES, False,
             )
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)

@@ -4,6 +4,10 @@ The kernel reads K and V as dense 16-bit rows (a workspace that gather fills), a
 they lie. A tile is BM rows of (token, query head of one kv_head) pairs: packing the group makes a
 tile of a short chunk full, and lets any group size share the K and V that it reads.
 
+Of a cache with exact pages the first page lies where its codes would, and near pages are further
+key tiles behind those of the codes: from the first that is near to a tile's first row up to its
+last row.
+
 What a consumer does with a key tile, and in which order, is flash/gluon_parts. Tried on an H200 and
 left out, as no faster: turns between the consumers by barriers, keys from the last to the first,
 and asking for the next tile's queries behind the last product of this one (4 to 7 % slower).
@@ -28,7 +32,14 @@ from quantpage.ops.attend.flash.gluon_parts import (
 )
 from quantpage.ops.attend.flash.triton_items import NEW, POSITION, ROW, TOKEN
 from quantpage.ops.attend.flash.triton_segments import near_page
-from quantpage.ops.attend.prefill.triton_work import BASE, END, FIELDS, PART, WORKSPACE_ROW
+from quantpage.ops.attend.prefill.triton_work import (
+    BASE,
+    END,
+    FIELDS,
+    PART,
+    REQUEST,
+    WORKSPACE_ROW,
+)
 from quantpage.ops.triton.common import LN2, LOG2E
 from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 
@@ -36,9 +47,12 @@ from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
 @gluon.jit
 def _key_tiles(
     item, window, sink_tiles, page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr, EXACT: gl.constexpr,
+    NEAR: gl.constexpr,
 ):  # fmt: skip
-    """Key tiles of one work item: how many, and the first one after the sink tiles."""
+    """Key tiles of one work item before those of near pages: how many, and the first one after the
+    sink tiles.
+    """
     new = gl.load(item + NEW)
     position = gl.load(item + POSITION)
     row = gl.load(item + ROW)
@@ -49,7 +63,7 @@ def _key_tiles(
     high = end
     if CAUSAL:
         body_high = gl.maximum(near_page(last, page_size), 0) * page_size
-        high = gl.minimum(body_high if BODY else last + 1, end)
+        high = gl.minimum(body_high if BODY or EXACT else last + 1, end)
     low = 0
     if WINDOW:
         low = first - window + 1
@@ -58,15 +72,39 @@ def _key_tiles(
     low_tile = gl.maximum(low - base, 0) // BN
     high_tile = (gl.maximum(high - base, 0) + BN - 1) // BN
     # At least one tile, so that every barrier is used; a row without keys masks all of it.
-    count = gl.maximum(sink_tiles + gl.maximum(high_tile - low_tile, 0), 1)
+    least = 1
+    if NEAR:
+        least = gl.minimum(gl.load(item + PART), 1)
+    count = gl.maximum(sink_tiles + gl.maximum(high_tile - low_tile, 0), least)
     return count, low_tile
 
 
 @gluon.jit
+def _near_tiles(
+    item, page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, NEAR: gl.constexpr,
+):  # fmt: skip
+    """Tiles of near pages of one work item, which the first part of a request's keys has: how many,
+    their first key, and the first key of the request's.
+    """
+    count = 0
+    first_key = 0
+    request_key = 0
+    if NEAR:
+        position = gl.load(item + POSITION)
+        row = gl.load(item + ROW)
+        last = position + gl.minimum(row + BM - 1, gl.load(item + NEW) * G - 1) // G
+        first_key = gl.maximum(near_page(position + row // G, page_size), 0) * page_size
+        request_key = gl.maximum(near_page(position, page_size), 0) * page_size
+        count = gl.where(gl.load(item + PART) == 0, (last - first_key) // BN + 1, 0)
+    return count, first_key, request_key
+
+
+@gluon.jit
 def _producer(
-    k_desc, v_desc, order, work, rings, rounds, heads, head_rows, window, sink_tiles, page_size,
-    G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
+    k_desc, v_desc, order, work, near_rows, rings, rounds, heads, head_rows, window, sink_tiles,
+    page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr, EXACT: gl.constexpr,
+    NEAR: gl.constexpr,
 ):  # fmt: skip
     pid = gl.program_id(0)
     grid = gl.num_programs(0)
@@ -77,11 +115,18 @@ def _producer(
             head = tile % heads
             item = work + tile // heads * FIELDS
             tiles, low_tile = _key_tiles(
-                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
+                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY, EXACT, NEAR
             )
             row = head * head_rows + gl.load(item + WORKSPACE_ROW)
-            for j in range(tiles):
+            near, near_key, request_key = _near_tiles(item, page_size, G, BM, BN, NEAR)
+            near_row = row
+            if NEAR:
+                near_row = head * head_rows + gl.load(near_rows + gl.load(item + REQUEST))
+                near_row += near_key - request_key
+            for j in range(tiles + near):
                 at = row + gl.where(j < sink_tiles, j, j + low_tile) * BN
+                if NEAR:
+                    at = gl.where(j < tiles, at, near_row + (j - tiles) * BN)
                 stage, phase = stage_of(count, STAGES)
                 # The first turn finds every stage empty: a consumer's parity, turned over.
                 copy_tile(k_desc, at, rings.k, stage, phase ^ 1)
@@ -105,9 +150,20 @@ class Walk(NamedTuple):
     sink_tiles: Any
     sink_tokens: Any
     page_size: Any
+    positions: Any
+    """Of each row."""
+    first: Any
+    """Position of the first row."""
+    last_near: Any
+    """First near key of the last row: tiles from there to the first row need no mask."""
+    tiles: Any
+    """Before those of near pages."""
+    near_key: Any
+    """First key of the latter."""
     BN: gl.constexpr
     WINDOW: gl.constexpr
     BODY: gl.constexpr
+    NEAR: gl.constexpr
     s_layout: gl.constexpr
 
 
@@ -125,14 +181,31 @@ def _judge(walk, j, asked, FIRST: gl.constexpr):
     else:
         later = walk.base + (j - walk.sink_tiles + walk.low_tile) * walk.BN
         key0 = gl.where(j < walk.sink_tiles, j * walk.BN, later)
-    return (key0 + walk.BN > walk.first_limit) | (key0 < walk.last_low), key0
+    masked = (key0 + walk.BN > walk.first_limit) | (key0 < walk.last_low)
+    if walk.NEAR:
+        near = j >= walk.tiles
+        near0 = walk.near_key + (j - walk.tiles) * walk.BN
+        near_masked = (near0 + walk.BN > walk.first + 1) | (near0 < walk.last_near)
+        if walk.WINDOW:
+            near_masked = near_masked | (near0 < walk.last_low)
+        return gl.where(near, near_masked, masked), (gl.where(near, near0, key0), near)
+    else:
+        return masked, (key0, 0)
 
 
 @gluon.jit
-def _hide(s, key0, walk):
+def _hide(s, facts, walk):
     """Scores of invisible pairs become -inf."""
+    key0, near = facts
     keys = (key0 + gl.arange(0, walk.BN, gl.SliceLayout(0, walk.s_layout)))[None, :]
-    seen = keys < walk.limit[:, None]
+    if walk.NEAR:
+        low = gl.maximum(near_page(walk.positions, walk.page_size), 0) * walk.page_size
+        low = gl.where(near, low, 0)
+        end = gl.where(near, walk.positions + 1, walk.limit)
+        # One comparison for both ends: what lies before the first is very large without a sign.
+        seen = (keys - low[:, None]).to(gl.uint32) < (end - low).to(gl.uint32)[:, None]
+    else:
+        seen = keys < walk.limit[:, None]
     if walk.WINDOW:
         seen = seen & ((keys >= walk.low[:, None]) | (keys < walk.sink_tokens))
     if walk.BODY:
@@ -148,8 +221,8 @@ def _consume(
     D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr,
     DVP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    CARRY: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
-    V_GROUPS: gl.constexpr, HALF: gl.constexpr,
+    CARRY: gl.constexpr, EXACT: gl.constexpr, NEAR: gl.constexpr, SHIFT: gl.constexpr,
+    V_STATIC: gl.constexpr, V_ZERO: gl.constexpr, V_GROUPS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_smem.dtype
     ROWS: gl.constexpr = BM // 2
@@ -169,8 +242,9 @@ def _consume(
             head = tile % heads
             item = work + tile // heads * FIELDS
             tiles, low_tile = _key_tiles(
-                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY
+                item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY, EXACT, NEAR
             )
+            near, near_key, _ = _near_tiles(item, page_size, G, BM, BN, NEAR)
             token0 = gl.load(item + TOKEN)
             new = gl.load(item + NEW)
             position = gl.load(item + POSITION)
@@ -195,7 +269,7 @@ def _consume(
             limit = at_position * 0 + end
             first_limit = end
             if CAUSAL:
-                if BODY:
+                if BODY or EXACT:
                     limit = gl.maximum(near_page(at_position, page_size), 0) * page_size
                     limit = gl.minimum(limit, end)
                     first_limit = gl.maximum(near_page(first, page_size), 0) * page_size
@@ -221,13 +295,15 @@ def _consume(
             lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
             lse_at += part.to(gl.int64) * part_rows
             acc, m, mass, count = attend_tiles(
-                q_half, rings, count, tiles, m, mass, acc, zero,
+                q_half, rings, count, tiles + near, m, mass, acc, zero,
                 Walk(
                     limit, low, first_limit, last_low, base, low_tile, sink_tiles,
-                    sink_tokens, page_size, BN, WINDOW, BODY, s_layout,
+                    sink_tokens, page_size, at_position, first,
+                    gl.maximum(near_page(last, page_size), 0) * page_size, tiles, near_key,
+                    BN, WINDOW, BODY, NEAR, s_layout,
                 ),
                 _ask, _judge, _hide, 0, scale, cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT,
-                STAGES,
+                STAGES, True,
             )  # fmt: skip
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
@@ -271,15 +347,19 @@ def _consume(
 )
 def prefill_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
-    vs_head, order, work,
+    vs_head, order, work, near_rows,
     rounds, heads, head0, head_rows, part_rows, q_heads, q_token, q_head, scale, cap, window,
     sink_tokens, sink_tiles, page_size, G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, CARRY: gl.constexpr, SHIFT: gl.constexpr, V_STATIC: gl.constexpr,
-    V_ZERO: gl.constexpr, V_GROUPS: gl.constexpr,
+    SINKS: gl.constexpr, CARRY: gl.constexpr, EXACT: gl.constexpr, NEAR: gl.constexpr,
+    SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr, V_GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """One launch over all work items of one workspace; see the module."""
+    """One launch over all work items of one workspace; see the module.
+
+    BODY: codes from the first page's end to the near pages. EXACT: to the near pages, over a first
+    page that is exact. NEAR: the near pages too; near_rows: plan.ExactRows.near, else None.
+    """
     dtype: gl.constexpr = k_desc.dtype
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, DP], dtype)
     q_smem = gl.allocate_shared_memory(dtype, [BM, DP], q_shared)
@@ -294,15 +374,17 @@ def prefill_kernel(
     _roles(
         (
             q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head,
-            order, work, q_smem, Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)),
-            rounds, heads, head0, part_rows, q_heads, q_token, q_head, scale, cap, window,
-            sink_tokens, sink_tiles, page_size, G, D, DV, BM, BN, DP, DVP, STAGES, CAUSAL, WINDOW,
-            BODY, SOFTCAP, SINKS, CARRY, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
+            order, work, q_smem,
+            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, heads,
+            head0, part_rows, q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles,
+            page_size, G, D, DV, BM, BN, DP, DVP, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS,
+            CARRY, EXACT, NEAR, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
         ),
         (
-            k_desc, v_desc, order, work,
+            k_desc, v_desc, order, work, near_rows,
             Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, heads,
             head_rows, window, sink_tiles, page_size, G, BM, BN, STAGES, CAUSAL, WINDOW, BODY,
+            EXACT, NEAR,
         ),
     )  # fmt: skip
 

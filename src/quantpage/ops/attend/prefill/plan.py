@@ -17,6 +17,11 @@ context are zeros: a probability of 0 times what lies there must be 0.
 When a step has fewer tiles than the card has processors, each row's keys are split into parts that
 run side by side and are merged by log-sum-exp.
 
+Exact pages lie in the same workspace: a request's first page in place of its codes, as every query
+sees it so, and the pages that are near to some query in rows of their own behind all codes. The
+latter are read where a request's keys begin: in the first of its passes over keys, by the first of
+its parts.
+
 This module is host arithmetic (numpy); nothing here touches a device.
 """
 
@@ -27,6 +32,7 @@ from itertools import pairwise
 import numpy as np
 
 from quantpage.ops.attend.flash.tiles import WORKSPACE_BYTES, DenseTile
+from quantpage.ops.attend.params import NEAR_PAGES
 
 SECTION_BYTES = 32 * 2**20
 """K and V of the heads that run at the same time: they should stay in a 50 MB L2."""
@@ -62,6 +68,8 @@ class DenseShape:
     processors: int = 132
     persistent: bool = True
     """Programs take tiles in rounds, and rows can start from an earlier pass's partials."""
+    exact_page: int = 0
+    """Keys of a page, where the workspace holds exact pages too; 0: codes alone."""
 
     @property
     def sink_tiles(self) -> int:
@@ -82,6 +90,18 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class ExactRows:
+    """Where a workspace holds exact pages."""
+
+    spans: np.ndarray
+    """As ``DensePass.spans``, over tables of exact pages; written after those."""
+    max_span: int
+    near: np.ndarray | None
+    """int32 [requests]: workspace row of each request's near pages, 0 of requests of other passes;
+    None: an earlier pass has them."""
+
+
+@dataclass(frozen=True, slots=True)
 class DensePass:
     """One filling of the workspace and one launch over it."""
 
@@ -98,6 +118,8 @@ class DensePass:
     """True: rows start from an earlier pass's float32 partials."""
     final: bool
     """False: rows end as float32 partials for the next pass."""
+    exact: ExactRows | None = None
+    """None: the launch reads codes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +229,17 @@ def _extent(new: int, context: int, shape: DenseShape) -> tuple[int, int]:
         base = max(0, context - new - shape.window + 1) // keys * keys
         base = max(base, shape.sink_tiles * keys)
     rows = shape.sink_tiles * keys + -(-max(context - base, 1) // keys) * keys
-    return base, rows
+    return base, rows + _exact_rows(new, context, shape)
+
+
+def _exact_rows(new: int, context: int, shape: DenseShape) -> int:
+    """Workspace rows of one request's near pages."""
+    return context - _near_key(new, context, shape.exact_page) if shape.exact_page else 0
+
+
+def _near_key(new: int, context: int, page: int) -> int:
+    """First key that is near to some query."""
+    return max((context - new) // page - NEAR_PAGES, 0) * page
 
 
 def _grouped(requests, extents, cap_rows):
@@ -232,7 +264,10 @@ def _long_request(request: int, step: _Step, shape: DenseShape, extent) -> list[
     items = -(-step.query_lens[request] * shape.group // shape.tile.rows)
     # Under four rounds of tiles a pass over few heads leaves processors idle at its end.
     busy = heads >= 1 and heads * items >= 4 * shape.processors
-    if busy or shape.window is not None or not shape.persistent:
+    exact = _exact_rows(step.query_lens[request], context, shape)
+    # A segment has whatever exact pages there are: beside many it would be short.
+    crowded = 2 * exact > shape.cap // (shape.kv_heads * shape.row_bytes)
+    if busy or crowded or shape.window is not None or not shape.persistent:
         count = -(-shape.kv_heads // max(heads, 1))
         heads = -(-shape.kv_heads // count)
         held = [_Held(request, base, context)]
@@ -241,8 +276,9 @@ def _long_request(request: int, step: _Step, shape: DenseShape, extent) -> list[
             for head in range(0, shape.kv_heads, heads)
         ]
     keys = shape.tile.keys
+    rows -= exact
     # Whole tiles under the cap, and then no more segments than that takes, of one length.
-    most = max(1, shape.cap // (shape.kv_heads * shape.row_bytes * keys)) * keys
+    most = max(1, (shape.cap // (shape.kv_heads * shape.row_bytes) - exact) // keys) * keys
     count = -(-rows // most)
     length = -(-rows // (count * keys)) * keys
     return [
@@ -279,16 +315,46 @@ def _one_pass(
         spans += _spans(each.request, shown, each.end, hidden, row + sink_rows)
         held.append(_Held(each.request, each.base, each.end, row))
         row += sink_rows + length
+    work = _work(held, step, shape, heads[1], row, split)
+    exact = None
+    if shape.exact_page:
+        exact, row = _exact(held, step, shape, row, not carried)
     return DensePass(
         head0=heads[0],
         heads=heads[1],
         rows=row,
         spans=np.asarray(spans, dtype=np.int32),
         max_span=max(span[2] for span in spans),
-        work=_work(held, step, shape, heads[1], row, split),
+        work=work,
         carried=carried,
         final=final,
+        exact=exact,
     )
+
+
+def _exact(
+    held: list[_Held], step: _Step, shape: DenseShape, end: int, near: bool
+) -> tuple[ExactRows, int]:
+    """Exact pages of the requests in ``held``, near ones from workspace row ``end`` on, and the
+    workspace's new end. near: whether this pass has them."""
+    page, sink_rows = shape.exact_page, shape.sink_tiles * shape.tile.keys
+    spans = []
+    rows = np.zeros(len(step.query_lens), dtype=np.int32)
+    for each in held:
+        request, context = each.request, step.context_lens[each.request]
+        if sink_rows:
+            spans.append((request, 0, min(page, sink_rows), context, each.row))
+        last = min(page, each.end)
+        if each.base < last:
+            spans.append((request, each.base, last - each.base, context, each.row + sink_rows))
+        if near:
+            key = _near_key(step.query_lens[request], context, page)
+            spans.append((request, key, context - key, context, end))
+            rows[request] = end
+            end += context - key
+    made = np.asarray(spans, dtype=np.int32).reshape(-1, 5)
+    most = int(made[:, 2].max(initial=0))
+    return ExactRows(made, most, rows if near else None), end
 
 
 def _hidden_keys(new: int, context: int, shape: DenseShape) -> tuple[int, int]:
