@@ -114,7 +114,7 @@ fi
 # Windows, a softcap, sink logits, layers of two kinds, layers that read another layer's pages.
 # Blocks with which some are preempted; and logits by which the best token may lead and yet another one be said, as these models make more or
 # less of a rounding.
-declare -A pools=([mistral]=40 [gemma2]=50 [gemma3]=90 [gptoss]=50) ties=([mistral]=0.05 [gemma2]=0.005 [gemma3]=0.005 [gptoss]=0.02)
+declare -A pools=([mistral]=40 [gemma2]=50 [gemma3]=90 [gptoss]=50) ties=([mistral]=0.05 [gemma2]=0.005 [gemma3]=0.005 [gptoss]=0.05)
 for family in mistral gemma2 gemma3 gemma3n gptoss; do
   if [ -n "$wanted" ] && ! [[ " $wanted " == *" $family "* ]]; then continue; fi
   folder=$work/$family

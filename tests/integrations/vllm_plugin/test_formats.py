@@ -204,8 +204,8 @@ def test_blocks_that_no_page_divides_are_refused():
         check_block_size(8)
 
 
-def test_a_warm_up_is_asked_for_by_true():
-    assert not wants_warm_up(None) and not wants_warm_up({"quantpage": "k8v4"})
-    assert wants_warm_up({"quantpage_warm_up": True})
+def test_a_warm_up_is_left_out_by_false():
+    assert wants_warm_up(None) and wants_warm_up({"quantpage": "k8v4"})
+    assert not wants_warm_up({"quantpage_warm_up": False})
     with pytest.raises(ValueError, match="quantpage_warm_up: expected true or false, got 'yes'"):
         wants_warm_up({"quantpage_warm_up": "yes"})

@@ -15,9 +15,11 @@ from tests.integrations.vllm_plugin.test_parts import DEVICES, PAGE, PARAMS, Lay
 def test_sizes_of_a_server():
     steps = list(Sizes(requests=6, tokens=100, context=300).steps())
     assert len(steps) == len(set(steps))
-    assert {len(news) for news, _ in steps} == {1, 2, 4, 6}
+    assert {len(news) for news, _ in steps} == {1, 2, 3, 4, 5, 6}
     assert {context for news, context in steps if news == (1,)} == {64, 96, 128, 192, 256, 300}
-    chunks = {news: context for news, context in steps if max(news) > 1}
+    few = {news for news, _ in steps if max(news) <= 16}
+    assert few == {(new,) * n for new in range(1, 17) for n in range(1, 7) if new * n <= 100}
+    chunks = {news: context for news, context in steps if max(news) > 16}
     assert chunks.keys() == {(32,), (64,), (100,), (1, 32), (1, 64), (32, 32)}
     for news, context in steps:
         assert sum(news) <= 100 and max(news) <= context <= 300
@@ -34,7 +36,7 @@ def test_nothing_is_written(name, device):
     codes = [half.codes.clone() for half in (layer.view.key, layer.view.value)]
     pool = None if layer.pool is None else layer.pool.clone()
     like = plan_batch((1,), (40,), [[1, 2, 3]], PAGE, device)
-    sizes = Sizes(requests=3, tokens=40, context=70)
+    sizes = Sizes(requests=2, tokens=40, context=40)
     warm_up._DONE.clear()
     steps = warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes)
     assert steps == len(list(sizes.steps()))

@@ -45,7 +45,7 @@ FORMAT = "quantpage"
 CALIBRATION = "quantpage_calibration"
 """The one that names a file of key maps."""
 WARM_UP = "quantpage_warm_up"
-"""And the one that asks for kernels to be compiled at the start (``warm_up``)."""
+"""And the one that says whether kernels are compiled at the start (``warm_up``)."""
 
 NAMES: dict[str, KVFormat] = {
     **dict.fromkeys(("auto", "float16", "bfloat16"), FORMATS["none"]),
@@ -126,8 +126,8 @@ def exact_token_bytes(form: KVFormat, widths: tuple[int, int], dtype: torch.dtyp
 
 
 def wants_warm_up(additional: Mapping[str, Any] | None) -> bool:
-    """What --additional-config says of WARM_UP; ValueError for other than true and false."""
-    wanted = (additional or {}).get(WARM_UP, False)
+    """What --additional-config says of WARM_UP, true if nothing; ValueError for what is neither."""
+    wanted = (additional or {}).get(WARM_UP, True)
     if not isinstance(wanted, bool):
         raise ValueError(f"--additional-config {WARM_UP}: expected true or false, got {wanted!r}")
     return wanted

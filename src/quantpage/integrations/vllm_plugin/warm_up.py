@@ -1,11 +1,12 @@
-"""Kernels are compiled before the first request, not during it, where that is asked for.
+"""Kernels are compiled before the first request, not during it.
 
 Triton compiles a kernel when it is first launched with arguments of a kind: a second or more, in
 which every request of a server waits. So the first layer of each kind runs steps of all sizes when
 vLLM runs its own first steps at the start: writes that write nowhere (slot -1), attention to the
 null page. Which sizes ask for a kernel of their own the planners know, and the same launch again
 costs microseconds, so that the sizes are simply powers of two, of contexts the middles between
-too. Compiled kernels stay in Triton's cache on disk: the next start loads them.
+too; of the few new tokens that decode's kernels take, all. Compiled kernels stay in Triton's cache
+on disk: the next start loads them.
 """
 
 from collections.abc import Hashable, Iterator
@@ -19,6 +20,7 @@ from quantpage.attention import LayerAttention
 from quantpage.batch import BatchPlan, ExactPlan, derive
 from quantpage.cache import LayerKV
 from quantpage.ops.attend import AttendParams
+from quantpage.ops.dispatch import DECODE_TOKENS
 from quantpage.ops.rope_write import WriteParams
 
 _WRITE = WriteParams()
@@ -26,6 +28,10 @@ _DONE: set[Hashable] = set()
 _LONG = 4
 """Times a chunk is the longest context before which it stands here: a prompt's kernels do not
 depend on more, and a step on a long context takes its time."""
+
+
+_MANY = 1 << 21
+"""Tokens of all contexts from which on no planner tells steps of few rows apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +49,15 @@ class Sizes:
 
     def steps(self) -> Iterator[tuple[tuple[int, ...], int]]:
         """New tokens of each request, and the context of all."""
-        for new in {1, 1 + self.drafts}:
-            for requests in _powers(1, min(self.requests, max(self.tokens // new, 1))):
-                for context in sorted({*_powers(64, self.context), *_powers(96, self.context)}):
-                    yield (new,) * requests, max(context, new)
+        contexts = sorted({*_powers(64, self.context), *_powers(96, self.context)})
+        # The end of a prompt may be as few tokens, beside requests that decode.
+        for new in range(1, max(min(DECODE_TOKENS, self.tokens), 1 + self.drafts) + 1):
+            most = min(self.requests, max(self.tokens // new, 1))
+            # One more than a power is the first that a planner's next vector holds.
+            for requests in sorted({*_powers(1, most), *(n + 1 for n in _powers(2, most - 1))}):
+                for context in contexts:
+                    if context == contexts[0] or requests * context <= _MANY:
+                        yield (new,) * requests, max(context, new)
         for chunk in _powers(32, min(self.tokens, self.context)):
             for context in {chunk, min(_LONG * chunk, self.context)}:
                 yield (chunk,), context
@@ -76,7 +87,7 @@ def warm_up(
     _DONE.add(kind)
     done = 0
     for news, context in sizes.steps():
-        plan = _plan(like, news, context, view.exact_key is not None)
+        plan = plan_like(like, news, (context,) * len(news), view.exact_key is not None)
         q, k, v = (
             torch.zeros(plan.num_tokens, heads, width, dtype=call.dtype, device=device)
             for heads, width in (
@@ -93,25 +104,30 @@ def warm_up(
     return done
 
 
-def _plan(like: BatchPlan, news: tuple[int, ...], context: int, exact: bool) -> BatchPlan:
-    """A step over the null page that writes nothing."""
+def plan_like(
+    like: BatchPlan, news: tuple[int, ...], contexts: tuple[int, ...], exact: bool
+) -> BatchPlan:
+    """A step over the null page that writes nothing.
+
+    exact: of pages beside which exact ones are kept.
+    """
     device, tokens, requests = like.device, sum(news), len(news)
 
     def filled(value: int, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
 
-    width = max(like.page_table.shape[1], -(-context // like.page_size))
+    width = max(like.page_table.shape[1], -(-max(contexts) // like.page_size))
     table = filled(0, torch.int32, requests, width)
     slots = filled(-1, torch.int64, tokens)
     return derive(
         like,
         query_starts=torch.tensor([0, *accumulate(news)], dtype=torch.int32).to(device),
-        context_lens=filled(context, torch.int32, requests),
+        context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
         page_table=table,
         slots=slots,
         positions=filled(0, torch.int64, tokens),
         query_lens=news,
-        host_context_lens=(context,) * requests,
+        host_context_lens=contexts,
         exact=ExactPlan(table, slots) if exact else None,
         first_pages=None,
     )
