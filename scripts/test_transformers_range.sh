@@ -15,5 +15,5 @@ for pins in "transformers==5.12.1 tokenizers==0.22.2" "transformers==5.24.0"; do
   PYTHONPATH="$folder" OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal \
     tests/integrations/test_hf_transformers.py tests/integrations/test_supply.py \
     tests/integrations/test_own_attention.py tests/integrations/test_cpu_step.py \
-    tests/integrations/test_sizes.py tests/integrations/test_latent.py
+    tests/integrations/test_gpu_step.py tests/integrations/test_sizes.py tests/integrations/test_latent.py
 done

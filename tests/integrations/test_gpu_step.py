@@ -1,6 +1,8 @@
 """Norms and rotary embeddings of an attached model in launches of ours: the model's own answers."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
@@ -139,6 +141,42 @@ def test_a_rotation_that_is_not_llamas_stays(monkeypatch):
         _installed(model)
         assert sum(isinstance(each, llama.LlamaAttention) or "Attention" in type(each).__name__
                    for each in _replaced(model)) == expected  # fmt: skip
+
+
+def _holding(own):
+    @functools.wraps(own)
+    def forward(self, *args, old=None, **kwargs):
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _looking_up(own):
+    @functools.wraps(own)
+    def forward(self, *args, **kwargs):
+        return type(self).mro()[1].forward(self, *args, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize("wrap", [_holding, _looking_up])
+def test_a_wrapper_of_the_forward_stays_around_it(wrap):
+    model, ids = tiny("llama", torch.float16).to(DEVICE), tokens(1, 4).to(DEVICE)
+    with torch.inference_mode():
+        wanted = model(ids).logits
+    attention = model.model.layers[0].self_attn
+    kind = type(attention)
+    attention.__class__ = type("Wrapped", (kind,), {"forward": wrap(kind.forward)})
+    _installed(model)
+    ours = vars(attention).get("forward")
+    assert (ours is not None) == (wrap is _holding)
+    if ours is not None:
+        # The wrapper's own argument is there, and what it wraps calls our rotation.
+        assert ours.__kwdefaults__ == {"old": None}
+        names = inspect.unwrap(ours.__func__).__globals__
+        assert names["apply_rotary_pos_emb"].__module__ == gpu_step.__name__
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.gpu

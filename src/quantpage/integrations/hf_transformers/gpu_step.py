@@ -9,7 +9,7 @@ numbers of other kinds are asked for.
 import inspect
 import sys
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -79,20 +79,37 @@ class _Norm:
 def _with_our_rotation(module: Any) -> Callable[..., Any] | None:
     """The module's own forward, calling our rotary embedding where it calls Llama's.
 
-    None where it calls none, or is wrapped in what would be left out.
+    None where it calls none, or is wrapped in what nobody can look into.
     """
     forward = type(module).forward
-    if not isinstance(forward, FunctionType) or inspect.unwrap(forward) is not forward:
+    if not isinstance(forward, FunctionType):
         return None
-    name = "apply_rotary_pos_emb"
-    file = vars(sys.modules[forward.__module__])
-    if name not in forward.__code__.co_names or not llama_rotation(file):
+    own = inspect.unwrap(forward)
+    name, file = "apply_rotary_pos_emb", vars(sys.modules[own.__module__])
+    if name not in own.__code__.co_names or not llama_rotation(file):
         return None
-    names = {**file, name: _rotation(file[name])}
-    defaults, cells = forward.__defaults__, forward.__closure__
-    ours = FunctionType(forward.__code__, names, forward.__name__, defaults, cells)
-    ours.__kwdefaults__ = forward.__kwdefaults__
-    return ours.__get__(module)
+    ours = _rebound(forward, {**file, name: _rotation(file[name])})
+    return None if ours is None else ours.__get__(module)
+
+
+def _rebound(function: Any, names: dict[str, Any]) -> Any:
+    """The same function over other names, in the same wrappers (deprecated arguments have one).
+
+    None for a wrapper that does not hold what it wraps.
+    """
+    own, cells = vars(function), function.__closure__
+    if "__wrapped__" in own:
+        wrapped = own["__wrapped__"]
+        inner = _rebound(wrapped, names)
+        held = [cell.cell_contents is wrapped for cell in cells or ()]
+        if inner is None or not any(held):
+            return None
+        own, names = {**own, "__wrapped__": inner}, function.__globals__
+        cells = tuple(CellType(inner) if at else cell for at, cell in zip(held, cells, strict=True))
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    vars(made).update(own)
+    return made
 
 
 def _rotation(own: Callable[..., Any]) -> Callable[..., Any]:
