@@ -1,6 +1,8 @@
 """Key maps of attached models: where they come from, and what they are good for."""
 
 import warnings
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ import transformers as tf
 from transformers import DynamicCache
 
 import quantpage
+from quantpage.integrations.hf_transformers import key_maps
+from quantpage.integrations.hf_transformers.calibration import layers_of_weights
 from quantpage.integrations.hf_transformers.statistics import (
     has_key_biases,
     has_uneven_key_norms,
     measure,
+    measure_random,
 )
 from tests.integrations.tiny_models import COMMON, tiny, tokens
 
@@ -62,6 +67,45 @@ def test_large_key_biases_no_longer_hurt(kv_format):
     found = with_and_without_maps(biased(), kv_format)
     # What is left of k8v4 is its values.
     assert found["auto"] < (0.6 if kv_format == "k8v4" else 0.2) * found[None]
+
+
+def test_codes_of_few_bits_are_rounded_in_turn_without_a_text(monkeypatch):
+    """Each layer by its own format; what is measured once serves every attachment."""
+    model, looked = biased(), []
+    monkeypatch.setattr(
+        key_maps, "measure_random", lambda each: looked.append(each) or measure_random(each)
+    )
+    digests = set()
+    for kv_format, wanted in (
+        ("int4,first1=int8", {0: False, 1: True, 2: True}),
+        ("k8v4,last1=int6", {0: False, 1: False, 2: True}),
+        ("int4,first1=none", {1: True, 2: True}),
+    ):
+        with quantpage.attach(model, kv_format) as attached:
+            maps = attached.options.key_maps
+            assert {i: each.feedback is not None for i, each in maps.items()} == wanted
+            digests.add(maps[2].digest())
+    # int4, and int6 of keys that no near page hides.
+    assert len(digests) == 2 and looked == [model]
+
+
+def test_rounding_in_turn_without_a_text_is_nearer():
+    model, ids = biased(), tokens(1, 300, seed=9)
+    exact = last_logits(model, ids, DynamicCache())
+    found = {}
+    for in_turn in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not in_turn:
+                patch.setattr(key_maps, "layers_of_weights", without_feedback)
+            # What another attachment made would be taken.
+            patch.setattr(key_maps, "_measured", WeakKeyDictionary())
+            with quantpage.attach(model, "k=int4,v=int8", page_size=16):
+                found[in_turn] = divergence(exact, last_logits(model, ids))
+    assert found[True] < 0.9 * found[False]
+
+
+def without_feedback(*given):
+    return {i: replace(each, metric=None) for i, each in layers_of_weights(*given).items()}
 
 
 def test_only_models_with_key_biases_are_measured():

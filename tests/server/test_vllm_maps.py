@@ -50,8 +50,7 @@ def test_the_file_holds_what_attach_makes_by_itself(folder, monkeypatch, capsys)
     made = found.maps(formats, path)
     assert made.keys() == wanted.keys() == {0, 1}
     for index, each in made.items():
-        assert torch.equal(each.scale, wanted[index].scale) and each.feedback is None
-        assert torch.equal(each.mean, wanted[index].mean)
+        assert each.feedback is not None and each.digest() == wanted[index].digest()
         assert each.mean.abs().max() > 1
 
 
@@ -74,4 +73,4 @@ def test_a_model_larger_than_the_memory_asks_for_a_file(folder, monkeypatch):
     with pytest.raises(
         ValueError, match=r"calibration: expected a file or none .* 1,000 of memory"
     ):
-        vllm.measure_maps(str(folder))
+        vllm.measure_maps(str(folder), "int4")

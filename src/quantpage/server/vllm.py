@@ -122,7 +122,9 @@ def choose(engine: str, options: ServeOptions, more: Sequence[str]) -> Command |
             model = describe(options.model)
             command = build_command(options, model, here, more)
             if asks_for_maps(options, model):
-                options = replace(options, calibration=measure_maps(options.model))
+                options = replace(
+                    options, calibration=measure_maps(options.model, options.kv_format)
+                )
                 command = build_command(options, model, here, more)
             return command
         except _NO_VLLM as error:
@@ -158,7 +160,7 @@ def asks_for_maps(options: ServeOptions, model: ServedModel) -> bool:
     return few and bool(model.key_traits) and options.calibration == "auto"
 
 
-def measure_maps(path: str) -> str:
+def measure_maps(path: str, kv_format: str) -> str:
     """A file of key maps from a model's weights, as ``attach`` makes them, for vLLM's processes.
 
     Reads the model once more than vLLM does, on the CPU. The file stays where temporary files are.
@@ -176,7 +178,9 @@ def measure_maps(path: str) -> str:
             "of memory are free, as measuring its keys reads it once more"
         )
     try:
-        made = calibrate_random(load_model(path)[0])
+        model = load_model(path)[0]
+        formats = LayerFormats.of(kv_format).of_layers(model_shape(model.config).layers)
+        made = calibrate_random(model, formats)
     except (ValueError, QuantPageError) as error:
         raise ValueError(
             "calibration: expected a file or none for a model that cannot be measured here; "

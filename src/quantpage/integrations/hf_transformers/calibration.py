@@ -225,12 +225,7 @@ def calibrate(
         key = formats[index].key
         if not (key.quantized and key.dynamic):
             continue
-        statistics = _on_cpu(statistics)
-        far = statistics.far()
-        seen = statistics if formats[index].exact_pages is None else far
-        chosen = choose_map(seen, key, mean, feedback)
-        metrics = [one.metric.float().contiguous() for one in (statistics, far) if feedback]
-        layers[index] = LayerCalibration(chosen.key_map, *(metrics or (None,)))
+        layers[index], chosen = _layer(statistics, formats[index], mean, feedback)
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
@@ -240,18 +235,45 @@ def calibrate(
     return Calibration(weights_digest(model), layers, made, static)
 
 
-def calibrate_random(model: PreTrainedModel) -> Calibration:
+def _layer(
+    statistics: KeyStatistics, kv_format: KVFormat, mean: bool, feedback: bool
+) -> tuple[LayerCalibration, ChosenMap]:
+    statistics = _on_cpu(statistics)
+    far = statistics.far()
+    seen = statistics if kv_format.exact_pages is None else far
+    chosen = choose_map(seen, kv_format.key, mean, feedback)
+    metrics = [each.metric.float().contiguous() for each in (statistics, far) if feedback]
+    return LayerCalibration(chosen.key_map, *(metrics or (None,))), chosen
+
+
+def calibrate_random(model: PreTrainedModel, formats: Sequence[KVFormat]) -> Calibration:
     """The maps that ``attach`` makes by itself, out of the weights alone, for an engine that cannot
     measure a model. Raises UnsupportedModel for one that cannot be measured.
     """
-    mean, found = takes_means(model), measure_random(model)
+    found = measure_random(model)
     if not found:
         raise _unmeasurable(model)
-    layers = {
-        index: LayerCalibration(each.key_map(mean), None) for index, each in sorted(found.items())
-    }
+    layers = layers_of_weights(found, formats, takes_means(model))
     note = {"text": "random tokens", "weights": weights_sample(model), "measured": sorted(found)}
     return Calibration(weights_digest(model), layers, note)
+
+
+def layers_of_weights(
+    found: Mapping[int, KeyStatistics], formats: Sequence[KVFormat], mean: bool
+) -> dict[int, LayerCalibration]:
+    """Maps of layers with quantized keys by ``measure_random``, each for its layer's format.
+
+    Rounding in turn is for codes of few bits: the map alone leaves 8 bits little to gain, and what
+    writes them is faster. mean: take it out.
+    """
+    made = {}
+    for index, statistics in sorted(found.items()):
+        if index >= len(formats) or not formats[index].key.quantized:
+            continue
+        made[index] = LayerCalibration(statistics.key_map(mean), None)
+        if formats[index].key.code.bits < 8:
+            made[index], _ = _layer(statistics, formats[index], mean, True)
+    return made
 
 
 def _unmeasurable(model: nn.Module) -> UnsupportedModel:

@@ -12,7 +12,12 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import KeyMap, KVFormat, StaticScales
 from quantpage.formats.key_statistics import KeyStatistics
-from quantpage.integrations.hf_transformers.calibration import Calibration, takes_means
+from quantpage.integrations.hf_transformers.calibration import (
+    Calibration,
+    LayerCalibration,
+    layers_of_weights,
+    takes_means,
+)
 from quantpage.integrations.hf_transformers.checkpoint_scales import read_checkpoint_scales
 from quantpage.integrations.hf_transformers.model import model_shape
 from quantpage.integrations.hf_transformers.statistics import (
@@ -65,11 +70,7 @@ def find_key_maps(
     mapped -= set(latent)
     if not mapped or not (has_key_biases(model) or has_uneven_key_norms(model)):
         return KeyMaps("none: keys have neither biases nor norms with uneven gains")
-    found = _of_weights(model)
-    mean = takes_means(model)
-    layers = {
-        index: statistics.key_map(mean) for index, statistics in found.items() if index in mapped
-    }
+    layers = _of_weights(model, formats, mapped)
     if not layers:
         warnings.warn(
             f"{type(model).__name__}: its keys have biases or norms with uneven gains, which "
@@ -126,14 +127,36 @@ def _of_file(model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Pa
     return KeyMaps(Path(path).name, layers, None if static is None else static.to(device))
 
 
-_measured: WeakKeyDictionary[nn.Module, tuple[object, dict[int, KeyStatistics]]]
-_measured = WeakKeyDictionary()
+@dataclass(slots=True)
+class _Weights:
+    """What was measured of a model's weights, and the maps that were made of it."""
+
+    state: object
+    found: dict[int, KeyStatistics]
+    made: dict[tuple[int, KVFormat], LayerCalibration] = field(default_factory=dict)
 
 
-def _of_weights(model: PreTrainedModel) -> dict[int, KeyStatistics]:
-    """Measured once for as long as the weights are the same."""
+_measured: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
+
+
+def _of_weights(
+    model: PreTrainedModel, formats: Sequence[KVFormat], mapped: set[int]
+) -> dict[int, KeyMap]:
+    """Measured and made once for as long as the weights are the same."""
     state = [(each.data_ptr(), each._version) for each in model.parameters()]
     known = _measured.get(model)
-    if known is None or known[0] != state:
-        known = _measured[model] = (state, measure_random(model))
-    return known[1]
+    if known is None or known.state != state:
+        known = _measured[model] = _Weights(state, measure_random(model))
+    missing = {
+        index: each
+        for index, each in known.found.items()
+        if index in mapped and (index, formats[index]) not in known.made
+    }
+    for index, each in layers_of_weights(missing, formats, takes_means(model)).items():
+        known.made[index, formats[index]] = each
+    layers = {}
+    for index in sorted(mapped & known.found.keys()):
+        made = known.made[index, formats[index]].for_codes(formats[index])
+        if made is not None:
+            layers[index] = made
+    return layers

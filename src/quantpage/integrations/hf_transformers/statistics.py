@@ -8,7 +8,6 @@ projection, and how far a norm's gains spread its channels, is a matter of the w
 tokens show it in a second.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,9 +33,7 @@ KEY_NORMS = ("k_norm.weight", "k_layernorm.weight", "key_norm.weight", "key_laye
 
 _PAGE = 64
 """Tokens of a page where nobody says otherwise."""
-_RANDOM_TOKENS = 256
-_LONGEST = 4096
-"""Positions that random tokens are spread over, where a model has so many."""
+_RANDOM_TOKENS = 1024
 
 
 def key_traits(names: Iterable[str]) -> list[str]:
@@ -65,32 +62,32 @@ def has_uneven_key_norms(model: nn.Module) -> bool:
 
 
 def measure_random(model: PreTrainedModel) -> dict[int, KeyStatistics]:
-    """Statistics of every layer over random tokens at positions far apart; of the weights alone."""
+    """Statistics of every layer over random tokens, one behind the other; of the weights alone.
+
+    Tokens without neighbours, at positions far apart, have other keys than those of a text.
+    """
     config = text_config(model.config)
     noise = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, _RANDOM_TOKENS), generator=noise)
-    longest = min(_LONGEST, getattr(config, "max_position_embeddings", None) or _LONGEST)
-    positions = None
-    if longest > _RANDOM_TOKENS:
-        chosen = torch.randperm(longest - 1, generator=noise)[: _RANDOM_TOKENS - 1] + 1
-        positions = torch.cat([torch.zeros(1, dtype=torch.long), chosen.sort().values])[None]
-    return measure(model, [ids], skipped=16, positions=positions)
+    longest = getattr(config, "max_position_embeddings", None) or _RANDOM_TOKENS
+    drawn = torch.rand(1, min(_RANDOM_TOKENS, longest), generator=noise, dtype=torch.float64)
+    # Tokenizers number first what is frequent: every power of two is drawn as often as the next.
+    ids = (config.vocab_size**drawn).long().clamp_max(config.vocab_size - 1)
+    return measure(model, [ids], skipped=16)
 
 
 def measure(
     model: PreTrainedModel,
     texts: Iterable[Int[Tensor, "1 tokens"]],
     skipped: int,
-    positions: Int[Tensor, "1 tokens"] | None = None,
     ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = None,
     found: dict[int, KeyStatistics] | None = None,
 ) -> dict[int, KeyStatistics]:
     """Statistics of every layer whose attention goes through Transformers' interface.
 
     texts: one forward each. skipped: first tokens of each that are not counted; models park
-    attention on them, with keys like no others. positions: of the tokens; None: 0, 1, 2, ...
-    ranges: where to put those of keys and of values, of all tokens; None: nowhere. found: what was
-    measured before and is added to. Layers without keys in the usual sense are missing.
+    attention on them, with keys like no others. ranges: where to put those of keys and of values,
+    of all tokens; None: nowhere. found: what was measured before and is added to. Layers without
+    keys in the usual sense are missing.
     """
     found = {} if found is None else found
 
@@ -99,9 +96,7 @@ def measure(
             return
         # [1, heads, tokens, head_dim]
         q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
-        # Tokens at positions far apart have no neighbours.
-        far = None if positions is not None else far_shares(key, value, attend)[skipped:]
-        made = KeyStatistics.of(q, k, far)
+        made = KeyStatistics.of(q, k, far_shares(key, value, attend)[skipped:])
         found[index] = found[index] + made if index in found else made
         if ranges is not None:
             seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
@@ -110,11 +105,9 @@ def measure(
             ranges[index] = (seen[0], seen[1])
 
     body: Any = model.base_model
-    extra = {} if positions is None or not _takes_positions(body) else {"position_ids": positions}
     with watched(model, look), torch.no_grad():
         for ids in texts:
-            moved = {name: each.to(model.device) for name, each in extra.items()}
-            body(input_ids=ids.to(model.device), use_cache=False, **moved)
+            body(input_ids=ids.to(model.device), use_cache=False)
     return found
 
 
@@ -138,7 +131,3 @@ def far_shares(
         coded = ~exact_pairs(at, page * _PAGE, _PAGE)
         shares = shares + (seen * coded[:, None]).sum(-1)
     return shares.clamp(0.0, 1.0)
-
-
-def _takes_positions(body: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(body.forward).parameters
