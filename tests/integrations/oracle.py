@@ -1,8 +1,8 @@
 """Dense attention that sees what a quantized cache would hold: the integration tests' control.
 
 Keys and values stay unquantized in a DynamicCache and are round-tripped at every call; the exact
-pages' rule is applied to the matrix of all pairs. It shares formats/quantize with the product and
-nothing else: no page, no plan, no tile.
+pages' rule is applied to the matrix of all pairs. It shares formats/quantize and
+formats/feedback with the product and nothing else: no page, no plan, no tile.
 """
 
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from quantpage.formats import KVFormat, dequantize, quantize, rotate
+from quantpage.formats.feedback import quantize_with_feedback
 
 NAME = "oracle"
 _state: dict = {}
@@ -22,7 +23,12 @@ def _round_trip(x, spec, key_map=None):
     if key_map is not None:
         x = torch.stack([key_map.keys(row.transpose(0, 1)).transpose(0, 1) for row in x])
     turned = rotate(x) if spec.rotation == "hadamard" else x
-    seen = dequantize(*quantize(turned, spec), spec, torch.float64)
+    if key_map is not None and key_map.feedback is not None:
+        rows = turned.transpose(1, 2).flatten(0, 1)
+        codes = quantize_with_feedback(rows, spec, key_map.feedback)
+        seen = dequantize(*codes, spec, torch.float64).unflatten(0, (len(x), -1)).transpose(1, 2)
+    else:
+        seen = dequantize(*quantize(turned, spec), spec, torch.float64)
     seen = rotate(seen) if spec.rotation == "hadamard" else seen
     if key_map is not None:
         seen = torch.stack([key_map.restored(row.transpose(0, 1)).transpose(0, 1) for row in seen])
