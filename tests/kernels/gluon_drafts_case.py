@@ -21,7 +21,7 @@ def copied_type(number: str, *row: int) -> str:
     return f"tensordesc<{number}{block},{layout!r}>"
 
 
-def compile_drafts(key="int8", value=None, registers=None, chunk=32, page=64, **given):  # fmt: skip
+def compile_drafts(key="int8", value=None, registers=128, chunk=32, page=64, **given):  # fmt: skip
     """The kernel for sm_90; ``given`` as in decode_case.decode_arguments."""
     value = value or key
     arguments = decode_arguments(key, value, rows=64, page=page, **given) | {"CHUNK": chunk}
@@ -35,14 +35,14 @@ def compile_drafts(key="int8", value=None, registers=None, chunk=32, page=64, **
 
 
 CASES = {
-    "int8": {"stages": 4},
-    "int8, values of fp8": {"value": "fp8", "stages": 4},
-    "int4": {"key": "int4", "stages": 6, "zero": (True, True), "segment": 1, "pieces": True},
+    "int8": {"stages": 3},
+    "int8, values of fp8": {"value": "fp8", "stages": 3},
+    "int4": {"key": "int4", "stages": 5, "zero": (True, True), "segment": 1, "pieces": True},
     "k8v4": {
         "value": "int4", "stages": 4, "zero": (False, True), "segment": 1, "pieces": True,
     },
-    "int8, scales given": {"stages": 4, "scales": 2, "zero": (True, True), "lse": False},
-    "int8, window": {"stages": 4, "page": 128, "window": True, "sinks": True},
+    "int8, scales given": {"stages": 3, "scales": 2, "zero": (True, True), "lse": False},
+    "int8, window": {"stages": 3, "page": 128, "window": True, "sinks": True},
 }  # fmt: skip
 
 

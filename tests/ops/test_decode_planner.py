@@ -52,11 +52,12 @@ def test_many_query_rows_have_a_kernel_of_their_own_where_tma_reads_their_pages(
             assert many == few
             continue
         assert row_tiles(group, new, *many.rows) == (64, tiles_of_rows)
-        # A ring of codes, values in float16, keys where they are not multiplied as they lie, and
-        # queries: twice on a multiprocessor.
-        numbers = 16 + 16 + (8 if given.key.code.name == "int4" else 0)
-        ring = many.stages * (given.key.code.bits + given.value.code.bits)
-        assert 2 * (ring + numbers + 3) <= 227 and many.stages >= 4
+        # A ring of codes, scales and zeros, two tiles of values in float16 and of 4-bit keys as
+        # bytes, queries, and what belongs to keys: twice on a multiprocessor.
+        numbers = 2 * 16 + 16 + 4 + (2 * 8 if given.key.code.name == "int4" else 0)
+        ring = many.stages * (given.key.code.bits + given.value.code.bits + 0.5)
+        assert 2 * (ring + numbers + 1) <= 228 and many.stages >= 3
+        assert 2 * many.registers * 256 <= 65536
         assert many.programs_per_processor == 2
 
 

@@ -36,7 +36,7 @@ if HOPPER:
     from quantpage.ops.attend.decode.gluon import attend
 
 FEW = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
-MANY = replace(FEW, drafts=True, rows=(64, 64))
+MANY = replace(FEW, registers=128, drafts=True, rows=(64, 64))
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
 GLUON = candidate("decode.gluon")
 
@@ -159,6 +159,20 @@ def test_any_grid_gives_the_same_result(programs, name, tiles):
     check(given.key, given.value, DRAFTS, tiles=tiles)
     check(given.key, given.value, DRAFTS, tiles=replace(tiles, min_tiles=5))
     check(given.key, given.value, DRAFTS, tiles=replace(tiles, stages=2))
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_step_of_one_request_has_a_plan_of_its_own(name, page_size, tiles):
+    """Of any length, cut evenly or not, whole, and masked."""
+    given = FORMATS[name]
+    for new, context in ((1, 1), (2, 64), (1, 65), (3, 700), (1, 20_000)):
+        step = Step((new,), (context,), page_size=page_size, head_dim=128)
+        check(given.key, given.value, step, tiles=tiles)
+        check(given.key, given.value, step, tiles=replace(tiles, min_tiles=5))
+    window = CausalMask(window=130, sink_tokens=20)
+    step = Step((3,), (20_000,), page_size=page_size, head_dim=128, kv_heads=3)
+    check(given.key, given.value, step, window, sinks=True, tiles=tiles)
 
 
 @pytest.mark.parametrize("new", [8, 16])

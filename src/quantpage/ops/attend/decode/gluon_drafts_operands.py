@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode.gluon_operands import fixed_queries, nibbles
 from quantpage.ops.attend.decode.gluon_share import shown_keys
+from quantpage.ops.attend.flash.gluon_parts import stage_of
 from quantpage.ops.triton import codes as triton_codes
 from quantpage.ops.triton import words as triton_words
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, Constant
@@ -26,10 +27,11 @@ _INT4_PAIRS = Constant(triton_codes.INT4_ASM.value)
 
 
 class KeyNumbers(NamedTuple):
-    """Shared memory for what all rows need of each key of a tile, float32."""
+    """Shared memory for what all rows need of each key of three tiles, float32 [3, keys]."""
 
     k_scale: Any
     k_zero: Any
+    """Of codes as they are multiplied: 4-bit ones are 8 too large."""
     log_v_scale: Any
     light: Any
     """One over the scale of V: p is of p * v_scale, and a row's weight of p."""
@@ -39,14 +41,26 @@ class KeyNumbers(NamedTuple):
 
 @gluon.jit
 def key_numbers_memory(TILE: gl.constexpr):
-    """Room for a tile's."""
+    """Room for those."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return KeyNumbers(
-        gl.allocate_shared_memory(gl.float32, [TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [TILE], layout),
+        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+    )
+
+
+@gluon.jit
+def of_tile(memory, nth):
+    """Those of one of the three tiles."""
+    return KeyNumbers(
+        memory.k_scale.index(nth),
+        memory.k_zero.index(nth),
+        memory.log_v_scale.index(nth),
+        memory.light.index(nth),
+        memory.light_zero.index(nth),
     )
 
 
@@ -85,9 +99,18 @@ def ring_layout(rows, row, dtype):
     return gl.NVMMASharedLayout.get_default_for([rows, row], dtype)
 
 
+@gluon.jit
+def in_ring(codes):
+    """A ring of codes as products and threads read it, [stages, keys, row]."""
+    TILE: gl.constexpr = codes.shape[3]
+    ROW: gl.constexpr = codes.shape[4]
+    layout: gl.constexpr = ring_layout(TILE, ROW, codes.dtype)
+    return codes._reinterpret(codes.dtype, [codes.shape[0], TILE, ROW], layout)
+
+
 class Half(NamedTuple):
     """K or V on its way: TMA descriptors of codes [pages, kv_heads, page, row] and of what a token
-    has beside them [pages, kv_heads, page], rings of a tile a stage, and a barrier a stage.
+    has beside them [pages, kv_heads, page], and rings of a tile a stage.
     """
 
     pages: Any
@@ -96,7 +119,13 @@ class Half(NamedTuple):
     codes: Any
     scales: Any
     zeros: Any
+
+
+class Turns(NamedTuple):
+    """A barrier a stage of both rings, each: its tile has landed, everybody has taken it."""
+
     landed: Any
+    taken: Any
 
 
 @gluon.jit
@@ -104,71 +133,65 @@ def half_of(
     pages, scale, zero, STAGES: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr,
     SCALES: gl.constexpr, ZERO: gl.constexpr,
 ):  # fmt: skip
-    """A ring and its barriers, which are to be fenced. scale, zero: pointers, where they are given
-    for channels: nothing of them is copied.
-    """
+    """A ring. scale, zero: pointers, where they are given for channels, of which none is copied."""
     codes = gl.allocate_shared_memory(pages.dtype, [STAGES, 1, 1, TILE, ROW], pages.layout)
-    landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(landed.index(i), count=1)
-    scales = landed
-    zeros = landed
+    scales = codes
+    zeros = codes
     if SCALES == A_TOKEN:
         scales = gl.allocate_shared_memory(scale.dtype, [STAGES, 1, 1, TILE], scale.layout)
         if ZERO:
             zeros = gl.allocate_shared_memory(zero.dtype, [STAGES, 1, 1, TILE], zero.layout)
-    return Half(pages, scale, zero, codes, scales, zeros, landed)
+    return Half(pages, scale, zero, codes, scales, zeros)
 
 
 @gluon.jit
-def expect_tile(half, stage, some, SCALES: gl.constexpr, ZERO: gl.constexpr):
-    """Say that a tile's copies will come; some: whether they will."""
-    SCALE: gl.constexpr = half.scale.block_type.nbytes if SCALES == A_TOKEN else 0
-    EACH: gl.constexpr = half.zero.block_type.nbytes if SCALES == A_TOKEN and ZERO else 0
-    size: gl.constexpr = half.pages.block_type.nbytes + SCALE + EACH
-    mbarrier.expect(half.landed.index(stage), size, pred=some)
+def turns_of(STAGES: gl.constexpr):
+    """Barriers, which are to be fenced."""
+    landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(landed.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    return Turns(landed, taken)
 
 
 @gluon.jit
 def copy_tile(
-    keys, values, stage, some, page, head, slot, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
+    keys, values, turns, count, page, head, slot, STAGES: gl.constexpr, K_SCALES: gl.constexpr,
+    V_SCALES: gl.constexpr, K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
 ):  # fmt: skip
-    """Ask for a tile's codes, scales and zeros: keys from ``slot`` on of a page.
-
-    By turns of K and V: Triton sets a barrier between two copies that one barrier counts.
+    """Ask for a tile's codes, scales and zeros when there is room: keys from ``slot`` on of a page.
+    count: tiles before.
     """
-    k_landed, v_landed = keys.landed.index(stage), values.landed.index(stage)
+    stage, phase = stage_of(count, STAGES)
+    # The first turn finds every stage empty: a taker's parity, turned over.
+    mbarrier.wait(turns.taken.index(stage), phase ^ 1)
+    landed = turns.landed.index(stage)
+    K_SCALE: gl.constexpr = keys.scale.block_type.nbytes if K_SCALES == A_TOKEN else 0
+    V_SCALE: gl.constexpr = values.scale.block_type.nbytes if V_SCALES == A_TOKEN else 0
+    K_EACH: gl.constexpr = keys.zero.block_type.nbytes if K_SCALES == A_TOKEN and K_ZERO else 0
+    V_EACH: gl.constexpr = values.zero.block_type.nbytes if V_SCALES == A_TOKEN and V_ZERO else 0
+    codes: gl.constexpr = keys.pages.block_type.nbytes + values.pages.block_type.nbytes
+    mbarrier.expect(landed, codes + K_SCALE + V_SCALE + K_EACH + V_EACH)
     rows, each = [page, head, slot, 0], [page, head, slot]
-    tma_load(keys.pages, rows, k_landed, keys.codes.index(stage), pred=some)
-    tma_load(values.pages, rows, v_landed, values.codes.index(stage), pred=some)
+    tma_load(keys.pages, rows, landed, keys.codes.index(stage))
+    tma_load(values.pages, rows, landed, values.codes.index(stage))
     if K_SCALES == A_TOKEN:
-        tma_load(keys.scale, each, k_landed, keys.scales.index(stage), pred=some)
+        tma_load(keys.scale, each, landed, keys.scales.index(stage))
+        if K_ZERO:
+            tma_load(keys.zero, each, landed, keys.zeros.index(stage))
     if V_SCALES == A_TOKEN:
-        tma_load(values.scale, each, v_landed, values.scales.index(stage), pred=some)
-    if K_SCALES == A_TOKEN and K_ZERO:
-        tma_load(keys.zero, each, k_landed, keys.zeros.index(stage), pred=some)
-    if V_SCALES == A_TOKEN and V_ZERO:
-        tma_load(values.zero, each, v_landed, values.zeros.index(stage), pred=some)
+        tma_load(values.scale, each, landed, values.scales.index(stage))
+        if V_ZERO:
+            tma_load(values.zero, each, landed, values.zeros.index(stage))
 
 
 @gluon.jit
 def plane(ring, stage, layout: gl.constexpr):
-    """Scales or zeros of a tile's keys as they lie."""
+    """Scales or zeros of a tile's keys."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = ring._reinterpret(ring.dtype, [ring.shape[0], ring.shape[3]], flat)
-    return tiles.index(stage).load(layout)
-
-
-@gluon.jit
-def planes(half, stage, none, layout: gl.constexpr, SCALES: gl.constexpr, ZERO: gl.constexpr):
-    """Scales and zeros of a tile's keys, ``none`` for those that the cache does not have."""
-    scale, zero = none, none
-    if SCALES == A_TOKEN:
-        scale = plane(half.scales, stage, layout).to(gl.float32)
-        if ZERO:
-            zero = plane(half.zeros, stage, layout).to(gl.float32)
-    return scale, zero
+    return tiles.index(stage).load(layout).to(gl.float32)
 
 
 @gluon.jit
@@ -221,56 +244,56 @@ def seen_keys(key, shown, WINDOW: gl.constexpr, SEGMENT: gl.constexpr):
 
 
 @gluon.jit
-def store_early(
-    memory, ks, kz, log_vs, seen, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
-    K_ZERO: gl.constexpr,
+def store_numbers(
+    memory, nth, keys, values, stage, key_start, shown, layout: gl.constexpr, K_CODE: gl.constexpr,
+    K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
+    WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
-    """What scores need of each key of a tile: 0 of those that no query sees, as ``store_late``."""
+    """What all rows need of each key of a tile, as number ``nth`` of three. Of keys that no query
+    sees 0: a probability of 0 is multiplied by it.
+    """
+    TILE: gl.constexpr = memory.k_scale.shape[1]
+    to = of_tile(memory, nth)
+    seen = seen_keys(key_start + gl.arange(0, TILE, layout), shown, WINDOW, SEGMENT)
     if K_SCALES == A_TOKEN:
-        memory.k_scale.store(gl.where(seen, ks.to(gl.float32), 0.0))
-        if K_ZERO:
-            memory.k_zero.store(gl.where(seen, kz.to(gl.float32), 0.0))
+        scale = plane(keys.scales, stage, layout)
+        to.k_scale.store(gl.where(seen, scale, 0.0))
+        if K_CODE == INT4:
+            zero = scale * -8.0
+            if K_ZERO:
+                zero += plane(keys.zeros, stage, layout)
+            to.k_zero.store(gl.where(seen, zero, 0.0))
+        elif K_ZERO:
+            to.k_zero.store(gl.where(seen, plane(keys.zeros, stage, layout), 0.0))
     if V_SCALES == A_TOKEN:
-        memory.log_v_scale.store(gl.where(seen, log_vs, 0.0))
-
-
-@gluon.jit
-def store_late(
-    memory, vz, log_vs, seen, V_SCALES: gl.constexpr, V_ZERO: gl.constexpr
-):  # fmt: skip
-    """What weights need of each key of a tile: a probability of 0 is multiplied by it."""
-    if V_SCALES == A_TOKEN:
+        log_vs = log2_fast(gl.maximum(plane(values.scales, stage, layout), 1e-30))
         light = gl.where(seen, gl.exp2(-log_vs), 0.0)
-        memory.light.store(light)
+        to.log_v_scale.store(gl.where(seen, log_vs, 0.0))
+        to.light.store(light)
         if V_ZERO:
-            memory.light_zero.store(gl.where(seen, light * vz.to(gl.float32), 0.0))
-
-
-@gluon.jit
-def log_scale(vs):
-    """log2 of scales of V."""
-    return log2_fast(gl.maximum(vs.to(gl.float32), 1e-30))
+            zero = plane(values.zeros, stage, layout)
+            to.light_zero.store(gl.where(seen, light * zero, 0.0))
 
 
 @gluon.jit
 def store_queries(smem, asked, CODE: gl.constexpr, rows_layout: gl.constexpr):
     """Queries into shared memory [2, rows, channels], as the first operand of scores.
 
-    Returns what a row's scores are multiplied by, and then less: 4-bit codes are 8 too large.
+    Returns what a row's scores are multiplied by, and the sum of its queries as multiplied.
     """
     ROWS: gl.constexpr = asked.shape[0]
     WIDTH: gl.constexpr = asked.shape[1]
     size = gl.abs(asked)
     finite = size < float("inf")
     fixed, unit = fixed_queries(asked, gl.where(finite, size, 0.0), finite)
-    less = gl.sum(fixed, 1).to(gl.float32) * -8.0 * unit
+    total = gl.sum(fixed, 1).to(gl.float32) * unit
     if CODE == INT4:
         fixed = gl.permute(gl.reshape(fixed, [ROWS, WIDTH // 2, 2]), (0, 2, 1))
         fixed = gl.reshape(fixed, [ROWS, WIDTH])
     high = (fixed + 64) >> 7
     smem.index(0).store(high.to(gl.int8))
     smem.index(1).store((fixed - (high << 7)).to(gl.int8))
-    return gl.convert_layout(unit, rows_layout), gl.convert_layout(less, rows_layout)
+    return gl.convert_layout(unit, rows_layout), gl.convert_layout(total, rows_layout)
 
 
 @gluon.jit

@@ -43,6 +43,7 @@ from quantpage.ops.attend.decode.gluon_rows import (
 )
 from quantpage.ops.attend.decode.gluon_share import (
     copy_codes,
+    first_pages,
     keys_of_all,
     my_share,
     page_of,
@@ -217,35 +218,34 @@ def decode_kernel(
             # Used when the first codes are on their way.
             asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_real, other=0.0)
 
-            for i in gl.static_range(STAGES):
-                t = first_tile + i
-                if t < last_tile:
-                    key_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
-                    page = page_of(
-                        table, t, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
-                    )
-                    copy_codes(
-                        k_smem.index(i), k_from, k_page, page, table, key_start, last_key, PAGE,
-                        TILE, K_UNITS, k_copy,
-                    )  # fmt: skip
-                    copy_codes(
-                        v_smem.index(i), v_from, v_page, page, table, key_start, last_key, PAGE,
-                        TILE, V_UNITS, v_copy,
-                    )  # fmt: skip
-                async_copy.commit_group()
+            # All asked for before one of them is waited for.
+            pages = first_pages(
+                table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
+                SEGMENT, STAGES,
+            )  # fmt: skip
             key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
             ks_from = k_scale + head * k_scale_head
             kz_from = k_zero + head * k_scale_head
             vs_from = v_scale + head * v_scale_head
             vz_from = v_zero + head * v_scale_head
             none = gl.full([TILE], 0, gl.float16, s_keys)
-            page = page_of(
-                table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
-            )
             next_ks, next_kz, next_vs, next_vz = planes(
-                ks_from, kz_from, vs_from, vz_from, k_scale_page, v_scale_page, page, table,
+                ks_from, kz_from, vs_from, vz_from, k_scale_page, v_scale_page, pages[0], table,
                 key_start, last_key, none, K_SCALES, V_SCALES, K_ZERO, V_ZERO, PAGE, TILE, s_keys,
             )  # fmt: skip
+            for i in gl.static_range(STAGES):
+                t = first_tile + i
+                if t < last_tile:
+                    its_start = tile_at(t, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
+                    copy_codes(
+                        k_smem.index(i), k_from, k_page, pages[i], table, its_start, last_key, PAGE,
+                        TILE, K_UNITS, k_copy,
+                    )  # fmt: skip
+                    copy_codes(
+                        v_smem.index(i), v_from, v_page, pages[i], table, its_start, last_key, PAGE,
+                        TILE, V_UNITS, v_copy,
+                    )  # fmt: skip
+                async_copy.commit_group()
             next_page = page_of(
                 table, first_tile + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
                 SEGMENT,

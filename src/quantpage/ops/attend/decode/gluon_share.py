@@ -60,12 +60,42 @@ def _add(a, b):
 
 
 @gluon.jit
+def _share_of_one(
+    query_starts, context_lens, rows_a_request, min_tiles, window, sink_tokens, PAGE: gl.constexpr,
+    TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """The same of a step of one request, which is so short that it waits for its plan: nothing is
+    summed over requests, or looked up twice.
+    """
+    context = gl.load(context_lens)
+    new = gl.minimum(gl.load(query_starts + 1) - gl.load(query_starts), context)
+    tiles = tiles_of(context, new, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT)
+    total = tiles * rows_a_request
+    programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    share = gl.maximum((total + programs - 1) // programs, min_tiles)
+    pieces, each = even_pieces(tiles, total, programs, min_tiles)
+    even = (each <= share + CUT_COST) & (pieces * rows_a_request <= programs)
+    each = gl.maximum(each, 1)
+    item = program // pieces
+    start = gl.where(even, item * tiles + (program - item * pieces) * each, program * share)
+    end = gl.where(even, gl.minimum((item + 1) * tiles, start + each), start + share)
+    end = gl.where(even & (item >= rows_a_request), start, gl.minimum(end, total))
+    return start, end, gl.where(even, each, share), 0, 0, even
+
+
+@gluon.jit
 def my_share(
     query_starts, context_lens, requests, rows_a_request, min_tiles, window, sink_tokens,
     PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
     SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """triton_share.my_share, with a layout."""
+    """triton_share.my_share, with a layout; CHUNK 1: of one request, and of numbers alone."""
+    if CHUNK == 1:
+        return _share_of_one(
+            query_starts, context_lens, rows_a_request, min_tiles, window, sink_tokens, PAGE, TILE,
+            FULL, WINDOW, SEGMENT,
+        )  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     tiles = _chunk_tiles(
         query_starts, context_lens, requests, 0, window, sink_tokens, PAGE, TILE, FULL, WINDOW,
@@ -145,6 +175,33 @@ def page_of(
         tile = tile_at(gl.minimum(t, last_tile - 1), a_first, a_tiles, b_first, WINDOW, SEGMENT)
         page = gl.load(table + tile * TILE // PAGE)
     return page
+
+
+@gluon.jit
+def _settled(x):
+    """``same``, where it stands: the assembler would ask for a page where it is used alone."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def first_pages(
+    table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE: gl.constexpr,
+    TILE: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr, COUNT: gl.constexpr,
+):  # fmt: skip
+    """The pages of a row's first tiles, a tuple."""
+    asked = ()
+    for i in gl.static_range(COUNT):
+        page = page_of(
+            table, first_tile + i, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, SEGMENT
+        )
+        asked += (page,)  # type: ignore[assignment]
+    pages = ()
+    for i in gl.static_range(COUNT):
+        page = _settled(asked[i]) if PAGE >= TILE else asked[i]
+        pages += (page,)  # type: ignore[assignment]
+    return pages
 
 
 @gluon.jit

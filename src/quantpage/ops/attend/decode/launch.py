@@ -24,6 +24,10 @@ SMALL = 40_000
 WGMMA_PROCESSORS = 132
 """Multiprocessors of the device that the Hopper kernel's shapes were measured on."""
 
+PROGRAM_BYTES = (228 * 1024 - 2 * 1024) // 2
+"""Shared memory of a program of which a Hopper multiprocessor holds two; the driver has 1 KB of
+each."""
+
 JOINED = 44
 """Parts of a step from which the last program at a row joins its pieces: no more than 24, then."""
 
@@ -134,18 +138,25 @@ def _wgmma_tiles(
 
 def drafts_tiles(key: QuantSpec, value: QuantSpec) -> DecodeTiles:
     """Two programs a multiprocessor, and as many tiles under way as they have room for. Measured on
-    an H100 at 16 x 8k, us, the kernel of few rows in brackets (two programs; one token's time):
+    an H100 at 16 x 8k, us, the kernel of few rows in brackets (one token's time):
 
-                    4 tokens       8 tokens       16 tokens
-        int8 (99)   109.8 (103.1)  113.1 (110.6)  121.1 (151.0)     one program 157.3
-        int4 (72)   148.1          151.1 (103.1)  170.3 (259.8)     one program 284.5
-        k8v4 (89)                  139.1 (106.4)  159.7 (175.2)
+                    8 tokens        16 tokens
+        int8 (99)   110.0 (110.9)   118.1 (151.0)
+        int4 (72)   135.9 (102.6)   158.4 (259.8)    without exact pages 123.8, 135.8
+        k8v4 (88)   118.8 (107.4)   140.0 (175.2)    without exact pages 108.3, 121.4
 
-    fp8 keys, unpacked to float16 as its values are, took 157.3 us at 16 tokens (142.1), and are
-    the other kernel's.
+    fp8 keys, unpacked to float16 as its values are, took 157.3 us at 16 tokens (142.1) in the form
+    without a warp that copies, and are the other kernel's.
     """
-    stages = 6 if key.code.bits + value.code.bits < 16 else 4
-    return DecodeTiles(64, 4, stages, 2, wgmma=True, drafts=True, rows=(64, 64))
+    # Of a tile of 64 keys of 128: what lands, beside what is multiplied: two tiles of values in
+    # float16 and of 4-bit keys as bytes, queries, and five numbers of each key of three tiles.
+    landing = 64 * sum(
+        16 * half.code.bits + half.dynamic * half.scale_dtype.itemsize * (1 + half.zero_point)
+        for half in (key, value)
+    )
+    kept = 1024 * (2 * 16 + 16 + 4 + 16 * (key.code.name == "int4"))
+    stages = (PROGRAM_BYTES - kept) // landing
+    return DecodeTiles(64, 4, stages, 2, 128, wgmma=True, drafts=True, rows=(64, 64))
 
 
 def _two_programs() -> DecodeTiles:
@@ -229,8 +240,13 @@ def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:
     return min(programs, all_rows) if tiles.whole else programs
 
 
-def chunk_of(requests: int) -> int:
-    """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist."""
+def chunk_of(requests: int, one: bool = False) -> int:
+    """Requests that a program's plan holds in one vector: few sizes, so that few kernels exist.
+
+    one: whether the kernel has a plan for one request, which is shorter.
+    """
+    if one and requests == 1:
+        return 1
     return 32 if requests <= 32 else 128 if requests <= 128 else 512
 
 

@@ -277,8 +277,8 @@ def arrange(
         "K_CODE": k.code, "K_SCALES": k.scales, "K_ZERO": k.has_zero, "K_SHARED": _shared(k),
         "V_CODE": v.code, "V_SCALES": v.scales, "V_ZERO": v.has_zero, "V_SHARED": _shared(v),
         "HEAD_DIM": width, "TILE": tiles.tile, "SOFTCAP": params.softcap is not None,
-        "CHUNK": chunk_of(batch.num_requests), "STAGES": tiles.stages, "num_warps": tiles.warps,
-        "maxnreg": tiles.registers, "PIECES": earlier is not None,
+        "CHUNK": chunk_of(batch.num_requests, tiles.wgmma), "STAGES": tiles.stages,
+        "num_warps": tiles.warps, "maxnreg": tiles.registers, "PIECES": earlier is not None,
     }  # fmt: skip
     # Pieces that a row is cut into, which the merge takes at once if they are few.
     parts = min(128, max(4, triton.next_power_of_2(programs // all_rows + 2)))

@@ -44,14 +44,10 @@ def merge_cuts_kernel(
     Rows that one program finished are left as they are. earlier: results of other keys, float32,
     without which no row was finished; None where there are none.
     """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row_id = tl.program_id(0)
     request = row_id // (kv_heads * row_tiles)
     item = row_id % (kv_heads * row_tiles)
-    slot = tl.load(cuts + row_id * 2)
-    last = tl.load(cuts + row_id * 2 + 1)
+    # What decode itself waited for may be read before it ends.
     q_start = tl.load(query_starts + request)
     q_len = tl.load(query_starts + request + 1) - q_start
     context = tl.load(context_lens + request)
@@ -59,12 +55,17 @@ def merge_cuts_kernel(
         context, tl.minimum(q_len, context), window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
     )
     nothing = (a_high <= a_low) & (b_high <= b_low)
+    row_first = (item % row_tiles) * ROWS
+    rows = tl.minimum(ROWS, q_len * GROUP - row_first)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(cuts + row_id * 2)
+    last = tl.load(cuts + row_id * 2 + 1)
     # The slot says nothing about a row that no program came by.
     if nothing | (slot >= 0):
         first_program = slot // 2
         parts = tl.where(nothing, 0, last - first_program + 1)
-        row_first = (item % row_tiles) * ROWS
-        rows = tl.minimum(ROWS, q_len * GROUP - row_first)
         # Later programs hold their piece of this row in their first slot.
         join_row(
             part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,

@@ -1,0 +1,94 @@
+"""What the Hopper kernel of many query rows makes of its products: logarithms of probabilities.
+
+Rows lie side by side, [rows, keys]; what a row or a key is known by is worked out before
+(gluon_drafts_operands).
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quantpage.ops.attend.decode.gluon_kernel import SHIFT, SLACK
+from quantpage.ops.attend.decode.gluon_rows import capped, seen_rows
+from quantpage.ops.triton.common import A_TOKEN, INT4
+
+
+@gluon.jit
+def by_lane(x):
+    """[rows, keys] summed over the keys of a thread: [rows, lanes of a row]."""
+    ROWS: gl.constexpr = x.shape[0]
+    return gl.sum(gl.sum(gl.reshape(x, [ROWS, x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _peaks(x):
+    """The largest of each row's keys that a thread has, [rows, lanes of a row]."""
+    ROWS: gl.constexpr = x.shape[0]
+    return gl.max(gl.max(gl.reshape(x, [ROWS, x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+class Weighing(NamedTuple):
+    """What makes scores of products: a row's numbers, and what its mask goes by."""
+
+    factor: Any
+    less: Any
+    """Added to a score when its scale is a channel's: what 4-bit codes are too large by, zeros."""
+    q_sum: Any
+    all_low: Any
+    all_high: Any
+    shown: Any
+    row_first: Any
+    q_len: Any
+    softcap: Any
+
+
+@gluon.jit
+def weigh(
+    high, low, given, beside, anchor, far_smem, key_start, s_layout: gl.constexpr,
+    K_CODE: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr,
+    PAGE: gl.constexpr, GROUP: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
+    SEGMENT: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Logarithms of p * v_scale of a tile, -inf where the mask hides; far_smem says how far above
+    its row's anchor one is. beside: numbers of the tile's keys.
+    """
+    ROWS: gl.constexpr = high.shape[0]
+    TILE: gl.constexpr = high.shape[1]
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_keys: gl.constexpr = gl.SliceLayout(0, s_layout)
+    score = (high * 128 + low).to(gl.float32)
+    score = gl.convert_layout(score, s_layout, assert_trivial=True) * given.factor[:, None]
+    if K_SCALES == A_TOKEN:
+        score = score * beside.k_scale.load(s_keys)[None, :]
+        # What is added is summed first: then it is one operation with the product.
+        if K_ZERO or K_CODE == INT4:
+            more = given.q_sum[:, None] * beside.k_zero.load(s_keys)[None, :]
+            if V_SCALES == A_TOKEN and not SOFTCAP:
+                more += beside.log_v_scale.load(s_keys)[None, :]
+            score += more
+        elif V_SCALES == A_TOKEN and not SOFTCAP:
+            score += beside.log_v_scale.load(s_keys)[None, :]
+    else:
+        if K_ZERO or K_CODE == INT4:
+            score += given.less[:, None]
+        if V_SCALES == A_TOKEN and not SOFTCAP:
+            score += beside.log_v_scale.load(s_keys)[None, :]
+    heavy = score
+    if SOFTCAP:
+        heavy = capped(score, given.softcap)
+        if V_SCALES == A_TOKEN:
+            heavy += beside.log_v_scale.load(s_keys)[None, :]
+    if (key_start < given.all_low) | (key_start + TILE > given.all_high):
+        key = key_start + gl.arange(0, TILE, s_keys)
+        visible = seen_rows(
+            key, given.shown, given.row_first, s_rows, given.q_len, PAGE, ROWS, GROUP, FULL, WINDOW,
+            SEGMENT,
+        )  # fmt: skip
+        heavy = gl.where(visible, heavy, float("-inf"))
+    peak = _peaks(heavy)
+    lanes: gl.constexpr = gl.SliceLayout(1, peak.type.layout)
+    above = peak - gl.convert_layout(anchor + (SHIFT + SLACK), lanes)[:, None]
+    bits = gl.reshape(above.to(gl.int32, bitcast=True), [4, ROWS])
+    far_smem.store(gl.max(bits, 1))
+    return heavy
