@@ -39,22 +39,26 @@ def end_sums(
     real = row < q_len * GROUP
     token_at = (q_start + row // GROUP).to(gl.int64)
     q_head_at = head * GROUP + row % GROUP
-    complete = (first_tile == 0) & (last_tile == tiles)
-    total, row_lse, ratio = sum_rows(weights, anchor, rows)
-    row_id = request * kv_heads * ROW_TILES + item
-    slot_id = 2 * program + (position != start).to(gl.int32)
     if PIECES:
-        whole = complete
+        whole = (here(first_tile) == 0) & (last_tile == tiles)
+        total, row_lse, ratio = sum_rows(weights, anchor, rows)
+        row_id = here(request) * kv_heads * ROW_TILES + item
         # A program may have many whole rows.
+        slot_id = 2 * here(program) + (position != start).to(gl.int32)
         slot_id = gl.where(whole, 2 * gl.num_programs(0) + row_id, slot_id)
         # Never. Without a branch around what is stored Triton 3.6's lowering fails an assertion.
         complete = whole & (q_len < 0)
         if first_tile == 0:
-            _, last, _ = row_programs(program, position, position, tiles, share, even)
             gl.store(cuts + row_id * 2, slot_id)
+            _, last, _ = row_programs(program, position, position, tiles, share, even)
             gl.store(cuts + row_id * 2 + 1, gl.where(whole, slot_id // 2, last))
-    elif first_tile == 0:
-        store_cut(cuts + row_id * 2, complete, slot_id, program, position, tiles, share, even)
+    else:
+        complete = (first_tile == 0) & (last_tile == tiles)
+        total, row_lse, ratio = sum_rows(weights, anchor, rows)
+        slot_id = 2 * program + (position != start).to(gl.int32)
+        if first_tile == 0:
+            cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
+            store_cut(cut, complete, slot_id, program, position, tiles, share, even)
     if complete:
         if SINKS:
             row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)
