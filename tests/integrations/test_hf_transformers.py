@@ -101,6 +101,18 @@ def test_a_left_padded_row_equals_the_row_alone(kv_format):
     assert both[0, pad:].tolist()[: alone.shape[1]] == alone[0].tolist()
 
 
+@pytest.mark.parametrize("tokens_to_remove", [2.5, torch.tensor(2.5), "2", None])
+def test_crop_takes_whole_numbers(tokens_to_remove):
+    with quantpage.attach(tiny("llama")) as attached:
+        cache = attached.new_cache()
+        attached.model(tokens(1, 9), **cache_as(attached.model, cache))
+        with pytest.raises(ValueError, match="tokens_to_remove: expected a whole number, got"):
+            cache.crop(tokens_to_remove)
+        assert cache.get_seq_length() == 9
+        cache.crop(torch.tensor(-2))
+        assert cache.get_seq_length() == 7
+
+
 @pytest.mark.parametrize("side", ["left", "right", "between"])
 @pytest.mark.parametrize("kv_format", ["none", "int8", "int4"])
 def test_crop_of_a_padded_batch_forgets_columns_and_not_tokens(kv_format, side):

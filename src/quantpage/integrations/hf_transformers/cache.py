@@ -1,5 +1,6 @@
 """A Transformers cache in quantized pages: one page table a row for layers that see alike."""
 
+import operator
 from collections.abc import Callable
 from copy import copy, deepcopy
 from functools import partial
@@ -187,8 +188,14 @@ class QuantPageCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
-        # Transformers counts with tensors, which would change under the lengths that are kept.
-        self.turns.take(partial(self._crop, int(tokens_to_remove)))
+        try:
+            # Transformers counts with tensors, which would change under the lengths that are kept.
+            tokens = operator.index(tokens_to_remove)
+        except TypeError:
+            raise ValueError(
+                f"tokens_to_remove: expected a whole number, got {tokens_to_remove!r}"
+            ) from None
+        self.turns.take(partial(self._crop, tokens))
 
     def _crop(self, tokens_to_remove: int) -> None:
         lengths = {layer.length for layer in self.paged()}
