@@ -11,6 +11,7 @@ import quantpage
 from quantpage.errors import FormatError, NonFiniteInput, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.arguments import cache_as
+from quantpage.integrations.hf_transformers.attach import _refuse_devices
 from tests.integrations.oracle import oracle
 from tests.integrations.tiny_models import BUILDERS, COMMON, tiny, tokens
 
@@ -365,3 +366,16 @@ def test_a_tokenizer_changes_nothing():
             do_sample=False,
         )
     assert out.shape[1] == 24 and attached.coverage.paged == 3
+
+
+def test_a_model_on_other_gpus_than_kernels_run_on_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    gpus = [torch.device("cuda", each) for each in range(3)]
+    # Weights that wait elsewhere until their layer runs say nothing.
+    beside = [torch.device("cpu"), torch.device("meta")]
+    for taken in ([], beside, [gpus[1]], [gpus[1], *beside]):
+        _refuse_devices(taken)
+    with pytest.raises(UnsupportedModel, match="expected weights on one GPU, got cuda:0, cuda:2;"):
+        _refuse_devices([gpus[2], gpus[0], *beside])
+    with pytest.raises(ValueError, match=r"current GPU, cuda:1, got cuda:2; torch.cuda.set_device"):
+        _refuse_devices([gpus[2]])

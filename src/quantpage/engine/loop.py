@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quantpage.cache import KnownPages
 from quantpage.cache.saved import read_pages, write_pages
 from quantpage.cache.tensor_file import Damaged
@@ -219,6 +221,9 @@ class Engine:
 
     def _run(self) -> None:
         """The thread; where it dies of something unforeseen, nobody is left waiting."""
+        if self._runner.device.type == "cuda":
+            # A thread begins on the first GPU, whatever the one that made it is on.
+            torch.cuda.set_device(self._runner.device)
         try:
             self._loop()
         except BaseException as error:

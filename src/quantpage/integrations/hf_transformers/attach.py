@@ -1,11 +1,12 @@
 """Attaching quantized pages to a Transformers model, and taking them off again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -149,6 +150,7 @@ def attach(  # noqa: PLR0913
         )
         refuse_own_cache(model)
         _refuse_compiled(model)
+        _refuse_devices(each.device for each in model.parameters())
         caching = caching_modules(model, type(text_config(model.config)))
         options = replace(
             options, own_state=frozenset(index for index, each in caching.items() if crosses(each))
@@ -287,6 +289,23 @@ def _refuse_mask(model: PreTrainedModel, mask: Mask, cache: QuantPageCache, ledg
     heads, kv_heads = mask.heads, 1 if ledger.latent else model_shape(model.config).kv_heads
     if heads not in (1, kv_heads):
         raise ValueError(f"mask: expected rows for 1 or {kv_heads} kv_heads, got {heads}")
+
+
+def _refuse_devices(devices: Iterable[torch.device]) -> None:
+    """Kernels run on the current GPU, and pages of layers that see alike are on one."""
+    there = {each.index or 0 for each in devices if each.type == "cuda"}
+    if len(there) > 1:
+        raise UnsupportedModel(
+            "model: expected weights on one GPU, got "
+            + ", ".join(f"cuda:{index}" for index in sorted(there))
+            + "; over several a model runs inside vLLM"
+        )
+    if there and there != {torch.cuda.current_device()}:
+        index = next(iter(there))
+        raise ValueError(
+            f"model: expected weights on the current GPU, cuda:{torch.cuda.current_device()}, got "
+            f"cuda:{index}; torch.cuda.set_device({index}) makes it the current one"
+        )
 
 
 def _refuse_compiled(model: PreTrainedModel) -> None:
