@@ -187,7 +187,10 @@ class QuantPageCache(Cache):
         self._select(torch.arange(self.rows.count)[indices.cpu()].tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens: -n drops n, a positive number is a length to keep."""
+        """Forget the newest tokens: -n drops n, a positive number is a length to keep.
+
+        Raises ValueError for what is no whole number.
+        """
         try:
             # Transformers counts with tensors, which would change under the lengths that are kept.
             tokens = operator.index(tokens_to_remove)
