@@ -221,10 +221,10 @@ class Engine:
 
     def _run(self) -> None:
         """The thread; where it dies of something unforeseen, nobody is left waiting."""
-        if self._runner.device.type == "cuda":
-            # A thread begins on the first GPU, whatever the one that made it is on.
-            torch.cuda.set_device(self._runner.device)
         try:
+            if self._runner.device.type == "cuda":
+                # A thread begins on the first GPU, whatever the one that made it is on.
+                torch.cuda.set_device(self._runner.device)
             self._loop()
         except BaseException as error:
             with self._wake:
