@@ -37,7 +37,7 @@ def by_format(data):
 def test_what_is_promised_is_what_is_held(capacity, folder):
     given = ("--model", folder, "--memory", "1MiB", "--context", "200", "--page-size", "16")
     names = "none,int8,int4,first1=int8"
-    rows = by_format(capacity(*given, "--kv-format", names))
+    rows = by_format(capacity(*given, "--formats", names))
     assert list(rows) == ["none", "int8", "int4,first1=int8"]
     model = tiny("llama", torch.float32)
     for name, row in rows.items():
@@ -104,7 +104,7 @@ def test_weights_are_taken_off(capacity, quantpage, folder):
 
 def test_states_of_other_layers_are_counted_and_named(quantpage, capacity, tmp_path):
     tf.Qwen3NextConfig().save_pretrained(tmp_path)
-    given = ("--model", tmp_path, "--memory", "40GiB", "--kv-format", "int8")
+    given = ("--model", tmp_path, "--memory", "40GiB", "--formats", "int8")
     data = capacity(*given)
     assert list(data["state_bytes"]) == ["linear_attention"]
     assert data["rows"][0]["request_bytes"] > data["state_bytes"]["linear_attention"] > 1 << 20
@@ -181,8 +181,8 @@ def test_memory_sizes(text, size):
         (["--memory", "1GiB", *LLAMA, "--tp", "0"], "'--tp'"),
         (["--memory", "1GiB", *LLAMA, "--context", "0"], "'--context'"),
         (["--memory", "1GiB", *LLAMA, "--chunk", "0"], "'--chunk'"),
-        (["--memory", "1GiB", *LLAMA, "--kv-format", "int9"], "kv_format: expected one of"),
-        (["--memory", "1GiB", *LLAMA, "--kv-format", "int8,layers=40:int4"], "layers of 0 to 31"),
+        (["--memory", "1GiB", *LLAMA, "--formats", "int9"], "kv_format: expected one of"),
+        (["--memory", "1GiB", *LLAMA, "--formats", "int8,layers=40:int4"], "layers of 0 to 31"),
     ],
 )
 def test_wrong_flags_are_one_sentence(quantpage, arguments, message):

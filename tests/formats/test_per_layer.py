@@ -58,10 +58,8 @@ def test_several_choices_in_one_text():
         "none", "int4,first2=int8,layers=4,6-7:fp8", "k=int8,v=fp8,last1=k=none,v=int4", "int8",
     ]  # fmt: skip
     assert split_choices("") == []
-    with pytest.raises(
-        ValueError, match="kv_format: expected names separated by commas, got ' , '"
-    ):
-        split_choices(" , ", "kv_format")
+    with pytest.raises(ValueError, match="formats: expected names separated by commas, got ' , '"):
+        split_choices(" , ")
 
 
 def test_a_misspelled_rule_stays_with_its_choice():

@@ -35,7 +35,7 @@ def given(folder, out, *more):
     return [
         "report", "--model", str(folder), "--text", str(folder / "words.txt"), "--out", str(out),
         "--formats", "none,int8,int4,first1=int8", "--scored", "60", "--windows", "1",
-        "--answers", "2", "--steps", "6", "--needles", "100", "--contexts", "512",
+        "--answers", "2", "--steps", "6", "--needles", "100", "--context", "512",
         "--page-size", "16", *more,
     ]  # fmt: skip
 

@@ -79,13 +79,11 @@ def top(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Attention over quantized pages: run a model with a quantized KV cache, measure what it saves
-    and what it loses.
-    """
+    """Run language models with a quantized key-value cache; measure what it saves and loses."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

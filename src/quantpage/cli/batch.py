@@ -10,9 +10,8 @@ import typer
 
 from quantpage import console
 from quantpage.cli.capacity import parse_bytes
+from quantpage.cli.exit_codes import CHECK_FAILED
 from quantpage.cli.options import AnswerFlags
-
-SOME_FAILED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Batch:
 
 
 def answer_file(batch: Batch) -> None:
-    """Answer what is not answered yet; leaves with SOME_FAILED where a line ended in an error."""
+    """Answer what is not answered yet; leaves with CHECK_FAILED where a line ended in an error."""
     from quantpage.server.answer_file import AnswerFile
     from quantpage.server.offline import answer_lines, read_lines
     from quantpage.server.options import ServeOptions
@@ -100,4 +99,4 @@ def answer_file(batch: Batch) -> None:
             f"quantpage: {what} ended in an error, which {batch.out} says; another run tries again",
             file=sys.stderr,
         )
-        raise typer.Exit(SOME_FAILED)
+        raise typer.Exit(CHECK_FAILED)

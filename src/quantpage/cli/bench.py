@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from quantpage.cli.options import Model, with_common, with_flags
+from quantpage.cli.options import Model, PageSize, with_common, with_flags
 from quantpage.files import check_writable
 from quantpage.formats.per_layer import split_choices
 from quantpage.hardware import find_device
 
 app = typer.Typer(
     invoke_without_command=True,
-    help="Check every case against float64, then time it; a red check reports no speed. Rows go to "
-    "a CSV with device, versions and commit.",
+    help="Check kernels and models against float64, then time them. A failed check reports no "
+    "speed. Rows go to a CSV with device, versions and commit.",
 )
 
 
@@ -27,20 +27,21 @@ def _show_help(context: typer.Context) -> None:
         print(context.get_help())
 
 
-Out = Annotated[Path | None, typer.Option(help="Write a CSV row a measurement here.")]
+Out = Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")]
 CheckOnly = Annotated[
-    bool, typer.Option("--check-only", help="Check against float64, time nothing.")
+    bool, typer.Option("--check-only", help="Check against float64 and time nothing.")
 ]
 Cases = Annotated[
-    str, typer.Option(help="Only these, separated by ';': '1 x 4k;8 x 8k' (write: '64;4096').")
+    str, typer.Option(help="Only these cases: '1 x 4k;8 x 8k' (of write: '64;4096').")
 ]
-Commit = Annotated[str, typer.Option(help="Of the rows, where git is not at hand.")]
-Flex = Annotated[bool, typer.Option(help="Time FlexAttention too; it compiles for long.")]
+Commit = Annotated[str, typer.Option(help="The commit to write into the rows, if git cannot tell.")]
+Flex = Annotated[bool, typer.Option(help="Time FlexAttention too, which compiles for long.")]
 Part = Annotated[
-    str, typer.Option(help="'2/8': every eighth case from the third on, to compile together.")
+    str, typer.Option(help="A part of the cases: '2/8' is every eighth from the third on.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Of torch and the compiled core; default: all cores'.")
+    int | None,
+    typer.Option(min=1, help="Threads of torch and the compiled core; default: one a core."),
 ]
 
 
@@ -58,10 +59,11 @@ def decode(
     part: Part = "0/1",
     commit: Commit = "",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the roofline from the CSV of --out; time nothing.")
+        Path | None,
+        typer.Option(help="Draw the roofline from the CSV of --out into this file; time nothing."),
     ] = None,
 ) -> None:
-    """Decode over pages of every format, beside torch's kernels on dense bf16 (CUDA)."""
+    """Decode over pages of every format beside torch's kernels on dense bf16 (CUDA)."""
     if plot is not None:
         from quantpage.bench.plots import draw_roofline
 
@@ -89,9 +91,9 @@ def _kernel_bench(op: str, about: str) -> Callable[..., None]:
     return command
 
 
-latent = _kernel_bench("latent", "Decode over latent rows (MLA), in DeepSeek-V3's shapes (CUDA).")
+latent = _kernel_bench("latent", "Decode over latent rows (MLA) in DeepSeek-V3's shapes (CUDA).")
 write = _kernel_bench(
-    "write", "The fused write beside the copy bandwidth and a plain engine's separate steps (CUDA)."
+    "write", "The fused write beside copying alone and a plain engine's separate steps (CUDA)."
 )
 
 
@@ -113,11 +115,11 @@ def _kernels(
 def prefill(
     out: Out = None,
     cases: Cases = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns that a row is the median of.")] = 3,
-    rest: Annotated[
-        float | None, typer.Option(help="Seconds without load before every turn.")
-    ] = None,
-    flex: Annotated[str, typer.Option(help="Cases that FlexAttention runs too.")] = "1 x 16k",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns; a row is their median.")] = 3,
+    rest: Annotated[float | None, typer.Option(help="Seconds of rest before each turn.")] = None,
+    flex: Annotated[
+        str, typer.Option(help="Cases that FlexAttention is timed on too.")
+    ] = "1 x 16k",
     commit: Commit = "",
 ) -> None:
     """Prefill over pages of every format beside cuDNN on dense bf16 (CUDA)."""
@@ -129,14 +131,19 @@ def prefill(
 
 def masks(
     out: Out = None,
-    sizes: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "8192,32768",
-    kinds: Annotated[str, typer.Option(help="Separated by ',', causal first; default: all.")] = "",
-    steps: Annotated[bool, typer.Option("--steps", help="Decode and verification too.")] = False,
+    sizes: Annotated[str, typer.Option(help="Lengths in tokens, comma separated.")] = "8192,32768",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of masks, comma separated, causal first; default: all.")
+    ] = "",
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Decode and verification steps too.")
+    ] = False,
     check_only: CheckOnly = False,
-    check: Annotated[bool, typer.Option(help="Check before timing.")] = True,
+    check: Annotated[bool, typer.Option(help="Check each case before it is timed.")] = True,
     flex: Flex = True,
     compile_flex: Annotated[
-        str, typer.Option(help="'2/8': only fill FlexAttention's compile cache, a part.")
+        str,
+        typer.Option(help="Only fill FlexAttention's compile cache with this part, such as '2/8'."),
     ] = "",
     commit: Commit = "",
 ) -> None:
@@ -154,15 +161,19 @@ def masks(
 
 def gpu_model(
     out: Out = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests.")] = 16,
-    context: Annotated[int, typer.Option(min=1, help="Tokens each of them has cached.")] = 16384,
-    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 16,
-    formats: Annotated[str, typer.Option(help="Separated by ','.")] = "none,int8,fp8,k8v4,int4",
+    batch: Annotated[int, typer.Option(min=1, help="Requests in the batch.")] = 16,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens that each request has cached.")
+    ] = 16384,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 16,
+    formats: Annotated[
+        str, typer.Option(help="Formats to time, comma separated.")
+    ] = "none,int8,fp8,k8v4,int4",
     profile: Annotated[bool, typer.Option("--profile", help="List the kernels of a step.")] = False,
     commit: Commit = "",
 ) -> None:
-    """An 8B-shaped model's decode steps as CUDA graphs (CUDA)."""
+    """An 8B-shaped model's prompt and decode steps, as CUDA graphs (CUDA)."""
     _ready(out)
     from quantpage.bench.gpu_model import GpuModelRequest, run
 
@@ -173,10 +184,15 @@ def gpu_model(
 def cpu(
     out: Out = None,
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Of each case, about.")] = 8.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="About this many seconds for each case.")
+    ] = 8.0,
     cases: Cases = "",
     formats: Annotated[
-        str, typer.Option(help="Separated by ','; keys and values apart: k=int8,v=int4.")
+        str,
+        typer.Option(
+            help="Formats to time, comma separated; keys and values apart: k=int8,v=int4."
+        ),
     ] = "int8,int4,k8v4,fp8,none",
 ) -> None:
     """The compiled core's attention beside SDPA and a plain read (CPU)."""
@@ -191,12 +207,18 @@ def cpu_model(
     model: Model,
     out: Out = None,
     threads: Threads = None,
-    contexts: Annotated[str, typer.Option(help="Tokens, separated by ','.")] = "512,2048,8192",
-    prompts: Annotated[bool, typer.Option("--prompts", help="Prompts, not decode steps.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 24,
+    contexts: Annotated[
+        str, typer.Option(help="Contexts in tokens, comma separated.")
+    ] = "512,2048,8192",
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Time prompts instead of decode steps.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed of each.")] = 24,
     formats: Annotated[
         str,
-        typer.Option(help="Separated by ',', also one a layer; default: int8, int4 and none."),
+        typer.Option(
+            help="Formats to time, comma separated, also by layer; default: int8,int4,none."
+        ),
     ] = "",
 ) -> None:
     """A real model's decode steps beside Transformers' cache (CPU)."""
@@ -210,7 +232,7 @@ def cpu_model(
 
 def bookkeeping(
     out: Out = None,
-    operations: Annotated[int, typer.Option(min=64, help="Of each case.")] = 1_000_000,
+    operations: Annotated[int, typer.Option(min=64, help="Operations of each case.")] = 1_000_000,
 ) -> None:
     """Pools, requests and the prefix cache, without a tensor (CPU)."""
     check_writable(out, "out")
@@ -220,17 +242,19 @@ def bookkeeping(
 
 
 def memory(
-    model: Annotated[str, typer.Option(help="Model folder.")] = "",
-    shape: Annotated[str, typer.Option(help="Heads, windows and layers of a known model.")] = "",
+    model: Annotated[str, typer.Option(help="A model folder.")] = "",
+    shape: Annotated[
+        str, typer.Option(help="Instead of --model: a known model's heads, windows and layers.")
+    ] = "",
     out: Out = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 4096,
     formats: Annotated[
-        str, typer.Option(help="Separated by ','.")
+        str, typer.Option(help="Formats to measure, comma separated.")
     ] = "none,int8,int8_exact,fp8,k8v4,int4",
-    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
+    page_size: PageSize = 64,
     threads: Threads = None,
 ) -> None:
-    """What a prompt leaves in memory and took at most, beside Transformers' own cache."""
+    """The memory that a prompt takes and leaves taken, beside Transformers' own cache."""
     check_writable(out, "out")
     from quantpage.bench.memory import SHAPES, run
 
@@ -252,9 +276,11 @@ def plots(
     results: Annotated[Path, typer.Option(help="Folder with the CSV files.")] = Path(
         "benchmarks/results"
     ),
-    images: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/images"),
+    images: Annotated[Path, typer.Option(help="Folder to write the pictures to.")] = Path(
+        "docs/images"
+    ),
 ) -> None:
-    """Draw the pictures of the docs from committed CSV files, and from nothing else."""
+    """Draw the pictures of the docs from benchmarks/results."""
     from quantpage.bench.plots import PICTURES
 
     sources = {results / f"{name}.csv": draw for name, draw in PICTURES.items()}
@@ -290,7 +316,8 @@ def _part(text: str) -> tuple[int, int]:
 Base = Annotated[
     str,
     typer.Option(
-        help="Time this commit's tree too (or that in this folder), in turns: before, after, ratio."
+        help="Time this commit (or the checkout in this folder) too, in turns; print before, "
+        "after and their ratio."
     ),
 ]
 

@@ -22,30 +22,34 @@ def command(
     out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
     text: Text = None,
     kv_format: Annotated[
-        str, typer.Option(help="The format, or one a layer, that maps are chosen for.")
+        str, typer.Option(help="The format, also by layer, that the calibration is chosen for.")
     ] = "int4",
     scales: Annotated[
         str,
-        typer.Option(help="Of a static format, from ranges: absmax, percentile or mse."),
+        typer.Option(help="How a static format's scales are chosen: absmax, percentile or mse."),
     ] = "mse",
     feedback: Annotated[
         bool,
         typer.Option(
-            help="Keep what rounding in turn needs; without it channels are rounded by themselves: "
-            "less exact, and on a GPU faster to write."
+            help="Let each channel's rounding make up for the errors of those before it: more "
+            "exact, and on a GPU slower to write."
         ),
     ] = True,
-    tokens: Annotated[int, typer.Option(min=256, help="Of the text, evenly spread.")] = 8192,
-    window: Annotated[int, typer.Option(min=128, help="Tokens a forward.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tokens: Annotated[
+        int, typer.Option(min=256, help="Tokens read, spread evenly over the text.")
+    ] = 8192,
+    window: Annotated[int, typer.Option(min=128, help="Tokens read in one forward.")] = 1024,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure a model's keys and queries on text and choose how its keys are cached.
+    """Measure a model's keys and queries on text, so that its keys lose less when quantized.
 
-    One pass; an interrupted one goes on from what was kept every twenty seconds, in a file of
-    --out's name and .part. The calibration is for attach(calibration=...) and for --calibration of
-    generate, serve and evaluate: a mean and scales a channel of every layer's keys, and by which
-    metric they are rounded; formats keep their bytes.
+    The file holds a mean and a scale for each channel of each layer's keys, and how they are
+    rounded; the cache keeps its size. Give it to --calibration of generate, chat, serve, evaluate
+    and report, or to attach(calibration=...). An interrupted run continues from a file with
+    --out's name and .part, written every twenty seconds.
     """
     import torch
 

@@ -54,23 +54,28 @@ def command(
     kv_heads: KVHeads = None,
     head_dim: HeadDim = None,
     context: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens of one request.")] = 8192,
-    kv_format: Annotated[
-        str, typer.Option(help="Only these, comma separated; also one a layer. Default: all.")
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="Formats to count, comma separated; int8,int4,first2=int8 are two, the second by "
+            "layer. Default: all."
+        ),
     ] = "",
     tp: TP = 1,
     weights: Annotated[
-        str, typer.Option(help="Taken off the memory first: bf16, int8 or none.")
+        str, typer.Option(help="Take the weights off the memory first: bf16, int8 or none.")
     ] = "none",
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens a step; default: the whole prompt.")
+        int | None,
+        typer.Option(min=1, help="Prompt tokens computed in a step; default: the whole prompt."),
     ] = None,
     page_size: PageSize = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Tokens and requests that fit, per format, from the layouts that the cache allocates.
+    """Count the tokens and requests that fit in a memory, format by format.
 
-    Counted as attach allocates it: windows, latents, states of other layers, pages kept exact. A
-    model that attach refuses is refused.
+    Counted from what attach would allocate: windows, latent rows, states of other layers, pages
+    kept exact. A model that attach refuses is refused.
     """
     budget = parse_bytes(memory)
     counted = read_counted(model, layers, kv_heads, head_dim, tp)
@@ -81,11 +86,11 @@ def command(
             f"{weights}), got {memory}"
         )
     rows, refused = [], {}
-    for name in split_choices(kv_format, "kv_format") or FORMATS:
+    for name in split_choices(formats) or FORMATS:
         try:
             plans = counted.plans(LayerFormats.parse(name), page_size)
         except FormatError as error:
-            if kv_format:
+            if formats:
                 raise
             refused[name] = str(error)
             continue

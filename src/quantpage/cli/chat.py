@@ -25,17 +25,19 @@ _HELP = """\
 @with_answers
 def command(
     model: Annotated[
-        str, typer.Argument(help="Folder of a decoder, a .gguf, or an id of the hub.")
+        str, typer.Argument(help="A model: folder, .gguf file, or id on the Hugging Face hub.")
     ],
-    load: Annotated[Path | None, typer.Option(help="Go on with a conversation of /save.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(help="Continue a conversation that /save wrote.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
     *,
     flags: AnswerFlags,
 ) -> None:
-    """Talk with a model. The cache is kept: a turn computes only what is new in it.
+    """Talk with a model over a cache that is kept: a turn computes only what is new.
 
-    A line is a question; /help lists what else a line may be. In a pipe every line of stdin is a
-    question, answers go to stdout and what they took to stderr.
+    A line is a question; /help lists the commands. In a pipe every line of stdin is a question.
+    Answers go to stdout, what they took to stderr.
     """
     from quantpage.cli.conversation import Conversation
     from quantpage.cli.generation import load as load_model

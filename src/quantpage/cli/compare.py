@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 
 def command(
-    a: Annotated[Path, typer.Argument(help="Data of one report.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Data of the other.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Write a page of both, too.")] = None,
+    a: Annotated[Path, typer.Argument(help="Data of one report (its .json).", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Data of the other (its .json).", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Write a page of both here as well.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put the data of two reports beside each other: what was not the same, and each format's
-    figures in both.
-    """
+    """Compare two reports: what was not the same, and each format's figures in both."""
     from quantpage.report import compare, load
     from quantpage.report.beside import render
 

@@ -5,17 +5,17 @@ from dataclasses import asdict
 import typer
 
 from quantpage import console
+from quantpage.cli.exit_codes import CHECK_FAILED
 from quantpage.cli.options import AsJson
 
-FOUND_WRONG = 4
 _MARKS = {"good": "ok", "note": "note", "bad": "WRONG"}
 
 
 def command(as_json: AsJson = False) -> None:
     """Check this installation, try every implementation that runs here, and say what to do.
 
-    Takes a few seconds on a CPU; on a GPU kernels are compiled first. Changes and downloads
-    nothing. Exit code 4 where something is wrong.
+    It takes a few seconds on a CPU; on a GPU kernels are compiled first. It changes and downloads
+    nothing. The exit code is 4 if something is wrong.
     """
     from quantpage.doctor import examine
 
@@ -38,4 +38,4 @@ def command(as_json: AsJson = False) -> None:
         extra = f"; {notes} could be better" if notes else ""
         console.print_line(f"\n{verdict}{extra}")
     if any(each.state == "bad" for each in findings):
-        raise typer.Exit(FOUND_WRONG)
+        raise typer.Exit(CHECK_FAILED)

@@ -22,33 +22,36 @@ def command(
     formats: Annotated[
         str,
         typer.Option(
-            help="Names, or one a layer, comma separated: int8,int4,first2=int8 are two; default: "
-            "all dynamic ones and the peers found."
+            help="Formats to measure, comma separated; int8,int4,first2=int8 are two, the second "
+            "by layer. Default: all dynamic ones, and Transformers' if installed."
         ),
     ] = "",
     windows: Annotated[
-        int | None, typer.Option(min=1, help="Places in the text; default: 2, with --budget 1.")
+        int | None, typer.Option(min=1, help="Places in the text; default: 2 (1 with --budget).")
     ] = None,
     prompt: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens read first in each window; default: 1024 or 512."),
+        typer.Option(min=1, help="Tokens read first in each; default: 1024 (512 with --budget)."),
     ] = None,
     scored: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens scored in each window; default: 1024 or 256."),
+        typer.Option(min=1, help="Tokens scored in each; default: 1024 (256 with --budget)."),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Find the choice a layer that loses least within so many bits a number "
-            "(5.0bits), of --formats (default: int8,int4), and print its --kv-format line."
+            help="Find the formats by layer that lose least within so many bits a number "
+            "(5.0bits), out of --formats (default: int8,int4), and print the --kv-format line."
         ),
     ] = None,
     context: Annotated[
-        int, typer.Option(min=1, help="Tokens of the request whose bits --budget counts.")
+        int,
+        typer.Option(min=1, help="With --budget: tokens of the request whose bits are counted."),
     ] = 8192,
     page_size: PageSize = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic: float32, bfloat16 or float16.")
+    ] = "float32",
     calibration: Calibration = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
@@ -57,11 +60,11 @@ def command(
 ) -> None:
     """Score real text through each cache format and compare with the unquantized cache.
 
-    Teacher-forced as in generation: the prompt, then the scored tokens, all through the cache.
-    The quantized caches of Transformers are scored too where their packages are installed
-    (optimum-quanto, hqq); the forward of their prompt and up to 128 recent tokens are unquantized.
-    With --budget every layer's keys and values are quantized alone, one forward each, and the best
-    sum is looked for; progress says how long it takes.
+    The prompt and then the scored tokens go through the cache as in generation (teacher-forced).
+    Transformers' own quantized caches are scored too if their packages are installed
+    (optimum-quanto, hqq); they compute the prompt unquantized and keep up to 128 recent tokens so.
+    --budget quantizes the keys and the values of each layer alone, one forward each, and looks for
+    the best sum.
     """
     from quantpage.evaluate import report
     from quantpage.evaluate.run import EvaluateRequest, evaluate

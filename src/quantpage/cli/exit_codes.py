@@ -1,4 +1,4 @@
 """How a command may end (docs/commands.md)."""
 
-WRONG_INPUT, UNAVAILABLE = 2, 3
+WRONG_INPUT, UNAVAILABLE, CHECK_FAILED = 2, 3, 4
 INTERRUPTED, BROKEN_PIPE = 130, 141

@@ -29,22 +29,29 @@ MASKS = ("causal", "full", "interval", "asked")
 
 def command(
     kv_format: Annotated[
-        str | None, typer.Option(help="Only this format, or those of a choice a layer.")
+        str | None, typer.Option(help="Only this format; also by layer: int8,last2=int4.")
     ] = None,
     device: Device = "auto",
     model: Annotated[
-        str | None, typer.Option(help="Model folder: its heads; default: those of an 8B Llama.")
+        str | None,
+        typer.Option(help="Take the heads of this model; default: those of an 8B Llama."),
     ] = None,
-    mask: Annotated[str, typer.Option(help="causal, full, interval or asked.")] = "causal",
+    mask: Annotated[
+        str, typer.Option(help="Kind of mask: causal, full, interval or asked.")
+    ] = "causal",
     why: Annotated[
         tuple[str, str] | None,
         typer.Option(
             metavar="FORMAT OP",
-            help="What each candidate says: int8 decode. Ops: rope_write, prefill, decode, gather.",
+            help="What each candidate says, as in `--why int8 decode`. Ops: rope_write, prefill, "
+            "decode, gather.",
         ),
     ] = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Print the support matrix (docs/support.md) and stop.")
+        bool,
+        typer.Option(
+            "--matrix", help="Print the table of what runs where (docs/support.md) and stop."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -38,10 +38,10 @@ def command(
     head_dim: HeadDim = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the cache formats: bits, who owns a scale, static or dynamic, bytes a token.
+    """List the cache formats: bits, what shares a scale, static or dynamic, bytes a token.
 
-    Bytes are those of a model, or of --layers, --kv-heads and --head-dim; --head-dim alone is for
-    bits a value.
+    Bytes a token are those of --model, or of --layers, --kv-heads and --head-dim. --head-dim alone
+    gives the bits a value.
     """
     counted = None
     if model is not None or layers is not None or kv_heads is not None:

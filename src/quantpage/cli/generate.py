@@ -20,44 +20,48 @@ if TYPE_CHECKING:
 def command(
     model: Model,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to ask; several are answered in turn.")
+        list[str] | None, typer.Option(help="What to ask; may be given several times.")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Read the prompt from a file (-: stdin); with --prompt, before each. With --out: "
-            "requests, a JSON object a line."
+            help="Read the prompt from this file (-: stdin); any --prompt comes below it. With "
+            "--out: requests, one JSON object a line."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Answer the requests of --file in one batch, a JSON object a line."),
+        typer.Option(
+            help="Answer the requests of --file in one batch; write one JSON object a line here."
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     compare: Annotated[
-        bool, typer.Option(help="Force the answer through other caches, and compare.")
+        bool, typer.Option(help="Run the same answer through other caches too, and compare.")
     ] = False,
     raw: Annotated[
-        bool, typer.Option(help="Give the prompt as it is, without the chat template.")
+        bool, typer.Option(help="Give the model the prompt as it is, without its chat template.")
     ] = False,
     as_json: AsJson = False,
-    max_requests: Annotated[int, typer.Option(min=1, help="With --out: answers at once.")] = 32,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="With --out: answers computed at once.")
+    ] = 32,
     memory: Annotated[
-        str | None, typer.Option(help="With --out: of the cache, such as 4GiB.")
+        str | None, typer.Option(help="With --out: memory for the cache, such as 4GiB.")
     ] = None,
     *,
     flags: AnswerFlags,
 ) -> None:
-    """Generate text through a quantized, paged cache and report what it took and what it cost.
+    """Generate text through a quantized cache, and say what it took.
 
-    The answer goes to stdout, what it took to stderr. Greedy unless --temperature is above 0, so
-    that runs compare. --compare forces the same answer through this cache, through ours without
-    quantization and through Transformers' own, and tabulates what each holds, its speed, and how
-    often its most likely token is the one of Transformers' own cache.
+    The answer goes to stdout, everything else to stderr. The likeliest token is taken unless
+    --temperature is above 0, so that runs can be compared. --compare runs the same answer through
+    three caches: the one asked for, ours without quantization, and Transformers' own. A table says
+    how large and how fast each is, and how often it predicts the same token as Transformers' own.
 
-    With --out the lines of --file are requests with the names of OpenAI's completions (prompt or
-    messages, and their own sampling, where flags say what they leave out). They are answered in
-    one batch that is refilled as answers end. A run that was ended goes on where it was.
+    With --out, each line of --file is a request as OpenAI's API takes it (prompt or messages, and
+    sampling); flags are the defaults. Requests are answered in one batch, refilled as answers end.
+    The same command continues a run that was interrupted.
     """
     if out is not None:
         for name, given in (

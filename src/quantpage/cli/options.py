@@ -18,43 +18,52 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        help="Folder of a Hugging Face decoder, a .gguf file, or an id of the hub.",
+        help="A model: folder, .gguf file, or id on the Hugging Face hub.",
         show_default=False,
     ),
 ]
-PageSize = Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PageSize = Annotated[int, typer.Option(help="Tokens in a page: 16, 32, 64, 128 or 256.")]
+Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda or cuda:N.")]
 Calibration = Annotated[
     str,
     typer.Option(
-        help="Of cached keys: auto (from the weights, where keys have biases or norms), none, or a "
-        "file of `quantpage calibrate`."
+        help="How keys are scaled before they are quantized: auto (from the weights, if keys have "
+        "biases or norms), none, or a file made by `quantpage calibrate`."
     ),
 ]
 CacheFormat = Annotated[
     str,
     typer.Option(
-        help="Cache format; keys and values apart: k=int8,v=int4; one a layer: "
-        "int4,first2=int8,layers=7,9-11:int8."
+        help="Cache format, such as int8. Keys and values apart: k=int8,v=int4. By layer: "
+        "int4,first2=int8 or int4,layers=9-11:int8."
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16, float16.")
+    str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16 or float16.")
 ]
-Weights = Annotated[str, typer.Option(help="model: as they are; int8: weight-only linears (CPU).")]
-System = Annotated[str | None, typer.Option(help="System prompt, for the model's chat template.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Weights = Annotated[
+    str, typer.Option(help="model: as they are; int8: linear layers quantized (CPU only).")
+]
+System = Annotated[
+    str | None, typer.Option(help="System prompt, given through the model's chat template.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
-    float, typer.Option(help="0: the most likely token (greedy); 1: the model's distribution.")
+    float,
+    typer.Option(help="0: always the likeliest token (greedy); 1: sample as the model predicts."),
 ]
-TopP = Annotated[float, typer.Option(help="Of tokens that are so probable together; 1: all.")]
-TopK = Annotated[int, typer.Option(help="Of so many most likely tokens; 0: all.")]
+TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the likeliest tokens that have this probability; 1: all."),
+]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")]
 Stop = Annotated[
-    list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    list[str] | None,
+    typer.Option(help="End the answer before this text; may be given several times."),
 ]
-Seed = Annotated[int, typer.Option(help="Of the sampling; the same for every prompt.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling, the same for every prompt.")]
 Text = Annotated[
-    Path | None, typer.Option(help="English text to read; default: Austen's novels, from Debian.")
+    Path | None, typer.Option(help="English text to read; default: Austen's novels, fetched once.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -103,12 +112,14 @@ class AnswerFlags:
 def _common() -> dict[str, Any]:
     return {
         "quiet": Annotated[
-            bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")
+            bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")
         ],
         "verbose": Annotated[
             bool,
             typer.Option(
-                "--verbose", "-v", help="Other libraries' messages, and where an error came from."
+                "--verbose",
+                "-v",
+                help="Show other libraries' messages, and where an error came from.",
             ),
         ],
     }

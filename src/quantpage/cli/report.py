@@ -13,39 +13,49 @@ from quantpage.formats.per_layer import split_choices
 def command(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="The page; data and pictures go beside it.", show_default=False)
+        Path,
+        typer.Option(help="The page to write; data and pictures go beside it.", show_default=False),
     ],
     formats: Annotated[
         str,
         typer.Option(
-            help="Names, or one a layer, comma separated: int8,int4,first2=int8 are two; default: "
-            "all dynamic ones."
+            help="Formats to measure, comma separated; int8,int4,first2=int8 are two, the second "
+            "by layer. Default: all dynamic ones."
         ),
     ] = "",
     text: Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 2,
-    scored: Annotated[int, typer.Option(min=1, help="Predictions compared in each.")] = 1472,
-    answers: Annotated[int, typer.Option(min=1, help="Answers of the model itself.")] = 4,
+    scored: Annotated[int, typer.Option(min=1, help="Predictions compared in each place.")] = 1472,
+    answers: Annotated[
+        int, typer.Option(min=1, help="Answers that the model writes itself, compared too.")
+    ] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
     needles: Annotated[
-        str, typer.Option(help="Lengths of texts with a needle, comma separated; '' for none.")
+        str, typer.Option(help="Lengths of texts that hide a needle, comma separated; '': none.")
     ] = "256,512,1024",
     advice: Annotated[
         bool,
-        typer.Option(help="Measure every layer alone, for a choice a layer; a third of the time."),
+        typer.Option(
+            help="Measure each layer alone, to advise formats by layer; a third of the time."
+        ),
     ] = True,
-    contexts: Annotated[int, typer.Option(min=1, help="Longest context timed.")] = 8192,
+    context: Annotated[
+        int, typer.Option(min=1, help="Longest context that decode is timed at.")
+    ] = 8192,
     page_size: PageSize = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic: float32, bfloat16 or float16.")
+    ] = "float32",
     calibration: Calibration = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure what each cache format changes, and write one HTML page that says it.
+    """Measure what each cache format changes, and write it up as one HTML page.
 
-    Predictions on text and on the model's own answers, layers and heads, needles, memory, speed,
-    and a verdict in words. Minutes for the demo's model on a CPU. Finished parts are kept beside
-    the page: an interrupted report, or one with another format, goes on from them.
+    The page has predictions on text and on the model's own answers, layers and heads, needles,
+    memory, speed, and a verdict in words. It takes minutes for the demo's model on a CPU. Finished
+    parts are kept beside the page, so that an interrupted report, or one with another format,
+    continues from them.
     """
     from quantpage.report import ReportRequest, make
 
@@ -60,7 +70,7 @@ def command(
         steps=steps,
         needle_lengths=read_lengths(needles),
         advice=advice,
-        contexts=contexts,
+        context=context,
         page_size=page_size,
         dtype=dtype,
         device=device,

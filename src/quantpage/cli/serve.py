@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantpage.cli.capacity import parse_bytes
-from quantpage.cli.options import CacheFormat, Calibration, Dtype, Weights
+from quantpage.cli.options import CacheFormat, Calibration, Dtype, PageSize, Weights
 from quantpage.files import check_writable
 
 
@@ -21,59 +21,70 @@ class EngineName(StrEnum):
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="Folder of a decoder, a .gguf, or an id of the hub.")
+        str, typer.Argument(help="A model: folder, .gguf file, or id on the Hugging Face hub.")
     ],
     more: Annotated[
         list[str] | None,
-        typer.Argument(help="After --: further flags of vLLM's server.", metavar="[-- FLAGS]"),
+        typer.Argument(help="Flags behind -- go to vLLM's server.", metavar="[-- FLAGS]"),
     ] = None,
     engine: Annotated[
         EngineName,
-        typer.Option(help="vllm: its server with our plugin; auto: that, where it is installed."),
+        typer.Option(
+            help="vllm: vLLM's server with our pages; embedded: ours; auto: vllm if it can."
+        ),
     ] = EngineName.AUTO,
     kv_format: CacheFormat = "int8",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: its folder's name.")
+    ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(help="Ask for it in every call.", envvar="QUANTPAGE_API_KEY"),
+        typer.Option(help="Refuse calls without this key.", envvar="QUANTPAGE_API_KEY"),
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="Of the cache, such as 4GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for the cache, such as 4GiB.")] = None,
     max_requests: Annotated[
-        int | None, typer.Option(min=1, help="Answers that share a step; embedded: 64.")
+        int | None,
+        typer.Option(min=1, help="Most answers computed at once; default of embedded: 64."),
     ] = None,
     max_waiting: Annotated[
         int | None,
-        typer.Option(min=1, help="Answers that wait for a place; embedded: 256."),
+        typer.Option(min=1, help="Most answers that wait; default of embedded: 256."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer.")
+        int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer.")
     ] = None,
     step_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a step, prompts in chunks; embedded: 256.")
+        int | None,
+        typer.Option(min=1, help="Most tokens computed in a step; default of embedded: 256."),
     ] = None,
     drain: Annotated[
         int | None,
-        typer.Option(min=0, help="Seconds to finish answers in at the end; embedded: 60."),
+        typer.Option(
+            min=0, help="Seconds that answers get to finish at the end; default of embedded: 60."
+        ),
     ] = None,
-    page_size: Annotated[int, typer.Option(help="Tokens a page: 16, 32, 64, 128 or 256.")] = 64,
+    page_size: PageSize = 64,
     calibration: Calibration = "auto",
-    prefix_cache: Annotated[bool, typer.Option(help="Remember prompts' pages.")] = True,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep pages of prompts for requests that begin alike.")
+    ] = True,
     prefix_cache_file: Annotated[
         Path | None,
-        typer.Option(help="Keep them over restarts: read at the start, written at the end."),
+        typer.Option(help="Keep those pages over restarts: read at the start, written at the end."),
     ] = None,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu or cuda.")] = "auto",
     weights: Weights = "model",
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streams, tools, JSON schemas.
 
-    Requests share steps (continuous batching), known beginnings of prompts are found in their
-    pages. Where vLLM is installed and serves the model, it is vLLM's own server with our pages;
-    otherwise the embedded engine: one model on one device, without speculative decoding, adapters
-    and pictures.
+    If vLLM is installed and serves the model, this starts vLLM's own server over our pages.
+    Otherwise the embedded engine answers: one model on one device, with continuous batching and a
+    prefix cache, without speculative decoding, adapters and pictures.
     """
     check_writable(prefix_cache_file, "prefix_cache_file")
     from quantpage.server.options import ServeOptions

@@ -19,20 +19,23 @@ MOST = 1 << 16
 ModelOrNone = Annotated[
     str | None,
     typer.Option(
-        help="Model folder, its config.json, a .gguf file or an id of the hub; no weights are read."
+        help="A model: folder, config.json, .gguf file, or id on the hub; no weights are read."
     ),
 ]
 Layers = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST, help="Without a model: layers with keys and values."),
+    typer.Option(min=1, max=MOST, help="Instead of --model: layers that have keys and values."),
 ]
 KVHeads = Annotated[
-    int | None, typer.Option(min=1, max=MOST, help="Without a model: of each layer.")
+    int | None,
+    typer.Option(min=1, max=MOST, help="Instead of --model: key-value heads of a layer."),
 ]
 HeadDim = Annotated[
-    int | None, typer.Option(min=1, max=MOST, help="Without a model: channels of a head.")
+    int | None, typer.Option(min=1, max=MOST, help="Instead of --model: channels of a head.")
 ]
-TP = Annotated[int, typer.Option(min=1, help="Devices that share the heads; counts are of one.")]
+TP = Annotated[
+    int, typer.Option(min=1, help="Devices that share the heads; one of them is counted.")
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,10 +152,10 @@ class LayerFormats:
         )
 
 
-def split_choices(text: str, argument: str = "formats") -> list[str]:
+def split_choices(text: str) -> list[str]:
     """Several choices separated by commas, each with its rules: "int8,int4,first1=int8" are two.
 
-    None of no text. ValueError, which names ``argument``, if there are commas alone.
+    None of no text; ValueError for commas alone.
     """
     choices: list[str] = []
     for part in filter(None, _parts(text)):
@@ -164,7 +164,7 @@ def split_choices(text: str, argument: str = "formats") -> list[str]:
         else:
             choices.append(part)
     if text.strip() and not choices:
-        raise ValueError(f"{argument}: expected names separated by commas, got {text!r}")
+        raise ValueError(f"formats: expected names separated by commas, got {text!r}")
     return choices
 
 

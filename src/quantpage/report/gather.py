@@ -316,7 +316,7 @@ def _speed(
     heads, why = room.heads_of(config, request.page_size)
     if heads is None:
         return {"rows": [], "why": why}
-    contexts = room.timed_contexts(request.contexts)
+    contexts = room.timed_contexts(request.context)
 
     def measure() -> dict[str, Any]:
         subjects.steps.begin("decode against context")

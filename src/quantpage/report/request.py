@@ -8,7 +8,7 @@ from quantpage.evaluate.run import DTYPES
 from quantpage.files import check_writable
 from quantpage.formats import FORMATS
 
-_COUNTS = ("windows", "prompt", "scored", "answers", "steps", "contexts")
+_COUNTS = ("windows", "prompt", "scored", "answers", "steps", "context")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ReportRequest:
     """Tokens of the texts that a needle is hidden in, where the model has so many positions;
     empty: no needles."""
     needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    contexts: int = 8192
+    context: int = 8192
     """Longest context that decode is timed at."""
     advice: bool = True
     """Whether every layer is measured alone, for the choice a layer."""
