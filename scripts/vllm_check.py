@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 NEW = 24
@@ -117,24 +118,49 @@ def expect(folder: Path, given: argparse.Namespace) -> None:
     attached = quantpage.attach(
         model, kv_format=given.format, page_size=given.page, calibration=calibration(folder)
     )
-    rows = []
+    prompts = json.loads((folder / "prompts.json").read_text())
+
+    def answer(prompt: list[int]) -> dict[str, list]:
+        ids = torch.tensor([prompt], device=device)
+        out = model.generate(
+            ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
+            attention_mask=torch.ones_like(ids), return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        said = [logits[0].float().log_softmax(0).topk(2) for logits in out.logits]
+        return {
+            "tokens": out.sequences[0, len(prompt) :].tolist(),
+            "leads": [(best.values[0] - best.values[1]).item() for best in said],
+            "logprobs": [best.values[0].item() for best in said],
+        }
+
     with nullcontext() if given.format == "none" else attached:
-        for prompt in json.loads((folder / "prompts.json").read_text()):
-            ids = torch.tensor([prompt], device=device)
-            out = model.generate(
-                ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
-                attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
-                output_logits=True,
-            )  # fmt: skip
-            said = [logits[0].float().log_softmax(0).topk(2) for logits in out.logits]
-            rows.append(
-                {
-                    "tokens": out.sequences[0, len(prompt) :].tolist(),
-                    "leads": [(best.values[0] - best.values[1]).item() for best in said],
-                    "logprobs": [best.values[0].item() for best in said],
-                }
-            )
-    (folder / f"expect-{given.format}-{given.page}.json").write_text(json.dumps(rows))
+        if device == "cuda" and given.format != "none":
+            from quantpage.ops.triton.ahead import compile_ahead
+
+            # A minute of compiling one after the other, else. What is answered then is noise.
+            with compile_ahead() as count:
+                if count is not None:
+                    [answer(prompt) for prompt in prompts]
+        rows = [answer(prompt) for prompt in prompts]
+    # Whole when it is there: ``run`` may be waiting for it.
+    file = _expected(folder, f"{given.format}-{given.page}")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(rows))
+    part.replace(file)
+
+
+def _expected(folder: Path, name: str) -> Path:
+    return folder / f"expect-{name}.json"
+
+
+def _wait_for(file: Path, seconds: float) -> Path:
+    """``file``, when whoever was started beside has written it."""
+    end = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > end:
+            raise FileNotFoundError(f"{file}: expected from `expect` beside, not there yet")
+        time.sleep(0.2)
+    return file
 
 
 def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
@@ -157,6 +183,8 @@ def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
         keys = None
     told = {"quantpage": given.quantpage, "quantpage_calibration": keys}
     settings["additional_config"] = {name: each for name, each in told.items() if each}
+    # Few of the kernels that a server may need are needed here.
+    settings["additional_config"]["quantpage_warm_up"] = given.warm_up
     return LLM(str(folder), **settings, **more)
 
 
@@ -186,7 +214,7 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     )
     wanted, leads, rows = None, [[given.tie] * NEW] * len(prompts), []
     if given.expect:
-        rows = json.loads((folder / f"expect-{given.expect}.json").read_text())
+        rows = json.loads(_wait_for(_expected(folder, given.expect), given.wait).read_text())
         wanted, leads = [each["tokens"] for each in rows], [each["leads"] for each in rows]
     elif given.agree and given.agree.exists():
         wanted = json.loads(given.agree.read_text())
@@ -241,6 +269,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", help=f"key maps, or none (default: {KEYS} in FOLDER, if any)"
     )
+    parser.add_argument("--warm-up", action="store_true", help="compile all kernels at the start")
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -275,6 +304,9 @@ def main() -> int:
             add_settings(each)
             each.add_argument("--expect", metavar="FORMAT-PAGE")
             each.add_argument("--agree", type=Path, metavar="FILE")
+            each.add_argument(
+                "--wait", type=float, default=0, help="seconds for --expect's file to be written"
+            )
             each.add_argument(
                 "--tie", type=float, default=TIE, help="logits (default: %(default)s)"
             )

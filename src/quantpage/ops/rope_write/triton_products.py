@@ -245,6 +245,9 @@ _seen: dict[str, bool] = {}
 
 def as_written(compiled) -> bool:
     """``layout_holds`` of a compiled kernel, remembered."""
+    if not hasattr(compiled, "asm"):
+        # Still being compiled, and not launched (ops/triton/ahead): the launch that is will see.
+        return True
     if compiled.hash not in _seen:
         _seen[compiled.hash] = layout_holds(compiled.asm["ttgir"])
     return _seen[compiled.hash]

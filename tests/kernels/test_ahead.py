@@ -1,0 +1,32 @@
+"""Kernels compiled ahead: side by side, in threads, and launched by nobody."""
+
+import pytest
+
+from quantpage.ops.triton.ahead import compile_ahead
+from tests.kernels.apart import compile_apart
+
+pytestmark = pytest.mark.cpu
+
+
+def test_launches_compile_and_do_not_run():
+    found = compile_apart("tests.kernels.ahead_case")
+    # Two widths, and a kernel that does not compile.
+    assert found["asked for"] == found["asked for again"] == 3
+    assert found["launched within"] == 0
+    # Who is not in the block waits for its kernels and launches them.
+    assert found["launched by another thread"] == 3
+    assert found["devices"] == [[False, 3]]
+    assert found["put back"]
+    # Nothing is compiled twice by the thread that asked, and what did not compile says so.
+    assert found["compiled"] == found["compiled in all"]
+    assert found["launched in all"] == 6
+    assert found["refused"]
+
+
+def test_interpreted_launches_run_as_ever():
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled here")
+    with compile_ahead() as count:
+        assert count is None
