@@ -50,19 +50,17 @@ _PAGE = Path(__file__).with_name("page.html")
 _NOT_HERE = ("embeddings", "responses", "audio/speech", "images/generations", "moderations")
 
 
-def create_app(
-    served: Served, api_key: str | None = None, max_body: int = 8 << 20, drain_seconds: float = 60
-) -> FastAPI:
+def create_app(served: Served, api_key: str | None = None, max_body: int = 8 << 20) -> FastAPI:
     """The application over one model.
 
-    api_key: None: everybody may ask. max_body: bytes. drain_seconds: how long answers under way
-    may go on after the server was told to stop.
+    api_key: None: everybody may ask. max_body: bytes.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(served.engine.stop, True, drain_seconds)
+        # No connection is left: whoever runs the application has let answers end (stopping.py).
+        await asyncio.to_thread(served.engine.stop)
 
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json says the same.
     about: dict[str, Any] = {"title": "QuantPage", "version": quantpage.__version__}
