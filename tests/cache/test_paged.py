@@ -36,7 +36,6 @@ def test_bytes_of_a_known_layout():
     # 8 heads of 128 channels: 128 codes and one 16-bit scale, for K and for V.
     given = CacheLayout(8, 128, FORMATS["int8"], 64)
     assert given.bytes_per_token() == 8 * 2 * (128 + 2)
-    assert given.pages_in(10 * given.bytes_per_page() + 1) == 10
     assert given.unquantized_bytes_per_token() == 8 * 2 * 128 * 2
     # 64 bytes of nibbles, a scale and a zero.
     assert CacheLayout(8, 128, FORMATS["int4"], 64).bytes_per_token() == 8 * 2 * (64 + 4)

@@ -160,10 +160,10 @@ def test_what_is_counted_is_what_is_held(name):
         for length in (37, 300):
             with quantpage.attach(model, kv_format, page_size=16):
                 cache = model(tokens(2, length), use_cache=True).past_key_values
-            assert cache.peak_bytes() <= prompt_bytes(layers, length, 2)
-            assert cache.unquantized_bytes() == unquantized_bytes(layers, length, 2)
+            assert cache.peak_bytes() <= 2 * prompt_bytes(layers, length)
+            assert cache.unquantized_bytes() == 2 * unquantized_bytes(layers, length)
             cache.flush()
-            assert cache.used_bytes() == held_bytes(layers, length, 2)
+            assert cache.used_bytes() == 2 * held_bytes(layers, length)
             # 5.12 keeps recurrent states in the model's dtype, later releases in float32.
             if caches_latent_rows():
                 assert states(cache) == 2 * shape.state_bytes
@@ -198,8 +198,8 @@ def test_a_prompts_peak_is_counted_exactly():
     # 19 pages of codes, of the exact ones six (64 tokens may be rejected) in every layer, and 19
     # in the one that runs.
     codes, exact = layers[0].layout.bytes_per_page(), layers[0].layout.exact_bytes_per_page()
-    assert prompt_bytes(layers, 300, 2) == 2 * (4 * (19 * codes + 7 * exact) + 19 * exact)
-    assert cache.peak_bytes() == prompt_bytes(layers, 300, 2)
+    assert prompt_bytes(layers, 300) == 4 * (19 * codes + 7 * exact) + 19 * exact
+    assert cache.peak_bytes() == 2 * prompt_bytes(layers, 300)
 
 
 MODELS = {

@@ -4,7 +4,7 @@ One request, one new token, one layer; functions, gates and clocks are those of 
 bench/decode.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from quantpage.errors import Unavailable
 from quantpage.formats import FORMATS
 from quantpage.hardware import device_info
 from quantpage.ops.attend import AttendParams
+
+_SECONDS = 1.0
+"""Of each context on a CPU, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +66,24 @@ def time_decode(
     heads: Heads,
     formats: Sequence[str],
     contexts: Sequence[int],
-    seconds: float = 1.0,
-    each: Callable[[int], None] = lambda context: None,
 ) -> Speeds:
     """Time formats of FORMATS at each context; results are checked before anything is timed.
 
-    seconds: of each context on a CPU, about. each: told of a context that is done. Raises
-    Unavailable where there is no compiled core on a CPU.
+    Raises Unavailable where there is no compiled core on a CPU.
     """
     known = [name for name in formats if name in FORMATS and FORMATS[name].dynamic]
     if device.type == "cuda":
-        rows, gb_per_s = _on_gpu(heads, known, contexts, each)
+        rows, gb_per_s = _on_gpu(heads, known, contexts)
         limit = "a large copy, bytes read and written"
     else:
-        rows, gb_per_s = _on_cpu(heads, known, contexts, seconds, each)
+        rows, gb_per_s = _on_cpu(heads, known, contexts)
         limit = "reading as many bytes and nothing else"
     info = device_info(device)
     return Speeds(tuple(rows), gb_per_s, limit, info.name, torch.get_num_threads())
 
 
 def _on_cpu(
-    heads: Heads,
-    formats: Sequence[str],
-    contexts: Sequence[int],
-    seconds: float,
-    each: Callable[[int], None],
+    heads: Heads, formats: Sequence[str], contexts: Sequence[int]
 ) -> tuple[list[Timed], float]:
     if find_core() is None:
         raise Unavailable(absence())
@@ -103,19 +99,18 @@ def _on_cpu(
             made = [cpu.random_layer(name, case) for _ in range(layers)]
             sizes[name] = cache_bytes(made[0][0])
             found[name] = cpu.reader_of(made, q, params)
-        taken = cpu.measure(found | {"read": cpu.bytes_alone(codes, layers)}, seconds)
+        taken = cpu.measure(found | {"read": cpu.bytes_alone(codes, layers)}, _SECONDS)
         # The last one's counts, whose layers are the largest: those of a short context lie in a
         # processor's own caches.
         read = codes / taken["read"].median / 1e9
         rows += [
             Timed(name, context, taken[name].median * 1e6, size) for name, size in sizes.items()
         ]
-        each(context)
     return rows, read
 
 
 def _on_gpu(
-    heads: Heads, formats: Sequence[str], contexts: Sequence[int], each: Callable[[int], None]
+    heads: Heads, formats: Sequence[str], contexts: Sequence[int]
 ) -> tuple[list[Timed], float]:
     copy = copy_bandwidth()
     rows = []
@@ -124,5 +119,4 @@ def _on_gpu(
         for name in formats:
             for row in decode.measure(case, name, copy, timed=True):
                 rows.append(Timed(name, context, row.microseconds, row.bytes))
-        each(context)
     return rows, copy * 1e3

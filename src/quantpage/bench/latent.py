@@ -48,11 +48,11 @@ def operations(case: Case) -> float:
     return 2 * case.q_heads * (2 * RANK + ROTARY) * pairs
 
 
-def latent_layer(case: Case, name: str, device: str = "cuda") -> LayerKV:
+def latent_layer(case: Case, name: str) -> LayerKV:
     """One layer's random rows and rotary channels."""
     given, pages = FORMATS[name], case.requests * -(-case.context // case.page_size)
     rows, rotary = (
-        random_pages(spec, pages, replace(case, head_dim=width), device)
+        random_pages(spec, pages, replace(case, head_dim=width), "cuda")
         for spec, width in ((given.key, RANK), (given.value, ROTARY))
     )
     return LayerKV(rows, rotary, latent=True)

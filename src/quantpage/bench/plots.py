@@ -37,24 +37,21 @@ _MASK_BARS = {
 """Implementation as the CSV names it -> what it is called, and a colour."""
 
 
-def read_rows(path: Path, op: str = "decode", head_dim: int = 128) -> list[dict[str, str]]:
-    """Rows of one op and width, of the shape that most cases have: 32 query heads, pages of 64, one
-    new token in decode. Of several that read one format the fastest.
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of decode in the shape that most cases have: one new token, 32 query heads of 128
+    channels, pages of 64. Of several that read one format the fastest. ValueError for none.
     """
+    shape = {"op": "decode", "new": "1", "q_heads": "32", "head_dim": "128", "page_size": "64"}
     best: dict[tuple[str, str], dict[str, str]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["op"] != op or int(row["head_dim"]) != head_dim:
-                continue
-            if (row["q_heads"], row["page_size"]) != ("32", "64"):
-                continue
-            if op == "decode" and row["new"] != "1":
+            if any(row[name] != value for name, value in shape.items()):
                 continue
             key = (row["case"], row["format"])
             if key not in best or float(row["microseconds"]) < float(best[key]["microseconds"]):
                 best[key] = row
     if not best:
-        raise ValueError(f"{path}: expected rows of {op} with head_dim {head_dim}, found none")
+        raise ValueError(f"{path}: expected rows of {shape}, found none")
     return list(best.values())
 
 

@@ -86,14 +86,10 @@ def name_absent(modules: Mapping[str, str]) -> None:
             print(f"absent: {name}")
 
 
-def write_table(
-    rows: Sequence[Mapping[str, object]], path: Path, columns: Sequence[str] | None = None
-) -> None:
-    """A new CSV file of records that have the same keys, or a subset of ``columns``; the file is
-    there whole or as it was before.
-    """
+def write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """A new CSV file of records that have the same keys; it is there whole or as it was before."""
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, file.getvalue())

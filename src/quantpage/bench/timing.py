@@ -68,7 +68,7 @@ def timing(samples: Sequence[Sample]) -> Timing:
     return Timing(min(kept), statistics.median(kept), len(quiet), len(samples))
 
 
-def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) -> float:
+def graph_microseconds(run: Callable[[], None], calls: int) -> float:
     """Median time of one of the ``calls`` that ``run`` makes, over replays of a CUDA graph that
     holds GRAPH_CALLS of them or more; compiled and captured first.
 
@@ -85,7 +85,7 @@ def graph_microseconds(run: Callable[[], None], calls: int, repeats: int = 9) ->
     graph.replay()
     torch.cuda.synchronize()
     times = []
-    for _ in range(repeats):
+    for _ in range(9):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

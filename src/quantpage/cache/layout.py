@@ -108,10 +108,6 @@ class CacheLayout:
         """Bytes of the same token in the model's own dtype."""
         return self.kv_heads * (self.head_dim + self.v_dim) * self.dtype.itemsize
 
-    def pages_in(self, memory: int) -> int:
-        """Pages of this layer alone that fit in ``memory`` bytes."""
-        return memory // self.bytes_per_page()
-
     def _token_bytes(self, spec: QuantSpec, width: int) -> int:
         itemsize = (spec.code.storage or self.dtype).itemsize
         codes = self.kv_heads * spec.code.stored(width) * itemsize

@@ -67,14 +67,14 @@ class LayerPlan:
         return held * self.layout.unquantized_bytes_per_token()
 
 
-def held_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> int:
-    """Bytes that requests of ``tokens`` each hold between steps, in all layers."""
-    return requests * sum(each.held_bytes(tokens) for each in layers)
+def held_bytes(layers: Iterable[LayerPlan], tokens: int) -> int:
+    """Bytes that a request of so many tokens holds between steps, in all layers."""
+    return sum(each.held_bytes(tokens) for each in layers)
 
 
-def unquantized_bytes(layers: Iterable[LayerPlan], tokens: int, requests: int = 1) -> int:
+def unquantized_bytes(layers: Iterable[LayerPlan], tokens: int) -> int:
     """The same in Transformers' own cache, in the model's dtype."""
-    return requests * sum(each.unquantized_bytes(tokens) for each in layers)
+    return sum(each.unquantized_bytes(tokens) for each in layers)
 
 
 def longest_in(plans: Iterable[LayerPlan], budget: int) -> int:
@@ -92,18 +92,16 @@ def longest_in(plans: Iterable[LayerPlan], budget: int) -> int:
     return low
 
 
-def prompt_bytes(
-    layers: Iterable[LayerPlan], tokens: int, requests: int = 1, chunk: int | None = None
-) -> int:
-    """The most that the last step of prompts of ``tokens`` takes, the pages it leaves counted.
+def prompt_bytes(layers: Iterable[LayerPlan], tokens: int, chunk: int | None = None) -> int:
+    """The most bytes that the last step of a request's prompt takes, the pages it leaves counted.
 
-    chunk: new tokens of that step a request; None: the whole prompt. Pages of before the step
-    that its end does not keep stand beside those it brings.
+    chunk: new tokens of that step; None: the whole prompt. Pages of before the step that its end
+    does not keep stand beside those it brings.
     """
     layers = list(layers)
     start = 0 if chunk is None else (max(tokens, 1) - 1) // chunk * chunk
     working = max((each.working_bytes(start, tokens) for each in layers), default=0)
-    return requests * (sum(_within(each, start, tokens) for each in layers) + working)
+    return sum(_within(each, start, tokens) for each in layers) + working
 
 
 def _within(layer: LayerPlan, start: int, tokens: int) -> int:

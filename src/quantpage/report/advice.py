@@ -19,9 +19,8 @@ from quantpage.evaluate.sensitivity import Part, measure_losses, parts_of
 from quantpage.formats import find_format
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 from quantpage.report.predictions import Subjects, window_digest
+from quantpage.report.room import CONTEXT
 
-CONTEXT = 8192
-"""Tokens of the request whose bytes are counted as bits."""
 _FORMATS = tuple(map(find_format, CANDIDATES))
 
 

@@ -28,8 +28,8 @@ def as_grids(found: HeadErrors) -> dict[str, Any]:
     }
 
 
-def as_pictures(layers: Sequence[LayerKeys], limit: int = PICTURE_BYTES) -> dict[str, Any]:
-    """|K| of every head, token by channel, as few tokens as ``limit`` bytes need.
+def as_pictures(layers: Sequence[LayerKeys]) -> dict[str, Any]:
+    """|K| of every head, token by channel, as few tokens as PICTURE_BYTES need.
 
     Numbers are cut to 16 levels of a stage's largest; a page inflates them with the browser's own
     DecompressionStream.
@@ -38,7 +38,7 @@ def as_pictures(layers: Sequence[LayerKeys], limit: int = PICTURE_BYTES) -> dict
     most = layers[0].plain.shape[1] if layers else 0
     for rows in [*range(most, _FEWEST, -4), min(most, _FEWEST)]:
         heads = [_head(each, head, rows) for each in layers for head in range(each.plain.shape[0])]
-        if sum(len(each["data"]) for each in heads) <= limit:
+        if sum(len(each["data"]) for each in heads) <= PICTURE_BYTES:
             break
     return {
         "tokens": heads[0]["tokens"] if heads else 0,

@@ -19,6 +19,8 @@ from quantpage.integrations.hf_transformers.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape, calls_of
 
 CONTEXTS = (1024, 8192, 32768, 131072)
+CONTEXT = 8192
+"""Tokens of the request whose bytes are counted as bits; one of CONTEXTS."""
 
 
 def memory(
@@ -45,12 +47,12 @@ def memory(
     return {"contexts": list(CONTEXTS), "unquantized": base, "free": free, "rows": rows}
 
 
-def held_bits(report: Mapping[str, Any], context: int = 8192) -> dict[str, float]:
-    """Format -> bits a number of everything that a request of ``context`` tokens holds: scales,
+def held_bits(report: Mapping[str, Any]) -> dict[str, float]:
+    """Format -> bits a number of everything that a request of CONTEXT tokens holds: scales,
     pages kept exact, the unused end of the last page. Caches that are not ours: of the codes.
     """
     memory = report["memory"]
-    at = memory["contexts"].index(context)
+    at = memory["contexts"].index(CONTEXT)
     found = {row["format"]: row["bits"] for row in report["fidelity"]["rows"]}
     return found | {
         row["format"]: 16 * row["request_bytes"][at] / memory["unquantized"][at]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quantpage.report.room import curve_of, held_bits
+from quantpage.report.room import CONTEXT, curve_of, held_bits
 
 LEVELS = ("indistinguishable", "close", "visible", "broken")
 _MEAN_KL = {"indistinguishable": 1e-3, "close": 1e-2, "visible": 1e-1}
@@ -122,10 +122,10 @@ def _saved(report: Mapping[str, Any], name: str) -> str:
     row = next((each for each in memory["rows"] if each["format"] == name), None)
     if row is None:
         return ""
-    at = memory["contexts"].index(8192)
+    at = memory["contexts"].index(CONTEXT)
     share = row["request_bytes"][at] / memory["unquantized"][at]
     return (
-        f"A request of 8,192 tokens holds {row['request_bytes'][at] / 2**20:,.1f} MiB, "
+        f"A request of {CONTEXT:,} tokens holds {row['request_bytes'][at] / 2**20:,.1f} MiB, "
         f"{share:.0%} of what Transformers' own cache holds."
     )
 
