@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quantpage.attention import find_backend as find_backend
     from quantpage.batch import BatchPlan as BatchPlan
     from quantpage.batch import plan_batch as plan_batch
-    from quantpage.batch_on_device import plan_on_device as plan_on_device
+    from quantpage.batch import plan_on_device as plan_on_device
     from quantpage.bound import BoundAttention as BoundAttention
     from quantpage.bound import CurrentStep as CurrentStep
     from quantpage.cache import CacheLayout as CacheLayout
@@ -83,7 +83,7 @@ _PUBLIC = {
     "gather": "quantpage.ops.gather",
     "plan_batch": "quantpage.batch",
     "rope_write": "quantpage.ops.rope_write",
-    "plan_on_device": "quantpage.batch_on_device",
+    "plan_on_device": "quantpage.batch",
     "rope_table": "quantpage.rope",
 }
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from quantpage.agreement import Allowed, allowed
-from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch
-from quantpage.batch_on_device import plan_on_device
+from quantpage.batch import BatchPlan, ExactPlan, derive, plan_batch, plan_on_device
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import FORMATS, KVFormat, QuantSpec, find_format
 from quantpage.ops.attend import AttendParams

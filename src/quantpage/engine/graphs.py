@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan
-from quantpage.batch_on_device import plan_on_device
+from quantpage.batch import BatchPlan, plan_on_device
 from quantpage.cache import Reach
 from quantpage.cuda_graphs import GraphPool
 from quantpage.integrations.hf_transformers.memory import Shelf

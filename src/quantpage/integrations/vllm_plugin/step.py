@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
 )
 
 from quantpage.batch import BatchPlan, derive
-from quantpage.batch_values import places_of
+from quantpage.batch.checks import places_of
 from quantpage.cache import PAGE_SIZES
 from quantpage.integrations.vllm_plugin.exact_layer import ExactStep
 from quantpage.integrations.vllm_plugin.formats import EXACT_PAGES

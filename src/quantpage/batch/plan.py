@@ -1,25 +1,12 @@
-"""One step's ragged batch: prefill, chunked prefill, decode and mixed steps in one record.
-
-Three requests, page_size 16, one prefill of 5 tokens, one decode after 20, one chunk of 3 after 30:
-
-    query_starts  [0, 5, 6, 9]       new tokens of request r are rows query_starts[r]:[r+1]
-    context_lens  [5, 21, 33]        cached + new tokens
-    page_table    [[7, ., .], [2, 4, .], [1, 9, 3]]
-    positions     [0 1 2 3 4 | 20 | 30 31 32]
-    slots         [112..116 | 4*16+4 | 9*16+14, 9*16+15, 3*16+0]
-
-Everything a kernel needs on the device is a tensor; everything the host needs to launch it is a
-plain integer. A forward never reads back from the device.
+"""The record of one step: its tensors, what the host knows of them, and steps made of its parts.
 
 A plan is checked when it is built, so that what every layer would ask is asked once a step: shapes,
-dtypes and host integers anywhere, the numbers inside the tensors (batch_values) where the host has
-them. ``plan_batch`` has them for every device, as it makes the tensors from lists.
+dtypes and host integers anywhere, the numbers inside the tensors (checks) where the host has them.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,14 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from quantpage.batch_values import (
+from quantpage.batch.checks import (
     INT32_END,
     check_exact_table,
     check_lengths,
     check_page_table,
     check_positions,
-    places_of,
-    table_rows,
     whole_numbers,
 )
 from quantpage.hardware import upload
@@ -55,7 +40,7 @@ class ExactPlan:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class BatchPlan:
-    """One step's requests; see the module's example. ValueError for what cannot be a step."""
+    """One step's requests; see the package's example. ValueError for what cannot be a step."""
 
     query_starts: Int[Tensor, " requests_plus_1"]
     """int32: first row of each request, and the end."""
@@ -408,76 +393,6 @@ def bound_lengths(batch: BatchPlan) -> BatchPlan:
     if batch.device.type != "cpu":
         _set(batch, bounded=True)
     return batch
-
-
-def plan_batch(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    page_tables: Sequence[Sequence[int]],
-    page_size: int,
-    device: torch.device | str = "cpu",
-    exact_tables: Sequence[Sequence[int]] | None = None,
-    first_pages: Sequence[int] | None = None,
-) -> BatchPlan:
-    """Build a step from host integers.
-
-    query_lens: new tokens a request. context_lens: cached + new tokens a request.
-    page_tables: pages of each request, enough for its context. exact_tables: logical page ->
-    exact page or -1, for formats that keep exact pages. first_pages: logical page of each request
-    before which its tables may say anything, as no query of the step sees them; None: 0.
-
-    Raises ValueError when a table is too short, lengths do not fit, a page is written by two
-    requests, or an exact page that the step needs is missing.
-    """
-    (page_size,) = whole_numbers("page_size", (page_size,))
-    if page_size < 1:
-        raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
-    query_lens = whole_numbers("query_lens", query_lens)
-    context_lens = whole_numbers("context_lens", context_lens)
-    if not len(query_lens) == len(context_lens) == len(page_tables):
-        raise ValueError(
-            f"query_lens, context_lens, page_tables: expected one entry a request, got "
-            f"{len(query_lens)}, {len(context_lens)}, {len(page_tables)}"
-        )
-    if exact_tables is not None and len(exact_tables) != len(query_lens):
-        raise ValueError(
-            f"exact_tables: expected {len(query_lens)}, one a request, got {len(exact_tables)}"
-        )
-    for row, (new, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        if not 0 <= new <= context:
-            raise ValueError(f"query_lens[{row}]: expected 0..context {context}, got {new}")
-        if context >= INT32_END:
-            raise ValueError(f"context_lens[{row}]: expected less than 2^31, got {context}")
-    # Outside of inference mode, so that torch counts writes to them (check_unchanged).
-    with torch.inference_mode(False):
-        table = table_rows("page_tables", page_tables, context_lens, page_size, fill=0)
-        news, contexts = (np.array(x, dtype=np.int64) for x in (query_lens, context_lens))
-        owners, positions = places_of(news, contexts)
-        exact = None
-        if exact_tables is not None:
-            near = table_rows("exact_tables", exact_tables, context_lens, page_size, fill=-1)
-            slots = _slots(near, owners, positions, page_size)
-            exact = ExactPlan(torch.from_numpy(near), torch.from_numpy(slots))
-        plan = BatchPlan(
-            query_starts=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
-            page_table=torch.from_numpy(table),
-            slots=torch.from_numpy(_slots(table, owners, positions, page_size)),
-            positions=torch.from_numpy(positions),
-            page_size=page_size,
-            query_lens=query_lens,
-            host_context_lens=context_lens,
-            exact=exact,
-            first_pages=None if first_pages is None else tuple(first_pages),
-        )
-        return plan.to(device)
-
-
-def _slots(
-    table: np.ndarray, owners: np.ndarray, positions: np.ndarray, page_size: int
-) -> np.ndarray:
-    pages = table[owners, positions // page_size].astype(np.int64)
-    return np.where(pages < 0, -1, pages * page_size + positions % page_size)
 
 
 def _set(plan: BatchPlan, **facts: Any) -> None:

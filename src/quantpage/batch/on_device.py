@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from quantpage.batch import BatchPlan, ExactPlan, bound_lengths
+from quantpage.batch.plan import BatchPlan, ExactPlan, bound_lengths
 
 
 def plan_on_device(

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantpage import plan_on_device
-from quantpage.batch import plan_batch
+from quantpage.batch import plan_batch, plan_on_device
 
 pytestmark = pytest.mark.cpu
 
