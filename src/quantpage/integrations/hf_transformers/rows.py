@@ -23,6 +23,7 @@ from quantpage.cache import (
 from quantpage.cache.reach import held_from, pages_seen
 from quantpage.errors import CacheError, OutOfPages
 from quantpage.integrations.hf_transformers.memory import Basis, Memory
+from quantpage.integrations.hf_transformers.padding import extended, refuse_other, told
 from quantpage.integrations.hf_transformers.step import Part, Step, first_there, plan_part
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class Rows:
             raise CacheError(
                 f"step: expected it to start after {self._length} cached tokens, got {start}"
             )
-        kept = self._kept_tokens(start, new, padding)
+        self._kept = extended(self._kept, padding, (self.count, start, new))
+        kept = None if self._kept is None else self._kept[:, start:]
         lengths = [new] * self.count if kept is None else kept.sum(1).tolist()
         self._reserve(lengths, sparse=True)
         keep = None
@@ -139,38 +141,12 @@ class Rows:
         return self._step
 
     def told_padding(self, start: int, new: int) -> Tensor | None:
-        """[rows, start + new] bool, False for padding, as far as the forward's mask tells.
-
-        Of a mask of all pairs: a new token that no query sees, itself included, is padding.
-        """
-        mask = self.attention_mask
-        if isinstance(mask, dict):
-            mask = next(iter(mask.values()), None)
-        if not isinstance(mask, Tensor):
-            return None
-        if hasattr(mask, "quantpage"):
-            return mask.quantpage.padding
-        if mask.ndim == 2:
-            return mask.to(torch.bool)
-        if mask.ndim != 4 or mask.shape[-1] != start + new:
-            return None
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        now = seen[..., start:].any(1).any(1).expand(self.count, -1)
-        before = torch.ones(self.count, start, dtype=torch.bool, device=now.device)
-        if self._kept is not None:
-            before = self._kept.to(now.device)
-        return None if self._kept is None and bool(now.all()) else torch.cat([before, now], 1)
+        """[rows, start + new] bool, False for padding, as far as the forward's mask tells."""
+        return told(self.attention_mask, self._kept, (self.count, start, new))
 
     def refuse_other_padding(self, mask: Any) -> None:
-        """CacheError where a forward's mask takes padding that is cached for tokens.
-
-        A forward without a mask leaves what is known; one of ones says something else.
-        """
-        if self._kept is None or not isinstance(mask, Tensor) or mask.ndim != 2:
-            return
-        told = min(self._length, mask.shape[1])
-        if mask.shape[0] == self.count:
-            _refuse_changed(mask[:, :told].cpu().to(torch.bool), self._kept[:, :told])
+        """CacheError where a forward's mask takes padding that is cached for tokens."""
+        refuse_other(mask, self._kept, self._length)
 
     def reserve_ahead(self, tokens: int) -> dict[Reach, BatchPlan]:
         """Pages for ``tokens`` more in every row, and the plans of the first of them.
@@ -456,38 +432,6 @@ class Rows:
             for reach, sequences in self.tables.items()
         }
         return self._planned
-
-    def _kept_tokens(self, start: int, new: int, padding: Tensor | None) -> Tensor | None:
-        """[rows, new] bool of this step, remembered for the next; None: no padding at all."""
-        if padding is None and self._kept is None:
-            return None
-        before = torch.ones(self.count, start, dtype=torch.bool)
-        if self._kept is not None:
-            before = self._kept
-        now = torch.ones(self.count, new, dtype=torch.bool)
-        if padding is not None:
-            if padding.shape[1] < start + new:
-                raise ValueError(
-                    f"attention_mask: expected {start + new} tokens a row, {start} cached and "
-                    f"{new} new, got {padding.shape[1]}"
-                )
-            padding = padding.cpu()
-            _refuse_changed(padding[:, :start], before)
-            now = padding[:, start : start + new]
-        self._kept = torch.cat([before, now], 1)
-        return now
-
-
-def _refuse_changed(told: Tensor, before: Tensor) -> None:
-    """told, before: [rows, tokens] bool, False for padding."""
-    changed = (told != before).nonzero()
-    if changed.numel():
-        row, token = changed[0].tolist()
-        was = "a token" if before[row, token] else "padding"
-        raise CacheError(
-            f"attention_mask: row {row}, token {token} was cached as {was}; expected the "
-            "same again, got the opposite"
-        )
 
 
 def _free_all(held: list[dict[Reach, list[Sequence]]]) -> None:
