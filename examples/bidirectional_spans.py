@@ -12,8 +12,7 @@ import argparse
 
 import torch
 
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 from quantpage.masks import Mask, image_spans
 
 TEXT = (
@@ -38,7 +37,7 @@ def find_spans(tokenizer, text: str) -> tuple[torch.Tensor, list[tuple[int, int]
 @torch.inference_mode()
 def prompt_logits(model, ids, mask: Mask, kv_format: str) -> tuple[torch.Tensor, torch.Tensor]:
     """[tokens, vocabulary] over quantized pages, and of Transformers with the dense mask."""
-    with attach(model, kv_format, backend="flash_mask", mask=mask):
+    with quantpage.attach(model, kv_format, backend="flash_mask", mask=mask):
         ours = model(ids).logits[0].float()
     seen = mask.materialize(torch.arange(ids.shape[1]), ids.shape[1])
     dense = torch.where(seen, 0.0, torch.finfo(model.dtype).min).to(model.dtype)[None, None]
@@ -52,7 +51,7 @@ def main() -> None:
     flags.add_argument("--kv-format", default="int8")
     flags.add_argument("--max-new-tokens", type=int, default=24)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model, torch.float32)
+    model, tokenizer = quantpage.load_model(given.model, torch.float32)
     ids, spans = find_spans(tokenizer, TEXT)
     mask = image_spans(ids.shape[1], spans)
     print(mask.draw(ids.shape[1], tile=(16, 16)))
@@ -60,7 +59,7 @@ def main() -> None:
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     apart = (ours - theirs).abs().max().item()
     print(f"against dense attention: logits apart by {apart:.1e}, same best token {same:.0%}")
-    with attach(model, given.kv_format, backend="flash_mask", mask=mask):
+    with quantpage.attach(model, given.kv_format, backend="flash_mask", mask=mask):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
+import quantpage
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.calibration import calibrate
-from quantpage.integrations.hf_transformers.model import load_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -31,7 +30,7 @@ def loss(model, ids, kv_format: str, calibration) -> float:
     """Mean KL divergence to the unquantized cache, in nats a token."""
     found = []
     for each, keys in (("none", None), (kv_format, calibration)):
-        with attach(model, each, calibration=keys):
+        with quantpage.attach(model, each, calibration=keys):
             found.append(model(ids, use_cache=True).logits[0].float().log_softmax(-1))
     exact, got = found
     return (exact.exp() * (exact - got)).sum(-1).mean().item()
@@ -46,7 +45,7 @@ def main() -> None:
     flags.add_argument("--scored", type=Path, default=DOCS / "memory.md")
     flags.add_argument("--tokens", type=int, default=512)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model, torch.float32)
+    model, tokenizer = quantpage.load_model(given.model, torch.float32)
     measured, scored = (
         tokenizer(path.read_text(), return_tensors="pt").input_ids
         for path in (given.measured, given.scored)

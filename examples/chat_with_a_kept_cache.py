@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quantpage.integrations.hf_transformers import Attached, QuantPageCache, attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 
 
 @dataclass
 class Conversation:
     """The messages so far, and a cache that holds their tokens."""
 
-    attached: Attached
+    attached: quantpage.Attached
     tokenizer: object
     messages: list[dict[str, str]] = field(default_factory=list)
-    cache: QuantPageCache | None = None
+    cache: quantpage.QuantPageCache | None = None
     held: list[int] = field(default_factory=list)
     """Tokens in the cache."""
 
@@ -74,8 +73,8 @@ def main() -> None:
     flags.add_argument("--kv-format", default="int8")
     flags.add_argument("--max-new-tokens", type=int, default=80)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model)
-    with attach(model, given.kv_format) as attached:
+    model, tokenizer = quantpage.load_model(given.model)
+    with quantpage.attach(model, given.kv_format) as attached:
         talk = Conversation(attached, tokenizer)
         for question in QUESTIONS:
             answer, kept, new = talk.ask(question, given.max_new_tokens)

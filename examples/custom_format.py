@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
+import quantpage
 from quantpage.formats import CODES, Granularity, KVFormat, QuantSpec
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
 
 TEXT = Path(__file__).parents[1] / "docs/memory.md"
 
@@ -30,7 +29,7 @@ def loss(model, ids, kv_format: KVFormat | str) -> float:
     """Mean KL divergence to the unquantized cache, in nats a token."""
     found = []
     for each in ("none", kv_format):
-        with attach(model, each):
+        with quantpage.attach(model, each):
             found.append(model(ids, use_cache=True).logits[0].float().log_softmax(-1))
     exact, got = found
     return (exact.exp() * (exact - got)).sum(-1).mean().item()
@@ -42,7 +41,7 @@ def main() -> None:
     flags.add_argument("--text", type=Path, default=TEXT)
     flags.add_argument("--tokens", type=int, default=512)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model, torch.float32)
+    model, tokenizer = quantpage.load_model(given.model, torch.float32)
     ids = tokenizer(given.text.read_text(), return_tensors="pt").input_ids[:, : given.tokens]
     own = made()
     for name, each in (("int8", "int8"), (own.name, own), ("int4", "int4")):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 
 TEXT = Path(__file__).parents[1] / "docs/memory.md"
 
@@ -20,7 +19,7 @@ TEXT = Path(__file__).parents[1] / "docs/memory.md"
 @torch.inference_mode()
 def predictions(model, ids, kv_format: str):
     """Log-probabilities of every next token through such a cache, [tokens, vocabulary]."""
-    with attach(model, kv_format):
+    with quantpage.attach(model, kv_format):
         return model(ids, use_cache=True).logits[0].float().log_softmax(-1)
 
 
@@ -54,7 +53,7 @@ def main() -> None:
     flags.add_argument("--text", type=Path, default=TEXT)
     flags.add_argument("--tokens", type=int, default=512)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model, torch.float32)
+    model, tokenizer = quantpage.load_model(given.model, torch.float32)
     ids = tokenizer(given.text.read_text(), return_tensors="pt").input_ids[:, : given.tokens]
     found = costs(model, ids, given.small, given.large)
     for layer, cost in enumerate(found):

@@ -9,8 +9,7 @@ are scored, and answers generated, over the cache that ``attach`` supplies.
 import argparse
 import sys
 
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 
 
 def scores(model, tokenizer, tasks, kv_format: str, **options) -> dict[str, dict]:
@@ -21,7 +20,7 @@ def scores(model, tokenizer, tasks, kv_format: str, **options) -> dict[str, dict
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with attach(model, kv_format):
+    with quantpage.attach(model, kv_format):
         judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         return lm_eval.simple_evaluate(judged, tasks=tasks, bootstrap_iters=0, **options)["results"]
 
@@ -40,7 +39,7 @@ def main() -> int:
         print("lm_eval_harness: needs lm-eval: pip install lm-eval", file=sys.stderr)
         return 3
     manager = TaskManager(include_path=given.include_path)
-    model, tokenizer = load_model(given.model)
+    model, tokenizer = quantpage.load_model(given.model)
     for kv_format in given.formats.split(","):
         found = scores(
             model,

@@ -10,8 +10,7 @@ import argparse
 
 import torch
 
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 from quantpage.masks import causal_document
 
 PROMPTS = (
@@ -30,12 +29,12 @@ def compare(model, tokenizer, kv_format: str, backend: str = "flash_mask"):
     lengths = [len(row) for row in rows]
     packed_row = torch.cat(rows)[None].to(model.device)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(model.device)
-    with attach(model, kv_format, backend=backend, mask=causal_document(lengths)):
+    with quantpage.attach(model, kv_format, backend=backend, mask=causal_document(lengths)):
         out = model(packed_row, position_ids=positions, attention_mask=torch.ones_like(packed_row))
     last = torch.tensor(lengths).cumsum(0) - 1
     packed = out.logits[0, last].float().cpu()
     alone = []
-    with attach(model, kv_format):
+    with quantpage.attach(model, kv_format):
         for row in rows:
             logits = model(row[None].to(model.device)).logits
             alone.append(logits[0, -1].float().cpu())
@@ -47,7 +46,7 @@ def main() -> None:
     flags.add_argument("model")
     flags.add_argument("--kv-format", default="int8")
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model, torch.float32)
+    model, tokenizer = quantpage.load_model(given.model, torch.float32)
     packed, alone = compare(model, tokenizer, given.kv_format)
     for prompt, mine, theirs in zip(PROMPTS, packed, alone, strict=True):
         words = [tokenizer.decode(int(each.argmax())) for each in (mine, theirs)]

@@ -11,8 +11,7 @@ import time
 
 import torch
 
-from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.model import load_model
+import quantpage
 
 SYSTEM = "You answer questions about a library. " + "It is open from nine to five. " * 30
 QUESTIONS = ("When does it open?", "When does it close?", "May I come at ten?")
@@ -47,10 +46,10 @@ def main() -> None:
     flags.add_argument("--kv-format", default="int8")
     flags.add_argument("--max-new-tokens", type=int, default=24)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model)
+    model, tokenizer = quantpage.load_model(given.model)
     system = tokenizer(SYSTEM, return_tensors="pt").input_ids
     questions = [tokenizer(f"\n{each}\n", return_tensors="pt").input_ids for each in QUESTIONS]
-    with attach(model, given.kv_format) as attached:
+    with quantpage.attach(model, given.kv_format) as attached:
         for known in (False, True):
             print("the system prompt is learnt" if known else "everything is computed")
             began = time.perf_counter()

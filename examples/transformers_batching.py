@@ -21,7 +21,6 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 import quantpage
 from quantpage.cache import PageCopy
-from quantpage.integrations.hf_transformers.model import load_model
 
 TESTED = "5.17."
 NAME = "paged|quantpage_flash"
@@ -152,7 +151,7 @@ def main() -> None:
     flags.add_argument("--kv-format", default="int8")
     flags.add_argument("--max-new-tokens", type=int, default=24)
     given = flags.parse_args()
-    model, tokenizer = load_model(given.model)
+    model, tokenizer = quantpage.load_model(given.model)
     ids = [tokenizer(each).input_ids for each in PROMPTS]
     made = answers(model, ids, given.kv_format, given.max_new_tokens)
     for prompt, tokens in zip(PROMPTS, made, strict=True):

@@ -80,6 +80,8 @@ PROMISED = [
     "plan_batch",
     "plan_on_device",
     "rope_table",
+    "load_model",
+    "cache_shape",
 ]
 """Names that users' code may hold; others may join them, none of these may go."""
 
@@ -103,7 +105,17 @@ def test_type_checkers_see_what_is_loaded():
     tree = ast.parse((SOURCE / "__init__.py").read_text())
     typed = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {each.name: node.module for node in typed.body for each in node.names}
-    assert seen == quantpage._PUBLIC
+    packages = dict.fromkeys(quantpage._PACKAGES, "quantpage")
+    assert seen == quantpage._PUBLIC | packages
+
+
+def test_packages_need_no_import_of_their_own():
+    code = (
+        "import quantpage\n"
+        "quantpage.masks.causal(8), quantpage.cache.PagePool(2), quantpage.errors.OutOfPages\n"
+        "quantpage.formats.CODES, quantpage.engine.Limits"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_transformers_a_name_says_what_it_needs():

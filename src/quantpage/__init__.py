@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # What a type checker and an editor see; the names below are loaded when first used.
+    from quantpage import cache as cache
+    from quantpage import engine as engine
+    from quantpage import errors as errors
+    from quantpage import formats as formats
+    from quantpage import masks as masks
     from quantpage.attention import BACKENDS as BACKENDS
     from quantpage.attention import Attended as Attended
     from quantpage.attention import LayerAttention as LayerAttention
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
     from quantpage.integrations.hf_transformers import Prompts as Prompts
     from quantpage.integrations.hf_transformers import QuantPageCache as QuantPageCache
     from quantpage.integrations.hf_transformers import attach as attach
+    from quantpage.integrations.hf_transformers.model import load_model as load_model
+    from quantpage.integrations.hf_transformers.sizes import cache_shape as cache_shape
     from quantpage.masks import CausalMask as CausalMask
     from quantpage.masks import FullMask as FullMask
     from quantpage.ops.attend import AttendParams as AttendParams
@@ -77,22 +84,29 @@ _PUBLIC = {
     "attach": "quantpage.integrations.hf_transformers",
     "attend": "quantpage.ops.attend",
     "build_attention": "quantpage.attention",
+    "cache_shape": "quantpage.integrations.hf_transformers.sizes",
     "device_info": "quantpage.hardware",
     "find_backend": "quantpage.attention",
     "find_format": "quantpage.formats",
     "gather": "quantpage.ops.gather",
+    "load_model": "quantpage.integrations.hf_transformers.model",
     "plan_batch": "quantpage.batch",
-    "rope_write": "quantpage.ops.rope_write",
     "plan_on_device": "quantpage.batch",
     "rope_table": "quantpage.rope",
+    "rope_write": "quantpage.ops.rope_write",
 }
+
+_PACKAGES = frozenset(["cache", "engine", "errors", "formats", "masks"])
+"""Found as ``quantpage.masks.causal`` too, with no import of their own."""
 
 __all__ = sorted(["__version__", *_PUBLIC])
 
 
 def _load(name: str) -> Any:
-    if name in _PUBLIC:
+    if name in _PUBLIC or name in _PACKAGES:
         try:
+            if name in _PACKAGES:
+                return import_module(f"quantpage.{name}")
             return getattr(import_module(_PUBLIC[name]), name)
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "transformers":
