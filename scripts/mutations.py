@@ -345,4 +345,19 @@ MUTATIONS = (
         "kv_head = narrow",
         ("tests/ops/test_triton_far.py",),
     ),
+    # What clients do to each other.
+    Mutation(
+        "a client's text becomes tokens on the loop of all streams",
+        _SRC + "server/app.py",
+        "return await asyncio.to_thread(kind, served, body)",
+        "return kind(served, body)",
+        ("tests/server/test_waiting.py",),
+    ),
+    Mutation(
+        "a second Ctrl-C cuts streams",
+        _SRC + "server/stopping.py",
+        "sig == signal.SIGINT and not self._hurried",
+        "sig == signal.SIGINT and self._hurried",
+        ("tests/server/test_stopping.py",),
+    ),
 )

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,12 @@ def _generation(app: FastAPI, served: Served) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
         _check_model(served, body.model)
-        return await _respond(Chat(served, body), bool(body.stream), request)
+        return await _respond(await _prepared(Chat, served, body), bool(body.stream), request)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(served, body.model)
-        return await _respond(Completion(served, body), bool(body.stream), request)
+        return await _respond(await _prepared(Completion, served, body), bool(body.stream), request)
 
     for path in _NOT_HERE:
 
@@ -151,8 +151,9 @@ def _facts(app: FastAPI, served: Served) -> None:
             pages = await asyncio.to_thread(served.engine.save_prefixes, served.prefix_file)
         return {"pages": pages}
 
+    # Not async: both run in a thread of their own.
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """A text's tokens."""
         _check_model(served, body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -164,7 +165,7 @@ def _facts(app: FastAPI, served: Served) -> None:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """Tokens' text."""
         _check_model(served, body.model)
         bad = [token for token in body.tokens if token >= served.vocabulary]
@@ -175,6 +176,12 @@ def _facts(app: FastAPI, served: Served) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return _PAGE.read_text("utf-8")
+
+
+async def _prepared(kind: Callable[[Served, Any], Any], served: Served, body: Any) -> Any:
+    """The call of a body, whose text becomes tokens in a thread: megabytes take seconds, as the
+    first JSON grammar does, and nobody else's stream waits for them."""
+    return await asyncio.to_thread(kind, served, body)
 
 
 async def _respond(call: Any, stream: bool, request: Request) -> Response:

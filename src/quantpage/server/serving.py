@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Served:
     prefix_file: Path | None = None
     """Where known prompts are kept over restarts."""
     _grammars: GrammarTokenizer | None = None
+    _making: threading.Lock = field(default_factory=threading.Lock)
+    """Bodies are read in threads; one of them makes the table."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text."""
@@ -142,8 +145,9 @@ class Served:
         return tuple(made)
 
     def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
-        if self._grammars is None:
-            self._grammars = GrammarTokenizer(self.tokenizer, self.vocabulary)
+        with self._making:
+            if self._grammars is None:
+                self._grammars = GrammarTokenizer(self.tokenizer, self.vocabulary)
         return JsonGrammar(schema, self._grammars)
 
 
