@@ -18,9 +18,11 @@ def statistics(sizes, tokens=600):
     return KeyStatistics.of(q, k)
 
 
-def lost(found, spec, key_map, feedback=True):
-    """Mean of e' W e of the keys that were kept, rounded in turn or each channel by itself."""
-    by = with_feedback(key_map, found.metric, rotated=True).feedback
+def lost(found, spec, key_map, feedback=True, by=None):
+    """Mean of e' W e of the keys that were kept, rounded in turn, ``by`` whose metric, or each
+    channel by itself.
+    """
+    by = with_feedback(key_map, (by or found).metric, rotated=True).feedback
     given = rotate(key_map.keys(found.keys))
     codes = quantize_with_feedback(given, spec, by) if feedback else quantize(given, spec)
     error = key_map.restored(rotate(dequantize(*codes, spec))) - found.keys

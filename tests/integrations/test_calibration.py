@@ -13,6 +13,7 @@ from quantpage.cli.app import run
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import FORMATS
 from quantpage.formats.feedback import with_feedback
+from quantpage.formats.key_map import KeyMap
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
 from quantpage.integrations.hf_transformers.statistics import far_shares
@@ -100,23 +101,30 @@ def test_a_file_says_what_was_saved(model, file):
         assert theirs.key_map.digest() == layer.key_map.digest()
         assert torch.equal(theirs.metric, layer.metric)
         assert torch.equal(theirs.far_metric, layer.far_metric)
+        assert torch.equal(theirs.far_scale, layer.far_scale)
         assert not torch.allclose(layer.metric, layer.far_metric, rtol=1e-2)
 
 
-def test_formats_with_exact_pages_take_what_queries_see_beyond_them(model, file, tmp_path):
-    """So does a map that is chosen for one; a file from before there were two metrics serves."""
+def test_formats_with_exact_pages_take_what_queries_see_beyond_them(
+    model, file, tmp_path, monkeypatch
+):
+    """And scales that are looked for by it; files from before there were any of them serve."""
     found = Calibration.load(file)
     layer = found.layers[0]
     for name, far in (("int8", False), ("int6", False), ("int4", True), ("k8v4", True)):
         metric = layer.far_metric if far else layer.metric
-        wanted = with_feedback(layer.key_map, metric, rotated=True)
+        scale = layer.far_scale if far else layer.key_map.scale
+        wanted = with_feedback(KeyMap(scale, layer.key_map.mean), metric, rotated=True)
         assert layer.for_codes(FORMATS[name]).digest() == wanted.digest()
     assert made(model, "int8").layers[0].key_map.digest() != layer.key_map.digest()
     old, planes = tmp_path / "old", load_file(file)
-    replace(
-        found, layers={i: replace(each, far_metric=None) for i, each in found.layers.items()}
-    ).save(old)
-    assert set(planes) - set(load_file(old)) == {f"{i}.far_metric" for i in range(3)}
+    without = {
+        i: replace(each, far_metric=None, far_scale=None) for i, each in found.layers.items()
+    }
+    monkeypatch.setattr("quantpage.integrations.hf_transformers.calibration.VERSION", "1")
+    replace(found, layers=without).save(old)
+    missing = set(planes) - set(load_file(old))
+    assert missing == {f"{i}.far_{name}" for i in range(3) for name in ("metric", "scale")}
     before = Calibration.load(old).layers[0].for_codes(FORMATS["int4"])
     assert before.digest() == with_feedback(layer.key_map, layer.metric, True).digest()
 

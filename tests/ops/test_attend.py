@@ -246,6 +246,7 @@ def _mapped_and_plain(name, head_dim=32, tokens=90):
         torch.rand(2, head_dim, generator=noise) * 2 + 0.3,
         torch.randn(2, head_dim, generator=noise) * 3,
     )
+    mapped.scale[:, ::3] *= -1
     k, v = (torch.randn(tokens, 2, head_dim, generator=noise).double() for _ in range(2))
     k = k + mapped.mean.double()
     q = torch.randn(tokens, 6, head_dim, generator=noise).double()

@@ -162,9 +162,9 @@ def test_fp8_ties_go_to_even(isa):
 def test_every_instruction_set_rounds_in_turn(name):
     torch.manual_seed(4)
     _, layer, batch = make_case(FORMATS[name], SHAPE, torch.bfloat16)
-    metric = torch.randn(2, 128, 20)
+    metric, signs = torch.randn(2, 128, 20), torch.randn(128).sign()
     key_map = with_feedback(
-        KeyMap(torch.rand(2, 128) + 0.5, torch.randn(2, 128)),
+        KeyMap((torch.rand(2, 128) + 0.5) * signs, torch.randn(2, 128)),
         metric @ metric.mT,
         rotated=True,
     )

@@ -70,9 +70,11 @@ def inputs(tokens, head_dim=64, seed=0):
 
 
 def random_map(head_dim, mean=True):
-    """Scales far apart, means of a hundred times a key, as a projection's bias makes them."""
+    """Scales far apart and of either sign, means of a hundred times a key, as a projection's bias
+    makes them."""
     noise = torch.Generator().manual_seed(5)
     scale = torch.rand(KV_HEADS, head_dim, generator=noise) * 3 + 0.05
+    scale[:, ::3] *= -1
     means = torch.randn(KV_HEADS, head_dim, generator=noise) * 100
     return KeyMap(scale, means if mean else None)
 

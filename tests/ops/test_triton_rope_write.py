@@ -95,6 +95,7 @@ def same_codes(got, wanted, allowed):
 
 def random_map(head_dim, mean=True, heads=KV_HEADS):
     scale = torch.rand(heads, head_dim, device=DEVICE) * 3 + 0.05
+    scale[:, ::3] *= -1
     return KeyMap(scale, torch.randn(heads, head_dim, device=DEVICE) * 30 if mean else None)
 
 

@@ -146,6 +146,7 @@ def _print(table: "Sequence[tuple[int, ChosenMap]]") -> None:
             f"{index:5d}  {each.plain_loss:.1e} -> {each.loss:.1e}{'':22}{chosen_by}"
         )
     console.note(
-        "error: squared, relative to the scores' own size. A channel's scale is W^a / C^b, "
-        "of the queries' metric W and the keys' variance C (docs/formats.md, key maps)."
+        "error: squared, relative to the scores' own size. A channel's scale is W^a / C^b, of the "
+        "queries' metric W and the keys' variance C, and where keys are rounded in turn what was "
+        "found from there (docs/formats.md, calibration)."
     )

@@ -62,20 +62,28 @@ def with_feedback(
         raise ValueError(f"metric: expected {shape} as the key map, got {tuple(metric.shape)}")
     if not bool(torch.isfinite(metric).all()):
         raise ValueError("metric: expected finite numbers, got NaN or infinity")
-    scale = key_map.scale.double()
-    mapped = metric.double() / scale[:, :, None] / scale[:, None, :]
-    if rotated:
-        mapped = rotate(rotate(mapped).mT.contiguous()).mT
-    mapped = (mapped + mapped.mT) / 2
-    size = mapped.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(shape[1], dtype=mapped.dtype, device=mapped.device)
-    # Only ratios matter: a mean of 1 keeps losses within float32.
-    lower = torch.linalg.cholesky(mapped / size[:, None, None] + _DAMPING * eye)
+    lower, _ = lower_factor(metric.double(), key_map.scale.double(), rotated)
     root = lower.diagonal(dim1=1, dim2=2)
     # What tensor cores take whole: a ten thousandth of U changes nothing.
     unit = (lower / root[:, None, :]).tril(-1).clamp(-65504.0, 65504.0).half()
     factor = unit.to(lower.dtype) + torch.diag_embed(root.square())
     return KeyMap(key_map.scale, key_map.mean, factor.float().contiguous())
+
+
+def lower_factor(
+    metric: Float[Tensor, "kv_heads head_dim head_dim"],
+    scale: Float[Tensor, "kv_heads head_dim"],
+    rotated: bool,
+) -> tuple[Float[Tensor, "kv_heads head_dim head_dim"], Float[Tensor, " kv_heads"]]:
+    """L with L L' = the damped metric of keys times ``scale``, and what it was divided by."""
+    mapped = metric / scale[:, :, None] / scale[:, None, :]
+    if rotated:
+        mapped = rotate(rotate(mapped).mT.contiguous()).mT
+    mapped = (mapped + mapped.mT) / 2
+    # Only ratios matter: a mean of 1 keeps losses within float32.
+    size = mapped.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    eye = torch.eye(metric.shape[1], dtype=mapped.dtype, device=mapped.device)
+    return torch.linalg.cholesky(mapped / size[:, None, None] + _DAMPING * eye), size
 
 
 def quantize_with_feedback(

@@ -28,7 +28,7 @@ class KeyMap:
     """One layer's map; ValueError for shapes and numbers that cannot be."""
 
     scale: Float[Tensor, "kv_heads head_dim"]
-    """Positive, float32."""
+    """Of either sign and not 0, float32."""
     mean: Float[Tensor, "kv_heads head_dim"] | None = None
     """What is taken out of every key, in the model's basis, float32; None: nothing."""
     feedback: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
@@ -38,8 +38,8 @@ class KeyMap:
     def __post_init__(self) -> None:
         shape = tuple(self.scale.shape)
         _check("scale", self.scale, shape if len(shape) == 2 else ("kv_heads", "head_dim"))
-        if bool((self.scale <= 0).any()):
-            raise ValueError(f"scale: expected positive numbers, got {self.scale.min().item()}")
+        if bool((self.scale == 0).any()):
+            raise ValueError("scale: expected numbers other than 0, got 0.0")
         for name, plane, wanted in (
             ("mean", self.mean, shape),
             ("feedback", self.feedback, (*shape, shape[1])),

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_map import KeyMap
+from quantpage.formats.key_scales import search_scales
 from quantpage.formats.quantize import dequantize, quantize
 from quantpage.formats.rotate import rotate
 from quantpage.formats.spec import QuantSpec
 
 _FLOOR = 1e-4
 """Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
-_KEPT, _MOST = 64, 512
-"""Keys that are kept of one text, and of all."""
+_KEPT, _MOST = 64, 1024
+"""Keys that are kept of one text, and of all: beyond that every second one."""
 EXPONENTS = (
     (0.0, 0.0), (1 / 8, 1 / 8), (1 / 4, 1 / 4),
     (0.0, 1 / 8), (0.0, 1 / 4), (0.0, 3 / 8), (0.0, 1 / 2),
@@ -80,13 +81,14 @@ class KeyStatistics:
 
     def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
         """Of both's tokens."""
+        keys = torch.cat([self.keys, other.keys])
         return KeyStatistics(
             self.tokens + other.tokens,
             self.query_products + other.query_products,
             self.far_products + other.far_products,
             self.key_products + other.key_products,
             self.key_sums + other.key_sums,
-            torch.cat([self.keys, other.keys])[-_MOST:],
+            keys[::2].contiguous() if len(keys) > _MOST else keys,
         )
 
     def far(self) -> "KeyStatistics":
@@ -139,23 +141,33 @@ class ChosenMap:
 
 
 def choose_map(
-    statistics: KeyStatistics, spec: QuantSpec, mean: bool = True, feedback: bool = True
+    statistics: KeyStatistics,
+    spec: QuantSpec,
+    mean: bool = True,
+    feedback: bool = True,
+    search: bool = False,
 ) -> ChosenMap:
     """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
-    spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers.
+    spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers. search:
+    there, go on from the best of EXPONENTS to scales that no law says (key_scales).
     """
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
     best = losses.argmin(0)
     heads = torch.arange(len(best))
-    scale = torch.stack([each.scale for each in maps])[best, heads]
+    scale, least = torch.stack([each.scale for each in maps])[best, heads], losses[best, heads]
     apart = statistics.keys.double() - statistics.mean
+    if search and feedback and spec.code.integer:
+        found = search_scales(statistics.metric, apart, scale, spec)
+        loss = _loss(statistics, spec, KeyMap(found, maps[0].mean), feedback)
+        scale = torch.where((loss < least)[:, None], found, scale)
+        least = least.minimum(loss)
     size = _weighed(apart, statistics.metric).sum()
     return ChosenMap(
         KeyMap(scale.contiguous(), maps[0].mean),
         tuple(EXPONENTS[each] for each in best.tolist()),
-        float(losses[best, heads].sum() / size),
+        float(least.sum() / size),
         float(_loss(statistics, spec, None, feedback).sum() / size),
     )
 

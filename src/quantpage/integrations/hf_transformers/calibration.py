@@ -2,8 +2,8 @@
 
     tensors      <layer>.scale, <layer>.mean of the key map; where keys are rounded in turn
                  <layer>.metric: mean of q q', and <layer>.far_metric: the same of what queries
-                 see beyond exact pages; for a static format <layer>.key_scale, .key_zero,
-                 .value_scale, .value_zero instead
+                 see beyond exact pages, <layer>.far_scale: scales for that; for a static format
+                 <layer>.key_scale, .key_zero, .value_scale, .value_zero instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
 The maps are chosen for one format and hold for others; rounding in turn follows from the metric
@@ -32,8 +32,10 @@ from quantpage.integrations.hf_transformers.model import text_config
 from quantpage.integrations.hf_transformers.statistics import measure, measure_random
 
 KIND = "quantpage calibration"
-VERSION = "1"
-_METRICS = ("metric", "far_metric")
+VERSION = "2"
+_READ = ("1", VERSION)
+"""Files of version 1 have positive scales, and none of what lies beyond exact pages."""
+_METRICS = ("metric", "far_metric", "far_scale")
 _PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
 SKIPPED = 64
 """First tokens of a text that are not counted."""
@@ -49,6 +51,8 @@ class LayerCalibration:
     """Mean of q q', float32; None: channels are rounded by themselves."""
     far_metric: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
     """The same for formats that keep near pages exact (``KeyStatistics.far``); None: as others."""
+    far_scale: Float[Tensor, "kv_heads head_dim"] | None = None
+    """Scales for those; None: as others."""
 
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
@@ -60,7 +64,10 @@ class LayerCalibration:
         far = kv_format.exact_pages is not None and self.far_metric is not None
         metric = self.far_metric if far else self.metric
         assert metric is not None
-        return with_feedback(self.key_map, metric, spec.rotation == "hadamard")
+        key_map = self.key_map
+        if far and self.far_scale is not None:
+            key_map = KeyMap(self.far_scale, key_map.mean)
+        return with_feedback(key_map, metric, spec.rotation == "hadamard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +114,10 @@ class Calibration:
         try:
             with open_whole(path) as file:
                 metadata = file.metadata
-                for name, wanted in (("kind", KIND), ("version", VERSION)):
-                    if metadata.get(name) != wanted:
-                        raise Damaged(f"expected {name} {wanted!r}, got {metadata.get(name)!r}")
+                for name, wanted in (("kind", (KIND,)), ("version", _READ)):
+                    if metadata.get(name) not in wanted:
+                        named = " or ".join(map(repr, wanted))
+                        raise Damaged(f"expected {name} {named}, got {metadata.get(name)!r}")
                 planes = file.read()
         except Damaged as error:
             raise CorruptCalibration(f"{path}: {error}") from error
@@ -225,7 +233,7 @@ def calibrate(
         key = formats[index].key
         if not (key.quantized and key.dynamic):
             continue
-        layers[index], chosen = _layer(statistics, formats[index], mean, feedback)
+        layers[index], chosen = _layer(statistics, formats[index], mean, feedback, feedback)
         losses[str(index)] = [chosen.plain_loss, chosen.loss]
         if each is not None:
             each(index, chosen)
@@ -236,14 +244,20 @@ def calibrate(
 
 
 def _layer(
-    statistics: KeyStatistics, kv_format: KVFormat, mean: bool, feedback: bool
+    statistics: KeyStatistics, kv_format: KVFormat, mean: bool, feedback: bool, search: bool
 ) -> tuple[LayerCalibration, ChosenMap]:
+    """search: look for scales of both metrics; else for those of ``kv_format``'s, by laws alone."""
     statistics = _on_cpu(statistics)
-    far = statistics.far()
-    seen = statistics if kv_format.exact_pages is None else far
-    chosen = choose_map(seen, kv_format.key, mean, feedback)
-    metrics = [each.metric.float().contiguous() for each in (statistics, far) if feedback]
-    return LayerCalibration(chosen.key_map, *(metrics or (None,))), chosen
+    far, exact = statistics.far(), kv_format.exact_pages is not None
+    chosen = choose_map(far if exact else statistics, kv_format.key, mean, feedback, search)
+    if not feedback:
+        return LayerCalibration(chosen.key_map, None), chosen
+    metric, far_metric = (each.metric.float().contiguous() for each in (statistics, far))
+    if not search:
+        return LayerCalibration(chosen.key_map, metric, far_metric), chosen
+    other = choose_map(statistics if exact else far, kv_format.key, mean, feedback, search)
+    near, beyond = (other, chosen) if exact else (chosen, other)
+    return LayerCalibration(near.key_map, metric, far_metric, beyond.key_map.scale), chosen
 
 
 def calibrate_random(model: PreTrainedModel, formats: Sequence[KVFormat]) -> Calibration:
@@ -272,7 +286,7 @@ def layers_of_weights(
             continue
         made[index] = LayerCalibration(statistics.key_map(mean), None)
         if formats[index].key.code.bits < 8:
-            made[index], _ = _layer(statistics, formats[index], mean, True)
+            made[index], _ = _layer(statistics, formats[index], mean, True, False)
     return made
 
 

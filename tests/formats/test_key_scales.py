@@ -1,0 +1,67 @@
+"""Scales that are looked for: less loss than any law says, on keys that they have not seen."""
+
+import pytest
+import torch
+
+from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
+from quantpage.formats.key_scales import search_scales
+from quantpage.formats.key_statistics import KeyStatistics, choose_map
+from tests.formats.test_key_statistics import lost
+
+pytestmark = pytest.mark.cpu
+
+SPECS = {
+    "int8": FORMATS["int8"].key,
+    "int4": FORMATS["int4"].key,
+    "int3": FORMATS["int3"].key,
+    "groups": QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True, rotation="hadamard"),
+}
+
+
+def statistics(seed, tokens=600, head_dim=32):
+    """Keys and queries, each with few large directions of their own."""
+    shape, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    sizes = 0.8 ** torch.arange(head_dim)
+    q, k = (
+        torch.randn(tokens, heads, head_dim, generator=noise)
+        * sizes
+        @ torch.randn(head_dim, head_dim, generator=shape)
+        for heads in (4, 2)
+    )
+    return KeyStatistics.of(q, k + 5.0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_other_keys_and_queries_lose_less(name):
+    found, spec = statistics(1), SPECS[name]
+    by_law, searched = (choose_map(found, spec, search=each) for each in (False, True))
+    assert searched.loss < 0.9 * by_law.loss
+    assert (searched.key_map.scale < 0).any() and (by_law.key_map.scale > 0).all()
+    # Rounded with what was found, other tokens are asked.
+    other = statistics(2)
+    losses = [lost(other, spec, each.key_map, by=found) for each in (searched, by_law)]
+    assert (losses[0] < 0.95 * losses[1]).all()
+
+
+def test_the_same_numbers_make_the_same_scales():
+    found = statistics(1)
+    with torch.inference_mode():
+        twice = [choose_map(found, SPECS["int4"], search=True).key_map.scale for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_channels_by_themselves_are_not_looked_for():
+    found = statistics(1)
+    maps = [choose_map(found, SPECS["int4"], feedback=False, search=each) for each in (True, False)]
+    assert torch.equal(maps[0].key_map.scale, maps[1].key_map.scale)
+
+
+@pytest.mark.parametrize("of", ["metric", "keys", "both"])
+def test_heads_that_say_nothing_have_finite_scales(of):
+    metric, keys = torch.eye(16).repeat(2, 1, 1), torch.randn(40, 2, 16)
+    if of != "keys":
+        metric[0] = 0.0
+    if of != "metric":
+        keys[:, 0] = 0.0
+    scale = search_scales(metric, keys, torch.ones(2, 16), SPECS["int4"])
+    assert torch.isfinite(scale).all() and (scale != 0).all()
