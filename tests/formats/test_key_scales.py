@@ -56,6 +56,12 @@ def test_channels_by_themselves_are_not_looked_for():
     assert torch.equal(maps[0].key_map.scale, maps[1].key_map.scale)
 
 
+def test_wide_heads_keep_what_the_laws_say():
+    found = statistics(1, tokens=40, head_dim=256)
+    maps = [choose_map(found, SPECS["int8"], search=each) for each in (True, False)]
+    assert torch.equal(maps[0].key_map.scale, maps[1].key_map.scale)
+
+
 @pytest.mark.parametrize("of", ["metric", "keys", "both"])
 def test_heads_that_say_nothing_have_finite_scales(of):
     metric, keys = torch.eye(16).repeat(2, 1, 1), torch.randn(40, 2, 16)

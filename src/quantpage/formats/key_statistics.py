@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_map import KeyMap
-from quantpage.formats.key_scales import search_scales
+from quantpage.formats.key_scales import WIDEST, search_scales
 from quantpage.formats.quantize import dequantize, quantize
 from quantpage.formats.rotate import rotate
 from quantpage.formats.spec import QuantSpec
@@ -150,7 +150,8 @@ def choose_map(
     """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
     spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers. search:
-    there, go on from the best of EXPONENTS to scales that no law says (key_scales).
+    there, go on from the best of EXPONENTS to scales that no law says (key_scales), in heads of up
+    to WIDEST channels.
     """
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
@@ -158,7 +159,7 @@ def choose_map(
     heads = torch.arange(len(best))
     scale, least = torch.stack([each.scale for each in maps])[best, heads], losses[best, heads]
     apart = statistics.keys.double() - statistics.mean
-    if search and feedback and spec.code.integer:
+    if search and feedback and spec.code.integer and scale.shape[1] <= WIDEST:
         found = search_scales(statistics.metric, apart, scale, spec)
         loss = _loss(statistics, spec, KeyMap(found, maps[0].mean), feedback)
         scale = torch.where((loss < least)[:, None], found, scale)
