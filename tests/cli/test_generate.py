@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantpage import attach, console
-from quantpage.cli.generation import StopFilter
 from tests.integrations.tiny_models import COMMON
 
 pytestmark = pytest.mark.cpu
@@ -122,27 +121,6 @@ def test_an_answer_ends_before_a_stop_text(generate):
     assert generate("--prompt", "w5 w6", "--stop", "never").out.split() == whole
     data = json.loads(generate("--prompt", "w5 w6", "--stop", f" {whole[2]} ", "--json").out)
     assert data["answers"][0]["finish"] == "stop"
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "text"),
-    [
-        (["one tw", "o three"], ["two"], "one "),
-        (["one tw", "in"], ["two"], "one twin"),
-        (["one tw"], ["two"], "one tw"),
-        (["a", "b", "c", "d"], ["bcx", "cd"], "ab"),
-        (["aab", "aac"], ["aac"], "aab"),
-        (["x"], [], "x"),
-    ],
-)
-def test_what_may_be_the_beginning_of_a_stop_text_waits(pieces, stops, text):
-    written = []
-    stopping = StopFilter(stops, written.append)
-    for piece in pieces:
-        stopping.feed(piece)
-        assert not any(stop in "".join(written) for stop in stops)
-    stopping.feed("", end=True)
-    assert "".join(written) == stopping.text == text
 
 
 def test_a_system_prompt_goes_through_the_chat_template(folder, generate, tmp_path):

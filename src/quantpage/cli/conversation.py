@@ -13,7 +13,6 @@ from transformers import StoppingCriteriaList
 from quantpage.cli.generation import (
     GenerateRequest,
     Printer,
-    StopFilter,
     Stopped,
     check_text,
 )
@@ -80,7 +79,7 @@ class Conversation:
             )
         kept = self._keep_common(ids)
         request, start = self._request, time.perf_counter()
-        printer = Printer(self._tokenizer, StopFilter(request.stop, write), lambda: None)
+        printer = Printer(self._tokenizer, request.stop, write)
         given = torch.tensor([ids], device=self._model.device)
         interrupted = False
         try:
@@ -90,7 +89,7 @@ class Conversation:
                 past_key_values=self._held[0],
                 max_new_tokens=min(request.max_new_tokens, room or request.max_new_tokens),
                 streamer=printer,
-                stopping_criteria=StoppingCriteriaList([Stopped(printer.filter)]),
+                stopping_criteria=StoppingCriteriaList([Stopped(printer)]),
                 pad_token_id=self._model.generation_config.pad_token_id or 0,
                 **request.sampling.arguments(),
             )
@@ -102,7 +101,7 @@ class Conversation:
         # Of the answer, the cache holds what was fed back: all but the last token.
         cache = self._held[0]
         self._held = cache, [*ids, *printer.tokens][: cache.get_seq_length()]
-        said = printer.filter.text
+        said = printer.text
         # A question that got no word of an answer was not asked.
         if said or not interrupted:
             self.messages = [*messages, {"role": "assistant", "content": said}]

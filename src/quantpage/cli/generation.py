@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from quantpage import console
 from quantpage.cache.layout import PAGE_SIZES
+from quantpage.engine.text import TextStream
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.arguments import caches_in
@@ -160,14 +162,14 @@ class Session:
                 calibration=request.key_maps,
             ),
         ):
-            printer = Printer(self.tokenizer, StopFilter(request.stop, write), waiting.stop)
+            printer = Printer(self.tokenizer, request.stop, write, waiting.stop)
             start = time.perf_counter()
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=request.max_new_tokens,
                 streamer=printer,
-                stopping_criteria=StoppingCriteriaList([Stopped(printer.filter)]),
+                stopping_criteria=StoppingCriteriaList([Stopped(printer)]),
                 return_dict_in_generate=True,
                 pad_token_id=model.generation_config.pad_token_id or 0,
                 **request.sampling.arguments(),
@@ -178,8 +180,8 @@ class Session:
             answer = out.sequences[0, ids.shape[1] :].cpu()
             return Answer(
                 prompt=request.prompts[index],
-                text=printer.filter.text,
-                finish=self._finish(answer, printer.filter),
+                text=printer.text,
+                finish=self._finish(answer, printer.stopped),
                 prompt_ids=ids,
                 answer_ids=answer,
                 prompt_seconds=first - start,
@@ -188,8 +190,8 @@ class Session:
                 sixteen_bit_bytes=cache.unquantized_bytes(),
             )
 
-    def _finish(self, answer: torch.Tensor, stopped: "StopFilter") -> str:
-        if stopped.found:
+    def _finish(self, answer: torch.Tensor, stopped: bool) -> str:
+        if stopped:
             return "stop"
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -256,66 +258,53 @@ def held_bytes(cache: Any) -> int:
     return sum(each.nbytes for each in planes if isinstance(each, torch.Tensor))
 
 
-class StopFilter:
-    """Text on its way out, up to the first stop text; what may be the beginning of one waits."""
+class Printer(BaseStreamer):
+    """Hands an answer's text on as its tokens come, up to the first stop text."""
 
-    def __init__(self, stops: Sequence[str], write: Callable[[str], None]) -> None:
-        self._stops, self._write = tuple(stops), write
-        self._held = ""
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        write: Callable[[str], None],
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        """started: told that the first token is there."""
+        self._stream = TextStream(tokenizer, stops)
+        self._write, self._started = write, started
+        self._prompt_came = False
         self.text = ""
         """What was written."""
-        self.found = False
-        """True: a stop text came, and everything after it was dropped."""
-
-    def feed(self, text: str, end: bool = False) -> None:
-        """Write what can be written; ``end``: nothing comes after."""
-        if self.found:
-            return
-        self._held += text
-        ends = [at for at in map(self._held.find, self._stops) if at >= 0]
-        self.found = bool(ends)
-        if ends:
-            keep = min(ends)
-        else:
-            keep = len(self._held) if end else len(self._held) - self._beginning()
-        out, self._held = self._held[:keep], self._held[keep:]
-        self.text += out
-        if out:
-            self._write(out)
-
-    def _beginning(self) -> int:
-        """Characters at the end that a stop text begins with."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
-
-
-class Printer(TextStreamer):
-    """Hands text on as TextStreamer decodes it, and notes when the first token came."""
-
-    def __init__(self, tokenizer: Any, filter: StopFilter, started: Callable[[], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.filter, self._started = filter, started
-        self.first_token: float | None = None
-        self._calls = 0
         self.tokens: list[int] = []
         """Of the answer so far."""
+        self.first_token: float | None = None
+        """When it came, on ``perf_counter``'s clock."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text came; nothing follows."""
+        return self._stream.stopped
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then a token a call."""
-        self._calls += 1
-        if self._calls > 1:
-            self.tokens += value.flatten().tolist()
-        if self._calls == 2:
+        if not self._prompt_came:
+            self._prompt_came = True
+            return
+        if self.first_token is None:
             self.first_token = time.perf_counter()
             self._started()
-        super().put(value)
+        for token in value.flatten().tolist():
+            self.tokens.append(token)
+            if not self.stopped:
+                self._say(self._stream.push(token))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Whole words."""
-        self.filter.feed(text, stream_end)
+    def end(self) -> None:
+        """Nothing comes after: what was held back is written."""
+        self._say(self._stream.finish())
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._write(text)
 
 
 class Stopped(StoppingCriteria):
@@ -324,9 +313,9 @@ class Stopped(StoppingCriteria):
     Transformers' own stop strings need a tokenizer whose every token is a text of its own.
     """
 
-    def __init__(self, stopped: StopFilter) -> None:
-        self._stopped = stopped
+    def __init__(self, printer: Printer) -> None:
+        self._printer = printer
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """[rows] bool: asked after every token."""
-        return torch.full((input_ids.shape[0],), self._stopped.found, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._printer.stopped, device=input_ids.device)
