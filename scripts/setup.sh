@@ -29,4 +29,6 @@ once() {
 for file in requirements.txt "$@"; do
   once "$file" "$(cksum < "$file")" "$file" -r "$file"
 done
-once quantpage "$(cat pyproject.toml CMakeLists.txt csrc/* | cksum)" quantpage --no-deps -e .
+# An editable install knows its modules by name: one that moved is found after the next.
+state=$(cat pyproject.toml CMakeLists.txt csrc/*; find src -name '*.py' | LC_ALL=C sort)
+once quantpage "$(cksum <<< "$state")" quantpage --no-deps -e .
