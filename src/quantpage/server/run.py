@@ -37,7 +37,7 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
 
     listener = bind(options.host, options.port)
     if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
-        _say(f"warning: {options.host} is reached from other machines, and no --api-key is asked")
+        _say(f"warning: other machines reach {options.host}, and calls need no --api-key")
     command = choose(engine, options, more)
     if command is not None:
         listener.close()
