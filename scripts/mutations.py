@@ -345,6 +345,20 @@ MUTATIONS = (
         "kv_head = narrow",
         ("tests/ops/test_triton_far.py",),
     ),
+    Mutation(
+        "drafts begin with what a kept cache holds",
+        _HF + "supply.py",
+        'return {"next_sequence_length": given - held}',
+        "return {}",
+        ("tests/integrations/test_supply.py",),
+    ),
+    Mutation(
+        "an attachment that was left is entered again and does nothing",
+        _HF + "attach.py",
+        "if not self._undo:",
+        "if False:",
+        ("tests/integrations/test_hf_transformers.py",),
+    ),
     # What clients do to each other.
     Mutation(
         "a client's text becomes tokens on the loop of all streams",

@@ -1,5 +1,7 @@
 """attach(): real Transformers models over quantized pages, against their own attention."""
 
+import copy
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -210,6 +212,28 @@ def test_detaching_restores_the_model_exactly():
     assert model.config._attn_implementation == "eager"
     assert set(vars(model)) == keys and len(model._forward_pre_hooks) == hooks
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_what_is_attached_is_not_copied(way):
+    model = tiny("llama")
+    with quantpage.attach(model) as attached:
+        for each in (model, model.model, {"in": model}):
+            with pytest.raises(ValueError, match="expected a model that is not attached to copy"):
+                way(each)
+        cache = attached.new_cache()
+        model(tokens(1, 5), **cache_as(model, cache))
+        with pytest.raises(ValueError, match=r"expected save_cache\(\) or fork\(\)"):
+            (copy.copy if way is copy.deepcopy else way)(cache)
+        assert copy.deepcopy(cache).get_seq_length() == 5
+    way(model)
+
+
+def test_an_attachment_that_was_left_is_not_entered_again():
+    with quantpage.attach(tiny("llama")) as attached, attached:
+        assert attached.model.config._attn_implementation == "quantpage"
+    with pytest.raises(ValueError, match="expected an attachment that stands, got one that was"):
+        attached.__enter__()
 
 
 def test_a_failed_attach_changes_nothing():

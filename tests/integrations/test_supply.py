@@ -153,6 +153,34 @@ def test_an_error_in_a_forward_leaves_no_trace():
         assert caches_in(model.model(ids))
 
 
+@pytest.mark.parametrize("draft", ["prompt_lookup", "assistant"])
+def test_drafts_go_on_behind_a_kept_cache(draft):
+    model, ids = tiny("llama"), tokens(1, 11).repeat(1, 3)
+    drafts = {"prompt_lookup_num_tokens": 3}
+    if draft == "assistant":
+        drafts = {"assistant_model": tiny("multi_query")}
+    with quantpage.attach(model, kv_format="int8") as attached, torch.inference_mode():
+        wanted = model.generate(ids, max_new_tokens=6)
+        cache = attached.new_cache()
+        model(ids[:, :20], **cache_as(model, cache))
+        got = model.generate(ids, **cache_as(model, cache), max_new_tokens=6, **drafts)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("given", [20, 30])
+def test_a_prompt_that_the_cache_holds_already_says_so(given):
+    model, ids = tiny("llama"), tokens(1, 30)
+    with quantpage.attach(model, kv_format="int8") as attached, torch.inference_mode():
+        wanted = model.generate(ids[:, :given], max_new_tokens=3)
+        cache = attached.new_cache()
+        model(ids, **cache_as(model, cache))
+        with pytest.raises(ValueError, match=rf"of more than the 30 tokens .* got {given}; crop"):
+            model.generate(ids[:, :given], **cache_as(model, cache), max_new_tokens=3)
+        cache.crop(given - 1)
+        got = model.generate(ids[:, :given], **cache_as(model, cache), max_new_tokens=3)
+    assert got.tolist() == wanted.tolist()
+
+
 @pytest.mark.parametrize("kv_format", ["none", "int8"])
 def test_a_cache_goes_on_after_prompt_lookup(kv_format):
     model, ids = tiny("llama"), tokens(1, 12).repeat(1, 3)

@@ -96,6 +96,11 @@ class Attached:
             self._undo.pop()
 
     def __enter__(self) -> "Attached":
+        if not self._undo:
+            raise ValueError(
+                "attached: expected an attachment that stands, got one that was detached; "
+                "quantpage.attach(model, ...) makes another"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar
 
@@ -151,7 +151,8 @@ class QuantPageCache(Cache):
 
     def over(self, rows: Rows) -> "QuantPageCache":
         """The same cache over other rows, in any memory."""
-        made = copy(self)
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
         made.rows, made._in_core = rows, None
         made.turns = Turns()
         made.layers = [
@@ -172,6 +173,13 @@ class QuantPageCache(Cache):
     def __deepcopy__(self, memo: dict[int, object]) -> "QuantPageCache":
         """``fork``."""
         return self.fork()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """No copy by its parts: they are pages, which others may hold."""
+        raise ValueError(
+            "cache: expected save_cache() or fork() where it is written or copied, got pickle or "
+            "copy.copy"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes a copy of row ``beam_idx[i]``; pages are shared."""

@@ -68,6 +68,7 @@ class Supply:
             after = module.register_forward_hook(self._after, always_call=True)
             undo += [before.remove, after.remove]
             _keep_from_compiling(module, undo)
+            _keep_from_copying(module, undo)
         for module in generators(self._model):
             self._hook_generate(module, undo)
         # Done first.
@@ -138,7 +139,7 @@ class Supply:
 
     def _hook_generate(self, module: Any, undo: list[Callable[[], None]]) -> None:
         generate, prepare = module.generate, module._prepare_cache_for_generation
-        name = cache_name(module)
+        inputs, name = module.prepare_inputs_for_generation, cache_name(module)
 
         @wraps(generate)
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -161,8 +162,15 @@ class Supply:
                 model_kwargs[name] = given
             return prepare(config, model_kwargs, *args, **rest)
 
-        for attribute, ours_instead in (("generate", named), (prepare.__name__, ours)):
-            setattr(module, attribute, ours_instead)
+        @wraps(inputs)
+        def behind(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not module.config.is_encoder_decoder:
+                kwargs |= _behind_cache(input_ids, kwargs)
+            return inputs(input_ids, *args, **kwargs)
+
+        ours_instead = {"generate": named, prepare.__name__: ours, inputs.__name__: behind}
+        for attribute, one in ours_instead.items():
+            setattr(module, attribute, one)
             undo.append(partial(vars(module).pop, attribute, None))
 
     def _frames(self) -> list[_Frame]:
@@ -284,6 +292,43 @@ def _keep_from_compiling(module: Any, undo: list[Callable[[], None]]) -> None:
             module.forward = before
 
     undo.append(restore)
+
+
+def _keep_from_copying(module: Any, undo: list[Callable[[], None]]) -> None:
+    """Say so where somebody copies or pickles an attached model, whose hooks are another's."""
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError(
+            f"{type(module).__name__}: expected a model that is not attached to copy or pickle, "
+            "got one that is; detach() it first (save_pretrained() and state_dict() work meanwhile)"
+        )
+
+    for name in ("__deepcopy__", "__reduce_ex__"):
+        setattr(module, name, refuse)
+        undo.append(partial(vars(module).pop, name, None))
+
+
+def _behind_cache(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
+    """How many tokens of a whole prompt are new to the cache, in the words of ``generate``.
+
+    With drafts (prompt lookup, an assistant) Transformers begins with all of them, whatever the
+    cache holds.
+    """
+    cache, told = take_cache(dict(kwargs)), kwargs.get("attention_mask")
+    # Some versions leave a mask of ones away.
+    told = kwargs.get("position_ids") if told is None else told
+    if cache is None or told is None or not kwargs.get("is_first_iteration"):
+        return {}
+    held, given = cache.get_seq_length(), input_ids.shape[1]
+    # Told of more tokens: the others are not given again.
+    if not held or told.shape[-1] != given:
+        return {}
+    if given <= held:
+        raise ValueError(
+            f"input_ids: expected the whole text, of more than the {held} tokens that the cache "
+            f"holds, got {given}; crop({given - 1}) lets the last be computed again"
+        )
+    return {"next_sequence_length": given - held}
 
 
 def _refuse_foreign(given: Any) -> None:
