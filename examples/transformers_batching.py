@@ -61,9 +61,7 @@ def pages_class(kv_format: str, page_size: int) -> type[PagedAttentionCache]:
                 q_heads=config.num_attention_heads, kv_heads=layout.kv_heads,
                 head_dim=layout.head_dim, value_head_dim=layout.head_dim, page_size=page_size,
             )  # fmt: skip
-            self.attend = quantpage.build_attention(
-                quantpage.find_backend("flash"), quantpage.CausalMask(), call
-            )
+            self.attend = quantpage.build_attention("flash", quantpage.CausalMask(), call)
             self.plan: quantpage.BatchPlan | None = None
 
         def copy_cache(self, list_source_blocks, list_forked_blocks):

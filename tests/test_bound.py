@@ -32,9 +32,7 @@ class Layer(nn.Module):
             WIDTH, PAGE,
         )  # fmt: skip
         self.attention = quantpage.BoundAttention(
-            quantpage.build_attention(
-                quantpage.find_backend("flash"), quantpage.CausalMask(), call
-            ),
+            quantpage.build_attention("flash", quantpage.CausalMask(), call),
             lambda: cache.layer(index),
             quantpage.WriteParams(),
             quantpage.AttendParams(WIDTH**-0.5),

@@ -269,13 +269,16 @@ def find_backend(name: str) -> AttentionBackend:
 
 
 def build_attention(
-    backend: AttentionBackend, mask: Mask, call: Call, implementation: str | None = None
+    backend: AttentionBackend | str, mask: Mask, call: Call, implementation: str | None = None
 ) -> LayerAttention:
     """Choose what serves ``call`` under ``mask``.
 
-    implementation: a name that both ops' candidates know ('torch', 'cpu', 'triton'), used for
-    both and never replaced; None: the first that does not refuse. Raises NoImplementation.
+    backend: one of BACKENDS, or its name. implementation: a name that both ops' candidates know
+    ('torch', 'cpu', 'triton'), used for both and never replaced; None: the first that does not
+    refuse. Raises NoImplementation, and ValueError for a name that no backend has.
     """
+    if isinstance(backend, str):
+        backend = find_backend(backend)
     refused = backend.refusals(mask)
     if refused:
         raise NoImplementation(" ".join(refused))
