@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import quantpage
 from quantpage.cli.app import run
 from quantpage.errors import FormatError
-from quantpage.evaluate import caches, report
+from quantpage.evaluate import caches, table
 from quantpage.evaluate.caches import ours
 from quantpage.evaluate.run import EvaluateRequest, evaluate
 from quantpage.evaluate.text import default_path
@@ -204,7 +204,7 @@ def test_peers_need_their_package(folder, monkeypatch):
 
 def test_csv_keeps_small_figures(folder):
     (row,) = evaluate(small(folder, formats=("fp8",), windows=1, scored=8))
-    (read,) = csv.DictReader(report.to_csv([row]).splitlines())
+    (read,) = csv.DictReader(table.to_csv([row]).splitlines())
     assert float(read["kl_mean"]) == pytest.approx(row.kl_mean, rel=1e-5)
     assert set(read) == set(type(row).__slots__)
 
@@ -217,7 +217,7 @@ def test_the_terminals_table_cuts_no_figure(folder):
         )
     ]
     console = Console(width=80, record=True, file=StringIO())
-    console.print(report.to_table([row, *wide], "title"))
+    console.print(table.to_table([row, *wide], "title"))
     said = console.export_text()
     assert "\N{HORIZONTAL ELLIPSIS}" not in said
     figures = (f"{row.kl_p99:.1e}", f"{row.kl_max:.1e}", f"{row.top1:.1%}", f"{row.overlap:.2%}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantpage.evaluate.heads import LayerKeys
-from quantpage.report import looks
+from quantpage.report import heads
 from quantpage.report.page import render
 from quantpage.report.verdict import judge
 from tests.report.samples import report
@@ -42,7 +42,7 @@ def page(tmp_path_factory):
         LayerKeys(at, plain, plain / 4, plain / 2, at == 0, plain.square().mean(1).sqrt())
         for at in range(12)
     ]
-    data["heads"]["pictures"] = looks.as_pictures(layers)
+    data["heads"]["pictures"] = heads.as_pictures(layers)
     data["verdict"] = json.loads(json.dumps(asdict(judge(data))))
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(render(data))

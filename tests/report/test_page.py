@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantpage.evaluate.heads import LayerKeys
-from quantpage.report import beside, looks
+from quantpage.report import beside, heads
 from quantpage.report.charts import Axis, Plot, Series, step_of
 from quantpage.report.page import LIMIT, STEPS, render, running_mean
 from quantpage.report.verdict import judge
@@ -112,7 +112,7 @@ def test_a_large_model_stays_below_the_limit():
     ]
     for at in (3, 70):
         layers[at].rms[5, 9] = 7.0 + at
-    data["heads"]["pictures"] = looks.as_pictures(layers)
+    data["heads"]["pictures"] = heads.as_pictures(layers)
     page = render(judged(data))
     assert len(page.encode()) <= LIMIT
     shown = json.loads(Reader(page).texts["data"])["heads"]["pictures"]["heads"]
@@ -136,7 +136,7 @@ def test_pictures_hold_what_keys_are():
     plain[0, :, 4] = -2.0
     rotated = plain.roll(1, 2)
     layer = LayerKeys(2, plain, rotated, plain * 2, True, plain.square().mean(1).sqrt() + 1e-3)
-    made = looks.as_pictures([layer])
+    made = heads.as_pictures([layer])
     assert (made["tokens"], made["channels"]) == (5, 16)
     (head,) = made["heads"]
     assert head["largest"] == [8.0, 8.0, 16.0] and head["map_in_use"]

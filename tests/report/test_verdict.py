@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantpage.report.room import curve_of
+from quantpage.report.costs import curve_of
 from quantpage.report.verdict import judge, level_of
 from tests.report.samples import report, row
 

@@ -12,8 +12,8 @@ from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
 
 if TYPE_CHECKING:
-    from quantpage.evaluate.report import Row
     from quantpage.evaluate.run import EvaluateRequest
+    from quantpage.evaluate.table import Row
 
 
 def command(
@@ -66,7 +66,7 @@ def command(
     --budget quantizes the keys and the values of each layer alone, one forward each, and looks for
     the best sum.
     """
-    from quantpage.evaluate import report
+    from quantpage.evaluate import table
     from quantpage.evaluate.run import EvaluateRequest, evaluate
 
     read = {"text": text, "calibration": Path(calibration)}
@@ -96,9 +96,9 @@ def command(
     else:
         _print(rows, request.prompt)
     if csv is not None:
-        write(csv, report.to_csv(rows))
+        write(csv, table.to_csv(rows))
     if markdown is not None:
-        write(markdown, report.to_markdown(rows))
+        write(markdown, table.to_markdown(rows))
 
 
 def _advise(
@@ -118,7 +118,7 @@ def _advise(
 
 
 def _print(rows: "list[Row]", prompt: int) -> None:
-    from quantpage.evaluate import report
+    from quantpage.evaluate import table
 
     title = f"{rows[0].tokens:,} tokens of {rows[0].text}, each after {prompt:,} or more"
-    console.OUT.print(report.to_table(rows, title))
+    console.OUT.print(table.to_table(rows, title))

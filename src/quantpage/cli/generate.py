@@ -12,7 +12,7 @@ from quantpage.cli.options import AnswerFlags, AsJson, MaxNewTokens, Model, with
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
-    from quantpage.cli.comparison import Forced
+    from quantpage.cli.generate_compare import Forced
     from quantpage.cli.generation import Answer, GenerateRequest
 
 
@@ -76,7 +76,7 @@ def command(
         if file is None:
             raise ValueError("file: expected the requests of --out, got none")
         check_writable(out, "out")
-        from quantpage.cli.batch import Batch, answer_file
+        from quantpage.cli.generate_many import Batch, answer_file
 
         answer_file(
             Batch(
@@ -106,7 +106,7 @@ def command(
         answer = session.answer(index, _drop if as_json else _write)
         rows: list[Forced] = []
         if compare:
-            from quantpage.cli.comparison import compare as compare_caches
+            from quantpage.cli.generate_compare import compare as compare_caches
 
             rows = compare_caches(session.model, answer, request)
         if as_json:
@@ -128,7 +128,7 @@ def _drop(text: str) -> None:
 
 def _report(answer: "Answer", rows: "list[Forced]", request: "GenerateRequest") -> None:
     """What the answer took, on stderr."""
-    from quantpage.cli.comparison import explanation, to_table
+    from quantpage.cli.generate_compare import explanation, to_table
 
     new = len(answer.answer_ids)
     console.note("")

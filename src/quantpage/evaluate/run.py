@@ -20,8 +20,8 @@ from quantpage.evaluate.caches import (
     ours,
     unquantized,
 )
-from quantpage.evaluate.report import Row
 from quantpage.evaluate.score import Scores, Window, cut_windows, log_probabilities
+from quantpage.evaluate.table import Row
 from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats

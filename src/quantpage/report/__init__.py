@@ -3,8 +3,8 @@
 request      what is asked for
 gather       all measurements, by evaluate/ and bench/, each a kept part
 predictions  texts, own answers and needles through each cache
-looks        layers, heads and keys as a page can hold them
-room         memory, who serves what, what decode is timed on
+heads        layers, heads and keys as a page can hold them
+costs        memory, who serves what, what decode is timed on
 parts        finished measurements in a folder, so that an interrupted report goes on
 steps        the bar with the time left
 verdict      what the figures say, in words

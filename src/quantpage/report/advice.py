@@ -18,8 +18,8 @@ from quantpage.evaluate.score import Window
 from quantpage.evaluate.sensitivity import Part, measure_losses, parts_of
 from quantpage.formats import find_format
 from quantpage.integrations.hf_transformers.sizes import cache_shape
+from quantpage.report.costs import CONTEXT
 from quantpage.report.predictions import Subjects, window_digest
-from quantpage.report.room import CONTEXT
 
 _FORMATS = tuple(map(find_format, CANDIDATES))
 

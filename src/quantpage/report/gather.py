@@ -33,7 +33,7 @@ from quantpage.integrations.hf_transformers.model import (
     model_shape,
     text_config,
 )
-from quantpage.report import advice, looks, predictions, room
+from quantpage.report import advice, costs, heads, predictions
 from quantpage.report.parts import Parts
 from quantpage.report.predictions import BFLOAT16, EXACT, Subjects
 from quantpage.report.request import ReportRequest
@@ -76,7 +76,7 @@ def gather(request: ReportRequest) -> dict[str, Any]:
                 f"formats: expected dynamic formats, as a report measures keys and values apart, "
                 f"got {name}; quantpage evaluate scores it"
             )
-    room.check_fit(config, ours, size)
+    costs.check_fit(config, ours, size)
     device = find_device(request.device)
     content = read(obtain(default_path()) if request.text is None else request.text)
     with console.status(f"loading {request.model}"):
@@ -104,8 +104,8 @@ def gather(request: ReportRequest) -> dict[str, Any]:
             "advice": _advice(subjects, texts, config, request),
             "speed": _speed(subjects, ours, config, device, request),
         }
-    report["memory"] = room.memory(config, ours, size, device)
-    report["served"] = room.refusals(config, ours, device_info(device))
+    report["memory"] = costs.memory(config, ours, size, device)
+    report["served"] = costs.refusals(config, ours, device_info(device))
     # As it will be read: tuples are lists.
     return json.loads(json.dumps(report | {"verdict": asdict(judge(report))}))
 
@@ -279,14 +279,14 @@ def _heads(
         def measure(name: str = name) -> dict[str, Any]:
             subjects.steps.begin("layers and heads", name)
             found = head_errors(model, tokens, name, request.page_size, calibration)
-            return looks.as_grids(found)
+            return heads.as_grids(found)
 
         errors[name] = subjects.parts.measure(measure, "heads", format=name, **about)
         subjects.steps.advance(2 * tokens.shape[1])
 
     def look() -> dict[str, Any]:
         subjects.steps.begin("keys of every layer")
-        return looks.as_pictures(look_at_keys(model, tokens, calibration=calibration))
+        return heads.as_pictures(look_at_keys(model, tokens, calibration=calibration))
 
     pictures = subjects.parts.measure(look, "keys", **about)
     subjects.steps.advance(tokens.shape[1])
@@ -313,18 +313,18 @@ def _speed(
     request: ReportRequest,
 ) -> dict[str, Any]:
     """Decode against context, or why it was not timed."""
-    heads, why = room.heads_of(config, request.page_size)
-    if heads is None:
+    layer, why = costs.heads_of(config, request.page_size)
+    if layer is None:
         return {"rows": [], "why": why}
-    contexts = room.timed_contexts(request.context)
+    contexts = costs.timed_contexts(request.context)
 
     def measure() -> dict[str, Any]:
         subjects.steps.begin("decode against context")
-        return {**asdict(time_decode(device, heads, ours, contexts)), "why": ""}
+        return {**asdict(time_decode(device, layer, ours, contexts)), "why": ""}
 
     about = {"contexts": contexts, "formats": list(ours), "threads": torch.get_num_threads()}
     try:
-        return subjects.parts.measure(measure, "speed", heads=asdict(heads), **about)
+        return subjects.parts.measure(measure, "speed", heads=asdict(layer), **about)
     except (QuantPageError, ValueError) as error:
         return {"rows": [], "why": str(error)}
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantpage.report import looks
+from quantpage.report import heads
 from quantpage.report.charts import Axis, Plot, Series, cells, legend
+from quantpage.report.costs import curve_of, held_bits
 from quantpage.report.frame import fill, part
-from quantpage.report.room import curve_of, held_bits
 
 LIMIT = 500_000
 """Bytes that a page stays below."""
@@ -27,7 +27,7 @@ def render(report: Mapping[str, Any]) -> str:
     page = fill("page.html", context_of(shown))
     if len(page.encode()) > LIMIT:
         # All of them are in the data beside it.
-        kept = looks.fewer(report["heads"]["pictures"], LIMIT - len(page.encode()))
+        kept = heads.fewer(report["heads"]["pictures"], LIMIT - len(page.encode()))
         shown["heads"] = {**report["heads"], "pictures": kept}
         page = fill("page.html", context_of(shown))
     size = len(page.encode())

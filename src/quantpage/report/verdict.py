@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quantpage.report.room import CONTEXT, curve_of, held_bits
+from quantpage.report.costs import CONTEXT, curve_of, held_bits
 
 LEVELS = ("indistinguishable", "close", "visible", "broken")
 _MEAN_KL = {"indistinguishable": 1e-3, "close": 1e-2, "visible": 1e-1}
