@@ -77,8 +77,8 @@ static void multiply_stretch(const uint8_t* w, int64_t row, int64_t begin, int64
     for (int64_t i = 0; i < TALL; i++) rows[i] = w + (i < some ? i : some - 1) * row;
     // The next rows are asked for evenly while these are multiplied with all tokens.
     each_tile(tokens, TALL, [&](auto tile, int64_t t, int64_t low, int64_t high) {
-      pair_tile_of<tile.value>(high - low)(rows, row, width, x + t * row, w + (TALL + low) * row, begin > 0, some,
-                                           out + t * out_stride, out_stride);
+      pair_tile_of<tile.value>(high - low)(rows, row, width, x + t * row, w + (TALL + early(TALL) + low) * row, begin > 0,
+                                           some, out + t * out_stride, out_stride);
     });
   }
 }

@@ -22,6 +22,10 @@ template <class Body> INLINE void each_tile(int64_t tokens, int64_t shares, cons
   if (t < tokens) take(Fixed<1>());
 }
 
+// How many rows more than the next block of so many are under way: when that is begun, what was asked for last would
+// not be there yet.
+constexpr int64_t early(int64_t rows) { return rows / 2; }
+
 // A line of rows that come later. Into the first-level cache: asking for the second level alone, a line now and then,
 // reads memory at half the rate on Zen 5.
 INLINE void fetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }

@@ -147,14 +147,15 @@ def test_int8_weights_at_their_ends(width, isa):
     codes[:2], codes[2:4] = -128, 127
     matrix = Matrix(codes, torch.ones(21).bfloat16())
     x = torch.randn(3, width)
-    # All of one sign, the largest sums; channels far apart; and rows of nothing.
-    x[0], x[1, ::7] = x[0].abs(), 1e4
+    # All of one sign; all alike, the largest sums; channels far apart; and rows of nothing.
+    x[0], x[1], x[2, ::7] = x[0].abs(), -3, 1e4
     x = torch.cat([x, torch.zeros(1, width), torch.full((1, width), 1e-38)])
     product = Projection([matrix])
     assert product.serves(torch.float32)
     got, want = product(x, isa=isa), x.double() @ codes.double().T
-    assert relative(got[:3], want[:3]) < SIXTEEN_BITS
+    assert all(relative(got[i], want[i]) < SIXTEEN_BITS for i in range(3))
     assert not got[3].any() and got[4].abs().max() < 1e-30
+    assert torch.equal(torch.cat([product(each[None], isa=isa) for each in x]), got)
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
