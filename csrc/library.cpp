@@ -72,6 +72,12 @@ EXPORT int64_t quantpage_tiles() {
 // The records that this was compiled with, so that Python can refuse a library of another version.
 EXPORT const char* quantpage_interface() { return RECORDS; }
 
+// Asks for lines that are looked at soon, all at once; an address may be anything.
+EXPORT int64_t quantpage_fetch(const uint8_t* const* lines, int64_t count) {
+  for (int64_t i = 0; i < count; i++) __builtin_prefetch(lines[i], 0, 2);
+  return 0;
+}
+
 // Reads bytes in order, for the read limit that the bench compares with; 64-byte aligned.
 EXPORT int64_t quantpage_read(const uint8_t* bytes, int64_t size, int64_t threads) {
   typedef long long line __attribute__((vector_size(64), aligned(16)));

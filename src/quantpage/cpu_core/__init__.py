@@ -36,6 +36,8 @@ class Core:
     finish: Any
     run: Any
     """(program, bytes, threads): records in turn, each after its kind and size."""
+    fetch: Any
+    """(addresses, how many): asks for their cache lines, whatever lies there."""
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
@@ -104,8 +106,9 @@ def _open() -> tuple[Core | None, str]:
     }
     run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    fetch = _function(library, "fetch", ctypes.c_void_p, ctypes.c_int64)
     tiles = bool(_function(library, "tiles")())
-    return Core(**calls, run=run, read=read, isa=isa, tiles=tiles), ""
+    return Core(**calls, run=run, fetch=fetch, read=read, isa=isa, tiles=tiles), ""
 
 
 def _difference(library: ctypes.CDLL) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quantpage.cpu_core import find_core
+from quantpage.cpu_core.asked import Asked
 from quantpage.cpu_core.decoder import Block, Decoder
 from quantpage.cpu_core.products import (
     MAX_TOKENS,
@@ -75,6 +76,10 @@ class _Parts:
         self._places: list[dict[str, Any]] = [place for place in places if place]
         self._held = [part for place in self._places for part in place.values()]
         self._hooks = [p for one in inner for p in (one._forward_hooks, one._forward_pre_hooks)]
+
+    def asked(self) -> Asked:
+        """What a look at all of it reads."""
+        return Asked([*self._held, *self._hooks], self._places)
 
     def same(self) -> bool:
         """Whether all of it is still there."""
@@ -240,6 +245,7 @@ class _Model:
         _, _, self._q_heads, self._kv_heads, self._head_dim, *_ = blocks[0].block()
         self._names = parameters(module)
         self._still = is_still_rotary(module.rotary_emb)
+        self._asked = self._parts.asked()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns."""
@@ -296,6 +302,7 @@ class _Model:
 
     def _unchanged(self) -> bool:
         """Whether nobody looks into the decoder or has changed it."""
+        self._asked.fetch()
         module = self._module
         layers = module.layers
         return (
