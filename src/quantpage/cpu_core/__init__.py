@@ -37,7 +37,7 @@ class Core:
     run: Any
     """(program, bytes, threads): records in turn, each after its kind and size."""
     fetch: Any
-    """(addresses, how many): asks for their cache lines, whatever lies there."""
+    """(addresses, how many): asks for their cache lines, whatever lies there. None in older ones."""
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
@@ -106,7 +106,10 @@ def _open() -> tuple[Core | None, str]:
     }
     run = _function(library, "run", ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
     read = _function(library, "read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    fetch = _function(library, "fetch", ctypes.c_void_p, ctypes.c_int64)
+    # A hint: a library that was compiled before there was one serves as well.
+    fetch = None
+    if hasattr(library, "quantpage_fetch"):
+        fetch = _function(library, "fetch", ctypes.c_void_p, ctypes.c_int64)
     tiles = bool(_function(library, "tiles")())
     return Core(**calls, run=run, fetch=fetch, read=read, isa=isa, tiles=tiles), ""
 

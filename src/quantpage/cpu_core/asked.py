@@ -42,8 +42,9 @@ class Asked:
 
     def fetch(self) -> None:
         """Returns at once."""
-        address, count = self._lines.buffer_info()
-        core().fetch(address, count)
+        ask = core().fetch
+        if ask is not None:
+            ask(*self._lines.buffer_info())
 
 
 def _lines(address: int, size: int) -> range:
