@@ -109,6 +109,11 @@ def new_table(*columns: str, left: int = 1) -> Table:
     return table
 
 
+def counted(number: int, name: str) -> str:
+    """'1 line', '2,000 lines'."""
+    return f"{number:,} {name}" + ("" if number == 1 else "s")
+
+
 def in_units(size: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

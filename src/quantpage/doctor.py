@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from quantpage import cpu_core
+from quantpage import console, cpu_core
 from quantpage.hardware import available_bytes, device_info
 from quantpage.self_test import Tried, self_test
 
@@ -59,7 +59,7 @@ def _torch() -> Finding:
 
 def _devices() -> Iterator[Finding]:
     cpu = device_info("cpu")
-    yield Finding("cpu", "good", f"{cpu.name}, {cpu.processors} threads")
+    yield Finding("cpu", "good", f"{cpu.name}, {console.counted(cpu.processors, 'thread')}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             info = device_info(f"cuda:{index}")

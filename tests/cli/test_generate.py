@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from io import StringIO
 
 import pytest
@@ -56,6 +57,13 @@ def test_the_comparison_forces_the_answer_through_each_cache(generate):
     # 4 + 6 tokens, of which the last is never cached; 3 layers of 2 heads of 16 channels, K and V.
     assert own["held_bytes"] == 9 * 3 * 2 * 2 * 16 * 4
     assert none["held_bytes"] >= 64 * 3 * 2 * 2 * 16 * 4
+
+
+def test_what_a_comparison_says_begins_below_the_answer(generate, monkeypatch):
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    lines = generate("--prompt", "w5 w6 w7 w8", "--compare").out.splitlines()
+    answer = next(line for line in lines if re.fullmatch(r"(w\d+ )*w\d+", line))
+    assert lines.index(answer) < lines.index("the same answer through Transformers")
 
 
 def test_agreement_is_with_what_transformers_says(folder, generate):

@@ -113,7 +113,7 @@ def _act(conversation: "Conversation", line: str) -> bool:
     elif word == "/load":
         conversation.load(file)
         turns = sum(each["role"] == "user" for each in conversation.messages)
-        console.note(f"{turns} questions and their answers from {file}")
+        console.note(f"{console.counted(turns, 'question')} answered before, from {file}")
     elif word == "/help":
         console.note(_HELP)
     else:

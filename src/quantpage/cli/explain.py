@@ -137,14 +137,14 @@ def _environment(info: DeviceInfo) -> dict[str, str]:
     capability = (
         "" if info.capability is None else ", compute capability {}.{}".format(*info.capability)
     )
-    unit = "threads" if info.kind == "cpu" else "multiprocessors"
+    size = console.counted(info.processors, "thread" if info.kind == "cpu" else "multiprocessor")
     found = cpu_core.find_core()
     if found is None:
         core, isa = f"none: {cpu_core.absence()}", "-"
     else:
         core, isa = "yes", f"{cpu_core.ISAS[found.isa]} (of {', '.join(cpu_core.ISAS)})"
     return {
-        "device": f"{info.name} ({info.kind}{capability}, {info.processors} {unit})",
+        "device": f"{info.name} ({info.kind}{capability}, {size})",
         "compiled core": core,
         "instruction set": isa,
         "triton": _version("triton"),

@@ -104,6 +104,8 @@ def command(
         if index and not as_json:
             print()
         answer = session.answer(index, _drop if as_json else _write)
+        if not as_json:
+            print(flush=True)
         rows: list[Forced] = []
         if compare:
             from quantpage.cli.generate_compare import compare as compare_caches
@@ -112,7 +114,6 @@ def command(
         if as_json:
             done.append(_as_data(answer, rows))
         else:
-            print(flush=True)
             _report(answer, rows, request)
     if as_json:
         console.print_json({"model": model, "kv_format": flags.kv_format, "answers": done})

@@ -94,9 +94,9 @@ def answer_file(batch: Batch) -> None:
         f"tokens in {seconds:.1f} s ({counts.made_tokens / seconds:.1f} a second)"
     )
     if counts.failed:
-        what = "1 line" if counts.failed == 1 else f"{counts.failed:,} lines"
         print(
-            f"quantpage: {what} ended in an error, which {batch.out} says; another run tries again",
+            f"quantpage: {console.counted(counts.failed, 'line')} ended in an error, which "
+            f"{batch.out} says; another run tries again",
             file=sys.stderr,
         )
         raise typer.Exit(CHECK_FAILED)
