@@ -141,8 +141,16 @@ def test_an_interrupt_of_a_command_is_one_line(quantpage, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantpage.cli.explain.find_device", interrupted)
-    assert quantpage("explain", code=130).err == "quantpage: interrupted\n"
+    def interrupted_in_a_class(name):
+        type(
+            "Made",
+            (),
+            {"field": type("Field", (), {"__set_name__": lambda *_: interrupted(name)})()},
+        )
+
+    for each in (interrupted, interrupted_in_a_class):
+        monkeypatch.setattr("quantpage.cli.explain.find_device", each)
+        assert quantpage("explain", code=130).err == "quantpage: interrupted\n"
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly():

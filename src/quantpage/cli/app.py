@@ -118,6 +118,9 @@ def run(arguments: Sequence[str]) -> int:
     except (QuantPageError, ValueError, OSError) as error:
         return _say(str(error), WRONG_INPUT, verbose)
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            # So Python 3.11 tells of one that comes while a class is made: an import, here.
+            return _say("interrupted", INTERRUPTED, verbose)
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         first = (str(error).splitlines() or ["no more memory"])[0]
