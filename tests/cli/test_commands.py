@@ -174,6 +174,16 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
         assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "--prompt", "a", "--model"), ("chat",), ("serve", "--port", "0")],
+    ids=lambda command: command[0],
+)
+def test_a_calibration_that_is_none_is_told_before_a_model_is_read(quantpage, folder, command):
+    said = quantpage(*command, folder, "--calibration", "nowhere", code=2).err
+    assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
+
+
 def test_a_commands_files_are_apart(quantpage, folder, words, tmp_path):
     asked = ["evaluate", "--model", folder, "--text", words, "--formats", "int8"]
     csv, content = tmp_path / "rows", words.read_text()

@@ -105,6 +105,11 @@ def test_new_tokens_are_causal_among_themselves(kind):
     assert not mask.materialize(torch.arange(N), N + 5)[:, N:].any()
 
 
+def test_lengths_may_be_a_tensor():
+    given = masks.causal_document(torch.tensor(DOCS))
+    assert torch.equal(given.bounds, masks.causal_document(DOCS).bounds)
+
+
 def test_new_tokens_go_on_with_the_last_document():
     for mask in (masks.causal_document(DOCS), masks.document(DOCS)):
         seen = mask.materialize(torch.tensor([N]), N + 1)[0]
@@ -144,6 +149,14 @@ def test_a_window_goes_on_sliding_over_described_keys():
         (
             lambda: masks.random_eviction(torch.tensor([1, 9, 2])),
             r"evicted_at\[2\]: expected a query after 2, got 2",
+        ),
+        (
+            lambda: masks.random_eviction(torch.ones(3, 4)),
+            r"evicted_at: expected \[tokens\] of int32 or int64, got \(3, 4\) of torch.float32",
+        ),
+        (
+            lambda: masks.tree_verification(4, range(-1, 64)),
+            "parents: expected .* 64 nodes, got 65",
         ),
         (lambda: masks.tree_verification(4, [-1, 1]), r"parents\[1\]: expected -1..0, got 1"),
     ],

@@ -16,6 +16,7 @@ from quantpage.engine.text import TextStream
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.arguments import caches_in
+from quantpage.integrations.hf_transformers.key_maps import check_calibration
 from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -219,8 +220,10 @@ class Session:
 
 
 def load(request: GenerateRequest) -> tuple[Any, Any]:
-    """(model, tokenizer) of a request; a wrong format or device is known before they load."""
+    """(model, tokenizer) of a request; a wrong format, calibration or device is known before they
+    load."""
     check_format(request.model, request.kv_format)
+    check_calibration(request.key_maps)
     device = find_device(request.device)
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     with console.status(f"loading {request.model}"):

@@ -130,8 +130,13 @@ def qk_sparse(tokens: int, gaps: Sequence[tuple[int, int]]) -> ColumnIntervals:
 def random_eviction(evicted_at: Int[Tensor, " tokens"]) -> ColumnIntervals:
     """Causal; key j is gone from query ``evicted_at[j]`` on (END: kept).
 
-    Raises ValueError for a key that would be gone before it came.
+    Raises ValueError for another shape or dtype, and for a key that would be gone before it came.
     """
+    if evicted_at.ndim != 1 or evicted_at.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"evicted_at: expected [tokens] of int32 or int64, got {tuple(evicted_at.shape)} of "
+            f"{evicted_at.dtype}"
+        )
     early = (evicted_at <= torch.arange(len(evicted_at), device=evicted_at.device)).nonzero()
     if len(early):
         key = int(early[0])
@@ -176,12 +181,10 @@ def _columns(*vectors: Tensor, causal: bool = True) -> ColumnIntervals:
 
 def _documents(name: str, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """First token and end of the document that each token is in."""
-    if not lengths:
+    if not len(lengths):
         raise ValueError(f"{name}: expected at least one document, got none")
-    for row, length in enumerate(lengths):
-        whole(f"{name}[{row}]", length, 1)
-    ends = torch.tensor(list(accumulate(lengths)))
-    counts = torch.tensor(list(lengths))
+    each = [whole(f"{name}[{row}]", length, 1) for row, length in enumerate(lengths)]
+    ends, counts = torch.tensor(list(accumulate(each))), torch.tensor(each)
     return (ends - counts).repeat_interleave(counts), ends.repeat_interleave(counts)
 
 

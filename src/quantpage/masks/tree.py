@@ -70,12 +70,14 @@ class TreeMask(Mask):
         """parents[i]: the node that node i continues, -1 for the prompt's own continuations.
 
         prefix: tokens before the tree, of every request or of each. Raises ValueError for a parent
-        that does not come before.
+        that does not come before, and for more nodes than a word has bits.
         """
         several = len(parents) > 0 and not isinstance(parents[0], int)
         trees: list[Any] = list(parents) if several else [parents]
         words = []
         for row, tree in enumerate(trees):
+            if len(tree) > MAX_NODES:
+                raise ValueError(f"parents: expected at most {MAX_NODES} nodes, got {len(tree)}")
             own: list[int] = []
             for node, parent in enumerate(tree):
                 if not -1 <= parent < node:

@@ -35,32 +35,31 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
     from quantpage.server.stopping import DrainingServer
     from quantpage.server.vllm import become, choose
 
-    listener = bind(options.host, options.port)
-    if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
-        _say(f"warning: other machines reach {options.host}, and calls need no --api-key")
-    command = choose(engine, options, more)
-    if command is not None:
-        listener.close()
-        become(command)
-    attached, served = load(options)
-    # From here on clients are taken; those that come before the loop runs wait a moment.
-    listener.listen(128)
-    host, port = listener.getsockname()[:2]
-    _say(f"{served.name} on http://{host}:{port} (OpenAI: /v1; a page to chat: /)")
-    # uvicorn sends itself the signal that stopped it once more when it is done: a clean end is 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    app = create_app(served, options.api_key)
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
-    seconds = _DRAIN if options.drain is None else options.drain
-    try:
-        DrainingServer(config, served.engine, seconds).run(sockets=[listener])
-        if served.prefix_file is not None:
-            pages = served.engine.save_prefixes(served.prefix_file)
-            _say(f"{pages:,} pages of known prompts are in {served.prefix_file}")
-    finally:
-        served.engine.stop()
-        attached.detach()
-        listener.close()
+    with bind(options.host, options.port) as listener:
+        if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
+            _say(f"warning: other machines reach {options.host}, and calls need no --api-key")
+        command = choose(engine, options, more)
+        if command is not None:
+            listener.close()
+            become(command)
+        attached, served = load(options)
+        # From here on clients are taken; those that come before the loop runs wait a moment.
+        listener.listen(128)
+        host, port = listener.getsockname()[:2]
+        _say(f"{served.name} on http://{host}:{port} (OpenAI: /v1; a page to chat: /)")
+        # uvicorn, when it is done, sends itself the signal that stopped it: a clean end is 0.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        app = create_app(served, options.api_key)
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        seconds = _DRAIN if options.drain is None else options.drain
+        try:
+            DrainingServer(config, served.engine, seconds).run(sockets=[listener])
+            if served.prefix_file is not None:
+                pages = served.engine.save_prefixes(served.prefix_file)
+                _say(f"{pages:,} pages of known prompts are in {served.prefix_file}")
+        finally:
+            served.engine.stop()
+            attached.detach()
 
 
 def load(options: ServeOptions) -> tuple[Any, Served]:
@@ -69,12 +68,14 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     import llguidance  # noqa: F401
 
     import quantpage
+    from quantpage.integrations.hf_transformers.key_maps import check_calibration
     from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_format(options.model, options.kv_format)
+    check_calibration(options.calibration)
     _say(f"loading {options.model} on {device}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype, device)

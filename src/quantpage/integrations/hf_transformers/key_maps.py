@@ -42,6 +42,15 @@ class KeyMaps:
     """Of the layers with a static format."""
 
 
+def check_calibration(given: str | Path | None) -> None:
+    """FileNotFoundError or CorruptCalibration for no whole file of ours, before a model is read.
+
+    What only a model or a format can refuse is left to ``find_key_maps``, folders too.
+    """
+    if given is not None and given != AUTO and not _is_folder(given):
+        Calibration.load(given)
+
+
 def find_key_maps(
     model: PreTrainedModel,
     formats: Sequence[KVFormat],
