@@ -107,3 +107,18 @@ def test_figures_over_several_windows():
     assert scores.mean_overlap == pytest.approx(1 - 0.25 / 4)
     loss = -(math.log(0.25) + math.log(0.8) + math.log(0.25) + math.log(0.1)) / 4
     assert scores.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+def test_how_sure_a_mean_is():
+    noise = torch.Generator().manual_seed(1)
+    even = Scores(divergences=[torch.rand(512, generator=noise), torch.rand(500, generator=noise)])
+    low, high = even.sure_divergence()
+    assert low < even.mean_divergence < high < 1.1 * low
+    # The same mean, all of it one token's: of texts of the kind some have none.
+    peak = torch.zeros(1012)
+    peak[700] = 1012 * even.mean_divergence
+    low, high = Scores(divergences=[peak]).sure_divergence()
+    assert low == 0.0 and high > 2 * even.mean_divergence
+    assert even.sure_divergence() == even.sure_divergence()
+    assert Scores(divergences=[torch.tensor([3.0])]).sure_divergence() == (3.0, 3.0)
+    assert even.median_divergence == pytest.approx(0.5, abs=0.05)

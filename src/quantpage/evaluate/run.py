@@ -169,6 +169,7 @@ def _score_all(
 def _row(
     request: EvaluateRequest, candidate: Candidate, scores: Scores, text: str, device: str
 ) -> Row:
+    low, high = scores.sure_divergence()
     return Row(
         cache=candidate.name,
         bits_per_value=candidate.bits_per_value,
@@ -178,6 +179,9 @@ def _row(
         kl_mean=scores.mean_divergence,
         kl_p99=scores.p99_divergence,
         kl_max=scores.most_divergence,
+        kl_median=scores.median_divergence,
+        kl_low=low,
+        kl_high=high,
         top1=scores.top1,
         overlap=scores.mean_overlap,
         tokens=scores.tokens,
