@@ -1,5 +1,7 @@
 """Scales that are looked for: less loss than any law says, on keys that they have not seen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,23 @@ def test_other_keys_and_queries_lose_less(name):
     other = statistics(2)
     losses = [lost(other, spec, each.key_map, by=found) for each in (searched, by_law)]
     assert (losses[0] < 0.95 * losses[1]).all()
+
+
+@pytest.mark.parametrize("head_dim", [32, 256])
+def test_first_keys_are_heeded_where_they_are_not_exact(head_dim):
+    """One key, the same in all texts and far from the mean of others, as models park attention."""
+    found, spec = statistics(1, tokens=200, head_dim=head_dim), SPECS["int8"]
+    found.first_keys = torch.full((3, 2, head_dim), 2.0)
+    one = replace(found, keys=found.first_keys)
+    laws, heeded, not_heeded = (
+        choose_map(each, spec, search=searched).key_map
+        for each, searched in ((found, False), (found, True), (found.far(), True))
+    )
+    of_first = [lost(one, spec, each, by=found) / 3 for each in (heeded, laws, not_heeded)]
+    of_others = [lost(found, spec, each) / len(found.keys) for each in (heeded, laws)]
+    assert (of_first[0] < 0.5 * of_first[1]).all() and (of_first[0] < 0.5 * of_first[2]).all()
+    assert (of_first[0] + of_others[0] < 0.8 * (of_first[1] + of_others[1])).all()
+    assert (of_others[1] < of_first[1]).all()
 
 
 def test_the_same_numbers_make_the_same_scales():

@@ -19,7 +19,7 @@ def statistics(sizes, tokens=600):
 
 
 def lost(found, spec, key_map, feedback=True, by=None):
-    """Mean of e' W e of the keys that were kept, rounded in turn, ``by`` whose metric, or each
+    """Sum of e' W e over the keys that were kept, rounded in turn, ``by`` whose metric, or each
     channel by itself.
     """
     by = with_feedback(key_map, (by or found).metric, rotated=True).feedback

@@ -102,6 +102,7 @@ def test_a_file_says_what_was_saved(model, file):
         assert torch.equal(theirs.metric, layer.metric)
         assert torch.equal(theirs.far_metric, layer.far_metric)
         assert torch.equal(theirs.far_scale, layer.far_scale)
+        assert torch.equal(theirs.far_mean, layer.far_mean)
         assert not torch.allclose(layer.metric, layer.far_metric, rtol=1e-2)
 
 
@@ -113,18 +114,19 @@ def test_formats_with_exact_pages_take_what_queries_see_beyond_them(
     layer = found.layers[0]
     for name, far in (("int8", False), ("int6", False), ("int4", True), ("k8v4", True)):
         metric = layer.far_metric if far else layer.metric
-        scale = layer.far_scale if far else layer.key_map.scale
-        wanted = with_feedback(KeyMap(scale, layer.key_map.mean), metric, rotated=True)
+        mapped = KeyMap(layer.far_scale, layer.far_mean) if far else layer.key_map
+        wanted = with_feedback(mapped, metric, rotated=True)
         assert layer.for_codes(FORMATS[name]).digest() == wanted.digest()
     assert made(model, "int8").layers[0].key_map.digest() != layer.key_map.digest()
     old, planes = tmp_path / "old", load_file(file)
     without = {
-        i: replace(each, far_metric=None, far_scale=None) for i, each in found.layers.items()
+        i: replace(each, far_metric=None, far_scale=None, far_mean=None)
+        for i, each in found.layers.items()
     }
     monkeypatch.setattr("quantpage.integrations.hf_transformers.calibration.VERSION", "1")
     replace(found, layers=without).save(old)
     missing = set(planes) - set(load_file(old))
-    assert missing == {f"{i}.far_{name}" for i in range(3) for name in ("metric", "scale")}
+    assert missing == {f"{i}.far_{name}" for i in range(3) for name in ("metric", "scale", "mean")}
     before = Calibration.load(old).layers[0].for_codes(FORMATS["int4"])
     assert before.digest() == with_feedback(layer.key_map, layer.metric, True).digest()
 

@@ -52,6 +52,8 @@ class KeyStatistics:
     key_sums: Float[Tensor, "kv_heads head_dim"]
     keys: Float[Tensor, "rows kv_heads head_dim"]
     """Some of them, float32: what roundings are tried on."""
+    first_keys: Float[Tensor, "texts kv_heads head_dim"]
+    """Of texts' first tokens, in none of the above, float32; none where they are kept exact."""
 
     @classmethod
     def of(
@@ -59,8 +61,11 @@ class KeyStatistics:
         q: Float[Tensor, "tokens q_heads head_dim"],
         k: Float[Tensor, "tokens kv_heads head_dim"],
         far: Float[Tensor, "tokens q_heads"] | None = None,
+        first: Float[Tensor, "texts kv_heads head_dim"] | None = None,
     ) -> "KeyStatistics":
-        """Of some tokens. far: shares of their attention, 0 to 1; None: all of it."""
+        """Of some tokens. far: shares of their attention, 0 to 1; None: all of it. first: keys of
+        their texts' first tokens.
+        """
         q, k = q.double(), k.double()
         tokens, kv_heads, _ = k.shape
         grouped = q.unflatten(1, (kv_heads, -1))
@@ -77,6 +82,7 @@ class KeyStatistics:
             torch.einsum("thi,thj->hij", k, k),
             k.sum(0),
             k[:: max(1, -(-tokens // _KEPT))].float(),
+            k[:0].float() if first is None else first.float(),
         )
 
     def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
@@ -89,16 +95,18 @@ class KeyStatistics:
             self.key_products + other.key_products,
             self.key_sums + other.key_sums,
             keys[::2].contiguous() if len(keys) > _MOST else keys,
+            torch.cat([self.first_keys, other.first_keys])[:_KEPT],
         )
 
     def far(self) -> "KeyStatistics":
-        """The same with queries by what of their attention goes beyond exact pages.
+        """The same with queries by what of their attention goes beyond exact pages, where first
+        tokens are not.
 
         kv_heads whose queries never look there, as of a window of few tokens, stay as they are.
         """
         looks = self.far_products.diagonal(dim1=1, dim2=2).sum(1) > 0
         products = torch.where(looks[:, None, None], self.far_products, self.query_products)
-        return replace(self, query_products=products)
+        return replace(self, query_products=products, first_keys=self.first_keys[:0])
 
     @property
     def metric(self) -> Float[Tensor, "kv_heads head_dim head_dim"]:
@@ -151,26 +159,55 @@ def choose_map(
 
     spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers. search:
     there, go on from the best of EXPONENTS to scales that no law says (key_scales), in heads of up
-    to WIDEST channels.
+    to WIDEST channels, and heed first keys.
     """
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
     best = losses.argmin(0)
     heads = torch.arange(len(best))
-    scale, least = torch.stack([each.scale for each in maps])[best, heads], losses[best, heads]
+    found = KeyMap(torch.stack([each.scale for each in maps])[best, heads], maps[0].mean)
+    if search and feedback and spec.code.integer:
+        found = _searched(statistics, spec, found)
     apart = statistics.keys.double() - statistics.mean
-    if search and feedback and spec.code.integer and scale.shape[1] <= WIDEST:
-        found = search_scales(statistics.metric, apart, scale, spec)
-        loss = _loss(statistics, spec, KeyMap(found, maps[0].mean), feedback)
-        scale = torch.where((loss < least)[:, None], found, scale)
-        least = least.minimum(loss)
     size = _weighed(apart, statistics.metric).sum()
     return ChosenMap(
-        KeyMap(scale.contiguous(), maps[0].mean),
+        found,
         tuple(EXPONENTS[each] for each in best.tolist()),
-        float(least.sum() / size),
+        float(_loss(statistics, spec, found, feedback).sum() / size),
         float(_loss(statistics, spec, None, feedback).sum() / size),
     )
+
+
+def _searched(statistics: KeyStatistics, spec: QuantSpec, law: KeyMap) -> KeyMap:
+    """A map that loses no more than ``law``, first keys as dear as all others together.
+
+    Models park half of their attention on a first token, whose key is like no other and the same
+    in all texts. What is taken out may be half of the way from it to the mean of the others.
+    """
+    first = statistics.first_keys
+    texts = [statistics] + ([replace(statistics, keys=first)] if len(first) else [])
+
+    def lost(key_map: KeyMap) -> Tensor:
+        return torch.stack([_loss(each, spec, key_map, True) for each in texts]).sum(0)
+
+    often = -(-len(statistics.keys) // max(1, len(first)))
+    rows = torch.cat([statistics.keys, first.repeat(often, 1, 1)])
+    means = [law.mean]
+    if law.mean is not None and len(first):
+        means.append((law.mean + first.mean(0)) / 2)
+    best, least = law, lost(law)
+    for mean in means:
+        scale = law.scale
+        if scale.shape[1] <= WIDEST:
+            apart = rows if mean is None else rows - mean
+            scale = search_scales(statistics.metric, apart, scale, spec)
+        loss = lost(KeyMap(scale, mean))
+        less = (loss < least)[:, None]
+        least = torch.where(less[:, 0], loss, least)
+        if mean is not None and best.mean is not None:
+            mean = torch.where(less, mean, best.mean).contiguous()
+        best = KeyMap(torch.where(less, scale, best.scale).contiguous(), mean)
+    return best
 
 
 def _loss(

@@ -2,8 +2,9 @@
 
     tensors      <layer>.scale, <layer>.mean of the key map; where keys are rounded in turn
                  <layer>.metric: mean of q q', and <layer>.far_metric: the same of what queries
-                 see beyond exact pages, <layer>.far_scale: scales for that; for a static format
-                 <layer>.key_scale, .key_zero, .value_scale, .value_zero instead
+                 see beyond exact pages, <layer>.far_scale, <layer>.far_mean: the map for
+                 that; for a static format <layer>.key_scale, .key_zero, .value_scale, .value_zero
+                 instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
 The maps are chosen for one format and hold for others; rounding in turn follows from the metric
@@ -35,7 +36,7 @@ KIND = "quantpage calibration"
 VERSION = "2"
 _READ = ("1", VERSION)
 """Files of version 1 have positive scales, and none of what lies beyond exact pages."""
-_METRICS = ("metric", "far_metric", "far_scale")
+_METRICS = ("metric", "far_metric", "far_scale", "far_mean")
 _PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
 SKIPPED = 64
 """First tokens of a text that are not counted."""
@@ -52,7 +53,8 @@ class LayerCalibration:
     far_metric: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
     """The same for formats that keep near pages exact (``KeyStatistics.far``); None: as others."""
     far_scale: Float[Tensor, "kv_heads head_dim"] | None = None
-    """Scales for those; None: as others."""
+    """The map for those; None: as others."""
+    far_mean: Float[Tensor, "kv_heads head_dim"] | None = None
 
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
@@ -66,7 +68,7 @@ class LayerCalibration:
         assert metric is not None
         key_map = self.key_map
         if far and self.far_scale is not None:
-            key_map = KeyMap(self.far_scale, key_map.mean)
+            key_map = KeyMap(self.far_scale, self.far_mean)
         return with_feedback(key_map, metric, spec.rotation == "hadamard")
 
 
@@ -246,18 +248,22 @@ def calibrate(
 def _layer(
     statistics: KeyStatistics, kv_format: KVFormat, mean: bool, feedback: bool, search: bool
 ) -> tuple[LayerCalibration, ChosenMap]:
-    """search: look for scales of both metrics; else for those of ``kv_format``'s, by laws alone."""
+    """search: choose maps for both metrics, and look for better ones than laws say; else one for
+    ``kv_format``'s.
+    """
     statistics = _on_cpu(statistics)
     far, exact = statistics.far(), kv_format.exact_pages is not None
-    chosen = choose_map(far if exact else statistics, kv_format.key, mean, feedback, search)
+    seen, unseen = (far, statistics) if exact else (statistics, far)
+    chosen = choose_map(seen, kv_format.key, mean, feedback, search)
     if not feedback:
         return LayerCalibration(chosen.key_map, None), chosen
     metric, far_metric = (each.metric.float().contiguous() for each in (statistics, far))
     if not search:
         return LayerCalibration(chosen.key_map, metric, far_metric), chosen
-    other = choose_map(statistics if exact else far, kv_format.key, mean, feedback, search)
+    other = choose_map(unseen, kv_format.key, mean, feedback, search)
     near, beyond = (other, chosen) if exact else (chosen, other)
-    return LayerCalibration(near.key_map, metric, far_metric, beyond.key_map.scale), chosen
+    maps = near.key_map, beyond.key_map
+    return LayerCalibration(maps[0], metric, far_metric, maps[1].scale, maps[1].mean), chosen
 
 
 def calibrate_random(model: PreTrainedModel, formats: Sequence[KVFormat]) -> Calibration:
@@ -369,4 +375,5 @@ def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
         statistics.key_products.cpu(),
         statistics.key_sums.cpu(),
         statistics.keys.cpu(),
+        statistics.first_keys.cpu(),
     )

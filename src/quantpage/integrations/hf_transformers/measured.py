@@ -21,7 +21,7 @@ from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.digest import model_digest
 
 KIND = "quantpage measurement"
-VERSION = "2"
+VERSION = "3"
 SECONDS = 20.0
 """Between two writings."""
 _MOMENTS = tuple(each.name for each in fields(KeyStatistics) if each.name != "tokens")

@@ -96,7 +96,8 @@ def measure(
             return
         # [1, heads, tokens, head_dim]
         q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
-        made = KeyStatistics.of(q, k, far_shares(key, value, attend)[skipped:])
+        first = key[0].transpose(0, 1)[:1].detach()
+        made = KeyStatistics.of(q, k, far_shares(key, value, attend)[skipped:], first)
         found[index] = found[index] + made if index in found else made
         if ranges is not None:
             seen = [ChannelRanges.of(x[0].transpose(0, 1).detach()) for x in (key, value)]
