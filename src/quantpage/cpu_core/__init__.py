@@ -37,7 +37,7 @@ class Core:
     run: Any
     """(program, bytes, threads): records in turn, each after its kind and size."""
     fetch: Any
-    """(addresses, how many): asks for their cache lines, whatever lies there. None in older ones."""
+    """(addresses, how many): asks for their lines, whatever lies there. None in older ones."""
     read: Any
     """(address, bytes, threads): reads them in order; the limit that the bench compares with."""
     isa: int
