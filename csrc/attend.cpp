@@ -60,6 +60,9 @@ struct Memory {
   std::vector<uint16_t> bits[HEADS + 1];
   std::vector<Partial> parts;
   Buffer scratch, results, partials;
+  // Of which rows the scratch has the queries, as they are for which source; of this step.
+  const Source* prepared_for = nullptr;
+  int64_t prepared = 0;
 };
 thread_local Memory memory;
 
@@ -280,12 +283,19 @@ struct Plan {
   Item item(const Source& from, const Work& w, int64_t head, int64_t slot, const Item* then) const {
     const Memory& m = memory;
     return {&a, from.key, from.value, from.rotary, head, w.first, w.tokens, m.runs[slot].data(),
-            (int64_t)m.runs[slot].size(), m.bits[slot].data(), then};
+            (int64_t)m.runs[slot].size(), m.bits[slot].data(), then, false};
   }
-  void attend(const Source& from, const Work& w, const Item* then, const Partial* outs) const {
+  void attend(const Source& from, int64_t index, const Item* then, const Partial* outs) const {
     Memory& m = memory;
+    const Work &w = work[index], &before = work[m.prepared];
+    const bool prepared = m.prepared_for == &from && before.first == w.first && before.head == w.head;
+    m.prepared_for = &from;
+    m.prepared = index;
     Item items[HEADS];
-    for (int64_t h = 0; h < w.heads; h++) items[h] = item(from, w, w.head + h, h, then);
+    for (int64_t h = 0; h < w.heads; h++) {
+      items[h] = item(from, w, w.head + h, h, then);
+      items[h].prepared = prepared;
+    }
     const int64_t wanted = kernels.attend(items, outs, w.heads, m.scratch.take(0), m.scratch.size);
     if (wanted) kernels.attend(items, outs, w.heads, m.scratch.take(wanted), wanted);
   }
@@ -314,7 +324,7 @@ struct Plan {
       for (int64_t h = 0; h < w.heads; h++)
         list_runs(a, from, w, w.head + h, (size_t)-1, m.runs[h], m.bits[h], m);
       if (m.runs[0].empty()) continue;
-      attend(from, w, follows && &from == &sources.back() ? &next : nullptr, any ? more : outs);
+      attend(from, index, follows && &from == &sources.back() ? &next : nullptr, any ? more : outs);
       for (int64_t h = 0; any && h < w.heads; h++) kernels.join(rows, dim, &outs[h], &more[h]);
       any = true;
     }
@@ -346,6 +356,8 @@ int64_t attend(const Attend& call, const Team& team) {
   // Each thread cuts the step, into the same items.
   Plan plan(call, *kernels);
   plan.cut();
+  memory.prepared_for = nullptr;
+  memory.prepared = 0;
   team.wait();
   if (plan.partial_floats) {
     if (team.id == 0) team.shared->partials = (float*)memory.partials.take(4 * plan.partial_floats);

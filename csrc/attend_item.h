@@ -309,13 +309,18 @@ static void attend_tile(const Item& item, const Scratch& s, int64_t at, int64_t 
 static int64_t attend_items(const Item* items, const Partial* outs, int64_t heads, uint8_t* memory, int64_t size) {
   const Item& first = items[0];
   const int64_t group = first.call->q_heads / first.call->kv_heads;
-  Scratch scratch[HEADS];
-  int64_t bytes = 0;
-  for (int64_t h = 0; h < heads; h++) {
-    scratch[h] = plan_scratch(items[h], first.tokens * group, memory + bytes);
-    bytes += scratch[h].bytes;
+  // Where things lie stands first.
+  const Scratch* scratch = (const Scratch*)memory;
+  if (!first.prepared) {
+    Scratch planned[HEADS];
+    int64_t bytes = (sizeof planned + 63) / 64 * 64;
+    for (int64_t h = 0; h < heads; h++) {
+      planned[h] = plan_scratch(items[h], first.tokens * group, memory + bytes);
+      bytes += planned[h].bytes;
+    }
+    if (bytes > size) return bytes;
+    memcpy(memory, planned, heads * sizeof *planned);
   }
-  if (bytes > size) return bytes;
   const auto length = [](const Item& item, int64_t at) {
     return item.num_runs - at < RUNS ? item.num_runs - at : (int64_t)RUNS;
   };
@@ -323,7 +328,10 @@ static int64_t attend_items(const Item* items, const Partial* outs, int64_t head
   Ahead ahead = list_tile(first, scratch[0], first.runs, length(first, 0));
   ahead.spread(1);
   ahead.fetch();
-  for (int64_t h = 0; h < heads; h++) prepare_rows(items[h], scratch[h]);
+  for (int64_t h = 0; h < heads; h++) {
+    if (!first.prepared) prepare_rows(items[h], scratch[h]);
+    clear_sums(scratch[h]);
+  }
   for (int64_t at = 0; at < first.num_runs; at += RUNS)
     for (int64_t h = 0; h < heads; h++) {
       const Item* next = h + 1 < heads ? &items[h + 1] : &first;

@@ -181,17 +181,23 @@ static void prepare_channels(const Item& item, const Scratch& s) {
     for (int64_t c = 0; c < s.value_dim; c++) each[c] /= largest;
 }
 
+// Sums of an item begin.
+static void clear_sums(const Scratch& s) {
+  memset(s.acc, 0, 4 * s.padded * s.width);
+  for (int64_t r = 0; r < s.padded; r++) {
+    s.peak[r] = -__builtin_inff();
+    for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + r * VW, splat(0.f));
+  }
+}
+
 static void prepare_rows(const Item& item, const Scratch& s) {
   const Attend& a = *item.call;
   const Pages& key = *item.key;
   const int64_t group = a.q_heads / a.kv_heads, dim = s.key_dim;
   const int64_t item_size = a.q_type == F32 ? 4 : 2;
-  memset(s.acc, 0, 4 * s.padded * s.width);
   if (s.channel_scale) prepare_channels(item, s);
   if (s.key_words && !s.by_bytes) memset(s.query16, 0, 2 * s.padded * dim);
   for (int64_t r = 0; r < s.padded; r++) {
-    s.peak[r] = -__builtin_inff();
-    for (float* sums : {s.total, s.zero_sum, s.lift}) storef(sums + r * VW, splat(0.f));
     s.unit[r] = s.query_sum[r] = s.lift_keys[r] = s.constant[r] = s.query_unit[r] = 0;
     if (r >= s.rows) continue;
     const int64_t head = item.kv_head * group + r % group;

@@ -33,6 +33,8 @@ struct Item {
   const uint16_t* seen;
   // What the thread most likely reads after this item and those beside it, its first tile; or null.
   const Item* then;
+  // Whether the scratch still has the queries of these rows, from an item before.
+  bool prepared;
 };
 
 // What is summed up.
