@@ -353,6 +353,13 @@ MUTATIONS = (
         ("tests/integrations/test_supply.py",),
     ),
     Mutation(
+        "a cache goes on under another mask than it was made for",
+        _HF + "supply.py",
+        "if (made.formats, made.mask) != (mine.formats, mine.mask):",
+        "if False:",
+        ("tests/integrations/test_supply.py",),
+    ),
+    Mutation(
         "an attachment that was left is entered again and does nothing",
         _HF + "attach.py",
         "if not self._undo:",

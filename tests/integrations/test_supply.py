@@ -9,6 +9,7 @@ import quantpage
 from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers import QuantPageCache
 from quantpage.integrations.hf_transformers.arguments import cache_argument, cache_as, caches_in
+from quantpage.masks import CausalMask
 from tests.integrations.tiny_models import COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -63,6 +64,25 @@ def test_a_cache_of_the_user_is_refused_in_forward_and_generate(name, inner):
                 model.generate(ids, **{name: cache}, max_new_tokens=2)
             assert cache.get_seq_length() == 0
     assert called(ids, **cache_as(called, DynamicCache()))
+
+
+@pytest.mark.parametrize(
+    "other", [{"kv_format": "none"}, {"kv_format": "int8", "mask": CausalMask(window=4)}]
+)
+def test_a_cache_of_another_rule_is_refused(other):
+    model, ids = tiny("llama"), tokens(1, 30)
+    with quantpage.attach(model, kv_format="int8") as attached:
+        cache = attached.new_cache()
+        model(ids, **cache_as(model, cache))
+    with quantpage.attach(model, **other), torch.inference_mode():
+        with pytest.raises(ValueError, match="expected a cache of this attachment, of"):
+            model(ids, **cache_as(model, cache))
+        with pytest.raises(ValueError, match="expected a cache of this attachment, of"):
+            model.generate(tokens(1, 40), **cache_as(model, cache), max_new_tokens=2)
+    # Attached again as it was, it goes on.
+    with quantpage.attach(model, kv_format="int8"), torch.inference_mode():
+        model(ids, **cache_as(model, cache))
+    assert cache.get_seq_length() == 60
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])

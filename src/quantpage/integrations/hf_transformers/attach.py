@@ -205,7 +205,7 @@ def _install(
         cpu_step.install(model, attached._undo)
     if options.implementation in (None, "triton", "gluon"):
         gpu_step.install(model, attached._undo)
-    Supply(model, attached.new_cache, options.mask is not None).install(attached._undo)
+    Supply(model, attached.new_cache, options).install(attached._undo)
 
 
 def _survey(

@@ -27,6 +27,7 @@ from quantpage.integrations.hf_transformers.arguments import (
 )
 from quantpage.integrations.hf_transformers.cache import QuantPageCache
 from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.paged_layer import CacheOptions
 
 _ORDINARY = (None, "dynamic", "dynamic_full", "hybrid")
 """Values of ``cache_implementation`` that ask for nothing but Transformers' default."""
@@ -46,14 +47,14 @@ class _Frame:
 class Supply:
     """The hooks of one attachment.
 
-    new_cache: makes an empty cache. masked: attention follows a mask of the user. A forward inside
+    new_cache: makes an empty cache. options: what attach was asked for. A forward inside
     another one (a model's body, a language model among encoders) uses the outermost one's cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache], masked: bool
+        self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache], options: CacheOptions
     ) -> None:
-        self._model, self._new_cache, self._masked = model, new_cache, masked
+        self._model, self._new_cache, self._options = model, new_cache, options
         self._under_way = threading.local()
         self._running: dict[object, int] = {}
         """Forwards of all threads: the thread of each."""
@@ -157,7 +158,7 @@ class Supply:
             if given is None and config.use_cache is not False:
                 given = self._new_cache()
             if given is not None:
-                _refuse_foreign(given)
+                self._refuse_foreign(given)
                 config.cache_implementation = None
                 model_kwargs[name] = given
             return prepare(config, model_kwargs, *args, **rest)
@@ -193,13 +194,13 @@ class Supply:
             args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         given = take_cache(kwargs)
         if given is not None:
-            _refuse_foreign(given)
+            self._refuse_foreign(given)
         frames = self._frames()
         # What Ctrl-C left between a hook and its forward.
         del frames[self._depth() :]
         if not frames and given is None and self._wants_cache(module, kwargs):
             given = self._new_cache()
-        if not frames and given is None and self._masked:
+        if not frames and given is None and self._options.mask is not None:
             raise ValueError(
                 "mask: expected a forward with a cache, in whose pages it is applied, got "
                 + ("training" if module.training else "use_cache=False")
@@ -241,6 +242,21 @@ class Supply:
             raise UnsupportedModel(
                 f"{name}: expected every layer to take the new tokens, and its layers hold "
                 f"{min(lengths)} to {max(lengths)}"
+            )
+
+    def _refuse_foreign(self, given: Any) -> None:
+        """ValueError for another's cache, and for one that would go on by another rule."""
+        if not isinstance(given, QuantPageCache):
+            raise ValueError(
+                "past_key_values: expected None or a cache of this attachment (new_cache()), got "
+                f"{type(given).__name__}, which would stay unquantized"
+            )
+        made, mine = given.options, self._options
+        if (made.formats, made.mask) != (mine.formats, mine.mask):
+            wanted = f"{mine.formats.name} and the mask {mine.mask}"
+            raise ValueError(
+                f"past_key_values: expected a cache of this attachment, of {wanted}, got one of "
+                f"another, of {made.formats.name} and the mask {made.mask}"
             )
 
     def _wants_cache(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -329,14 +345,6 @@ def _behind_cache(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
             f"holds, got {given}; crop({given - 1}) lets the last be computed again"
         )
     return {"next_sequence_length": given - held}
-
-
-def _refuse_foreign(given: Any) -> None:
-    if not isinstance(given, QuantPageCache):
-        raise ValueError(
-            "past_key_values: expected None or a cache of this attachment (new_cache()), got "
-            f"{type(given).__name__}, which would stay unquantized"
-        )
 
 
 def _refuse_arguments(kwargs: dict[str, Any]) -> None:
