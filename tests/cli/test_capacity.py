@@ -173,7 +173,7 @@ def test_memory_sizes(text, size):
         (["--memory", "0GiB", *LLAMA], "memory: expected a number and a unit"),
         (["--memory", "-1GiB", *LLAMA], "memory: expected a number and a unit"),
         (["--memory", "1GiB"], "model: expected --model, or all of --layers"),
-        (["--memory", "1GiB", *LLAMA[:4]], "head_dim is not given"),
+        (["--memory", "1GiB", *LLAMA[:4]], "got no head_dim"),
         (["--memory", "1GiB", "--model", "x", *LLAMA], "layers: expected no number beside --model"),
         (["--memory", "1GiB", *LLAMA, "--weights", "int8"], "weights: expected none without"),
         (["--memory", "1GiB", *LLAMA, "--weights", "int2"], "weights: expected bf16, int8 or none"),

@@ -69,7 +69,7 @@ def read_counted(
         if missing or layers is None or kv_heads is None or head_dim is None:
             raise ValueError(
                 "model: expected --model, or all of --layers, --kv-heads and --head-dim; "
-                f"{', '.join(missing)} is not given"
+                f"got no {', '.join(missing)}"
             )
         return _of_numbers(layers, kv_heads, head_dim, tp)
     given = [name for name, value in numbers.items() if value is not None]
