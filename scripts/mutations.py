@@ -375,6 +375,13 @@ MUTATIONS = (
         ("tests/server/test_waiting.py",),
     ),
     Mutation(
+        "pages that are only remembered count as in use",
+        _SRC + "engine/loop.py",
+        "used[reach] - idle.get(reach, 0)",
+        "used[reach]",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
         "a second Ctrl-C cuts streams",
         _SRC + "server/stopping.py",
         "sig == signal.SIGINT and not self._hurried",

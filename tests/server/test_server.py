@@ -6,12 +6,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import transformers as tf
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 from quantpage.server.protocol import CompletionBody  # noqa: E402
+from quantpage.server.run import _defaults  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -243,6 +245,7 @@ def test_a_known_prompt_is_counted(client):
         ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
         ({"stop": 5}, "stop: Input should be"),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: expected none where"),
         ({"tool_choice": "required"}, "tool_choice: expected tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format: expected a json_schema"),
         ({"messages": []}, "messages"),
@@ -253,6 +256,14 @@ def test_what_cannot_be_is_refused_by_its_name(client, options, said):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**options)
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("said", "temperature"),
+    [({}, 1.0), ({"temperature": 0.6}, 0.6), ({"temperature": 0.6, "do_sample": False}, 0.0)],
+)
+def test_a_model_that_says_it_does_not_sample_is_greedy(said, temperature):
+    assert _defaults(tf.GenerationConfig(**said))["temperature"] == temperature
 
 
 def test_what_is_null_is_left_out(http):
@@ -294,16 +305,19 @@ def test_the_key_and_the_size_of_a_body_come_first(url, http):
 
 
 def test_the_metrics_count_under_vllms_names(client, http):
-    def counted(name):
+    def counted(name, by="vllm"):
         text = http.get("/metrics").text
-        (line,) = [each for each in text.splitlines() if each.startswith(f"vllm:{name}{{")]
+        (line,) = [each for each in text.splitlines() if each.startswith(f"{by}:{name}{{")]
         return float(line.rsplit(" ", 1)[1])
 
     before = counted("generation_tokens_total")
-    complete(client, max_tokens=7)
+    complete(client, prompt="A page of 16 tokens is remembered.", max_tokens=7)
     assert counted("generation_tokens_total") == before + 7
     assert counted("num_requests_running") == 0
     assert counted("time_to_first_token_seconds_count") >= 1
+    # As in vLLM, what no answer holds is free.
+    assert counted("kv_cache_usage_perc") == 0
+    assert counted("pages_remembered", "quantpage") >= 2
 
 
 def test_clients_that_leave_free_their_place(url, client, http):

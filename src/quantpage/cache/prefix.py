@@ -117,6 +117,12 @@ class PrefixCache:
         """Pages that are held."""
         return len(self._by_page)
 
+    @property
+    def idle_pages(self) -> int:
+        """Of the pages that are held, those that nobody else holds and that may go."""
+        with self._ledger.lock:
+            return sum(self._pool.references(page) == 1 for page in self._by_page)
+
     def find(self, tokens: Tokens[int], salt: bytes = b"") -> Prefix:
         """The longest known beginning of ``tokens``; changes nothing."""
         with self._ledger.lock:

@@ -38,6 +38,8 @@ class Stats:
     pages: int
     used_pages: int
     """Held by answers or remembered prompts."""
+    answer_pages: int
+    """Of them, held by answers, which keep others waiting."""
     remembered_pages: int
     """Held by the prefix cache, which lets them go when answers need them."""
     steps: int
@@ -191,12 +193,16 @@ class Engine:
 
     def stats(self) -> Stats:
         """What the engine holds and has done, from any thread."""
-        shelves, known = self._runner.memory.shelves.values(), self._scheduler.known
+        shelves, known = self._runner.memory.shelves, self._scheduler.known
+        used = {reach: shelf.pool.used for reach, shelf in shelves.items()}
+        idle = {} if known is None else {reach: each.idle_pages for reach, each in known.items()}
         return Stats(
             running=len(self._scheduler.running),
             waiting=self._waiting() + sum(map(len, list(self._inbox))),
             pages=self.limits.pages,
-            used_pages=max(shelf.pool.used for shelf in shelves),
+            used_pages=max(used.values()),
+            # Counted one after the other, while answers come and go.
+            answer_pages=max(max(0, used[reach] - idle.get(reach, 0)) for reach in used),
             remembered_pages=0 if known is None else len(known),
             steps=self._steps,
             preemptions=self._scheduler.preemptions,

@@ -77,7 +77,8 @@ class _EngineCollector:
         gauges = {
             "vllm:num_requests_running": now.running,
             "vllm:num_requests_waiting": now.waiting,
-            "vllm:kv_cache_usage_perc": now.used_pages / now.pages,
+            # As vLLM counts: what is remembered, and held by no answer, is free.
+            "vllm:kv_cache_usage_perc": now.answer_pages / now.pages,
             "quantpage:pages": now.pages,
             "quantpage:pages_used": now.used_pages,
             "quantpage:pages_remembered": now.remembered_pages,

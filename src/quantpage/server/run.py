@@ -177,6 +177,8 @@ def _defaults(generation: Any) -> dict[str, float]:
     found = {name: getattr(generation, name, None) for name in _SAMPLING}
     made = {name: value for name, value in found.items() if value is not None}
     made.setdefault("temperature", 1.0)
+    if getattr(generation, "do_sample", None) is False:
+        made["temperature"] = 0.0
     return made
 
 

@@ -63,6 +63,8 @@ class Served:
         """What the engine is asked; ValueError names the parameter that cannot be."""
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
+        if body.stream_options is not None and not body.stream:
+            raise ValueError("stream_options: expected none where stream is not true")
         bad = [token for token in prompt if not 0 <= token < self.vocabulary]
         if bad:
             raise ValueError(f"prompt: expected tokens below {self.vocabulary}, got {bad[0]}")
