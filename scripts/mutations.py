@@ -101,6 +101,13 @@ MUTATIONS = (
         ("tests/formats/test_scales.py",),
     ),
     Mutation(
+        "a first token's key does not count where it is not exact",
+        _SRC + "formats/key_statistics.py",
+        "texts = [statistics] + ([replace(statistics, keys=first)] if len(first) else [])",
+        "texts = [statistics]",
+        ("tests/formats/test_key_scales.py",),
+    ),
+    Mutation(
         "queries mapped as keys are",
         _SRC + "formats/key_map.py",
         "return work / self.scale.to(work.dtype).repeat_interleave(group, 0)",
