@@ -265,7 +265,7 @@ PREFILL = {
     "QuantPage (Gluon), `none`": ("gluon", "none"),
     "QuantPage (Gluon), `int8`": ("gluon", "int8"),
     "QuantPage (Gluon), `fp8`": ("gluon", "fp8"),
-    "QuantPage (Gluon), `int4` codes": ("gluon", "int4"),
+    "QuantPage (Gluon), `int4` codes": ("gluon", "int4 codes"),
     "QuantPage (portable Triton), `int8`": ("triton", "int8"),
 }
 

@@ -3,7 +3,8 @@
     quantpage bench prefill --out benchmarks/results/h200-prefill.csv
 
 Ours includes everything that a layer's attention does in a forward: the gather of pages (in random
-order) into the workspace, and every pass. Peers (bench/prefill_peers) read bfloat16: pages, in
+order) into the workspace, and every pass; formats that keep exact pages are read with these ('int4
+codes': without). Peers (bench/prefill_peers) read bfloat16: pages, in
 random order too ('bf16 pages'), or contiguous rows ('bf16'), which no cache of pages has. Each row
 is held to float64 first (bench/cases); a red check is written as such and not timed.
 
@@ -16,12 +17,12 @@ that ends at the last query, so that it runs chunks unmasked and is credited wit
 computes (``pairs``).
 """
 
+import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +32,21 @@ from triton.testing import do_bench
 
 from quantpage.agreement import Allowed
 from quantpage.batch import BatchPlan, plan_batch
-from quantpage.bench.cases import PAGE, Case, dense_step, expected, relative_error
+from quantpage.bench.cases import (
+    PAGE,
+    Case,
+    dense_step,
+    expected,
+    near_pages,
+    relative_error,
+)
 from quantpage.bench.prefill_peers import PEERS
 from quantpage.bench.rows import Rows, environment, name_absent
 from quantpage.cache.views import LayerKV, QuantizedPages
-from quantpage.formats import FORMATS, QuantSpec
+from quantpage.formats import QuantSpec, find_format
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
+from quantpage.ops.attend.params import NEAR_PAGES
 from quantpage.ops.attend.prefill import gluon as gluon_prefill
 from quantpage.ops.attend.prefill import triton as triton_prefill
 
@@ -59,16 +68,15 @@ class Call(NamedTuple):
 
 
 ABSENT = {
-    "FlashAttention-3": "flash_attn_interface",
+    "FlashAttention-3, as vLLM ships it": "vllm",
     "FlashAttention-4": "flash_attn.cute",
     "FlashInfer": "flashinfer",
-    "vLLM": "vllm",
     "cuDNN's frontend": "cudnn",
 }
 
 
-OURS = ("gluon int8", "gluon fp8", "gluon int4")
-ALL = ("gluon none", *OURS, "triton int8", "triton int4")
+OURS = ("gluon int8", "gluon fp8", "gluon int4", "gluon int4 codes", "gluon k8v4", "gluon none")
+ALL = (*OURS, "triton int8", "triton int4 codes")
 ONE = ("gluon int8",)
 CASES = (
     Case(4, 4096, OURS, new=4096),
@@ -105,14 +113,32 @@ def make_half(spec: QuantSpec, pages: int, case: Case) -> QuantizedPages:
 
 
 def make_layer(name: str, case: Case) -> tuple[LayerKV, BatchPlan]:
-    """Pages of one format in random order."""
+    """Pages of one format in random order, and where it keeps exact ones those too: each request's
+    first, and all that a new token stands in or sees exactly; name: 'int4', 'int4 codes'."""
     each = -(-case.context // PAGE)
     order = torch.randperm(each * case.requests).tolist()
     tables = [order[r * each : (r + 1) * each] for r in range(case.requests)]
-    given = FORMATS[name]
+    given = find_format(name.removesuffix(" codes"))
     key, value = (make_half(spec, len(order), case) for spec in (given.key, given.value))
+    layer = LayerKV(key, value)
     lens = (case.new,) * case.requests, (case.context,) * case.requests
-    return LayerKV(key, value), plan_batch(*lens, tables, PAGE, "cuda")
+    if given.exact_pages is None or name.endswith(" codes"):
+        return layer, plan_batch(*lens, tables, PAGE, "cuda")
+    exact = exact_tables(case)
+    near = near_pages(given, 1 + max(map(max, exact)), case)
+    layer = replace(layer, exact_key=near[0], exact_value=near[1])
+    return layer, plan_batch(*lens, tables, PAGE, "cuda", exact)
+
+
+def exact_tables(case: Case) -> list[list[int]]:
+    """Exact page of each request's logical pages, -1 where none is kept: the first are, and those
+    near to a new token."""
+    near = max((case.context - case.new) // PAGE - NEAR_PAGES, 0)
+    numbers = itertools.count()
+    return [
+        [next(numbers) if page == 0 or page >= near else -1 for page in range(pages)]
+        for pages in case.pages
+    ]
 
 
 def checked(run: Callable[[], Any], out: Tensor, wanted: Allowed, operations: float) -> Call:
@@ -122,8 +148,8 @@ def checked(run: Callable[[], Any], out: Tensor, wanted: Allowed, operations: fl
 
 
 def ours(name: str, case: Case, q: Tensor, params: AttendParams) -> Call:
-    """Our attention over pages of one format; name: 'gluon int8'."""
-    kernel, format_name = name.split()
+    """Our attention over pages of one format; name: 'gluon int8', 'gluon int4 codes'."""
+    kernel, format_name = name.split(maxsplit=1)
     attend = (gluon_prefill if kernel == "gluon" else triton_prefill).attend
     layer, batch = make_layer(format_name, case)
     tokens = q.transpose(1, 2).reshape(-1, case.q_heads, case.head_dim).contiguous()
@@ -159,7 +185,7 @@ def calls_of(case: Case, flex: bool) -> dict[tuple[str, str], Call]:
         causal = peer.operations == case.operations(causal=True)
         calls[name, peer.reads] = checked(peer.call, out, wanted[causal], peer.operations)
     for name in case.formats:
-        kernel, kv_format = name.split()
+        kernel, kv_format = name.split(maxsplit=1)
         calls[kernel, kv_format] = ours(name, case, q, params)
     return calls
 
@@ -179,7 +205,7 @@ def rested_ms(call: Callable[[], Any], rest: float) -> float:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def measure(case: Case, rounds: int, rest: float | None, flex: bool) -> list[dict]:

@@ -1,12 +1,14 @@
 """Kernels that read bfloat16 keys and values, for bench/prefill: contiguous, and in pages.
 
 Pages are what a server has. A peer reads them by a page table of its own (cuDNN, through its
-frontend package; FlexAttention, through a block mask), or torch copies them to contiguous rows
-first (cuDNN after a gather). Contiguous rows are what no cache of pages has: a bound.
+frontend package; FlashAttention-3, as vLLM ships it; FlexAttention, through a block mask), or torch
+copies them to contiguous rows first (cuDNN after a gather). Contiguous rows are what no cache of
+pages has: a bound.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -72,15 +74,15 @@ def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Peer:
     )
 
 
-def _shuffled(case: Case) -> Tensor:
-    """Page of every request's logical pages, [requests, pages]."""
-    pages = case.context // PAGE
+def _shuffled(case: Case, size: int = PAGE) -> Tensor:
+    """Page of every request's logical pages of ``size`` tokens, [requests, pages]."""
+    pages = case.context // size
     return torch.randperm(case.requests * pages, device="cuda").view(case.requests, pages)
 
 
-def _paged(rows: Tensor, order: Tensor) -> Tensor:
-    """[requests, kv_heads, context, D] -> [pages, kv_heads, PAGE, D]; see ``_shuffled``."""
-    cut = rows.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)
+def _paged(rows: Tensor, order: Tensor, size: int = PAGE) -> Tensor:
+    """[requests, kv_heads, context, D] -> [pages, kv_heads, size, D]; see ``_shuffled``."""
+    cut = rows.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
     made = torch.empty_like(cut, memory_format=torch.contiguous_format)
     made[order.flatten()] = cut
     return made
@@ -151,6 +153,28 @@ def _cudnn_paged(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Peer:
     return Peer("bf16 pages", call, case.operations(causal=True))
 
 
+def _flash3(case: Case, q: Tensor, k: Tensor, v: Tensor, size: int = 0) -> Peer:
+    """vLLM's build of FlashAttention-3, causal to the last query, over contiguous rows or (size)
+    pages of so many tokens."""
+    attend: Any = import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
+    starts = torch.arange(case.requests + 1, dtype=torch.int32, device="cuda")
+    # Tokens outside heads, in rows and in pages.
+    rows, *kv = (each.transpose(1, 2).flatten(0, 1).contiguous() for each in (q, k, v))
+    where: dict[str, Tensor] = {"cu_seqlens_k": starts * case.context}
+    if size:
+        order = _shuffled(case, size)
+        kv = [_paged(each, order, size).transpose(1, 2).contiguous() for each in (k, v)]
+        used = torch.full_like(starts[1:], case.context)
+        where = {"seqused_k": used, "block_table": order.int()}
+    lens = (case.new, starts * case.new, case.context)
+
+    def call():
+        out = attend(rows, *kv, *lens, causal=True, fa_version=3, **where)
+        return out.unflatten(0, (case.requests, case.new)).transpose(1, 2)
+
+    return Peer("bf16 pages" if size else "bf16", call, case.operations(causal=True))
+
+
 def _flex_paged(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Peer:
     """FlexAttention over pages that lie in any order: its block mask names them."""
     past = case.context - case.new
@@ -191,9 +215,12 @@ def _flex_paged(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Peer:
 PEERS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Peer]] = {
     "cuDNN": _cudnn,
     "FlashAttention-2": _flash,
+    "FlashAttention-3": _flash3,
     "FlexAttention": _flex,
     "cuDNN after a gather": _cudnn_gathered,
     "cuDNN, page table": _cudnn_paged,
+    "FlashAttention-3, pages of 64": partial(_flash3, size=64),
+    "FlashAttention-3, pages of 128": partial(_flash3, size=128),
     "FlexAttention, block mask": _flex_paged,
 }
 """From q [requests, q_heads, new, head_dim] and contiguous k and v; RuntimeError refuses."""
