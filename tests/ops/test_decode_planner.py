@@ -10,7 +10,14 @@ from quantpage.formats import CODES, FORMATS, Granularity, KVFormat, QuantSpec
 from quantpage.hardware import DeviceInfo
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import CANDIDATES, AttendParams
-from quantpage.ops.attend.decode.launch import EXACT_ROWS, MAX_ROWS, decode_tiles, fitted, row_tiles
+from quantpage.ops.attend.decode.launch import (
+    EXACT_ROWS,
+    MAX_ROWS,
+    decode_tiles,
+    fitted,
+    join_shape,
+    row_tiles,
+)
 from quantpage.ops.attend.decode.triton import in_boxes, planned
 from quantpage.ops.dispatch import Call, choose
 from quantpage.ops.refusals import (
@@ -222,3 +229,11 @@ def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     assert choose(CANDIDATES, call).name == "gluon"
     assert choose(CANDIDATES, call, "triton").name == "triton"
     assert choose(CANDIDATES, replace(call, head_dim=64, value_head_dim=64)).name == "triton"
+
+
+def test_pieces_of_a_row_are_joined_at_once():
+    """Sixteen by one warp at least; by more warps where rows have more, up to 128."""
+    for programs, all_rows in ((132, 8), (264, 64), (1056, 512), (396, 1024)):
+        assert join_shape(programs, all_rows) == (16, 1)
+    assert join_shape(264, 12) == (32, 4) and join_shape(264, 8) == (64, 4)
+    assert join_shape(264, 1) == (128, 8)

@@ -43,7 +43,7 @@ from quantpage.ops.attend.decode.gluon_drafts_operands import (
 from quantpage.ops.attend.decode.gluon_drafts_scores import Weighing, by_lane, weigh
 from quantpage.ops.attend.decode.gluon_ends import end_outputs, end_sums
 from quantpage.ops.attend.decode.gluon_kernel import FLOOR, SHIFT
-from quantpage.ops.attend.decode.gluon_rows import find_piece, lane_sums
+from quantpage.ops.attend.decode.gluon_rows import behind, find_piece, lane_sums
 from quantpage.ops.attend.decode.gluon_share import (
     keys_of_all,
     my_share,
@@ -83,18 +83,19 @@ def _copy(
             query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
             TILE, FULL, WINDOW, SEGMENT,
         )  # fmt: skip
+        seen = piece.seen
         head = piece.item // ROW_TILES
         table = page_table + request.to(gl.int64) * table_row
         page = 0
         if piece.last_tile > piece.first_tile:
             page = page_of(
-                table, piece.first_tile, piece.last_tile, piece.a_first, piece.a_tiles,
-                piece.b_first, PAGE, TILE, WINDOW, SEGMENT,
+                table, piece.first_tile, piece.last_tile, seen.a_first, seen.a_tiles,
+                seen.b_first, PAGE, TILE, WINDOW, SEGMENT,
             )  # fmt: skip
         for t in range(piece.first_tile, piece.last_tile):
-            tile = tile_at(t, piece.a_first, piece.a_tiles, piece.b_first, WINDOW, SEGMENT)
+            tile = tile_at(t, seen.a_first, seen.a_tiles, seen.b_first, WINDOW, SEGMENT)
             ahead = page_of(
-                table, t + 1, piece.last_tile, piece.a_first, piece.a_tiles, piece.b_first, PAGE,
+                table, t + 1, piece.last_tile, seen.a_first, seen.a_tiles, seen.b_first, PAGE,
                 TILE, WINDOW, SEGMENT,
             )  # fmt: skip
             copy_tile(
@@ -103,10 +104,7 @@ def _copy(
             )  # fmt: skip
             page = ahead
             count += 1
-        position += piece.last_tile - piece.first_tile
-        if position - begins >= piece.tiles * kv_heads * ROW_TILES:
-            request += 1
-            begins = position
+        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)
 
 
 @gluon.jit
@@ -143,13 +141,14 @@ def _multiply(
     # Tiles of this program before: where the next one lies in the ring.
     count = 0
     while position < end:
-        (
-            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
-            item, first_tile, last_tile,
-        ) = find_piece(
+        piece = find_piece(
             query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
             TILE, FULL, WINDOW, SEGMENT,
         )  # fmt: skip
+        (
+            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
+        ) = piece.seen  # fmt: skip
+        item, first_tile, last_tile = piece.item, piece.first_tile, piece.last_tile
         if last_tile > first_tile:
             head = (item // ROW_TILES).to(gl.int64)
             row_first = (item % ROW_TILES) * ROWS
@@ -298,10 +297,7 @@ def _multiply(
                 v_scale, v_zero, v_scale_head, out, part_out, out_token, out_head, GROUP, V_SCALES,
                 V_ZERO, V_SHARED,
             )  # fmt: skip
-        position += last_tile - first_tile
-        if position - begins >= tiles * kv_heads * ROW_TILES:
-            request += 1
-            begins = position
+        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)
 
 
 @gluon.jit(

@@ -36,6 +36,7 @@ from quantpage.ops.attend.decode.gluon_operands import (
     whole_score,
 )
 from quantpage.ops.attend.decode.gluon_rows import (
+    behind,
     capped,
     find_piece,
     row_sums,
@@ -195,13 +196,14 @@ def decode_kernel(
     request, begins = same(request), same(begins)
     position = start
     while position < end:
-        (
-            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
-            item, first_tile, last_tile,
-        ) = find_piece(
+        piece = find_piece(
             query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
             TILE, FULL, WINDOW, SEGMENT,
         )  # fmt: skip
+        (
+            context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
+        ) = piece.seen  # fmt: skip
+        item, first_tile, last_tile = piece.item, piece.first_tile, piece.last_tile
         if last_tile > first_tile:
             head = (item // ROW_TILES).to(gl.int64)
             row_first = (item % ROW_TILES) * ROWS
@@ -262,12 +264,21 @@ def decode_kernel(
                 if K_ZERO:
                     terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
                 asked = asked * gl.load(k_scale + static_at).to(gl.float32)[None, :]
-            unit, q_unit, q_bias = store_queries(
+            unit, q_unit, q_fixed = store_queries(
                 q_smem, asked, ROWS, HEAD_DIM, K_CODE, K_UNITS, s_rows
             )
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
             score_scale = softmax_scale * natural / unit
             q_sum = gl.convert_layout(gl.sum(terms, 1), s_rows) * (softmax_scale * natural)
+            if K_CODE == INT4:
+                # 8, by which codes are too large as they are multiplied, is part of their zero.
+                fixed_sum = q_fixed.to(gl.float32) * q_unit * (softmax_scale * natural)
+                if K_SCALES == A_TOKEN:
+                    q_sum = fixed_sum
+                elif K_ZERO:
+                    q_sum -= 8.0 * fixed_sum
+                else:
+                    q_sum = -8.0 * fixed_sum
             fence_async_shared()
 
             first_seat = context - q_len
@@ -315,23 +326,35 @@ def decode_kernel(
                     s, k = warpgroup_mma_wait(0, deps=(s, k))
                 else:
                     s = whole_score(s, TILE, ROWS, s_layout)
-                    if K_CODE == INT4:
-                        s -= q_bias[None, :]
                     s = s.to(gl.float32) * q_unit[None, :]
-                if K_SCALES == A_TOKEN:
-                    score = s * (ks.to(gl.float32) * score_scale)[:, None]
-                    if K_ZERO:
-                        score += q_sum[None, :] * kz.to(gl.float32)[:, None]
-                else:
-                    score = s * score_scale
-                    if K_ZERO:
-                        score += q_sum[None, :]
-                if SOFTCAP:
-                    score = capped(score, softcap)
-                heavy = score
                 if V_SCALES == A_TOKEN:
                     log_vs = log2_fast(gl.maximum(vs.to(gl.float32), 1e-30))
-                    heavy = score + log_vs[:, None]
+                # What is added is summed first: then it is one operation with the product.
+                if K_SCALES == A_TOKEN:
+                    scale = ks.to(gl.float32)
+                    heavy = s * (scale * score_scale)[:, None]
+                    if K_ZERO or K_CODE == INT4:
+                        zero = scale * -8.0
+                        if K_CODE != INT4:
+                            zero = kz.to(gl.float32)
+                        elif K_ZERO:
+                            zero += kz.to(gl.float32)
+                        more = q_sum[None, :] * zero[:, None]
+                        if V_SCALES == A_TOKEN and not SOFTCAP:
+                            more += log_vs[:, None]
+                        heavy += more
+                    elif V_SCALES == A_TOKEN and not SOFTCAP:
+                        heavy += log_vs[:, None]
+                else:
+                    heavy = s * score_scale
+                    if K_ZERO or K_CODE == INT4:
+                        heavy += q_sum[None, :]
+                    if V_SCALES == A_TOKEN and not SOFTCAP:
+                        heavy += log_vs[:, None]
+                if SOFTCAP:
+                    heavy = capped(heavy, softcap)
+                    if V_SCALES == A_TOKEN:
+                        heavy += log_vs[:, None]
                 if (key_start < all_low) | (key_start + TILE > all_high):
                     key = key_start + gl.arange(0, TILE, s_keys)
                     shown = shown_keys(
@@ -425,7 +448,4 @@ def decode_kernel(
                 o, mass, ended, row_first, q_start, q_len, head, v_scale, v_zero, v_scale_head, out,
                 part_out, out_token, out_head, GROUP, V_SCALES, V_ZERO, V_SHARED,
             )  # fmt: skip
-        position += last_tile - first_tile
-        if position - begins >= tiles * kv_heads * ROW_TILES:
-            request += 1
-            begins = position
+        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)

@@ -202,8 +202,8 @@ def store_queries(
     """Queries into shared memory, as the second operand: two int8 numbers each beside integer
     codes, float16 beside others.
 
-    Returns what all scores are divided by, what a row's are multiplied by, and the bias of a row's,
-    which 4-bit codes have as they are stored 8 too large; without bytes the last two are not read.
+    Returns what all scores are divided by, what a row's are multiplied by, and the sum of a row's
+    as integers, of 4-bit codes; without bytes the last two are not read.
     """
     size = gl.abs(asked)
     finite = size < float("inf")
@@ -215,9 +215,9 @@ def store_queries(
         q_smem.slice(0, ROWS).store(q_high.to(gl.int8))
         q_smem.slice(ROWS, ROWS).store((q_bytes - (q_high << 7)).to(gl.int8))
         q_unit = gl.convert_layout(q_unit, rows_layout)
-        q_bias = q_unit
+        q_fixed = q_unit
         if CODE == INT4:
-            q_bias = gl.convert_layout(gl.sum(fixed, 1) * 8, rows_layout)
+            q_fixed = gl.convert_layout(gl.sum(fixed, 1), rows_layout)
         unit = 1.0
     else:
         peak = gl.max(gl.max(size, 1), 0)
@@ -226,5 +226,5 @@ def store_queries(
         asked = gl.where(finite, asked * unit, float("nan"))
         q_smem.store(query_operand(asked.to(gl.float16), ROWS, UNITS))
         q_unit = unit
-        q_bias = unit
-    return unit, q_unit, q_bias
+        q_fixed = unit
+    return unit, q_unit, q_fixed

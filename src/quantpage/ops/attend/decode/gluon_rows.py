@@ -19,8 +19,8 @@ from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exa
 from quantpage.ops.triton.common import LOG2E
 
 
-class Piece(NamedTuple):
-    """The tiles of one row that a program has; key ranges and their tiles as in triton_share."""
+class Seen(NamedTuple):
+    """A request and what its queries see; key ranges and their tiles as in triton_share."""
 
     context: Any
     q_start: Any
@@ -34,10 +34,36 @@ class Piece(NamedTuple):
     b_first: Any
     tiles: Any
     """Of the whole row."""
+
+
+class Piece(NamedTuple):
+    """The tiles of one row that a program has."""
+
+    seen: Any
+    """Of its request."""
     item: Any
     """Which (kv_head, tile of query rows) of the request."""
     first_tile: Any
     last_tile: Any
+
+
+@gluon.jit
+def _seen_of(
+    query_starts, context_lens, request, window, sink_tokens, PAGE: gl.constexpr,
+    TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """Of one request."""
+    context = same(gl.load(context_lens + request))
+    q_start = same(gl.load(query_starts + request))
+    q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
+    a_low, a_high, b_low, b_high = key_ranges(
+        context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    )
+    a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
+    return Seen(
+        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
+        a_tiles + b_tiles,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -47,21 +73,22 @@ def find_piece(
     SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """What lies at ``position`` of a line whose request begins at ``begins``."""
-    context = same(gl.load(context_lens + request))
-    q_start = same(gl.load(query_starts + request))
-    q_len = gl.minimum(same(gl.load(query_starts + request + 1)) - q_start, context)
-    a_low, a_high, b_low, b_high = key_ranges(
-        context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, SEGMENT
+    seen = _seen_of(
+        query_starts, context_lens, request, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT
     )
-    a_first, a_tiles, b_first, b_tiles = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-    tiles = a_tiles + b_tiles
-    item = (position - begins) // gl.maximum(tiles, 1)
-    first_tile = position - begins - item * tiles
-    last_tile = gl.minimum(tiles, first_tile + end - position)
-    return Piece(
-        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
-        item, first_tile, last_tile,
-    )  # fmt: skip
+    item = (position - begins) // gl.maximum(seen.tiles, 1)
+    first_tile = position - begins - item * seen.tiles
+    return Piece(seen, item, first_tile, gl.minimum(seen.tiles, first_tile + end - position))
+
+
+@gluon.jit
+def behind(piece, position, request, begins, rows_a_request):
+    """Where the line goes on behind a piece: the position, its request and where that begins."""
+    position += piece.last_tile - piece.first_tile
+    if position - begins >= piece.seen.tiles * rows_a_request:
+        request += 1
+        begins = position
+    return position, request, begins
 
 
 @gluon.jit

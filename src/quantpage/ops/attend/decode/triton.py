@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from quantpage.batch import BatchPlan
@@ -24,6 +23,7 @@ from quantpage.ops.attend.decode.launch import (
     chunk_of,
     decode_tiles,
     fitted,
+    join_shape,
     programs_of,
     row_tiles,
 )
@@ -280,14 +280,12 @@ def arrange(
         "CHUNK": chunk_of(batch.num_requests, tiles.wgmma), "STAGES": tiles.stages,
         "num_warps": tiles.warps, "maxnreg": tiles.registers, "PIECES": earlier is not None,
     }  # fmt: skip
-    # Pieces that a row is cut into, which the merge takes at once if they are few.
-    parts = min(128, max(4, triton.next_power_of_2(programs // all_rows + 2)))
+    parts, warps = join_shape(programs, all_rows)
     merged = (
         cuts, part_out, part_lse, batch.query_starts, batch.context_lens, sinks, out, lse,
         *(earlier or (None, None)), kv_heads, tiles_of_rows, *mask_numbers, out.stride(0),
         out.stride(1),
     )  # fmt: skip
-    warps = 8 if parts > 64 else 4 if parts > 8 else 1
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
     merge = (grid, merged, both | {"PARTS": parts, "num_warps": warps})

@@ -19,7 +19,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode.gluon_operands import shared_layout
-from quantpage.ops.attend.decode.gluon_rows import find_piece, row_sums, store_cut, with_sink
+from quantpage.ops.attend.decode.gluon_rows import (
+    behind,
+    find_piece,
+    row_sums,
+    store_cut,
+    with_sink,
+)
 from quantpage.ops.attend.decode.gluon_share import (
     here,
     key_ranges,
@@ -218,13 +224,15 @@ def attend_kernel(
     position = start
     while position < end:
         if pieces is None:
-            (
-                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
-                tiles, item, first_tile, last_tile,
-            ) = find_piece(
+            walk = find_piece(
                 query_starts, context_lens, request, begins, position, end, window, sink_tokens,
                 PAGE, TILE, FULL, WINDOW, ALL_KEYS,
             )  # fmt: skip
+            (
+                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
+                tiles,
+            ) = walk.seen  # fmt: skip
+            item, first_tile, last_tile = walk.item, walk.first_tile, walk.last_tile
             row_first = item * ROWS
         else:
             (
@@ -381,10 +389,7 @@ def attend_kernel(
                             ROW_DIM, HEADS, SINKS,
                         )  # fmt: skip
         if pieces is None:
-            position += last_tile - first_tile
-            if position - begins >= tiles * row_tiles:
-                request += 1
-                begins = position
+            position, request, begins = behind(walk, position, request, begins, row_tiles)
         else:
             position += 1
     if counters is not None:
