@@ -87,10 +87,12 @@ class Layer:
             ]
         )
 
-    def whole(self, plan: BatchPlan, given) -> Tensor:
-        over = derive(plan, exact=ExactPlan(plan.page_table, plan.slots))
+    def whole(self, plan: BatchPlan, given, params: AttendParams = PARAMS) -> Tensor:
+        over = plan
+        if self.pool is not None:
+            over = derive(plan, exact=ExactPlan(plan.page_table, plan.slots))
         return self.attention.attend_step(
-            self.write(over, given, self.view), self.view, over, PARAMS
+            self.write(over, given, self.view), self.view, over, params
         ).out
 
 

@@ -1,14 +1,17 @@
 """Kernels are launched in all sizes before the first request, and no page is changed."""
 
+import random
+
 import pytest
 import torch
 
-from quantpage.batch import plan_batch
+from quantpage.attention import build_attention, find_backend
+from quantpage.batch import derive, plan_batch
 from quantpage.integrations.vllm_plugin import warm_up
 from quantpage.integrations.vllm_plugin.warm_up import Sizes
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import AttendParams
-from tests.integrations.vllm_plugin.test_parts import DEVICES, PAGE, PARAMS, Layer
+from tests.integrations.vllm_plugin.test_parts import DEVICES, ON_GPU, PAGE, PARAMS, Layer
 
 
 @pytest.mark.pure
@@ -39,11 +42,82 @@ def test_nothing_is_written(name, device):
     sizes = Sizes(requests=2, tokens=40, context=40)
     warm_up._DONE.clear()
     steps = warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes)
-    assert steps == len(list(sizes.steps()))
+    every = len(list(sizes.steps()))
+    # Compiled kernels are launched by the first step that asks for them; interpreted ones by all.
+    assert steps == every if device == "cpu" else 0 < steps < every
     for half, wanted in zip((layer.view.key, layer.view.value), codes, strict=True):
         assert torch.equal(half.codes, wanted)
     assert pool is None or torch.equal(layer.pool, pool)
     # A layer of the same kind has nothing left to compile, one with a window has.
     assert warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes) == 0
     window = AttendParams(PARAMS.softmax_scale, CausalMask(window=20))
-    assert warm_up.warm_up(layer.attention, layer.view, window, like, sizes) == steps
+    assert warm_up.warm_up(layer.attention, layer.view, window, like, sizes) > 0
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=ON_GPU) for each in ("int8", "int4")])
+def test_what_is_compiled_ahead_answers_as_torch_does(name):
+    from quantpage.ops.triton.ahead import compile_ahead
+
+    params = AttendParams(PARAMS.softmax_scale, softcap=30.0)
+    layer, other = Layer(16, "cuda", name), Layer(16, "cuda", name)
+    other.attention = build_attention(
+        find_backend("flash"), CausalMask(), other.attention.call, "torch"
+    )
+    plan = plan_batch((70, 1), (90, 33), [[*range(1, 7)], [*range(7, 10)]], PAGE, "cuda")
+    given = layer.numbers(90 + 33)
+    before = plan_batch((90, 33), (90, 33), [[*range(1, 7)], [*range(7, 10)]], PAGE, "cuda")
+    now = [each[20:91] for each in given]
+    with compile_ahead() as count:
+        layer.whole(before, given, params)
+        layer.whole(plan, now, params)
+        assert count is not None and count() > 0
+        assert not layer.view.key.codes.any()
+    seen = []
+    knobs = _runtime_knobs()
+    knobs.jit_post_compile_hook = lambda **named: seen.append(named["repr"])
+    try:
+        for step, numbers in ((before, given), (plan, now)):
+            got = layer.whole(step, numbers, params)
+            wanted = other.whole(step, numbers, params)
+            torch.testing.assert_close(got, wanted, atol=4e-2, rtol=4e-2)
+    finally:
+        knobs.jit_post_compile_hook = None
+    assert not seen
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=ON_GPU) for each in ("int8", "int4")])
+def test_no_step_of_a_warm_server_compiles(name):
+    layer, draw = Layer(4, "cuda", name), random.Random(0)
+    like = derive(
+        plan_batch((1,), (40,), [[1, 2, 3]], PAGE, "cuda"),
+        page_table=torch.zeros(1, 64, dtype=torch.int32, device="cuda"),
+    )
+    sizes = Sizes(requests=5, tokens=300, context=1000)
+    warm_up._DONE.clear()
+    warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes)
+    seen = []
+    knobs = _runtime_knobs()
+    knobs.jit_post_compile_hook = lambda **named: seen.append(named["repr"])
+    try:
+        for _ in range(100):
+            news = sorted(
+                draw.choice((1, 1, 3, 16, 17, 60, 150)) for _ in range(draw.randint(1, 5))
+            )
+            while sum(news) > sizes.tokens:
+                news.pop()
+            contexts = tuple(draw.randint(new, sizes.context) for new in news)
+            plan = warm_up.plan_like(like, tuple(news), contexts, layer.pool is not None)
+            given = layer.numbers(plan.num_tokens)
+            layer.attention.attend_step(
+                layer.write(plan, given, layer.view), layer.view, plan, PARAMS, lse_wanted=False,
+                out=torch.empty_like(given[0]),
+            )  # fmt: skip
+            assert not seen, (news, contexts)
+    finally:
+        knobs.jit_post_compile_hook = None
+
+
+def _runtime_knobs():
+    import triton
+
+    return triton.knobs.runtime

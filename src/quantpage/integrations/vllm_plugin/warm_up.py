@@ -3,13 +3,15 @@
 Triton compiles a kernel when it is first launched with arguments of a kind: a second or more, in
 which every request of a server waits. So the first layer of each kind runs steps of all sizes when
 vLLM runs its own first steps at the start: writes that write nowhere (slot -1), attention to the
-null page. Which sizes ask for a kernel of their own the planners know, and the same launch again
-costs microseconds, so that the sizes are simply powers of two, of contexts the middles between
-too; of the few new tokens that decode's kernels take, all. Compiled kernels stay in Triton's cache
-on disk: the next start loads them.
+null page. Which sizes ask for a kernel of their own the planners know, and a launch that asks for
+none costs microseconds, so that the sizes are simply powers of two, of contexts the middles between
+too; of the few new tokens that decode's kernels take, all. On a GPU the steps run twice: first
+nothing is launched, and what they ask for is compiled side by side (``ops/triton/ahead``); then
+those run that asked for something. Compiled kernels stay in Triton's cache on disk: the next start
+loads them.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -74,8 +76,8 @@ def warm_up(
     like: BatchPlan,
     sizes: Sizes,
 ) -> int:
-    """Launch what a layer's steps will launch; the number of steps, 0 where a layer of the same
-    kind has done it in this process.
+    """Launch what a layer's steps will launch; the number of steps that it took, 0 where a layer of
+    the same kind has done it in this process.
 
     view: pages, of which the first is read and none is written. like: a step of the engine, whose
     tables' strides others will have.
@@ -85,8 +87,8 @@ def warm_up(
     if kind in _DONE:
         return 0
     _DONE.add(kind)
-    done = 0
-    for news, context in sizes.steps():
+
+    def run(news: tuple[int, ...], context: int) -> None:
         plan = plan_like(like, news, (context,) * len(news), view.exact_key is not None)
         q, k, v = (
             torch.zeros(plan.num_tokens, heads, width, dtype=call.dtype, device=device)
@@ -100,8 +102,28 @@ def warm_up(
         assert written is not None
         out = torch.empty_like(q[..., : call.value_head_dim])
         attention.attend_step(written, view, plan, params, lse_wanted=False, out=out)
-        done += 1
-    return done
+
+    steps = [*sizes.steps()]
+    if device.type == "cuda":
+        from quantpage.ops.triton.ahead import compile_ahead
+
+        with compile_ahead() as count:
+            if count is not None:
+                steps = [step for step in steps if _grows(count, run, step)]
+    for step in steps:
+        run(*step)
+    return len(steps)
+
+
+def _grows(
+    count: Callable[[], int],
+    run: Callable[[tuple[int, ...], int], None],
+    step: tuple[tuple[int, ...], int],
+) -> bool:
+    """Run a step; whether it raised the count."""
+    before = count()
+    run(*step)
+    return count() > before
 
 
 def plan_like(
