@@ -17,6 +17,7 @@ from tests.ops.triton_cases import (
     HOPPER,
     KERNEL_FORMATS,
     NEAR_FORMATS,
+    ON_HOPPER,
     TIER,
     TOLERANCE,
     Step,
@@ -115,6 +116,27 @@ def test_decodes_around_the_end_of_a_page(joins, name, mask):
     contexts = tuple(4 * PAGE + more for more in (-1, 0, 1, 2))
     step = Step((1, 2, 1, 3), contexts, PAGE, kv_heads=1, group=2, head_dim=32)
     check(replace(DECODE, joins=joins), find_format(name), step, mask, sinks=True)
+
+
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("gluon", marks=ON_HOPPER)])
+@pytest.mark.parametrize(("name", "width"), [("int4", 128), ("k8v4_near8", 128), ("int4", 80)])
+def test_decode_turns_its_results_back(name, width, kernel):
+    """Where it joins the pieces, in whatever number of them; 80 channels are blocks of 16."""
+    page = 64 if kernel == "gluon" else PAGE
+    contexts = (1, 3 * page + 1, 5 * page - 1, 20 * page)
+    by = Implementation(
+        kernel, f"quantpage.ops.attend.decode.{kernel}:attend", lambda call: [], joins=True,
+        turns=True, into=True,
+    )  # fmt: skip
+    for requests in (contexts, contexts[3:], contexts[:1]):
+        step = Step((1,) * len(requests), requests, page, kv_heads=2, group=3, head_dim=width)
+        q, layer, batch = make_segments(find_format(name), step, CAUSAL)
+        assert layer.out_rotated
+        sinks = torch.randn(q.shape[1], device=DEVICE)
+        params = AttendParams(width**-0.5, CAUSAL, sinks=sinks)
+        out, lse = attend(q, layer, batch, params, by, model_basis=True)
+        wanted, sums = oracle(q, layer, batch, params)
+        assert_agrees(out, lse, rotate(wanted), sums, TOLERANCE, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("window", [1, PAGE + 1, 2 * PAGE + 1])

@@ -85,6 +85,8 @@ class Implementation:
     """Of attend: takes ``out``, and ``lse_wanted``, False to leave the log-sum-exp away."""
     joins: bool = False
     """Of attend: reads exact pages itself, in one call."""
+    turns: bool = False
+    """Of attend: over exact pages it turns outputs back itself, told ``turned``."""
     reserve: str | None = None
     """Of attend: what holds the memory that launches keep (call, device, max_requests, max_tokens),
     named as ``target``; None: they keep none."""

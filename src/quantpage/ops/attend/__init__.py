@@ -55,6 +55,7 @@ CANDIDATES: list[Implementation] = [
         into=True,
         reserve=_RESERVE,
         joins=True,
+        turns=True,
     ),
     Implementation(
         "triton",
@@ -63,6 +64,7 @@ CANDIDATES: list[Implementation] = [
         into=True,
         reserve=_RESERVE,
         joins=True,
+        turns=True,
     ),
     Implementation(
         "gluon",
@@ -170,11 +172,14 @@ def _attend(
     if by.whole:
         made, lse = run(q, layer, batch, params, wanted.model_basis, **told)
         return _placed(made, out), lse
+    turn = wanted.model_basis and layer.out_rotated
+    if turn and by.turns and layer.exact_key is not None:
+        turn, told["turned"] = False, True
     if layer.exact_key is None or by.joins:
         made, lse = run(q, layer, batch, params, **told)
     else:
         made, lse = _attend_segments(q, layer, batch, params, by, told)
-    if wanted.model_basis and layer.out_rotated:
+    if turn:
         made = rotate_output(made)
     return _placed(made.to(q.dtype), out), lse
 

@@ -30,7 +30,8 @@ def decode_into(
 ) -> triton.Arranged | None:
     """As ``triton.decode_into`` says."""
     if layer.exact_key is not None:
-        triton.with_exact(decode_into, results, q, layer, batch, params, serves(q, layer))
+        hopper = serves(q, layer)
+        triton.with_exact(decode_into, results, q, layer, batch, params, options, hopper)
         return None
     tiles = options.tiles
     if tiles is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
+from quantpage.formats.rotate import rotation_block
 from quantpage.hardware import E4M3, HOPPER, device_info
 from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
@@ -79,6 +80,9 @@ class Options(NamedTuple):
     when it has launched what makes it."""
     beside: bool = False
     """Whether it reads nothing of the launch before on this stream, beside which it runs."""
+    turned: bool = False
+    """Whether whoever joins the pieces turns a result back to the model's basis; of exact pages,
+    which always join."""
 
     @property
     def final(self) -> bool:
@@ -94,7 +98,7 @@ def decode_into(
 ) -> "Arranged | None":
     """As ``decoder`` says. Returns what is left to join where other keys' result enters."""
     if layer.exact_key is not None:
-        with_exact(decode_into, results, q, layer, batch, params)
+        with_exact(decode_into, results, q, layer, batch, params, options)
         return None
     tiles = options.tiles
     if tiles is None:
@@ -125,6 +129,7 @@ def with_exact(
     layer,
     batch,
     params,
+    options: Options,
     hopper: bool = False,
 ) -> None:
     """Body and exact pages, in launches beside each other, and one that joins both: the second is
@@ -135,7 +140,8 @@ def with_exact(
     body, bare = layer.body(), replace(params, sinks=None)
     other = results_for(q, layer.value.head_dim, final=False)
     tiles = replace(planned(q, body, batch, params, "body", hopper), gather=0)
-    made = into(results, q, body, batch, params, Options("body", tiles, earlier=other))
+    joined = Options("body", tiles, earlier=other, turned=options.turned)
+    made = into(results, q, body, batch, params, joined)
     decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact", beside=True))
     if made is not None and made.programs:
         join(made)
@@ -222,7 +228,7 @@ def arrange(
     options: Options,
 ) -> Arranged:
     """options: with tiles."""
-    mask, (segment, tiles, earlier, beside) = params.mask, options
+    mask, (segment, tiles, earlier, beside, turned) = params.mask, options
     assert tiles is not None
     if not isinstance(mask, CausalMask | FullMask):
         raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
@@ -288,7 +294,8 @@ def arrange(
     )  # fmt: skip
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
-    merge = (grid, merged, both | {"PARTS": parts, "num_warps": warps})
+    turn = rotation_block(value_width) if turned else 0
+    merge = (grid, merged, both | {"PARTS": parts, "TURN": turn, "num_warps": warps})
     return Arranged(programs, given, places, fixed, beside, (k, v), merge)
 
 

@@ -38,11 +38,12 @@ def merge_cuts_kernel(
     WINDOW: tl.constexpr,
     SEGMENT: tl.constexpr,
     OVERLAP: tl.constexpr,
+    TURN: tl.constexpr = 0,
 ):
     """A row (request, kv_head, tile of query rows) that was cut, or that has no tile at all.
 
     Rows that one program finished are left as they are. earlier: results of other keys, float32,
-    without which no row was finished; None where there are none.
+    without which no row was finished; None where there are none. TURN: as of ``join_row``.
     """
     row_id = tl.program_id(0)
     request = row_id // (kv_heads * row_tiles)
@@ -70,5 +71,5 @@ def merge_cuts_kernel(
         join_row(
             part_out, part_lse, sinks, out, lse, slot, first_program, parts, 1, rows, row_first,
             item // row_tiles, q_start, kv_heads, out_token, out_head, GROUP, ROWS, VALUE_DIM,
-            SINKS, PARTS, tl.program_id(1), tl.num_programs(1), earlier_out, earlier_lse,
+            SINKS, PARTS, tl.program_id(1), tl.num_programs(1), earlier_out, earlier_lse, TURN,
         )  # fmt: skip

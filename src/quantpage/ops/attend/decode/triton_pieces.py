@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.triton.common import LN2, LOG2E
+from quantpage.ops.triton.hadamard import hadamard
 
 
 @triton.jit
@@ -86,11 +87,12 @@ def join_row(
     part_out, part_lse, sinks, out, lse, slot, base, count, step, rows, row_first, kv_head, q_start,
     kv_heads, out_token, out_head, GROUP: tl.constexpr, ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr, begin=0, by=1,
-    earlier_out=None, earlier_lse=None,
+    earlier_out=None, earlier_lse=None, TURN: tl.constexpr = 0,
 ):  # fmt: skip
     """The result of query rows begin, begin + by .. below ``rows`` from their pieces.
 
-    earlier: what other keys gave. Of no piece at all: 0 and -inf, or the sink's.
+    earlier: what other keys gave. Of no piece at all: 0 and -inf, or the sink's. TURN: channels of
+    a block in which values were rotated (formats/rotate), as the result is then; 0: it is not.
     """
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
     for row in range(begin, rows, by):
@@ -121,7 +123,12 @@ def join_row(
             top = new_top
         safe = tl.where(total != 0, total, 1.0)
         to = out + token_at * out_token + head.to(tl.int64) * out_head + channel
-        tl.store(to, (acc / safe).to(out.dtype.element_ty), channel < VALUE_DIM)
+        made = acc / safe
+        if TURN:
+            WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
+            turned = hadamard((tl.reshape(made, [1, WIDTH]),), 1, WIDTH, TURN)
+            made = tl.reshape(turned[0], [WIDTH]) * (1.0 / (TURN**0.5))
+        tl.store(to, made.to(out.dtype.element_ty), channel < VALUE_DIM)
         if lse is not None:
             row_lse = tl.where(total != 0, top + tl.log2(safe), float("-inf"))
             tl.store(lse + token_at * (kv_heads * GROUP) + head, row_lse * LN2)
