@@ -28,9 +28,7 @@ from quantpage.ops.rope_write import WriteParams
 _WRITE = WriteParams()
 _DONE: set[Hashable] = set()
 _LONG = 4
-"""Times a chunk is the longest context before which it stands here: a prompt's kernels do not
-depend on more, and a step on a long context takes its time."""
-
+"""Times a chunk is the context before which it stands here, beside none and the longest."""
 
 _MANY = 1 << 21
 """Tokens of all contexts from which on no planner tells steps of few rows apart."""
@@ -61,12 +59,13 @@ class Sizes:
                     if context == contexts[0] or requests * context <= _MANY:
                         yield (new,) * requests, max(context, new)
         for chunk in _powers(32, min(self.tokens, self.context)):
-            for context in {chunk, min(_LONG * chunk, self.context)}:
+            contexts = sorted({chunk, min(_LONG * chunk, self.context), self.context})
+            for context in contexts:
                 yield (chunk,), context
-            # Beside a request that decodes, and beside another prompt.
-            for beside in {1, chunk}:
+            # Beside a request that decodes, beside the shortest prompt, and beside another.
+            for beside in {1, DECODE_TOKENS + 1, chunk}:
                 if self.requests > 1 and beside + chunk <= self.tokens:
-                    yield (beside, chunk), min(_LONG * chunk, self.context)
+                    yield from (((beside, chunk), each) for each in contexts[1:] or contexts)
 
 
 def warm_up(
