@@ -52,9 +52,9 @@ class Driver:
         return lambda *given: self.launched.append(name)
 
 
-def norms() -> None:
+def norms(widths: tuple[int, ...] = WIDTHS) -> None:
     """A launch a width."""
-    for width in WIDTHS:
+    for width in widths:
         rms_norm(torch.zeros(2, width), torch.zeros(width), 1e-5)
 
 
@@ -63,7 +63,13 @@ def main() -> None:
     active = Driver()
     driver.set_active(active)
     compiled: list[str] = []
-    triton.knobs.compilation.listener = lambda src, **named: compiled.append(src.fn.__name__)
+    here: list[bool] = []
+
+    def listen(src, cache_hit, **named) -> None:
+        compiled.append(src.fn.__name__)
+        here.append(not cache_hit)
+
+    triton.knobs.compilation.listener = listen
     run = triton.runtime.JITFunction.run
     found: dict = {}
     with compile_ahead() as count:
@@ -74,11 +80,16 @@ def main() -> None:
         norms()
         found["asked for again"] = count()
         found["launched within"] = len(active.launched)
-        beside = threading.Thread(target=norms)
+        beside = threading.Thread(target=norms, args=((128,),))
         beside.start()
         beside.join()
         found["launched by another thread"] = len(active.launched)
+        waits = threading.Thread(target=norms)
+        waits.start()
+    waits.join()
+    found["launched by who waited"] = len(active.launched)
     found["compiled"] = compiled.count("norm_kernel")
+    found["compiled here"] = sum(here)
     found["devices"] = sorted(active.devices)
     found["put back"] = triton.runtime.JITFunction.run is run
     norms()

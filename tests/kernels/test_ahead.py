@@ -13,13 +13,16 @@ def test_launches_compile_and_do_not_run():
     # Two widths, and a kernel that does not compile.
     assert found["asked for"] == found["asked for again"] == 3
     assert found["launched within"] == 0
-    # Who is not in the block waits for its kernels and launches them.
-    assert found["launched by another thread"] == 3
+    # Who is not in the block launches, and waits for kernels that the block asked for.
+    assert found["launched by another thread"] == 1
+    assert found["launched by who waited"] == 4
+    # That one's kernel: those that were asked for came from the disk, where processes put them.
+    assert found["compiled here"] == 1
     assert found["devices"] == [[False, 3]]
     assert found["put back"]
     # Nothing is compiled twice by the thread that asked, and what did not compile says so.
     assert found["compiled"] == found["compiled in all"]
-    assert found["launched in all"] == 6
+    assert found["launched in all"] == 7
     assert found["refused"]
 
 

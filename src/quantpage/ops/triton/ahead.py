@@ -1,14 +1,18 @@
 """Kernels that a program will launch, compiled side by side before it does.
 
 A launch compiles its kernel where none is compiled, and waits for it. Within ``compile_ahead``
-launches only say what they need: threads compile it, of whose work three quarters are the
-compiler's and the assembler's, which leave Python to others.
+launches only say what they need. At its end processes compile that into Triton's cache on disk, as
+a third of a compilation is Python's; threads then load it from there.
 """
 
+import gc
 import os
+import signal
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import triton
@@ -22,31 +26,54 @@ except ImportError:
     active_mode = None
 
 _MOST = 16
-"""Threads: what of a compilation is Python's takes turns."""
+"""Processes, and threads."""
+_PATIENCE = 120.0
+"""Seconds for all processes; what one that is killed has not done, the threads do."""
+
+
+class _Later(Executor):
+    """Keeps what it is given until ``run``."""
+
+    def __init__(self) -> None:
+        self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._jobs.append((future, fn))
+        return future
+
+    def run(self, device: int) -> None:
+        """All that was given; a kernel is also built into what can be launched."""
+
+        def work(job: tuple[Future[Any], Callable[[], Any]]) -> None:
+            future, compile_fn = job
+            try:
+                # In a thread that has no device yet.
+                driver.active.set_current_device(device)
+                kernel = compile_fn()
+                kernel._init_handles()
+            except Exception as error:  # noqa: BLE001
+                future.set_exception(error)
+            else:
+                future.set_result(kernel)
+
+        workers = min(_MOST, os.cpu_count() or 1, len(self._jobs))
+        if workers > 1 and hasattr(os, "fork"):
+            _compile_apart([compile_fn for _, compile_fn in self._jobs], workers)
+        with ThreadPoolExecutor(max(workers, 1), "quantpage-compile") as threads:
+            for _ in threads.map(work, self._jobs):
+                pass
 
 
 class _Ahead(AsyncCompileMode):
-    """Triton's mode, in which a kernel is also built into what can be launched, and found by the
-    next launch as soon as it is."""
-
-    def __init__(self, executor: Executor, device: int) -> None:
-        super().__init__(executor, ignore_errors=True)
-        self._device = device
+    """Triton's mode, whose kernels launches find before they are there."""
 
     def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]):
-        found = self.future_kernels.get(key)
-        if found is None:
-            return super().submit(key, lambda: self._build(compile_fn), finalize_fn)
-        if found.future.done():
-            found.result(ignore_errors=True)
+        found = super().submit(key, compile_fn, finalize_fn)
+        # To be asked again takes a launch a millisecond. Who runs it waits for its result, or
+        # hears why there is none.
+        finalize_fn(found)
         return found
-
-    def _build(self, compile_fn: Callable[[], Any]) -> Any:
-        """In a thread that has no device yet. The launcher is C code, compiled a kernel too."""
-        driver.active.set_current_device(self._device)
-        kernel = compile_fn()
-        kernel._init_handles()
-        return kernel
 
 
 @contextmanager
@@ -67,11 +94,53 @@ def compile_ahead() -> Iterator[Callable[[], int] | None]:
         ahead = active_mode.get() is not None
         return run(self, *given, grid=grid, warmup=warmup or ahead, **named)
 
-    with ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1), "quantpage-compile") as executor:
-        mode = _Ahead(executor, driver.active.get_current_device())
+    later = _Later()
+    mode = _Ahead(later, ignore_errors=True)
+    with mode:
         JITFunction.run = compile_only
         try:
-            with mode:
-                yield lambda: len(mode.future_kernels)
+            yield lambda: len(mode.future_kernels)
         finally:
             JITFunction.run = run
+            # Whatever ended the block: launches of other threads may be waiting.
+            later.run(driver.active.get_current_device())
+
+
+def _compile_apart(jobs: list[Callable[[], Any]], workers: int) -> None:
+    """Compile in forks of this process, which ask nothing of its device."""
+    read, write = os.pipe()
+    # Who is free takes the next; a pipe holds 65,536 bytes.
+    os.write(write, b"".join(at.to_bytes(2, "little") for at in range(min(len(jobs), 1 << 15))))
+    os.close(write)
+    children = []
+    for _ in range(workers):
+        with warnings.catch_warnings():
+            # Of threads whose locks a fork would never see released: it takes none of theirs, and
+            # is not waited for without end.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            _compile_and_exit(jobs, read)
+        children.append(child)
+    os.close(read)
+    end = time.monotonic() + _PATIENCE
+    for child in children:
+        with suppress(ChildProcessError):
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                if time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+                time.sleep(0.01)
+
+
+def _compile_and_exit(jobs: list[Callable[[], Any]], read: int) -> None:
+    """In a fork."""
+    try:
+        # Tensors of the device are not this process's to free.
+        gc.disable()
+        while at := os.read(read, 2):
+            with suppress(Exception):
+                kernel = jobs[int.from_bytes(at, "little")]()
+                # Its launcher is C code, compiled a kernel too.
+                driver.active.launcher_cls(kernel.src, kernel.metadata)
+    finally:
+        os._exit(0)
