@@ -94,6 +94,11 @@ def test_names_that_cannot_be_served_are_refused(name, additional, said):
         format_of(name, additional)
 
 
+def test_names_that_this_vllm_does_not_take_are_not_offered():
+    with pytest.raises(ValueError, match="int4_per_token_head; got 'nvfp4'"):
+        format_of("nvfp4", own_names=False)
+
+
 @pytest.mark.parametrize(
     ("name", "additional", "said"),
     [

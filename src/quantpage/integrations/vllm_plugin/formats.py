@@ -63,15 +63,19 @@ LONG_CHUNK = 256
 pages of its own (``working``). Both vLLM's scheduler and its workers go by this."""
 
 
-def format_of(name: str, additional: Mapping[str, Any] | None = None) -> KVFormat:
+def format_of(
+    name: str, additional: Mapping[str, Any] | None = None, own_names: bool = True
+) -> KVFormat:
     """The format of layers whose --kv-cache-dtype is ``name``.
 
     additional: --additional-config; its "quantpage" names a format where vLLM has no name for it,
     in the place of a *_per_token_head name. (Layers that --kv-cache-dtype-skip-layers leaves out
-    have another name.) Raises ValueError for what cannot be served.
+    have another name.) own_names: whether this vLLM takes OWN_NAMES. Raises ValueError for what
+    cannot be served.
     """
     if name not in NAMES:
-        raise ValueError(f"--kv-cache-dtype: expected one of {', '.join(NAMES)}; got {name!r}")
+        taken = [each for each in NAMES if own_names or each not in OWN_NAMES]
+        raise ValueError(f"--kv-cache-dtype: expected one of {', '.join(taken)}; got {name!r}")
     wanted = (additional or {}).get(FORMAT)
     if wanted is None or name not in CHOOSABLE:
         return NAMES[name]

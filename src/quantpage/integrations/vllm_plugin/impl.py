@@ -75,8 +75,9 @@ class QuantPageImpl(AttentionImpl):
         attn_type=AttentionType.DECODER, kv_sharing_target_layer_name=None, sinks=None, **unknown,
     ):  # fmt: skip
         self.config = get_current_vllm_config()
-        check_additional(self.config.additional_config, self.config.cache_config.cache_dtype)
-        self.form = format_of(kv_cache_dtype, self.config.additional_config)
+        additional = self.config.additional_config
+        check_additional(additional, self.config.cache_config.cache_dtype)
+        self.form = format_of(kv_cache_dtype, additional, compat.takes_own_names())
         self.shared = kv_sharing_target_layer_name is not None
         self.keys_of: str | None = kv_sharing_target_layer_name
         """The layer whose keys are read, where they are another's."""
@@ -104,7 +105,7 @@ class QuantPageImpl(AttentionImpl):
         if self.form.quantized:
             Served.last = Served(self.form, self.dtype)
         self._key_map: KeyMap | None = None
-        asked = wants_warm_up(self.config.additional_config)
+        asked = wants_warm_up(additional)
         self._warm = not asked or compat.on_cpu() or not compat.runs_first_steps(self.config)
         """Whether kernels are compiled, or will be when requests ask for them."""
         self._companion: ExactPagesLayer | None = None
