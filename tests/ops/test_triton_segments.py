@@ -118,9 +118,17 @@ def test_decodes_around_the_end_of_a_page(joins, name, mask):
     check(replace(DECODE, joins=joins), find_format(name), step, mask, sinks=True)
 
 
-@pytest.mark.parametrize("kernel", ["triton", pytest.param("gluon", marks=ON_HOPPER)])
-@pytest.mark.parametrize(("name", "width"), [("int4", 128), ("k8v4_near8", 128), ("int4", 80)])
-def test_decode_turns_its_results_back(name, width, kernel):
+@pytest.mark.parametrize(
+    ("kernel", "name", "width"),
+    [
+        ("triton", "int4", 128),
+        ("triton", "k8v4_near8", 128),
+        ("triton", "int4", 80),
+        pytest.param("gluon", "int4", 128, marks=ON_HOPPER),
+        pytest.param("gluon", "k8v4_near8", 128, marks=ON_HOPPER),
+    ],
+)
+def test_decode_turns_its_results_back(kernel, name, width):
     """Where it joins the pieces, in whatever number of them; 80 channels are blocks of 16."""
     page = 64 if kernel == "gluon" else PAGE
     contexts = (1, 3 * page + 1, 5 * page - 1, 20 * page)
