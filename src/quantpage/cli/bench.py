@@ -122,7 +122,7 @@ def prefill(
     ] = "1 x 16k",
     commit: Commit = "",
 ) -> None:
-    """Prefill over pages of every format beside cuDNN and FlashAttention on bf16 rows and pages (CUDA)."""
+    """Prefill over pages of every format beside cuDNN and FlashAttention on bf16 (CUDA)."""
     _ready(out)
     from quantpage.bench.prefill import run
 
