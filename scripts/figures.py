@@ -21,6 +21,7 @@ PAGES = (
     ROOT / "docs" / "prefill.md",
     ROOT / "docs" / "masks.md",
     ROOT / "docs" / "memory.md",
+    ROOT / "docs" / "vllm.md",
 )
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 SHAPES = ("16 x 32k", "64 x 4k", "128 x 1k", "8 x 8k", "1 x 32k", "1 x 4k")
@@ -473,6 +474,8 @@ def vllm() -> str:
         "bfloat16": "FlashAttention-3, bf16",
         "fp8": "FlashAttention-3, fp8",
         "quantpage_int8": "`quantpage_int8`",
+        "quantpage_fp8": "`quantpage_fp8`",
+        "quantpage_k8v4": "`quantpage_k8v4`",
         "quantpage_int4": "`quantpage_int4`",
     }
     shape = {"requests": "16", "context": "16384", "layers": "16"}
