@@ -389,6 +389,13 @@ MUTATIONS = (
         ("tests/server/test_server.py",),
     ),
     Mutation(
+        "a part of a character has the bytes of what is shown for it",
+        _SRC + "server/serving.py",
+        "if _PART in text else None",
+        "if False else None",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
         "a second Ctrl-C cuts streams",
         _SRC + "server/stopping.py",
         "sig == signal.SIGINT and not self._hurried",

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transformers as tf
+from tokenizers.pre_tokenizers import ByteLevel
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -14,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from quantpage.server.protocol import CompletionBody  # noqa: E402
 from quantpage.server.run import _defaults  # noqa: E402
+from quantpage.server.serving import _BYTES  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -110,6 +112,18 @@ def test_log_probabilities(client):
     for each in content:
         assert each.logprob == each.top_logprobs[0].logprob <= 0
         assert len(each.top_logprobs) == 3
+
+
+def test_a_part_of_a_character_has_its_byte(client, http):
+    first, second = http.post("/tokenize", json={"prompt": "é"}).json()["tokens"]
+    for token, byte in ((first, 0xC3), (second, 0xA9)):
+        made = chat(client, max_tokens=2, logprobs=True, logit_bias={str(token): 100})
+        assert [each.bytes for each in made.choices[0].logprobs.content] == [[byte]] * 2
+
+
+def test_bytes_are_all_of_byte_level_bpe():
+    assert _BYTES.keys() == set(ByteLevel.alphabet())
+    assert sorted(_BYTES.values()) == list(range(256))
 
 
 def test_stop(client):

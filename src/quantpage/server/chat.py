@@ -113,4 +113,5 @@ class Chat:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._served.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        told = list(self._served.bytes_of(token, text))
+        return {"token": text, "logprob": logprob, "bytes": told}

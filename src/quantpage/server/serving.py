@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -37,6 +38,17 @@ class Served:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text."""
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def bytes_of(self, token: int, text: str) -> bytes:
+        """What a token, whose text this is, adds to an answer: also a part of a character, in the
+        two ways of writing one, byte-level BPE's alphabet and SentencePiece's ``<0xE2>``."""
+        name = self.tokenizer.convert_ids_to_tokens(token) if _PART in text else None
+        if name is None:
+            return text.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes.fromhex(name[3:5])
+        found = [_BYTES.get(letter) for letter in name]
+        return text.encode() if None in found else bytes(each for each in found if each is not None)
 
     def render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         """The tokens of a chat through the model's template; ValueError in one sentence."""
@@ -151,6 +163,14 @@ class Served:
             if self._grammars is None:
                 self._grammars = GrammarTokenizer(self.tokenizer, self.vocabulary)
         return JsonGrammar(schema, self._grammars)
+
+
+_PART = "\ufffd"
+"""What tokenizers write for a part of a character."""
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
+_BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + at): b for at, b in enumerate(_HIDDEN)}
+"""Byte-level BPE's letters (GPT-2): those that can be printed are themselves."""
 
 
 def schema_of(body: ChatBody) -> dict[str, Any] | None:
