@@ -47,6 +47,13 @@ MUTATIONS = (
         ("tests/masks/test_intervals.py",),
     ),
     Mutation(
+        "two intervals that hide a key are gone through in one order",
+        _SRC + "masks/columns.py",
+        "for start, end in ((0, 1), (2, 3), (0, 1)):",
+        "for start, end in ((0, 1), (2, 3)):",
+        ("tests/masks/test_intervals.py",),
+    ),
+    Mutation(
         "a key that a mask does not describe is not seen by itself",
         _SRC + "masks/columns.py",
         'ute = torch.where(past, causal, named.get("UTE", causal))',

@@ -223,9 +223,13 @@ def _columns(tokens, heads, rng):
         given = given[..., ::-1]
     if vectors == 4:
         given = given[..., [2, 3, 0, 1]]
+    open_end = True
+    if rng.random() < 0.5:
+        open_end = bool(rng.random() < 0.5)
+        given = _wild(given, tokens, open_end, causal, rng)
     given = np.ascontiguousarray(given)
     # A bound equal to the number of keys is without end.
-    bound = np.where(given == tokens, masks.END, given)
+    bound = np.where((given == tokens) & open_end, masks.END, given)
 
     def sees(i, j, h):
         mine = bound[h if own > 1 else 0][j[0]]
@@ -236,8 +240,21 @@ def _columns(tokens, heads, rng):
         lts, lte, uts, ute = (vector[0], masks.END, 0, vector[1]) if vectors == 2 else vector
         return ~((i >= lts) & (i < lte)) & ~((i >= uts) & (i < ute))
 
-    mask = masks.ColumnIntervals(torch.from_numpy(given)[None], causal)
+    mask = masks.ColumnIntervals(torch.from_numpy(given)[None], causal, open_end)
     return mask, sees, tokens
+
+
+def _wild(given, tokens: int, open_end: bool, causal: bool, rng):
+    """Bounds in any order, of hidden intervals that overlap, are empty or show nothing at all, at
+    the ends of what is described and beyond."""
+    ends = [0, 0, 1, tokens - 1, tokens, tokens]
+    if not open_end:
+        ends += [tokens + 1, tokens + 40, masks.END - 1, masks.END]
+    extreme = rng.random(given.shape) < rng.choice([0.05, 0.5, 1.0])
+    drawn = np.where(extreme, rng.choice(ends, given.shape), rng.permuted(given, axis=-1))
+    if given.shape[-1] == 4:
+        return np.concatenate([np.sort(drawn[..., :2], -1), np.sort(drawn[..., 2:], -1)], -1)
+    return np.sort(drawn, -1) if causal else drawn
 
 
 def _rows(tokens, heads, rng):
