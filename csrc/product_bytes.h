@@ -90,7 +90,8 @@ static void arrange_bytes(const float* x, int64_t tokens, int64_t width, uint8_t
 INLINE vi lifted(const uint8_t* p, int64_t left) {
   return (vi)load_bytes(p, left) ^ splati((int32_t)0x80808080);
 }
-INLINE vi joined(vi upper, vi lower) { return (upper << 8) + lower; }
+// Sums of lanes may pass 32 bits; those of all lanes are right again.
+INLINE vu joined(vi upper, vi lower) { return ((vu)upper << 8) + (vu)lower; }
 
 // ---- few tokens: rows as they lie ---------------------------------------------------------------------
 // 4 rows with TOKENS tokens. Meanwhile what lies 4 rows wide at `ahead` is asked for.
@@ -118,7 +119,7 @@ static void four_rows(const uint8_t* const* rows, const Stretches& cut, const ui
     NO_UNROLL for (; c + LINE <= end; c += LINE) step(c, LINE);
     if (c < end) step(c, LINE / 2);
     UNROLL for (int t = 0; t < TOKENS; t++) {
-      vi sum[4];
+      vu sum[4];
       UNROLL for (int r = 0; r < 4; r++) sum[r] = joined(upper[t][r], lower[t][r]);
       const __m512i lanes = (__m512i)reduce4(sum[0], sum[1], sum[2], sum[3]);
       const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
@@ -178,9 +179,9 @@ static void turned_tile(const uint8_t* turned, const Stretches& cut, int64_t i, 
   NO_UNROLL for (; c < width; c += 16) step(c);
   const __mmask16 there = (__mmask16)((1 << count) - 1);
   UNROLL for (int t = 0; t < TOKENS; t++) {
-    vi sum[4];
+    vu sum[4];
     UNROLL for (int g = 0; g < 4; g++) sum[g] = joined(upper[t][g], lower[t][g]);
-    const vi all = reduce4(sum[0], sum[1], sum[2], sum[3]) + splati(cut.start(x + t * stride, i));
+    const vu all = reduce4(sum[0], sum[1], sum[2], sum[3]) + (uint32_t)cut.start(x + t * stride, i);
     float* to = out + t * out_stride;
     const __m512 before = i ? _mm512_maskz_loadu_ps(there, to) : _mm512_setzero_ps();
     const __m512 scale = _mm512_set1_ps(cut.scale(x + t * stride, i));

@@ -21,6 +21,7 @@ namespace CONCAT(isa_, SUFFIX) {
 
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef int32_t vi __attribute__((vector_size(VW * 4)));
+typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 typedef int16_t vh __attribute__((vector_size(VW * 4)));
 typedef uint16_t vuh __attribute__((vector_size(VW * 4)));
 
@@ -204,10 +205,10 @@ template <class V> static inline void interleave64(V a, V b, V& low, V& high) {
 #endif
 }
 // Sums of the four dwords of each 128-bit lane: lane L of the result holds those of a, b, c, d.
-static inline vi reduce4(vi a, vi b, vi c, vi d) {
-  interleave32(vi(a), vi(b), a, b);
-  interleave32(vi(c), vi(d), c, d);
-  vi low, high;
+template <class V> static inline V reduce4(V a, V b, V c, V d) {
+  interleave32(V(a), V(b), a, b);
+  interleave32(V(c), V(d), c, d);
+  V low, high;
   interleave64(a + b, c + d, low, high);
   return low + high;
 }
