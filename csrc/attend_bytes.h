@@ -41,7 +41,7 @@ static void arrange_query(int64_t code, int64_t dim, const int16_t* words, int32
   }
   // Nibbles' offset is taken off as in other instruction sets (lift_keys).
   vi start = {};
-  for (int l = 0; l < LANES && code != INT4; l++) start[4 * l] = -128 * sum;
+  for (int l = 0; l < LANES && code != INT4; l++) start[4 * l] = (int32_t)(-128u * (uint32_t)sum);
   store(lower + vectors * 64, start);
 }
 
