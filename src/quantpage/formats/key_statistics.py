@@ -181,7 +181,7 @@ def choose_map(
 def _searched(statistics: KeyStatistics, spec: QuantSpec, law: KeyMap) -> KeyMap:
     """A map that loses no more than ``law``, first keys as dear as all others together.
 
-    Models park half of their attention on a first token, whose key is like no other and the same
+    Models park much of their attention on a first token, whose key is like no other and the same
     in all texts. What is taken out may be half of the way from it to the mean of the others.
     """
     first = statistics.first_keys
