@@ -221,7 +221,7 @@ def test_bytes_are_those_of_a_row_and_a_rotary_key(v3):
         layers = cache_shape(v3.config).layers(LayerFormats.parse("int8"), PAGE)
         assert [each.layout.latent for each in layers] == [True] * 3
         assert [each.layout.bytes_per_token() for each in layers] == [48 + 2 + 16 + 2] * 3
-        assert cache.used_bytes() == held_bytes(layers, 50, 2) == 2 * 3 * 64 * 68
+        assert cache.used_bytes() == 2 * held_bytes(layers, 50) == 2 * 3 * 64 * 68
         assert cache.layers[0].layout.bytes_per_token() == 68
 
 
