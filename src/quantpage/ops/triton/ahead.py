@@ -52,7 +52,7 @@ class _Later(Executor):
                 driver.active.set_current_device(device)
                 kernel = compile_fn()
                 kernel._init_handles()
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  whoever launches it hears of it
                 future.set_exception(error)
             else:
                 future.set_result(kernel)
