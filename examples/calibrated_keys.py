@@ -13,7 +13,7 @@ import torch
 
 import quantpage
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers.calibration import calibrate
+from quantpage.integrations.hf_transformers import calibrate
 
 DOCS = Path(__file__).parents[1] / "docs"
 

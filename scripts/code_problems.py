@@ -29,7 +29,7 @@ from quantpage.errors import QuantPageError
 from quantpage.evaluate.run import DTYPES
 from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
-from quantpage.integrations.hf_transformers.model import check_format
+from quantpage.integrations.hf_transformers.loading.model import check_format
 
 STOPS = ["\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint", "\nassert", "\n```"]
 """Where a completed function has ended."""

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from quantpage.evaluate.score import Scores, Window, cut_windows
 from quantpage.formats import CODES, Granularity, QuantSpec, dequantize, quantize, rotate
-from quantpage.integrations.hf_transformers.model import load_model
+from quantpage.integrations.hf_transformers.loading.model import load_model
 
 PAGE = 64
 QUERY_TILE = 256

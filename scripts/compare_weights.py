@@ -15,7 +15,7 @@ from quantpage.bench.rows import current_commit, write_table
 from quantpage.evaluate.caches import ours, unquantized
 from quantpage.evaluate.score import Scores, cut_windows, log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
-from quantpage.integrations.hf_transformers.model import load_model
+from quantpage.integrations.hf_transformers.loading.model import load_model
 from quantpage.integrations.int8_weights import quantize_weights
 
 WINDOWS, PROMPT, SCORED, CHUNK = 2, 1024, 1024, 16

@@ -102,7 +102,7 @@ def main() -> int:
     if asked.model is None:
         model = tiny_model()
     else:
-        from quantpage.integrations.hf_transformers.model import load_model
+        from quantpage.integrations.hf_transformers.loading.model import load_model
 
         model, _ = load_model(asked.model)
     held_names = ",".join(each.name for each in fields(Held))

@@ -63,10 +63,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a rebuilt mask's window lost",
-        _HF + "functions.py",
+        _HF + "hooks/functions.py",
         "MaskFacts(Rule(window=sliding_window), attention_mask)",
         "MaskFacts(Rule(), attention_mask)",
-        ("tests/integrations/test_rebuilt_masks.py",),
+        ("tests/integrations/hf_transformers/hooks/test_functions.py",),
     ),
     # What a number means.
     Mutation(
@@ -259,17 +259,20 @@ MUTATIONS = (
     # Models.
     Mutation(
         "a dense reading not turned back",
-        _HF + "paged_layer.py",
+        _HF + "cache/paged_layer.py",
         'if pages.spec.rotation == "hadamard"',
         'if pages.spec.rotation == "none"',
-        ("tests/integrations/test_hf_transformers.py",),
+        ("tests/integrations/hf_transformers/test_attach.py",),
     ),
     Mutation(
         "crop counts padding",
-        _HF + "rows.py",
+        _HF + "pages/rows.py",
         "tokens = self._kept[:, :length].sum(1).tolist()",
         "tokens = [length] * self.count",
-        ("tests/integrations/test_hf_transformers.py", "tests/integrations/test_supply.py"),
+        (
+            "tests/integrations/hf_transformers/test_attach.py",
+            "tests/integrations/hf_transformers/hooks/test_supply.py",
+        ),
     ),
     # Codes in planes, in Triton.
     Mutation(
@@ -361,24 +364,24 @@ MUTATIONS = (
     ),
     Mutation(
         "drafts begin with what a kept cache holds",
-        _HF + "supply.py",
+        _HF + "hooks/supply.py",
         'return {"next_sequence_length": given - held}',
         "return {}",
-        ("tests/integrations/test_supply.py",),
+        ("tests/integrations/hf_transformers/hooks/test_supply.py",),
     ),
     Mutation(
         "a cache goes on under another mask than it was made for",
-        _HF + "supply.py",
+        _HF + "hooks/supply.py",
         "if (made.formats, made.mask) != (mine.formats, mine.mask):",
         "if False:",
-        ("tests/integrations/test_supply.py",),
+        ("tests/integrations/hf_transformers/hooks/test_supply.py",),
     ),
     Mutation(
         "an attachment that was left is entered again and does nothing",
         _HF + "attach.py",
         "if not self._undo:",
         "if False:",
-        ("tests/integrations/test_hf_transformers.py",),
+        ("tests/integrations/hf_transformers/test_attach.py",),
     ),
     # What clients do to each other.
     Mutation(

@@ -23,7 +23,7 @@ from quantpage.evaluate.score import log_probabilities
 from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.files import check_writable
 from quantpage.formats.per_layer import split_choices
-from quantpage.integrations.hf_transformers.model import check_format, load_model
+from quantpage.integrations.hf_transformers.loading.model import check_format, load_model
 
 
 def lengths(text: str) -> list[int]:

@@ -37,7 +37,7 @@ from transformers.models.auto import modeling_auto as auto
 import quantpage
 from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS, dequantize, quantize, rotate
-from quantpage.integrations.hf_transformers.arguments import cache_as
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -16,7 +16,7 @@ declare -A parts=(
   [masks]="tests/ops/test_triton_flash_mask.py"
   # Offsets past 2^31: up to 40 GiB a test, so one at a time.
   [far]="tests/ops/test_triton_far.py"
-  [model]="tests/integrations/test_graph.py tests/integrations/test_prompts_gpu.py"
+  [model]="tests/integrations/hf_transformers/steps/test_graph.py tests/integrations/hf_transformers/cache/test_prompts_gpu.py"
 )
 
 run() { # part

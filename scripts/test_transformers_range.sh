@@ -3,6 +3,7 @@
 # version in between is the pinned one, which scripts/test.sh runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tests=tests/integrations/hf_transformers
 for pins in "transformers==5.12.1 tokenizers==0.22.2" "transformers==5.24.0"; do
   folder=".venv/range/${pins%% *}"
   if [ ! -f "$folder/.complete" ]; then
@@ -13,7 +14,6 @@ for pins in "transformers==5.12.1 tokenizers==0.22.2" "transformers==5.24.0"; do
   fi
   echo "integration tests with ${pins%% *}"
   PYTHONPATH="$folder" OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal \
-    tests/integrations/test_hf_transformers.py tests/integrations/test_supply.py \
-    tests/integrations/test_own_attention.py tests/integrations/test_cpu_step.py \
-    tests/integrations/test_gpu_step.py tests/integrations/test_sizes.py tests/integrations/test_latent.py
+    $tests/test_attach.py $tests/test_sizes.py $tests/hooks/test_supply.py $tests/hooks/test_own.py \
+    $tests/steps/test_cpu.py $tests/steps/test_gpu.py $tests/modules/test_latent.py
 done

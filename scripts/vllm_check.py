@@ -93,7 +93,7 @@ def _bias_keys(model, biases, file: Path) -> None:
     import torch
 
     from quantpage.formats import FORMATS
-    from quantpage.integrations.hf_transformers.calibration import calibrate
+    from quantpage.integrations.hf_transformers.keys.calibration import calibrate
 
     for bias in biases:
         bias.data.normal_(std=2.0)

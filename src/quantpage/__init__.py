@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from quantpage.integrations.hf_transformers import Prompts as Prompts
     from quantpage.integrations.hf_transformers import QuantPageCache as QuantPageCache
     from quantpage.integrations.hf_transformers import attach as attach
-    from quantpage.integrations.hf_transformers.model import load_model as load_model
+    from quantpage.integrations.hf_transformers.loading.model import load_model as load_model
     from quantpage.integrations.hf_transformers.sizes import cache_shape as cache_shape
     from quantpage.masks import CausalMask as CausalMask
     from quantpage.masks import FullMask as FullMask
@@ -89,7 +89,7 @@ _PUBLIC = {
     "find_backend": "quantpage.attention",
     "find_format": "quantpage.formats",
     "gather": "quantpage.ops.gather",
-    "load_model": "quantpage.integrations.hf_transformers.model",
+    "load_model": "quantpage.integrations.hf_transformers.loading.model",
     "plan_batch": "quantpage.batch",
     "plan_on_device": "quantpage.batch",
     "rope_table": "quantpage.rope",

@@ -120,7 +120,7 @@ def convert(source_file: Path, folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
-        from quantpage.integrations.hf_transformers.gguf_tokenizer import gguf_tokenizer
+        from quantpage.integrations.hf_transformers.loading.gguf_tokenizer import gguf_tokenizer
     except ImportError as error:
         raise Unavailable(
             f"converting a GGUF needs the packages of quantpage[transformers]: {error}"

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from quantpage.integrations.hf_transformers.measured import Measured
+from quantpage.integrations.hf_transformers.keys.measured import Measured
 
 pytestmark = pytest.mark.cpu
 
@@ -61,7 +61,7 @@ def calibrate(quantpage, folder, words):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Ctrl-C right after so many windows are kept; every one of them is."""
-    monkeypatch.setattr("quantpage.integrations.hf_transformers.measured.SECONDS", 0.0)
+    monkeypatch.setattr("quantpage.integrations.hf_transformers.keys.measured.SECONDS", 0.0)
     save = Measured.save
 
     def after(count):

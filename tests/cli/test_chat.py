@@ -18,7 +18,7 @@ import quantpage as qp
 from quantpage.cli import conversation as conversation_module
 from quantpage.cli.conversation import Conversation
 from quantpage.cli.generation import GenerateRequest
-from quantpage.integrations.hf_transformers.model import load_model
+from quantpage.integrations.hf_transformers.loading.model import load_model
 from tests.interrupted import run
 from tests.server.small import TEMPLATE, save_small
 

@@ -8,7 +8,7 @@ from quantpage.evaluate.heads import OUTLIER, head_errors, look_at_keys
 from quantpage.formats import FORMATS
 from quantpage.formats.quantize import dequantize, quantize
 from quantpage.formats.rotate import rotate
-from quantpage.integrations.hf_transformers.watch import watched
+from quantpage.integrations.hf_transformers.keys.watch import watched
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu

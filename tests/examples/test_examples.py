@@ -12,7 +12,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantpage import attach
-from quantpage.integrations.hf_transformers.model import load_model
+from quantpage.integrations.hf_transformers.loading.model import load_model
 from tests.examples.loading import ROOT, example
 
 pytestmark = pytest.mark.cpu

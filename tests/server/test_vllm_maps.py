@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from quantpage.errors import UnsupportedModel
 from quantpage.formats import FORMATS
-from quantpage.integrations.hf_transformers.calibration import Calibration
-from quantpage.integrations.hf_transformers.key_maps import AUTO, find_key_maps
+from quantpage.integrations.hf_transformers.keys.calibration import Calibration
+from quantpage.integrations.hf_transformers.keys.key_maps import AUTO, find_key_maps
 from quantpage.integrations.vllm_plugin.here import VllmHere
 from quantpage.server import vllm
 from quantpage.server.options import ServeOptions

@@ -21,8 +21,12 @@ import torch
 from quantpage.bench.rows import Rows, environment
 from quantpage.bench.timing import Clock, Sample, Timing, cpu_clock, sample, timing
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
-from quantpage.integrations.hf_transformers.model import check_format, load_model, model_shape
+from quantpage.integrations.hf_transformers.loading.model import (
+    check_format,
+    load_model,
+    model_shape,
+)
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as, caches_in
 from quantpage.integrations.int8_weights import quantize_weights
 
 Run = tuple[str, str | None, str]

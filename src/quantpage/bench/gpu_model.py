@@ -18,8 +18,8 @@ import transformers
 
 from quantpage.bench.rows import Rows, environment
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.graph import DecodeGraph
-from quantpage.integrations.hf_transformers.model import model_shape
+from quantpage.integrations.hf_transformers.loading.model import model_shape
+from quantpage.integrations.hf_transformers.steps.graph import DecodeGraph
 
 DTYPE = torch.bfloat16
 ROUNDS = 4

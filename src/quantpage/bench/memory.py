@@ -158,7 +158,7 @@ def measure(given: MemoryRequest) -> dict[str, Any]:
 
 def _build(given: MemoryRequest) -> Any:
     if given.model not in SHAPES:
-        from quantpage.integrations.hf_transformers.model import load_model
+        from quantpage.integrations.hf_transformers.loading.model import load_model
 
         return load_model(given.model, torch.bfloat16, given.device)[0]
     import transformers

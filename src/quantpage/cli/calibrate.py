@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantpage.formats.key_statistics import ChosenMap
-    from quantpage.integrations.hf_transformers.measured import Measured
+    from quantpage.integrations.hf_transformers.keys.measured import Measured
 
 
 def command(
@@ -60,10 +60,10 @@ def command(
     from quantpage.formats.channel_ranges import Rule
     from quantpage.formats.per_layer import LayerFormats
     from quantpage.hardware import find_device
-    from quantpage.integrations.hf_transformers.calibration import KIND, calibrate
-    from quantpage.integrations.hf_transformers.measured import KIND as PART
-    from quantpage.integrations.hf_transformers.measured import Measured, mark_of
-    from quantpage.integrations.hf_transformers.model import (
+    from quantpage.integrations.hf_transformers.keys.calibration import KIND, calibrate
+    from quantpage.integrations.hf_transformers.keys.measured import KIND as PART
+    from quantpage.integrations.hf_transformers.keys.measured import Measured, mark_of
+    from quantpage.integrations.hf_transformers.loading.model import (
         load_config,
         load_model,
         model_shape,

@@ -156,7 +156,7 @@ def _weights(counted: Counted, weights: str, tp: int) -> int:
         return 0
     if counted.config is None:
         raise ValueError("weights: expected none without --model, as no weights are known")
-    from quantpage.integrations.hf_transformers.checkpoint import errors_in_one_sentence
+    from quantpage.integrations.hf_transformers.loading.checkpoint import errors_in_one_sentence
     from quantpage.integrations.hf_transformers.sizes import weight_bytes
 
     with console.status("counting the weights"), errors_in_one_sentence("the model"):

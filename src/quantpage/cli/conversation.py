@@ -18,8 +18,8 @@ from quantpage.cli.generation import (
 )
 from quantpage.errors import CacheError, CorruptCache
 from quantpage.integrations.hf_transformers.attach import Attached
-from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.model import text_config
+from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
+from quantpage.integrations.hf_transformers.loading.model import text_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def _served(call: Call, model: str | None, kv_format: str | None) -> list[_Serve
     chosen = None if kv_format is None else LayerFormats.parse(kv_format)
     if model is None:
         return [_Served(call, "", _places(chosen))]
-    from quantpage.integrations.hf_transformers.model import load_config
+    from quantpage.integrations.hf_transformers.loading.model import load_config
     from quantpage.integrations.hf_transformers.sizes import cache_shape, calls_of
 
     config = load_config(model)

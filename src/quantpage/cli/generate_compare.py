@@ -15,7 +15,7 @@ from quantpage import console
 from quantpage.cli.generation import Answer, GenerateRequest, held_bytes
 from quantpage.evaluate.score import divergence
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.arguments import cache_as, caches_in
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as, caches_in
 
 REFERENCE = "Transformers"
 """Its own cache and attention, in the same dtype: what every row is compared with."""

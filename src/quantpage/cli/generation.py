@@ -15,9 +15,13 @@ from quantpage.cache.layout import PAGE_SIZES
 from quantpage.engine.text import TextStream
 from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.arguments import caches_in
-from quantpage.integrations.hf_transformers.key_maps import check_calibration
-from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
+from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
+from quantpage.integrations.hf_transformers.loading.model import (
+    check_format,
+    load_model,
+    text_config,
+)
+from quantpage.integrations.hf_transformers.modules.arguments import caches_in
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("model", "int8")

@@ -91,7 +91,7 @@ def _of_numbers(layers: int, kv_heads: int, head_dim: int, tp: int) -> Counted:
 
 
 def _of_model(model: str, tp: int) -> Counted:
-    from quantpage.integrations.hf_transformers.model import load_config
+    from quantpage.integrations.hf_transformers.loading.model import load_config
     from quantpage.integrations.hf_transformers.sizes import cache_shape
 
     config = load_config(model)

@@ -17,8 +17,8 @@ from torch import Tensor
 from quantpage.batch import BatchPlan, plan_on_device
 from quantpage.cache import Reach
 from quantpage.cuda_graphs import GraphPool
-from quantpage.integrations.hf_transformers.memory import Shelf
-from quantpage.integrations.hf_transformers.step import Tables
+from quantpage.integrations.hf_transformers.pages.memory import Shelf
+from quantpage.integrations.hf_transformers.pages.step import Tables
 
 Forward = Callable[[Tensor, Tensor, dict[Reach, BatchPlan]], Tensor]
 """Tokens and positions [answers] int64, the plan of each reach -> logits [answers, vocabulary]."""

@@ -17,7 +17,7 @@ from quantpage.cache import HostPages, KnownPages, PagedKVCache, PagePool, Reach
 from quantpage.cache.paged import layer_of
 from quantpage.cache.saved import SavedPages
 from quantpage.cache.tensor_file import Damaged, shown, whole_number
-from quantpage.integrations.hf_transformers.memory import Memory, Shelf
+from quantpage.integrations.hf_transformers.pages.memory import Memory, Shelf
 
 
 def collect(memory: Memory, known: KnownPages, model: str) -> SavedPages:

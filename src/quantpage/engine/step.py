@@ -15,12 +15,12 @@ from quantpage.engine.graphs import DecodeGraphs
 from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
-from quantpage.integrations.hf_transformers.arguments import cache_as
 from quantpage.integrations.hf_transformers.attach import Attached
-from quantpage.integrations.hf_transformers.digest import model_digest
-from quantpage.integrations.hf_transformers.model import text_config
-from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
-from quantpage.integrations.hf_transformers.step import Part, Step, plan_part, tables_of
+from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
+from quantpage.integrations.hf_transformers.loading.model import text_config
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as
+from quantpage.integrations.hf_transformers.modules.digest import model_digest
+from quantpage.integrations.hf_transformers.pages.step import Part, Step, plan_part, tables_of
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantpage.evaluate.caches import unquantized
 from quantpage.evaluate.score import Attaching, Window
-from quantpage.integrations.hf_transformers.arguments import cache_as
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as
 
 
 @torch.inference_mode()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quantpage.evaluate.caches import unquantized
 from quantpage.evaluate.score import Attaching, Window, log_probabilities
-from quantpage.integrations.hf_transformers.llama_like import is_llama_model
-from quantpage.integrations.hf_transformers.watch import Attend, watched
+from quantpage.integrations.hf_transformers.keys.watch import Attend, watched
+from quantpage.integrations.hf_transformers.modules.llama_like import is_llama_model
 
 Predictions = Float[Tensor, "scored vocabulary"]
 

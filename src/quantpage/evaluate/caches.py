@@ -14,8 +14,8 @@ from quantpage.evaluate.score import Attaching
 from quantpage.formats import FORMATS, KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.calibration import Calibration
-from quantpage.integrations.hf_transformers.model import model_shape
+from quantpage.integrations.hf_transformers.keys.calibration import Calibration
+from quantpage.integrations.hf_transformers.loading.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 from quantpage.ops.attend.params import NEAR_PAGES
 

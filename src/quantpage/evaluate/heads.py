@@ -19,10 +19,10 @@ from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.formats.rotate import rotate
 from quantpage.integrations.hf_transformers import attach
-from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.calibration import takes_means
-from quantpage.integrations.hf_transformers.paged_layer import PagedLayer
-from quantpage.integrations.hf_transformers.watch import Attend, watched
+from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
+from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
+from quantpage.integrations.hf_transformers.keys.calibration import takes_means
+from quantpage.integrations.hf_transformers.keys.watch import Attend, watched
 
 Half = Literal["keys", "values"]
 OUTLIER = 4.0

@@ -26,7 +26,11 @@ from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import find_device
-from quantpage.integrations.hf_transformers.model import load_config, load_model, text_config
+from quantpage.integrations.hf_transformers.loading.model import (
+    load_config,
+    load_model,
+    text_config,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quantpage.integrations.hf_transformers.arguments import cache_as
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from quantpage.explain import distinct_refusals, example_call, explain
 from quantpage.formats import FORMATS
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import DeviceInfo, available_bytes
-from quantpage.integrations.hf_transformers.model import model_shape
+from quantpage.integrations.hf_transformers.loading.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape, calls_of
 
 CONTEXTS = (1024, 8192, 32768, 131072)

@@ -26,13 +26,13 @@ from quantpage.evaluate.score import Scores, Window, cut_windows
 from quantpage.evaluate.text import default_path, obtain, read
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import device_info, find_device
-from quantpage.integrations.hf_transformers.digest import model_digest
-from quantpage.integrations.hf_transformers.model import (
+from quantpage.integrations.hf_transformers.loading.model import (
     load_config,
     load_model,
     model_shape,
     text_config,
 )
+from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.report import advice, costs, heads, predictions
 from quantpage.report.parts import Parts
 from quantpage.report.predictions import BFLOAT16, EXACT, Subjects

@@ -68,8 +68,12 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     import llguidance  # noqa: F401
 
     import quantpage
-    from quantpage.integrations.hf_transformers.key_maps import check_calibration
-    from quantpage.integrations.hf_transformers.model import check_format, load_model, text_config
+    from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
+    from quantpage.integrations.hf_transformers.loading.model import (
+        check_format,
+        load_model,
+        text_config,
+    )
 
     device = options.device
     if device == "auto":

@@ -20,10 +20,14 @@ from quantpage.errors import QuantPageError, Unavailable
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.hardware import available_bytes
-from quantpage.integrations.hf_transformers.calibration import calibrate_random
-from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
-from quantpage.integrations.hf_transformers.model import load_config, load_model, model_shape
-from quantpage.integrations.hf_transformers.statistics import key_traits
+from quantpage.integrations.hf_transformers.keys.calibration import calibrate_random
+from quantpage.integrations.hf_transformers.keys.statistics import key_traits
+from quantpage.integrations.hf_transformers.loading.checkpoint import find_files, tensor_names
+from quantpage.integrations.hf_transformers.loading.model import (
+    load_config,
+    load_model,
+    model_shape,
+)
 from quantpage.integrations.vllm_plugin.formats import (
     CALIBRATION,
     CHOOSABLE,

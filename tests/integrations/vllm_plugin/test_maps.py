@@ -6,7 +6,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import FORMATS
-from quantpage.integrations.hf_transformers.calibration import Calibration, calibrate
+from quantpage.integrations.hf_transformers.keys.calibration import Calibration, calibrate
 from quantpage.integrations.vllm_plugin import maps
 from quantpage.integrations.vllm_plugin.maps import find_calibration, key_map, worker_heads
 

@@ -4,21 +4,25 @@
         model.generate(...)
 
 Three hooks that Transformers offers are used: a cache class (cache), an attention function with
-its mask function (functions), and a forward pre-hook that supplies the cache (supply).
+its mask function (hooks/functions), and a forward pre-hook that supplies the cache (hooks/supply).
 
-the attached model  attach begins; supply, functions, arguments, own (where pages are not read),
-                    coverage (which layers do)
-its cache           cache, paged_layer, lazy; latent and hybrid layers; prompts that are remembered
-under the cache     rows, padding, step, memory, turns (threads, interruption), saved_rows (files)
-quicker steps       cpu_step, gpu_step, graph; llama_like says where they fit
-loading             model begins; checkpoint, hub, gguf_tokenizer, digest (which model a file is of)
-before loading      sizes counts a cache by the configuration, on a skeleton
-keys, measured      key_maps begins; calibration, statistics, measured, watch, checkpoint_scales
+attach    the door: what is chosen once, put on a model and taken off again
+sizes     a cache counted by the configuration, before anything is loaded
+keys      what was measured of keys, or stands in a checkpoint: key maps and static scales
+steps     quicker ways through a step: the CPU's core, one launch where there were many, CUDA graphs
+hooks     what the model calls: attention, masks, the cache of a forward; its own where ours cannot
+cache     the cache that Transformers sees, its layers, and prompts that are remembered
+modules   a model's modules, read: which are Llama's, which expand latent rows, what a digest is of
+pages     under the cache: memory, rows, padding, one step
+loading   a folder or an id in the hub to a model, or one sentence why not
+
+A room imports those below it, never those above (``pyproject.toml``).
 """
 
 from quantpage.integrations.hf_transformers.attach import Attached, attach
-from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.coverage import Coverage
-from quantpage.integrations.hf_transformers.prompts import Prompts
+from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
+from quantpage.integrations.hf_transformers.cache.prompts import Prompts
+from quantpage.integrations.hf_transformers.keys.calibration import calibrate
+from quantpage.integrations.hf_transformers.modules.coverage import Coverage
 
-__all__ = ["Attached", "Coverage", "Prompts", "QuantPageCache", "attach"]
+__all__ = ["Attached", "Coverage", "Prompts", "QuantPageCache", "attach", "calibrate"]

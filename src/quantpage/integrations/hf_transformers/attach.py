@@ -15,9 +15,19 @@ from quantpage.cache import CacheLayout
 from quantpage.errors import FormatError, UnsupportedModel
 from quantpage.formats import KVFormat
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers import cpu_step, functions, gpu_step
-from quantpage.integrations.hf_transformers.cache import QuantPageCache
-from quantpage.integrations.hf_transformers.coverage import (
+from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
+from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions, PagedLayer
+from quantpage.integrations.hf_transformers.cache.prompts import Prompts, load_cache, save_cache
+from quantpage.integrations.hf_transformers.hooks import functions
+from quantpage.integrations.hf_transformers.hooks.own import use_attention
+from quantpage.integrations.hf_transformers.hooks.supply import Supply, attention_configs
+from quantpage.integrations.hf_transformers.keys.key_maps import AUTO, KeyMaps, find_key_maps
+from quantpage.integrations.hf_transformers.loading.model import (
+    model_shape,
+    refuse_unsupported,
+    text_config,
+)
+from quantpage.integrations.hf_transformers.modules.coverage import (
     Coverage,
     Ledger,
     caching_modules,
@@ -27,18 +37,9 @@ from quantpage.integrations.hf_transformers.coverage import (
     uses_interface,
     why_dense,
 )
-from quantpage.integrations.hf_transformers.key_maps import AUTO, KeyMaps, find_key_maps
-from quantpage.integrations.hf_transformers.latent import attend_to_rows, has_latent_rows
-from quantpage.integrations.hf_transformers.memory import Memory
-from quantpage.integrations.hf_transformers.model import (
-    model_shape,
-    refuse_unsupported,
-    text_config,
-)
-from quantpage.integrations.hf_transformers.own import use_attention
-from quantpage.integrations.hf_transformers.paged_layer import CacheOptions, PagedLayer
-from quantpage.integrations.hf_transformers.prompts import Prompts, load_cache, save_cache
-from quantpage.integrations.hf_transformers.supply import Supply, attention_configs
+from quantpage.integrations.hf_transformers.modules.latent import attend_to_rows, has_latent_rows
+from quantpage.integrations.hf_transformers.pages.memory import Memory
+from quantpage.integrations.hf_transformers.steps import cpu, gpu
 from quantpage.masks import Mask
 
 
@@ -202,9 +203,9 @@ def _install(
             for module in caching[index]:
                 attend_to_rows(module, attached._undo)
     if options.implementation in (None, "cpu"):
-        cpu_step.install(model, attached._undo)
+        cpu.install(model, attached._undo)
     if options.implementation in (None, "triton", "gluon"):
-        gpu_step.install(model, attached._undo)
+        gpu.install(model, attached._undo)
     Supply(model, attached.new_cache, options).install(attached._undo)
 
 

@@ -14,21 +14,21 @@ from quantpage.cache.reach import Reach
 from quantpage.cache.sizes import LayerPlan
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers.coverage import (
-    caching_modules,
-    crosses,
-    refuse_own_cache,
-    refuse_pageless,
-)
-from quantpage.integrations.hf_transformers.latent import caches_latent_rows
-from quantpage.integrations.hf_transformers.model import (
+from quantpage.integrations.hf_transformers.loading.model import (
     layer_config,
     model_shape,
     reaches_of,
     refuse_unsupported,
     text_config,
 )
-from quantpage.integrations.hf_transformers.skeleton import decoder_of, loaded_of
+from quantpage.integrations.hf_transformers.loading.skeleton import decoder_of, loaded_of
+from quantpage.integrations.hf_transformers.modules.coverage import (
+    caching_modules,
+    crosses,
+    refuse_own_cache,
+    refuse_pageless,
+)
+from quantpage.integrations.hf_transformers.modules.latent import caches_latent_rows
 from quantpage.ops.dispatch import Call
 
 if TYPE_CHECKING:

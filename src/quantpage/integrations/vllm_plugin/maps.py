@@ -15,14 +15,14 @@ from safetensors import safe_open
 from quantpage import console
 from quantpage.errors import CorruptCalibration
 from quantpage.formats import FORMATS, KeyMap, KVFormat
-from quantpage.integrations.hf_transformers.calibration import (
+from quantpage.integrations.hf_transformers.keys.calibration import (
     SAME_MODEL,
     Calibration,
     likeness,
     sampled_places,
 )
-from quantpage.integrations.hf_transformers.checkpoint import find_files, tensor_names
-from quantpage.integrations.hf_transformers.statistics import key_traits
+from quantpage.integrations.hf_transformers.keys.statistics import key_traits
+from quantpage.integrations.hf_transformers.loading.checkpoint import find_files, tensor_names
 from quantpage.integrations.vllm_plugin.formats import CALIBRATION
 
 _SAMPLED = 8
