@@ -27,7 +27,7 @@ def test_every_sentence_stands_once_with_all_that_it_concerns():
 
 def test_nothing_is_lost_or_added():
     """The grouped cases, spelled out again, are what was said."""
-    hopper = DeviceInfo("cuda", "a GPU", (9, 0), 132, 50 << 20)
+    hopper = DeviceInfo("cuda", "a GPU", (9, 0), 132)
     choices = [
         choice
         for info in (device_info("cpu"), hopper)

@@ -42,7 +42,7 @@ from .keys import (
 from .numbers import check_close, form_of, rotate
 from .pages import EPS, TINY, Half
 
-AMPERE = DeviceInfo("cuda", "Triton's interpreter", (8, 0), 108, 40 << 20)
+AMPERE = DeviceInfo("cuda", "Triton's interpreter", (8, 0), 108)
 NAMES = {"torch": "torch", "cpu": "cpu", "triton": "triton", "cuda": None}
 NORM_EPS = 1e-5
 

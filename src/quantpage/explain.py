@@ -123,9 +123,9 @@ def _label(found: Implementation, candidates: list[Implementation]) -> str:
 
 
 DEVICES: dict[str, DeviceInfo] = {
-    "Hopper": DeviceInfo("cuda", "an NVIDIA Hopper GPU", (9, 0), 132, 50 << 20),
-    "Ampere": DeviceInfo("cuda", "an NVIDIA Ampere GPU", (8, 0), 108, 40 << 20),
-    "CPU": DeviceInfo("cpu", "a CPU", None, 2, 0),
+    "Hopper": DeviceInfo("cuda", "an NVIDIA Hopper GPU", (9, 0), 132),
+    "Ampere": DeviceInfo("cuda", "an NVIDIA Ampere GPU", (8, 0), 108),
+    "CPU": DeviceInfo("cpu", "a CPU", None, 2),
 }
 """What the support matrix is made for; facts of devices, so that any machine can print it."""
 

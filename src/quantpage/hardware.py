@@ -31,8 +31,6 @@ class DeviceInfo:
     """CUDA compute capability, (9, 0) for Hopper; None off CUDA."""
     processors: int
     """Streaming multiprocessors, or CPU threads that torch may use."""
-    l2_bytes: int
-    """Second-level cache; 0 where unknown."""
     shared_bytes: int = 0
     """Shared memory that one program of a kernel may have; 0 where unknown."""
 
@@ -69,10 +67,10 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     """Facts about ``device``; the CPU's thread count is read anew, the rest once."""
     device = torch.device(device)
     if device.type == "cpu":
-        return DeviceInfo("cpu", _cpu_name(), None, torch.get_num_threads(), 0)
+        return DeviceInfo("cpu", _cpu_name(), None, torch.get_num_threads())
     if device.type == "cuda":
         return _cuda_info(torch.cuda.current_device() if device.index is None else device.index)
-    return DeviceInfo(device.type, device.type, None, 0, 0)
+    return DeviceInfo(device.type, device.type, None, 0)
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -124,7 +122,6 @@ def _cuda_info(index: int) -> DeviceInfo:
         found.name,
         (found.major, found.minor),
         found.multi_processor_count,
-        found.L2_cache_size,
         # Not in every torch.
         getattr(found, "shared_memory_per_block_optin", 0),
     )

@@ -22,7 +22,7 @@ from quantpage.ops.triton import ahead
 from tests.kernels.ahead_case import Driver
 
 HEADS, WIDTH, PAGE, TABLE = 8, 128, 64, 256
-H100 = DeviceInfo("cuda", "H100", (9, 0), 132, 50 << 20, 227 << 10)
+H100 = DeviceInfo("cuda", "H100", (9, 0), 132, 227 << 10)
 SIZES = Sizes(requests=34, tokens=600, context=9000)
 NEWS = (*[1] * 8, 2, 3, 5, 8, 12, 16, 17, 20, 31, 33, 60, 100, 128, 150, 255, 257, 300, 500)
 

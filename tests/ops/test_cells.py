@@ -78,8 +78,8 @@ class Who:
     device: DeviceInfo
 
 
-TRITON = Who("triton", torch.float16, DeviceInfo("cuda", "an interpreter", None, 1, 0))
-HOST = DeviceInfo("cpu", "this one", None, 1, 0)
+TRITON = Who("triton", torch.float16, DeviceInfo("cuda", "an interpreter", None, 1))
+HOST = DeviceInfo("cpu", "this one", None, 1)
 WHO = [
     pytest.param(TRITON, id="triton", marks=TIER),
     pytest.param(Who("torch", torch.float32, HOST), id="torch", marks=pytest.mark.cpu),

@@ -31,7 +31,7 @@ from quantpage.ops.refusals import (
 from tests.ops.triton_cases import GROUPED_FORMATS, HOPPER_FORMATS, KERNEL_FORMATS
 
 pytestmark = pytest.mark.pure
-H200 = DeviceInfo("cuda", "H200", (9, 0), 132, 60 << 20)
+H200 = DeviceInfo("cuda", "H200", (9, 0), 132)
 CALL = Call(H200, FORMATS["int8"], torch.bfloat16, 32, 8, 128, 128, 64, "decode")
 
 
@@ -174,7 +174,7 @@ def test_the_portable_kernels_serve_every_named_format_or_say_which_code_they_do
         ({"mask": "interval"}, "needs a causal or full mask, got interval."),
         ({"head_dim": 512}, "needs a head_dim up to 256, got 512."),
         ({"dtype": torch.float64}, "in float16, bfloat16 or float32, got float64."),
-        ({"device": DeviceInfo("cpu", "a CPU", None, 2, 0)}, "needs a CUDA device, got cpu."),
+        ({"device": DeviceInfo("cpu", "a CPU", None, 2)}, "needs a CUDA device, got cpu."),
         ({"device": replace(H200, capability=(7, 5))}, "8.0 or later, got 7.5."),
         (
             {"format": KVFormat("g", *[QuantSpec(CODES["int8"], Granularity(group=32))] * 2)},

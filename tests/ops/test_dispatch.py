@@ -13,7 +13,7 @@ from quantpage.ops.dispatch import Call, Implementation, choose
 pytestmark = pytest.mark.pure
 
 CALL = Call(
-    device=DeviceInfo("cpu", "a CPU", None, 2, 0),
+    device=DeviceInfo("cpu", "a CPU", None, 2),
     format=FORMATS["int8"],
     dtype=torch.bfloat16,
     q_heads=8,

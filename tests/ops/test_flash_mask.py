@@ -216,5 +216,5 @@ def test_a_mask_without_a_form_is_asked(name, chunk):
         out, lse = attend(q, case.layer, batch, params, each, model_basis=False)
         torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
-    gpu = replace(call, device=DeviceInfo("cuda", "a GPU", (9, 0), 132, 0), dtype=torch.bfloat16)
+    gpu = replace(call, device=DeviceInfo("cuda", "a GPU", (9, 0), 132), dtype=torch.bfloat16)
     assert [each.name for each in CANDIDATES if not each.refusals(gpu)] == ["torch"]

@@ -317,7 +317,7 @@ def test_what_does_not_belong_to_rows_is_refused():
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_kernels_that_read_two_planes_refuse_rows_in_a_sentence(kind):
     """Those of latent rows and plain torch do not; Hopper's knows one pair of widths."""
-    device = DeviceInfo(kind, kind, (9, 0) if kind == "cuda" else None, 1, 0)
+    device = DeviceInfo(kind, kind, (9, 0) if kind == "cuda" else None, 1)
     call = replace(
         example_call(device, FORMATS["int8"]),
         head_dim=64,

@@ -258,7 +258,7 @@ def test_what_near_pages_cannot_be(changes, words):
 
 
 def test_kernels_take_it_where_they_take_its_codes():
-    hopper = DeviceInfo("cuda", "H100", (9, 0), 132, 0)
+    hopper = DeviceInfo("cuda", "H100", (9, 0), 132)
     four = find_format("int4_near8")
     grouped = QuantSpec(CODES["int8"], Granularity(group=32), rotation="hadamard")
     wide = QuantSpec(replace(CODES["int8"], name="mine"), rotation="hadamard")
@@ -288,7 +288,7 @@ def test_attention_serves_what_it_was_built_for():
     cache, batch, k, v = filled("int4_near8", write_reference.rope_write)
     layer = cache.layer(0)
     call = replace(
-        example_call(DeviceInfo("cpu", "cpu", None, 1, 0), FORMATS["int4"]),
+        example_call(DeviceInfo("cpu", "cpu", None, 1), FORMATS["int4"]),
         dtype=torch.float32, q_heads=4, kv_heads=HEADS, head_dim=64, value_head_dim=64,
         page_size=PAGE,
     )  # fmt: skip

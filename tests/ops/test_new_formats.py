@@ -96,7 +96,7 @@ def test_every_op_serves_it_or_says_why_not(name):
 
 @pytest.mark.parametrize("name", [each for each in MADE if not MADE[each].key.code.known])
 def test_no_kernel_takes_a_code_that_it_was_not_told_of(name):
-    hopper = DeviceInfo("cuda", "a made up GPU", (9, 0), 132, 50 << 20)
+    hopper = DeviceInfo("cuda", "a made up GPU", (9, 0), 132)
     ops = (rope_write, attend_op, gather)
     plain = [next(each for each in op.CANDIDATES if each.name == "torch") for op in ops]
     for at, op in enumerate(ops):

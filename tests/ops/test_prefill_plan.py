@@ -245,7 +245,7 @@ def test_neighbours_keep_the_rows_of_the_whole_step(members, starts):
 
 
 def call(**given):
-    hopper = DeviceInfo("cuda", "H", (9, 0), 132, 0)
+    hopper = DeviceInfo("cuda", "H", (9, 0), 132)
     facts = {"device": hopper, "format": FORMATS["int8"], "dtype": torch.bfloat16, "q_heads": 8}
     facts |= {"kv_heads": 2, "head_dim": 128, "value_head_dim": 128, "page_size": 64}
     return Call(**(facts | given))
@@ -254,8 +254,8 @@ def call(**given):
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"device": DeviceInfo("cpu", "c", None, 2, 0)}, "CUDA"),
-        ({"device": DeviceInfo("cuda", "A", (8, 0), 108, 0)}, "9.0, got 8.0"),
+        ({"device": DeviceInfo("cpu", "c", None, 2)}, "CUDA"),
+        ({"device": DeviceInfo("cuda", "A", (8, 0), 108)}, "9.0, got 8.0"),
         ({"mask": "interval"}, "interval"),
         ({"phase": "decode"}, "decode"),
         ({"head_dim": 320}, "320"),
@@ -268,9 +268,9 @@ def test_refusals_say_what_they_got(given, word):
 
 
 def test_the_portable_kernel_takes_what_gluon_refuses():
-    ampere = DeviceInfo("cuda", "A", (8, 0), 108, 0)
+    ampere = DeviceInfo("cuda", "A", (8, 0), 108)
     assert PREFILL_TRITON(call(device=ampere, dtype=torch.float32, head_dim=100)) == []
-    turing = DeviceInfo("cuda", "T", (7, 5), 40, 0)
+    turing = DeviceInfo("cuda", "T", (7, 5), 40)
     assert any("8.0 or later, got 7.5" in said for said in PREFILL_TRITON(call(device=turing)))
 
 

@@ -17,7 +17,7 @@ from quantpage.ops.checks import needs_of
 pytestmark = pytest.mark.cpu
 
 CANDIDATES = [*attend.CANDIDATES, *rope_write.CANDIDATES, *gather.CANDIDATES]
-TURING = DeviceInfo("cuda", "an older GPU", (7, 5), 40, 0)
+TURING = DeviceInfo("cuda", "an older GPU", (7, 5), 40)
 ODD = [
     FORMATS["none"],
     KVFormat("groups of 48", *[QuantSpec(CODES["int8"], Granularity(group=48))] * 2),

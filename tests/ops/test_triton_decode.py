@@ -51,7 +51,7 @@ check = partial(check_decode, tiles=SMALL)
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_decode_reads_every_format(name):
     given = FORMATS[name]
-    any_gpu = DeviceInfo("cuda", "a GPU", (9, 0), 1, 0)
+    any_gpu = DeviceInfo("cuda", "a GPU", (9, 0), 1)
     reasons = DECODE_TRITON(Call(any_gpu, given, torch.float16, 8, 2, 64, 64, 16, "decode"))
     if reasons:
         pytest.skip(" ".join(reasons))

@@ -177,7 +177,7 @@ def test_the_caller_says_where_the_output_goes(tiles):
 
 
 def test_what_is_refused_is_said():
-    hopper = DeviceInfo("cuda", "a Hopper GPU", (9, 0), 132, 0)
+    hopper = DeviceInfo("cuda", "a Hopper GPU", (9, 0), 132)
     call = Call(hopper, FORMATS["int8"], torch.bfloat16, 128, 1, 512, 64, 64, "decode", latent=True)
     assert LATENT_TRITON(call) == []
     for changed, said in (

@@ -40,7 +40,7 @@ def where(implementation: str) -> str:
 def attention(implementation, form: KVFormat, dtype=torch.float16, mask=None, page=PAGE):
     device = device_info(where(implementation))
     if implementation == "triton" and not GPU:
-        device = DeviceInfo("cuda", "Triton's interpreter", (8, 0), 4, 0)
+        device = DeviceInfo("cuda", "Triton's interpreter", (8, 0), 4)
     call = Call(device, form, dtype, HEADS, KV, WIDTH, WIDTH, page)
     mask = mask or masks.CausalMask()
     backend = find_backend("flash_mask" if mask.kind == "interval" else "flash")

@@ -355,7 +355,7 @@ def _refused(
 ) -> list[str]:  # fmt: skip
     call = call_of(facts, heads, dtype, phase, mask, in_turn)
     if needs.kind == "cuda" and facts.device.type == "cpu":
-        interpreter = DeviceInfo("cuda", "Triton's interpreter", None, 1, 0)
+        interpreter = DeviceInfo("cuda", "Triton's interpreter", None, 1)
         call = replace(call, device=interpreter)
     return needs.refusals(call)
 
