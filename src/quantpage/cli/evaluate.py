@@ -104,17 +104,17 @@ def command(
 def _advise(
     request: "EvaluateRequest", budget: str, context: int, csv: Path | None, as_json: bool
 ) -> None:
-    from quantpage.cli import advice as said
+    from quantpage.cli.evaluate_budget import as_data, parse_bits, print_advice, to_csv
     from quantpage.evaluate.run import advise_model
     from quantpage.hardware import find_device
 
-    found, text = advise_model(request, said.parse_bits(budget), context)
+    found, text = advise_model(request, parse_bits(budget), context)
     if csv is not None:
-        write(csv, said.to_csv(found, request, text, find_device(request.device).type))
+        write(csv, to_csv(found, request, text, find_device(request.device).type))
     if as_json:
-        console.print_json(said.as_data(found))
+        console.print_json(as_data(found))
     else:
-        said.print_advice(found)
+        print_advice(found)
 
 
 def _print(rows: "list[Row]", prompt: int) -> None:

@@ -143,8 +143,8 @@ def _report(answer: "Answer", rows: "list[Forced]", request: "GenerateRequest") 
     if answer.finish == "length":
         console.note(f"cut off at --max-new-tokens {request.max_new_tokens}")
     if rows:
-        console.ERR.print(to_table(rows, answer))
-        console.note(explanation(rows, answer, request.page_size))
+        console.ERR.print(to_table(rows))
+        console.note(explanation(answer, request.page_size))
 
 
 def _speed(tokens: int, seconds: float) -> str:

@@ -100,7 +100,7 @@ def _force(
     return torch.cat(found), held_bytes(cache), (prompt / (marks[1] - marks[0]), decode)
 
 
-def to_table(rows: list[Forced], answer: Answer) -> Table:
+def to_table(rows: list[Forced]) -> Table:
     """For the terminal, in 80 columns."""
     columns = ("cache", "holds", "of its", "prompt/s", "decode/s", "same token", "KL")
     table = console.new_table(*columns)
@@ -120,7 +120,7 @@ def to_table(rows: list[Forced], answer: Answer) -> Table:
     return table
 
 
-def explanation(rows: list[Forced], answer: Answer, page_size: int) -> str:
+def explanation(answer: Answer, page_size: int) -> str:
     """What the table's columns are."""
     scored = min(len(answer.answer_ids), MOST)
     cached = answer.prompt_ids.shape[1] + scored - 1

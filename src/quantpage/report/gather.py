@@ -33,7 +33,7 @@ from quantpage.integrations.hf_transformers.loading.model import (
     text_config,
 )
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
-from quantpage.report import advice, costs, heads, predictions
+from quantpage.report import choices, costs, heads, predictions
 from quantpage.report.parts import Parts
 from quantpage.report.predictions import BFLOAT16, EXACT, Subjects
 from quantpage.report.request import ReportRequest
@@ -189,7 +189,7 @@ def _expect(subjects: Subjects, texts: Texts, ours: Sequence[str], config: Any) 
     needles = [each.window for each in texts.needles]
     steps.expect(predictions.expected_tokens(needles, [EXACT, *names]))
     steps.expect((2 * len(ours) + 1) * texts.looked_at.shape[1])
-    steps.expect(advice.expected_tokens(config, texts.alone))
+    steps.expect(choices.expected_tokens(config, texts.alone))
 
 
 def _predictions(subjects: Subjects, texts: Texts, request: ReportRequest) -> dict[str, Any]:
@@ -298,11 +298,11 @@ def _advice(
     subjects: Subjects, texts: Texts, config: Any, request: ReportRequest
 ) -> dict[str, Any]:
     if not request.advice:
-        return advice.no_advice("it was not asked for")
+        return choices.none("it was not asked for")
     if not texts.alone:
-        return advice.no_advice("the model has too few positions")
+        return choices.none("the model has too few positions")
     calibration = None if request.calibration == "none" else request.calibration
-    return advice.advise(subjects, config, texts.alone, request.page_size, calibration)
+    return choices.measure(subjects, config, texts.alone, request.page_size, calibration)
 
 
 def _speed(

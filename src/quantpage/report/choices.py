@@ -31,7 +31,7 @@ def expected_tokens(config: Any, windows: Sequence[Window]) -> int:
     return (parts + 1) * sum(each.tokens.shape[1] for each in windows)
 
 
-def advise(
+def measure(
     subjects: Subjects,
     config: Any,
     windows: Sequence[Window],
@@ -56,7 +56,7 @@ def advise(
             **subjects.settings,
         }
 
-        def measure(parts: list[Part] = parts, number: int = number) -> list[float]:
+        def lost(parts: list[Part] = parts, number: int = number) -> list[float]:
             subjects.steps.begin("one layer at a time", f"{number} of {len(shape.paged)}")
             found = measure_losses(
                 subjects.model,
@@ -69,7 +69,7 @@ def advise(
             )
             return [found[part] for part in parts]
 
-        found = subjects.parts.measure(measure, "layer", **about)
+        found = subjects.parts.measure(lost, "layer", **about)
         subjects.steps.advance(len(parts) * size)
         losses |= dict(zip(parts, found, strict=True))
     try:
@@ -77,7 +77,7 @@ def advise(
             shape, losses, 16.0, candidates=_FORMATS, page_size=page_size, context=CONTEXT
         )
     except FormatError as error:
-        return no_advice(str(error))
+        return none(str(error))
     return {
         "context": CONTEXT,
         "tokens": sum(each.scored for each in windows),
@@ -87,7 +87,7 @@ def advise(
     }
 
 
-def no_advice(why: str) -> dict[str, Any]:
+def none(why: str) -> dict[str, Any]:
     """The same form with nothing in it, and why."""
     return {"context": CONTEXT, "tokens": 0, "curve": [], "uniform": [], "why": why}
 
