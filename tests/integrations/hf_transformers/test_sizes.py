@@ -109,6 +109,21 @@ NEWER = {
         **MIXED,
     ),
     "ZayaConfig": lambda kind: kind(**FOUR, **{**EXPERTS, "num_experts_per_tok": 1}, head_dim=16),
+    # Layers with a window have other heads, and all of them four convolutions.
+    "InklingTextConfig": lambda kind: kind(
+        **FOUR,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=32,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        swa_head_dim=16,
+        sliding_window_size=48,
+        d_rel=8,
+        rel_extent=64,
+        local_layer_ids=[0, 2],
+    ),
     "KimiLinearConfig": lambda kind: kind(
         **{**FOUR, **LATENT, "q_lora_rank": None, "num_local_experts": 4},
         n_group=1,

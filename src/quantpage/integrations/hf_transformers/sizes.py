@@ -4,6 +4,7 @@
 layer each; ``cache/sizes`` counts their bytes.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
     kinds = _kinds(text, len(reaches))
     dtype = _dtype(config, text)
     paged = {
-        index: _layer(text, index, modules.get(index, []), reach, tp)
+        index: _layer(_of_kind(layer_config(text, index), kind), modules.get(index, []), reach, tp)
         for index, (kind, reach) in enumerate(zip(kinds, reaches, strict=True))
         # The keys of an encoder's tokens stay where Transformers keeps them.
         if kind in _PAGED and not (index in modules and crosses(modules[index]))
@@ -128,7 +129,7 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
     states: dict[str, int] = {}
     for kind in kinds:
         if kind in _HYBRID or kind not in _PAGED | _EMPTY:
-            states[kind] = states.get(kind, 0) + _state_bytes(text, kind, dtype, tp)
+            states[kind] = states.get(kind, 0) + _state_bytes(_of_kind(text, kind), kind, dtype, tp)
     return CacheShape(paged, len(kinds), states, dtype)
 
 
@@ -217,12 +218,24 @@ def _dtype(config: Any, text: Any) -> torch.dtype:
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def _layer(text: Any, index: int, modules: "list[nn.Module]", reach: Reach, tp: int) -> LayerShape:
-    """Heads and channels of one layer, whose keys and values ``modules`` cache."""
-    own = layer_config(text, index)
+def _of_kind(text: Any, kind: str) -> Any:
+    """``text`` as layers of a kind take it: those with a window may have numbers of their own, such
+    as swa_head_dim (Inkling)."""
+    own = {name: value for name, value in vars(text).items() if name.startswith("swa_")}
+    if not own or "sliding" not in kind:
+        return text
+    found = copy(text)
+    for name, value in own.items():
+        setattr(found, name.removeprefix("swa_"), value)
+    return found
+
+
+def _layer(own: Any, modules: "list[nn.Module]", reach: Reach, tp: int) -> LayerShape:
+    """Heads and channels of one layer of this configuration, whose keys and values ``modules``
+    cache."""
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
-        raise UnsupportedModel(f"{text.model_type}: its configuration names no attention heads")
+        raise UnsupportedModel(f"{own.model_type}: its configuration names no attention heads")
     latent = getattr(own, "kv_lora_rank", None)
     if latent and caches_latent_rows():
         # One latent for all heads, and the rotary part of the key in the place of the value.
@@ -291,6 +304,12 @@ def _short_convolution(text: Any) -> tuple[int, int]:
     return text.hidden_size * text.conv_L_cache, 0
 
 
+def _four_convolutions(text: Any) -> tuple[int, int]:
+    """Of keys, values, and what attention and MLP give; kept in float32."""
+    keys = text.num_key_value_heads * text.head_dim
+    return 0, 2 * (keys + text.hidden_size) * text.conv_kernel_size
+
+
 def _mamba2(text: Any) -> tuple[int, int]:
     inner, states = text.mamba_n_heads * text.mamba_d_head, text.mamba_d_state
     return (inner + 2 * text.mamba_n_groups * states) * text.mamba_d_conv, inner * states
@@ -315,6 +334,7 @@ _STATES = (
     (("lru_width", "conv1d_width"), _linear_unit),
     (("cca_time0", "cca_time1"), _compressed_convolution),
     (("conv_L_cache",), _short_convolution),
+    (("number_of_conv_states", "conv_kernel_size"), _four_convolutions),
 )
 """Fields that tell a kind of state -> (numbers of the convolution in the model's dtype, numbers of
 the recurrent state in float32)."""
