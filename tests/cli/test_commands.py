@@ -180,8 +180,12 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
     ids=lambda command: command[0],
 )
 def test_a_calibration_that_is_none_is_told_before_a_model_is_read(quantpage, folder, command):
-    said = quantpage(*command, folder, "--calibration", "nowhere", code=2).err
-    assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
+    for elsewhere in ("nowhere", folder):
+        said = quantpage(*command, folder, "--calibration", elsewhere, code=2).err
+        assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
+    given = ("--calibration", "none", "--kv-format", "int8_static")
+    said = quantpage(*command, folder, *given, code=2).err
+    assert "calibration: expected a file with static scales" in said and "loading" not in said
 
 
 def test_a_commands_files_are_apart(quantpage, folder, words, tmp_path):

@@ -227,7 +227,7 @@ def load(request: GenerateRequest) -> tuple[Any, Any]:
     """(model, tokenizer) of a request; a wrong format, calibration or device is known before they
     load."""
     check_format(request.model, request.kv_format)
-    check_calibration(request.key_maps)
+    check_calibration(request.key_maps, request.kv_format)
     device = find_device(request.device)
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     with console.status(f"loading {request.model}"):

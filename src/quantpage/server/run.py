@@ -79,7 +79,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_format(options.model, options.kv_format)
-    check_calibration(options.calibration)
+    check_calibration(options.calibration, options.kv_format)
     _say(f"loading {options.model} on {device}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype, device)

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpage.errors import CorruptCalibration, FormatError
 from quantpage.formats import KeyMap, KVFormat, StaticScales
 from quantpage.formats.key_statistics import KeyStatistics
+from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.keys.calibration import (
     Calibration,
     LayerCalibration,
@@ -42,12 +43,18 @@ class KeyMaps:
     """Of the layers with a static format."""
 
 
-def check_calibration(given: str | Path | None) -> None:
-    """FileNotFoundError or CorruptCalibration for no whole file of ours, before a model is read.
+def check_calibration(given: str | Path | None, kv_format: str | KVFormat | LayerFormats) -> None:
+    """Refuse, before a model is read, what no model could take with ``kv_format``.
 
-    What only a model or a format can refuse is left to ``find_key_maps``, folders too.
+    FileNotFoundError or CorruptCalibration for no whole file of ours, and for a folder where no
+    format is static; FormatError for a static format without scales. What only a model can refuse
+    is left to ``find_key_maps``.
     """
-    if given is not None and given != AUTO and not _is_folder(given):
+    static = next((each for each in LayerFormats.of(kv_format).formats if not each.dynamic), None)
+    if given is None:
+        if static is not None:
+            raise _no_scales(static, given)
+    elif given != AUTO and not (static is not None and _is_folder(given)):
         Calibration.load(given)
 
 
