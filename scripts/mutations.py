@@ -383,6 +383,21 @@ MUTATIONS = (
         "if False:",
         ("tests/integrations/hf_transformers/test_attach.py",),
     ),
+    # Memory that launches keep.
+    Mutation(
+        "every step of another shape keeps a workspace more",
+        _SRC + "ops/attend/decode/workspaces.py",
+        "if not kept or kept[-1].numel() < size:",
+        "if not kept or kept[-1].numel() != size:",
+        ("tests/ops/test_workspaces.py",),
+    ),
+    Mutation(
+        "every larger step keeps a workspace of its own size",
+        _SRC + "ops/attend/decode/workspaces.py",
+        "2 * kept[-1].numel() if kept else 0",
+        "0",
+        ("tests/ops/test_workspaces.py",),
+    ),
     # What clients do to each other.
     Mutation(
         "a client's text becomes tokens on the loop of all streams",

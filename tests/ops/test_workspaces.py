@@ -7,6 +7,7 @@ from threading import Barrier
 import pytest
 import torch
 
+from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.workspaces import counters_of, owner_of, workspace
 
 pytestmark = pytest.mark.cpu
@@ -63,3 +64,22 @@ def test_a_thread_finds_its_own_again():
     sizes = [each.numel() + 1 for each in first]
     larger = workspace(CPU, (sizes[0], sizes[1], sizes[2]))
     assert apart([*first, *larger]), "a captured graph may still write to the first"
+
+
+def test_launches_of_unlike_shapes_share_what_is_kept(monkeypatch):
+    monkeypatch.setattr(workspaces, "_workspaces", {})
+    wide, long = (640, 40, 2), (64, 4, 24)
+    for sizes in (wide, long):
+        workspace(CPU, sizes)
+    both = [each.data_ptr() for each in workspace(CPU, wide)]
+    assert all([each.data_ptr() for each in workspace(CPU, s)] == both for s in (long, wide, long))
+
+
+def test_steps_that_grow_keep_no_more_than_twice_the_last(monkeypatch):
+    monkeypatch.setattr(workspaces, "_workspaces", {})
+    for size in range(1, 200):
+        last = workspace(CPU, (640 * size, 40 * size, 2 * size))
+    (held,) = workspaces._workspaces.values()
+    for kept, most in zip(held, last, strict=True):
+        assert sum(each.numel() for each in kept) < 2 * most.numel()
+    assert last[0].numel() < 2 * 640 * 199

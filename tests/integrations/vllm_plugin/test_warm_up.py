@@ -55,6 +55,18 @@ def test_nothing_is_written(name, device):
     assert warm_up.warm_up(layer.attention, layer.view, window, like, sizes) > 0
 
 
+@pytest.mark.parametrize("name", [pytest.param("int4", marks=ON_GPU)])
+def test_no_memory_is_kept_from_pages(name):
+    """vLLM counts what is gone when its first steps are over, and makes fewer pages for it."""
+    layer = Layer(4, "cuda", name)
+    like = plan_batch((1,), (40,), [[1, 2, 3]], PAGE, "cuda")
+    warm_up._DONE.clear()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    warm_up.warm_up(layer.attention, layer.view, PARAMS, like, Sizes(8, 512, 4096))
+    assert torch.cuda.memory_reserved() - before < 2**26
+
+
 @pytest.mark.parametrize("name", [pytest.param(each, marks=ON_GPU) for each in ("int8", "int4")])
 def test_what_is_compiled_ahead_answers_as_torch_does(name):
     from quantpage.ops.triton.ahead import compile_ahead

@@ -111,6 +111,10 @@ def warm_up(
                 steps = [step for step in steps if _grows(count, run, step)]
     for step in steps:
         run(*step)
+    if device.type == "cuda":
+        # Else what steps of so many sizes worked in is taken for memory that graphs need, and is
+        # not there for pages.
+        torch.cuda.empty_cache()
     return len(steps)
 
 

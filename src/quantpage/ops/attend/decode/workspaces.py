@@ -28,7 +28,7 @@ class Owner(NamedTuple):
 
 _counters: dict[Owner, list[Tensor]] = {}
 _pools: dict[int | None, Tensor] = {}
-_workspaces: dict[Owner, list[Tensor]] = {}
+_workspaces: dict[Owner, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
 # While a part of a pool is taken.
 _taking = threading.Lock()
 
@@ -93,9 +93,13 @@ def workspace(device: torch.device, sizes: tuple[int, int, int]) -> tuple[Tensor
     """Partial outputs and log-sum-exps, two pieces a program (the end of a row that began before,
     the beginning of one that goes on), and where each row's pieces are.
     """
-    kept = _workspaces.setdefault(owner_of(device), [])
-    if not kept or any(t.numel() < n for t, n in zip(kept[-3:], sizes, strict=True)):
-        # Smaller workspaces stay: a captured graph may still write to them.
-        dtypes = (torch.float32, torch.float32, torch.int32)
-        kept += [torch.empty(n, dtype=d, device=device) for n, d in zip(sizes, dtypes, strict=True)]
-    return kept[-3], kept[-2], kept[-1]
+    held = _workspaces.setdefault(owner_of(device), ([], [], []))
+    dtypes = (torch.float32, torch.float32, torch.int32)
+    for kept, size, dtype in zip(held, sizes, dtypes, strict=True):
+        if not kept or kept[-1].numel() < size:
+            # Smaller ones stay: a captured graph may still write to them. Each is at least twice
+            # the one before, so that all that stay are no more than the last.
+            least = 2 * kept[-1].numel() if kept else 0
+            kept.append(torch.empty(max(size, least), dtype=dtype, device=device))
+    out, lse, cuts = (kept[-1] for kept in held)
+    return out, lse, cuts
