@@ -81,11 +81,11 @@ fi
 if asked keys; then
   # Keys with large biases, taken out by the maps of a calibration; without its file answers are others.
   model=$folder/keys
-  prepare "$model" qwen2 int6-64 int4-32
+  # In int4 this model makes another text of a rounding: scripts/vllm_logits_gpu.sh FOLDER keys.
+  prepare "$model" qwen2 int6-64
   check run "$model" quantpage_int6 --calibration none --expect int6-64 --wait 300 --tie "${TIE:-0.25}" --set "${shared[@]}" block_size=64 > "$model/without.log" 2>&1 &
   without=$!
   case_ int6-64 quantpage_int6 block_size=64 enforce_eager=false "$graphs"
-  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
   finish
   if wait $without || ! grep -q 'wrong answers' "$model/without.log"; then
     failed=1; echo "FAILED: without the key maps answers are the same: see $model/without.log"
