@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 .venv/bin/python -m quantpage.demo_model --to models/smollm2 > /dev/null
-exec .venv/bin/quantpage serve models/smollm2 "$@"
+exec .venv/bin/quantpage serve --model models/smollm2 "$@"

@@ -8,7 +8,7 @@ env=.venv-schemathesis
 work=$(mktemp -d)
 trap 'kill $server 2> /dev/null || true; rm -rf "$work"' EXIT
 .venv/bin/python -c "from tests.server.small import save_small; save_small('$work/small', context=128)" 2> /dev/null
-.venv/bin/quantpage serve "$work/small" --engine embedded --port 0 --memory 4MiB --page-size 16 --prefix-cache-file "$work/known" 2> "$work/log" &
+.venv/bin/quantpage serve --model "$work/small" --engine embedded --port 0 --memory 4MiB --page-size 16 --prefix-cache-file "$work/known" 2> "$work/log" &
 server=$!
 until url=$(grep -o 'http://[0-9.:]*' "$work/log"); do kill -0 $server || { cat "$work/log"; exit 1; }; sleep 1; done
 # Left out: a body of the described shape may still be refused (a prompt that is too long, both of two parameters).

@@ -37,7 +37,7 @@ def chat(quantpage, folder, monkeypatch):
     def run(*lines, flags=(), code=0):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         given = ["--max-new-tokens", 30, "--page-size", 16, *flags]
-        return quantpage("chat", folder, *given, code=code)
+        return quantpage("chat", "--model", folder, *given, code=code)
 
     return run
 

@@ -176,16 +176,32 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
 
 @pytest.mark.parametrize(
     "command",
-    [("generate", "--prompt", "a", "--model"), ("chat",), ("serve", "--port", "0")],
+    [("generate", "--prompt", "a"), ("chat",), ("serve", "--port", "0")],
     ids=lambda command: command[0],
 )
 def test_a_calibration_that_is_none_is_told_before_a_model_is_read(quantpage, folder, command):
+    command = (*command, "--model", folder)
     for elsewhere in ("nowhere", folder):
-        said = quantpage(*command, folder, "--calibration", elsewhere, code=2).err
+        said = quantpage(*command, "--calibration", elsewhere, code=2).err
         assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
     given = ("--calibration", "none", "--kv-format", "int8_static")
-    said = quantpage(*command, folder, *given, code=2).err
+    said = quantpage(*command, *given, code=2).err
     assert "calibration: expected a file with static scales" in said and "loading" not in said
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_the_model_may_be_the_first_word(quantpage, command):
+    for given in (["nowhere"], ["--model", "nowhere"], ["--page-size", "16", "nowhere"]):
+        assert "got nowhere, which does not exist" in quantpage(command, *given, code=2).err
+    said = quantpage(command, "here", "--model", "there", code=2).err
+    assert "model: expected one, got there and here" in said
+    assert "model: expected --model, got none" in quantpage(command, code=2).err
+
+
+@pytest.mark.parametrize("given", [["--model", "nowhere"], ["nowhere"]], ids=["flag", "word"])
+def test_flags_behind_dashes_are_no_model(quantpage, given):
+    said = quantpage("serve", *given, "--", "--seed", "3", code=2).err
+    assert "flags after --: expected none" in said and said.strip().endswith("got --seed 3")
 
 
 def test_a_commands_files_are_apart(quantpage, folder, words, tmp_path):

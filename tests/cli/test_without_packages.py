@@ -65,8 +65,8 @@ def test_without_transformers(model, tmp_path):
     text.write_text("It is a truth universally acknowledged. " * 200)
     needing = [
         ["generate", "--model", model, "--prompt", "a"],
-        ["chat", model],
-        ["serve", model],
+        ["chat", "--model", model],
+        ["serve", "--model", model],
         ["evaluate", "--model", model, "--text", str(text)],
         ["calibrate", "--model", model, "--text", str(text), "--out", str(tmp_path / "keys")],
         ["capacity", "--model", model, "--memory", "1GiB"],

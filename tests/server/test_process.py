@@ -19,7 +19,17 @@ pytestmark = pytest.mark.cpu
 
 
 def start(folder, *flags):
-    command = [sys.executable, "-m", "quantpage", "serve", str(folder), "--port", "0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "quantpage",
+        "serve",
+        "--model",
+        str(folder),
+        "--port",
+        "0",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     said = ""
@@ -140,7 +150,7 @@ def test_known_prompts_outlive_a_server_that_was_killed(tmp_path):
 )
 def test_wrong_flags_end_in_one_sentence(tmp_path, flags, said):
     process = subprocess.run(
-        [sys.executable, "-m", "quantpage", "serve", str(save_small(tmp_path)), *flags],
+        [sys.executable, "-m", "quantpage", "serve", "--model", str(save_small(tmp_path)), *flags],
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AnswerFlags, MaxNewTokens, with_answers
+from quantpage.cli.options import (
+    AnswerFlags,
+    MaxNewTokens,
+    ModelOrWord,
+    model_and_rest,
+    with_answers,
+)
 from quantpage.errors import QuantPageError
 
 if TYPE_CHECKING:
@@ -24,9 +30,8 @@ _HELP = """\
 
 @with_answers
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A model: folder, .gguf file, or id on the Hugging Face hub.")
-    ],
+    model: ModelOrWord = None,
+    word: Annotated[str | None, typer.Argument(hidden=True, metavar="MODEL")] = None,
     load: Annotated[
         Path | None, typer.Option(help="Continue a conversation that /save wrote.")
     ] = None,
@@ -43,7 +48,8 @@ def command(
     from quantpage.cli.generation import load as load_model
     from quantpage.integrations.hf_transformers import attach
 
-    request = flags.request(model, ("a conversation",), max_new_tokens)
+    named, _ = model_and_rest(model, [word] if word else [])
+    request = flags.request(named, ("a conversation",), max_new_tokens)
     found, tokenizer = load_model(request)
     with attach(
         found, request.kv_format, page_size=request.page_size, calibration=request.key_maps

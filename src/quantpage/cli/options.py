@@ -22,6 +22,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+ModelOrWord = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model: folder, .gguf file, or id on the Hugging Face hub; required.",
+        show_default=False,
+    ),
+]
+"""For commands whose first word may be the model as well; ``model_and_rest`` finds it."""
 PageSize = Annotated[int, typer.Option(help="Tokens in a page: 16, 32, 64, 128 or 256.")]
 Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda or cuda:N.")]
 Calibration = Annotated[
@@ -106,6 +115,21 @@ class AnswerFlags:
             weights=self.weights,
             raw=raw,
         )
+
+
+def model_and_rest(model: str | None, words: Sequence[str] | None) -> tuple[str, list[str]]:
+    """(the model, the words behind it): --model, or the first word that is no flag.
+
+    Raises ValueError for none, and for two.
+    """
+    words = list(words or ())
+    first = words.pop(0) if words and not words[0].startswith("-") else None
+    if model is not None and first is not None:
+        raise ValueError(f"model: expected one, got {model} and {first}")
+    found = first if model is None else model
+    if found is None:
+        raise ValueError("model: expected --model, got none")
+    return found, words
 
 
 @functools.cache

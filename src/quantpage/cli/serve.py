@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from quantpage.cli.capacity import parse_bytes
-from quantpage.cli.options import CacheFormat, Calibration, Dtype, PageSize, Weights
+from quantpage.cli.options import (
+    CacheFormat,
+    Calibration,
+    Dtype,
+    ModelOrWord,
+    PageSize,
+    Weights,
+    model_and_rest,
+)
 from quantpage.files import check_writable
 
 
@@ -20,9 +28,7 @@ class EngineName(StrEnum):
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A model: folder, .gguf file, or id on the Hugging Face hub.")
-    ],
+    model: ModelOrWord = None,
     more: Annotated[
         list[str] | None,
         typer.Argument(help="Flags behind -- go to vLLM's server.", metavar="[-- FLAGS]"),
@@ -86,13 +92,14 @@ def command(
     Otherwise the embedded engine answers: one model on one device, with continuous batching and a
     prefix cache, without speculative decoding, adapters and pictures.
     """
+    named, flags = model_and_rest(model, more)
     check_writable(prefix_cache_file, "prefix_cache_file")
     from quantpage.server.options import ServeOptions
     from quantpage.server.run import serve
 
     serve(
         ServeOptions(
-            model=model,
+            model=named,
             kv_format=kv_format,
             page_size=page_size,
             calibration=None if calibration == "none" else calibration,
@@ -113,5 +120,5 @@ def command(
             weights=weights,
         ),
         engine,
-        more or (),
+        flags,
     )
