@@ -400,6 +400,34 @@ MUTATIONS = (
     ),
     # What clients do to each other.
     Mutation(
+        "what one answer asks for ends those of its step",
+        _SRC + "engine/loop.py",
+        'self._drop(each, "error", error)',
+        "raise",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutation(
+        "who listens to one answer ends all by an error",
+        _SRC + "engine/loop.py",
+        "answer.cancelled = True\n            threading",
+        "raise\n            threading",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutation(
+        "arguments of an earlier call are a text of a text",
+        _SRC + "server/serving.py",
+        'return call | {"function": function | {"arguments": arguments}}',
+        "return call",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "the text of a call that was cut is lost",
+        _SRC + "server/tools.py",
+        "            return text\n        self.calls",
+        '            return ""\n        self.calls',
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
         "a client's text becomes tokens on the loop of all streams",
         _SRC + "server/app.py",
         "return await asyncio.to_thread(kind, served, body)",

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,6 +209,53 @@ def test_a_failing_step_takes_its_own_requests_and_no_other():
         assert leaked(one) == 0
 
 
+class _Broken:
+    """A grammar that fails at an answer's third token."""
+
+    left = 3
+
+    def follow(self):
+        return self
+
+    def restrict(self, logits):
+        self.left -= 1
+        if not self.left:
+            raise KeyError("no such rule")
+        return logits
+
+    def take(self, token):
+        pass
+
+    def done(self):
+        return False
+
+
+def test_what_one_asks_for_fails_nobody_else(monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: said.append(told.exc_value))
+
+    def deaf(piece):
+        heard.append(piece)
+        raise OSError("hung up")
+
+    with engine() as one:
+        ask, heard = requests(2, made=40)[1], []
+        alone = Asked(one, ask).wait().texts
+        beside = Asked(one, ask)
+        one.submit(replace(ask, answers=2), deaf)
+        lost = Asked(one, replace(ask, grammar=_Broken())).wait()
+        assert beside.wait().texts == alone
+        assert lost.reasons == ["error"] and "no such rule" in str(lost.errors[0])
+        for wrong in ({"prompt": (5, 128)}, {"sampling": Sampling(logit_bias=((-1, 1.0),))}):
+            with pytest.raises(ValueError, match=r"(prompt|logit_bias): expected tokens below 128"):
+                Asked(one, replace(ask, **wrong))
+        assert Asked(one, ask).wait().texts == alone
+        # Who raises is told that its answers are cancelled, and no more.
+        assert [each.finish_reason for each in heard] == [None, None, "cancelled", "cancelled"]
+        assert [*map(str, said)] == ["hung up"] * 4
+        assert leaked(one) == 0
+
+
 @pytest.mark.parametrize("drain", [True, False])
 def test_stop_drains_or_cancels(drain):
     with engine() as one:
@@ -231,7 +279,7 @@ def test_limits_and_requests_name_what_is_wrong():
         Limits(pages=4, max_running=8, step_tokens=4)
     with pytest.raises(ValueError, match="pages: expected at least 1"):
         Limits(pages=0)
-    with pytest.raises(ValueError, match="temperature: expected 0 to 100"):
+    with pytest.raises(ValueError, match="temperature: expected 0, or 1e-10 to 100"):
         Sampling(temperature=-1)
     with pytest.raises(ValueError, match="prompt: expected at least one token"):
         Request((), 1)

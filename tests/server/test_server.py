@@ -4,18 +4,20 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import transformers as tf
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
-from quantpage.server.protocol import CompletionBody  # noqa: E402
+from quantpage.server.protocol import CompletionBody, Message  # noqa: E402
 from quantpage.server.run import _defaults  # noqa: E402
-from quantpage.server.serving import _BYTES  # noqa: E402
+from quantpage.server.serving import _BYTES, Served, _plain  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -119,6 +121,34 @@ def test_a_part_of_a_character_has_its_byte(client, http):
     for token, byte in ((first, 0xC3), (second, 0xA9)):
         made = chat(client, max_tokens=2, logprobs=True, logit_bias={str(token): 100})
         assert [each.bytes for each in made.choices[0].logprobs.content] == [[byte]] * 2
+
+
+def test_tokens_of_a_completion_are_its_text(client, http):
+    got = complete(client, logprobs=2, max_tokens=12, logit_bias={"0": -100}).choices[0]
+    names = got.logprobs.tokens
+    assert "".join(each for each in names if not each.startswith("bytes:")) == (
+        got.text.replace("\ufffd", "")
+    )
+    assert all(name in top for name, top in zip(names, got.logprobs.top_logprobs, strict=True))
+    space, half = http.post("/tokenize", json={"prompt": " é"}).json()["tokens"][:2]
+    for token, name in ((space, " "), (half, "bytes:\\xc3")):
+        made = complete(client, logprobs=0, max_tokens=1, logit_bias={str(token): 100})
+        assert made.choices[0].logprobs.tokens == [name]
+
+
+def test_the_space_that_a_token_begins_with_is_its_own():
+    model = models.BPE({"\u2581a": 0, "b": 1}, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Metaspace()
+    served = SimpleNamespace(tokenizer=tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert [Served.text_of(served, token) for token in (0, 1, 2)] == [" a", "b", "token_id:2"]
+
+
+def test_arguments_of_an_earlier_call_are_no_text_of_a_text():
+    for sent, told in (('{"a": 1}', {"a": 1}), ("", {}), ("{", "{"), ("[1]", "[1]"), ({}, {})):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": sent}}
+        made = _plain(Message(role="assistant", tool_calls=[call]))
+        assert made["tool_calls"] == [call | {"function": {"name": "f", "arguments": told}}]
 
 
 def test_bytes_are_all_of_byte_level_bpe():
@@ -233,6 +263,10 @@ def test_a_tool_that_is_required_is_called(client):
     pieces = chat(client, max_tokens=100, tools=[tool], tool_choice="required", stream=True)
     calls = [c for each in pieces for c in each.choices[0].delta.tool_calls or []]
     assert [c.function.arguments for c in calls] == [call.function.arguments]
+    # Cut midway it is no call, and what was made of it is not lost.
+    cut = chat(client, max_tokens=10, tools=[tool], tool_choice="required").choices[0]
+    assert cut.finish_reason == "length" and not cut.message.tool_calls
+    assert cut.message.content.startswith("{")
 
 
 def test_a_known_prompt_is_counted(client):
@@ -243,12 +277,20 @@ def test_a_known_prompt_is_counted(client):
     assert first.choices[0].message.content == again.choices[0].message.content
 
 
+def schema_of_levels(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"max_tokens": 100_000}, "max_tokens: expected at most"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
+        ({"temperature": 1e-40}, "temperature: expected 0, or 1e-10 to 100"),
         ({"top_p": 0}, "top_p"),
         ({"extra_body": {"best_of": 3}}, "best_of: unknown or not supported"),
         ({"extra_body": {"temperatur": 0}}, "temperatur: unknown"),
@@ -262,6 +304,8 @@ def test_a_known_prompt_is_counted(client):
         ({"stream_options": {"include_usage": True}}, "stream_options: expected none where"),
         ({"tool_choice": "required"}, "tool_choice: expected tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format: expected a json_schema"),
+        ({"response_format": schema_of_levels(60)}, "schema: expected a JSON schema that can be"),
+        ({"response_format": schema_of_levels(900)}, "response_format: expected at most 64 levels"),
         ({"messages": []}, "messages"),
     ],
 )

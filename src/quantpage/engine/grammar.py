@@ -21,10 +21,13 @@ class JsonGrammar:
         from llguidance import LLMatcher
 
         self._tokenizer = tokenizer
-        self._grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides=_WHITESPACE
-        )
-        problem = LLMatcher.validate_grammar(self._grammar, tokenizer.table)
+        try:
+            self._grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides=_WHITESPACE
+            )
+            problem = LLMatcher.validate_grammar(self._grammar, tokenizer.table)
+        except ValueError as error:
+            problem = str(error)
         if problem:
             raise ValueError(f"schema: expected a JSON schema that can be followed, got {problem}")
 

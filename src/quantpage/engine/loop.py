@@ -1,5 +1,6 @@
 """The engine: one thread that owns the model and its pages, and calls that reach it safely."""
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -96,9 +97,11 @@ class Engine:
     def submit(self, request: Request, emit: Callable[[Piece], None]) -> Ticket:
         """Queue a request.
 
-        Raises ValueError where it never fits, QueueFull when too many wait, EngineStopped.
+        Raises ValueError where it never fits or names tokens that the model has not, QueueFull
+        when too many wait, EngineStopped.
         """
         self._scheduler.refuse(request)
+        self._runner.refuse(request)
         answers = [
             Answer(request, index, list(request.prompt), emit) for index in range(request.answers)
         ]
@@ -299,13 +302,19 @@ class Engine:
             answer = chunks[at].answer
             beside = self._scheduler.fork(answer) if answer.siblings else []
             for each in [answer, *beside]:
-                if each.sampler is None:
-                    self._begin(each)
-                if each.sampler.plain:
-                    choice = each.sampler.take(token)
-                else:
-                    choice = each.sampler.choose(logits[at])
-                self._take(each, choice)
+                try:
+                    self._choose(each, token, logits[at])
+                except Exception as error:  # noqa: BLE001  what one asked for ends no other's answer
+                    self._drop(each, "error", error)
+
+    def _choose(self, answer: Answer, likeliest_token: int, logits: Any) -> None:
+        if answer.sampler is None:
+            self._begin(answer)
+        if answer.sampler.plain:
+            choice = answer.sampler.take(likeliest_token)
+        else:
+            choice = answer.sampler.choose(logits)
+        self._take(answer, choice)
 
     def _begin(self, answer: Answer) -> None:
         answer.sampler = Sampler(answer.request, answer.index)
@@ -354,7 +363,11 @@ class Engine:
         self._emit(answer, finish_reason=reason, error=error)
 
     def _emit(self, answer: Answer, **news: Any) -> None:
-        answer.emit(Piece(answer.index, made=answer.made, cached=answer.cached, **news))
+        try:
+            answer.emit(Piece(answer.index, made=answer.made, cached=answer.cached, **news))
+        except Exception:  # noqa: BLE001  said as a thread's own would be; the engine goes on
+            answer.cancelled = True
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), self._thread)))
 
 
 def _complete(answer: Answer) -> bool:

@@ -4,13 +4,19 @@ from dataclasses import dataclass, field
 
 from quantpage.engine.grammar import JsonGrammar
 
+_COLDEST = 1e-10
+"""Lower ones divide logits to more than float32 holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. The names and meanings are those of OpenAI and vLLM."""
+    """How the next token is chosen. The names and meanings are those of OpenAI and vLLM.
+
+    Raises ValueError for numbers that cannot be.
+    """
 
     temperature: float = 1.0
-    """0: always the most likely token."""
+    """0: always the most likely token; else 1e-10 to 100."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
@@ -24,7 +30,10 @@ class Sampling:
     """None: another answer each time. Answer i of a request draws from ``seed + i``."""
 
     def __post_init__(self) -> None:
-        _between("temperature", self.temperature, 0, 100)
+        if self.temperature != 0 and not _COLDEST <= self.temperature <= 100:
+            raise ValueError(
+                f"temperature: expected 0, or {_COLDEST:g} to 100, got {self.temperature}"
+            )
         _between("top_p", self.top_p, 1e-6, 1)
         _between("top_k", self.top_k, 0, 1 << 30)
         _between("min_p", self.min_p, 0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache import PageCopy, Reach
 from quantpage.engine.graphs import DecodeGraphs
+from quantpage.engine.request import Request
 from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
@@ -125,6 +126,15 @@ class StepRunner:
         known = getattr(text_config(self._model.config), "max_position_embeddings", None)
         held = limits.pages * self.page_size
         return min(held, known) if isinstance(known, int) and known > 0 else held
+
+    def refuse(self, request: Request) -> None:
+        """Raise ValueError for tokens that the model has not."""
+        count = text_config(self._model.config).vocab_size
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for name, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < count:
+                wrong = next(each for each in tokens if not 0 <= each < count)
+                raise ValueError(f"{name}: expected tokens below {count}, got {wrong}")
 
     def digest(self) -> str:
         """Of what keys and values depend on besides tokens and formats; reads every weight once."""

@@ -112,6 +112,6 @@ class Chat:
         return made
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._served.tokenizer.decode([token])
+        text = self._served.text_of(token)
         told = list(self._served.bytes_of(token, text))
         return {"token": text, "logprob": logprob, "bytes": told}

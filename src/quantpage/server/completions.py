@@ -123,28 +123,23 @@ class Completion:
         made = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         if self._body.logprobs is not None:
             made["logprobs"] = {
-                "tokens": self._named([each.token for each in choices]),
+                "tokens": [self._named(each.token) for each in choices],
                 "token_logprobs": [each.logprob for each in choices],
                 "top_logprobs": [
-                    dict(
-                        zip(
-                            self._named([token for token, _ in each.top]),
-                            [logprob for _, logprob in each.top],
-                            strict=True,
-                        )
-                    )
+                    # Where two are written alike, the likelier: it comes first.
+                    {self._named(token): logprob for token, logprob in reversed(each.top)}
                     for each in choices
                 ],
             }
         return made
 
-    def _named(self, tokens: list[int]) -> list[str]:
-        """As the tokenizer writes them; models may have more tokens than their tokenizer."""
-        named = self._served.tokenizer.convert_ids_to_tokens(tokens)
-        return [
-            f"token_id:{token}" if name is None else name
-            for token, name in zip(tokens, named, strict=True)
-        ]
+    def _named(self, token: int) -> str:
+        """Its text, or the bytes of a part of a character, as OpenAI writes them."""
+        text = self._served.text_of(token)
+        told = self._served.bytes_of(token, text)
+        if told == text.encode():
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in told)
 
 
 def _prompts(served: Served, given: Any) -> list[list[int]]:

@@ -3,7 +3,8 @@
 A parameter that is not here is refused by its name (400): nothing is ignored without a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -20,23 +21,28 @@ class Body(BaseModel):
     @classmethod
     def _text(cls, value: Any) -> Any:
         """JSON can write half of a surrogate pair, which is no text: no tokenizer takes it."""
-        if _has_half(value):
-            raise ValueError("expected text, got half of a surrogate pair")
-        return value
+        level = [value]
+        for _ in range(_LEVELS):
+            if not level:
+                return value
+            level = [part for each in level for part in _parts(each)]
+        raise ValueError(f"expected at most {_LEVELS} levels of lists and objects, got more")
 
 
-def _has_half(value: Any) -> bool:
+_LEVELS = 64
+"""Of what is sent: as deep as nobody writes, and as templates and schemas can be followed."""
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a list or an object holds; ValueError for half of a surrogate pair."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            return True
-        return False
+            raise ValueError("expected text, got half of a surrogate pair") from None
     if isinstance(value, dict):
-        return any(_has_half(each) for pair in value.items() for each in pair)
-    return isinstance(value, list) and any(
-        _has_half(each) for each in value if type(each) is not int
-    )
+        return chain(value.keys(), value.values())
+    return [each for each in value if type(each) is not int] if isinstance(value, list) else ()
 
 
 def first_problem(errors: Sequence[Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import threading
 from collections.abc import AsyncIterator
@@ -38,6 +39,15 @@ class Served:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text."""
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def text_of(self, token: int) -> str:
+        """A token's own text. Of one token alone some tokenizers leave the space out with which it
+        begins, as they do of an answer's first."""
+        text, name = self.tokenizer.decode([token]), self.tokenizer.convert_ids_to_tokens(token)
+        if name is None:
+            return f"token_id:{token}"
+        spaced = name.startswith(_SPACE) and not text.startswith(" ")
+        return " " + text if spaced else text
 
     def bytes_of(self, token: int, text: str) -> bytes:
         """What a token, whose text this is, adds to an answer: also a part of a character, in the
@@ -165,6 +175,8 @@ class Served:
         return JsonGrammar(schema, self._grammars)
 
 
+_SPACE = "\u2581"
+"""SentencePiece's."""
 _PART = "\ufffd"
 """What tokenizers write for a part of a character."""
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -205,4 +217,21 @@ def _plain(message: Message) -> dict[str, Any]:
         made["content"] = "".join(str(part.get("text", "")) for part in made["content"])
     if made["role"] == "developer":
         made["role"] = "system"
+    if isinstance(made.get("tool_calls"), list):
+        made["tool_calls"] = [_call(each) for each in made["tool_calls"]]
     return made
+
+
+def _call(call: Any) -> Any:
+    """An earlier call of a tool, whose arguments clients send as JSON in a text and templates write
+    as JSON: as they are, not as a text of a text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return call | {"function": function | {"arguments": arguments}}

@@ -91,9 +91,12 @@ class ToolReader:
             self._after_call = call is not None
 
     def _take_whole(self) -> str:
-        call, self._held = self._call(self._held), ""
-        if call is not None:
-            self.calls.append(call)
+        text, self._held = self._held, ""
+        call = self._call(text)
+        if call is None:
+            # Cut by its longest length: the client sees what the model wrote.
+            return text
+        self.calls.append(call)
         return ""
 
     def _call(self, text: str) -> dict[str, Any] | None:
