@@ -21,7 +21,11 @@ from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOption
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.memory import Memory
-from quantpage.integrations.hf_transformers.pages.saved_rows import save_rows, saved_rows
+from quantpage.integrations.hf_transformers.pages.saved_rows import (
+    save_rows,
+    saved_rows,
+    saved_tables,
+)
 from quantpage.masks import Mask
 
 
@@ -190,8 +194,10 @@ def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any
     empty = attached.new_cache()
     layers = {each.index: each.reach for each in empty.paged()}
     try:
+        # The note first: what the model caches takes a forward to know.
+        tables = saved_tables(empty.rows.memory, saved, layers)
         check_layouts(saved.layouts, _layouts(attached))
-        rows = saved_rows(empty.rows.memory, saved, layers, device)
+        rows = saved_rows(empty.rows.memory, saved, tables, device)
     except Damaged as error:
         raise CorruptCache(f"{path}: {error}") from error
     made = empty.over(rows)

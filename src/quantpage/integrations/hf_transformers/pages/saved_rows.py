@@ -25,6 +25,9 @@ from quantpage.integrations.hf_transformers.pages.rows import Rows
 
 _NAMES = ("pages", "exact_pages")
 
+Tables = dict[Reach, dict[str, Any]]
+"""What a note says of each reach: its layers and rows."""
+
 
 def save_rows(rows: Rows, path: Path | str, note: dict[str, Any]) -> None:
     """Write the rows and the pages that they hold to a file, whole or not at all.
@@ -61,15 +64,11 @@ def save_rows(rows: Rows, path: Path | str, note: dict[str, Any]) -> None:
     write_pages(path, SavedPages(rows.memory.layouts, counts, planes, note))
 
 
-def saved_rows(
-    memory: Memory, saved: SavedPages, layers: Mapping[int, Reach], device: torch.device
-) -> Rows:
+def saved_rows(memory: Memory, saved: SavedPages, tables: Tables, device: torch.device) -> Rows:
     """The rows that ``save_rows`` wrote, in a memory that holds nothing yet.
 
-    layers: the reach of every layer. Raises Damaged, with the memory untouched, for a note that
-    it cannot have written.
+    tables: what ``saved_tables`` found.
     """
-    tables = _checked(memory, saved, layers)
     kept = saved.note["kept"]
     stores = {}
     for reach, table in tables.items():
@@ -104,17 +103,19 @@ def saved_rows(
     return made
 
 
-def _checked(
-    memory: Memory, saved: SavedPages, layers: Mapping[int, Reach]
-) -> dict[Reach, dict[str, Any]]:
-    """The tables by their reach, when all that the note says can be."""
+def saved_tables(memory: Memory, saved: SavedPages, layers: Mapping[int, Reach]) -> Tables:
+    """The tables of a file's note by their reach, when all that the note says can be.
+
+    layers: the reach of every layer. Raises Damaged for a note that ``save_rows`` cannot have
+    written.
+    """
     note = saved.note
     for name in ("length", "tables", "kept"):
         if name not in note:
             raise Damaged("expected the page tables of a cache, got pages without them")
     if not whole_number(note["length"], 1):
         raise Damaged(f"length: expected a number of tokens, got {shown(note['length'])}")
-    tables: dict[Reach, dict[str, Any]] = {}
+    tables: Tables = {}
     for table in _list("tables", note["tables"]):
         _names("tables", table, {"reach", "layers", "rows"})
         window = _list("reach", table["reach"])
@@ -126,6 +127,8 @@ def _checked(
         wanted = sorted(index for index, each in layers.items() if each == reach)
         if mine != wanted or not all(map(whole_number, mine)):
             raise Damaged(f"layers of {reach}: expected {wanted}, got {shown(mine)}")
+        if not saved.counts.keys() >= {*mine}:
+            raise Damaged(f"expected layers {sorted(layers)}, got layers {sorted(saved.counts)}")
         if len({saved.counts[index] for index in mine}) != 1:
             raise Damaged(f"layers of {reach}: expected as many pages in each, got others")
     if set(tables) != set(memory.shelves):
