@@ -118,7 +118,7 @@ def _label(found: Implementation, candidates: list[Implementation]) -> str:
         return found.name
     *_, room, module = found.target.partition(":")[0].split(".")
     about = module.removeprefix(f"{found.name}_")
-    # A module that is called as the implementation stands in a room for what it is about.
+    # decode/gluon.py is about decode: a module that has the implementation's name says no more.
     return f"{found.name} ({room if about == found.name else about})"
 
 

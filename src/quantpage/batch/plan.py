@@ -311,7 +311,7 @@ class BatchPlan:
         """torch counts writes to a tensor, unless it was made in inference mode."""
         exact = () if self.exact is None else (self.exact.page_table, self.exact.slots)
         try:
-            # As long as this, as every layer of a step asks.
+            # Spelled out, as every layer of a step asks: a loop takes longer.
             return (
                 self.query_starts._version,
                 self.context_lens._version,

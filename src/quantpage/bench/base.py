@@ -92,10 +92,10 @@ def make_tree(base: str, folder: Path) -> Path:
     tree = folder / "tree"
     root = copy_checkout(Path(base), tree) if Path(base).is_dir() else unpack(base, tree)
     if find_core() is None:
-        # What this tree does without, the other does without too.
+        # Without a core here there is nothing to compare with one.
         return tree / "src"
     if _core_sources(tree) == _core_sources(root):
-        # This tree's core is as good.
+        # From the same sources: compiling again would give the same core.
         for path in map(Path, quantpage.__path__):
             for library in path.rglob("*.so"):
                 shutil.copy(library, tree / "src/quantpage" / library.relative_to(path))

@@ -32,14 +32,14 @@ class IdleQueue:
             heapify(heap)
             self._heap = heap
             self._clean = max(_SMALL, 2 * len(heap))
-        # Should the operation be undone, this entry will not count.
+        # Nothing to note for undoing: ``_counts`` then says no to this entry.
         heappush(self._heap, (used, key))
 
     def take(self, ledger: Ledger) -> bytes | None:
         """The key that may go first, no longer queued; None: there is none."""
         while self._heap:
             first = self._heap[0]
-            # Also one that does not count now may count again when the operation is undone.
+            # Noted even where it does not count now: it may again once the operation is undone.
             ledger.note(heappush, self._heap, first)
             heappop(self._heap)
             if self._counts(first[1], first[0]):

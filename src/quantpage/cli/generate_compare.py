@@ -51,7 +51,7 @@ def compare(model: Any, answer: Answer, request: GenerateRequest) -> list[Forced
             forced = _force(model, tokens, answer.prompt_ids.shape[1], cache)
         found[name], held[name], speeds[name] = forced
     exact = found[REFERENCE]
-    rows = [
+    return [
         Forced(
             cache=name,
             held_bytes=held[name],
@@ -62,7 +62,6 @@ def compare(model: Any, answer: Answer, request: GenerateRequest) -> list[Forced
         )
         for name in (*names, REFERENCE)
     ]
-    return rows
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Asked:
             for part in parts:
                 lines.append(id(part))
                 if type(part) in (Tensor, nn.Parameter):
-                    # Its sizes and where its numbers are.
+                    # Behind the Python object: its sizes, and the address of its numbers.
                     lines += _lines(part._cdata, 4 * _LINE)
                     lines += _lines(part.untyped_storage()._cdata, 2 * _LINE)
         self._lines = array("Q", lines)

@@ -78,7 +78,7 @@ class Decoder:
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether the core runs all blocks in this dtype."""
-        # One look at all of them: a step has no time to ask each.
+        # Addresses tell in one pass whether anything changed: asking each part takes longer.
         addresses = list(map(Tensor.data_ptr, self._tensors))
         known = self._known
         if known is None or addresses != known[0] or dtype != known[1]:
@@ -111,7 +111,7 @@ class Decoder:
             pages, step = layer_record(layer), step_record(batch)
             blocks.append(b"".join((first, pages, step, middle, pages, step, last)))
         blocks.append(buffers.end)
-        # How many threads a call has is decided when it begins: of a prompt each block may ask.
+        # A call keeps its number of threads: a prompt, which takes long, may change it at a block.
         few = x.shape[0] <= MAX_TOKENS
         for program in [b"".join(blocks)] if few else blocks:
             if core().run(program, len(program), torch.get_num_threads()):
@@ -124,7 +124,7 @@ class Decoder:
         found = self._buffers.get(key)
         if found is None:
             found = self._build(x)
-            # Of prompts every one is another.
+            # A prompt's length hardly comes twice: its buffers are not kept.
             if x.shape[0] <= MAX_TOKENS:
                 if len(self._buffers) >= _KEPT:
                     self._buffers.clear()

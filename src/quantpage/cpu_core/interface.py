@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 ENUMS: dict[str, tuple[str, ...]] = {
-    # Of storage: how a number is kept.
+    # How a number is stored.
     "Code": ("F32", "BF16", "F16", "INT8", "INT4", "FP8", "INT6", "INT3"),
     "MaskKind": ("CAUSAL", "FULL", "INTERVALS"),
     # Records of a program (quantpage_run), each after its kind and size.

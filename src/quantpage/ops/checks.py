@@ -154,7 +154,7 @@ def check_attend(q: Tensor, layer: LayerKV, batch: BatchPlan, params: Any, needs
 def check_out(out: Tensor, q: Tensor, width: int) -> None:
     """ValueError where attention's output cannot go into ``out``."""
     wanted = (q.shape[0], q.shape[1], width)
-    # Words are put together only where they are said: every layer of every step asks.
+    # One test first, sentences only where it fails: every layer of every step asks.
     if (
         out.shape == wanted
         and out.dtype == q.dtype

@@ -183,9 +183,11 @@ def _alone(request: ReportRequest, tokenizer: Any, content: str, limit: int) -> 
 def _expect(subjects: Subjects, texts: Texts, ours: Sequence[str], config: Any) -> None:
     """Tell the bar of everything, in tokens that go through the model."""
     names, steps = subjects.names(), subjects.steps
-    lengths = [each.tokens.shape[1] + 0 for each in texts.prompts]
     steps.expect(predictions.expected_tokens(texts.windows, subjects.names(yardstick=True)))
-    steps.expect(sum(lengths) + predictions.expected_tokens(texts.prompts, names))
+    steps.expect(
+        sum(each.tokens.shape[1] for each in texts.prompts)
+        + predictions.expected_tokens(texts.prompts, names)
+    )
     needles = [each.window for each in texts.needles]
     steps.expect(predictions.expected_tokens(needles, [EXACT, *names]))
     steps.expect((2 * len(ours) + 1) * texts.looked_at.shape[1])

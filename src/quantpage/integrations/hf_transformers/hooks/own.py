@@ -64,11 +64,11 @@ def own_attention(
     if name == "eager" or kwargs.get("softcap") is not None:
         function: Any = eager or sdpa_attention_forward
     else:
-        # A model's file may have a table of its own.
+        # Code on the hub may bring its own table under Transformers' name.
         table = file.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
         function = table.get_interface(name, eager)
     if function is eager and attention_mask is not None and attention_mask.dtype == torch.bool:
-        # It adds the mask, and would add 1.
+        # Eager attention adds its mask to the scores: of a bool it would add 1.
         hidden = torch.finfo(query.dtype).min
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         attention_mask = torch.where(attention_mask, zero, hidden)

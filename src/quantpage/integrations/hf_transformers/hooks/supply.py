@@ -72,7 +72,7 @@ class Supply:
             _keep_from_copying(module, undo)
         for module in generators(self._model):
             self._hook_generate(module, undo)
-        # Done first.
+        # The list is undone from its end: no forward runs while hooks are taken off.
         undo.append(self._close)
 
     def _close(self) -> None:
@@ -144,7 +144,7 @@ class Supply:
 
         @wraps(generate)
         def named(*args: Any, **kwargs: Any) -> Any:
-            # Under the name of this Transformers, whichever one was used.
+            # A caller may use either name of the argument; this Transformers knows one.
             given = take_cache(kwargs)
             return generate(*args, **kwargs, **({} if given is None else {name: given}))
 
@@ -196,7 +196,7 @@ class Supply:
         if given is not None:
             self._refuse_foreign(given)
         frames = self._frames()
-        # What Ctrl-C left between a hook and its forward.
+        # Frames of forwards that Ctrl-C kept from beginning after their hook had run.
         del frames[self._depth() :]
         if not frames and given is None and self._wants_cache(module, kwargs):
             given = self._new_cache()
@@ -331,12 +331,12 @@ def _behind_cache(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
     cache holds.
     """
     cache, told = take_cache(dict(kwargs)), kwargs.get("attention_mask")
-    # Some versions leave a mask of ones away.
+    # Some versions give no mask where it would be all ones.
     told = kwargs.get("position_ids") if told is None else told
     if cache is None or told is None or not kwargs.get("is_first_iteration"):
         return {}
     held, given = cache.get_seq_length(), input_ids.shape[1]
-    # Told of more tokens: the others are not given again.
+    # A mask longer than the tokens: only those that are new were given.
     if not held or told.shape[-1] != given:
         return {}
     if given <= held:

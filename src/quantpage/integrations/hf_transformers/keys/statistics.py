@@ -94,7 +94,7 @@ def measure(
     def look(index: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> None:
         if query.shape[-1] != key.shape[-1]:
             return
-        # [1, heads, tokens, head_dim]
+        # From [1, heads, tokens, head_dim].
         q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
         first = key[0].transpose(0, 1)[:1].detach()
         made = KeyStatistics.of(q, k, far_shares(key, value, attend)[skipped:], first)

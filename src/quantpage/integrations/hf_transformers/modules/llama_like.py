@@ -68,7 +68,7 @@ def is_llama_block(module: Any) -> bool:
         and attention.is_causal
     ):
         return False
-    # The rotary embedding is a function of the module's file, half-split or interleaved.
+    # A forward calls it by a name of its file, where it may be half-split (ours) or interleaved.
     file = inspect.getmodule(type(attention))
     if file is None or not llama_rotation(vars(file)):
         return False

@@ -42,7 +42,7 @@ class Step:
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, heads, new, width] -> [tokens, heads, width] without padding."""
-        # Of a single token as one operation: a decode step comes here three times a layer.
+        # One operation for a single token: a decode step comes here three times a layer.
         flat = x.squeeze(2) if self.new == 1 else x.transpose(1, 2).flatten(0, 1)
         return flat if self.keep is None else flat[self.keep]
 

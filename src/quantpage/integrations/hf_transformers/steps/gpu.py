@@ -32,7 +32,7 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
         return
     for module in model.modules():
         if "forward" in vars(module):
-            # Somebody else's (accelerate moves weights in it) is kept.
+            # Replaced by somebody else, such as accelerate, which moves weights in it.
             continue
         forward = _Norm(module) if is_llama_norm(module) else _with_our_rotation(module)
         if forward is not None:
