@@ -176,7 +176,7 @@ def start_vllm(folder: Path, given: argparse.Namespace, **more: object):
     settings = {
         "enforce_eager": True, "max_model_len": 1024, "dtype": given.dtype,
         "skip_tokenizer_init": True, "disable_log_stats": False, "kv_cache_dtype": given.kv_dtype,
-        **dict(map(_setting, given.set)),
+        **({"enable_sleep_mode": True} if given.sleep else {}), **dict(map(_setting, given.set)),
     }  # fmt: skip
     keys = given.calibration or calibration(folder)
     if keys in ("auto", "none"):
@@ -197,10 +197,13 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     params = SamplingParams(
         temperature=0, max_tokens=NEW, detokenize=False, ignore_eos=True, logprobs=0
     )
-    rounds = [
-        llm.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
-        for _ in range(2)
-    ]
+    asked = [{"prompt_token_ids": each} for each in prompts]
+    rounds = [llm.generate(asked, params, use_tqdm=False)]
+    if given.sleep:
+        # Its memory goes, weights to the host's, and comes back elsewhere or empty.
+        llm.sleep(level=1)
+        llm.wake_up()
+    rounds.append(llm.generate(asked, params, use_tqdm=False))
     answers = [[list(out.outputs[0].token_ids) for out in outs] for outs in rounds]
     cached = [[out.num_cached_tokens for out in outs] for outs in rounds]
     config = llm.llm_engine.vllm_config.cache_config
@@ -269,6 +272,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", help=f"key maps, or none (default: {KEYS} in FOLDER, if any)"
     )
+    parser.add_argument("--sleep", action="store_true", help="between two rounds (GPU)")
     parser.add_argument("--warm-up", action="store_true", help="compile all kernels at the start")
 
 

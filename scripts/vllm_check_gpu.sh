@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # vLLM 0.33 on a GPU with QuantPage's pages: do a random float32 model's answers leave quantpage.attach's on the same GPU?
 #   scripts/vllm_check_gpu.sh [FOLDER] [NAME..]  PYTHON: one that has vLLM, CUDA and quantpage; settings side by side; all, or those
-#                                          of these names: plain, keys (key maps), windows
+#                                          of these names: plain, keys (key maps), windows,
+#                                          engine (sleep mode, torch.compile)
 #   TP=2 scripts/vllm_check_gpu.sh [FOLDER] [NAME..]  on two GPUs of one host, tensor-parallel: int4, int8
 # Each setting's result is printed when it ends. One setting compiles all kernels at its start (--warm-up), the others what they need.
 # Products with codes are in 16 bits on a GPU, which moves this model's log-probabilities by up to 0.24 (k8v4, docs/vllm.md): an answer may leave where
@@ -100,6 +101,17 @@ if asked windows; then
   case_ k8v4-32 quantpage_k8v4 block_size=192
   case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs"
   case_ int4-32 quantpage_int4 block_size=256 max_num_batched_tokens=64 max_num_seqs=8
+  finish
+fi
+if asked engine; then
+  model=
+  prepare "$folder" llama int8-64 int4-32
+  case_ int8-64 quantpage_int8 block_size=64 --sleep
+  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$graphs" --sleep
+  # As vLLM compiles a model where nobody asks for less.
+  compiled='compilation_config={"mode":3,"cudagraph_capture_sizes":[5]}'
+  case_ int8-64 quantpage_int8 block_size=64 enforce_eager=false "$compiled"
+  case_ int4-32 quantpage_int4 block_size=256 enforce_eager=false "$compiled"
   finish
 fi
 exit $failed
