@@ -383,6 +383,20 @@ MUTATIONS = (
         "if False:",
         ("tests/integrations/hf_transformers/test_attach.py",),
     ),
+    Mutation(
+        "a conversion to what a stand-in is already makes its pages dense in inference mode",
+        _HF + "pages/lazy.py",
+        "if func.overloadpacket in _CONVERSIONS and",
+        "if False and",
+        ("tests/integrations/hf_transformers/pages/test_lazy.py", "tests/engine/test_engine.py"),
+    ),
+    Mutation(
+        "an engine serves layers with a state beside their keys and values as if they had none",
+        _SRC + "engine/step.py",
+        "    if beside:",
+        "    if False:",
+        ("tests/engine/test_engine.py",),
+    ),
     # Memory that launches keep.
     Mutation(
         "every step of another shape keeps a workspace more",

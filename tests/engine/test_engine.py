@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from quantpage.engine import Limits, Request, Sampling
 from quantpage.errors import EngineStopped, QueueFull, UnsupportedModel
 from tests.engine.asked import Asked, ask_all, engine
+from tests.integrations.hf_transformers.test_sizes import ARCHITECTURES
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu
@@ -272,6 +274,31 @@ def test_models_whose_requests_cannot_share_a_step_are_refused():
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(UnsupportedModel, match="dynamic"), engine(model=model):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3_next", "only state, got layers of LinearAttention"),
+        ("falcon_h1", "only state, got 4 layers with a state of their own beside"),
+        ("bloom", "read pages, got 2 that attend densely because its attention is its own code"),
+    ],
+)
+def test_models_with_a_state_of_their_own_or_dense_layers_are_refused(name, said):
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=torch.float32).eval()
+    with pytest.raises(UnsupportedModel, match=said), engine(model=model):
+        pass
+
+
+def test_layers_that_read_others_pages_are_served():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["gemma3n"](), dtype=torch.float32)
+    asked = requests(3, longest=60, made=8)
+    with engine(model=model.eval()) as one:
+        alone = [ask_all(one, [each])[0].texts for each in asked]
+    with engine(model=model) as one:
+        assert [each.texts for each in ask_all(one, asked)] == alone and all(map(all, alone))
 
 
 def test_limits_and_requests_name_what_is_wrong():

@@ -40,6 +40,7 @@ class StepRunner:
         self._planned: dict[Reach, Part] = {}
         """The newest step, from which the next may follow."""
         self._lay_out()
+        _refuse_dense(attached)
         for shelf in self.memory.shelves.values():
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
             pages = pool_pages(shelf.reach, limits, self.page_size)
@@ -168,6 +169,12 @@ def _refuse(attached: Attached) -> None:
             f"{name}: the engine expects keys and values as the only state, "
             f"got layers of {', '.join(sorted(others))}"
         )
+    beside = attached.coverage.own_state
+    if beside:
+        raise UnsupportedModel(
+            f"{name}: the engine expects keys and values as the only state, got {beside} layers "
+            "with a state of their own beside them"
+        )
     if any(reach.chunk for reach in cache.rows.memory.shelves):
         raise UnsupportedModel(
             f"{name}: the engine expects attention to all tokens or in windows, got chunks"
@@ -180,3 +187,13 @@ def _refuse(attached: Attached) -> None:
                 f"{name}: its rotation ({each['rope_type']}) depends on the longest request of a "
                 "step, so that requests cannot share one"
             )
+
+
+def _refuse_dense(attached: Attached) -> None:
+    """Raise UnsupportedModel where a layer made its pages dense: those of a step are many
+    requests'."""
+    for why, layers in attached.coverage.dense:
+        raise UnsupportedModel(
+            f"{type(attached.model).__name__}: the engine expects layers that read pages, got "
+            f"{layers} that attend densely because {why}"
+        )

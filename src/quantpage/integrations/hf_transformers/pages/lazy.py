@@ -69,6 +69,9 @@ class LazyKV(torch.Tensor):
     ) -> Any:
         """Any operation that is not ours sees the dequantized tensor."""
 
+        if func.overloadpacket in _CONVERSIONS and _changes_nothing(func, args, kwargs or {}):
+            return args[0]
+
         def plain(x: Any) -> Any:
             if not isinstance(x, LazyKV):
                 return x
@@ -89,6 +92,20 @@ class LazyKV(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape and layer; never the data."""
         return f"LazyKV({self.which} of layer {self.layer.index}, {tuple(self.shape)})"
+
+
+_CONVERSIONS = (torch.ops.aten.to, torch.ops.aten.type_as)
+
+
+def _changes_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a conversion is to what the tensor is already.
+
+    torch knows by itself and gives the tensor back, but not in inference mode, where it asks the
+    class (Gemma 3n moves what it reads of other layers to where it is).
+    """
+    given, *rest = args
+    empty = torch.empty(0, dtype=given.dtype, device=given.device)
+    return not any(isinstance(x, LazyKV) for x in rest) and func(empty, *rest, **kwargs) is empty
 
 
 def layer_behind(key: Tensor, value: Tensor) -> AttendedPages | None:
