@@ -391,11 +391,11 @@ MUTATIONS = (
         ("tests/integrations/hf_transformers/pages/test_lazy.py", "tests/engine/test_engine.py"),
     ),
     Mutation(
-        "an engine serves layers with a state beside their keys and values as if they had none",
-        _SRC + "engine/step.py",
-        "    if beside:",
-        "    if False:",
-        ("tests/engine/test_engine.py",),
+        "a state beside keys and values is forgotten where pages are kept for later",
+        _HF + "cache/paged_cache.py",
+        "if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)",
+        "if not isinstance(layer, PagedLayer)",
+        ("tests/integrations/hf_transformers/cache/test_prompts.py",),
     ),
     # Memory that launches keep.
     Mutation(

@@ -281,7 +281,7 @@ def test_models_whose_requests_cannot_share_a_step_are_refused():
     ("name", "said"),
     [
         ("qwen3_next", "only state, got layers of LinearAttention"),
-        ("falcon_h1", "only state, got 4 layers with a state of their own beside"),
+        ("falcon_h1", "only state, got layers of PagedHybridLayer"),
         ("bloom", "read pages, got 2 that attend densely because its attention is its own code"),
     ],
 )

@@ -17,7 +17,6 @@ from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.attach import Attached
-from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.arguments import cache_as
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
@@ -163,17 +162,11 @@ def _refuse(attached: Attached) -> None:
     """Raise UnsupportedModel where requests cannot share a row, or have state beside pages."""
     name = type(attached.model).__name__
     cache = attached.new_cache()
-    others = {type(each).__name__ for each in cache.layers if not isinstance(each, PagedLayer)}
+    others = {type(each).__name__ for each in cache.stateful().values()}
     if others:
         raise UnsupportedModel(
             f"{name}: the engine expects keys and values as the only state, "
             f"got layers of {', '.join(sorted(others))}"
-        )
-    beside = attached.coverage.own_state
-    if beside:
-        raise UnsupportedModel(
-            f"{name}: the engine expects keys and values as the only state, got {beside} layers "
-            "with a state of their own beside them"
         )
     if any(reach.chunk for reach in cache.rows.memory.shelves):
         raise UnsupportedModel(

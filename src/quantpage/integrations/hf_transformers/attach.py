@@ -73,12 +73,16 @@ class Attached:
     def prompts(self, max_pages: int | None = None) -> Prompts:
         """Beginnings of prompts that are computed once and found again by their tokens.
 
-        Raises UnsupportedModel where a token's keys depend on later tokens.
+        Raises UnsupportedModel where a token's keys depend on later tokens, and for layers with
+        another state than keys and values.
         """
         return Prompts(self, max_pages)
 
     def save_cache(self, cache: QuantPageCache, path: Path | str, note: Any = None) -> None:
-        """Write what ``cache`` holds to a file, with a note (JSON) for ``load_with_note``."""
+        """Write what ``cache`` holds to a file, with a note (JSON) for ``load_with_note``.
+
+        Raises UnsupportedModel for layers with another state than keys and values.
+        """
         save_cache(self, cache, path, note)
 
     def load_cache(self, path: Path | str) -> QuantPageCache:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import quantpage
-from quantpage.errors import CorruptCache, PartlyPaged, UnsupportedModel
+from quantpage.errors import CacheError, CorruptCache, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.loading.model import load_model
 from tests.integrations.tiny_models import COMMON, tiny, tokens
@@ -187,6 +187,31 @@ def test_state_that_is_not_in_pages_is_refused():
         pytest.raises(UnsupportedModel, match="layer 0: expected keys and values in pages"),
     ):
         attached.prompts()
+
+
+def test_a_state_beside_pages_is_refused(tmp_path):
+    config = tf.FalconH1Config(
+        **COMMON, head_dim=16, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+        mamba_d_ssm=128,
+    )  # fmt: skip
+    model, ids = tf.AutoModelForCausalLM.from_config(config).eval(), tokens(1, 30)
+    with pytest.warns(PartlyPaged), quantpage.attach(model, page_size=PAGE) as attached:
+        cache = model(ids, use_cache=True).past_key_values
+        for act in (
+            attached.prompts,
+            lambda: attached.save_cache(cache, tmp_path / "pages"),
+            lambda: attached.load_cache(tmp_path / "pages"),
+        ):
+            with pytest.raises(UnsupportedModel, match="layer 0: expected keys and values in page"):
+                act()
+        with pytest.raises(CacheError, match=r"layer 0: .* to drop 3 tokens, got PagedHybridLayer"):
+            cache.crop(27)
+        # As it was, and nothing to forget is no refusal.
+        cache.crop(30)
+        with torch.inference_mode():
+            got = model(ids[:, :5], past_key_values=cache).logits
+            wanted = model(torch.cat([ids, ids[:, :5]], 1)).logits[:, 30:]
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
 def test_a_cache_for_one_row_refuses_more_until_it_is_repeated(model):

@@ -94,7 +94,7 @@ class QuantPageCache(Cache):
             return None
         self._flush()
         # True while state that cannot be put back changes.
-        self.turns.spent = bool(self._stock())
+        self.turns.spent = bool(self.stateful())
         return [(layer, layer.mark()) for layer in self.paged()]
 
     def _put_back(self, before: list[tuple[PagedLayer, tuple[int, bool]]]) -> None:
@@ -197,7 +197,8 @@ class QuantPageCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep.
 
-        Raises ValueError for what is no whole number.
+        Raises ValueError for what is no whole number, CacheError where a page or a state of before
+        is gone.
         """
         try:
             # Transformers counts with tensors, which would change under the lengths that are kept.
@@ -212,6 +213,12 @@ class QuantPageCache(Cache):
         lengths = {layer.length for layer in self.paged()}
         length = max(lengths, default=0)
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        for index, layer in self.stateful().items():
+            if drop and not _goes_back(layer):
+                raise CacheError(
+                    f"layer {index}: expected a state that remembers its past, to drop {drop} "
+                    f"tokens, got {type(layer).__name__}, which holds the newest alone"
+                )
         for layer in self.paged():
             layer.flush()
 
@@ -221,7 +228,12 @@ class QuantPageCache(Cache):
                 self.rows.memory.ledger.note(layer.put_back, layer.mark())
                 layer.length = min(layer.length, length - drop)
 
-        self._change(paged, lambda stock: stock.crop(tokens_to_remove))
+        def stock(layer: Any) -> None:
+            if _goes_back(layer):
+                # Those that do take no length to keep.
+                layer.crop(-drop if drop else tokens_to_remove)
+
+        self._change(paged, stock)
 
     def reset(self) -> None:
         """Forget everything; the next prompt may have another number of rows."""
@@ -288,7 +300,7 @@ class QuantPageCache(Cache):
 
     def _change(self, paged: Callable[[], None], stock: Callable[[Any], object]) -> None:
         """What is done to the pages, whole, and to each state beside them."""
-        beside = self._stock()
+        beside = self.stateful().values()
         try:
             self.turns.spent = bool(beside)
             self.rows.memory.ledger.whole(paged)
@@ -304,10 +316,16 @@ class QuantPageCache(Cache):
         """The layers whose keys and values are in pages."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
-    def _stock(self) -> list[Any]:
-        """Layers with another state than pages, or besides them."""
-        return [
-            layer
-            for layer in self.layers
+    def stateful(self) -> dict[int, Any]:
+        """Layers with another state than pages, or beside them, by their index."""
+        return {
+            index: layer
+            for index, layer in enumerate(self.layers)
             if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)
-        ]
+        }
+
+
+def _goes_back(layer: Any) -> bool:
+    """Whether Transformers lets a state forget its newest tokens: one of linear attention does only
+    in generation with drafts, which asks it to record."""
+    return not isinstance(layer, LinearAttentionLayer) or getattr(layer, "record_past", True)

@@ -17,7 +17,7 @@ from quantpage.cache.saved import check_layouts, read_pages
 from quantpage.cache.tensor_file import Damaged
 from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
-from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions, PagedLayer
+from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.memory import Memory
@@ -172,7 +172,10 @@ class Prompts:
 def save_cache(
     attached: Caching, cache: QuantPageCache, path: Path | str, note: Any = None
 ) -> None:
-    """Write what ``cache`` holds and a note (JSON) to a file, whole or not at all."""
+    """Write what ``cache`` holds and a note (JSON) to a file, whole or not at all.
+
+    Raises UnsupportedModel for layers with another state than pages.
+    """
     _refuse_other_state(cache)
     if not cache.get_seq_length():
         raise ValueError("cache: expected one that holds tokens, got an empty one")
@@ -185,13 +188,15 @@ def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any
     """The cache and the note that ``save_cache`` wrote, for the same model and formats.
 
     Raises CorruptCache where model, formats, page size, heads or channels differ, or the file is
-    damaged, CacheError where it cannot be read.
+    damaged, CacheError where it cannot be read, UnsupportedModel for layers with another state than
+    pages.
     """
+    empty = attached.new_cache()
+    _refuse_other_state(empty)
     device = next(attached.model.parameters()).device
     saved = read_pages(path)
     if saved.note.get("model") != _digest(attached):
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
-    empty = attached.new_cache()
     layers = {each.index: each.reach for each in empty.paged()}
     try:
         # The note first: what the model caches takes a forward to know.
@@ -281,10 +286,8 @@ def _tokens(ids: Tensor) -> list[int]:
 
 
 def _refuse_other_state(cache: QuantPageCache) -> None:
-    for index, layer in enumerate(cache.layers):
-        other: Any = layer
-        if not isinstance(other, PagedLayer):
-            raise UnsupportedModel(
-                f"layer {index}: expected keys and values in pages, got {type(other).__name__}, "
-                "whose state is not kept for later"
-            )
+    for index, layer in cache.stateful().items():
+        raise UnsupportedModel(
+            f"layer {index}: expected keys and values in pages as the only state, got "
+            f"{type(layer).__name__}, whose state is not kept for later"
+        )
