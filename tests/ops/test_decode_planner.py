@@ -231,9 +231,10 @@ def test_on_hopper_decode_is_named_after_the_kernel_that_runs(name):
     assert choose(CANDIDATES, replace(call, head_dim=64, value_head_dim=64)).name == "triton"
 
 
-def test_pieces_of_a_row_are_joined_at_once():
-    """Sixteen by one warp at least; by more warps where rows have more, up to 128."""
+def test_pieces_of_a_row_are_joined_by_one_warp():
+    """Sixteen at once, or 32 where rows have more and registers hold them."""
     for programs, all_rows in ((132, 8), (264, 64), (1056, 512), (396, 1024)):
-        assert join_shape(programs, all_rows) == (16, 1)
-    assert join_shape(264, 12) == (32, 4) and join_shape(264, 8) == (64, 4)
-    assert join_shape(264, 1) == (128, 8)
+        assert join_shape(programs, all_rows, 128) == (16, 1)
+    for programs, all_rows in ((264, 12), (264, 8), (264, 1)):
+        assert join_shape(programs, all_rows, 128) == (32, 1)
+        assert join_shape(programs, all_rows, 256) == (16, 1)

@@ -37,9 +37,11 @@ from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_segments
 from quantpage.ops.attend.decode import workspaces
 from quantpage.ops.attend.decode.launch import DecodeTiles
-from quantpage.ops.attend.decode.triton import attend
+from quantpage.ops.attend.decode.triton import Options, arrange, attend
+from quantpage.ops.attend.decode.triton_cuts import merge_cuts_kernel
 from quantpage.ops.attend.decode.triton_share import my_share
 from quantpage.ops.attend.reference import attend as reference
+from quantpage.ops.attend.results import results_for
 from quantpage.ops.dispatch import Call
 from quantpage.ops.refusals import DECODE_TRITON
 
@@ -180,6 +182,29 @@ def test_rows_of_many_pieces_are_joined_in_groups(queries):
         check(spec, spec, step, tiles=replace(tiles, gather=gather))
         # The next launch, or a replayed graph, counts from where this one began.
         assert not any(kept.any() for each in workspaces._counters.values() for kept in each)
+
+
+@pytest.mark.parametrize("heads,even", [(1, True), (2, True), (20, False)])
+def test_a_join_of_one_request_knows_where_its_pieces_are(heads, even):
+    """Where rows are cut evenly it reads nothing that says so; else what the programs left."""
+    spec = FORMATS["int8"].key
+    tiles = replace(SMALL, tile=16, programs_per_processor=5, gather=0)
+    q, layer, batch = make_step(spec, spec, Step((2,), (300,), kv_heads=heads), CAUSAL)
+    params = AttendParams(0.1)
+    wanted, _ = attend(q, layer, batch, params, tiles=tiles)
+    results = results_for(q, layer.value.head_dim, final=True)
+    results.out.fill_(torch.nan)
+    made = arrange(results, q, layer, batch, params, Options(tiles=tiles))
+    grid, given, fixed = made.merge
+    # The pieces of the launch above are where this one's would be.
+    cuts = given[0]
+    cut = (cuts[: 2 * heads : 2] >= 0).repeat_interleave(q.shape[1] // heads)
+    assert cut.any() and (cut.all() or not even)
+    if even:
+        cuts.fill_(-1)
+    merge_cuts_kernel[grid](*given, **fixed | {"ONE": tiles.tile})
+    assert torch.equal(results.out[:, cut], wanted[:, cut])
+    assert results.out[:, ~cut].isnan().all()
 
 
 @pytest.mark.parametrize(

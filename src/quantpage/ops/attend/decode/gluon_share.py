@@ -18,6 +18,7 @@ keys_of_all = gluon.jit(triton_share.keys_of_all.fn)
 tile_ranges = gluon.jit(triton_share.tile_ranges.fn)
 tiles_of = gluon.jit(triton_share.tiles_of.fn)
 even_pieces = gluon.jit(triton_share.even_pieces.fn)
+cut_of_one = gluon.jit(triton_share.cut_of_one.fn)
 row_programs = gluon.jit(triton_share.row_programs.fn)
 
 
@@ -70,17 +71,12 @@ def _share_of_one(
     context = gl.load(context_lens)
     new = gl.minimum(gl.load(query_starts + 1) - gl.load(query_starts), context)
     tiles = tiles_of(context, new, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT)
-    total = tiles * rows_a_request
-    programs = gl.num_programs(0)
     program = gl.program_id(0)
-    share = gl.maximum((total + programs - 1) // programs, min_tiles)
-    pieces, each = even_pieces(tiles, total, programs, min_tiles)
-    even = (each <= share + CUT_COST) & (pieces * rows_a_request <= programs)
-    each = gl.maximum(each, 1)
+    pieces, each, share, even = cut_of_one(tiles, rows_a_request, gl.num_programs(0), min_tiles)
     item = program // pieces
     start = gl.where(even, item * tiles + (program - item * pieces) * each, program * share)
     end = gl.where(even, gl.minimum((item + 1) * tiles, start + each), start + share)
-    end = gl.where(even & (item >= rows_a_request), start, gl.minimum(end, total))
+    end = gl.where(even & (item >= rows_a_request), start, gl.minimum(end, tiles * rows_a_request))
     return start, end, gl.where(even, each, share), 0, 0, even
 
 

@@ -240,21 +240,22 @@ def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:
     return min(programs, all_rows) if tiles.whole else programs
 
 
-def join_shape(programs: int, all_rows: int) -> tuple[int, int]:
-    """Pieces of a row that the launch that joins them takes at once, and its warps.
+def join_shape(programs: int, all_rows: int, width: int) -> tuple[int, int]:
+    """Pieces of a row that the launch that joins them takes at once, and its warps. width: channels
+    of a value.
 
-    Sixteen in one warp where rows have no more: rows of few lose nothing by it, and one long
-    request among many short ones has tens, joined in turns. Measured on an H100, us of int4 at
-    1 x 4k and at 1 x 100k and 63 x 512 (pieces, warps; copy at 2.98 TB/s; h100-decode.csv):
+    One warp: each of its threads has a few channels of all pieces, where more warps have to
+    exchange them. Sixteen pieces cost rows of fewer nothing; where rows have more, turns of 32 as
+    long as registers hold them. Measured on an H100, us of int4 at 1 x 4k and at 1 x 100k and
+    63 x 512 (copy at 2.98 TB/s; h100-decode.csv), and on an H200, of int8 at 1 x 4k cut into 33
+    pieces a row (4.26 TB/s; h200-plans.csv), by (pieces, warps):
 
-                    (4, 1)  (16, 1)       (16, 2)  (16, 4)  (32, 2)  (32, 4)
-        1 x 4k              9.3                    9.9               10.0, 10.1
-        1 x 100k ..  92.1   88.1, 88.8    105.0             101.8    110.9
+                    (4, 1)  (16, 1)       (32, 1)  (16, 2)  (16, 4)  (32, 2)  (32, 4)     (64, 4)
+        1 x 4k              9.3                             9.9               10.0, 10.1
+        1 x 100k ..  92.1   88.1, 88.8             105.0             101.8    110.9
+        33 pieces           8.2           8.1                                             10.1
     """
-    parts = 16
-    while parts < min(128, programs // all_rows):
-        parts *= 2
-    return parts, 8 if parts > 64 else 4 if parts > 16 else 1
+    return 32 if programs // all_rows > 16 and width <= 128 else 16, 1
 
 
 def chunk_of(requests: int, one: bool = False) -> int:

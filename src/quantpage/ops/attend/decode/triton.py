@@ -286,7 +286,7 @@ def arrange(
         "CHUNK": chunk_of(batch.num_requests, tiles.wgmma), "STAGES": tiles.stages,
         "num_warps": tiles.warps, "maxnreg": tiles.registers, "PIECES": earlier is not None,
     }  # fmt: skip
-    parts, warps = join_shape(programs, all_rows)
+    parts, warps = join_shape(programs, all_rows, value_width)
     merged = (
         cuts, part_out, part_lse, batch.query_starts, batch.context_lens, sinks, out, lse,
         *(earlier or (None, None)), kv_heads, tiles_of_rows, *mask_numbers, out.stride(0),
@@ -295,7 +295,12 @@ def arrange(
     # A program a query row.
     grid = (all_rows, min(rows, group * batch.max_query_len))
     turn = rotation_block(value_width) if turned else 0
-    merge = (grid, merged, both | {"PARTS": parts, "TURN": turn, "num_warps": warps})
+    one = tiles.wgmma and batch.num_requests == 1
+    joining = {
+        "PARTS": parts, "TURN": turn, "num_warps": warps, "programs": programs,
+        "min_tiles": tiles.min_tiles, "ONE": tiles.tile if one else 0,
+    }  # fmt: skip
+    merge = (grid, merged, both | joining)
     return Arranged(programs, given, places, fixed, beside, (k, v), merge)
 
 

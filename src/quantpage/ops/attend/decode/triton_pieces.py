@@ -38,19 +38,24 @@ def _join(
     """
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
     inside = channel < VALUE_DIM
+    nth = tl.arange(0, PARTS)
+    # A thread has all pieces of its channels: their places are constants from the turn's first one.
+    apart = 2 * step * ROWS
+    aside = (slot - 2 * base * step) * ROWS
     top = float("-inf")
     total = 0.0
     acc = tl.zeros([triton.next_power_of_2(VALUE_DIM)], tl.float32)
     for first in range(0, count, PARTS):
-        part = first + tl.arange(0, PARTS)
-        real = part < count
-        at = (tl.where(part == 0, slot, 2 * (base + part) * step) * ROWS + row).to(tl.int64)
-        # Past the first-level cache, which may hold what the last launch left here.
-        own = tl.load(part_lse + at, real, float("-inf"), cache_modifier=".cg")
+        real = nth < count - first
+        start = (2 * (base + first) * step * ROWS + row).to(tl.int64)
+        at = nth * apart + tl.where(nth == 0, tl.where(first == 0, aside, 0), 0)
         mask = real[:, None] & inside[None, :]
+        # Past the first-level cache, which may hold what the last launch left here.
         piece = tl.load(
-            part_out + at[:, None] * VALUE_DIM + channel[None, :], mask, 0.0, cache_modifier=".cg"
-        )
+            part_out + start * VALUE_DIM + (at[:, None] * VALUE_DIM + channel[None, :]), mask, 0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        own = tl.load(part_lse + start + at, real, float("-inf"), cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(own, 0))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(own - anchor)

@@ -258,6 +258,19 @@ def even_pieces(tiles, total, programs, min_tiles):
 
 
 @triton.jit
+def cut_of_one(tiles, rows, programs, min_tiles):
+    """How the rows of a step of one request, of ``tiles`` each, are cut: the pieces of a row and
+    the tiles of each, the share of a program where rows are cut wherever it ends, and whether they
+    are cut evenly. Then row r has the programs from r pieces on.
+    """
+    total = tiles * rows
+    share = tl.maximum((total + programs - 1) // programs, min_tiles)
+    pieces, each = even_pieces(tiles, total, programs, min_tiles)
+    even = (each <= share + CUT_COST) & (pieces * rows <= programs)
+    return pieces, tl.maximum(each, 1), share, even
+
+
+@triton.jit
 def row_programs(program, position, row_start, tiles, share, even):
     """The programs that have tiles of a row, first and last, and the slot of its first piece.
 
