@@ -65,6 +65,18 @@ def test_two_that_write_at_once_do_not_meet(tmp_path):
     assert not failed and list(path.parent.iterdir()) == [path]
 
 
+def test_a_folder_that_is_not_there_yet_is_made(tmp_path):
+    """Also by who writes as it goes, after hours: check_writable has said that it can be."""
+    for at, path in enumerate(tmp_path / name / "deep" / "rows.csv" for name in "ab"):
+        check_writable(path, "csv")
+        if at == 0:
+            write(path, "new")
+        else:
+            with whole_file(path) as file:
+                file.write(b"new")
+        assert path.read_text() == "new"
+
+
 def test_modes_and_links_stay(tmp_path):
     path, link = tmp_path / "rows.csv", tmp_path / "link"
     path.write_text("old")

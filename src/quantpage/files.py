@@ -41,7 +41,6 @@ def write(path: Path, content: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(content)
 
@@ -50,13 +49,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is on the disk under its name when the block has ended, or not at all.
 
-    Two that write one at once do not meet: the last is there. Links are followed and modes are as
-    ``open`` leaves them. Raises OSError, with ``path`` in it, and leaves what was there, whatever
-    ends the block.
+    Two that write one at once do not meet: the last is there. Folders that are missing are made,
+    links are followed and modes are as ``open`` leaves them. Raises OSError, with ``path`` in it,
+    and leaves what was there, whatever ends the block.
     """
     target = Path(os.path.realpath(path))
     part = target.parent / f".quantpage-{token_hex(8)}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode(target)
         with open(part, "xb") as file:
             yield file
