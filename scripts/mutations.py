@@ -115,6 +115,13 @@ MUTATIONS = (
         ("tests/formats/test_key_scales.py",),
     ),
     Mutation(
+        "a calibration knows the first positions alone",
+        "src/quantpage/cli/calibrate.py",
+        "texts = placed([each.tokens for each in windows], context)",
+        "texts = placed([each.tokens for each in windows], 0)",
+        ("tests/cli/test_calibrate.py",),
+    ),
+    Mutation(
         "queries mapped as keys are",
         _SRC + "formats/key_map.py",
         "return work / self.scale.to(work.dtype).repeat_interleave(group, 0)",
