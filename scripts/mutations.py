@@ -400,9 +400,23 @@ MUTATIONS = (
     Mutation(
         "a state beside keys and values is forgotten where pages are kept for later",
         _HF + "cache/paged_cache.py",
-        "if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)",
-        "if not isinstance(layer, PagedLayer)",
+        "return not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)",
+        "return not isinstance(layer, PagedLayer)",
         ("tests/integrations/hf_transformers/cache/test_prompts.py",),
+    ),
+    Mutation(
+        "a state in modules is forgotten where pages are kept for later",
+        _HF + "cache/paged_cache.py",
+        "ledger.own_state - ledger.paged if self.rows.memory.layouts else ()",
+        "()",
+        ("tests/integrations/hf_transformers/cache/test_prompts.py", "tests/engine/test_engine.py"),
+    ),
+    Mutation(
+        "an engine takes logits of any tokens for those that it asked for",
+        _SRC + "engine/step.py",
+        "return logits[kept]",
+        "return logits",
+        ("tests/engine/test_engine.py",),
     ),
     # Memory that launches keep.
     Mutation(

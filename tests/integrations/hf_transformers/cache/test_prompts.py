@@ -214,6 +214,26 @@ def test_a_state_beside_pages_is_refused(tmp_path):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
+def test_a_state_in_modules_is_refused(tmp_path):
+    config = tf.RecurrentGemmaConfig(**{**COMMON, "num_key_value_heads": 1})
+    model, ids = tf.AutoModelForCausalLM.from_config(config).eval(), tokens(1, 30)
+    with pytest.warns(PartlyPaged), quantpage.attach(model, page_size=PAGE) as attached:
+        prompts = attached.prompts()
+        cache = prompts.new_cache(ids)
+        model(ids, past_key_values=cache)
+        for act in (
+            lambda: prompts.remember(ids, cache),
+            lambda: attached.save_cache(cache, tmp_path / "pages"),
+        ):
+            with pytest.raises(UnsupportedModel, match="layer 0: expected keys and values in page"):
+                act()
+        with pytest.raises(CacheError, match=r"layer 0: .* in the cache, .* its modules keep it"):
+            cache.fork()
+        with pytest.raises(CacheError, match="layer 0: expected a state that remembers its past"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 30
+
+
 def test_a_cache_for_one_row_refuses_more_until_it_is_repeated(model):
     with quantpage.attach(model, "int4", page_size=PAGE) as attached:
         prompts = attached.prompts()

@@ -153,6 +153,7 @@ class Prompts:
         if cache.rows.memory is not self._memory:
             raise ValueError("cache: expected one that new_cache() of these prompts made")
         cache.flush()
+        _refuse_other_state(cache)
         if cache.rows.count != 1 or cache.rows.padded:
             raise ValueError("cache: expected one row without padding, got others")
         if self._limit is not None and cache.get_seq_length() > self._limit:
