@@ -143,7 +143,8 @@ def positions() -> str:
         ("gemma-3-270m", "1536"),
     )
     lines: dict[str, list[str]] = {}
-    for row in read("key-positions.csv"):
+    texts = (row for row in read("key-positions.csv") if row["calibrated_on"] != "random tokens")
+    for row in texts:
         line = lines.setdefault(row["positions_up_to"], [MISSING] * len(shown))
         if (row["model"], row["text_tokens"]) in shown:
             # Of a context's rows the last: two texts at the start, as the product places them.
