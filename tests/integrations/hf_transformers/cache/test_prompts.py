@@ -147,11 +147,17 @@ def test_a_file_of_another_model_or_format_is_refused(model, tmp_path):
         model(SYSTEM, past_key_values=cache)
         attached.save_cache(cache, path)
         attached.load_cache(path)
-    with (
-        quantpage.attach(model, "int8,last1=fp8", page_size=PAGE) as attached,
-        pytest.raises(CorruptCache, match="layer 2, format: expected fp8, got int8"),
+    for name, size, said in (
+        ("int8,last1=fp8", PAGE, "layer 2, format: expected fp8, got int8"),
+        # What is seen of them first is a number of pages: no reason that anybody can act on.
+        ("int4", PAGE, "layer 0, format: expected int4, got int8"),
+        ("int8", 2 * PAGE, f"layer 0, page_size: expected {2 * PAGE}, got {PAGE}"),
     ):
-        attached.load_cache(path)
+        with (
+            quantpage.attach(model, name, page_size=size) as attached,
+            pytest.raises(CorruptCache, match=said),
+        ):
+            attached.load_cache(path)
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.k_proj.weight.mul_(1.01)
