@@ -257,6 +257,9 @@ def test_what_one_asks_for_fails_nobody_else(monkeypatch):
         for wrong in ({"prompt": (5, 128)}, {"sampling": Sampling(logit_bias=((-1, 1.0),))}):
             with pytest.raises(ValueError, match=r"(prompt|logit_bias): expected tokens below 128"):
                 Asked(one, replace(ask, **wrong))
+        # The model has 1,024 positions, the engine 6,400 places.
+        with pytest.raises(ValueError, match="max_tokens: expected at most 1024 tokens together"):
+            Asked(one, replace(ask, prompt=(5,) * 1000, max_tokens=25))
         assert Asked(one, ask).wait().texts == alone
         # Who raises is told that its answers are cancelled, and no more.
         assert [each.finish_reason for each in heard] == [None, None, "cancelled", "cancelled"]

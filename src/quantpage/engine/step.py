@@ -46,13 +46,14 @@ class StepRunner:
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
             pages = pool_pages(shelf.reach, limits, self.page_size)
             self.memory.make_room(shelf, pages, exact)
+        self.longest = self._longest(limits)
+        """Tokens of a prompt and its answer."""
         self.graphs: DecodeGraphs | None = None
         # A check reads back from the device, and a mask of one's own may.
         still = not attached.options.checked and attached.options.mask is None
         if cuda_graphs and still and self.device.type == "cuda":
-            longest = self._longest(limits)
             self.graphs = DecodeGraphs(
-                self._decode, self.memory.shelves, limits.max_running, longest
+                self._decode, self.memory.shelves, limits.max_running, self.longest
             )
 
     @torch.inference_mode()
@@ -133,7 +134,14 @@ class StepRunner:
         return min(held, known) if isinstance(known, int) and known > 0 else held
 
     def refuse(self, request: Request) -> None:
-        """Raise ValueError for tokens that the model has not."""
+        """Raise ValueError for tokens that the model has not, and for more than it has places for:
+        behind them some models fail, and graphs see no further."""
+        together = len(request.prompt) + request.max_tokens
+        if together > self.longest:
+            raise ValueError(
+                f"max_tokens: expected at most {self.longest} tokens together, got a prompt of "
+                f"{len(request.prompt)} and {request.max_tokens} more"
+            )
         count = text_config(self._model.config).vocab_size
         biased = [token for token, _ in request.sampling.logit_bias]
         for name, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
