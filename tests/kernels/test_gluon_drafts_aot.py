@@ -6,7 +6,7 @@ import pytest
 
 from quantpage.ops.attend.decode.launch import PROGRAM_BYTES
 from tests.kernels.apart import compile_apart, count
-from tests.kernels.gluon_drafts_case import CASES
+from tests.kernels.gluon_drafts_case import CASES, EXACT_CASES
 
 pytestmark = pytest.mark.cpu
 
@@ -21,7 +21,7 @@ def in_loop(found: dict, pattern: str) -> int:
     return sum(1 for name in found["inner"] if re.match(pattern, name))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [*CASES, *EXACT_CASES])
 def test_nothing_spills_in_the_loop(compiled, name):
     assert in_loop(compiled[name], "LDL|STL") == 0
 
@@ -55,8 +55,18 @@ def test_a_tile_has_no_more_barriers_than_it_needs(compiled, name):
     assert in_loop(compiled[name], "MEMBAR") == 1
 
 
+@pytest.mark.parametrize("name", list(EXACT_CASES))
+def test_exact_pages_fit_in_the_place_of_a_program_of_the_body(compiled, name):
+    found = compiled[name]
+    assert found["registers"] * 128 <= 65536 // 2 and found["shared"] <= PROGRAM_BYTES
+    # Keys and values of three tiles at first, then of one.
+    assert count(found, "UTMALDG") == 2 * (3 + 1) and count(found, "LDGSTS") == 0
+    assert in_loop(found, "HGMMA") == 8 + 4
+
+
 def test_keys_are_multiplied_as_bytes_and_values_in_float16(compiled):
-    for found in compiled.values():
-        # In the loop and before it, each of the queries' two numbers.
-        assert count(found, "IGMMA") == 16 and count(found, "HGMMA") == 4
+    for name, found in ((each, compiled[each]) for each in CASES):
+        # In the loop and before it, each of the queries' two numbers: of 32 rows at once.
+        once = CASES[name].get("rows") == 32
+        assert count(found, "IGMMA") == (8 if once else 16) and count(found, "HGMMA") == 4
         assert count(found, "HMMA") == 0

@@ -1,6 +1,7 @@
 """The Hopper decode against the float64 reference; needs a GPU of compute capability 9.0."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -29,7 +30,9 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend import attend as attend_op
 from quantpage.ops.attend.decode.launch import DecodeTiles
+from quantpage.ops.attend.params import exact_pairs
 from quantpage.ops.attend.reference import attend as reference
+from tests.ops.segment_cases import make_segments, spoil
 
 pytestmark = ON_HOPPER
 if HOPPER:
@@ -37,11 +40,12 @@ if HOPPER:
 
 FEW = DecodeTiles(tile=64, warps=4, stages=3, programs_per_processor=2, wgmma=True)
 MANY = replace(FEW, registers=128, drafts=True, rows=(64, 64))
+HALF = replace(MANY, rows=(32, 64))
 DRAFTS = Step((8, 1, 3), (700, 33, 150), page_size=64, head_dim=128)
 GLUON = candidate("decode.gluon")
 
 
-@pytest.fixture(params=[FEW, MANY], ids=["few rows", "many rows"])
+@pytest.fixture(params=[FEW, MANY, HALF], ids=["few rows", "many rows", "half of many"])
 def tiles(request):
     """A shape of either kernel."""
     return request.param
@@ -187,6 +191,29 @@ def test_segments_join_to_the_whole(name, mask, new):
     wanted, wanted_lse = reference(q.double(), layer, batch, params)
     assert relative(out, wanted) < TOLERANCE
     assert (lse.cpu() - wanted_lse).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_what_is_not_finite_in_exact_pages_reaches_only_those_who_see_it(windowed):
+    """A NaN that later queries of a draft see, or that earlier ones saw, beside the others."""
+    context, new = 5 * 64 + 4, 9
+    mask = CausalMask(window=11) if windowed else CAUSAL
+    step = Step((new,), (context,), page_size=64, head_dim=128)
+    q, layer, batch = make_segments(FORMATS["int4"], step, mask)
+    params = AttendParams(q.shape[-1] ** -0.5, mask)
+    at = context - new // 2
+    positions, keys = torch.arange(context - new, context), torch.arange(context)
+    reads = (mask.materialize(positions, context) & exact_pairs(positions, keys, 64))[:, at]
+    assert reads.any() and not reads.all()
+    clean, clean_lse = attend_op(q, layer, batch, params, GLUON)
+    assert clean.isfinite().all()
+    for half, what in product(("key", "value"), (torch.nan, torch.inf)):
+        out, lse = attend_op(q, spoil(layer, batch, at, what, half), batch, params, GLUON)
+        assert torch.equal(out[~reads], clean[~reads]), (half, what)
+        assert torch.equal(lse[~reads], clean_lse[~reads]), (half, what)
+        # An infinite key may weigh nothing.
+        if half == "value" or what != what:
+            assert not out[reads].isfinite().flatten(1).all(1).any(), (half, what)
 
 
 def test_pages_of_a_wider_cell_and_beyond_two_to_the_31(tiles):

@@ -13,6 +13,7 @@ from quantpage.hardware import HOPPER, device_info
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_drafts import drafts_kernel
+from quantpage.ops.attend.decode.gluon_exact import exact_kernel
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
 from quantpage.ops.attend.results import Results
 from quantpage.ops.checks import Needs
@@ -47,9 +48,11 @@ def decode_into(
         codes = copied(k.codes, tiles.tile), copied(v.codes, tiles.tile)
         scales = [_plane(half.scale, half, tiles.tile) for half in (k, v)]
         zeros = [_plane(half.zero, half, tiles.tile) for half in (k, v)]
-        drafts_kernel[(made.programs,)](
-            queries, *codes, *scales, *zeros, *others, *made.places, **made.fixed
-        )
+        given = queries, *codes, *scales, *zeros, *others, *made.places
+        if tiles.whole:
+            exact_kernel[(made.programs,)](*given, **made.fixed, BESIDE=made.beside)
+            return made
+        drafts_kernel[(made.programs,)](*given, **made.fixed)
     else:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
     if options.earlier is None:

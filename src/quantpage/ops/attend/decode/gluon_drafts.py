@@ -3,20 +3,25 @@
     S [rows, keys]     = q [rows, channels] K [channels, keys]      wgmma, both from shared memory
     O [rows, channels] = p [rows, keys] V [keys, channels]          wgmma, p from registers
 
-A program has 64 query rows, as many as the tensor cores take at once, where gluon_kernel, which
-multiplies keys by rows, holds scores of more than 32 in more registers than a thread has. Rows lie
-side by side with what belongs to them: a probability is an operand where it was made, and no warp
-waits for another's. Codes come by TMA, which a proxy fence does not wait for; threads take them
-from the ring once, and put what is multiplied beside it (gluon_drafts_operands). What belongs to a
-key (the logarithm of its scale, one over it) is worked out by one thread and read by all.
+A tile of the tensor cores has 64 rows, where gluon_kernel, which multiplies keys by rows, holds
+scores of more than 32 in more registers than a thread has. Rows lie side by side with what belongs
+to them: a probability is an operand where it was made, and no warp waits for another's. Of 32
+query rows every thread has one where it would have two: the softmax is half, and so are the
+products of keys, as the two numbers of a query lie in the two rows (store_queries).
+
+Codes come by TMA, which a proxy fence does not wait for; threads take them from the ring once, and
+put what is multiplied beside it (gluon_drafts_operands): values as what they stand for, divided by
+a power of two that a tile's share, so that nothing of a key's belongs to p.
 
     threads        p of t   | numbers of t+1 and t+2 | scores of t+1, their peaks | p of t+1 ..
     tensor cores   S of t+1 | O += of t              | O += of t                  | S of t+2 ..
 
 A tile needs one barrier: before its p is multiplied everybody's numbers have to be there, which are
 stored where nobody reads any more. Values and 4-bit keys lie twice for that, what belongs to keys
-three times. (Triton sets three more, as it takes places of one buffer for the same.) Anchors, the
-plan, cut rows, masks and their names are those of gluon_kernel.
+three times. (Triton sets three more, as it takes places of one buffer for the same.) All of a tile
+is read before anything of it is stored: that order the compiler keeps. Anchors, the plan, cut rows,
+masks and their names are those of gluon_kernel; scores are taken from their anchor where they are
+scaled, in the same operation.
 """
 
 import triton.language as tl
@@ -25,24 +30,30 @@ from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.decode.gluon_drafts_operands import (
     Shown,
+    all_rows,
+    beside_values,
     copy_tile,
     half_of,
     in_order,
     in_ring,
     key_numbers,
     key_numbers_memory,
+    of_keys_seen,
     of_tile,
     ring_layout,
     scores,
+    some_rows,
     store_numbers,
     store_queries,
     take,
+    take_planes,
     turns_of,
     value_numbers,
+    wait_for_scores,
 )
 from quantpage.ops.attend.decode.gluon_drafts_scores import Weighing, by_lane, weigh
 from quantpage.ops.attend.decode.gluon_ends import end_outputs, end_sums
-from quantpage.ops.attend.decode.gluon_kernel import FLOOR, SHIFT
+from quantpage.ops.attend.decode.gluon_kernel import FLOOR, SHIFT, SLACK
 from quantpage.ops.attend.decode.gluon_rows import behind, find_piece, lane_sums
 from quantpage.ops.attend.decode.gluon_share import (
     keys_of_all,
@@ -63,6 +74,12 @@ from quantpage.ops.triton.gluon_compat import (
 
 COPY_REGISTERS = Constant(24)
 """Of the warps beside the warpgroup that multiplies, a thread."""
+
+
+@gluon.jit
+def as_power(unit):
+    """log2 of what p is divided by where values are multiplied by ``unit`` (unit_of)."""
+    return (unit - 127).to(gl.float32)
 
 
 @gluon.jit
@@ -122,14 +139,13 @@ def _multiply(
 ):  # fmt: skip
     """The warpgroup that multiplies."""
     AS_COPIED: gl.constexpr = K_CODE == INT8
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
     p_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    no_score = gl.full([64, TILE], 0, gl.int32, product)
+    s_layout: gl.constexpr = some_rows(no_score, ROWS).type.layout
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    s_keys: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    a_key: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     q_layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
     )
@@ -152,7 +168,10 @@ def _multiply(
         if last_tile > first_tile:
             head = (item // ROW_TILES).to(gl.int64)
             row_first = (item % ROW_TILES) * ROWS
-            q_row = row_first + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+            nth = gl.arange(0, 64, gl.SliceLayout(1, q_layout))
+            if ROWS == 32:
+                nth = nth // 16 * 8 + nth % 8
+            q_row = row_first + nth
             channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, q_layout))
             q_at = (q_start + q_row // GROUP).to(gl.int64) * q_token
             q_at += (head * GROUP + q_row % GROUP) * q_head
@@ -160,16 +179,20 @@ def _multiply(
             asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_real, other=0.0)
             asked = asked.to(gl.float32)
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
-            more = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            wide: gl.constexpr = gl.SliceLayout(1, product)
+            more = gl.full([64], 0.0, gl.float32, wide)
             if K_SCALES == STATIC:
                 static_at = head * k_scale_head + channel // K_SHARED
                 if K_ZERO:
                     terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
-                    more = gl.convert_layout(gl.sum(terms, 1), s_rows)
+                    more = gl.convert_layout(gl.sum(terms, 1), wide)
                 asked = asked * gl.load(k_scale + static_at).to(gl.float32)[None, :]
-            factor, q_sum = store_queries(q_smem, asked, K_CODE, s_rows)
+            factor, q_sum = store_queries(q_smem, asked, ROWS, K_CODE, wide)
             if K_CODE == INT4:
                 more -= 8.0 * q_sum
+            factor = gl.convert_layout(some_rows(factor, ROWS), s_rows)
+            q_sum = gl.convert_layout(some_rows(q_sum, ROWS), s_rows)
+            more = gl.convert_layout(some_rows(more, ROWS), s_rows)
             natural_scale = softmax_scale * natural
 
             first_seat = context - q_len
@@ -181,42 +204,61 @@ def _multiply(
                 factor * natural_scale, more * natural_scale, q_sum * natural_scale, all_low,
                 all_high, shown, row_first, q_len, softcap,
             )  # fmt: skip
-            anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
+            # Nothing is known of a row's scores before its first key: any is above this limit.
+            anchor = gl.full([ROWS], 0.0, gl.float32, s_rows)
+            limit = gl.full([ROWS], FLOOR, gl.float32, s_rows)
             weights = by_lane(gl.full([ROWS, TILE], 0.0, gl.float32, s_layout))
-            offsets = weights
-            no_score = gl.full([ROWS, TILE], 0, gl.int32, product)
-            acc = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
+            acc = gl.full([64, VALUE_DIM], 0.0, gl.float32, o_layout)
 
             # The first tile's numbers and scores, and what the second's need.
             stage, phase = stage_of(count, STAGES)
             after, after_phase = stage_of(count + 1, STAGES)
+            last, last_phase = stage_of(count + 2, STAGES)
             key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
             following = gl.minimum(first_tile + 1, last_tile - 1)
             next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
             mbarrier.wait(turns.landed.index(stage), phase)
-            v_codes = take(v_ring.index(stage))
-            v_smem.index(0).store(value_numbers(v_codes, key_start, shown, V_CODE, WINDOW, SEGMENT))
-            if not AS_COPIED:
-                k_smem.index(0).store(key_numbers(take(k_ring.index(stage))))
-            store_numbers(
-                of_keys, 0, keys, values, stage, key_start, shown, a_key, K_CODE, K_SCALES,
-                V_SCALES, K_ZERO, V_ZERO, WINDOW, SEGMENT,
-            )  # fmt: skip
             mbarrier.wait(turns.landed.index(after), after_phase, pred=first_tile + 1 < last_tile)
+            v_codes = take(v_ring.index(stage))
+            beside = take_planes(keys, values, stage, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+            next_beside = take_planes(keys, values, after, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
             if not AS_COPIED:
-                k_smem.index(1).store(key_numbers(take(k_ring.index(after))))
-            store_numbers(
-                of_keys, 1, keys, values, after, next_start, shown, a_key, K_CODE, K_SCALES,
-                V_SCALES, K_ZERO, V_ZERO, WINDOW, SEGMENT,
-            )  # fmt: skip
+                k_codes = take(k_ring.index(stage))
+                k_smem.index(0).store(key_numbers(k_codes))
+                k_codes = take(k_ring.index(after))
+                k_smem.index(1).store(key_numbers(k_codes))
+            numbers, unit = of_keys_seen(
+                beside, key_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
+            )
+            store_numbers(of_keys, 0, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+            numbers, next_unit = of_keys_seen(
+                next_beside, next_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
+            )
+            store_numbers(of_keys, 1, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+            thread_barrier()
+            scale, zero = beside_values(of_tile(of_keys, 0), v_codes.shape[1], V_SCALES, V_ZERO)
+            v_smem.index(0).store(
+                value_numbers(
+                    v_codes,
+                    scale,
+                    zero,
+                    key_start,
+                    shown,
+                    V_CODE,
+                    V_SCALES,
+                    V_ZERO,
+                    WINDOW,
+                    SEGMENT,
+                )
+            )
             fence_async_shared()
             thread_barrier()
-            high, low = scores(q_smem, k_smem.index(stage if AS_COPIED else 0), no_score)
-            high, low = warpgroup_mma_wait(0, deps=(high, low))
+            high, low = scores(q_smem, k_smem.index(stage if AS_COPIED else 0), no_score, ROWS)
+            high, low = wait_for_scores(high, low, 0, ROWS)
             heavy = weigh(
-                high, low, given, of_tile(of_keys, 0), anchor, far_smem.index(0), key_start,
-                s_layout, K_CODE, K_SCALES, V_SCALES, K_ZERO, PAGE, GROUP, FULL, WINDOW, SEGMENT,
-                SOFTCAP,
+                high, low, given, of_tile(of_keys, 0), anchor + as_power(unit), limit,
+                far_smem.index(0), key_start, s_layout, ROWS, K_CODE, K_SCALES, K_ZERO, PAGE,
+                GROUP, FULL, WINDOW, SEGMENT, SOFTCAP,
             )  # fmt: skip
 
             # Places of this tile's values, of its keys' numbers and of the next two tiles'.
@@ -227,59 +269,84 @@ def _multiply(
                 # This tile's values and the next one's keys are there, and everybody has read what
                 # lies where those of the tiles behind will.
                 thread_barrier()
-                stage, _ = stage_of(count, STAGES)
                 mbarrier.arrive(turns.taken.index(stage), count=1)
-                after, _ = stage_of(count + 1, STAGES)
                 # Of the tile past the last what lies there is multiplied, and nobody reads it.
-                high, low = scores(q_smem, k_smem.index(after if AS_COPIED else 1 - turn), no_score)
+                high, low = scores(
+                    q_smem, k_smem.index(after if AS_COPIED else 1 - turn), no_score, ROWS
+                )
                 # Positive floats are ordered as integers, and negative ones are below them.
                 if gl.max(far_smem.index(turn).load(far_layout), 0) > 0:
-                    old = anchor
-                    anchor = gl.maximum(anchor, gl.max(heavy, 1) - SHIFT)
-                    shrink = gl.exp2(old - anchor)
+                    # heavy is of the anchor before.
+                    peak = gl.max(heavy, 1)
+                    over = peak > limit
+                    rise = gl.where(over, peak - SHIFT, 0.0)
+                    anchor += rise
+                    limit = gl.where(over, SHIFT + SLACK, limit)
+                    heavy = heavy - rise[:, None]
+                    # Of a row that saw no key before there is nothing to shrink.
+                    shrink = gl.exp2(gl.minimum(-rise, 0.0))
                     lanes: gl.constexpr = gl.SliceLayout(1, weights.type.layout)
-                    lessened = gl.convert_layout(shrink, lanes)[:, None]
-                    weights = weights * lessened
-                    if V_ZERO and V_SCALES == A_TOKEN:
-                        offsets = offsets * lessened
-                    acc = acc * gl.convert_layout(shrink, o_rows)[:, None]
-                p = gl.exp2(heavy - anchor[:, None])
+                    weights = weights * gl.convert_layout(shrink, lanes)[:, None]
+                    acc = acc * gl.convert_layout(all_rows(shrink, shrink), o_rows)[:, None]
+                # p times what its values are divided by; the row's weight is of p.
+                p = gl.exp2(heavy)
                 if V_SCALES == A_TOKEN:
-                    # p is of p * v_scale; the row's weight is of p.
-                    beside = of_tile(of_keys, now)
-                    weights += by_lane(p * beside.light.load(s_keys)[None, :])
-                    if V_ZERO:
-                        offsets += by_lane(p * beside.light_zero.load(s_keys)[None, :])
+                    weights += by_lane(p) * (unit << 23).to(gl.float32, bitcast=True)
                 else:
                     weights += by_lane(p)
-                p16 = gl.convert_layout(p.to(gl.float16), p_operand)
+                p16 = p.to(gl.float16)
+                p16 = gl.convert_layout(
+                    all_rows(p16, gl.full(p16.shape, 0.0, gl.float16, p16.type.layout)), p_operand
+                )
                 acc = warpgroup_mma(p16, v_smem.index(turn), acc, is_async=True)
 
-                last, last_phase = stage_of(count + 2, STAGES)
                 mbarrier.wait(turns.landed.index(last), last_phase, pred=t + 2 < last_tile)
                 key_start = next_start
                 following = gl.minimum(t + 2, last_tile - 1)
                 next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
+                unit = next_unit
                 v_codes = take(v_ring.index(after))
+                scale, zero = beside_values(
+                    of_tile(of_keys, then), v_codes.shape[1], V_SCALES, V_ZERO
+                )
+                beside = take_planes(keys, values, last, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+                if not AS_COPIED:
+                    k_codes = take(k_ring.index(last))
+                numbers, next_unit = of_keys_seen(
+                    beside, next_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
+                )
                 v_smem.index(1 - turn).store(
-                    value_numbers(v_codes, key_start, shown, V_CODE, WINDOW, SEGMENT)
+                    value_numbers(
+                        v_codes,
+                        scale,
+                        zero,
+                        key_start,
+                        shown,
+                        V_CODE,
+                        V_SCALES,
+                        V_ZERO,
+                        WINDOW,
+                        SEGMENT,
+                    )
                 )
                 if not AS_COPIED:
-                    k_smem.index(turn).store(key_numbers(take(k_ring.index(last))))
-                store_numbers(
-                    of_keys, later, keys, values, last, next_start, shown, a_key, K_CODE, K_SCALES,
-                    V_SCALES, K_ZERO, V_ZERO, WINDOW, SEGMENT,
-                )  # fmt: skip
-                high, low = warpgroup_mma_wait(1, deps=(high, low))
+                    k_smem.index(turn).store(key_numbers(k_codes))
+                store_numbers(of_keys, later, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+                high, low = wait_for_scores(high, low, 1, ROWS)
                 turn = 1 - turn
                 heavy = weigh(
-                    high, low, given, of_tile(of_keys, then), anchor, far_smem.index(turn),
-                    key_start, s_layout, K_CODE, K_SCALES, V_SCALES, K_ZERO, PAGE, GROUP, FULL,
-                    WINDOW, SEGMENT, SOFTCAP,
+                    high, low, given, of_tile(of_keys, then), anchor + as_power(unit), limit,
+                    far_smem.index(turn), key_start, s_layout, ROWS, K_CODE, K_SCALES, K_ZERO, PAGE,
+                    GROUP, FULL, WINDOW, SEGMENT, SOFTCAP,
                 )  # fmt: skip
                 acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
                 now, then, later = then, later, now
-                count += 1
+                stage, after = after, last
+                last += 1
+                round_trip = last == STAGES
+                last = gl.where(round_trip, 0, last)
+                last_phase = gl.where(round_trip, last_phase ^ 1, last_phase)
+            count += last_tile - first_tile
             # What nobody reads is stored, too: the next row's comes to the same places.
             thread_barrier()
             ended = end_sums(
@@ -288,10 +355,8 @@ def _multiply(
                 cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES,
             )  # fmt: skip
             ratio = ended.ratio
-            o = acc * gl.convert_layout(ratio, o_rows)[:, None]
-            if V_ZERO and V_SCALES == A_TOKEN:
-                moved = gl.convert_layout(gl.sum(offsets, 1), s_rows) * ratio
-                o += gl.convert_layout(moved, o_rows)[:, None]
+            o = some_rows(acc, ROWS)
+            o = o * gl.convert_layout(ratio, gl.SliceLayout(1, o.type.layout))[:, None]
             end_outputs(
                 in_order(o, V_CODE), ended.total * ratio, ended, row_first, q_start, q_len, head,
                 v_scale, v_zero, v_scale_head, out, part_out, out_token, out_head, GROUP, V_SCALES,
@@ -366,10 +431,10 @@ def drafts_kernel(
     PIECES: gl.constexpr,
 ):
     """Arguments as in triton_kernel.decode_kernel, but pages of codes, and of scales and zeros that
-    tokens have, as TMA descriptors (gluon_drafts_operands.Half), which have their strides. ROWS and
-    TILE 64, HEAD_DIM and VALUE_DIM 128, PAGE a multiple of 64.
+    tokens have, as TMA descriptors (gluon_drafts_operands.Half), which have their strides. ROWS 64
+    or 32, TILE 64, HEAD_DIM and VALUE_DIM 128, PAGE a multiple of 64.
     """
-    gl.static_assert(ROWS == 64 and TILE == 64 and PAGE % TILE == 0)
+    gl.static_assert((ROWS == 64 or ROWS == 32) and TILE == 64 and PAGE % TILE == 0)
     gl.static_assert(K_CODE != FP8)
     # int8 keys are multiplied where the copies left them, 4-bit ones where threads put them.
     K_ROW: gl.constexpr = HEAD_DIM // 2 if K_CODE == INT4 else HEAD_DIM
@@ -387,7 +452,7 @@ def drafts_kernel(
         gl.float16, [2, TILE, VALUE_DIM], ring_layout(TILE, VALUE_DIM, gl.float16)
     )
     q_smem = gl.allocate_shared_memory(
-        gl.int8, [2, ROWS, HEAD_DIM], ring_layout(ROWS, HEAD_DIM, gl.int8)
+        gl.int8, [2, 64, HEAD_DIM], ring_layout(64, HEAD_DIM, gl.int8)
     )
     of_keys = key_numbers_memory(TILE)
     far_smem = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -17,26 +17,34 @@ from quantpage.ops.attend.decode.gluon_operands import fixed_queries, nibbles
 from quantpage.ops.attend.decode.gluon_share import shown_keys
 from quantpage.ops.attend.flash.gluon_parts import stage_of
 from quantpage.ops.triton import codes as triton_codes
-from quantpage.ops.triton import words as triton_words
 from quantpage.ops.triton.common import A_TOKEN, FP8, INT4, Constant
-from quantpage.ops.triton.gluon_compat import mbarrier, tma_load, warpgroup_mma
+from quantpage.ops.triton.gluon_compat import mbarrier, tma_load, warpgroup_mma, warpgroup_mma_wait
 
 to_float16 = gluon.jit(triton_codes.to_float16.fn)
-log2_fast = gluon.jit(triton_words.log2_fast.fn)
-_INT4_PAIRS = Constant(triton_codes.INT4_ASM.value)
+
+POWER = Constant(12)
+"""log2 of about the largest value of a tile, as it is multiplied."""
+# Eight codes of a word, two at a time: channels i and i + 4 of the word's eight.
+_INT4_WORDS = Constant("""{
+ .reg .b32 x, t, c, s, d;
+ mov.b32 c, 0x64086408; mov.b32 s, 0x2c002c00; mov.b32 d, 0xd480d480;
+ lop3.b32 t, $4, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $0, t, c;
+ lop3.b32 t, $4, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $1, t, s, d;
+ shr.u32 x, $4, 8;
+ lop3.b32 t, x, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $2, t, c;
+ lop3.b32 t, x, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $3, t, s, d;
+}""")
 
 
 class KeyNumbers(NamedTuple):
-    """Shared memory for what all rows need of each key of three tiles, float32 [3, keys]."""
+    """Shared memory for what belongs to each key of two tiles, [2, keys]."""
 
     k_scale: Any
     k_zero: Any
-    """Of codes as they are multiplied: 4-bit ones are 8 too large."""
-    log_v_scale: Any
-    light: Any
-    """One over the scale of V: p is of p * v_scale, and a row's weight of p."""
-    light_zero: Any
-    """The zero of V times that."""
+    """Of codes as they are multiplied: 4-bit ones are 8 too large. Float32, as the scales are."""
+    v_scale: Any
+    v_zero: Any
+    """Float16, times a power of two that a tile's values share (``unit_of``)."""
 
 
 @gluon.jit
@@ -46,21 +54,19 @@ def key_numbers_memory(TILE: gl.constexpr):
     return KeyNumbers(
         gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
         gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
-        gl.allocate_shared_memory(gl.float32, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float16, [3, TILE], layout),
+        gl.allocate_shared_memory(gl.float16, [3, TILE], layout),
     )
 
 
 @gluon.jit
 def of_tile(memory, nth):
-    """Those of one of the three tiles."""
+    """Those of one of the two tiles."""
     return KeyNumbers(
         memory.k_scale.index(nth),
         memory.k_zero.index(nth),
-        memory.log_v_scale.index(nth),
-        memory.light.index(nth),
-        memory.light_zero.index(nth),
+        memory.v_scale.index(nth),
+        memory.v_zero.index(nth),
     )
 
 
@@ -209,28 +215,67 @@ def take(tile):
 
 @gluon.jit
 def key_numbers(codes):
-    """4-bit keys of a tile as they are multiplied: bytes, 8 too large."""
+    """4-bit keys of a tile as they are multiplied: bytes, 8 too large; of 32 channels the even ones
+    before the odd ones (store_queries), so that what is stored meets every bank once.
+    """
+    TILE: gl.constexpr = codes.shape[0]
+    ROW: gl.constexpr = codes.shape[1]
     first, second = nibbles(codes)
-    return _halves(first, second)
+    both = gl.reshape(gl.join(first, second), [TILE, ROW // 16, 16, 2])
+    return gl.reshape(gl.permute(both, (0, 1, 3, 2)), [TILE, 2 * ROW])
+
+
+@gluon.jit
+def beside_values(beside, row: gl.constexpr, SCALES: gl.constexpr, ZERO: gl.constexpr):
+    """Scales and zeros of a tile's values, whose rows have so many bytes, as threads take them."""
+    rows: gl.constexpr = gl.SliceLayout(1, bytes_layout(row))
+    scale, zero = 1.0, 0.0
+    if SCALES == A_TOKEN:
+        scale = beside.v_scale.load(rows)
+        zero = beside.v_zero.load(rows) if ZERO else scale
+    return scale, zero
 
 
 @gluon.jit
 def value_numbers(
-    codes, key_start, shown, CODE: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr
-):
-    """Values of a tile in float16."""
+    codes, scale, zero, key_start, shown, CODE: gl.constexpr, SCALES: gl.constexpr,
+    ZERO: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """Values of a tile in float16: codes where their scales are channels', else what they stand
+    for, by the scales beside them. Columns of 4-bit ones are in the order that in_order undoes.
+    """
     if CODE == FP8:
         # Slots that no query sees may hold NaN.
         key = key_start + gl.arange(0, codes.shape[0], gl.SliceLayout(1, codes.type.layout))
         codes = gl.where(seen_keys(key, shown, WINDOW, SEGMENT)[:, None], codes, 0)
     if CODE == INT4:
         first, second = gl.inline_asm_elementwise(
-            _INT4_PAIRS, "=r,=r,=r,=r,r", [codes], dtype=(gl.float16, gl.float16), is_pure=True,
+            _INT4_WORDS, "=r,=r,=r,=r,r", [codes], dtype=(gl.float16, gl.float16), is_pure=True,
             pack=4,
         )  # fmt: skip
+        if SCALES == A_TOKEN:
+            first = _scaled(first, scale[:, None], zero[:, None], ZERO)
+            second = _scaled(second, scale[:, None], zero[:, None], ZERO)
         v = _halves(first, second)
     else:
         v = to_float16(codes, CODE, False)
+        if SCALES == A_TOKEN:
+            v = _scaled(v, scale[:, None], zero[:, None], ZERO)
+    return v
+
+
+@gluon.jit
+def _scaled(v, scale, zero, ZERO: gl.constexpr):
+    """Two neighbours at a time, which Triton does one by one."""
+    if ZERO:
+        v = gl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [v, scale, zero], dtype=gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        v = gl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [v, scale], dtype=gl.float16, is_pure=True, pack=2
+        )
     return v
 
 
@@ -243,66 +288,174 @@ def seen_keys(key, shown, WINDOW: gl.constexpr, SEGMENT: gl.constexpr):
     )  # fmt: skip
 
 
+class Beside(NamedTuple):
+    """What lies beside a tile's codes, of two keys a thread in every warp."""
+
+    k_scale: Any
+    k_zero: Any
+    v_scale: Any
+    v_zero: Any
+
+
+@gluon.jit
+def take_planes(
+    keys, values, stage, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr,
+    V_ZERO: gl.constexpr,
+):  # fmt: skip
+    """A tile's scales and zeros as they lie."""
+    TILE: gl.constexpr = keys.codes.shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
+    none = gl.full([TILE], 0.0, gl.float32, layout)
+    ks, kz, vs, vz = none, none, none, none
+    if K_SCALES == A_TOKEN:
+        ks = plane(keys.scales, stage, layout)
+        if K_ZERO:
+            kz = plane(keys.zeros, stage, layout)
+    if V_SCALES == A_TOKEN:
+        vs = plane(values.scales, stage, layout)
+        if V_ZERO:
+            vz = plane(values.zeros, stage, layout)
+    return Beside(ks, kz, vs, vz)
+
+
+@gluon.jit
+def of_keys_seen(
+    beside, key_start, shown, K_CODE: gl.constexpr, V_CODE: gl.constexpr, V_SCALES: gl.constexpr,
+    V_ZERO: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """What is stored of those (KeyNumbers), and a power of two as its biased exponent (as_power):
+    a tile's values are multiplied by it, so that float16 holds them, the largest about 2^12.
+
+    Of keys that no query sees 0: a probability of 0 is multiplied by it.
+    """
+    ks, kz, vs, vz = beside
+    key = key_start + gl.arange(0, ks.shape[0], ks.type.layout)
+    seen = seen_keys(key, shown, WINDOW, SEGMENT)
+    ks = gl.where(seen, ks, 0.0)
+    kz = gl.where(seen, kz, 0.0)
+    if K_CODE == INT4:
+        kz += ks * -8.0
+    vs = gl.where(seen, vs, 0.0)
+    vz = gl.where(seen, vz, 0.0)
+    bits = 127
+    if V_SCALES == A_TOKEN:
+        LARGEST: gl.constexpr = 8.0 if V_CODE == INT4 else (512.0 if V_CODE == FP8 else 128.0)
+        size = gl.abs(vs) * LARGEST
+        if V_ZERO:
+            size += gl.abs(vz)
+        # Of values that are all 0, or that are as good as that, no more than 2^72.
+        size = gl.max(size.to(gl.int32, bitcast=True), 0)
+        bits = 254 + POWER - gl.maximum(size >> 23, 67)
+        factor = (bits << 23).to(gl.float32, bitcast=True)
+        vs = vs * factor
+        vz = vz * factor
+    return Beside(ks, kz, vs.to(gl.float16), vz.to(gl.float16)), bits
+
+
 @gluon.jit
 def store_numbers(
-    memory, nth, keys, values, stage, key_start, shown, layout: gl.constexpr, K_CODE: gl.constexpr,
-    K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
-    WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+    memory, nth, numbers, K_CODE: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
+    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
 ):  # fmt: skip
-    """What all rows need of each key of a tile, as number ``nth`` of three. Of keys that no query
-    sees 0: a probability of 0 is multiplied by it.
-    """
-    TILE: gl.constexpr = memory.k_scale.shape[1]
+    """What belongs to each key of a tile, as number ``nth`` of two."""
     to = of_tile(memory, nth)
-    seen = seen_keys(key_start + gl.arange(0, TILE, layout), shown, WINDOW, SEGMENT)
     if K_SCALES == A_TOKEN:
-        scale = plane(keys.scales, stage, layout)
-        to.k_scale.store(gl.where(seen, scale, 0.0))
-        if K_CODE == INT4:
-            zero = scale * -8.0
-            if K_ZERO:
-                zero += plane(keys.zeros, stage, layout)
-            to.k_zero.store(gl.where(seen, zero, 0.0))
-        elif K_ZERO:
-            to.k_zero.store(gl.where(seen, plane(keys.zeros, stage, layout), 0.0))
+        to.k_scale.store(numbers.k_scale)
+        if K_ZERO or K_CODE == INT4:
+            to.k_zero.store(numbers.k_zero)
     if V_SCALES == A_TOKEN:
-        log_vs = log2_fast(gl.maximum(plane(values.scales, stage, layout), 1e-30))
-        light = gl.where(seen, gl.exp2(-log_vs), 0.0)
-        to.log_v_scale.store(gl.where(seen, log_vs, 0.0))
-        to.light.store(light)
+        to.v_scale.store(numbers.v_scale)
         if V_ZERO:
-            zero = plane(values.zeros, stage, layout)
-            to.light_zero.store(gl.where(seen, light * zero, 0.0))
+            to.v_zero.store(numbers.v_zero)
 
 
 @gluon.jit
-def store_queries(smem, asked, CODE: gl.constexpr, rows_layout: gl.constexpr):
-    """Queries into shared memory [2, rows, channels], as the first operand of scores.
+def store_queries(smem, asked, ROWS: gl.constexpr, CODE: gl.constexpr, rows_layout: gl.constexpr):
+    """Queries [64, channels] into shared memory [2, 64, channels], as the first operand of scores.
 
-    Returns what a row's scores are multiplied by, and the sum of its queries as multiplied.
+    Of 64 rows both numbers lie apart. Of 32, which ``asked`` has twice, the high number is in the
+    first of the two rows that a thread has of the product, the low one in the other: one product
+    gives both. Returns what a row's scores are multiplied by, and the sum of its queries as
+    multiplied.
     """
-    ROWS: gl.constexpr = asked.shape[0]
     WIDTH: gl.constexpr = asked.shape[1]
     size = gl.abs(asked)
     finite = size < float("inf")
     fixed, unit = fixed_queries(asked, gl.where(finite, size, 0.0), finite)
     total = gl.sum(fixed, 1).to(gl.float32) * unit
     if CODE == INT4:
-        fixed = gl.permute(gl.reshape(fixed, [ROWS, WIDTH // 2, 2]), (0, 2, 1))
-        fixed = gl.reshape(fixed, [ROWS, WIDTH])
+        fixed = gl.permute(gl.reshape(fixed, [64, WIDTH // 32, 16, 2]), (0, 1, 3, 2))
+        fixed = gl.reshape(fixed, [64, WIDTH])
     high = (fixed + 64) >> 7
-    smem.index(0).store(high.to(gl.int8))
-    smem.index(1).store((fixed - (high << 7)).to(gl.int8))
+    low = fixed - (high << 7)
+    if ROWS == 32:
+        nth = gl.arange(0, 64, gl.SliceLayout(1, high.type.layout))
+        smem.index(0).store(gl.where((nth % 16 < 8)[:, None], high, low).to(gl.int8))
+    else:
+        smem.index(0).store(high.to(gl.int8))
+        smem.index(1).store(low.to(gl.int8))
     return gl.convert_layout(unit, rows_layout), gl.convert_layout(total, rows_layout)
 
 
 @gluon.jit
-def scores(q_smem, k, no_score):
-    """The products of both numbers of the queries with a tile's keys, under way."""
+def scores(q_smem, k, no_score, ROWS: gl.constexpr):
+    """The products of both numbers of the queries with a tile's keys, under way; of 32 rows one."""
     k = k.permute((1, 0))
     high = warpgroup_mma(q_smem.index(0), k, no_score, use_acc=False, is_async=True)
-    low = warpgroup_mma(q_smem.index(1), k, no_score, use_acc=False, is_async=True)
+    low = high
+    if ROWS == 64:
+        low = warpgroup_mma(q_smem.index(1), k, no_score, use_acc=False, is_async=True)
     return high, low
+
+
+@gluon.jit
+def wait_for_scores(high, low, behind: gl.constexpr, ROWS: gl.constexpr):
+    """Until no more than ``behind`` products are under way that began after them."""
+    if ROWS == 32:
+        high = warpgroup_mma_wait(behind, deps=(high,))
+        low = high
+    else:
+        high, low = warpgroup_mma_wait(behind, deps=(high, low))
+    return high, low
+
+
+@gluon.jit
+def whole_scores(high, low, ROWS: gl.constexpr):
+    """128 times the high numbers' products plus the low ones', [rows, keys]: exact in int32."""
+    if ROWS == 32:
+        N: gl.constexpr = high.shape[1]
+        high, low = gl.split(gl.permute(gl.reshape(high, [4, 2, 8, N]), (0, 2, 3, 1)))
+        high, low = gl.reshape(high, [32, N]), gl.reshape(low, [32, N])
+    return high * 128 + low
+
+
+@gluon.jit
+def some_rows(x, ROWS: gl.constexpr):
+    """Of [64, n] or [64] the rows that queries have: all, or of 32 those that are the first of the
+    two that a thread has.
+    """
+    if ROWS == 32:
+        if len(x.shape) == 2:
+            N: gl.constexpr = x.shape[1]
+            x, _ = gl.split(gl.permute(gl.reshape(x, [4, 2, 8, N]), (0, 2, 3, 1)))
+            x = gl.reshape(x, [32, N])
+        else:
+            x, _ = gl.split(gl.permute(gl.reshape(x, [4, 2, 8]), (0, 2, 1)))
+            x = gl.reshape(x, [32])
+    return x
+
+
+@gluon.jit
+def all_rows(x, other):
+    """The other way round: [64, n] or [64], ``other`` where no query is."""
+    if x.shape[0] == 32:
+        both = gl.join(x, other)
+        if len(x.shape) == 2:
+            N: gl.constexpr = x.shape[1]
+            x = gl.reshape(gl.permute(gl.reshape(both, [4, 8, N, 2]), (0, 3, 1, 2)), [64, N])
+        else:
+            x = gl.reshape(gl.permute(gl.reshape(both, [4, 8, 2]), (0, 2, 1)), [64])
+    return x
 
 
 @gluon.jit
@@ -311,6 +464,6 @@ def in_order(o, CODE: gl.constexpr):
     if CODE == INT4:
         ROWS: gl.constexpr = o.shape[0]
         WIDTH: gl.constexpr = o.shape[1]
-        o = gl.permute(gl.reshape(o, [ROWS, 2, WIDTH // 2]), (0, 2, 1))
+        o = gl.permute(gl.reshape(o, [ROWS, 2, WIDTH // 8, 2, 2]), (0, 2, 4, 1, 3))
         o = gl.reshape(o, [ROWS, WIDTH])
     return o

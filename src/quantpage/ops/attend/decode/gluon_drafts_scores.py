@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_kernel import SHIFT, SLACK
+from quantpage.ops.attend.decode.gluon_drafts_operands import whole_scores
 from quantpage.ops.attend.decode.gluon_rows import capped, seen_rows
 from quantpage.ops.triton.common import A_TOKEN, INT4
 
@@ -45,40 +45,36 @@ class Weighing(NamedTuple):
 
 @gluon.jit
 def weigh(
-    high, low, given, beside, anchor, far_smem, key_start, s_layout: gl.constexpr,
-    K_CODE: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr,
-    PAGE: gl.constexpr, GROUP: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
-    SEGMENT: gl.constexpr, SOFTCAP: gl.constexpr,
+    high, low, given, beside, less, limit, far_smem, key_start, s_layout: gl.constexpr,
+    ROWS: gl.constexpr,
+    K_CODE: gl.constexpr, K_SCALES: gl.constexpr, K_ZERO: gl.constexpr, PAGE: gl.constexpr,
+    GROUP: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Logarithms of p * v_scale of a tile, -inf where the mask hides; far_smem says how far above
-    its row's anchor one is. beside: numbers of the tile's keys.
+    """Logarithms of a tile's p as they are multiplied, -inf where the mask hides; far_smem says how
+    far above its row's limit one is. less: what is taken off a row's scores. beside: numbers of the
+    tile's keys.
     """
-    ROWS: gl.constexpr = high.shape[0]
     TILE: gl.constexpr = high.shape[1]
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_keys: gl.constexpr = gl.SliceLayout(0, s_layout)
-    score = (high * 128 + low).to(gl.float32)
+    score = whole_scores(high, low, ROWS).to(gl.float32)
     score = gl.convert_layout(score, s_layout, assert_trivial=True) * given.factor[:, None]
+    # What is added is summed first: then it is one operation with the product.
+    added = 0.0 - less[:, None]
+    if SOFTCAP:
+        added = gl.full([ROWS, 1], 0.0, gl.float32, s_layout)
     if K_SCALES == A_TOKEN:
-        score = score * beside.k_scale.load(s_keys)[None, :]
-        # What is added is summed first: then it is one operation with the product.
         if K_ZERO or K_CODE == INT4:
-            more = given.q_sum[:, None] * beside.k_zero.load(s_keys)[None, :]
-            if V_SCALES == A_TOKEN and not SOFTCAP:
-                more += beside.log_v_scale.load(s_keys)[None, :]
-            score += more
-        elif V_SCALES == A_TOKEN and not SOFTCAP:
-            score += beside.log_v_scale.load(s_keys)[None, :]
+            added = given.q_sum[:, None] * beside.k_zero.load(s_keys)[None, :] + added
+        score = score * beside.k_scale.load(s_keys)[None, :] + added
     else:
         if K_ZERO or K_CODE == INT4:
-            score += given.less[:, None]
-        if V_SCALES == A_TOKEN and not SOFTCAP:
-            score += beside.log_v_scale.load(s_keys)[None, :]
-    heavy = score
+            added += given.less[:, None]
+        score += added
     if SOFTCAP:
-        heavy = capped(score, given.softcap)
-        if V_SCALES == A_TOKEN:
-            heavy += beside.log_v_scale.load(s_keys)[None, :]
+        score = capped(score, given.softcap) - less[:, None]
+    heavy = score
     if (key_start < given.all_low) | (key_start + TILE > given.all_high):
         key = key_start + gl.arange(0, TILE, s_keys)
         visible = seen_rows(
@@ -88,7 +84,7 @@ def weigh(
         heavy = gl.where(visible, heavy, float("-inf"))
     peak = _peaks(heavy)
     lanes: gl.constexpr = gl.SliceLayout(1, peak.type.layout)
-    above = peak - gl.convert_layout(anchor + (SHIFT + SLACK), lanes)[:, None]
+    above = peak - gl.convert_layout(limit, lanes)[:, None]
     bits = gl.reshape(above.to(gl.int32, bitcast=True), [4, ROWS])
     far_smem.store(gl.max(bits, 1))
     return heavy

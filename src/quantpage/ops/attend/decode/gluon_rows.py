@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 
 @gluon.jit
-def _seen_of(
+def seen_of(
     query_starts, context_lens, request, window, sink_tokens, PAGE: gl.constexpr,
     TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def find_piece(
     SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """What lies at ``position`` of a line whose request begins at ``begins``."""
-    seen = _seen_of(
+    seen = seen_of(
         query_starts, context_lens, request, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT
     )
     item = (position - begins) // gl.maximum(seen.tiles, 1)

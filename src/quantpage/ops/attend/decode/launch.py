@@ -59,6 +59,10 @@ class DecodeTiles:
     """Query rows of a program, at least and at most."""
 
 
+EXACT_TILES = DecodeTiles(64, 4, 3, 2, whole=True, wgmma=True, drafts=True, rows=(64, 64))
+"""Of gluon_exact, exact pages of 16 bits under more rows than EXACT_ROWS."""
+
+
 def decode_tiles(
     key: QuantSpec,
     value: QuantSpec,
@@ -75,7 +79,7 @@ def decode_tiles(
     and it takes this width. ``drafts``: whether TMA can copy the pages (triton.in_boxes).
     """
     if wgmma and key.quantized and value.quantized and not (key.code.fields or value.code.fields):
-        if drafts and rows > 32 and width == 128 and key.code.name != "fp8":
+        if drafts and rows > 16 and width == 128 and key.code.name != "fp8":
             return drafts_tiles(key, value)
         tiles = _wgmma_tiles(key, value, width, rows, keys, parts)
         if tiles is not None:
@@ -138,25 +142,26 @@ def _wgmma_tiles(
 
 def drafts_tiles(key: QuantSpec, value: QuantSpec) -> DecodeTiles:
     """Two programs a multiprocessor, and as many tiles under way as they have room for. Measured on
-    an H100 at 16 x 8k, us, the kernel of few rows in brackets (one token's time):
+    an H200 at 16 x 8k, us, the kernel of few rows in brackets (h200-drafts.csv):
 
-                    8 tokens        16 tokens
-        int8 (99)   110.0 (110.9)   118.1 (151.0)
-        int4 (72)   135.9 (102.6)   158.4 (259.8)    without exact pages 123.8, 135.8
-        k8v4 (88)   118.8 (107.4)   140.0 (175.2)    without exact pages 108.3, 121.4
+                    a token     8 tokens        16 tokens
+        int8        72.2        79.3 (86.8)     105.6
+        k8v4        67.9        86.2 (92.6)     116.6
+        int4        51.2        92.5 (93.6)     121.0
+        int4, 4 tokens          89.0 (68.4)
 
     fp8 keys, unpacked to float16 as its values are, took 157.3 us at 16 tokens (142.1) in the form
     without a warp that copies, and are the other kernel's.
     """
     # Of a tile of 64 keys of 128: what lands, beside what is multiplied: two tiles of values in
-    # float16 and of 4-bit keys as bytes, queries, and five numbers of each key of three tiles.
+    # float16 and of 4-bit keys as bytes, queries, and four numbers of each key of three tiles.
     landing = 64 * sum(
         16 * half.code.bits + half.dynamic * half.scale_dtype.itemsize * (1 + half.zero_point)
         for half in (key, value)
     )
     kept = 1024 * (2 * 16 + 16 + 4 + 16 * (key.code.name == "int4"))
     stages = (PROGRAM_BYTES - kept) // landing
-    return DecodeTiles(64, 4, stages, 2, 128, wgmma=True, drafts=True, rows=(64, 64))
+    return DecodeTiles(64, 4, stages, 2, 128, wgmma=True, drafts=True, rows=(32, 64))
 
 
 def _two_programs() -> DecodeTiles:

@@ -19,6 +19,7 @@ from quantpage.masks import CausalMask, FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import (
     EXACT_ROWS,
+    EXACT_TILES,
     MAX_ROWS,
     DecodeTiles,
     chunk_of,
@@ -142,7 +143,7 @@ def with_exact(
     tiles = replace(planned(q, body, batch, params, "body", hopper), gather=0)
     joined = Options("body", tiles, earlier=other, turned=options.turned)
     made = into(results, q, body, batch, params, joined)
-    decode_into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact", beside=True))
+    into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact", beside=True))
     if made is not None and made.programs:
         join(made)
 
@@ -155,9 +156,11 @@ def planned(
     segment: Segment,
     hopper: bool = False,
 ) -> DecodeTiles:
-    """The planner's choice; hopper: the Hopper kernel can be had, which takes no exact pages."""
+    """The planner's choice; hopper: the Hopper kernels can be had."""
     group = q.shape[1] // layer.kv_heads
     exact = segment == "exact"
+    if exact and hopper and in_exact_boxes(q, layer) and group * batch.max_query_len > EXACT_ROWS:
+        return EXACT_TILES
     most = EXACT_ROWS if exact else MAX_ROWS
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len, most=most)
     width = max(q.shape[2], layer.value.head_dim)
@@ -198,6 +201,14 @@ def in_boxes(layer: LayerKV) -> bool:
     numbers += [n * each.element_size() for each in copied for n in each.stride()[:2]]
     one = all(plane.shape[-1] == 1 for plane in planes)
     return not layer.page_size % 64 and one and not any(n % 16 for n in numbers)
+
+
+def in_exact_boxes(q: Tensor, layer: LayerKV) -> bool:
+    """Whether gluon_exact reads these pages."""
+    if layer.key.spec.quantized or layer.value.spec.quantized or q.shape[-1] != 128:
+        return False
+    narrow = all(half.codes.element_size() == 2 for half in (layer.key, layer.value))
+    return narrow and in_boxes(layer)
 
 
 class Arranged(NamedTuple):
