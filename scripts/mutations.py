@@ -423,8 +423,8 @@ MUTATIONS = (
     Mutation(
         "who listens to one answer ends all by an error",
         _SRC + "engine/loop.py",
-        "answer.cancelled = True\n            threading",
-        "raise\n            threading",
+        "answer.cancelled = True\n            self._say",
+        "raise\n            self._say",
         ("tests/engine/test_engine.py",),
     ),
     Mutation(

@@ -193,20 +193,25 @@ def test_answers_of_one_prompt_that_all_run_at_once_do_not_wait():
         assert runs.wait().reasons == ["length"] * 3
 
 
-def test_a_failing_step_takes_its_own_requests_and_no_other():
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError])
+def test_a_failing_step_takes_its_own_requests_and_no_other(kind, monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: said.append(told.exc_type))
     model = tiny("llama", torch.float32)
     with engine(model=model) as one:
         before = Asked(one, requests(2)[1]).wait()
         broken = model.lm_head.forward
 
         def fail(*_):
-            raise RuntimeError("out of memory, say")
+            raise kind("out of memory, say")
 
         model.lm_head.forward = fail
         lost = Asked(one, requests(3)[2]).wait()
         model.lm_head.forward = broken
         assert lost.reasons == ["error"]
         assert "out of memory" in str(lost.errors[0])
+        # Of what nobody foresaw one must see where it was raised.
+        assert said == ([] if kind is RuntimeError else [IndexError])
         assert Asked(one, requests(2)[1]).wait().texts == before.texts
         assert leaked(one) == 0
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _STEP_FAILURES = (RuntimeError, ValueError, MemoryError, QuantPageError)
-"""What a model or a kernel may raise in a step: its requests fail, the engine goes on."""
+"""What a model or a kernel raises where it cannot do a step; anything else is a mistake somewhere,
+and is also said on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +289,9 @@ class Engine:
             for chunk in chunks:
                 self._scheduler.committed(chunk)
             self._answer(chunks, logits)
-        except _STEP_FAILURES as error:
+        except Exception as error:  # noqa: BLE001  whose requests fail, and nobody else's
+            if not isinstance(error, _STEP_FAILURES):
+                self._say_unforeseen()
             self._scheduler.abandon(chunks)
             self._runner.reset()
             for answer in {id(each.answer): each.answer for each in chunks}.values():
@@ -367,7 +370,11 @@ class Engine:
             answer.emit(Piece(answer.index, made=answer.made, cached=answer.cached, **news))
         except Exception:  # noqa: BLE001  said as a thread's own would be; the engine goes on
             answer.cancelled = True
-            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), self._thread)))
+            self._say_unforeseen()
+
+    def _say_unforeseen(self) -> None:
+        """What is handled now, with where it was raised, as if it had ended the thread."""
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), self._thread)))
 
 
 def _complete(answer: Answer) -> bool:
