@@ -134,6 +134,29 @@ def aims() -> str:
     return table(["cache", "keys", "aim", "largest KL, nine times of ten", "least top-1"], lines)
 
 
+def positions() -> str:
+    """Errors of scores by the positions that keys and queries were measured at."""
+    shown = (
+        ("qwen2.5-coder-0.5b", "1536"),
+        ("qwen2.5-coder-0.5b", "4096"),
+        ("qwen2.5-coder-0.5b", "8192"),
+        ("gemma-3-270m", "1536"),
+    )
+    lines: dict[str, list[str]] = {}
+    texts = (row for row in read("key-positions.csv") if row["calibrated_on"] != "random tokens")
+    for row in texts:
+        line = lines.setdefault(row["positions_up_to"], [MISSING] * len(shown))
+        if (row["model"], row["text_tokens"]) in shown:
+            # Of a context's rows the last: two texts at the start, as the product places them.
+            at = shown.index((row["model"], row["text_tokens"]))
+            line[at] = f"{float(row['loss_of_the_start']):.2f}"
+    names = {"qwen2.5-coder-0.5b": "Qwen2.5-Coder", "gemma-3-270m": "Gemma 3"}
+    head = (f"{names[model]}, text of {int(tokens):,}" for model, tokens in shown)
+    return table(
+        ["positions below", *head], ([f"{int(each):,}", *line] for each, line in lines.items())
+    )
+
+
 def judged() -> str:
     """Programs that pass, and needles that are found, a column a format."""
     formats = ("none", "int8", "int4")
@@ -499,6 +522,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "calibrated": calibrated,
     "aims": aims,
+    "positions": positions,
     "judged": judged,
     "decode": decode,
     "decode-shares": decode_shares,

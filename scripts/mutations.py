@@ -115,6 +115,13 @@ MUTATIONS = (
         ("tests/formats/test_key_scales.py",),
     ),
     Mutation(
+        "a calibration knows the first positions alone",
+        "src/quantpage/cli/calibrate.py",
+        "texts = placed([each.tokens for each in windows], context)",
+        "texts = placed([each.tokens for each in windows], 0)",
+        ("tests/cli/test_calibrate.py",),
+    ),
+    Mutation(
         "queries mapped as keys are",
         _SRC + "formats/key_map.py",
         "return work / self.scale.to(work.dtype).repeat_interleave(group, 0)",
@@ -393,9 +400,23 @@ MUTATIONS = (
     Mutation(
         "a state beside keys and values is forgotten where pages are kept for later",
         _HF + "cache/paged_cache.py",
-        "if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)",
-        "if not isinstance(layer, PagedLayer)",
+        "return not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)",
+        "return not isinstance(layer, PagedLayer)",
         ("tests/integrations/hf_transformers/cache/test_prompts.py",),
+    ),
+    Mutation(
+        "a state in modules is forgotten where pages are kept for later",
+        _HF + "cache/paged_cache.py",
+        "ledger.own_state - ledger.paged if self.rows.memory.layouts else ()",
+        "()",
+        ("tests/integrations/hf_transformers/cache/test_prompts.py", "tests/engine/test_engine.py"),
+    ),
+    Mutation(
+        "an engine takes logits of any tokens for those that it asked for",
+        _SRC + "engine/step.py",
+        "return logits[kept]",
+        "return logits",
+        ("tests/engine/test_engine.py",),
     ),
     # Memory that launches keep.
     Mutation(

@@ -267,15 +267,24 @@ def said(error):
 
 def in_a_process(kind, model_type, limit):
     """``judge`` in a fork, so that nothing that a class does stays."""
+    found = forked(lambda: asdict(judge(kind, model_type)), limit)
+    if found is None:
+        name = str(LISTS[kind][model_type])
+        return Row(kind, model_type, name, "not tried", why=f"no answer within {limit} s")
+    return Row(**found)
+
+
+def forked(run, limit):
+    """What ``run`` gives in a fork, through JSON; None where ``limit`` seconds are too few."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
-        row = judge(kind, model_type)
+        found = run()
         with os.fdopen(write, "w") as pipe:
-            json.dump(asdict(row), pipe)
+            json.dump(found, pipe)
         os._exit(0)
     os.close(write)
     text, end = b"", time.monotonic() + limit
@@ -290,10 +299,7 @@ def in_a_process(kind, model_type, limit):
         text += piece
     os.close(read)
     os.waitpid(child, 0)
-    name = str(LISTS[kind][model_type])
-    if not text:
-        return Row(kind, model_type, name, "not tried", why=f"no answer within {limit} s")
-    return Row(**json.loads(text))
+    return json.loads(text) if text else None
 
 
 def read(path):

@@ -1,8 +1,10 @@
 """`quantpage calibrate`: what it refuses, what it leaves alone, and one that was interrupted."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from quantpage.integrations.hf_transformers.keys.calibration import Calibration
 from quantpage.integrations.hf_transformers.keys.measured import Measured
 
 pytestmark = pytest.mark.cpu
@@ -83,6 +85,17 @@ def test_without_feedback_a_file_has_maps_alone(calibrate, tmp_path):
         assert any(each.endswith(".metric") for each in found) == metric
 
 
+def test_a_file_says_for_which_context_it_is(calibrate, tmp_path):
+    """No longer one than the model has positions, and no shorter one than is read."""
+    maps = []
+    for flags, wanted in (((), 1024), (("--context", 256), 256), (("--context", 128), 128)):
+        calibrate(tmp_path / "made", *flags)
+        found = Calibration.load(tmp_path / "made")
+        assert found.note["context"] == wanted
+        maps.append(found.layers[0].key_map.mean)
+    assert not any(torch.equal(maps[0], other) for other in maps[1:])
+
+
 @pytest.mark.parametrize("name", ["int4", "int8_static", "k=int8_static,v=int4"])
 def test_an_interrupted_calibration_goes_on(calibrate, interrupt, tmp_path, name):
     whole, out, part = tmp_path / "whole", tmp_path / "made", tmp_path / "made.part"
@@ -101,7 +114,8 @@ def test_an_interrupted_calibration_goes_on(calibrate, interrupt, tmp_path, name
 
 
 @pytest.mark.parametrize(
-    "flags", [("--dtype", "float32"), ("--window", 192), ("--kv-format", "fp8_static")]
+    "flags",
+    [("--dtype", "float32"), ("--window", 192), ("--kv-format", "fp8_static"), ("--context", 300)],
 )
 def test_what_another_calibration_measured_is_not_taken(calibrate, interrupt, tmp_path, flags):
     out = tmp_path / "made"

@@ -7,7 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RobertaConfig,
+)
 
 from quantpage.engine import Limits, Request, Sampling
 from quantpage.errors import EngineStopped, QueueFull, UnsupportedModel
@@ -256,6 +262,9 @@ def test_what_one_asks_for_fails_nobody_else(monkeypatch):
         for wrong in ({"prompt": (5, 128)}, {"sampling": Sampling(logit_bias=((-1, 1.0),))}):
             with pytest.raises(ValueError, match=r"(prompt|logit_bias): expected tokens below 128"):
                 Asked(one, replace(ask, **wrong))
+        # The model has 1,024 positions, the engine 6,400 places.
+        with pytest.raises(ValueError, match="max_tokens: expected at most 1024 tokens together"):
+            Asked(one, replace(ask, prompt=(5,) * 1000, max_tokens=25))
         assert Asked(one, ask).wait().texts == alone
         # Who raises is told that its answers are cancelled, and no more.
         assert [each.finish_reason for each in heard] == [None, None, "cancelled", "cancelled"]
@@ -281,19 +290,52 @@ def test_models_whose_requests_cannot_share_a_step_are_refused():
         pass
 
 
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+OTHERS = {
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(**SMALL, num_key_value_heads=1),
+    "bart": lambda: BartConfig(
+        vocab_size=128, d_model=64, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=64, is_decoder=True, is_encoder_decoder=False,
+    ),
+    "roberta": lambda: RobertaConfig(**SMALL, is_decoder=True),
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("qwen3_next", "only state, got layers of LinearAttention"),
         ("falcon_h1", "only state, got layers of PagedHybridLayer"),
-        ("bloom", "read pages, got 2 that attend densely because its attention is its own code"),
+        ("recurrent_gemma", "only state, got layers of PagedLayer"),
+        ("bart", "a forward that is told positions"),
+        ("roberta", "a first token at position 0"),
+        ("falcon", "read pages, got 2 that attend densely because its attention is its own code"),
     ],
 )
-def test_models_with_a_state_of_their_own_or_dense_layers_are_refused(name, said):
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=torch.float32).eval()
+def test_models_that_an_engine_cannot_serve_are_refused(name, said):
+    config = {**ARCHITECTURES, **OTHERS}[name]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(UnsupportedModel, match=said), engine(model=model):
         pass
+
+
+class AllLogits(LlamaForCausalLM):
+    """A class that does not know which logits are wanted, as some of Transformers'."""
+
+    def forward(self, input_ids=None, position_ids=None, **rest):
+        rest.pop("logits_to_keep", None)
+        return super().forward(input_ids, position_ids=position_ids, **rest)
+
+
+def test_a_class_that_gives_all_logits_answers_as_one_that_is_told():
+    asked, said = requests(3, longest=60, made=8), []
+    for kind in (LlamaForCausalLM, AllLogits):
+        model = tiny("llama", torch.float32)
+        model.__class__ = kind
+        with engine(model=model) as one:
+            said.append([each.texts for each in ask_all(one, asked)])
+    assert said[0] == said[1]
 
 
 def test_layers_that_read_others_pages_are_served():

@@ -11,10 +11,9 @@ from quantpage.cli.options import Device, Model, Text
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantpage.formats.key_statistics import ChosenMap
     from quantpage.integrations.hf_transformers.keys.measured import Measured
+    from quantpage.integrations.hf_transformers.keys.statistics import Placed
 
 
 def command(
@@ -39,6 +38,14 @@ def command(
         int, typer.Option(min=256, help="Tokens read, spread evenly over the text.")
     ] = 8192,
     window: Annotated[int, typer.Option(min=128, help="Tokens read in one forward.")] = 1024,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=128,
+            help="The longest context to serve, in tokens: texts are measured at positions up to "
+            "it, or to the model's last.",
+        ),
+    ] = 8192,
     dtype: Annotated[
         str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -63,6 +70,7 @@ def command(
     from quantpage.integrations.hf_transformers.keys.calibration import KIND, calibrate
     from quantpage.integrations.hf_transformers.keys.measured import KIND as PART
     from quantpage.integrations.hf_transformers.keys.measured import Measured, mark_of
+    from quantpage.integrations.hf_transformers.keys.statistics import longest_context, placed
     from quantpage.integrations.hf_transformers.loading.model import (
         load_config,
         load_model,
@@ -94,12 +102,15 @@ def command(
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded, tokenizer = load_model(model, wanted, where)
     windows = cut_windows(tokenizer, content, tokens // window, window - 1, 1)
-    texts = [each.tokens for each in windows]
+    most = longest_context(loaded)
+    context = max(window, context if most is None else min(context, most))
+    texts = placed([each.tokens for each in windows], context)
     mark = mark_of(loaded, texts, not all(each.dynamic for each in formats))
     measured = Measured.load(part, mark) or Measured()
     note = {
         "text": "austen.txt" if text is None else text.name,
         "tokens": len(windows) * window,
+        "context": context,
         "kv_format": chosen.name,
     }
     table: list[tuple[int, ChosenMap]] = []
@@ -123,14 +134,14 @@ def command(
 
 
 def _going_on(
-    texts: "Sequence[Tensor]", measured: "Measured", part: Path, mark: str
-) -> "Iterator[Tensor]":
+    texts: "Sequence[Placed]", measured: "Measured", part: Path, mark: str
+) -> "Iterator[Placed]":
     """The texts that are not measured yet, with progress; what is measured is kept in ``part``."""
     count = len(texts)
     with console.progress() as progress:
         task = progress.add_task("measuring", total=count, completed=measured.texts)
         if not progress.console.is_terminal:
-            console.note(f"measuring {count:,} windows of {texts[0].shape[1]:,} tokens")
+            console.note(f"measuring {count:,} windows of {texts[0].tokens.shape[1]:,} tokens")
         if measured.texts:
             console.note(f"{measured.texts:,} of them were measured before ({part})")
         for each in measured.left(texts, part, mark):

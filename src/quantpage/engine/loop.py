@@ -98,8 +98,8 @@ class Engine:
     def submit(self, request: Request, emit: Callable[[Piece], None]) -> Ticket:
         """Queue a request.
 
-        Raises ValueError where it never fits or names tokens that the model has not, QueueFull
-        when too many wait, EngineStopped.
+        Raises ValueError where it never fits, in pages or in the model's positions, or names tokens
+        that the model has not, QueueFull when too many wait, EngineStopped.
         """
         self._scheduler.refuse(request)
         self._runner.refuse(request)

@@ -17,20 +17,23 @@ from quantpage.engine.scheduler import Chunk, Limits
 from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.attach import Attached
+from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
 from quantpage.integrations.hf_transformers.loading.model import text_config
-from quantpage.integrations.hf_transformers.modules.arguments import cache_as
+from quantpage.integrations.hf_transformers.modules.arguments import cache_as, parameters
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.step import Part, Step, plan_part, tables_of
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
+_ALIKE = 0.02
+"""Of the logits' spread: what sums in another order may change, on a GPU in 16 bits."""
 
 
 class StepRunner:
     """An attached model over a fixed number of pages."""
 
     def __init__(self, attached: Attached, limits: Limits, cuda_graphs: bool = True) -> None:
-        _refuse(attached)
+        _refuse_counted(attached)
         self._attached, self._model = attached, attached.model
         self._cache = attached.new_cache()
         self.memory, self.page_size = self._cache.rows.memory, self._cache.rows.page_size
@@ -39,18 +42,18 @@ class StepRunner:
         self._planned: dict[Reach, Part] = {}
         """The newest step, from which the next may follow."""
         self._lay_out()
-        _refuse_dense(attached)
         for shelf in self.memory.shelves.values():
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
             pages = pool_pages(shelf.reach, limits, self.page_size)
             self.memory.make_room(shelf, pages, exact)
+        self.longest = self._longest(limits)
+        """Tokens of a prompt and its answer."""
         self.graphs: DecodeGraphs | None = None
         # A check reads back from the device, and a mask of one's own may.
         still = not attached.options.checked and attached.options.mask is None
         if cuda_graphs and still and self.device.type == "cuda":
-            longest = self._longest(limits)
             self.graphs = DecodeGraphs(
-                self._decode, self.memory.shelves, limits.max_running, longest
+                self._decode, self.memory.shelves, limits.max_running, self.longest
             )
 
     @torch.inference_mode()
@@ -119,6 +122,9 @@ class StepRunner:
             rows.frozen = None
             self._cache.set_length(0)
         logits: Tensor = out.logits[0]
+        if isinstance(kept, Tensor) and len(logits) != len(kept):
+            # Not every class knows ``logits_to_keep``: the others give all.
+            return logits[kept]
         return logits
 
     def _longest(self, limits: Limits) -> int:
@@ -128,7 +134,14 @@ class StepRunner:
         return min(held, known) if isinstance(known, int) and known > 0 else held
 
     def refuse(self, request: Request) -> None:
-        """Raise ValueError for tokens that the model has not."""
+        """Raise ValueError for tokens that the model has not, and for more than it has places for:
+        behind them some models fail, and graphs see no further."""
+        together = len(request.prompt) + request.max_tokens
+        if together > self.longest:
+            raise ValueError(
+                f"max_tokens: expected at most {self.longest} tokens together, got a prompt of "
+                f"{len(request.prompt)} and {request.max_tokens} more"
+            )
         count = text_config(self._model.config).vocab_size
         biased = [token for token, _ in request.sampling.logit_bias]
         for name, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
@@ -148,27 +161,45 @@ class StepRunner:
 
     @torch.inference_mode()
     def _lay_out(self) -> None:
-        """Heads and channels are known after the first forward."""
-        self._model(
-            input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device),
+        """Heads and channels are known after the first forward, and what a step cannot have.
+
+        Raises UnsupportedModel for that, and where a first token's position is not 0, as steps say
+        it is.
+        """
+        own = self._logits_of_one()
+        _refuse_layers(self._attached, self._cache)
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        if (own - self._logits_of_one(position_ids=zero)).abs().max() > _ALIKE * own.std():
+            raise UnsupportedModel(
+                f"{type(self._model).__name__}: the engine expects a first token at position 0, "
+                "and its own code places it elsewhere"
+            )
+
+    def _logits_of_one(self, **positions: Tensor) -> Tensor:
+        """[vocabulary] after a token that is no padding, which has a position of its own."""
+        token = text_config(self._model.config).vocab_size // 2
+        out = self._model(
+            input_ids=torch.tensor([[token]], device=self.device),
             use_cache=True,
+            **positions,
             **cache_as(self._model, self._cache),
         )
         self._cache.rows.clear()
         self._cache.set_length(0)
+        logits: Tensor = out.logits[0, -1].float()
+        return logits
 
 
-def _refuse(attached: Attached) -> None:
-    """Raise UnsupportedModel where requests cannot share a row, or have state beside pages."""
+def _refuse_counted(attached: Attached) -> None:
+    """Raise UnsupportedModel where requests cannot share a row, as where a token stands depends on
+    the row."""
     name = type(attached.model).__name__
-    cache = attached.new_cache()
-    others = {type(each).__name__ for each in cache.stateful().values()}
-    if others:
+    if "position_ids" not in parameters(attached.model):
         raise UnsupportedModel(
-            f"{name}: the engine expects keys and values as the only state, "
-            f"got layers of {', '.join(sorted(others))}"
+            f"{name}: the engine expects a forward that is told positions, as requests share a row,"
+            " and its own counts them"
         )
-    if any(reach.chunk for reach in cache.rows.memory.shelves):
+    if any(reach.chunk for reach in attached.new_cache().rows.memory.shelves):
         raise UnsupportedModel(
             f"{name}: the engine expects attention to all tokens or in windows, got chunks"
         )
@@ -182,11 +213,21 @@ def _refuse(attached: Attached) -> None:
             )
 
 
-def _refuse_dense(attached: Attached) -> None:
-    """Raise UnsupportedModel where a layer made its pages dense: those of a step are many
-    requests'."""
+def _refuse_layers(attached: Attached, cache: QuantPageCache) -> None:
+    """Raise UnsupportedModel for layers with state beside pages, which requests would share, and
+    for those that made their pages dense: a step's are many requests'.
+
+    After a forward, which tells of both.
+    """
+    name = type(attached.model).__name__
+    others = {type(each).__name__ for each in cache.stateful().values()}
+    if others:
+        raise UnsupportedModel(
+            f"{name}: the engine expects keys and values as the only state, "
+            f"got layers of {', '.join(sorted(others))}"
+        )
     for why, layers in attached.coverage.dense:
         raise UnsupportedModel(
-            f"{type(attached.model).__name__}: the engine expects layers that read pages, got "
-            f"{layers} that attend densely because {why}"
+            f"{name}: the engine expects layers that read pages, got {layers} that attend densely "
+            f"because {why}"
         )

@@ -147,11 +147,17 @@ def test_a_file_of_another_model_or_format_is_refused(model, tmp_path):
         model(SYSTEM, past_key_values=cache)
         attached.save_cache(cache, path)
         attached.load_cache(path)
-    with (
-        quantpage.attach(model, "int8,last1=fp8", page_size=PAGE) as attached,
-        pytest.raises(CorruptCache, match="layer 2, format: expected fp8, got int8"),
+    for name, size, said in (
+        ("int8,last1=fp8", PAGE, "layer 2, format: expected fp8, got int8"),
+        # What is seen of them first is a number of pages: no reason that anybody can act on.
+        ("int4", PAGE, "layer 0, format: expected int4, got int8"),
+        ("int8", 2 * PAGE, f"layer 0, page_size: expected {2 * PAGE}, got {PAGE}"),
     ):
-        attached.load_cache(path)
+        with (
+            quantpage.attach(model, name, page_size=size) as attached,
+            pytest.raises(CorruptCache, match=said),
+        ):
+            attached.load_cache(path)
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.k_proj.weight.mul_(1.01)
@@ -212,6 +218,26 @@ def test_a_state_beside_pages_is_refused(tmp_path):
             got = model(ids[:, :5], past_key_values=cache).logits
             wanted = model(torch.cat([ids, ids[:, :5]], 1)).logits[:, 30:]
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_state_in_modules_is_refused(tmp_path):
+    config = tf.RecurrentGemmaConfig(**{**COMMON, "num_key_value_heads": 1})
+    model, ids = tf.AutoModelForCausalLM.from_config(config).eval(), tokens(1, 30)
+    with pytest.warns(PartlyPaged), quantpage.attach(model, page_size=PAGE) as attached:
+        prompts = attached.prompts()
+        cache = prompts.new_cache(ids)
+        model(ids, past_key_values=cache)
+        for act in (
+            lambda: prompts.remember(ids, cache),
+            lambda: attached.save_cache(cache, tmp_path / "pages"),
+        ):
+            with pytest.raises(UnsupportedModel, match="layer 0: expected keys and values in page"):
+                act()
+        with pytest.raises(CacheError, match=r"layer 0: .* in the cache, .* its modules keep it"):
+            cache.fork()
+        with pytest.raises(CacheError, match="layer 0: expected a state that remembers its past"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 30
 
 
 def test_a_cache_for_one_row_refuses_more_until_it_is_repeated(model):

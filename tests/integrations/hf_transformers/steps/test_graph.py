@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import quantpage
+from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.steps.graph import DecodeGraph
-from tests.integrations.tiny_models import tiny, tokens
+from tests.integrations.tiny_models import COMMON, tiny, tokens
 from tests.ops.triton_cases import KERNEL_FORMATS
 
 pytestmark = pytest.mark.gpu
@@ -32,5 +34,12 @@ def test_a_replayed_step_equals_an_eager_one(kv_format):
 
 
 def test_what_cannot_be_captured_is_refused():
-    with pytest.raises(ValueError, match="last_tokens: expected a CUDA tensor, got cpu"):
-        DecodeGraph(None, None, torch.zeros(2), 4)
+    with quantpage.attach(tiny("llama"), page_size=16) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(ValueError, match="last_tokens: expected a CUDA tensor, got cpu"):
+            DecodeGraph(attached.model, cache, torch.zeros(2), 4)
+    config = Lfm2Config(**COMMON, layer_types=["conv", "full_attention", "conv"])
+    with pytest.warns(PartlyPaged), quantpage.attach(Lfm2ForCausalLM(config).eval()) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(UnsupportedModel, match="layer 0: expected keys and values in pages"):
+            DecodeGraph(attached.model, cache, torch.zeros(2), 4)

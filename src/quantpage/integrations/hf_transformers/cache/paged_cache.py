@@ -141,11 +141,18 @@ class QuantPageCache(Cache):
     def fork(self) -> "QuantPageCache":
         """Another cache with the same tokens; pages are shared until one of the two writes.
 
-        ``copy.deepcopy``, which Transformers' documentation uses for this, does the same.
+        ``copy.deepcopy``, which Transformers' documentation uses for this, does the same. Raises
+        CacheError where a state is in the model's modules.
         """
         return self.turns.take(self._fork)
 
     def _fork(self) -> "QuantPageCache":
+        for index, layer in self.stateful().items():
+            if not _has_state(layer):
+                raise CacheError(
+                    f"layer {index}: expected a state in the cache, which can be forked, and its "
+                    "modules keep it"
+                )
         self._flush()
         return self.over(self.rows.fork())
 
@@ -214,7 +221,7 @@ class QuantPageCache(Cache):
         length = max(lengths, default=0)
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
         for index, layer in self.stateful().items():
-            if drop and not _goes_back(layer):
+            if drop and not (_has_state(layer) and _goes_back(layer)):
                 raise CacheError(
                     f"layer {index}: expected a state that remembers its past, to drop {drop} "
                     f"tokens, got {type(layer).__name__}, which holds the newest alone"
@@ -300,7 +307,7 @@ class QuantPageCache(Cache):
 
     def _change(self, paged: Callable[[], None], stock: Callable[[Any], object]) -> None:
         """What is done to the pages, whole, and to each state beside them."""
-        beside = self.stateful().values()
+        beside = [each for each in self.layers if _has_state(each)]
         try:
             self.turns.spent = bool(beside)
             self.rows.memory.ledger.whole(paged)
@@ -317,12 +324,20 @@ class QuantPageCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def stateful(self) -> dict[int, Any]:
-        """Layers with another state than pages, or beside them, by their index."""
+        """Layers with another state than pages, or beside them, by their index; also those whose
+        modules keep it, where no cache has it (Recurrent Gemma): a forward tells them."""
+        ledger = self.options.ledger
+        elsewhere = ledger.own_state - ledger.paged if self.rows.memory.layouts else ()
         return {
             index: layer
             for index, layer in enumerate(self.layers)
-            if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)
+            if index in elsewhere or _has_state(layer)
         }
+
+
+def _has_state(layer: Any) -> bool:
+    """Whether a layer of the cache keeps more than pages."""
+    return not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionLayer)
 
 
 def _goes_back(layer: Any) -> bool:

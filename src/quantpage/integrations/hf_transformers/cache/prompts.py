@@ -153,6 +153,7 @@ class Prompts:
         if cache.rows.memory is not self._memory:
             raise ValueError("cache: expected one that new_cache() of these prompts made")
         cache.flush()
+        _refuse_other_state(cache)
         if cache.rows.count != 1 or cache.rows.padded:
             raise ValueError("cache: expected one row without padding, got others")
         if self._limit is not None and cache.get_seq_length() > self._limit:
@@ -199,9 +200,9 @@ def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any
         raise CorruptCache(f"{path}: expected pages of this model, got those of another")
     layers = {each.index: each.reach for each in empty.paged()}
     try:
-        # The note first: what the model caches takes a forward to know.
-        tables = saved_tables(empty.rows.memory, saved, layers)
+        # Before the note, whose page tables another format or page size would seem to damage.
         check_layouts(saved.layouts, _layouts(attached))
+        tables = saved_tables(empty.rows.memory, saved, layers)
         rows = saved_rows(empty.rows.memory, saved, tables, device)
     except Damaged as error:
         raise CorruptCache(f"{path}: {error}") from error

@@ -29,7 +29,7 @@ from quantpage.formats.channel_ranges import ChannelRanges, Rule
 from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
 from quantpage.integrations.hf_transformers.keys.measured import Measured
-from quantpage.integrations.hf_transformers.keys.statistics import measure, measure_random
+from quantpage.integrations.hf_transformers.keys.statistics import Placed, measure, measure_random
 from quantpage.integrations.hf_transformers.loading.model import text_config
 
 KIND = "quantpage calibration"
@@ -195,7 +195,7 @@ class Calibration:
 
 def calibrate(
     model: PreTrainedModel,
-    texts: Iterable[Int[Tensor, "1 tokens"]],
+    texts: Iterable[Int[Tensor, "1 tokens"] | Placed],
     formats: Sequence[KVFormat],
     note: Mapping[str, Any],
     each: Callable[[int, ChosenMap], None] | None = None,
@@ -205,9 +205,10 @@ def calibrate(
 ) -> Calibration:
     """Measure a model on texts, one forward each, and choose every layer's map, or its scales.
 
-    formats: of the layers; those that are static are one. note: what to remember. each: told of a
-    layer's map when it is chosen. rule: how much of a range static scales cover. measured: what was
-    measured before and is added to. feedback: keep what rounding in turn needs.
+    texts: placed (``statistics.placed``), or they say nothing of longer contexts. formats: of the
+    layers; those that are static are one. note: what to remember. each: told of a layer's map when
+    it is chosen. rule: how much of a range static scales cover. measured: what was measured before
+    and is added to. feedback: keep what rounding in turn needs.
     """
     static_names = {form.name for form in formats if not form.dynamic}
     if len(static_names) > 1:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from quantpage.cache.tensor_file import Damaged, open_whole, write_whole
 from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
+from quantpage.integrations.hf_transformers.keys.statistics import Placed
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 
 KIND = "quantpage measurement"
@@ -74,9 +74,7 @@ class Measured:
                 made.ranges[int(name)] = (key, value)
         return made
 
-    def left(
-        self, texts: Sequence[Int[Tensor, "1 tokens"]], path: Path, mark: str
-    ) -> Iterator[Int[Tensor, "1 tokens"]]:
+    def left(self, texts: Sequence[Placed], path: Path, mark: str) -> Iterator[Placed]:
         """The texts that are not counted yet, for ``measure``, which asks for the next when it has
         added the one before; ``path`` is written now and then.
         """
@@ -89,9 +87,11 @@ class Measured:
                 written = time.monotonic()
 
 
-def mark_of(model: nn.Module, texts: Sequence[Int[Tensor, "1 tokens"]], ranges: bool) -> str:
-    """Of what decides a measurement: every weight, its dtype, the configuration and the texts."""
+def mark_of(model: nn.Module, texts: Sequence[Placed], ranges: bool) -> str:
+    """Of what decides a measurement: every weight, its dtype, the configuration, the texts and
+    where they are placed.
+    """
     made = blake2b(f"{model_digest(model)} {ranges}\n".encode(), digest_size=16)
     for each in texts:
-        made.update(f"{each.tolist()}\n".encode())
+        made.update(f"{each.first} {each.tokens.tolist()}\n".encode())
     return made.hexdigest()

@@ -6,10 +6,15 @@ RoPE, whatever the architecture.
 Without a text, tokens are drawn at random: what every key has in common, the turned bias of its
 projection, and how far a norm's gains spread its channels, is a matter of the weights, and random
 tokens show it in a second.
+
+Keys and queries are turned by their position, and slowly in some channels: what they have in common
+at the first thousand positions is another thing at the eighth. Texts are therefore placed over all
+positions that a map is for (``placed``), the first ones denser, as long contexts have those too.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +39,49 @@ KEY_NORMS = ("k_norm.weight", "k_layernorm.weight", "key_norm.weight", "key_laye
 _PAGE = 64
 """Tokens of a page where nobody says otherwise."""
 _RANDOM_TOKENS = 1024
+
+
+class Placed(NamedTuple):
+    """A text, measured as if it stood in a longer one."""
+
+    tokens: Int[Tensor, "1 tokens"]
+    first: int
+    """Position of its first token."""
+
+
+def placed(texts: Sequence[Int[Tensor, "1 tokens"]], context: int) -> list[Placed]:
+    """Texts of one length over positions 0 .. context - 1.
+
+    The first two begin at 0, the last ends with ``context``, those between in equal ratios.
+    """
+    length = max((each.shape[1] for each in texts), default=1)
+    ratio = max(1.0, context / length)
+    steps = max(1, len(texts) - 2)
+    return [
+        Placed(each, round(length * (ratio ** (max(0, index - 1) / steps) - 1.0)))
+        for index, each in enumerate(texts)
+    ]
+
+
+def longest_context(model: nn.Module) -> int | None:
+    """Up to which position texts can be placed; None: anywhere, 0: only where texts begin.
+
+    Frequencies that change where a text gets long are left as they are in short ones.
+    """
+    body: Any = getattr(model, "base_model", model)
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return 0
+    config = text_config(body.config)
+    turns = getattr(config, "rope_parameters", None) or {}
+    kinds = turns.values() if all(isinstance(x, dict) for x in turns.values()) else [turns]
+    limits = [
+        each.get("original_max_position_embeddings")
+        for each in kinds
+        if each.get("rope_type") in ("dynamic", "longrope")
+    ]
+    limits += [getattr(config, "original_max_position_embeddings", None)] if limits else []
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((each for each in limits if each), default=None)
 
 
 def key_traits(names: Iterable[str]) -> list[str]:
@@ -77,26 +125,28 @@ def measure_random(model: PreTrainedModel) -> dict[int, KeyStatistics]:
 
 def measure(
     model: PreTrainedModel,
-    texts: Iterable[Int[Tensor, "1 tokens"]],
+    texts: Iterable[Int[Tensor, "1 tokens"] | Placed],
     skipped: int,
     ranges: dict[int, tuple[ChannelRanges, ChannelRanges]] | None = None,
     found: dict[int, KeyStatistics] | None = None,
 ) -> dict[int, KeyStatistics]:
     """Statistics of every layer whose attention goes through Transformers' interface.
 
-    texts: one forward each. skipped: first tokens of each that are not counted; models park
-    attention on them, with keys like no others. ranges: where to put those of keys and of values,
-    of all tokens; None: nowhere. found: what was measured before and is added to. Layers without
-    keys in the usual sense are missing.
+    texts: one forward each, from position 0 unless placed. skipped: first tokens of each that are
+    not counted; models park attention on them, with keys like no others. ranges: where to put those
+    of keys and of values, of all tokens; None: nowhere. found: what was measured before and is
+    added to. Layers without keys in the usual sense are missing.
     """
     found = {} if found is None else found
+    start = 0
 
     def look(index: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> None:
         if query.shape[-1] != key.shape[-1]:
             return
         # From [1, heads, tokens, head_dim].
         q, k = (x[0].transpose(0, 1)[skipped:].detach() for x in (query, key))
-        first = key[0].transpose(0, 1)[:1].detach()
+        # What begins a text is not found further on.
+        first = key[0].transpose(0, 1)[: int(start == 0)].detach()
         made = KeyStatistics.of(q, k, far_shares(key, value, attend)[skipped:], first)
         found[index] = found[index] + made if index in found else made
         if ranges is not None:
@@ -107,8 +157,16 @@ def measure(
 
     body: Any = model.base_model
     with watched(model, look), torch.no_grad():
-        for ids in texts:
-            body(input_ids=ids.to(model.device), use_cache=False)
+        for each in texts:
+            ids, start = each if isinstance(each, Placed) else (each, 0)
+            at = {}
+            if start:
+                at["position_ids"] = torch.arange(start, start + ids.shape[1])[None]
+            body(
+                input_ids=ids.to(model.device),
+                use_cache=False,
+                **{name: x.to(model.device) for name, x in at.items()},
+            )
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan
 from quantpage.cuda_graphs import GraphPool
-from quantpage.errors import CacheError
+from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
 from quantpage.integrations.hf_transformers.pages.step import Part, Step
 
@@ -21,12 +21,18 @@ class DecodeGraph:
     """Greedy decode of an attached model over a cache that holds a prompt.
 
     ``DecodeGraph(model, cache, last_tokens, max_new_tokens).run(n)`` returns [rows, n] tokens.
-    Rows must have no padding and all layers must be paged.
+    Rows must have no padding. Raises UnsupportedModel for layers with another state than pages:
+    a capture runs the step several times, and only pages are rewound.
     """
 
     def __init__(
         self, model: Any, cache: QuantPageCache, last_tokens: Tensor, max_new_tokens: int
     ) -> None:
+        for index, layer in cache.stateful().items():
+            raise UnsupportedModel(
+                f"layer {index}: expected keys and values in pages as the only state, got "
+                f"{type(layer).__name__}"
+            )
         if not last_tokens.is_cuda:
             raise ValueError(f"last_tokens: expected a CUDA tensor, got {last_tokens.device}")
         if max_new_tokens < 1:
