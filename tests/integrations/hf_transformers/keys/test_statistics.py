@@ -6,11 +6,13 @@ import transformers as tf
 from transformers import DynamicCache
 
 from quantpage.formats import FORMATS
+from quantpage.integrations.hf_transformers.keys import statistics
 from quantpage.integrations.hf_transformers.keys.calibration import calibrate
 from quantpage.integrations.hf_transformers.keys.statistics import (
     Placed,
     longest_context,
     measure,
+    measure_random,
     placed,
 )
 from tests.integrations.tiny_models import COMMON, tiny, tokens
@@ -80,6 +82,24 @@ def test_a_placed_model_attends_as_it_does_from_the_start():
 def test_texts_are_placed_no_further_than_a_model_goes(config, wanted):
     model = tf.AutoModelForCausalLM.from_config(config)
     assert longest_context(model) == wanted
+
+
+def test_random_tokens_are_placed_too(monkeypatch):
+    """Where a model has no further positions they are one text, as long as it can be."""
+    seen = []
+    monkeypatch.setattr(
+        statistics, "measure", lambda _, texts, skipped: seen.append(texts) or measure(_, [], 0)
+    )
+    model = tiny("llama", torch.float32)
+    for limit in (8192, 2000, 300):
+        model.config.max_position_embeddings = limit
+        measure_random(model)
+    bloom = tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=2)
+    measure_random(tf.AutoModelForCausalLM.from_config(bloom))
+    firsts = [[each.first for each in texts] for texts in seen]
+    sizes = [{each.tokens.shape[1] for each in texts} for texts in seen]
+    assert firsts == [[0, 0, 936, 3584], [0, 0, 500, 1488], [0, 0, 0, 0], [0]]
+    assert sizes == [{512}, {512}, {300}, {1024}]
 
 
 def test_a_mean_of_near_positions_alone_is_none_further_on():

@@ -39,6 +39,7 @@ KEY_NORMS = ("k_norm.weight", "k_layernorm.weight", "key_norm.weight", "key_laye
 _PAGE = 64
 """Tokens of a page where nobody says otherwise."""
 _RANDOM_TOKENS = 1024
+_RANDOM_CONTEXT = 4096
 
 
 class Placed(NamedTuple):
@@ -112,15 +113,19 @@ def has_uneven_key_norms(model: nn.Module) -> bool:
 def measure_random(model: PreTrainedModel) -> dict[int, KeyStatistics]:
     """Statistics of every layer over random tokens, one behind the other; of the weights alone.
 
-    Tokens without neighbours, at positions far apart, have other keys than those of a text.
+    Tokens without neighbours have other keys than those of a text. Where texts can be placed, they
+    stand at positions up to _RANDOM_CONTEXT.
     """
     config = text_config(model.config)
     noise = torch.Generator().manual_seed(0)
+    most = longest_context(model)
     longest = getattr(config, "max_position_embeddings", None) or _RANDOM_TOKENS
-    drawn = torch.rand(1, min(_RANDOM_TOKENS, longest), generator=noise, dtype=torch.float64)
+    texts, length = (1, _RANDOM_TOKENS) if most == 0 else (4, _RANDOM_TOKENS // 2)
+    drawn = torch.rand(texts, min(length, longest), generator=noise, dtype=torch.float64)
     # Tokenizers number first what is frequent: every power of two is drawn as often as the next.
     ids = (config.vocab_size**drawn).long().clamp_max(config.vocab_size - 1)
-    return measure(model, [ids], skipped=16)
+    context = _RANDOM_CONTEXT if most is None else min(_RANDOM_CONTEXT, most)
+    return measure(model, placed(ids.split(1), context), skipped=16)
 
 
 def measure(
