@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_operands import fixed_queries, nibbles
+from quantpage.ops.attend.decode.gluon_operands import INT4_UNITS, fixed_queries, nibbles
 from quantpage.ops.attend.decode.gluon_share import shown_keys
 from quantpage.ops.attend.flash.gluon_parts import stage_of
 from quantpage.ops.triton import codes as triton_codes
@@ -24,16 +24,6 @@ to_float16 = gluon.jit(triton_codes.to_float16.fn)
 
 POWER = Constant(12)
 """log2 of about the largest value of a tile, as it is multiplied."""
-# Eight codes of a word, two at a time: channels i and i + 4 of the word's eight.
-_INT4_WORDS = Constant("""{
- .reg .b32 x, t, c, s, d;
- mov.b32 c, 0x64086408; mov.b32 s, 0x2c002c00; mov.b32 d, 0xd480d480;
- lop3.b32 t, $4, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $0, t, c;
- lop3.b32 t, $4, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $1, t, s, d;
- shr.u32 x, $4, 8;
- lop3.b32 t, x, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $2, t, c;
- lop3.b32 t, x, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 $3, t, s, d;
-}""")
 
 
 class KeyNumbers(NamedTuple):
@@ -250,7 +240,8 @@ def value_numbers(
         codes = gl.where(seen_keys(key, shown, WINDOW, SEGMENT)[:, None], codes, 0)
     if CODE == INT4:
         first, second = gl.inline_asm_elementwise(
-            _INT4_WORDS, "=r,=r,=r,=r,r", [codes], dtype=(gl.float16, gl.float16), is_pure=True,
+            # Of a word's eight channels i and i + 4, two at a time.
+            INT4_UNITS, "=r,=r,=r,=r,r", [codes], dtype=(gl.float16, gl.float16), is_pure=True,
             pack=4,
         )  # fmt: skip
         if SCALES == A_TOKEN:

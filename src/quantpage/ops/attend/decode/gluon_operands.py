@@ -21,7 +21,7 @@ from quantpage.ops.triton.common import FP8, INT4, INT8, Constant
 _NIBBLES = Constant("and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;")
 
 # Halves a.i of two units in one register become the pair (a.r, b.r) in each of four.
-_INT4_UNITS = Constant("""{
+INT4_UNITS = Constant("""{
  .reg .b32 x, t, c, s, d;
  mov.b32 c, 0x64086408; mov.b32 s, 0x2c002c00; mov.b32 d, 0xd480d480;
  lop3.b32 t, $4, 0x000f000f, 0x64006400, 0xea; sub.f16x2 $0, t, c;
@@ -39,7 +39,7 @@ def unpack(units, CODE: gl.constexpr):
     """Units of four codes -> four float16 tensors of the same shape."""
     if CODE == INT4:
         r0, r1, r2, r3 = gl.inline_asm_elementwise(
-            _INT4_UNITS, "=r,=r,=r,=r,r", [units], dtype=(gl.float16,) * 4, is_pure=True, pack=2
+            INT4_UNITS, "=r,=r,=r,=r,r", [units], dtype=(gl.float16,) * 4, is_pure=True, pack=2
         )
     else:
         r0, r1, r2, r3 = gl.inline_asm_elementwise(
