@@ -44,6 +44,8 @@ FAMILIES = {
 }  # fmt: skip
 """Transformers' classes, and what a model has beside the shape of all: windows, a softcap, sink
 logits, layers of two kinds, layers that share pages."""
+EAGLE = "eagle"
+"""In a Llama's folder: a draft model's."""
 KEYS = "keys.calibration"
 """In a model's folder: its key maps. (vLLM reads all .safetensors there as weights.)"""
 TIE = 0.02
@@ -75,6 +77,8 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
     if biased:
         _bias_keys(model, biased, folder / KEYS)
     model.save_pretrained(folder)
+    if given.family == "llama":
+        _save_eagle(model, folder / EAGLE)
     long = [(7 * i * i + 3 * i + 11) % 500 + 3 for i in range(900)]
     prompts = [
         long[:300],
@@ -84,6 +88,31 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
         [*long[:290], *range(40, 80)],
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def _save_eagle(model, folder: Path) -> None:
+    """A draft model as EAGLE's: one layer over the next token's embedding and the model's state. It
+    has the model's first layer, and is wrong as often as it may be."""
+    import torch
+    from safetensors.torch import save_file
+
+    width, layer = model.config.hidden_size, "model.layers.0."
+    weights = model.state_dict()
+    drafts = {"embed_tokens.weight": weights["model.embed_tokens.weight"]}
+    drafts["fc.weight"] = torch.cat([torch.eye(width), 0.05 * torch.randn(width, width)], 1)
+    # Without its first norm, which EAGLE's layer has not.
+    drafts |= {
+        name.removeprefix("model."): each
+        for name, each in weights.items()
+        if name.startswith(layer) and "input_layernorm" not in name
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {name: each.contiguous().clone() for name, each in drafts.items()},
+        folder / "model.safetensors",
+    )
+    own = {"architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | own))
 
 
 def _bias_keys(model, biases, file: Path) -> None:

@@ -34,7 +34,7 @@ rm -f $work/*.tokens
 prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and what it should answer
   local folder=$1 family=$2 each; shift 2
   mkdir -p $folder
-  [ -f $folder/prompts.json ] || check model $folder --family $family
+  { [ -f $folder/prompts.json ] && [ -d $work/eagle ]; } || check model $folder --family $family
   for each; do
     grep -qs logprobs $folder/expect-$each.json || check expect $folder "${each%-*}" "${each#*-}"
   done
@@ -75,6 +75,16 @@ case_ int8 "${int8[@]}" --set block_size=16
 case_ int8 "${int8[@]}" --set block_size=128
 case_ int8 "${int8[@]}" --set block_size=64 "$drafts"
 VLLM_ENABLE_V1_MULTIPROCESSING=1 case_ int8 "${int8[@]}" --set block_size=64 tensor_parallel_size=2
+# Drafts of a model whose layer has pages of its own, and a model that torch compiles, as vLLM does where nobody asks for less.
+eagle='speculative_config={"method":"eagle","model":"'$work'/eagle","num_speculative_tokens":3}'
+case_ engine "${int8[@]}" --set block_size=64 "$eagle"
+if [ -z "$wanted" ] || [[ " $wanted " == *" engine "* ]]; then
+  echo "== engine, refused"
+  check run $folder "${k8v4[@]}" --set block_size=128 "$eagle" 2> /dev/null && { echo "FAILED: drafts of a model beside exact pages"; failed=1; }
+  grep -o 'NoImplementation: .*' $work/log.txt || { echo "FAILED: expected a sentence"; failed=1; }
+fi
+case_ engine "${int8[@]}" --set block_size=64 enforce_eager=false
+case_ engine "${k8v4[@]}" --set block_size=128 enforce_eager=false
 # Not a failure where it differs: 4-bit codes carry one rounding that differs on to larger ones than a tie.
 case_ int4 int4_per_token_head --expect int4-16 --report --set block_size=128
 case_ int4 "${int4[@]}"

@@ -181,6 +181,7 @@ def test_a_block_too_small_for_an_exact_page_is_refused(name, block, least):
         ("k8v4", {"shared": True}, "k8v4 keeps exact pages, which layers that read another"),
         ("int4", {"skips": True}, "int4 keeps exact pages, .*--kv-cache-dtype-skip-layers"),
         ("int4", {"one_group": True}, "int4 keeps exact pages, .*--disable-hybrid-kv-cache-man"),
+        ("k8v4", {"drafts": True}, "k8v4 keeps exact pages, .* draft model .* n-gram drafts go"),
     ],
 )
 def test_layers_that_cannot_be_served_are_refused_in_a_sentence(name, asked, said):
@@ -199,7 +200,7 @@ def test_plain_layers_are_served_by_every_format(name):
     form = format_of(name)
     refuse_layer(form)
     if form.exact_pages is None:
-        refuse_layer(form, shared=True, skips=True, one_group=True)
+        refuse_layer(form, shared=True, skips=True, one_group=True, drafts=True)
 
 
 def test_blocks_that_no_page_divides_are_refused():

@@ -132,6 +132,17 @@ def test_a_step_of_vllms_is_a_plan_of_ours():
     assert torch.equal(part.plan.exact.page_table, given.block_table_tensor + 1)
 
 
+def test_drafts_of_a_model_have_a_cache():
+    from vllm.config import SpeculativeConfig
+
+    methods = {"eagle": True, "mtp": True, "draft_model": True, "ngram": False, "medusa": False}
+    for method, has in methods.items():
+        given = object.__new__(SpeculativeConfig)
+        given.method = method
+        assert compat.drafts_by_model(SimpleNamespace(speculative_config=given)) == has
+    assert not compat.drafts_by_model(SimpleNamespace(speculative_config=None))
+
+
 @pytest.mark.parametrize(
     ("mode", "warms", "newer", "runs"),
     [

@@ -40,6 +40,14 @@ def skips_layers(config: Any) -> bool:
     return bool(getattr(config.cache_config, "kv_cache_dtype_skip_layers", None))
 
 
+def drafts_by_model(config: Any) -> bool:
+    """Whether drafts come from layers that have a cache too, and not from the text itself."""
+    asked = config.speculative_config
+    if asked is None:
+        return False
+    return any(getattr(asked, each, bool)() for each in ("use_eagle", "uses_draft_model"))
+
+
 def runs_first_steps(config: Any) -> bool:
     """Whether vLLM runs steps over its cache before the first request: to warm kernels up (its
     newer runner), or before it captures graphs."""

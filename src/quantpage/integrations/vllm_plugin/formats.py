@@ -177,12 +177,13 @@ def refuse_layer(
     unknown: Sequence[str] = (),
     skips: bool = False,
     one_group: bool = False,
+    drafts: bool = False,
 ) -> None:
     """NoImplementation, with every reason, for a layer of vLLM's that cannot be served.
 
     attn_type: vLLM's word. shared: reads another layer's cache. unknown: names of arguments of
     attention that are not known here. skips: other layers are left out of the format. one_group:
-    all layers have one table of blocks.
+    all layers have one table of blocks. drafts: of another model's layers, beside this one's.
     """
     said = []
     if alibi:
@@ -207,6 +208,12 @@ def refuse_layer(
             f"{form.name} keeps exact pages, which are a cache group of their own, and vLLM's "
             "hybrid KV cache manager is off (--disable-hybrid-kv-cache-manager, or a KV connector "
             "that cannot do with it)."
+        )
+    if form.exact_pages is not None and drafts:
+        said.append(
+            f"{form.name} keeps exact pages, which are a cache group of their own, and vLLM wants "
+            "the layers of a draft model (EAGLE, MTP) in one group; int8, fp8 and int6 serve them, "
+            "and n-gram drafts go with every format."
         )
     if said:
         raise NoImplementation("QuantPage cannot serve this model in vLLM: " + " ".join(said))

@@ -89,6 +89,7 @@ class QuantPageImpl(AttentionImpl):
             unknown=[name for name, given in unknown.items() if given is not None],
             skips=compat.skips_layers(self.config),
             one_group=bool(self.config.scheduler_config.disable_hybrid_kv_cache_manager),
+            drafts=compat.drafts_by_model(self.config),
         )
         if self.form.exact_pages is not None and not compat.holds_exact_pages():
             raise NoImplementation(
