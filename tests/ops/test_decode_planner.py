@@ -263,3 +263,16 @@ def test_pieces_of_a_row_are_joined_by_one_warp():
     for programs, all_rows in ((264, 12), (264, 8), (264, 1)):
         assert join_shape(programs, all_rows, 128) == (32, 1)
         assert join_shape(programs, all_rows, 256) == (16, 1)
+
+
+def test_long_steps_of_few_rows_take_the_kernel_that_reads_faster():
+    def hopper(name, keys, parts):
+        given = FORMATS[name]
+        tiles = decode_tiles(given.key, given.value, 128, 8, keys, parts, wgmma=True)
+        return tiles.programs_per_processor if tiles.wgmma else 0
+
+    million = 10**6
+    assert [hopper("int8", keys * million, 256) for keys in (1, 2, 4)] == [2, 4, 4]
+    assert [hopper(name, 2 * million, 256) for name in ("fp8", "k8v4", "int4")] == [0, 0, 0]
+    # int4: rows that no program begins two of, and more of them.
+    assert hopper("int4", million // 3, 396) == 3 and hopper("int4", million // 3, 512) == 0

@@ -311,9 +311,9 @@ def test_many_requests(requests):
 
 
 @triton.jit(do_not_specialize=["requests", "heads", "min_tiles"])
-def _shares(starts, lens, out, requests, heads, min_tiles, CHUNK: tl.constexpr):
+def _shares(starts, lens, out, requests, heads, min_tiles, CHUNK: tl.constexpr, LEAD: tl.constexpr):
     start, end, share, request, begins, even = my_share(
-        starts, lens, requests, heads, min_tiles, 0, 0, 64, 32, False, False, 0, CHUNK
+        starts, lens, requests, heads, min_tiles, 0, 0, 64, 32, False, False, 0, CHUNK, LEAD
     )
     at = out + tl.program_id(0) * 6
     tl.store(at, start)
@@ -330,23 +330,26 @@ def test_shares_hold_every_tile_once(seed):
     choice = random.Random(seed)
     requests, heads = choice.choice([1, 2, 5, 40]), choice.choice([1, 2, 8])
     longest, programs = choice.randint(1, 3000), choice.choice([3, 40, 132])
+    lead = choice.choice([0, 2])
     equal = choice.random() < 0.5
     lens = [longest if equal else choice.randint(0, longest) for _ in range(requests)]
     starts = torch.tensor([0, *itertools.accumulate(min(n, 1) for n in lens)], dtype=torch.int32)
     out = torch.zeros(programs, 6, dtype=torch.int32, device=DEVICE)
     given = (starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE), out)
     _shares[(programs,)](
-        *given, requests, heads, choice.choice([1, 2]), 32 if requests < 32 else 128
+        *given, requests, heads, choice.choice([1, 2]), 32 if requests < 32 else 128, lead
     )
     tiles = [-(-n // 32) for n in lens]
     seen = []
-    for position, end, _, request, begins, _ in out.tolist():
+    for position, end, _, request, begins, even in out.tolist():
+        before = 0 if even else lead
         while position < end:
-            row, first = divmod(position - begins, tiles[request])
-            last = min(tiles[request], first + end - position)
+            whole = tiles[request] + before * (tiles[request] > 0)
+            row, at = divmod(position - begins, max(whole, 1))
+            first, last = max(at - before, 0), min(tiles[request], at + end - position - before)
             seen += [(request, row, tile) for tile in range(first, last)]
-            position += last - first
-            if position - begins >= tiles[request] * heads:
+            position += whole - at
+            if position - begins >= whole * heads:
                 request, begins = request + 1, position
     assert sorted(seen) == [
         (request, row, tile)

@@ -121,7 +121,7 @@ def _copy(
             )  # fmt: skip
             page = ahead
             count += 1
-        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)
+        position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES)
 
 
 @gluon.jit
@@ -362,7 +362,7 @@ def _multiply(
                 v_scale, v_zero, v_scale_head, out, part_out, out_token, out_head, GROUP, V_SCALES,
                 V_ZERO, V_SHARED,
             )  # fmt: skip
-        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)
+        position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES)
 
 
 @gluon.jit(

@@ -30,11 +30,13 @@ def end_sums(
     weights, anchor, rows: gl.constexpr, sum_rows: gl.constexpr, row_first, q_start, q_len, head,
     kv_heads, first_tile, last_tile, tiles, program, position, start, request, item, share, even,
     cuts, sinks, lse, part_lse, GROUP: gl.constexpr, ROWS: gl.constexpr, ROW_TILES: gl.constexpr,
-    SINKS: gl.constexpr, PIECES: gl.constexpr,
+    SINKS: gl.constexpr, PIECES: gl.constexpr, row_start=None, lead=0,
 ):  # fmt: skip
     """Log-sum-exps of a piece of a row are stored, and where the row's pieces are. sum_rows: of
     weights as a kernel has them (gluon_rows).
     """
+    if row_start is None:
+        row_start = position
     row = here(row_first) + gl.arange(0, ROWS, rows)
     real = row < q_len * GROUP
     token_at = (q_start + row // GROUP).to(gl.int64)
@@ -50,7 +52,7 @@ def end_sums(
         complete = whole & (q_len < 0)
         if first_tile == 0:
             gl.store(cuts + row_id * 2, slot_id)
-            _, last, _ = row_programs(program, position, position, tiles, share, even)
+            _, last, _ = row_programs(program, position, row_start, tiles, share, even, lead)
             gl.store(cuts + row_id * 2 + 1, gl.where(whole, slot_id // 2, last))
     else:
         complete = (first_tile == 0) & (last_tile == tiles)
@@ -58,7 +60,9 @@ def end_sums(
         slot_id = 2 * program + (position != start).to(gl.int32)
         if first_tile == 0:
             cut = cuts + (request * kv_heads * ROW_TILES + item) * 2
-            store_cut(cut, complete, slot_id, program, position, tiles, share, even)
+            store_cut(
+                cut, complete, slot_id, program, position, tiles, share, even, row_start, lead
+            )
     if complete:
         if SINKS:
             row_lse, ratio = with_sink(row_lse, ratio, sinks, q_head_at, real)

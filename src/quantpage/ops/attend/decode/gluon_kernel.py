@@ -43,6 +43,7 @@ from quantpage.ops.attend.decode.gluon_rows import (
     seen_pairs,
 )
 from quantpage.ops.attend.decode.gluon_share import (
+    CUT_COST,
     copy_codes,
     first_pages,
     keys_of_all,
@@ -184,21 +185,24 @@ def decode_kernel(
     far_smem = gl.allocate_shared_memory(gl.int32, [4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     far_layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
 
+    # One request's rows are alike: none has to begin more of them than others.
+    LEAD: gl.constexpr = 0 if CHUNK == 1 else CUT_COST
     program = gl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     start, end, share, request, begins, even = my_share(
         query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
-        sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+        sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK, LEAD,
     )  # fmt: skip
+    lead = gl.where(even, 0, LEAD)
     start, end, share = same(start), same(end), same(share)
-    request, begins = same(request), same(begins)
+    request, begins, lead = same(request), same(begins), same(lead)
     position = start
     while position < end:
         piece = find_piece(
             query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
-            TILE, FULL, WINDOW, SEGMENT,
+            TILE, FULL, WINDOW, SEGMENT, lead,
         )  # fmt: skip
         (
             context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
@@ -434,7 +438,8 @@ def decode_kernel(
             ended = end_sums(
                 weights, anchor, s_rows, row_sums, row_first, q_start, q_len, head, kv_heads,
                 first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES,
+                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES, piece.row_start,
+                lead,
             )  # fmt: skip
             ratio = ended.ratio
             o = acc * gl.convert_layout(ratio, o_rows)[None, :]
@@ -448,4 +453,4 @@ def decode_kernel(
                 o, mass, ended, row_first, q_start, q_len, head, v_scale, v_zero, v_scale_head, out,
                 part_out, out_token, out_head, GROUP, V_SCALES, V_ZERO, V_SHARED,
             )  # fmt: skip
-        position, request, begins = behind(piece, position, request, begins, kv_heads * ROW_TILES)
+        position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES, lead)

@@ -14,6 +14,7 @@ from quantpage.ops.attend.decode.gluon_share import (
     same,
     shown_keys,
     tile_ranges,
+    with_lead,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, EXACT_KEYS, exact_pairs
 from quantpage.ops.triton.common import LOG2E
@@ -45,6 +46,9 @@ class Piece(NamedTuple):
     """Which (kv_head, tile of query rows) of the request."""
     first_tile: Any
     last_tile: Any
+    """As the first, where the program has nothing but what comes before the row."""
+    row_start: Any
+    """Where the row begins in the line."""
 
 
 @gluon.jit
@@ -70,22 +74,30 @@ def seen_of(
 def find_piece(
     query_starts, context_lens, request, begins, position, end, window, sink_tokens,
     PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
-    SEGMENT: gl.constexpr,
+    SEGMENT: gl.constexpr, lead=0,
 ):  # fmt: skip
-    """What lies at ``position`` of a line whose request begins at ``begins``."""
+    """What lies at ``position`` of a line whose request begins at ``begins``. lead: as of
+    row_programs, 0 where rows are cut evenly.
+    """
     seen = seen_of(
         query_starts, context_lens, request, window, sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT
     )
-    item = (position - begins) // gl.maximum(seen.tiles, 1)
-    first_tile = position - begins - item * seen.tiles
-    return Piece(seen, item, first_tile, gl.minimum(seen.tiles, first_tile + end - position))
+    whole = with_lead(seen.tiles, lead)
+    item = (position - begins) // gl.maximum(whole, 1)
+    row_start = begins + item * whole
+    first_tile = gl.maximum(position - row_start - lead, 0)
+    last_tile = gl.maximum(gl.minimum(seen.tiles, end - row_start - lead), first_tile)
+    return Piece(seen, item, first_tile, last_tile, row_start)
 
 
 @gluon.jit
-def behind(piece, position, request, begins, rows_a_request):
-    """Where the line goes on behind a piece: the position, its request and where that begins."""
-    position += piece.last_tile - piece.first_tile
-    if position - begins >= piece.seen.tiles * rows_a_request:
+def behind(piece, request, begins, rows_a_request, lead=0):
+    """Where the line goes on behind a piece's row: the position, its request and where that begins;
+    behind the program's end, where that has not the whole of the row.
+    """
+    whole = with_lead(piece.seen.tiles, lead)
+    position = piece.row_start + whole
+    if position - begins >= whole * rows_a_request:
         request += 1
         begins = position
     return position, request, begins
@@ -165,12 +177,16 @@ def _sums(total, anchor):
 
 
 @gluon.jit
-def store_cut(cut, complete, slot_id, program, position, tiles, share, even):
+def store_cut(
+    cut, complete, slot_id, program, position, tiles, share, even, row_start=None, lead=0
+):
     """Where a row's pieces are, for the merge (triton_cuts): the first one's slot, -1 for none, and
     the program that holds the last.
     """
     gl.store(cut, gl.where(complete, -1, slot_id))
-    _, last, _ = row_programs(program, position, position, tiles, share, even)
+    if row_start is None:
+        row_start = position
+    _, last, _ = row_programs(program, position, row_start, tiles, share, even, lead)
     gl.store(cut + 1, last)
 
 

@@ -19,6 +19,7 @@ tile_ranges = gluon.jit(triton_share.tile_ranges.fn)
 tiles_of = gluon.jit(triton_share.tiles_of.fn)
 even_pieces = gluon.jit(triton_share.even_pieces.fn)
 cut_of_one = gluon.jit(triton_share.cut_of_one.fn)
+with_lead = gluon.jit(triton_share.with_lead.fn)
 row_programs = gluon.jit(triton_share.row_programs.fn)
 
 
@@ -84,7 +85,7 @@ def _share_of_one(
 def my_share(
     query_starts, context_lens, requests, rows_a_request, min_tiles, window, sink_tokens,
     PAGE: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr,
-    SEGMENT: gl.constexpr, CHUNK: gl.constexpr,
+    SEGMENT: gl.constexpr, CHUNK: gl.constexpr, LEAD: gl.constexpr = 0,
 ):  # fmt: skip
     """triton_share.my_share, with a layout; CHUNK 1: of one request, and of numbers alone."""
     if CHUNK == 1:
@@ -98,13 +99,16 @@ def my_share(
         SEGMENT, CHUNK, layout,
     )  # fmt: skip
     total = gl.sum(tiles, 0)
+    line = gl.sum(with_lead(tiles, LEAD), 0)
     for first in range(CHUNK, requests, CHUNK):
         more = _chunk_tiles(
             query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE, FULL,
             WINDOW, SEGMENT, CHUNK, layout,
         )  # fmt: skip
         total += gl.sum(more, 0)
+        line += gl.sum(with_lead(more, LEAD), 0)
     total = total * rows_a_request
+    line = line * rows_a_request
     programs = gl.num_programs(0)
     program = gl.program_id(0)
     share = gl.maximum((total + programs - 1) // programs, min_tiles)
@@ -131,8 +135,9 @@ def my_share(
         end = gl.minimum((item + 1) * row_tiles, start + share)
         end = gl.where(program < used * rows_a_request, end, start)
     else:
+        share = gl.maximum((line + programs - 1) // programs, min_tiles + LEAD)
         start = program * share
-        end = gl.minimum(start + share, total)
+        end = gl.minimum(start + share, line)
         request = 0
         begins = 0
         seen = 0
@@ -141,7 +146,7 @@ def my_share(
                 query_starts, context_lens, requests, first, window, sink_tokens, PAGE, TILE,
                 FULL, WINDOW, SEGMENT, CHUNK, layout,
             )  # fmt: skip
-            passed = seen + gl.associative_scan(more, 0, _add) * rows_a_request
+            passed = seen + gl.associative_scan(with_lead(more, LEAD), 0, _add) * rows_a_request
             before = passed <= start
             request += gl.sum(before.to(gl.int32), 0)
             begins = gl.maximum(begins, gl.max(gl.where(before, passed, 0), 0))

@@ -117,10 +117,14 @@ def _wgmma_tiles(
         (3, 2) 92 (175), (4, 2) the same. head_dim 256, (2, 2): int8 64 x 4k 250 (284), 8 tokens at
         16 x 8k 154 (232)
 
+    and on an H200 in 2026-11 (h200-plans.csv), int8 at 16 x 32k, 1 x 128k and 31 x 4k, 1 x 128k
+    (3, 4) 253.9, 130.0, 73.9, Triton 261.5, 138.0, 77.8; int4 at 1 x 100k and 63 x 512 under a
+    window of 4k, 512 parts, (3, 3) 38.4, Triton 34.3
+
     In a whole model of 32 layers with 16 requests of 16k, 16 GB of int8 cache, (2, 2) made a step
     12.97 ms where the Triton kernel's took 12.06: 64 KB asked for ahead a multiprocessor hide the
-    benches' latency, not that of so much memory. So four stages here, 128 KB, and the Triton
-    kernel's 150 KB for long steps of few rows.
+    benches' latency, not that of so much memory. So four stages here, 128 KB, and for long steps of
+    few rows (3, 4), 200 KB, of int8, and the Triton kernel's 150 KB of others.
     """
     few = parts <= 2 * WGMMA_PROCESSORS
     if width > 128:
@@ -131,9 +135,13 @@ def _wgmma_tiles(
     if keys <= SMALL:
         return DecodeTiles(64, 4, 2, 1, wgmma=True)
     if key.code.name == "int4":
-        return _three_programs() if keys <= (27 if few else 14) * SMALL else None
-    if few:
-        return _two_programs() if keys <= 27 * SMALL else None
+        # Of more rows than programs each has several to begin, and Triton's kernel more programs.
+        most = 27 if few else 14 if parts <= 3 * WGMMA_PROCESSORS else 0
+        return _three_programs() if keys <= most * SMALL else None
+    if few and keys <= 27 * SMALL:
+        return _two_programs()
+    if few and not (key.code.name == value.code.name == "int8"):
+        return None
     if parts > 4 * WGMMA_PROCESSORS:
         # More rows than programs: a warpgroup takes longer to end one and begin another.
         return None

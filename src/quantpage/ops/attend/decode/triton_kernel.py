@@ -26,11 +26,13 @@ from quantpage.ops.attend.decode.triton_parts import first_channel, parts_of, st
 from quantpage.ops.attend.decode.triton_pieces import finish_empty, join_cut
 from quantpage.ops.attend.decode.triton_planes import half_of
 from quantpage.ops.attend.decode.triton_share import (
+    CUT_COST,
     key_ranges,
     my_share,
     request_tiles,
     row_programs,
     tile_ranges,
+    with_lead,
 )
 from quantpage.ops.attend.decode.triton_tiles import walk_tiles
 from quantpage.ops.triton.common import LN2, LOG2E, STATIC
@@ -130,8 +132,9 @@ def decode_kernel(
     else:
         start, end, share, request, begins, even = my_share(
             query_starts, context_lens, requests, kv_heads * ROW_TILES, min_tiles, window,
-            sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
+            sink_tokens, PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK, CUT_COST,
         )  # fmt: skip
+        lead = tl.where(even, 0, CUT_COST)
     V_PARTS: tl.constexpr = parts_of(V_CODE)
     # As wide as walk_tiles makes the accumulators.
     V_WIDTH: tl.constexpr = width_of(VALUE_DIM, V_CODE)
@@ -164,9 +167,12 @@ def decode_kernel(
             first_tile = 0
             last_tile = tiles
         else:
-            item = (position - begins) // tl.maximum(tiles, 1)
-            first_tile = position - begins - item * tiles
-            last_tile = tl.minimum(tiles, first_tile + end - position)
+            whole_row = with_lead(tiles, lead)
+            item = (position - begins) // tl.maximum(whole_row, 1)
+            row_start = begins + item * whole_row
+            first_tile = tl.maximum(position - row_start - lead, 0)
+            # What comes before a row may be all that the program has of it.
+            last_tile = tl.maximum(tl.minimum(tiles, end - row_start - lead), first_tile)
         head = (item // ROW_TILES).to(tl.int64)
 
         row_at = (item % ROW_TILES) * ROWS + row
@@ -219,7 +225,7 @@ def decode_kernel(
                 # the program that holds the last.
                 cut = cuts + row_id * 2
                 tl.store(cut, tl.where(complete, -1, slot_id))
-                _, last, _ = row_programs(program, position, position, tiles, share, even)
+                _, last, _ = row_programs(program, position, row_start, tiles, share, even, lead)
                 if PIECES:
                     last = tl.where(whole, slot_id // 2, last)
                 tl.store(cut + 1, last)
@@ -251,7 +257,7 @@ def decode_kernel(
                 if GATHER > 0:
                     row_first = (item % ROW_TILES) * ROWS
                     first, last, slot = row_programs(
-                        program, position, position - first_tile, tiles, share, even
+                        program, position, row_start, tiles, share, even, lead
                     )
                     join_cut(
                         cuts, part_out, part_lse, sinks, out, lse, program,
@@ -264,8 +270,8 @@ def decode_kernel(
         if WHOLE:
             position += tl.num_programs(0)
         else:
-            position += last_tile - first_tile
-            if position - begins >= tiles * kv_heads * ROW_TILES:
+            position = row_start + whole_row
+            if position - begins >= whole_row * kv_heads * ROW_TILES:
                 request += 1
                 begins = position
     if BESIDE:

@@ -10,6 +10,7 @@ wherever they fall:
 
 Where it makes no share more than CUT_COST tiles longer, rows are cut evenly instead, each into
 pieces of its own, and no program has parts of two: beginning a row costs as much as a few tiles.
+Else the line has LEAD tiles before each row's own, so that who has many short rows has fewer tiles.
 
 A row (request, head) that falls into one program is finished there; one that is cut leaves partial
 results, and the program in which it begins says so in a descriptor that the merge reads. The
@@ -163,6 +164,12 @@ def request_tiles(
 
 
 @triton.jit
+def with_lead(tiles, lead):
+    """What a row of so many tiles takes of the line."""
+    return tl.where(tiles > 0, tiles + lead, 0)
+
+
+@triton.jit
 def my_share(
     query_starts,
     context_lens,
@@ -177,9 +184,11 @@ def my_share(
     WINDOW: tl.constexpr,
     SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr,
+    LEAD: tl.constexpr = 0,
 ):
-    """This program's tiles start .. end, the largest share of its row's programs, the request that
-    start falls in with the place of its first tile, and whether rows are cut evenly.
+    """This program's part start .. end of the line, the largest share of its row's programs, the
+    request that start falls in with the place of its first tile, and whether rows are cut evenly.
+    LEAD: tiles that the line has before each row's own where rows are not cut evenly.
     """
     # Requests of a chunk are one vector; almost always there is one chunk.
     tiles = _chunk_tiles(
@@ -187,13 +196,16 @@ def my_share(
         PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
     )  # fmt: skip
     total = tl.sum(tiles, 0)
+    line = tl.sum(with_lead(tiles, LEAD), 0)
     for first in range(CHUNK, requests, CHUNK):
         more = _chunk_tiles(
             query_starts, context_lens, requests, first, window, sink_tokens,
             PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
         )  # fmt: skip
         total += tl.sum(more, 0)
+        line += tl.sum(with_lead(more, LEAD), 0)
     total = total * rows_a_request
+    line = line * rows_a_request
     programs = tl.num_programs(0)
     program = tl.program_id(0)
     share = tl.maximum(tl.cdiv(total, programs), min_tiles)
@@ -220,9 +232,10 @@ def my_share(
         end = tl.minimum((item + 1) * row_tiles, start + share)
         end = tl.where(program < used * rows_a_request, end, start)
     else:
+        share = tl.maximum(tl.cdiv(line, programs), min_tiles + LEAD)
         start = program * share
-        end = tl.minimum(start + share, total)
-        passed = tl.cumsum(tiles, 0) * rows_a_request
+        end = tl.minimum(start + share, line)
+        passed = tl.cumsum(with_lead(tiles, LEAD), 0) * rows_a_request
         before = passed <= start
         request = tl.sum(before.to(tl.int32), 0)
         begins = tl.max(tl.where(before, passed, 0), 0)
@@ -232,7 +245,7 @@ def my_share(
                 query_starts, context_lens, requests, first, window, sink_tokens,
                 PAGE, TILE, FULL, WINDOW, SEGMENT, CHUNK,
             )  # fmt: skip
-            passed = seen + tl.cumsum(more, 0) * rows_a_request
+            passed = seen + tl.cumsum(with_lead(more, LEAD), 0) * rows_a_request
             before = passed <= start
             request += tl.sum(before.to(tl.int32), 0)
             begins = tl.maximum(begins, tl.max(tl.where(before, passed, 0), 0))
@@ -271,13 +284,14 @@ def cut_of_one(tiles, rows, programs, min_tiles):
 
 
 @triton.jit
-def row_programs(program, position, row_start, tiles, share, even):
+def row_programs(program, position, row_start, tiles, share, even, lead=0):
     """The programs that have tiles of a row, first and last, and the slot of its first piece.
 
-    position: where the asking program enters the row.
+    position: where the asking program enters the row. lead: what the line has before its tiles
+    where rows are not cut evenly.
     """
-    first = tl.where(even, program - (position - row_start) // share, row_start // share)
+    first = tl.where(even, program - (position - row_start) // share, (row_start + lead) // share)
     pieces = (tiles + share - 1) // share
-    last = tl.where(even, first + pieces - 1, (row_start + tiles - 1) // share)
-    inside = (row_start != first * share).to(tl.int32)
+    last = tl.where(even, first + pieces - 1, (row_start + lead + tiles - 1) // share)
+    inside = (row_start > first * share).to(tl.int32)
     return first, last, 2 * first + tl.where(even, 0, inside)

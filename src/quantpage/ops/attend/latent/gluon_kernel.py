@@ -389,7 +389,7 @@ def attend_kernel(
                             ROW_DIM, HEADS, SINKS,
                         )  # fmt: skip
         if pieces is None:
-            position, request, begins = behind(walk, position, request, begins, row_tiles)
+            position, request, begins = behind(walk, request, begins, row_tiles)
         else:
             position += 1
     if counters is not None:
