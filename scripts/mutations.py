@@ -433,6 +433,13 @@ MUTATIONS = (
         "0",
         ("tests/ops/test_workspaces.py",),
     ),
+    Mutation(
+        "keys that are written again overlap with those that were wrong",
+        _SRC + "ops/rope_write/triton_in_turn.py",
+        'fixed |= {"OVERLAP": False, "launch_pdl": False}',
+        "pass",
+        ("tests/ops/test_triton_in_turn_lanes.py",),
+    ),
     # What clients do to each other.
     Mutation(
         "what one answer asks for ends those of its step",

@@ -179,6 +179,24 @@ def test_rows_that_lie_elsewhere_are_written_again(monkeypatch):
     assert same_rows(layer.key, other.key) > 0.97
 
 
+def test_what_is_written_again_begins_behind_the_end_of_what_was(monkeypatch):
+    """Both write the same pages, and launches of a step overlap on Hopper."""
+    seen = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **given: seen.update(given)
+
+    monkeypatch.setattr(triton_in_turn, "in_turn_kernel", Kernel())
+    monkeypatch.setattr(triton_in_turn, "_written_in_lanes", lambda *_: False)
+    monkeypatch.setattr(triton_in_turn, "_couplings", IN_BLOCKS)
+    halves = [empty_pages(spec, 64, 1) for spec in (FORMATS["int8"].key, FORMATS["int8"].value)]
+    layer = LayerKV(*halves, None, None, feedback_map(64, True))
+    for lanes, overlap in ((True, False), (False, True)):
+        triton_in_turn.launch(layer, 40, {}, {"OVERLAP": True, "launch_pdl": True}, lanes)
+        assert seen["OVERLAP"] == seen["launch_pdl"] == overlap
+
+
 def silent(layer):
     """Channels that say nothing: rows that lie elsewhere hear what is not theirs."""
     made, near = LANES(layer)
