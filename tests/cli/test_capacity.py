@@ -179,6 +179,10 @@ def test_memory_sizes(text, size):
         (["--memory", "1GiB", *LLAMA, "--weights", "int2"], "weights: expected bf16, int8 or none"),
         (["--memory", "1GiB", *LLAMA, "--page-size", "17"], "page_size: expected one of"),
         (["--memory", "1GiB", *LLAMA, "--tp", "0"], "'--tp'"),
+        (
+            ["--memory", "1GiB", *LLAMA, "--tp", "3"],
+            "tp: expected a number that divides 8 kv_heads",
+        ),
         (["--memory", "1GiB", *LLAMA, "--context", "0"], "'--context'"),
         (["--memory", "1GiB", *LLAMA, "--chunk", "0"], "'--chunk'"),
         (["--memory", "1GiB", *LLAMA, "--formats", "int9"], "kv_format: expected one of"),

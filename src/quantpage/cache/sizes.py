@@ -67,6 +67,19 @@ class LayerPlan:
         return held * self.layout.unquantized_bytes_per_token()
 
 
+def heads_each(kv_heads: int, devices: int) -> int:
+    """kv_heads on each of the devices that share them: an equal part, or one that several have.
+
+    Raises ValueError where neither comes out even, which no engine serves.
+    """
+    if kv_heads % devices and devices % kv_heads:
+        raise ValueError(
+            f"tp: expected a number that divides {kv_heads} kv_heads, or that they divide, got "
+            f"{devices}"
+        )
+    return max(kv_heads // devices, 1)
+
+
 def held_bytes(layers: Iterable[LayerPlan], tokens: int) -> int:
     """Bytes that a request of so many tokens holds between steps, in all layers."""
     return sum(each.held_bytes(tokens) for each in layers)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from quantpage.cache import CacheLayout
-from quantpage.cache.sizes import LayerPlan
+from quantpage.cache.sizes import LayerPlan, heads_each
 from quantpage.formats.per_layer import LayerFormats
 
 MOST = 1 << 16
@@ -79,7 +79,7 @@ def read_counted(
 
 
 def _of_numbers(layers: int, kv_heads: int, head_dim: int, tp: int) -> Counted:
-    own = -(-kv_heads // tp)
+    own = heads_each(kv_heads, tp)
 
     def plans(formats: LayerFormats, page_size: int) -> list[LayerPlan]:
         return [

@@ -333,6 +333,8 @@ def test_bytes_a_token_of_known_models():
     assert unquantized("llama-3.1-8b") == 131072
     assert unquantized("llama-3.1-8b", tp=4) == 32768
     assert unquantized("llama-3.1-8b", tp=16) == 16384, "a head cannot be divided"
+    with pytest.raises(ValueError, match="tp: expected a number that divides 32 query heads"):
+        unquantized("llama-3.1-8b", tp=7)
     if caches_latent_rows():
         assert unquantized("deepseek-v3") == unquantized("deepseek-v3", tp=8) == 70272
     else:

@@ -12,7 +12,7 @@ import torch
 
 from quantpage.cache.layout import CacheLayout
 from quantpage.cache.reach import Reach
-from quantpage.cache.sizes import LayerPlan
+from quantpage.cache.sizes import LayerPlan, heads_each
 from quantpage.errors import UnsupportedModel
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers.loading.model import (
@@ -102,7 +102,7 @@ def cache_shape(config: "PreTrainedConfig", tp: int = 1) -> CacheShape:
 
     tp: devices that share the heads (tensor parallelism); a head that is not divided is on all of
     them. Raises UnsupportedModel, in one sentence, for what ``attach`` refuses and for what the
-    configuration does not tell, ValueError for ``tp`` below 1.
+    configuration does not tell, ValueError for ``tp`` below 1 or by which heads do not divide.
     """
     if tp < 1:
         raise ValueError(f"tp: expected at least 1 device, got {tp}")
@@ -236,13 +236,15 @@ def _layer(own: Any, modules: "list[nn.Module]", reach: Reach, tp: int) -> Layer
     q_heads = getattr(own, "num_attention_heads", None)
     if not q_heads:
         raise UnsupportedModel(f"{own.model_type}: its configuration names no attention heads")
+    if q_heads % tp:
+        raise ValueError(f"tp: expected a number that divides {q_heads} query heads, got {tp}")
     latent = getattr(own, "kv_lora_rank", None)
     if latent and caches_latent_rows():
         # One latent for all heads, and the rotary part of the key in the place of the value.
         return LayerShape(1, latent, own.qk_rope_head_dim, reach, latent=True)
     if latent:
         key_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
-        return LayerShape(-(-q_heads // tp), key_dim, own.v_head_dim, reach)
+        return LayerShape(q_heads // tp, key_dim, own.v_head_dim, reach)
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // q_heads
     heads = _projected_heads(modules, head_dim) or getattr(own, "num_key_value_heads", None)
     heads = heads or getattr(own, "num_kv_heads", None)
@@ -252,7 +254,7 @@ def _layer(own: Any, modules: "list[nn.Module]", reach: Reach, tp: int) -> Layer
     elif getattr(own, "multi_query", False):
         heads = 1
     value_dim = getattr(own, "v_head_dim", None) or head_dim
-    return LayerShape(-(-(heads or q_heads) // tp), head_dim, value_dim, reach)
+    return LayerShape(heads_each(heads or q_heads, tp), head_dim, value_dim, reach)
 
 
 def _projected_heads(modules: "list[nn.Module]", head_dim: int) -> int | None:
