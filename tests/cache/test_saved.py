@@ -216,7 +216,7 @@ def test_places_that_are_none(place, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path):
-    filled().save(tmp_path / "new" / "folder" / "pages", {"age": 1})
+    filled().save(tmp_path / "new" / "folder" / "pages", note={"age": 1})
     assert PagedKVCache.load(tmp_path / "new" / "folder" / "pages")[1] == {"age": 1}
 
 
