@@ -112,17 +112,8 @@ class Server:
     """`quantpage serve` as a process."""
 
     def __init__(self, folder: str, *flags: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "quantpage",
-            "serve",
-            "--model",
-            folder,
-            "--engine",
-            "embedded",
-        ]
-        command += ["--port", "0", *flags]
+        command = [sys.executable, "-m", "quantpage", "serve", "--model", folder]
+        command += ["--engine", "embedded", "--port", "0", *flags]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         said = ""

@@ -19,17 +19,8 @@ pytestmark = pytest.mark.cpu
 
 
 def start(folder, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "quantpage",
-        "serve",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-        *flags,
-    ]
+    command = [sys.executable, "-m", "quantpage", "serve", "--model", str(folder)]
+    command += ["--port", "0", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     said = ""

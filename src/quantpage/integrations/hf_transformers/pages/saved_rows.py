@@ -25,7 +25,7 @@ from quantpage.integrations.hf_transformers.pages.rows import Rows
 
 _NAMES = ("pages", "exact_pages")
 
-Tables = dict[Reach, dict[str, Any]]
+SavedTables = dict[Reach, dict[str, Any]]
 """What a note says of each reach: its layers and rows."""
 
 
@@ -64,7 +64,9 @@ def save_rows(rows: Rows, path: Path | str, note: dict[str, Any]) -> None:
     write_pages(path, SavedPages(rows.memory.layouts, counts, planes, note))
 
 
-def saved_rows(memory: Memory, saved: SavedPages, tables: Tables, device: torch.device) -> Rows:
+def saved_rows(
+    memory: Memory, saved: SavedPages, tables: SavedTables, device: torch.device
+) -> Rows:
     """The rows that ``save_rows`` wrote, in a memory that holds nothing yet.
 
     tables: what ``saved_tables`` found.
@@ -103,7 +105,7 @@ def saved_rows(memory: Memory, saved: SavedPages, tables: Tables, device: torch.
     return made
 
 
-def saved_tables(memory: Memory, saved: SavedPages, layers: Mapping[int, Reach]) -> Tables:
+def saved_tables(memory: Memory, saved: SavedPages, layers: Mapping[int, Reach]) -> SavedTables:
     """The tables of a file's note by their reach, when all that the note says can be.
 
     layers: the reach of every layer. Raises Damaged for a note that ``save_rows`` cannot have
@@ -115,7 +117,7 @@ def saved_tables(memory: Memory, saved: SavedPages, layers: Mapping[int, Reach])
             raise Damaged("expected the page tables of a cache, got pages without them")
     if not whole_number(note["length"], 1):
         raise Damaged(f"length: expected a number of tokens, got {shown(note['length'])}")
-    tables: Tables = {}
+    tables: SavedTables = {}
     for table in _list("tables", note["tables"]):
         _names("tables", table, {"reach", "layers", "rows"})
         window = _list("reach", table["reach"])
