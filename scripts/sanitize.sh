@@ -9,12 +9,14 @@ python=${PYTHON:-.venv/bin/python}
 # Every allocation its own, so that a read past a tensor is a read past an allocation.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
-# What runs for a kernel: the tests' file, and which of its cases.
+# What runs for a kernel: a file of tests/ops, and which of its cases.
 declare -A files=(
-  [decode]=triton_decode [gluon_decode]=gluon_decode [write]=triton_rope_write [gather]=triton_gather [merge]=triton_merge
-  [prefill]=triton_prefill [gluon_prefill]=gluon_prefill [mask]=triton_flash_mask
-  [gluon_mask]=triton_flash_mask [mask_plan]=triton_flash_mask [hadamard]=triton_hadamard
-  [in_turn]=triton_rope_write [in_lanes]=triton_in_turn_lanes [latent]=triton_latent [gluon_latent]=gluon_latent
+  [decode]=attend/decode/test_triton [gluon_decode]=attend/decode/test_gluon [merge]=attend/flash/test_triton_merge
+  [prefill]=attend/prefill/test_triton [gluon_prefill]=attend/prefill/test_gluon
+  [mask]=attend/interval/test_triton [gluon_mask]=attend/interval/test_triton [mask_plan]=attend/interval/test_triton
+  [latent]=attend/latent/test_triton [gluon_latent]=attend/latent/test_gluon
+  [write]=rope_write/test_triton [in_turn]=rope_write/test_triton_in_turn [in_lanes]=rope_write/test_triton_in_turn_lanes
+  [gather]=gather/test_triton [hadamard]=triton/test_hadamard
 )
 declare -A cases=(
   [decode]="reads_every_format or windows_sinks_and_softcap[16 or segments_join and -16 or of_many_pieces"
@@ -47,7 +49,7 @@ run() { # kernel, then what runs pytest
   local kernel=$1
   shift
   "$@" "$python" -m pytest -q -W ignore -k "${SANITIZE_CASES:-${cases[$kernel]}}" \
-    "tests/ops/test_${files[$kernel]}.py"
+    "tests/ops/${files[$kernel]}.py"
 }
 
 # What racecheck says of a Gluon kernel's warps (2025.3, CUDA 13): "Race reported between Read access

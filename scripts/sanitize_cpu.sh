@@ -20,11 +20,16 @@ assert cpu_core.find_core() is not None, cpu_core.absence()
 
 import pytest
 
-names = (
-    "cpu_attend", "cpu_intervals", "cpu_rope_write", "cpu_products",
-    "unlike_values", "hidden_numbers", "far_pages", "latent_rows",
+tests = (
+    "tests/cpu_core/test_products.py",
+    "tests/ops/attend/cpu",
+    "tests/ops/attend/test_hidden_numbers.py",
+    "tests/ops/attend/test_unlike_values.py",
+    "tests/ops/rope_write/test_cpu.py",
+    "tests/ops/gather/test_cpu.py",
+    "tests/ops/test_far_pages.py",
+    "tests/ops/test_latent_rows.py",
 )
-tests = [f"tests/ops/test_{name}.py" for name in names]
 quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 sys.exit(pytest.main([*tests, *quiet, *sys.argv[2:]]))
 PYTHON

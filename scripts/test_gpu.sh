@@ -10,10 +10,10 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 
 declare -A parts=(
-  [write]="tests/ops/test_triton_rope_write.py tests/ops/test_write_products.py tests/ops/test_triton_hadamard.py tests/ops/test_triton_gather.py"
-  [decode]="tests/ops/test_triton_decode.py tests/ops/test_gluon_decode.py tests/ops/test_triton_segments.py tests/ops/test_triton_merge.py tests/ops/test_triton_latent.py"
-  [prefill]="tests/ops/test_triton_prefill.py tests/ops/test_gluon_prefill.py"
-  [masks]="tests/ops/test_triton_flash_mask.py"
+  [write]="tests/ops/rope_write tests/ops/gather tests/ops/triton"
+  [decode]="tests/ops/attend/decode tests/ops/attend/latent tests/ops/attend/flash tests/ops/attend/test_*.py tests/ops/test_cells.py"
+  [prefill]="tests/ops/attend/prefill"
+  [masks]="tests/ops/attend/interval"
   # Offsets past 2^31: up to 40 GiB a test, so one at a time.
   [far]="tests/ops/test_triton_far.py"
   [model]="tests/integrations/hf_transformers/steps/test_graph.py tests/integrations/hf_transformers/cache/test_prompts_gpu.py"
@@ -26,7 +26,7 @@ run() { # part
   fi
   local workers=(-n "${WORKERS:-8}" --dist worksteal)
   case $1 in far | model) workers=(-n 0) ;; esac
-  # shellcheck disable=SC2086  # a part is a list of files
+  # shellcheck disable=SC2086  # a part is a list of folders and files
   "$python" -m pytest -vv --tb=short -m gpu -p no:cacheprovider "${workers[@]}" ${parts[$1]}
 }
 

@@ -24,6 +24,8 @@ PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("doc
 MODEL = "models/smollm2"
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TOKENS = re.compile(r"max_new_tokens=\d+")
+_TESTS = re.compile(r"(?<![\w$/])tests/[\w/.-]+")
+"""A path of tests, as pages and scripts name it; up to a star, where it is a pattern."""
 _LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)[^)]*\)")
 
 
@@ -79,6 +81,14 @@ def test_blocks_run_and_print_what_they_say(path, tmp_path, monkeypatch):
 def test_links_lead_somewhere(path):
     missing = [to for to in _LINK.findall(path.read_text()) if not (path.parent / to).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("scripts/*.sh"))], ids=named
+)
+def test_tests_are_where_they_are_said_to_be(path):
+    said = {each.rstrip(".") for each in _TESTS.findall(path.read_text())}
+    assert [each for each in said if not list(ROOT.glob(f"{each}*"))] == []
 
 
 def test_the_support_matrix_is_what_dispatch_says():

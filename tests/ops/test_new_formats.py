@@ -23,8 +23,7 @@ from quantpage.ops import attend as attend_op
 from quantpage.ops import gather, rope_write
 from quantpage.ops.attend import AttendParams, attend
 from quantpage.ops.dispatch import Call
-from tests.ops.test_rope_write import same_save_ties
-from tests.tolerances import assert_agrees
+from tests.tolerances import assert_agrees, same_save_ties
 
 pytestmark = pytest.mark.cpu
 INT6 = Code("int6", torch.int8, -32, 31, 8)

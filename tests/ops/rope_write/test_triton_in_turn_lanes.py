@@ -21,8 +21,8 @@ from quantpage.ops.rope_write.reference import rope_write as reference
 from quantpage.ops.rope_write.triton import Shape, rope_write
 from quantpage.ops.rope_write.triton_in_turn_lanes import Lanes
 from quantpage.rope import rope_table
-from tests.ops import inline_ptx
-from tests.ops.test_triton_rope_write import (
+from tests.ops.rope_write import inline_ptx
+from tests.ops.rope_write.kernel_cases import (
     GROUP,
     KV_HEADS,
     NEAR_FP8,

@@ -1,4 +1,4 @@
-"""rope_write and gather in the compiled core against their references."""
+"""rope_write in the compiled core against its reference."""
 
 from dataclasses import replace
 
@@ -10,8 +10,6 @@ from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.errors import NonFiniteInput
 from quantpage.formats import CODES, FORMATS, KeyMap, QuantSpec
 from quantpage.formats.feedback import with_feedback
-from quantpage.ops.gather import cpu as cpu_gather
-from quantpage.ops.gather.reference import gather_request
 from quantpage.ops.rope_write import QKNorm, WriteParams, cpu, reference
 from quantpage.rope import rope_table
 from tests.formats.test_quantize import fp8_ties
@@ -128,21 +126,6 @@ def test_checked_mode_refuses_before_writing():
     with pytest.raises(NonFiniteInput, match="layer 3, value, token 4"):
         cpu.rope_write(None, k, v, layer, batch, WriteParams(checked=True, layer=3))
     assert torch.equal(layer.key.codes, before)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_gather(name):
-    torch.manual_seed(3)
-    _, layer, batch = make_case(FORMATS[name], replace(SHAPE, head_dim=80))
-    for request, context in enumerate(SHAPE.context_lens):
-        table = batch.page_table[request]
-        for pages in (layer.key, layer.value):
-            want = gather_request(pages, table, context, torch.float32)
-            for isa in AVAILABLE:
-                got = cpu_gather.gather_request(pages, table, context, torch.float32, isa)
-                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-            short = cpu_gather.gather_request(pages, table, context, torch.bfloat16)
-            assert torch.equal(short, got.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
