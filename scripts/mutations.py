@@ -440,6 +440,14 @@ MUTATIONS = (
         "pass",
         ("tests/ops/rope_write/test_triton_in_turn_lanes.py",),
     ),
+    # What waits for a compiler.
+    Mutation(
+        "an engine warms its first layer alone",
+        _SRC + "engine/step.py",
+        "for layer in cache.layers:\n        if not",
+        "for layer in cache.layers[:1]:\n        if not",
+        ("tests/engine/test_warm_up.py",),
+    ),
     # What clients do to each other.
     Mutation(
         "what one answer asks for ends those of its step",

@@ -13,12 +13,12 @@ from quantpage.cache import CacheLayout
 from quantpage.cache.cells import cell_bytes, exact_cell_bytes, layer_of_cells
 from quantpage.formats import find_format
 from quantpage.hardware import DeviceInfo
-from quantpage.integrations.vllm_plugin.warm_up import Sizes, plan_like, warm_up
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import Call
 from quantpage.ops.rope_write import WriteParams
 from quantpage.ops.triton import ahead
+from quantpage.warm_up import Asked, Sizes, WarmUp, plan_like
 from tests.kernels.ahead_case import Driver
 
 HEADS, WIDTH, PAGE, TABLE = 8, 128, 64, 256
@@ -74,7 +74,7 @@ def missing(name: str, group: int, window: int | None) -> tuple[int, list[str]]:
     like = derive(plan_batch((1,), (1,), [[0]], PAGE), page_table=table)
     with ahead.compile_ahead() as count:
         assert count is not None
-        warm_up(attention, view, params, like, SIZES)
+        WarmUp(view.device, count).ask(Asked(attention, view, params, like), SIZES)
         warm = known = count()
         for _ in range(200):
             plan = random_step(draw, like, exact is not None)

@@ -18,7 +18,7 @@ from quantpage.engine.prefix_file import collect, restore
 from quantpage.engine.request import Piece, Request, TokenChoice
 from quantpage.engine.sampling import Sampler, likeliest
 from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
-from quantpage.engine.step import StepRunner
+from quantpage.engine.step import StepRunner, compile_steps
 from quantpage.engine.text import TextStream
 from quantpage.errors import CorruptCache, EngineStopped, QuantPageError, QueueFull
 from quantpage.integrations.hf_transformers.attach import Attached
@@ -74,13 +74,17 @@ class Engine:
         limits: Limits,
         prefix_cache: bool = True,
         cuda_graphs: bool = True,
+        warm_up: bool = False,
     ) -> None:
         """tokenizer: the model's. prefix_cache: False forgets prompts with their answers.
-        cuda_graphs: False runs decode steps on a GPU kernel by kernel too.
+        cuda_graphs: False runs decode steps on a GPU kernel by kernel too. warm_up: True compiles
+        what steps on a GPU will ask for now, and not while the first requests wait.
 
         Raises UnsupportedModel for models with another state than keys and values, or with
         rotations that change with the longest request of a step.
         """
+        if warm_up:
+            compile_steps(attached, limits)
         self._runner = StepRunner(attached, limits, cuda_graphs)
         self.tokenizer, self.limits = tokenizer, limits
         shelves, page_size = self._runner.memory.shelves, self._runner.page_size

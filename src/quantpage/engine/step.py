@@ -5,11 +5,12 @@ from the step's ``BatchPlan`` which token belongs to which request.
 """
 
 from collections.abc import Sequence as Listed
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantpage.batch import BatchPlan
+from quantpage.batch import BatchPlan, plan_batch
 from quantpage.cache import PageCopy, Reach
 from quantpage.engine.graphs import DecodeGraphs
 from quantpage.engine.request import Request
@@ -18,10 +19,12 @@ from quantpage.engine.sizes import EXACT_AN_ANSWER, pool_pages
 from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
+from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.arguments import cache_as, parameters
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.step import Part, Step, plan_part, tables_of
+from quantpage.warm_up import Asked, Sizes, WarmUp, warm_up
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
@@ -46,7 +49,7 @@ class StepRunner:
             exact = 0 if shelf.exact_pool is None else EXACT_AN_ANSWER * limits.max_running
             pages = pool_pages(shelf.reach, limits, self.page_size)
             self.memory.make_room(shelf, pages, exact)
-        self.longest = self._longest(limits)
+        self.longest = _longest(self._model, limits, self.page_size)
         """Tokens of a prompt and its answer."""
         self.graphs: DecodeGraphs | None = None
         # A check reads back from the device, and a mask of one's own may.
@@ -127,12 +130,6 @@ class StepRunner:
             return logits[kept]
         return logits
 
-    def _longest(self, limits: Limits) -> int:
-        """Tokens of the longest context that pages and the model's positions have room for."""
-        known = getattr(text_config(self._model.config), "max_position_embeddings", None)
-        held = limits.pages * self.page_size
-        return min(held, known) if isinstance(known, int) and known > 0 else held
-
     def refuse(self, request: Request) -> None:
         """Raise ValueError for tokens that the model has not, and for more than it has places for:
         behind them some models fail, and graphs see no further."""
@@ -188,6 +185,45 @@ class StepRunner:
         self._cache.set_length(0)
         logits: Tensor = out.logits[0, -1].float()
         return logits
+
+
+def compile_steps(attached: Attached, limits: Limits) -> None:
+    """Compile what a runner's steps will ask for, before there is one; nothing on a CPU, and of a
+    model on several devices."""
+    places = {each.device for each in attached.model.parameters()}
+    if len(places) == 1 and next(iter(places)).type == "cuda":
+        with warm_up(*places) as warm:
+            ask_layers(warm, attached, limits)
+
+
+@torch.inference_mode()
+def ask_layers(warm: WarmUp, attached: Attached, limits: Limits) -> None:
+    """Of every layer what steps will ask of it, over pages of its own.
+
+    The forward that tells which layers read pages launches nothing on a GPU either: nobody reads
+    what it says.
+    """
+    model, cache, device = attached.model, attached.new_cache(), warm.device
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model(input_ids=token, use_cache=True, **cache_as(model, cache))
+    memory = cache.rows.memory
+    longest = _longest(model, limits, memory.page_size)
+    sizes = Sizes(limits.max_running, min(limits.step_tokens, longest), longest)
+    like = plan_batch([1], [1], [[0]], memory.page_size, device)
+    for layer in cache.layers:
+        if not isinstance(layer, PagedLayer) or layer.served is None:
+            continue
+        attention, params = layer.served
+        # Any other mask knows how long requests are.
+        if params.mask.kind in ("causal", "full"):
+            warm.ask(Asked(attention, memory.layer(layer.index), params, like), sizes)
+
+
+def _longest(model: Any, limits: Limits, page_size: int) -> int:
+    """Tokens of the longest context that pages and the model's positions have room for."""
+    known = getattr(text_config(model.config), "max_position_embeddings", None)
+    held = limits.pages * page_size
+    return min(held, known) if isinstance(known, int) and known > 0 else held
 
 
 def _refuse_counted(attached: Attached) -> None:

@@ -106,7 +106,9 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         f"{limits.pages * options.page_size:,} tokens, {held / 2**20:,.0f} MiB "
         f"({plain / 2**20:,.0f} in 16 bit)"
     )
-    engine = Engine(attached, tokenizer, limits, options.prefix_cache)
+    if device == "cuda":
+        _say("compiling what kernels are not in Triton's cache")
+    engine = Engine(attached, tokenizer, limits, options.prefix_cache, warm_up=True)
     name = options.name or Path(options.model).resolve().name
     generation = model.generation_config
     stop = generation.eos_token_id if generation.eos_token_id is not None else text.eos_token_id

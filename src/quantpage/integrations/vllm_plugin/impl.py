@@ -38,12 +38,12 @@ from quantpage.integrations.vllm_plugin.maps import (
     worker_heads,
 )
 from quantpage.integrations.vllm_plugin.parts import Part
-from quantpage.integrations.vllm_plugin.warm_up import Sizes, warm_up
 from quantpage.integrations.vllm_plugin.working import most_pages
 from quantpage.masks import CausalMask, FullMask, Mask
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.dispatch import Call
 from quantpage.ops.rope_write import WriteParams
+from quantpage.warm_up import Asked, Sizes, warm_up
 
 # vLLM's models rotate queries and keys themselves.
 _WRITE = WriteParams()
@@ -227,7 +227,8 @@ class QuantPageImpl(AttentionImpl):
             config.model_config.max_model_len,
             config.num_speculative_tokens,
         )
-        warm_up(attention, view, params, like, sizes)
+        with warm_up(view.device) as warm:
+            warm.ask(Asked(attention, view, params, like), sizes)
 
     def _find_map(self, name: str) -> KeyMap | None:
         """What is done to the keys of the layer ``name`` before they are cached."""

@@ -90,6 +90,8 @@ class PagedLayer(CacheLayerMixin):
         """Whether tokens were cached that a gradient was wanted of."""
         self._write_params = WriteParams(checked=options.checked, layer=index)
         self._chosen: dict[str, LayerAttention] = {}
+        self.served: tuple[LayerAttention, AttendParams] | None = None
+        """What served the newest step through Transformers' attention."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Lay out the pages; heads and channels are known only now (tensor parallelism)."""
@@ -182,6 +184,7 @@ class PagedLayer(CacheLayerMixin):
         serving = self._serving(q_heads, query.dtype, params.mask)
         step = self._rows.step(self.length - new, new, padding)
         pages, batch = self._open(step, params.mask)
+        self.served = serving, params
         written = self._write(step.pack(query), step, pages, serving)
         assert written is not None
         out = serving.attend_step(written, pages, batch, params, lse_wanted=False).out

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
+from quantpage import warm_up
 from quantpage.attention import build_attention, find_backend
 from quantpage.batch import derive, plan_batch
-from quantpage.integrations.vllm_plugin import warm_up
-from quantpage.integrations.vllm_plugin.warm_up import Sizes
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import AttendParams
+from quantpage.warm_up import Asked, Sizes
 from tests.integrations.vllm_plugin.test_parts import DEVICES, ON_GPU, PAGE, PARAMS, Layer
 
 
@@ -33,6 +33,11 @@ def test_sizes_of_a_server():
     assert (1,) in alone and all(len(news) == 1 for news in alone)
 
 
+def ask(layer, sizes):
+    with warm_up.warm_up(layer.view.device) as warm:
+        return warm.ask(layer, sizes)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["int8", "k8v4", "int4_near8"])
 def test_nothing_is_written(name, device):
@@ -42,7 +47,7 @@ def test_nothing_is_written(name, device):
     like = plan_batch((1,), (40,), [[1, 2, 3]], PAGE, device)
     sizes = Sizes(requests=2, tokens=40, context=40)
     warm_up._DONE.clear()
-    steps = warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes)
+    steps = ask(Asked(layer.attention, layer.view, PARAMS, like), sizes)
     every = len(list(sizes.steps()))
     # Compiled kernels are launched by the first step that asks for them; interpreted ones by all.
     assert steps == every if device == "cpu" else 0 < steps < every
@@ -50,9 +55,9 @@ def test_nothing_is_written(name, device):
         assert torch.equal(half.codes, wanted)
     assert pool is None or torch.equal(layer.pool, pool)
     # A layer of the same kind has nothing left to compile, one with a window has.
-    assert warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes) == 0
+    assert ask(Asked(layer.attention, layer.view, PARAMS, like), sizes) == 0
     window = AttendParams(PARAMS.softmax_scale, CausalMask(window=20))
-    assert warm_up.warm_up(layer.attention, layer.view, window, like, sizes) > 0
+    assert ask(Asked(layer.attention, layer.view, window, like), sizes) > 0
 
 
 @pytest.mark.parametrize("name", [pytest.param("int4", marks=ON_GPU)])
@@ -63,7 +68,7 @@ def test_no_memory_is_kept_from_pages(name):
     warm_up._DONE.clear()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    warm_up.warm_up(layer.attention, layer.view, PARAMS, like, Sizes(8, 512, 4096))
+    assert ask(Asked(layer.attention, layer.view, PARAMS, like), Sizes(8, 512, 4096)) > 0
     assert torch.cuda.memory_reserved() - before < 2**26
 
 
@@ -107,7 +112,7 @@ def test_no_step_of_a_warm_server_compiles(name):
     )
     sizes = Sizes(requests=5, tokens=300, context=1000)
     warm_up._DONE.clear()
-    warm_up.warm_up(layer.attention, layer.view, PARAMS, like, sizes)
+    ask(Asked(layer.attention, layer.view, PARAMS, like), sizes)
     seen = []
     knobs = _runtime_knobs()
     knobs.jit_post_compile_hook = lambda **named: seen.append(named["repr"])
