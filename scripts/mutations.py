@@ -440,6 +440,13 @@ MUTATIONS = (
         "pass",
         ("tests/ops/rope_write/test_triton_in_turn_lanes.py",),
     ),
+    Mutation(
+        "a kernel of a cache of binaries alone is asked for its text",
+        _SRC + "ops/rope_write/triton_products.py",
+        'compiled.asm.get("ttgir", "")',
+        'compiled.asm["ttgir"]',
+        ("tests/ops/rope_write/test_triton_products.py",),
+    ),
     # What waits for a compiler.
     Mutation(
         "an engine warms its first layer alone",

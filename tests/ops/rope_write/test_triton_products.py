@@ -4,9 +4,11 @@ The layouts of mma.sync are those of the PTX manual; a GPU test runs the instruc
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.compiler.compiler import AsmDict
 
 from quantpage.formats.rotate import hadamard_matrix
 from quantpage.ops.rope_write import triton_products
@@ -160,3 +162,8 @@ def test_layouts_are_read():
     assert not triton_products.layout_holds(good + other)
     assert not triton_products.layout_holds(good.replace("[8, 4]", "[4, 8]"))
     assert not triton_products.layout_holds("")
+
+
+def test_a_cache_of_binaries_alone_says_nothing_of_layouts():
+    compiled = SimpleNamespace(hash="of binaries alone", asm=AsmDict(cubin=b""))
+    assert not triton_products.as_written(compiled)

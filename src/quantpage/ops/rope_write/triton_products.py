@@ -249,5 +249,6 @@ def as_written(compiled) -> bool:
         # Still being compiled, and not launched (ops/triton/ahead): the launch that is will see.
         return True
     if compiled.hash not in _seen:
-        _seen[compiled.hash] = layout_holds(compiled.asm["ttgir"])
+        # A cache of binaries alone (TRITON_STORE_BINARY_ONLY) has no text to look into.
+        _seen[compiled.hash] = layout_holds(compiled.asm.get("ttgir", ""))
     return _seen[compiled.hash]
