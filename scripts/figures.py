@@ -108,6 +108,38 @@ def calibrated() -> str:
     return table(["cache", "keys", *_JUDGES.values()], lines)
 
 
+def models() -> str:
+    """The worse of two texts, of models easy and hard: keys as they are, as ``attach`` has them,
+    calibrated."""
+    cells = _calibrated_cells()
+    names = {model: said.split(",")[0] for (model, _), said in _JUDGES.items()}
+
+    def said(cache: str, model: str, kinds: Iterable[str]) -> str:
+        texts = [text for each, text in _JUDGES if each == model]
+        rows = [
+            next((cells[at] for kind in kinds if (at := (cache, kind, model, text)) in cells), None)
+            for text in texts
+        ]
+        if None in rows:
+            return MISSING
+        least = min(float(row["top1"]) for row in rows if row)
+        return f"{max(float(row['kl_mean']) for row in rows if row):.1e}, {least:.1%}"
+
+    ways = {
+        "as they are": ("none",),
+        "as `attach` has them": ("auto", "none"),
+        "by `quantpage calibrate`": ("file",),
+    }
+    lines = [
+        [f"`{cache}`", words, *(said(cache, model, kinds) for model in names)]
+        for cache in ("int8", "int6", "int4", "int3")
+        for words, kinds in ways.items()
+    ]
+    return table(
+        ["cache", "keys", *names.values()], (each for each in lines if MISSING not in each)
+    )
+
+
 def aims() -> str:
     """What was aimed at, and the worst of three models on two texts."""
     wanted = {
@@ -521,6 +553,7 @@ def vllm() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "calibrated": calibrated,
+    "models": models,
     "aims": aims,
     "positions": positions,
     "judged": judged,
