@@ -21,7 +21,7 @@ from quantpage.ops import attend as attend_op
 from quantpage.ops import rope_write as write_op
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.checks import check_attend, check_out, needs_of
-from quantpage.ops.dispatch import DECODE_TOKENS, Call, Implementation, find
+from quantpage.ops.dispatch import Call, Implementation, Phase, find, phase_of
 from quantpage.ops.rope_write import WriteParams, Written
 from quantpage.ops.rows import Keys, Outputs, Queries, Values
 
@@ -205,7 +205,7 @@ class LayerAttention:
         check_attend(q, layer, batch, attend, needs_of(self._serving(batch).load()))
 
     def _serving(self, batch: BatchPlan) -> Implementation:
-        return self.decode if batch.max_query_len <= DECODE_TOKENS else self.prefill
+        return self.decode if phase_of(batch.max_query_len) == "decode" else self.prefill
 
     def _check(self, layer: LayerKV, batch: BatchPlan, params: AttendParams | None) -> None:
         """The layer and the mask are those that the implementations were chosen for."""
@@ -254,9 +254,9 @@ def _parts(query_lens: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
     Who has no new tokens belongs to those before.
     """
-    kinds: list[bool] = []
+    kinds: list[Phase] = []
     for new in query_lens:
-        kinds.append(new > DECODE_TOKENS if new or not kinds else kinds[-1])
+        kinds.append(phase_of(new) if new or not kinds else kinds[-1])
     ends = accumulate(len([*same]) for _, same in groupby(kinds))
     return tuple(pairwise([0, *ends]))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerFacts, LayerKV, QuantizedPages
 from quantpage.hardware import DeviceInfo
-from quantpage.ops.dispatch import Phase, call_of
+from quantpage.ops.dispatch import Phase, call_of, phase_of
 from quantpage.ops.refusals import NOTHING, Refusals
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -339,7 +339,7 @@ def _check_needs(
     needs: Needs, facts: LayerFacts, batch: BatchPlan, x: Tensor, mask: str, in_turn: bool = False
 ) -> None:
     """The implementation can serve it."""
-    phase = needs.phase or ("decode" if batch.max_query_len <= 16 else "prefill")
+    phase = needs.phase or phase_of(batch.max_query_len)
     refused = _refused(needs, facts, x.shape[1], x.dtype, phase, mask, in_turn)
     if refused:
         raise ValueError(f"this implementation cannot serve the call: {' '.join(refused)}")

@@ -22,6 +22,11 @@ DECODE_TOKENS = 16
 """A step in which every request has at most this many new tokens is the decode phase."""
 
 
+def phase_of(most: int) -> Phase:
+    """The phase of a step; most: new tokens of the request that has most (``max_query_len``)."""
+    return "decode" if most <= DECODE_TOKENS else "prefill"
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """The facts of a call that do not change from step to step.

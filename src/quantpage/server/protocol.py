@@ -19,8 +19,10 @@ class Body(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
-        """JSON can write half of a surrogate pair, which is no text: no tokenizer takes it."""
+    def _refuse_hostile(cls, value: Any) -> Any:
+        """Lists in lists without end, and half of a surrogate pair: JSON can write it, and it is no
+        text that a tokenizer takes.
+        """
         level = [value]
         for _ in range(_LEVELS):
             if not level:

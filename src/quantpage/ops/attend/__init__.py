@@ -24,7 +24,7 @@ from quantpage.ops.attend.merge import merge_partials
 from quantpage.ops.attend.params import AttendParams, Segment
 from quantpage.ops.attend.results import contiguous
 from quantpage.ops.checks import check_attend, check_out, needs_of, unchecked
-from quantpage.ops.dispatch import DECODE_TOKENS, Implementation, Phase, call_of, find
+from quantpage.ops.dispatch import Implementation, call_of, find, phase_of
 from quantpage.ops.rotate_output import rotate_output
 from quantpage.ops.rows import LogSumExps, Outputs, Queries
 
@@ -123,7 +123,7 @@ def attend(
     NoImplementation where the one that was named cannot serve the call.
     """
     if not isinstance(implementation, Implementation):
-        phase: Phase = "decode" if batch.max_query_len <= DECODE_TOKENS else "prefill"
+        phase = phase_of(batch.max_query_len)
         call = call_of(layer.facts, q.shape[1], q.dtype, phase, params.mask.kind)
         implementation = find(CANDIDATES, call, implementation)
     if out is not None:

@@ -1,7 +1,8 @@
-"""Decode on Hopper: the host side of gluon_kernel, which hands on what the planner gives to Triton.
+"""Decode on Hopper: the host side of its three kernels, and what the planner gives to Triton's.
 
-The planner (decode/launch) knows where each kernel is the faster one: steps of many short rows, of
-long contexts in few rows and unquantized pages go to the Triton kernel, exact pages always.
+The planner (decode/launch) knows where each is the faster one. Codes under few query rows go to
+gluon_kernel and under more of them to gluon_drafts, exact pages under more to gluon_exact. Steps of
+many short rows, pages without codes and what TMA cannot copy go to the Triton kernel.
 """
 
 import torch
