@@ -91,6 +91,19 @@ def test_tests_are_where_they_are_said_to_be(path):
     assert [each for each in said if not list(ROOT.glob(f"{each}*"))] == []
 
 
+def test_a_decode_step_goes_through_these_files():
+    """Every file that the page names is there, and has the functions that its drawings show."""
+    text = (ROOT / "docs/decode-step.md").read_text()
+    text = text.replace("hf/", "integrations/hf_transformers/")
+    drawn = re.findall(r"─ (?:[A-Z]\w+\.)?(\w+) {2,}([\w/]+\.py)", text)
+    assert len(drawn) > 20
+    for name in re.findall(r"[\w/]+\.py", text):
+        assert list((ROOT / "src/quantpage").glob(f"**/{name}")), name
+    for function, name in drawn:
+        found = [each.read_text() for each in (ROOT / "src/quantpage").glob(f"**/{name}")]
+        assert any(re.search(rf"\b{function}\b", each) for each in found), f"{name}: {function}"
+
+
 def test_the_support_matrix_is_what_dispatch_says():
     if absence():
         pytest.skip(absence())

@@ -1,7 +1,7 @@
 """Decode: split-KV attention over quantized pages for 1 to 16 query tokens a request.
 
 One launch of a fixed grid walks equal shares of all tiles (triton_share); rows that were cut are
-joined by it (triton_pieces) or by a second (triton_merge). Codes are read as 32-bit words
+joined by it (triton_pieces) or by a second (triton_cuts). Codes are read as 32-bit words
 (ops/triton/words) and multiplied in float16, in which every code is exact; scales never touch one:
 
     S = (q . k_code) * k_scale[token] + sum(q) * k_zero[token]

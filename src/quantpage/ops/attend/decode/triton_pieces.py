@@ -1,6 +1,6 @@
 """Rows that were cut, joined by the program that arrives last; see triton_share for who has what.
 
-triton_merge's launch of its own joins them by the same arithmetic (``join_row``).
+The launch of triton_cuts joins them by the same arithmetic (``join_row``).
 
 A row's pieces lie in the workspace, normalized, each with its log2-sum-exp. Every program that
 stored one counts itself in; the last one joins them. A row of more than GATHER pieces is joined
