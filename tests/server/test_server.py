@@ -296,10 +296,9 @@ def schema_of_levels(levels):
         ({"extra_body": {"temperatur": 0}}, "temperatur: unknown"),
         ({"logit_bias": {"9999": 1}}, "logit_bias: expected token ids below"),
         ({"n": 100}, "n: expected at most 16"),
-        ({"stop": ""}, "stop: String should have at least 1 character"),
-        ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character"),
-        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
-        ({"stop": 5}, "stop: Input should be"),
+        ({"stop": ""}, "stop: expected a text of 1 or more characters"),
+        ({"stop": ["a"] * 17}, "stop: expected a list of at most 16, got one of 17"),
+        ({"stop": 5}, "stop: expected a text or a list, got 5"),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options: expected none where"),
         ({"tool_choice": "required"}, "tool_choice: expected tools"),
@@ -335,16 +334,29 @@ def test_what_is_null_is_left_out(http):
 
 
 def test_other_paths_models_and_parts_are_refused(client, http):
-    with pytest.raises(openai.NotFoundError, match="expected 'small', got 'large'"):
+    with pytest.raises(openai.NotFoundError, match="expected 'small', got 'large'") as caught:
         client.completions.create(model="large", prompt="Hi")
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError, match="this server generates text"):
         client.embeddings.create(model="small", input="Hi")
     picture = [{"type": "image_url", "image_url": {"url": "data:,"}}]
     with pytest.raises(openai.BadRequestError, match="a part 'image_url'"):
         chat(client, picture)
     assert "no such path" in http.get("/v2").json()["error"]["message"]
-    got = http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
-    assert got.status_code == 400
+    got = http.get("/v1/completions").json()["error"]["message"]
+    assert got == "/v1/completions: expected POST, got GET"
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, max_tokens=100_000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_body_that_says_it_is_no_json_is_told_so(http):
+    body = {"content": b'{"prompt": "Hi"}'}
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        got = http.post("/v1/completions", **body, headers={"Content-Type": kind})
+        assert got.status_code == 415
+        said = got.json()["error"]["message"]
+        assert said == f"Content-Type: expected application/json, got {kind}"
 
 
 def test_the_key_and_the_size_of_a_body_come_first(url, http):

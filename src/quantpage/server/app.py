@@ -225,35 +225,51 @@ async def _gone(request: Request) -> None:
 
 def _check_model(served: Served, name: str | None) -> None:
     if name not in (None, served.name):
-        raise HTTPException(404, f"model: expected {served.name!r}, got {name!r}")
+        message = f"model: expected {served.name!r}, got {name!r}"
+        raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
 
 
 def _errors(app: FastAPI) -> None:
-    def answer(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
+    def answer(
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
         # What came may be no text, and the answer has to be.
         message = message.encode("utf-8", "replace").decode()
         param = None if param is None else param.encode("utf-8", "replace").decode()
-        error = {"message": message, "type": kind, "param": param, "code": None}
+        error = {"message": message, "type": kind, "param": param, "code": code}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return JSONResponse({"error": error}, status, named)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "none")
+        # So it is sent by `curl -d`; a page of elsewhere may send it too, without being asked.
+        if isinstance(error.body, bytes) and error.body and "json" not in kind:
+            return answer(415, f"Content-Type: expected application/json, got {kind}")
         where, message = first_problem(error.errors())
         return answer(400, f"{where or 'body'}: {message}", where or None)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        headers, path = dict(error.headers or {}), request.url.path
+        if isinstance(error.detail, dict):
+            return answer(error.status_code, **error.detail, **headers)
         message = str(error.detail)
         if error.status_code == 404 and message == "Not Found":
-            message = f"{request.url.path}: no such path here; /openapi.json lists those that are"
-        return answer(error.status_code, message, **dict(error.headers or {}))
+            message = f"{path}: no such path here; /openapi.json lists those that are"
+        if error.status_code == 405:
+            message = f"{path}: expected {headers.get('Allow', 'another')}, got {request.method}"
+        return answer(error.status_code, message, **headers)
 
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
         message = str(error)
-        return answer(400, message, message.partition(":")[0])
+        return answer(400, message, message.partition(":")[0], getattr(error, "code", None))
 
     @app.exception_handler(QueueFull)
     async def full(_: Request, error: QueueFull) -> JSONResponse:

@@ -3,6 +3,7 @@
 A parameter that is not here is refused by its name (400): nothing is ignored without a word.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -60,8 +61,62 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
     where = ".".join(_path(first))
     if first["type"] == "value_error":
         return where, str(first["ctx"]["error"])
-    unknown = first["type"] == "extra_forbidden"
-    return where, "unknown or not supported by this server" if unknown else first["msg"]
+    if first["type"] == "extra_forbidden":
+        return where, "unknown or not supported by this server"
+    alike = [each for each in same if _path(each) == _path(first)]
+    # Each once, in the order of the types that were tried.
+    kinds = dict.fromkeys(map(_expected, alike if first["type"].endswith("_type") else [first]))
+    return where, f"expected {' or '.join(kinds)}, got {_came(first)}"
+
+
+_EXPECTED = {
+    "missing": "a value",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "a text of {min_length} or more characters",
+    "string_pattern_mismatch": "a text that matches {pattern}",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""What pydantic's kinds of errors say was expected, in this project's words."""
+
+
+def _expected(error: Any) -> str:
+    known = _EXPECTED.get(error["type"])
+    if known is None:
+        return str(error["msg"])
+    facts = error.get("ctx", {})
+    plain = {
+        name: int(n) if isinstance(n, float) and n % 1 == 0 else n for name, n in facts.items()
+    }
+    return known.format(**plain)
+
+
+def _came(error: Any) -> str:
+    """What was sent, as JSON, if it is short."""
+    if error["type"] == "missing":
+        return "none"
+    given = error["input"]
+    if error["type"] in ("too_short", "too_long"):
+        return f"one of {len(given)}"
+    text = json.dumps(given, ensure_ascii=False, default=repr)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}..."
+
+
+_SHORT = 60
+"""Characters of what came that an error repeats."""
 
 
 def _path(error: Any) -> list[str]:

@@ -16,6 +16,12 @@ from quantpage.server.metrics import Metrics
 from quantpage.server.protocol import ChatBody, CompletionBody, GenerationBody, Message
 
 
+class TooLong(ValueError):
+    """A prompt and its answer that do not fit the context: clients know it by OpenAI's code."""
+
+    code = "context_length_exceeded"
+
+
 @dataclass(slots=True)
 class Served:
     """One model, its tokenizer, its engine, and what is counted about it."""
@@ -94,7 +100,7 @@ class Served:
         wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens
         if room < 1 or (wanted or 1) > room:
             asked = "" if wanted is None else f" and {wanted} more"
-            raise ValueError(
+            raise TooLong(
                 f"max_tokens: expected at most {self.context} tokens together, "
                 f"got a prompt of {len(prompt)}{asked}"
             )

@@ -1,0 +1,47 @@
+"""Bodies that cannot be: the parameter, what was expected, what came."""
+
+import pytest
+
+pydantic = pytest.importorskip("pydantic")
+
+from quantpage.server.protocol import ChatBody, CompletionBody, first_problem  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def problem(kind, **body):
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate(body)
+    return "{}: {}".format(*first_problem(caught.value.errors()))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"temperature": 3}, "temperature: expected at most 2, got 3"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"top_p": 0}, "top_p: expected more than 0, got 0"),
+        ({"seed": 1 << 63}, f"seed: expected less than {1 << 63}, got {1 << 63}"),
+        ({"stream": 1}, "stream: expected true or false, got 1"),
+        ({"stop": 5}, "stop: expected a text or a list, got 5"),
+        ({"stop": ["a", ""]}, 'stop.1: expected a text of 1 or more characters, got ""'),
+        ({"stop": ["a"] * 17}, "stop: expected a list of at most 16, got one of 17"),
+        ({"messages": []}, "messages: expected a list of 1 or more, got one of 0"),
+        ({"messages": [{}]}, "messages.0.role: expected a value, got none"),
+        ({"logit_bias": []}, "logit_bias: expected an object, got []"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type: expected 'text', 'json_object' or 'json_schema', got \"xml\"",
+        ),
+        ({"user": ["é" * 99]}, 'user: expected a text, got ["' + "é" * 58 + "..."),
+    ],
+)
+def test_a_refusal_says_what_was_expected_and_what_came(body, said):
+    assert problem(ChatBody, **{"messages": MESSAGES} | body) == said
+
+
+def test_a_prompt_may_be_of_several_types():
+    said = "prompt: expected a text or a list, got 5"
+    assert problem(CompletionBody, prompt=5) == said
