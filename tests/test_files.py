@@ -103,3 +103,16 @@ def test_what_is_no_file_or_another_of_the_command_is_refused_beforehand(tmp_pat
         check_writable(tmp_path / "new", "csv", {"out": tmp_path / "new"})
     check_writable(tmp_path / "rows.csv", "csv", {"text": path})
     assert path.read_text() == "words"
+
+
+def test_a_folder_that_takes_no_file_is_refused_beforehand(tmp_path):
+    """Also to root, whom no mode stops, and where a file is there but cannot be replaced."""
+    with pytest.raises(ValueError, match=r"csv: expected a file that can be written, got /proc/x"):
+        check_writable(Path("/proc/x"), "csv")
+    # Root may write to it, nobody may replace it.
+    there = Path("/proc/self/oom_score_adj")
+    with pytest.raises(ValueError, match="csv: expected a file that can be written, got /proc/"):
+        check_writable(there, "csv")
+    check_writable(there, "csv", in_place=True)
+    check_writable(tmp_path / "new", "csv")
+    assert not list(tmp_path.iterdir())

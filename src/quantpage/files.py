@@ -10,12 +10,15 @@ from typing import BinaryIO
 
 
 def check_writable(
-    path: Path | None, name: str, beside: Mapping[str, Path | None] | None = None
+    path: Path | None,
+    name: str,
+    beside: Mapping[str, Path | None] | None = None,
+    in_place: bool = False,
 ) -> None:
     """ValueError where a file could not be written; asked before anything that takes long.
 
     beside: other files of the command, by the names of their arguments: what it reads, or writes
-    too, is not replaced.
+    too, is not replaced. in_place: what is there grows, and is not replaced.
     """
     if path is None:
         return
@@ -26,12 +29,22 @@ def check_writable(
     for other, its in (beside or {}).items():
         if its is not None and os.path.realpath(its) == os.path.realpath(path):
             raise ValueError(f"{name}: expected another file than {other}, got {path} for both")
-    parent = path.absolute().parent
+    parent = Path(os.path.realpath(path)).parent
     while not parent.exists():
         parent = parent.parent
-    target = path if path.exists() else parent
-    if not parent.is_dir() or not os.access(target, os.W_OK):
-        raise ValueError(f"{name}: expected a file that can be written, got {path}")
+    try:
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY))
+        if not (in_place and path.exists()):
+            # Tried, as whole_file does: a mode tells root nothing, and of no file system that is
+            # full or takes no files.
+            trial = parent / f".quantpage-{token_hex(8)}"
+            trial.touch(exist_ok=False)
+            trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: expected a file that can be written, got {path} ({error.strerror})"
+        ) from error
 
 
 def write(path: Path, content: str) -> None:

@@ -75,7 +75,7 @@ def command(
                 raise ValueError(f"{name}: expected none beside --out, whose requests say it")
         if file is None:
             raise ValueError("file: expected the requests of --out, got none")
-        check_writable(out, "out")
+        check_writable(out, "out", in_place=True)
         from quantpage.cli.generate_many import Batch, answer_file
 
         answer_file(
