@@ -471,6 +471,13 @@ MUTATIONS = (
         ("tests/engine/test_engine.py",),
     ),
     Mutation(
+        "a bias of one answer is the model's for the next",
+        _SRC + "engine/sampling.py",
+        "scores = scores.clone()",
+        "pass",
+        ("tests/engine/test_sampling.py",),
+    ),
+    Mutation(
         "arguments of an earlier call are a text of a text",
         _SRC + "server/serving.py",
         'return call | {"function": function | {"arguments": arguments}}',

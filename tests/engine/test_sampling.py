@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantpage.engine.sampling import draw, likeliest
+from quantpage.engine import Request, Sampling
+from quantpage.engine.sampling import Sampler, draw, likeliest
 
 pytestmark = pytest.mark.cpu
 
@@ -60,3 +61,18 @@ def test_the_largest_of_each_row(dtype):
     logits[3] = -torch.inf
     assert likeliest(logits) == logits.argmax(-1).tolist()
     assert likeliest(logits[:0]) == []
+
+
+def test_biases_and_penalties_are_of_one_answer_alone():
+    """Answers to one prompt share its logits, which log-probabilities are read from afterwards."""
+    given = torch.tensor([0.0, 2.0, 0.0, 1.5])
+    sampling = Sampling(temperature=0, logit_bias=((3, 1.0),), presence_penalty=2.0)
+    request = Request((0,), 4, sampling, answers=2, logprobs=0)
+    logits, told = given.clone(), given.log_softmax(-1)
+    for answer in range(2):
+        sampler = Sampler(request, answer)
+        # Token 3 at 2.5, then at 0.5 behind token 1, then at 0.5 beside it at 0.
+        made = [sampler.choose(logits) for _ in range(3)]
+        assert [each.token for each in made] == [3, 1, 3]
+        assert [each.logprob for each in made] == told[[3, 1, 3]].tolist()
+        assert logits.equal(given)

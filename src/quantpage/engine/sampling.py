@@ -116,8 +116,12 @@ class Sampler:
 
     @torch.inference_mode()
     def choose(self, logits: Tensor) -> TokenChoice:
-        """The next token of [vocabulary] float32 logits."""
-        scores = self._adjusted(logits.float().cpu()[None])
+        """The next token of [vocabulary] logits, which stay as they are: answers share them."""
+        scores = logits.float().cpu()[None]
+        if self._bias or self._presence or self._frequency:
+            # Written to below, and float32 on a CPU is the model's own.
+            scores = scores.clone()
+        scores = self._adjusted(scores)
         if self._greedy:
             token = likeliest(scores)[0]
         else:
