@@ -355,28 +355,27 @@ def _exact_planes(view: LayerKV) -> list[Tensor]:
 
 def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
     """The layer's tensors by name, as torch can index them, in three groups by first dimension."""
-    found: dict[str, dict[str, Tensor]] = {"pages": {}, "exact_pages": {}, "static": {}}
-    for half, pages in (("key", view.key), ("value", view.value)):
-        found["pages"][f"{half}.codes"] = _indexable(pages.codes)
-        group = "pages" if pages.spec.dynamic else "static"
-        for name, plane in (("scale", pages.scale), ("zero", pages.zero)):
-            if plane is not None:
-                found[group][f"{half}.{name}"] = plane
+    pages: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    static: dict[str, Tensor] = {}
+    for name, half in (("key", view.key), ("value", view.value)):
+        pages[f"{name}.codes"] = _indexable(half.codes)
+        (pages if half.spec.dynamic else static).update(_named(name, half, "scale", "zero"))
     for name, kept in (("exact_key", view.exact_key), ("exact_value", view.exact_value)):
         if isinstance(kept, QuantizedPages):
-            found["exact_pages"][f"{name}.codes"] = _indexable(kept.codes)
-            for part, plane in (("scale", kept.scale), ("zero", kept.zero)):
-                if plane is not None:
-                    found["exact_pages"][f"{name}.{part}"] = plane
+            exact[f"{name}.codes"] = _indexable(kept.codes)
+            exact.update(_named(name, kept, "scale", "zero"))
         elif kept is not None:
-            found["exact_pages"][name] = kept
+            exact[name] = kept
     if view.key_map is not None:
-        found["static"]["key_map.scale"] = view.key_map.scale
-        for name in ("mean", "feedback"):
-            plane = getattr(view.key_map, name)
-            if plane is not None:
-                found["static"][f"key_map.{name}"] = plane
-    return found
+        static.update(_named("key_map", view.key_map, "scale", "mean", "feedback"))
+    return {"pages": pages, "exact_pages": exact, "static": static}
+
+
+def _named(prefix: str, owner: QuantizedPages | KeyMap, *names: str) -> dict[str, Tensor]:
+    """Those of the owner's tensors that it has, by name."""
+    found = {name: getattr(owner, name) for name in names}
+    return {f"{prefix}.{name}": plane for name, plane in found.items() if plane is not None}
 
 
 def _key_map(planes: Mapping[str, Tensor], index: int, device: torch.device | str) -> KeyMap | None:

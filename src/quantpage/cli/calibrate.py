@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from quantpage import console
-from quantpage.cli.options import Device, Model, Text
+from quantpage.cli.options import Device, Dtype, Model, Text
 from quantpage.files import check_writable
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def command(
             "it, or to the model's last.",
         ),
     ] = 8192,
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Measure a model's keys and queries on text, so that its keys lose less when quantized.
@@ -75,7 +73,7 @@ def command(
         load_config,
         load_model,
         model_shape,
-        text_config,
+        most_positions,
     )
 
     part = out.with_name(f"{out.name}.part")
@@ -85,17 +83,10 @@ def command(
     chosen = LayerFormats.parse(kv_format)
     config = load_config(model)
     formats = chosen.of_layers(model_shape(config).layers)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    if scales not in get_args(Rule):
-        raise ValueError(f"scales: expected one of {', '.join(get_args(Rule))}; got {scales!r}")
-    if window > tokens:
-        raise ValueError(f"window: expected at most --tokens {tokens:,}, got {window:,}")
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    if limit is not None and window > limit:
-        raise ValueError(
-            f"window: expected at most the model's {limit:,} positions, got {window:,}"
-        )
+    for name, given, known in (("dtype", dtype, DTYPES), ("scales", scales, get_args(Rule))):
+        if given not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}; got {given!r}")
+    _check_window(window, tokens, most_positions(config))
     content = read(obtain(default_path()) if text is None else text)
     where = find_device(device)
     with console.status(f"loading {model}"):
@@ -131,6 +122,16 @@ def command(
     if made.static:
         console.print_line(f"static scales of {len(made.static)} layers for {chosen.name}")
     console.note(f"written: {out}")
+
+
+def _check_window(window: int, tokens: int, positions: int | None) -> None:
+    """ValueError for windows that neither the text nor the model has room for."""
+    if window > tokens:
+        raise ValueError(f"window: expected at most --tokens {tokens:,}, got {window:,}")
+    if positions is not None and window > positions:
+        raise ValueError(
+            f"window: expected at most the model's {positions:,} positions, got {window:,}"
+        )
 
 
 def _going_on(

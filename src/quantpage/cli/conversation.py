@@ -19,7 +19,7 @@ from quantpage.cli.generation import (
 from quantpage.errors import CacheError, CorruptCache
 from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
-from quantpage.integrations.hf_transformers.loading.model import text_config
+from quantpage.integrations.hf_transformers.loading.model import most_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Conversation:
         self._attached, self._tokenizer = attached, tokenizer
         self._model: Any = attached.model
         self._request = request
-        self._limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
+        self._limit = most_positions(self._model.config)
         torch.manual_seed(request.sampling.seed)
         self.messages: list[dict[str, str]] = []
         self._held: tuple[QuantPageCache, list[int]] = (attached.new_cache(), [])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, Text
+from quantpage.cli.options import Arithmetic, AsJson, Calibration, Device, Model, PageSize, Text
 from quantpage.files import check_writable, write
 from quantpage.formats.per_layer import split_choices
 
@@ -49,9 +49,7 @@ def command(
         typer.Option(min=1, help="With --budget: tokens of the request whose bits are counted."),
     ] = 8192,
     page_size: PageSize = 64,
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Arithmetic = "float32",
     calibration: Calibration = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,

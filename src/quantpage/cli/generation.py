@@ -19,7 +19,7 @@ from quantpage.integrations.hf_transformers.keys.key_maps import check_calibrati
 from quantpage.integrations.hf_transformers.loading.model import (
     check_format,
     load_model,
-    text_config,
+    most_positions,
 )
 from quantpage.integrations.hf_transformers.modules.arguments import caches_in
 
@@ -243,7 +243,7 @@ def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:
     """ValueError where prompt and answer are longer than the model has positions."""
     if prompt_tokens == 0:
         raise ValueError("prompt: expected at least one token, got none")
-    limit = getattr(text_config(config), "max_position_embeddings", None)
+    limit = most_positions(config)
     if limit is None or prompt_tokens + new_tokens <= limit:
         return
     if prompt_tokens < limit:

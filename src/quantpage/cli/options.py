@@ -50,6 +50,10 @@ CacheFormat = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="Of weights and arithmetic: auto, float32, bfloat16 or float16.")
 ]
+Arithmetic = Annotated[
+    str, typer.Option(help="Of weights and arithmetic: float32, bfloat16 or float16.")
+]
+"""For what is measured, in one dtype whatever the model was saved in."""
 Weights = Annotated[
     str, typer.Option(help="model: as they are; int8: linear layers quantized (CPU only).")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantpage import console
-from quantpage.cli.options import AsJson, Calibration, Device, Model, PageSize, Text
+from quantpage.cli.options import Arithmetic, AsJson, Calibration, Device, Model, PageSize, Text
 from quantpage.formats.per_layer import split_choices
 
 
@@ -43,9 +43,7 @@ def command(
         int, typer.Option(min=1, help="Longest context that decode is timed at.")
     ] = 8192,
     page_size: PageSize = 64,
-    dtype: Annotated[
-        str, typer.Option(help="Of weights and arithmetic: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Arithmetic = "float32",
     calibration: Calibration = "auto",
     device: Device = "auto",
     as_json: AsJson = False,

@@ -29,7 +29,7 @@ from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers.loading.model import (
     load_config,
     load_model,
-    text_config,
+    most_positions,
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -127,7 +127,7 @@ def advise_model(request: EvaluateRequest, budget: float, context: int) -> tuple
 
 def _prepare(request: EvaluateRequest, config: Any) -> tuple[Any, list[Window], str]:
     """(model, windows, the text's name), after what can be checked without weights."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
+    limit = most_positions(config)
     if limit is not None and request.prompt + request.scored > limit:
         raise ValueError(
             f"prompt, scored: expected at most {limit:,} tokens together, as the model has so many "

@@ -30,7 +30,7 @@ from quantpage.integrations.hf_transformers.loading.model import (
     load_config,
     load_model,
     model_shape,
-    text_config,
+    most_positions,
 )
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.report import choices, costs, heads, predictions
@@ -155,7 +155,7 @@ def _lowered(model: Any) -> Callable[[], Any]:
 
 
 def _texts(request: ReportRequest, tokenizer: Any, content: str, config: Any) -> Texts:
-    limit = getattr(text_config(config), "max_position_embeddings", None) or 1 << 30
+    limit = most_positions(config) or 1 << 30
     scored = min(request.scored, limit - request.prompt)
     answer = request.answer_prompt + request.steps
     if scored < 1 or answer > limit:

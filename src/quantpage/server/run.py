@@ -13,7 +13,7 @@ from quantpage import console
 from quantpage.cache.sizes import LayerPlan
 from quantpage.engine import Engine, Limits
 from quantpage.engine.sizes import fit_pages, pool_bytes, unquantized_pool_bytes
-from quantpage.hardware import available_bytes
+from quantpage.hardware import available_bytes, find_device
 from quantpage.server.metrics import Metrics
 from quantpage.server.options import ServeOptions
 from quantpage.server.serving import Served
@@ -71,24 +71,16 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
     from quantpage.integrations.hf_transformers.loading.model import (
         check_format,
-        load_model,
+        most_positions,
         text_config,
     )
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(options.device)
     check_format(options.model, options.kv_format)
     check_calibration(options.calibration, options.kv_format)
     _say(f"loading {options.model} on {device}")
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model, tokenizer = load_model(options.model, dtype, device)
-    if options.weights == "int8":
-        from quantpage.integrations.int8_weights import quantize_weights
-
-        quantize_weights(model)
-    text = text_config(model.config)
-    longest = getattr(text, "max_position_embeddings", None) or 1 << 20
+    model, tokenizer = _load_model(options, device)
+    longest = most_positions(model.config) or 1 << 20
     context = options.context or longest
     if context > longest:
         raise ValueError(f"context: expected at most the model's {longest} tokens, got {context}")
@@ -106,11 +98,11 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         f"{limits.pages * options.page_size:,} tokens, {held / 2**20:,.0f} MiB "
         f"({plain / 2**20:,.0f} in 16 bit)"
     )
-    if device == "cuda":
+    if device.type == "cuda":
         _say("compiling what kernels are not in Triton's cache")
     engine = Engine(attached, tokenizer, limits, options.prefix_cache, warm_up=True)
     name = options.name or Path(options.model).resolve().name
-    generation = model.generation_config
+    text, generation = text_config(model.config), model.generation_config
     stop = generation.eos_token_id if generation.eos_token_id is not None else text.eos_token_id
     served = Served(
         name=name,
@@ -146,6 +138,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _load_model(options: ServeOptions, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer) as the options want its weights."""
+    from quantpage.integrations.hf_transformers.loading.model import load_model
+
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model, tokenizer = load_model(options.model, dtype, device)
+    if options.weights == "int8":
+        from quantpage.integrations.int8_weights import quantize_weights
+
+        quantize_weights(model)
+    return model, tokenizer
+
+
 def _layers(model: Any, attached: Any) -> list[LayerPlan]:
     """The pages of every layer, in the dtype that the model was loaded in."""
     from quantpage.integrations.hf_transformers.sizes import cache_shape
@@ -155,7 +160,7 @@ def _layers(model: Any, attached: Any) -> list[LayerPlan]:
 
 
 def _limits(
-    options: ServeOptions, layers: Sequence[LayerPlan], context: int, device: str
+    options: ServeOptions, layers: Sequence[LayerPlan], context: int, device: torch.device
 ) -> Limits:
     """What the options and the memory allow; by default as much as every answer may need, and no
     more than a quarter of what is free."""

@@ -72,6 +72,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def most_positions(config: Any) -> int | None:
+    """Tokens that a model has positions for; None: its configuration names no limit."""
+    found = getattr(text_config(config), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def reaches_of(config: Any, layers: Sequence[Any] | None = None) -> list[Reach]:
     """How far back each layer of the cache sees.
 
