@@ -471,6 +471,27 @@ MUTATIONS = (
         ("tests/engine/test_engine.py",),
     ),
     Mutation(
+        "an answer may end before its least tokens",
+        _SRC + "engine/sampling.py",
+        "self._made.total() < self._least",
+        "self._made.total() + 1 < self._least",
+        ("tests/engine/test_sampling.py",),
+    ),
+    Mutation(
+        "a chat template is not told what a request says",
+        _SRC + "server/serving.py",
+        "**self._template_options(flags.chat_template_kwargs or {}),",
+        "",
+        ("tests/server/test_requests.py",),
+    ),
+    Mutation(
+        "calls behind the first are told where one is asked for",
+        _SRC + "server/tools.py",
+        "elif not (self._one and self.calls):",
+        "else:",
+        ("tests/server/test_tools.py",),
+    ),
+    Mutation(
         "a bias of one answer is the model's for the next",
         _SRC + "engine/sampling.py",
         "scores = scores.clone()",

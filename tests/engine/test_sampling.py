@@ -76,3 +76,17 @@ def test_biases_and_penalties_are_of_one_answer_alone():
         assert [each.token for each in made] == [3, 1, 3]
         assert [each.logprob for each in made] == told[[3, 1, 3]].tolist()
         assert logits.equal(given)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_nothing_ends_an_answer_before_its_least_tokens(temperature):
+    request = Request(
+        (0,), 4, Sampling(temperature=temperature), stop_tokens=frozenset([1, 3]), min_tokens=2
+    )
+    sampler = Sampler(request, 0)
+    logits = torch.tensor([0.0, 90.0, 1.0, 80.0])
+    assert not sampler.plain
+    made = [sampler.choose(logits).token for _ in range(3)]
+    assert {1, 3}.isdisjoint(made[:2]) and made[2] == 1
+    with pytest.raises(ValueError, match="min_tokens: expected 0 to 4, got 5"):
+        Request((0,), 4, min_tokens=5)

@@ -47,3 +47,18 @@ def test_an_unfinished_character_is_shown_at_the_end():
     stream = TextStream(Bytes())
     assert stream.push(0xC3) == ""
     assert stream.finish() == "\ufffd"
+
+
+def test_a_stop_text_is_kept_where_that_is_asked_and_overlooked_before_the_least_tokens():
+    for keep, least, wanted in (
+        (False, 0, "one "),
+        (True, 0, "one two"),
+        (False, 6, "one "),
+        (False, 7, "one two three "),
+    ):
+        stream = TextStream(Bytes(), ("two",), keep_stop=keep, min_tokens=least)
+        made = ""
+        for byte in b"one two three two":
+            if not stream.stopped:
+                made += stream.push(byte)
+        assert (made, stream.stopped) == (wanted, True)

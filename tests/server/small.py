@@ -8,7 +8,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if calm %}(calm)\n{% endif %}"
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )

@@ -45,3 +45,20 @@ def test_a_refusal_says_what_was_expected_and_what_came(body, said):
 def test_a_prompt_may_be_of_several_types():
     said = "prompt: expected a text or a list, got 5"
     assert problem(CompletionBody, prompt=5) == said
+
+
+def test_names_of_other_servers_are_left_out_where_they_ask_for_nothing():
+    plain = ChatBody.model_validate({"messages": MESSAGES})
+    nothing = {"best_of": 1, "store": False, "suffix": None, "audio": None, "modalities": ["text"]}
+    labels = {"metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}
+    assert ChatBody.model_validate({"messages": MESSAGES, **nothing}) == plain
+    ChatBody.model_validate({"messages": MESSAGES, **labels})
+    for body, said in (
+        ({"best_of": 2}, "server; n asks for several answers"),
+        ({"echo": True}, "server; the answer alone is told"),
+        ({"guided_json": {}}, "server; structured_outputs or response_format asks for it"),
+        ({"store": True}, "server"),
+    ):
+        (name,) = body
+        wanted = f"{name}: unknown or not supported by this {said}"
+        assert problem(CompletionBody, prompt="Hi", **body) == wanted

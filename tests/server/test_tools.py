@@ -39,3 +39,9 @@ def test_what_is_no_call_of_a_tool_stays_text(inner):
 
 def test_without_tools_marks_are_text():
     assert ToolReader([], whole=False).push(CALL, last=False) == CALL
+
+
+def test_calls_behind_the_first_are_left_out_where_one_is_asked_for():
+    reader = ToolReader(TOOLS, whole=False, one=True)
+    assert reader.push(f"So: {CALL}\n{CALL} done", last=True) == "So:  done"
+    assert len(reader.calls) == 1

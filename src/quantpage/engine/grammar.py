@@ -1,4 +1,5 @@
-"""Answers that follow a JSON schema: llguidance says which tokens may come next."""
+"""Answers that follow a JSON schema, a pattern or a grammar: llguidance says which tokens may come
+next."""
 
 import json
 from typing import TYPE_CHECKING, Any, cast
@@ -13,27 +14,52 @@ _WHITESPACE: Any = {"whitespace_pattern": "[ ]?"}
 """Between the parts of an answer; without a limit small models write spaces until the end."""
 
 
-class JsonGrammar:
-    """A JSON schema over one tokenizer; ``follow()`` an answer."""
+class AnswerGrammar:
+    """What an answer has to be, over one tokenizer; ``follow()`` an answer."""
 
-    def __init__(self, schema: dict[str, Any], tokenizer: "GrammarTokenizer") -> None:
-        """Raises ValueError where llguidance cannot follow the schema."""
+    def __init__(self, kind: str, form: Any, tokenizer: "GrammarTokenizer") -> None:
+        """kind, form: 'json' and a schema, 'regex' and a pattern, 'choice' and a list of texts, or
+        'grammar' and a text in llguidance's dialect of Lark.
+
+        Raises ValueError where llguidance cannot follow it.
+        """
         from llguidance import LLMatcher
 
         self._tokenizer = tokenizer
         try:
-            self._grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=_WHITESPACE
-            )
+            self._grammar = _written(kind, form)
             problem = LLMatcher.validate_grammar(self._grammar, tokenizer.table)
         except ValueError as error:
             problem = str(error)
         if problem:
-            raise ValueError(f"schema: expected a JSON schema that can be followed, got {problem}")
+            what = _EXPECTED[kind]
+            raise ValueError(f"expected {what} that can be followed, got {problem}")
 
     def follow(self) -> "_Follower":
         """A follower at the beginning of the answer."""
         return _Follower(self._grammar, self._tokenizer)
+
+
+_EXPECTED = {
+    "json": "a JSON schema",
+    "regex": "a regular expression",
+    "choice": "texts",
+    "grammar": "a grammar",
+}
+
+
+def _written(kind: str, form: Any) -> str:
+    """A grammar as llguidance writes it."""
+    from llguidance import LLMatcher
+
+    if kind == "json":
+        return LLMatcher.grammar_from_json_schema(json.dumps(form), overrides=_WHITESPACE)
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(form)
+    if kind == "choice":
+        # Lark writes texts as JSON does.
+        form = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in form)
+    return LLMatcher.grammar_from_lark(form)
 
 
 class GrammarTokenizer:

@@ -324,8 +324,15 @@ class Engine:
         self._take(answer, choice)
 
     def _begin(self, answer: Answer) -> None:
-        answer.sampler = Sampler(answer.request, answer.index)
-        answer.text = TextStream(self.tokenizer, answer.request.stop)
+        request = answer.request
+        answer.sampler = Sampler(request, answer.index)
+        answer.text = TextStream(
+            self.tokenizer,
+            request.stop,
+            keep_stop=request.keep_stop,
+            keep_special=request.keep_special,
+            min_tokens=request.min_tokens,
+        )
         if answer.index == 0:
             self._prompt_tokens += len(answer.request.prompt)
             self._cached_tokens += answer.cached
@@ -337,12 +344,11 @@ class Engine:
         self._made_tokens += 1
         reason = "length" if answer.made >= request.max_tokens else None
         text = ""
-        if choice.token in request.stop_tokens:
-            reason = "stop"
-        else:
+        ends = choice.token in request.stop_tokens
+        if request.keep_stop or not ends:
             text = answer.text.push(choice.token)
-            if answer.text.stopped or answer.sampler.done():
-                reason = "stop"
+        if ends or answer.text.stopped or answer.sampler.done():
+            reason = "stop"
         if reason is not None:
             text += answer.text.finish()
             self._scheduler.finish(answer)

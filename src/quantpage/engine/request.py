@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from quantpage.engine.grammar import JsonGrammar
+from quantpage.engine.grammar import AnswerGrammar
 
 _COLDEST = 1e-10
 """Lower ones divide logits to more than float32 holds."""
@@ -60,12 +60,18 @@ class Request:
     """Texts that end an answer; they are not part of it."""
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end an answer, such as the model's end of sequence."""
+    min_tokens: int = 0
+    """Before so many tokens nothing of ``stop`` and ``stop_tokens`` ends an answer."""
+    keep_stop: bool = False
+    """Whether what ended an answer, a stop text or a token's, is part of it."""
+    keep_special: bool = False
+    """Whether the text has the names of special tokens."""
     answers: int = 1
     """Independent answers, which share the prompt's pages."""
     logprobs: int | None = None
     """Alternatives to report with every token's log-probability; None: report nothing."""
-    grammar: JsonGrammar | None = None
-    """A schema that the answer has to follow; None: free text."""
+    grammar: AnswerGrammar | None = None
+    """What the answer has to follow; None: free text."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -74,6 +80,12 @@ class Request:
         _between("n", self.answers, 1, 1 << 20)
         if self.logprobs is not None:
             _between("logprobs", self.logprobs, 0, 20)
+        _between("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.min_tokens and self.grammar is not None:
+            raise ValueError(
+                f"min_tokens: expected none beside a grammar, which ends answers, "
+                f"got {self.min_tokens}"
+            )
         if any(not text for text in self.stop):
             raise ValueError("stop: expected texts of at least one character, got an empty one")
 

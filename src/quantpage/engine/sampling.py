@@ -95,6 +95,7 @@ class Sampler:
         self._processors = _processors(sampling)
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._bias = dict(sampling.logit_bias)
+        self._ends, self._least = sorted(request.stop_tokens), request.min_tokens
         self._made: Counter[int] = Counter()
         self._tokens = list(request.prompt)
         self._follower = None if request.grammar is None else request.grammar.follow()
@@ -107,6 +108,7 @@ class Sampler:
             self._greedy
             and self._logprobs is None
             and self._follower is None
+            and not (self._ends and self._least)
             and not self._bias
             and not self._presence
             and not self._frequency
@@ -118,7 +120,7 @@ class Sampler:
     def choose(self, logits: Tensor) -> TokenChoice:
         """The next token of [vocabulary] logits, which stay as they are: answers share them."""
         scores = logits.float().cpu()[None]
-        if self._bias or self._presence or self._frequency:
+        if self._bias or self._presence or self._frequency or self._least:
             # Written to below, and float32 on a CPU is the model's own.
             scores = scores.clone()
         scores = self._adjusted(scores)
@@ -153,6 +155,8 @@ class Sampler:
         if self._made and (self._presence or self._frequency):
             counts = torch.tensor(list(self._made.values()), dtype=torch.float32)
             scores[0, list(self._made)] -= self._presence + self._frequency * counts
+        if self._ends and self._made.total() < self._least:
+            scores[0, self._ends] = -torch.inf
         return (
             self._processors(torch.tensor([self._tokens]), scores) if self._processors else scores
         )

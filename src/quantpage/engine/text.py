@@ -18,8 +18,19 @@ _MOST = 18
 class TextStream:
     """The text of one answer; ``push`` a token, get the characters that are certain."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        stop: Sequence[str] = (),
+        *,
+        keep_stop: bool = False,
+        keep_special: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """As ``Request`` has them."""
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._keep_stop, self._keep_special = keep_stop, keep_special
+        self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._from, self._before = 0, ""
         """The first token that is decoded, and the text from there on that was shown."""
@@ -49,10 +60,12 @@ class TextStream:
     def _release(self, text: str) -> str:
         """``text`` and what was held, up to a stop text or what may become one."""
         text, self._held = self._held + text, ""
-        found = [at for at in (text.find(each) for each in self._stop) if at >= 0]
-        if found:
+        # (where it begins, where the answer ends), of those that are there.
+        found = [(text.find(each), len(each) if self._keep_stop else 0) for each in self._stop]
+        found = [(at, at + kept) for at, kept in found if at >= 0]
+        if found and len(self._tokens) > self._min_tokens:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, each) for each in self._stop), default=0)
         if keep:
             text, self._held = text[:-keep], text[-keep:]
@@ -65,7 +78,10 @@ class TextStream:
     def _decode(self) -> str:
         # One text for one row of tokens, whatever its type says.
         return cast(
-            str, self._tokenizer.decode(self._tokens[self._from :], skip_special_tokens=True)
+            str,
+            self._tokenizer.decode(
+                self._tokens[self._from :], skip_special_tokens=not self._keep_special
+            ),
         )
 
 

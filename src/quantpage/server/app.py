@@ -27,6 +27,7 @@ from quantpage.server.protocol import (
     CompletionBody,
     DetokenizeBody,
     ErrorBody,
+    TemplateFlags,
     TokenizeBody,
     first_problem,
 )
@@ -159,10 +160,17 @@ def _facts(app: FastAPI, served: Served) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ValueError("prompt: expected a prompt or messages, got both or neither")
         if body.messages is not None:
-            tokens = served.render(body.messages, None)
+            if body.add_special_tokens:
+                raise ValueError("add_special_tokens: expected none beside messages, got true")
+            tools = [each.model_dump(exclude_none=True) for each in body.tools or []]
+            tokens = served.render(body.messages, tools or None, body)
         else:
-            tokens = served.encode(body.prompt or "", body.add_special_tokens)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
+            _refuse_beside_prompt(body)
+            tokens = served.encode(body.prompt or "", body.add_special_tokens is not False)
+        made = {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
+        if body.return_token_strs:
+            made["token_strs"] = served.tokenizer.convert_ids_to_tokens(tokens)
+        return made
 
     @app.post("/detokenize")
     def detokenize(body: DetokenizeBody) -> dict[str, str]:
@@ -176,6 +184,12 @@ def _facts(app: FastAPI, served: Served) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return _PAGE.read_text("utf-8")
+
+
+def _refuse_beside_prompt(body: TokenizeBody) -> None:
+    for name in ("tools", *TemplateFlags.model_fields):
+        if getattr(body, name) is not None:
+            raise ValueError(f"{name}: expected none beside a prompt, which has no chat template")
 
 
 async def _prepared(kind: Callable[[Served, Any], Any], served: Served, body: Any) -> Any:

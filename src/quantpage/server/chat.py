@@ -6,7 +6,7 @@ from typing import Any
 from quantpage.engine import Piece
 from quantpage.server.completions import Usage, event, failure, head, usage_so_far, wants_usage
 from quantpage.server.protocol import ChatBody
-from quantpage.server.serving import Served, schema_of
+from quantpage.server.serving import Served
 from quantpage.server.tools import ToolReader, offered, required_schema
 
 
@@ -17,14 +17,12 @@ class Chat:
         self._served, self._body = served, body
         tools = offered(body)
         schema = required_schema(body)
-        self._reader_of = [ToolReader(tools, schema is not None) for _ in range(body.answers)]
-        asked = schema_of(body)
-        if asked is not None and schema is not None:
-            raise ValueError("response_format: expected none beside a required tool call")
+        whole, one = schema is not None, body.parallel_tool_calls is False
+        self._reader_of = [ToolReader(tools, whole, one) for _ in range(body.answers)]
         # A call that is required comes by the schema; the template may not know tools.
         told = [each.model_dump(exclude_none=True) for each in tools] if schema is None else None
-        prompt = served.render(body.messages, told or None)
-        self.requests = [served.request(body, prompt, schema or asked)]
+        prompt = served.render(body.messages, told or None, body)
+        self.requests = [served.request(body, prompt, schema)]
         self._head = head("chat.completion", "chatcmpl", served.name)
         self._usage = Usage(self.requests)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
+Token = Annotated[int, Field(ge=0)]
 
 
 class Body(BaseModel):
@@ -62,11 +63,51 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
     if first["type"] == "value_error":
         return where, str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
-        return where, "unknown or not supported by this server"
+        return where, _unknown(first["loc"][-1])
     alike = [each for each in same if _path(each) == _path(first)]
     # Each once, in the order of the types that were tried.
     kinds = dict.fromkeys(map(_expected, alike if first["type"].endswith("_type") else [first]))
     return where, f"expected {' or '.join(kinds)}, got {_came(first)}"
+
+
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "length_penalty": (1,),
+    "modalities": (["text"],),
+    "priority": (0,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+}
+"""Names of OpenAI's and vLLM's that are not served, and values which leave an answer as it is."""
+_INSTEAD = {
+    "best_of": "n asks for several answers",
+    "chat_template": "the model's own is used",
+    "documents": "chat_template_kwargs reaches the model's chat template",
+    "echo": "the answer alone is told",
+    "functions": "tools asks for calls",
+    "function_call": "tool_choice asks for calls",
+    "guided_choice": "structured_outputs asks for it",
+    "guided_grammar": "structured_outputs asks for it",
+    "guided_json": "structured_outputs or response_format asks for it",
+    "guided_regex": "structured_outputs asks for it",
+    "n_predict": "max_tokens asks for it",
+    "prompt_logprobs": "an attached model gives them (quantpage.attach)",
+    "reasoning_effort": "chat_template_kwargs reaches the model's chat template",
+    "use_beam_search": "an attached model searches (generate with num_beams)",
+}
+"""Who asks for what is not served, and where it is."""
+
+
+def _unknown(name: Any) -> str:
+    instead = _INSTEAD.get(str(name))
+    return "unknown or not supported by this server" + (f"; {instead}" if instead else "")
 
 
 _EXPECTED = {
@@ -151,11 +192,52 @@ class StreamOptions(Body):
     """vLLM's: with ``include_usage``, so far in every event."""
 
 
+class StructuredOutputs(Body):
+    """vLLM's ``structured_outputs``: one of these."""
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = None
+    """In llguidance's dialect of Lark."""
+
+
+class JsonSchema(Body):
+    """``response_format.json_schema``."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class GenerationBody(Body):
     """What chat and plain completions share."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_nothing(cls, given: Any) -> Any:
+        """Clients send null, or what would be anyway, under names of other servers."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields
+            or not (value is None or value in _ASKS_NOTHING.get(name, ()))
+        }
+
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = None
@@ -167,10 +249,19 @@ class GenerationBody(Body):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """With ``user``, what only says who asks: no answer depends on it."""
 
     @property
     def answers(self) -> int:
@@ -214,22 +305,6 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class JsonSchema(Body):
-    """``response_format.json_schema``."""
-
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """``response_format``."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
 class Message(BaseModel):
     """A message of a chat; what a role may carry besides is the chat template's business."""
 
@@ -239,30 +314,41 @@ class Message(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
-class ChatBody(GenerationBody):
+class TemplateFlags(Body):
+    """How messages go through the chat template."""
+
+    add_generation_prompt: bool | None = None
+    """None: true, but where the last message is continued."""
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(GenerationBody, TemplateFlags):
     """``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[ToolBody] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateFlags):
     """``/tokenize``: a text, or messages through the chat template."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool = True
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[ToolBody] | None = None
+    add_special_tokens: bool | None = None
+    """None: of a text; a chat template writes its own."""
+    return_token_strs: bool | None = None
 
 
 class DetokenizeBody(Body):
     """``/detokenize``."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Token]

@@ -5,15 +5,22 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from quantpage.engine import Engine, Piece, Request, Sampling
-from quantpage.engine.grammar import ANY_OBJECT, GrammarTokenizer, JsonGrammar
+from quantpage.engine.grammar import ANY_OBJECT, AnswerGrammar, GrammarTokenizer
 from quantpage.server.metrics import Metrics
-from quantpage.server.protocol import ChatBody, CompletionBody, GenerationBody, Message
+from quantpage.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Message,
+    TemplateFlags,
+)
 
 
 class TooLong(ValueError):
@@ -66,36 +73,61 @@ class Served:
         found = [_BYTES.get(letter) for letter in name]
         return text.encode() if None in found else bytes(each for each in found if each is not None)
 
-    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+    def render(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, flags: TemplateFlags
+    ) -> list[int]:
         """The tokens of a chat through the model's template; ValueError in one sentence."""
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
             raise ValueError("messages: this model has no chat template; use /v1/completions")
         plain = [_plain(each) for each in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                plain, tools=tools, add_generation_prompt=True, tokenize=False
+        continued = bool(flags.continue_final_message)
+        begins = flags.add_generation_prompt
+        if continued and (begins or plain[-1]["role"] != "assistant"):
+            what = "add_generation_prompt" if begins else f"a message of the {plain[-1]['role']}"
+            raise ValueError(
+                f"continue_final_message: expected an assistant's message at the end, got {what}"
             )
-            if tools and text == self.tokenizer.apply_chat_template(
-                plain, add_generation_prompt=True, tokenize=False
-            ):
+        options = {
+            **self._template_options(flags.chat_template_kwargs or {}),
+            "add_generation_prompt": not continued if begins is None else begins,
+            "continue_final_message": continued,
+            "tokenize": False,
+        }
+        try:
+            text = self.tokenizer.apply_chat_template(plain, tools=tools, **options)
+            if tools and text == self.tokenizer.apply_chat_template(plain, **options):
                 raise ValueError("tools: this model's chat template does not know tools")
         except (TemplateError, KeyError, TypeError) as error:
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
         return self.encode(text, special=False)
 
+    def _template_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """``chat_template_kwargs``, all of which the template has to read."""
+        template = self.tokenizer.chat_template
+        known = template if isinstance(template, str) else " ".join(template.values())
+        own = signature(self.tokenizer.apply_chat_template).parameters
+        for name in given:
+            if name in own or not re.search(rf"\b{re.escape(name)}\b", known):
+                raise ValueError(
+                    "chat_template_kwargs: expected names that the model's chat template reads, "
+                    f"got {name!r}"
+                )
+        return given
+
     def request(
-        self, body: GenerationBody, prompt: list[int], schema: dict[str, Any] | None = None
+        self, body: GenerationBody, prompt: list[int], call: dict[str, Any] | None = None
     ) -> Request:
-        """What the engine is asked; ValueError names the parameter that cannot be."""
+        """What the engine is asked; ValueError names the parameter that cannot be.
+
+        call: the JSON schema of a call of a tool that the answer has to be.
+        """
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
         if body.stream_options is not None and not body.stream:
             raise ValueError("stream_options: expected none where stream is not true")
-        bad = [token for token in prompt if not 0 <= token < self.vocabulary]
-        if bad:
-            raise ValueError(f"prompt: expected tokens below {self.vocabulary}, got {bad[0]}")
+        self._refuse_tokens("prompt", prompt)
         room = self.context - len(prompt)
         wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens
         if room < 1 or (wanted or 1) > room:
@@ -108,15 +140,20 @@ class Served:
             most = 16 if isinstance(body, CompletionBody) else room
             wanted = max(1, min(most, room, self.engine.room(len(prompt), body.answers)))
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        ends = frozenset() if body.ignore_eos else self.stop_tokens
+        self._refuse_tokens("stop_token_ids", body.stop_token_ids or ())
         return Request(
             prompt=tuple(prompt),
             max_tokens=wanted,
             sampling=self._sampling(body),
             stop=stop,
-            stop_tokens=frozenset() if body.ignore_eos else self.stop_tokens,
+            stop_tokens=ends.union(body.stop_token_ids or ()),
+            min_tokens=body.min_tokens or 0,
+            keep_stop=bool(body.include_stop_str_in_output),
+            keep_special=body.skip_special_tokens is False,
             answers=body.answers,
             logprobs=_logprobs(body),
-            grammar=None if schema is None else self._grammar(schema),
+            grammar=self._grammar(body, call),
         )
 
     async def answers(self, requests: list[Request]) -> AsyncIterator[tuple[int, Piece]]:
@@ -174,11 +211,30 @@ class Served:
             made.append((int(token), bias))
         return tuple(made)
 
-    def _grammar(self, schema: dict[str, Any]) -> JsonGrammar:
+    def _refuse_tokens(self, name: str, given: Iterable[int]) -> None:
+        bad = [token for token in given if not 0 <= token < self.vocabulary]
+        if bad:
+            raise ValueError(f"{name}: expected tokens below {self.vocabulary}, got {bad[0]}")
+
+    def _grammar(self, body: GenerationBody, call: dict[str, Any] | None) -> AnswerGrammar | None:
+        asked = grammars_of(body)
+        if call is not None:
+            if asked:
+                raise ValueError(f"{asked[0][0]}: expected none beside a required tool call")
+            asked = [("tools", "json", call)]
+        if not asked:
+            return None
+        if len(asked) > 1:
+            names = " and ".join(name for name, _, _ in asked)
+            raise ValueError(f"{asked[0][0]}: expected one form of an answer, got {names}")
         with self._making:
             if self._grammars is None:
                 self._grammars = GrammarTokenizer(self.tokenizer, self.vocabulary)
-        return JsonGrammar(schema, self._grammars)
+        name, kind, form = asked[0]
+        try:
+            return AnswerGrammar(kind, form, self._grammars)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 _SPACE = "\u2581"
@@ -191,16 +247,31 @@ _BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + at): b for at, b in e
 """Byte-level BPE's letters (GPT-2): those that can be printed are themselves."""
 
 
-def schema_of(body: ChatBody) -> dict[str, Any] | None:
-    """The JSON schema that ``response_format`` asks for; None: free text."""
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return ANY_OBJECT
-    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-        raise ValueError("response_format: expected a json_schema with a schema, got none")
-    return wanted.json_schema.schema_
+def grammars_of(body: GenerationBody) -> list[tuple[str, str, Any]]:
+    """(parameter, kind, form) of all that an answer has to follow, of ``AnswerGrammar``'s kinds."""
+    made: list[tuple[str, str, Any]] = []
+    wanted, others = body.response_format, body.structured_outputs
+    if wanted is not None and wanted.type == "json_object":
+        made.append(("response_format", "json", ANY_OBJECT))
+    if wanted is not None and wanted.type == "json_schema":
+        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+            raise ValueError("response_format: expected a json_schema with a schema, got none")
+        made.append(("response_format", "json", wanted.json_schema.schema_))
+    if others is not None:
+        forms = (
+            ("json", others.json_),
+            ("json", ANY_OBJECT if others.json_object else None),
+            ("regex", others.regex),
+            ("choice", others.choice),
+            ("grammar", others.grammar),
+        )
+        found = [("structured_outputs", kind, form) for kind, form in forms if form is not None]
+        if not found:
+            raise ValueError(
+                "structured_outputs: expected json, json_object, regex, choice or grammar, got none"
+            )
+        made += found
+    return made
 
 
 def _logprobs(body: GenerationBody) -> int | None:

@@ -48,10 +48,11 @@ def required_schema(body: ChatBody) -> dict[str, Any] | None:
 class ToolReader:
     """Separates an answer's text from the calls in it, as it comes."""
 
-    def __init__(self, tools: list[ToolBody], whole: bool) -> None:
-        """whole: the answer is a call and nothing else."""
+    def __init__(self, tools: list[ToolBody], whole: bool, one: bool = False) -> None:
+        """whole: the answer is a call and nothing else. one: calls behind the first are left out,
+        as ``parallel_tool_calls`` asks."""
         self._names = {each.function.name for each in tools}
-        self._whole, self._held = whole, ""
+        self._whole, self._one, self._held = whole, one, ""
         self._after_call = False
         """Line breaks that follow a call belong to it."""
         self.calls: list[dict[str, Any]] = []
@@ -85,7 +86,7 @@ class ToolReader:
             if call is None:
                 # Not a call after all: the client sees what the model wrote.
                 shown += self._held[start : end + len(_CLOSE)]
-            else:
+            elif not (self._one and self.calls):
                 self.calls.append(call)
             self._held = self._held[end + len(_CLOSE) :]
             self._after_call = call is not None
