@@ -54,7 +54,8 @@ def answering(folder, key, max_body=None, **options):
     given = ServeOptions(str(folder), name="small", memory=1 << 20, page_size=16, **options)
     attached, served = load(given)
     listener = bind("127.0.0.1", 0)
-    app = create_app(served, key, **({} if max_body is None else {"max_body": max_body}))
+    more = {} if max_body is None else {"max_body": max_body}
+    app = create_app(served, key, allow_origins=given.allow_origins, **more)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

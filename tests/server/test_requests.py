@@ -7,16 +7,20 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+from quantpage.server.run import bind, listen  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
+
+
+PAGE = "http://a.page:3000"
 
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory):
     folder = save_small(tmp_path_factory.mktemp("small"))
     with (
-        answering(folder, None, max_requests=4) as address,
+        answering(folder, None, max_requests=4, allow_origins=(PAGE,)) as address,
         httpx.Client(base_url=address, timeout=60) as made,
     ):
         yield made
@@ -143,3 +147,21 @@ def test_what_a_template_does_not_read_is_refused(http):
     )
     strings = http.post("/tokenize", json={"prompt": "ab", "return_token_strs": True}).json()
     assert strings["token_strs"] == ["a", "b"]
+
+
+def test_a_page_of_an_allowed_origin_may_call(http):
+    for origin, allowed in ((PAGE, PAGE), ("http://another.page", None)):
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x"}
+        got = http.options("/v1/completions", headers={"Origin": origin, **asks})
+        assert got.status_code == (200 if allowed else 400)
+        for each in (got, http.get("/v1/models", headers={"Origin": origin})):
+            assert each.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_port_that_another_took_meanwhile_is_told():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:
+            listen(first, "127.0.0.1")
+            with pytest.raises(ValueError, match=f"host, port: cannot listen on 127.0.0.1:{port}"):
+                listen(second, "127.0.0.1")

@@ -412,6 +412,9 @@ def test_clients_that_leave_free_their_place(url, client, http):
         time.sleep(0.1)
     assert 'num_requests_running{model_name="small"} 0.0' in text
     assert 'num_requests_waiting{model_name="small"} 0.0' in text
+    # Some may have been told all before they left.
+    (ended,) = re.findall(r'request_success_total\{finished_reason="abort".*\} (\d+)\.0', text)
+    assert 3 <= int(ended) <= 6
 
 
 def test_more_than_the_queue_holds_is_told_to_come_again(client):

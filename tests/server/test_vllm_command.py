@@ -48,6 +48,7 @@ def test_every_option_has_its_flag_and_what_comes_after_is_last():
         dtype="float16",
         memory=3 << 30,
         prefix_cache=False,
+        allow_origins=("http://one", "http://two"),
         more=("--tensor-parallel-size", "2"),
     )
     pairs = dict(pairwise(made))
@@ -55,6 +56,7 @@ def test_every_option_has_its_flag_and_what_comes_after_is_last():
     assert pairs["--port"] == "9000" and pairs["--max-model-len"] == "4096"
     assert pairs["--max-num-seqs"] == "8" and pairs["--max-num-batched-tokens"] == "512"
     assert pairs["--dtype"] == "float16" and pairs["--kv-cache-memory-bytes"] == str(3 << 30)
+    assert json.loads(pairs["--allowed-origins"]) == ["http://one", "http://two"]
     assert made[-3:] == ["--no-enable-prefix-caching", "--tensor-parallel-size", "2"]
 
 

@@ -51,6 +51,13 @@ def command(
         str | None,
         typer.Option(help="Refuse calls without this key.", envvar="QUANTPAGE_API_KEY"),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let web pages of this origin, such as http://localhost:3000, call the server; "
+            "'*': of all. May be given several times."
+        ),
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the cache, such as 4GiB.")] = None,
     max_requests: Annotated[
         int | None,
@@ -107,6 +114,7 @@ def command(
             port=port,
             name=name,
             api_key=api_key,
+            allow_origins=tuple(allow_origin or ()),
             memory=None if memory is None else parse_bytes(memory),
             max_requests=max_requests,
             max_waiting=max_waiting,

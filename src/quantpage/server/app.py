@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastapi.responses import (
     StreamingResponse,
 )
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import quantpage
 from quantpage.errors import EngineStopped, QuantPageError, QueueFull
@@ -51,10 +52,16 @@ _PAGE = Path(__file__).with_name("page.html")
 _NOT_HERE = ("embeddings", "responses", "audio/speech", "images/generations", "moderations")
 
 
-def create_app(served: Served, api_key: str | None = None, max_body: int = 8 << 20) -> FastAPI:
+def create_app(
+    served: Served,
+    api_key: str | None = None,
+    max_body: int = 8 << 20,
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
     """The application over one model.
 
-    api_key: None: everybody may ask. max_body: bytes.
+    api_key: None: everybody may ask. max_body: bytes. allow_origins: of web pages whose calls
+    browsers let through (CORS); '*': of all.
     """
 
     @contextlib.asynccontextmanager
@@ -68,6 +75,15 @@ def create_app(served: Served, api_key: str | None = None, max_body: int = 8 << 
     app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
     _describe(app)
     app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    if allow_origins:
+        # Around the guard: a browser asks beforehand, without the key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     _errors(app)
     _generation(app, served)
     _facts(app, served)

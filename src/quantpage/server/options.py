@@ -17,6 +17,8 @@ class ServeOptions:
     name: str | None = None
     """What clients call the model; None: its folder's name."""
     api_key: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the server from a browser; '*': all."""
     memory: int | None = None
     """Bytes of the cache; None: every answer's longest, at most a quarter of what is free."""
     max_requests: int | None = None

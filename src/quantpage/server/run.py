@@ -44,12 +44,12 @@ def serve(options: ServeOptions, engine: str = "auto", more: Sequence[str] = ())
             become(command)
         attached, served = load(options)
         # From here on clients are taken; those that come before the loop runs wait a moment.
-        listener.listen(128)
+        listen(listener, options.host)
         host, port = listener.getsockname()[:2]
         _say(f"{served.name} on http://{host}:{port} (OpenAI: /v1; a page to chat: /)")
         # uvicorn, when it is done, sends itself the signal that stopped it: a clean end is 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        app = create_app(served, options.api_key)
+        app = create_app(served, options.api_key, allow_origins=options.allow_origins)
         config = uvicorn.Config(app, log_level="warning", access_log=False)
         seconds = _DRAIN if options.drain is None else options.drain
         try:
@@ -134,8 +134,23 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
-        raise ValueError(f"host, port: cannot listen on {host}:{port}: {error}") from error
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def listen(listener: socket.socket, host: str) -> None:
+    """Take clients on a socket of ``bind``; ValueError where another that was bound meanwhile does.
+
+    A bound socket that does not listen yet keeps nobody else from the port.
+    """
+    try:
+        listener.listen(128)
+    except OSError as error:
+        raise _cannot_listen(host, listener.getsockname()[1], error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(f"host, port: cannot listen on {host}:{port}: {error}")
 
 
 def _load_model(options: ServeOptions, device: torch.device) -> tuple[Any, Any]:

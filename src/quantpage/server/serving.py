@@ -181,6 +181,9 @@ class Served:
         finally:
             for ticket in tickets:
                 self.engine.cancel(ticket)
+            # Of who leaves nobody reads the end.
+            for _ in range(left if len(tickets) == len(requests) else 0):
+                self.metrics.ended("cancelled")
 
     def _sampling(self, body: GenerationBody) -> Sampling:
         given = {

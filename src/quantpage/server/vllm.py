@@ -79,6 +79,8 @@ def build_command(
         "--served-model-name": options.name or Path(options.model).resolve().name,
         "--host": options.host,
         "--port": options.port,
+        # Without the flag vLLM lets pages of all origins call it.
+        "--allowed-origins": json.dumps(options.allow_origins) if options.allow_origins else None,
         # One backend stands for ours on a CPU, where none is chosen by name.
         "--attention-backend": None if here.cpu else "CUSTOM",
         **_cache_flags(form, here, options.calibration),
