@@ -171,7 +171,7 @@ def test_a_broken_calibration_is_told_before_anything_is_loaded(quantpage, folde
     assert "loading" not in said
     for elsewhere in ("nowhere", tmp_path):
         said = quantpage("evaluate", "--model", folder, "--calibration", elsewhere, code=2).err
-        assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
+        assert "calibration: expected 'auto', 'none' or a file" in said and "loading" not in said
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_a_calibration_that_is_none_is_told_before_a_model_is_read(quantpage, fo
     command = (*command, "--model", folder)
     for elsewhere in ("nowhere", folder):
         said = quantpage(*command, "--calibration", elsewhere, code=2).err
-        assert "calibration: expected 'auto', None or a file" in said and "loading" not in said
-    given = ("--calibration", "none", "--kv-format", "int8_static")
-    said = quantpage(*command, *given, code=2).err
-    assert "calibration: expected a file with static scales" in said and "loading" not in said
+        assert "calibration: expected 'auto', 'none' or a file" in said and "loading" not in said
+    for given in (("--calibration", "none"), ("--calibration", folder), ()):
+        said = quantpage(*command, *given, "--kv-format", "int8_static", code=2).err
+        assert "calibration: expected a file with static scales" in said and "loading" not in said
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])

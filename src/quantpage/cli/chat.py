@@ -52,7 +52,7 @@ def command(
     request = flags.request(named, ("a conversation",), max_new_tokens)
     found, tokenizer = load_model(request)
     with attach(
-        found, request.kv_format, page_size=request.page_size, calibration=request.key_maps
+        found, request.kv_format, page_size=request.page_size, calibration=request.calibration
     ) as attached:
         conversation = Conversation(attached, tokenizer, request)
         if load is not None:

@@ -75,7 +75,7 @@ def _attached(model: Any, name: str, request: GenerateRequest) -> Iterator[Any]:
             model,
             kv_format=name,
             page_size=request.page_size,
-            calibration=request.key_maps if own else None,
+            calibration=request.calibration if own else None,
         ) as attached:
             yield attached.new_cache()
 

@@ -64,7 +64,7 @@ def answer_file(batch: Batch) -> None:
                 model=batch.model,
                 kv_format=flags.kv_format,
                 page_size=flags.page_size,
-                calibration=None if flags.calibration == "none" else flags.calibration,
+                calibration=flags.calibration,
                 memory=None if batch.memory is None else parse_bytes(batch.memory),
                 max_requests=batch.max_requests,
                 # Only so many wait as are asked at once, each of them with any number of answers.

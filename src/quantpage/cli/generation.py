@@ -106,11 +106,6 @@ class GenerateRequest:
             for each in texts:
                 check_text(name, each)
 
-    @property
-    def key_maps(self) -> str | None:
-        """``calibration`` as ``attach`` takes it."""
-        return None if self.calibration == "none" else self.calibration
-
 
 def check_text(name: str, text: str) -> None:
     """ValueError for bytes that are no UTF-8: flags and pipes bring them as halves of surrogate
@@ -164,7 +159,7 @@ class Session:
                 model,
                 kv_format=request.kv_format,
                 page_size=request.page_size,
-                calibration=request.key_maps,
+                calibration=request.calibration,
             ),
         ):
             printer = Printer(self.tokenizer, request.stop, write, waiting.stop)
@@ -227,7 +222,7 @@ def load(request: GenerateRequest) -> tuple[Any, Any]:
     """(model, tokenizer) of a request; a wrong format, calibration or device is known before they
     load."""
     check_format(request.model, request.kv_format)
-    check_calibration(request.key_maps, request.kv_format)
+    check_calibration(request.calibration, request.kv_format, request.model)
     device = find_device(request.device)
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     with console.status(f"loading {request.model}"):

@@ -109,7 +109,7 @@ def command(
             model=named,
             kv_format=kv_format,
             page_size=page_size,
-            calibration=None if calibration == "none" else calibration,
+            calibration=calibration,
             host=host,
             port=port,
             name=name,

@@ -70,7 +70,7 @@ def ours(
         bits_per_value=bits / numbers,
         bytes_per_token=sum(each.bytes_per_token() for each in layouts),
         sixteen_bit_tokens=words if any(each.format.quantized for each in layouts) else "all",
-        attaching=pages(formats, page_size, None if calibration == "none" else calibration),
+        attaching=pages(formats, page_size, calibration),
         calibration=Path(calibration).name,
         # Page 0 is exact for all; of page 3 pages 2 and 3 are near, and page 1 is read as codes.
         codes_from=(2 + NEAR_PAGES) * page_size if hidden else 0,

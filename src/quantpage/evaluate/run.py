@@ -118,7 +118,7 @@ def advise_model(request: EvaluateRequest, budget: float, context: int) -> tuple
             budget,
             candidates=chosen,
             page_size=request.page_size,
-            calibration=None if request.calibration == "none" else request.calibration,
+            calibration=request.calibration,
             context=context,
             each=lambda: progress.advance(task),
         )

@@ -274,13 +274,12 @@ def _heads(
     """The maps of layers and heads, and pictures of keys."""
     tokens, model = texts.looked_at, subjects.model
     about = {"window": predictions.window_digest(Window(tokens, 1)), **subjects.settings}
-    calibration = None if request.calibration == "none" else request.calibration
     errors = {}
     for name in ours:
 
         def measure(name: str = name) -> dict[str, Any]:
             subjects.steps.begin("layers and heads", name)
-            found = head_errors(model, tokens, name, request.page_size, calibration)
+            found = head_errors(model, tokens, name, request.page_size, request.calibration)
             return heads.as_grids(found)
 
         errors[name] = subjects.parts.measure(measure, "heads", format=name, **about)
@@ -288,7 +287,7 @@ def _heads(
 
     def look() -> dict[str, Any]:
         subjects.steps.begin("keys of every layer")
-        return heads.as_pictures(look_at_keys(model, tokens, calibration=calibration))
+        return heads.as_pictures(look_at_keys(model, tokens, calibration=request.calibration))
 
     pictures = subjects.parts.measure(look, "keys", **about)
     subjects.steps.advance(tokens.shape[1])
@@ -303,8 +302,7 @@ def _advice(
         return choices.none("it was not asked for")
     if not texts.alone:
         return choices.none("the model has too few positions")
-    calibration = None if request.calibration == "none" else request.calibration
-    return choices.measure(subjects, config, texts.alone, request.page_size, calibration)
+    return choices.measure(subjects, config, texts.alone, request.page_size, request.calibration)
 
 
 def _speed(

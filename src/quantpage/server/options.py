@@ -10,7 +10,7 @@ class ServeOptions:
     model: str
     kv_format: str = "int8"
     page_size: int = 64
-    calibration: str | None = "auto"
+    calibration: str = "auto"
     """As ``attach`` takes it."""
     host: str = "127.0.0.1"
     port: int = 8000

@@ -77,7 +77,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
 
     device = find_device(options.device)
     check_format(options.model, options.kv_format)
-    check_calibration(options.calibration, options.kv_format)
+    check_calibration(options.calibration, options.kv_format, options.model)
     _say(f"loading {options.model} on {device}")
     model, tokenizer = _load_model(options, device)
     longest = most_positions(model.config) or 1 << 20

@@ -239,10 +239,12 @@ def _names(argument: str, flag: str) -> bool:
     return argument.partition("=")[0].partition(".")[0].replace("_", "-") == f"--{flag}"
 
 
-def _cache_flags(form: KVFormat, here: VllmHere, calibration: str | None) -> dict[str, str]:
+def _cache_flags(form: KVFormat, here: VllmHere, calibration: str) -> dict[str, str]:
     if not form.quantized:
         return {}
-    told = {} if calibration in (None, "auto") else {CALIBRATION: str(Path(calibration).resolve())}
+    told = (
+        {} if calibration in ("auto", "none") else {CALIBRATION: str(Path(calibration).resolve())}
+    )
     name = f"{form.name}_per_token_head"
     if here.own_names:
         name = f"quantpage_{form.name}"

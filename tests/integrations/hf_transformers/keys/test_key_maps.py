@@ -241,5 +241,5 @@ def test_foreign_attention_reads_keys_as_they_were():
 
 
 def test_an_unknown_calibration_is_refused():
-    with pytest.raises(FileNotFoundError, match="calibration: expected 'auto', None or a file"):
+    with pytest.raises(FileNotFoundError, match="calibration: expected 'auto', 'none' or a file"):
         quantpage.attach(tiny("llama", torch.float32), calibration="later")

@@ -110,7 +110,7 @@ class Calibration:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                "calibration: expected 'auto', None or a file that `quantpage calibrate` wrote, "
+                "calibration: expected 'auto', 'none' or a file that `quantpage calibrate` wrote, "
                 f"got {path}"
             )
         try:

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpage.errors import CorruptCalibration, FormatError
@@ -25,10 +26,16 @@ from quantpage.integrations.hf_transformers.keys.statistics import (
     has_uneven_key_norms,
     measure_random,
 )
-from quantpage.integrations.hf_transformers.loading.model import model_shape
+from quantpage.integrations.hf_transformers.loading.checkpoint import find_files
+from quantpage.integrations.hf_transformers.loading.model import (
+    load_config,
+    model_shape,
+    reaches_of,
+)
 
-AUTO = "auto"
-"""Key maps from the weights, where a model's keys have biases or norms."""
+AUTO, NONE = "auto", "none"
+"""Key maps from the weights, where a model's keys have biases or norms; keys as they are, as None
+says it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +50,33 @@ class KeyMaps:
     """Of the layers with a static format."""
 
 
-def check_calibration(given: str | Path | None, kv_format: str | KVFormat | LayerFormats) -> None:
-    """Refuse, before a model is read, what no model could take with ``kv_format``.
+def check_calibration(
+    given: str | Path | None,
+    kv_format: str | KVFormat | LayerFormats,
+    model: str | Path | None = None,
+) -> None:
+    """Refuse, before a model is read, what no model, or not this one, could take with
+    ``kv_format``.
 
-    FileNotFoundError or CorruptCalibration for no whole file of ours, and for a folder where no
-    format is static; FormatError for a static format without scales. What only a model can refuse
-    is left to ``find_key_maps``.
+    model: as ``load_model`` takes it; None: not known. FileNotFoundError or CorruptCalibration for
+    no whole file of ours, and for a folder where no format is static; FormatError for a static
+    format without scales. What only weights can refuse is left to ``find_key_maps``.
     """
-    static = next((each for each in LayerFormats.of(kv_format).formats if not each.dynamic), None)
-    if given is None:
-        if static is not None:
-            raise _no_scales(static, given)
-    elif given != AUTO and not (static is not None and _is_folder(given)):
+    given = None if given == NONE else given
+    formats = LayerFormats.of(kv_format)
+    static = next((each for each in formats.formats if not each.dynamic), None)
+    if static is None:
+        if given not in (None, AUTO):
+            Calibration.load(given)
+    elif given is None:
+        raise _no_scales(static, given)
+    elif given != AUTO and not _is_folder(given):
         Calibration.load(given)
+    elif model is not None:
+        config = load_config(model)
+        of_layers = formats.of_layers(len(reaches_of(config)))
+        folder, gguf = find_files(model, weights=False)
+        _of_checkpoint(config, of_layers, given, None if gguf else folder)
 
 
 def find_key_maps(
@@ -66,14 +87,18 @@ def find_key_maps(
 ) -> KeyMaps:
     """The maps for a format a layer.
 
-    calibration: AUTO, None for none, or a file of `quantpage calibrate`. latent: layers whose keys
+    calibration: AUTO, NONE or None, or a file of `quantpage calibrate`. latent: layers whose keys
     are not what is cached, and that the weights ask for no map of.
     """
     if not isinstance(calibration, str | Path | None):
-        raise ValueError(f"calibration: expected 'auto', None or a path, got {calibration!r}")
+        raise ValueError(f"calibration: expected 'auto', 'none' or a path, got {calibration!r}")
+    calibration = None if calibration == NONE else calibration
     static = next((each for each in formats if not each.dynamic), None)
-    if static is not None and (calibration == AUTO or _is_folder(calibration)):
-        return _of_checkpoint(model, formats, static, calibration)
+    of_checkpoint = calibration == AUTO or _is_folder(calibration)
+    if static is not None and calibration is not None and of_checkpoint:
+        found = _of_checkpoint(model.config, formats, calibration, model.name_or_path)
+        assert found.static is not None
+        return replace(found, static=found.static.to(model.device))
     if calibration is None:
         if static is not None:
             raise _no_scales(static, calibration)
@@ -112,22 +137,26 @@ def _is_folder(calibration: str | Path | None) -> bool:
 
 
 def _of_checkpoint(
-    model: PreTrainedModel, formats: Sequence[KVFormat], static: KVFormat, given: str | Path | None
+    config: PreTrainedConfig,
+    formats: Sequence[KVFormat],
+    given: str | Path,
+    loaded: str | Path | None,
 ) -> KeyMaps:
-    """Static scales out of a checkpoint's own files; AUTO: those the model was loaded from."""
-    name = model.name_or_path if given == AUTO else str(given)
-    if not name or not Path(name).is_dir():
+    """Static scales out of a checkpoint's own files; loaded: where the model is from, for AUTO."""
+    folder = loaded if given == AUTO else given
+    static = next(each for each in formats if not each.dynamic)
+    if not folder or not Path(folder).is_dir():
         raise _no_scales(static, given)
     names = sorted({each.name for each in formats if not each.dynamic})
     if len(names) > 1:
         raise FormatError(
             f"kv_format: expected one static format in all layers, got {', '.join(names)}"
         )
-    shape = model_shape(model.config)
-    found = read_checkpoint_scales(Path(name), formats, shape.kv_heads, shape.head_dim)
+    shape = model_shape(config)
+    found = read_checkpoint_scales(Path(folder), formats, shape.kv_heads, shape.head_dim)
     if found is None:
         raise _no_scales(static, given)
-    return KeyMaps(f"scales of {Path(name).name}", {}, found.to(model.device))
+    return KeyMaps(f"scales of {Path(folder).name}", {}, found)
 
 
 def _of_file(model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Path) -> KeyMaps:
