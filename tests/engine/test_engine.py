@@ -328,6 +328,37 @@ class AllLogits(LlamaForCausalLM):
         return super().forward(input_ids, position_ids=position_ids, **rest)
 
 
+class HandsOn(LlamaForCausalLM):
+    """Names no positions, as Evolla, and hands them on."""
+
+    def forward(self, input_ids=None, **rest):
+        return super().forward(input_ids, **rest)
+
+
+class KeepsBack(HandsOn):
+    """Names no positions, and counts its own."""
+
+    def forward(self, input_ids=None, **rest):
+        rest.pop("position_ids", None)
+        return super().forward(input_ids, **rest)
+
+
+def test_positions_may_be_handed_on_unnamed():
+    asked, said = requests(3, longest=60, made=8), []
+    for kind in (LlamaForCausalLM, HandsOn):
+        model = tiny("llama", torch.float32)
+        model.__class__ = kind
+        with engine(model=model) as one:
+            said.append([each.texts for each in ask_all(one, asked)])
+    assert said[0] == said[1]
+    model.__class__ = KeepsBack
+    with (
+        pytest.raises(UnsupportedModel, match="a forward that is told positions"),
+        engine(model=model),
+    ):
+        pass
+
+
 def test_a_class_that_gives_all_logits_answers_as_one_that_is_told():
     asked, said = requests(3, longest=60, made=8), []
     for kind in (LlamaForCausalLM, AllLogits):

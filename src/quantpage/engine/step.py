@@ -4,6 +4,7 @@ The model is Transformers' own, attached. It sees a batch of one row, [1, tokens
 from the step's ``BatchPlan`` which token belongs to which request.
 """
 
+import inspect
 from collections.abc import Sequence as Listed
 from typing import Any
 
@@ -163,22 +164,30 @@ class StepRunner:
         Raises UnsupportedModel for that, and where a first token's position is not 0, as steps say
         it is.
         """
-        own = self._logits_of_one()
+        own = self._logits([0], told=False)
         _refuse_layers(self._attached, self._cache)
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        if (own - self._logits_of_one(position_ids=zero)).abs().max() > _ALIKE * own.std():
+        if (own - self._logits([0])).abs().max() > _ALIKE * own.std():
             raise UnsupportedModel(
                 f"{type(self._model).__name__}: the engine expects a first token at position 0, "
                 "and its own code places it elsewhere"
             )
+        if "position_ids" not in parameters(self._model) and torch.equal(
+            self._logits([0, 1]), self._logits([0, 2])
+        ):
+            # Taken among others, and not handed on.
+            raise _counts_positions(self._model)
 
-    def _logits_of_one(self, **positions: Tensor) -> Tensor:
-        """[vocabulary] after a token that is no padding, which has a position of its own."""
+    def _logits(self, positions: list[int], told: bool = True) -> Tensor:
+        """[vocabulary] after tokens that are no padding, which has a position of its own.
+
+        told: whether the model is told the positions.
+        """
         token = text_config(self._model.config).vocab_size // 2
+        given = torch.tensor([positions], device=self.device)
         out = self._model(
-            input_ids=torch.tensor([[token]], device=self.device),
+            input_ids=torch.full_like(given, token),
             use_cache=True,
-            **positions,
+            **({"position_ids": given} if told else {}),
             **cache_as(self._model, self._cache),
         )
         self._cache.rows.clear()
@@ -230,11 +239,8 @@ def _refuse_counted(attached: Attached) -> None:
     """Raise UnsupportedModel where requests cannot share a row, as where a token stands depends on
     the row."""
     name = type(attached.model).__name__
-    if "position_ids" not in parameters(attached.model):
-        raise UnsupportedModel(
-            f"{name}: the engine expects a forward that is told positions, as requests share a row,"
-            " and its own counts them"
-        )
+    if not _is_told_positions(attached.model):
+        raise _counts_positions(attached.model)
     if any(reach.chunk for reach in attached.new_cache().rows.memory.shelves):
         raise UnsupportedModel(
             f"{name}: the engine expects attention to all tokens or in windows, got chunks"
@@ -247,6 +253,22 @@ def _refuse_counted(attached: Attached) -> None:
                 f"{name}: its rotation ({each['rope_type']}) depends on the longest request of a "
                 "step, so that requests cannot share one"
             )
+
+
+def _counts_positions(model: Any) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(model).__name__}: the engine expects a forward that is told positions, as requests "
+        "share a row, and its own counts them"
+    )
+
+
+def _is_told_positions(model: Any) -> bool:
+    """Whether a forward takes positions, or hands them on to a body that does (Evolla)."""
+    if "position_ids" in parameters(model):
+        return True
+    kinds = inspect.signature(type(model).forward).parameters.values()
+    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in kinds)
+    return hands_on and "position_ids" in parameters(model.base_model)
 
 
 def _refuse_layers(attached: Attached, cache: QuantPageCache) -> None:
