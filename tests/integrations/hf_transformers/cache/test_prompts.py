@@ -13,6 +13,7 @@ import quantpage
 from quantpage.errors import CacheError, CorruptCache, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.loading.model import load_model
+from scripts.tiny_classes import build
 from tests.integrations.tiny_models import COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -120,6 +121,21 @@ def test_saved_and_loaded(attached, tmp_path):
         assert loaded.get_seq_length() == system.shape[1]
         assert loaded.used_bytes() == prompt.used_bytes()
         same(answer(attached, ids, loaded), answer(attached, ids, attached.new_cache()))
+
+
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+def test_a_model_that_takes_one_token_for_a_step_behind_a_prompt(tmp_path):
+    # Of one token GIT asks for positions and a mask.
+    model, ids = build("git", "GitForCausalLM"), tokens(1, 21)
+    with quantpage.attach(model, "none", page_size=PAGE, max_tokens=21) as attached:
+        cache = attached.new_cache()
+        with torch.no_grad():
+            model(ids[:, :16], past_key_values=cache)
+            attached.save_cache(cache, tmp_path / "pages")
+            loaded = attached.load_cache(tmp_path / "pages")
+            got = model(ids[:, 16:], past_key_values=loaded).logits
+            wanted = model(ids[:, 16:], past_key_values=cache).logits
+    assert torch.equal(got, wanted)
 
 
 def test_padded_rows_are_saved_with_their_padding(model, tmp_path):

@@ -212,11 +212,14 @@ def load_cache(attached: Caching, path: Path | str) -> tuple[QuantPageCache, Any
 
 
 def _layouts(attached: Caching) -> dict[int, CacheLayout]:
-    """What a forward of this model caches, from one of a single token: a configuration need not
-    name its heads and channels, and a file is not believed."""
+    """What a forward of this model caches, from one of two tokens: a configuration need not name
+    its heads and channels, and a file is not believed. One token would be taken for a step behind
+    a prompt by some (GIT), which asks for more than tokens."""
     cache = attached.new_cache()
+    # Two may be more than the attachment's rows will hold.
+    cache.rows.memory.max_tokens = None
     body: Any = attached.model.base_model
-    first = torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device)
+    first = torch.zeros(1, 2, dtype=torch.long, device=next(body.parameters()).device)
     with torch.no_grad():
         body(input_ids=first, past_key_values=cache, use_cache=True)
     return cache.rows.memory.layouts
