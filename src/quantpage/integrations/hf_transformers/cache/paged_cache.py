@@ -20,6 +20,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache import LayerKV, Reach
 from quantpage.cache.counts import whole
 from quantpage.errors import CacheError, UnsupportedModel
+from quantpage.integrations.hf_transformers.cache.encoder_layer import EncoderLayer
 from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.cache.turns import Turns
 from quantpage.integrations.hf_transformers.loading.model import lent_layers, reaches_of
@@ -71,6 +72,8 @@ class QuantPageCache(Cache):
             return PagedHybridLayer(stock, *made)
         if type(stock) in _STOCK and index not in self.options.own_state:
             return PagedLayer(*made)
+        if index in self.options.own_state and type(stock) is DynamicLayer:
+            return EncoderLayer()
         if isinstance(stock, CacheLayerMixin) and index not in self.options.own_state:
             raise UnsupportedModel(
                 f"layer {index}: expected keys and values that every query may read, got "
@@ -82,7 +85,11 @@ class QuantPageCache(Cache):
         """``act()``, a forward that brings tokens; should it not return, they were never there."""
 
         def run() -> T:
+            encoded = [each for each in self.layers if isinstance(each, EncoderLayer)]
+            start, held = self.rows.length, [each.get_seq_length() for each in encoded]
             made = act()
+            for each, before in zip(encoded, held, strict=True):
+                each.note(start, before)
             self.turns.spent = False
             return made
 
@@ -236,7 +243,9 @@ class QuantPageCache(Cache):
                 layer.length = min(layer.length, length - drop)
 
         def stock(layer: Any) -> None:
-            if _goes_back(layer):
+            if isinstance(layer, EncoderLayer):
+                layer.forget(length - drop)
+            elif _goes_back(layer):
                 # Those that do take no length to keep.
                 layer.crop(-drop if drop else tokens_to_remove)
 
