@@ -242,6 +242,6 @@ def build(model_type, name):
         for parameter_name, each in model.named_parameters():
             if each.ndim >= 2 and each.is_floating_point():
                 each.copy_(torch.randn(each.shape, generator=generator) * 0.15)
-            elif not parameter_name.endswith("norm.weight") and each.std() == 0 == each.mean():
+            elif not parameter_name.endswith("norm.weight") and not each.any():
                 each.copy_(torch.randn(each.shape, generator=generator) * 0.1)
     return model.float().eval()

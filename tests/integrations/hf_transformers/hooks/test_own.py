@@ -10,6 +10,7 @@ from quantpage.errors import CacheError, PartlyPaged, UnsupportedModel
 from quantpage.integrations.hf_transformers.hooks import functions
 from quantpage.integrations.hf_transformers.modules.arguments import cache_as
 from quantpage.masks import ColumnIntervals
+from scripts.tiny_classes import build
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -205,6 +206,23 @@ def test_a_model_that_is_compiled_while_attached_runs_as_it_is(way):
         got = called(ids[:, 29:], past_key_values=cache).logits
     assert cache.get_seq_length() == 30
     torch.testing.assert_close(got, wanted[:, 29:], atol=1e-8, rtol=0)
+
+
+def test_pictures_of_idefics_beside_pages():
+    # It keeps a number where others keep a configuration.
+    model, ids = build("idefics", "IdeficsForVisionText2Text"), tokens(1, 20)
+    size = model.config.vision_config.image_size
+    given = {
+        "pixel_values": torch.randn(1, 1, 3, size, size),
+        "image_attention_mask": torch.ones(1, 20, 1, dtype=torch.long),
+        "attention_mask": torch.ones_like(ids),
+    }
+    with torch.no_grad():
+        wanted = model(input_ids=ids, **given).logits
+        with quantpage.attach(model, kv_format="none") as attached:
+            out = model(input_ids=ids, **given)
+            assert attached.coverage.whole and out.past_key_values.used_bytes()
+    torch.testing.assert_close(out.logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows, pad", [(1, 0), (2, 0), (2, 3)])

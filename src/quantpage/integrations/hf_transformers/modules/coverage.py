@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.integrations.hf_transformers.modules.latent import has_latent_rows, why_expanded
@@ -108,8 +109,12 @@ def caching_modules(model: nn.Module, kind: type) -> dict[int, list[nn.Module]]:
     found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
-        config: Any = getattr(module, "config", None)
-        other = config is not None and type(config.get_text_config(decoder=True)) is not kind
+        config = getattr(module, "config", None)
+        # Some modules keep a number under this name (Idefics).
+        other = (
+            isinstance(config, PreTrainedConfig)
+            and type(config.get_text_config(decoder=True)) is not kind
+        )
         if isinstance(index, int) and not other and _updates_cache(type(module).forward):
             found.setdefault(index, []).append(module)
     return found
