@@ -208,6 +208,20 @@ def test_a_model_that_is_compiled_while_attached_runs_as_it_is(way):
     torch.testing.assert_close(got, wanted[:, 29:], atol=1e-8, rtol=0)
 
 
+def test_a_cache_that_a_model_makes_itself_in_training_is_its_own():
+    # The outer model makes one and gives it to the language model in it.
+    model, ids = build("idefics2", "Idefics2ForConditionalGeneration"), tokens(1, 20)
+    model.train()
+    wanted = gradients(model, lambda: model(input_ids=ids, labels=ids).loss)
+    with quantpage.attach(model, kv_format="int8") as attached:
+        got = gradients(model, lambda: model(input_ids=ids, labels=ids).loss)
+        model.eval()
+        assert model(input_ids=ids).past_key_values.formats == attached.new_cache().formats
+    for name, each in wanted.items():
+        assert (got[name] is None) == (each is None), name
+        assert each is None or torch.equal(got[name], each), name
+
+
 def test_pictures_of_idefics_beside_pages():
     # It keeps a number where others keep a configuration.
     model, ids = build("idefics", "IdeficsForVisionText2Text"), tokens(1, 20)

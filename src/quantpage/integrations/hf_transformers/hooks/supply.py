@@ -193,8 +193,6 @@ class Supply:
             # A cache among the arguments without names: all of them get theirs.
             args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         given = take_cache(kwargs)
-        if given is not None:
-            self._refuse_foreign(given)
         frames = self._frames()
         # Frames of forwards that Ctrl-C kept from beginning after their hook had run.
         del frames[self._depth() :]
@@ -218,6 +216,12 @@ class Supply:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frames = self._frames()
+        if given is not None:
+            if frames and frames[-1].cache is None and not isinstance(given, QuantPageCache):
+                # Made by the forward around this one, which has none of ours (training).
+                frames.append(_Frame(module, None, 0))
+                return args, {**kwargs, cache_name(module): given}
+            self._refuse_foreign(given)
         if not frames or frames[-1].module is not module:
             return
         frame = frames.pop()
