@@ -118,6 +118,16 @@ def test_attention_weights_are_refused_where_pages_are_read():
     assert len(wanted) == 3
 
 
+def test_continuous_batching_is_refused():
+    model = tiny("llama")
+    with quantpage.attach(model):
+        with pytest.raises(ValueError, match="continuous batching keeps a cache of its own"):
+            model.generate_batch([[5, 6, 7]])
+        with pytest.raises(ValueError, match="continuous batching keeps a cache of its own"):
+            model.generate(tokens(1, 9), cache_implementation="paged")
+    assert "init_continuous_batching" not in vars(model)
+
+
 def test_a_mask_of_another_batch_is_refused():
     model, ids = tiny("llama"), tokens(2, 30)
     with quantpage.attach(model):

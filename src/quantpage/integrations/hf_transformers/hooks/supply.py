@@ -180,7 +180,16 @@ class Supply:
         return self._under_way.frames
 
     def _depth(self) -> int:
+        def continuous(*_: Any, **__: Any) -> Any:
+            raise ValueError(
+                "init_continuous_batching: expected a model that is not attached, as continuous "
+                "batching keeps a cache of its own, unquantized; quantpage.engine answers many "
+                "requests from pages"
+            )
+
         """Forwards of this thread that run."""
+        if hasattr(module, "init_continuous_batching"):
+            ours_instead["init_continuous_batching"] = continuous
         return getattr(self._under_way, "depth", 0)
 
     @torch.compiler.disable
