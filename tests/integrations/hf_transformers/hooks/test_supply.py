@@ -116,6 +116,12 @@ def test_attention_weights_are_refused_where_pages_are_read():
                 ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
             )
     assert len(wanted) == 3
+    model.config.output_attentions = True
+    with quantpage.attach(model):
+        with pytest.raises(ValueError, match="output_attentions: expected False"):
+            model(ids)
+        assert model(ids, output_attentions=False).attentions is None
+        assert len(model(ids, use_cache=False).attentions) == 3
 
 
 def test_continuous_batching_is_refused():

@@ -213,7 +213,7 @@ class Supply:
                 + ("training" if module.training else "use_cache=False")
             )
         if given is not None:
-            _refuse_arguments({**dict(zip(names, args, strict=False)), **kwargs})
+            _refuse_arguments(module, {**dict(zip(names, args, strict=False)), **kwargs})
             kwargs[cache_name(module)] = given
             mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
             given.rows.refuse_other_padding(mask)
@@ -360,9 +360,14 @@ def _behind_cache(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
     return {"next_sequence_length": given - held}
 
 
-def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+def _refuse_arguments(module: Any, kwargs: dict[str, Any]) -> None:
     """What attention over pages cannot give, and a mask that belongs to another batch."""
-    if kwargs.get("output_attentions"):
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        # What a forward that is not told does.
+        configs = (module.config, text_config(module.config))
+        wanted = any(getattr(each, "output_attentions", False) for each in configs)
+    if wanted:
         raise ValueError(
             "output_attentions: expected False while a model is attached: attention over pages "
             "makes no weights to show (use_cache=False lets the model's own attention run)"
