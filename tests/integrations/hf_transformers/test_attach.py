@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, Lfm2Config, Lfm2ForCausalLM
 
 import quantpage
 from quantpage.errors import FormatError, NonFiniteInput, PartlyPaged, UnsupportedModel
@@ -307,6 +307,28 @@ def test_what_cannot_be_attached_says_why():
     model.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         quantpage.attach(model)
+
+
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+@pytest.mark.parametrize("own_attention", [False, True])
+def test_a_model_is_attached_once(own_attention):
+    model = tiny("llama")
+    if own_attention:
+        model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4))
+    other = type(model)(model.config).eval()
+    with quantpage.attach(model, kv_format="int8"):
+        for each in (model, model.base_model):
+            with pytest.raises(ValueError, match="expected a model that is not attached yet"):
+                quantpage.attach(each, kv_format="int8")
+        copied = type(model)(copy.deepcopy(model.config)).eval()
+        if not own_attention:
+            with pytest.raises(ValueError, match="expected a configuration of its own"):
+                quantpage.attach(other)
+    wanted = copied(tokens(1, 9)).logits
+    with quantpage.attach(copied, kv_format="none", calibration=None):
+        torch.testing.assert_close(copied(tokens(1, 9)).logits, wanted)
+    assert copied.config._attn_implementation != "quantpage" or own_attention
+    quantpage.attach(other).detach()
 
 
 def test_a_foreign_cache_is_refused():

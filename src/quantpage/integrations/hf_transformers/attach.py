@@ -19,8 +19,17 @@ from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCa
 from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.cache.prompts import Prompts, load_cache, save_cache
 from quantpage.integrations.hf_transformers.hooks import functions
-from quantpage.integrations.hf_transformers.hooks.own import use_attention
-from quantpage.integrations.hf_transformers.hooks.supply import Supply, attention_configs
+from quantpage.integrations.hf_transformers.hooks.own import (
+    is_attached,
+    keep_attention,
+    use_attention,
+)
+from quantpage.integrations.hf_transformers.hooks.supply import (
+    Supply,
+    attention_configs,
+    decoders,
+    is_hooked,
+)
 from quantpage.integrations.hf_transformers.keys.key_maps import AUTO, KeyMaps, find_key_maps
 from quantpage.integrations.hf_transformers.loading.model import (
     model_shape,
@@ -146,8 +155,8 @@ def attach(  # noqa: PLR0913
         raise UnsupportedModel(f"model: expected a Transformers model, got {type(model).__name__}")
     # What another thread has changed halfway would be taken for the model.
     with _attaching:
-        _refuse_attached(model)
         refuse_unsupported(model.config)
+        _refuse_attached(model)
         formats = LayerFormats.of(kv_format)
         options = CacheOptions(
             formats=formats,
@@ -190,8 +199,13 @@ _attaching = RLock()
 
 
 def _refuse_attached(model: PreTrainedModel) -> None:
-    if model.config._attn_implementation == functions.NAME:
+    if any(is_hooked(each) for each in decoders(model)):
         raise ValueError("model: expected a model that is not attached yet; detach it first")
+    if any(is_attached(each) for each in attention_configs(model, ())):
+        raise ValueError(
+            "model: expected a configuration of its own, got one that an attached model has too; "
+            "detach that one first, or give this one a copy"
+        )
 
 
 def _install(
@@ -200,9 +214,12 @@ def _install(
     """Change the model; what takes each change back is noted beside it."""
     options = attached.options
     paged = [module for index in options.ledger.paged for module in caching[index]]
+    configs: list[Any] = []
     functions.register()
     if all(uses_interface(module) for module in paged):
-        use_attention(attention_configs(model, paged), functions.NAME, attached._undo)
+        configs = attention_configs(model, paged)
+        use_attention(configs, functions.NAME, attached._undo)
+        keep_attention(model, configs, functions.NAME, attached._undo)
         for index in options.ledger.latent:
             for module in caching[index]:
                 attend_to_rows(module, attached._undo)
@@ -210,7 +227,7 @@ def _install(
         cpu.install(model, attached._undo)
     if options.implementation in (None, "triton", "gluon"):
         gpu.install(model, attached._undo)
-    Supply(model, attached.new_cache, options).install(attached._undo)
+    Supply(model, attached.new_cache, options, configs).install(attached._undo)
 
 
 def _survey(

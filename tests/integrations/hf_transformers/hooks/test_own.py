@@ -239,6 +239,37 @@ def test_pictures_of_idefics_beside_pages():
     torch.testing.assert_close(out.logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["model", "body", "configuration"])
+def test_another_attention_is_refused_while_a_model_is_attached(way):
+    model, ids = tiny("llama"), tokens(1, 30)
+    changes = {
+        "model": lambda: model.set_attn_implementation("sdpa"),
+        "body": lambda: model.model.set_attn_implementation("sdpa"),
+        "configuration": lambda: setattr(model.config, "_attn_implementation", "sdpa"),
+    }
+    with quantpage.attach(model, kv_format="int8") as attached, torch.no_grad():
+        wanted = model(ids).logits
+        with pytest.raises(ValueError, match="attn_implementation: expected 'quantpage' while a"):
+            changes[way]()
+            model(ids)
+        model.config._attn_implementation = "quantpage"
+        assert torch.equal(model(ids).logits, wanted) and attached.coverage.whole
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_encoders_may_be_given_another_attention():
+    model = build("gemma3", "Gemma3ForConditionalGeneration")
+    with quantpage.attach(model, kv_format="int8"):
+        with pytest.raises(ValueError, match="attn_implementation: expected 'quantpage'"):
+            model.set_attn_implementation("sdpa")
+        assert model.config.vision_config._attn_implementation == "eager"
+        model.set_attn_implementation({"vision_config": "sdpa"})
+        assert model.config.vision_config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("rows, pad", [(1, 0), (2, 0), (2, 3)])
 def test_bloom_in_batches(rows, pad):
     model, ids = foreign(), tokens(rows, 20)

@@ -7,7 +7,7 @@ goes to the functions that the configuration named before, so that the answer is
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_INTERNAL = "_attn_implementation_internal"
 
 _before: dict[int, tuple[Any, str]] = {}
 """Of each attached configuration, by its id: itself, and what it named before."""
@@ -34,14 +36,55 @@ def use_attention(configs: Iterable[Any], name: str, undo: list[Any]) -> None:
     """Name functions of ours in configurations, remembering what was there."""
     for config in configs:
         before = config._attn_implementation_internal
+        if before == name:
+            # Copied from a configuration that was attached.
+            before = own_name(config)
         undo.append(remember(config, before))
         undo.append(partial(setattr, config, "_attn_implementation_internal", before))
         config._attn_implementation_internal = name
 
 
+def refuse_other_attention(configs: Iterable[Any], name: str) -> None:
+    """ValueError where somebody named another attention than ours after ``use_attention``."""
+    for config in configs:
+        if config._attn_implementation_internal != name:
+            raise ValueError(
+                f"attn_implementation: expected {name!r} while a model is attached, as another "
+                f"would read its pages as dense tensors, got "
+                f"{config._attn_implementation_internal!r}; detach() first"
+            )
+
+
+def keep_attention(
+    module: Any, configs: Sequence[Any], name: str, undo: list[Callable[[], None]]
+) -> None:
+    """Let ``set_attn_implementation`` change encoders alone, and nothing where it would more."""
+    change = module.set_attn_implementation
+
+    @wraps(change)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        every = [*configs, *(getattr(each, "config", None) for each in module.modules())]
+        before = [(each, getattr(each, _INTERNAL)) for each in every if hasattr(each, _INTERNAL)]
+        change(*args, **kwargs)
+        try:
+            refuse_other_attention(configs, name)
+        except ValueError:
+            for each, named in before:
+                setattr(each, _INTERNAL, named)
+            raise
+
+    module.set_attn_implementation = checked
+    undo.append(partial(vars(module).pop, "set_attn_implementation", None))
+
+
+def is_attached(config: Any) -> bool:
+    """Whether a configuration names functions of ours, for a model that is attached."""
+    return id(config) in _before
+
+
 def own_name(config: Any) -> str:
     """What an attached configuration named before."""
-    return _before[id(config)][1] if id(config) in _before else "sdpa"
+    return _before[id(config)][1] if is_attached(config) else "sdpa"
 
 
 def own_mask(config: Any, arguments: dict[str, Any]) -> Tensor | None:

@@ -7,11 +7,12 @@ and after a forward it is checked that the model kept its keys and values in our
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from threading import get_ident
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
 from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions
+from quantpage.integrations.hf_transformers.hooks.functions import NAME
+from quantpage.integrations.hf_transformers.hooks.own import refuse_other_attention
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.arguments import (
     cache_argument,
@@ -47,14 +50,20 @@ class _Frame:
 class Supply:
     """The hooks of one attachment.
 
-    new_cache: makes an empty cache. options: what attach was asked for. A forward inside
-    another one (a model's body, a language model among encoders) uses the outermost one's cache.
+    new_cache: makes an empty cache. options: what attach was asked for. configs: those that name
+    our attention. A forward inside another one (a model's body, a language model among encoders)
+    uses the outermost one's cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, new_cache: Callable[[], QuantPageCache], options: CacheOptions
+        self,
+        model: PreTrainedModel,
+        new_cache: Callable[[], QuantPageCache],
+        options: CacheOptions,
+        configs: Sequence[Any],
     ) -> None:
         self._model, self._new_cache, self._options = model, new_cache, options
+        self._configs = configs
         self._under_way = threading.local()
         self._running: dict[object, int] = {}
         """Forwards of all threads: the thread of each."""
@@ -64,6 +73,8 @@ class Supply:
         """Hook every decoder in the model; undo: is given what takes each hook back."""
         undo.insert(0, self._open_again)
         for module in decoders(self._model):
+            _hooked.add(module)
+            undo.append(partial(_hooked.discard, module))
             self._hook_forward(module, undo)
             before = module.register_forward_pre_hook(self._before, with_kwargs=True)
             after = module.register_forward_hook(self._after, always_call=True)
@@ -169,7 +180,16 @@ class Supply:
                 kwargs |= _behind_cache(input_ids, kwargs)
             return inputs(input_ids, *args, **kwargs)
 
+        def continuous(*_: Any, **__: Any) -> Any:
+            raise ValueError(
+                "init_continuous_batching: expected a model that is not attached, as continuous "
+                "batching keeps a cache of its own, unquantized; quantpage.engine answers many "
+                "requests from pages"
+            )
+
         ours_instead = {"generate": named, prepare.__name__: ours, inputs.__name__: behind}
+        if hasattr(module, "init_continuous_batching"):
+            ours_instead["init_continuous_batching"] = continuous
         for attribute, one in ours_instead.items():
             setattr(module, attribute, one)
             undo.append(partial(vars(module).pop, attribute, None))
@@ -180,16 +200,7 @@ class Supply:
         return self._under_way.frames
 
     def _depth(self) -> int:
-        def continuous(*_: Any, **__: Any) -> Any:
-            raise ValueError(
-                "init_continuous_batching: expected a model that is not attached, as continuous "
-                "batching keeps a cache of its own, unquantized; quantpage.engine answers many "
-                "requests from pages"
-            )
-
         """Forwards of this thread that run."""
-        if hasattr(module, "init_continuous_batching"):
-            ours_instead["init_continuous_batching"] = continuous
         return getattr(self._under_way, "depth", 0)
 
     @torch.compiler.disable
@@ -205,6 +216,12 @@ class Supply:
         frames = self._frames()
         # Frames of forwards that Ctrl-C kept from beginning after their hook had run.
         del frames[self._depth() :]
+        if given is not None:
+            if frames and frames[-1].cache is None and not isinstance(given, QuantPageCache):
+                # Made by the forward around this one, which has none of ours (training).
+                frames.append(_Frame(module, None, 0))
+                return args, {**kwargs, cache_name(module): given}
+            self._refuse_foreign(given)
         if not frames and given is None and self._wants_cache(module, kwargs):
             given = self._new_cache()
         if not frames and given is None and self._options.mask is not None:
@@ -213,6 +230,7 @@ class Supply:
                 + ("training" if module.training else "use_cache=False")
             )
         if given is not None:
+            refuse_other_attention(self._configs, NAME)
             _refuse_arguments(module, {**dict(zip(names, args, strict=False)), **kwargs})
             kwargs[cache_name(module)] = given
             mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
@@ -225,12 +243,6 @@ class Supply:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frames = self._frames()
-        if given is not None:
-            if frames and frames[-1].cache is None and not isinstance(given, QuantPageCache):
-                # Made by the forward around this one, which has none of ours (training).
-                frames.append(_Frame(module, None, 0))
-                return args, {**kwargs, cache_name(module): given}
-            self._refuse_foreign(given)
         if not frames or frames[-1].module is not module:
             return
         frame = frames.pop()
@@ -278,6 +290,15 @@ class Supply:
             config: Any = text_config(module.config)
             use_cache = getattr(config, "use_cache", True)
         return bool(use_cache) and not module.training
+
+
+_hooked: WeakSet[nn.Module] = WeakSet()
+"""Decoders of attached models."""
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a decoder belongs to a model that is attached."""
+    return module in _hooked
 
 
 def decoders(model: PreTrainedModel) -> list[Any]:
