@@ -8,7 +8,7 @@ and links lead somewhere.
 
 import re
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from io import StringIO
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from quantpage.cpu_core import absence
 from quantpage.explain import support_matrix
+from quantpage.ops.dispatch import Implementation
 
 pytestmark = pytest.mark.cpu
 
@@ -102,6 +103,14 @@ def test_a_decode_step_goes_through_these_files():
     for function, name in drawn:
         found = [each.read_text() for each in (ROOT / "src/quantpage").glob(f"**/{name}")]
         assert any(re.search(rf"\b{function}\b", each) for each in found), f"{name}: {function}"
+
+
+def test_all_that_an_implementation_can_say_of_itself_is_on_its_page():
+    page = (ROOT / "docs/adding-an-implementation.md").read_text()
+    table = page.partition("| field | means |")[2].partition("\n\n")[0]
+    said = re.findall(r"^\| `(\w+)(?:=True)?` \|", table, re.MULTILINE)
+    optional = [each.name for each in fields(Implementation) if each.default is not MISSING]
+    assert sorted(said) == sorted(optional)
 
 
 def test_the_support_matrix_is_what_dispatch_says():

@@ -84,14 +84,15 @@ class Implementation:
     refusals: Callable[[Call], list[str]]
     """Sentences, each with the wanted and the got value; empty: can serve the call. See
     ops/refusals."""
-    whole: bool = False
-    """Of attend: reads exact pages and turns outputs back itself, in one call."""
     into: bool = False
     """Of attend: takes ``out``, and ``lse_wanted``, False to leave the log-sum-exp away."""
     joins: bool = False
-    """Of attend: reads exact pages itself, in one call."""
+    """Of attend: reads exact pages itself, in one call; else there are two and a merge."""
     turns: bool = False
-    """Of attend: over exact pages it turns outputs back itself, told ``turned``."""
+    """Of attend, of one that joins: takes ``turned`` over exact pages, True to hand the output back
+    in the model's basis; else the caller turns it."""
+    whole: bool = False
+    """Of attend: joins, and takes ``model_basis`` in fifth place, whatever the format."""
     reserve: str | None = None
     """Of attend: what holds the memory that launches keep (call, device, max_requests, max_tokens),
     named as ``target``; None: they keep none."""
