@@ -1,6 +1,8 @@
 """A file of answers is continued after any end, and a file of something else is left alone."""
 
 import json
+import resource
+import signal
 
 import pytest
 
@@ -101,3 +103,17 @@ def test_places_that_cannot_be(tmp_path):
         AnswerFile(tmp_path)
     with pytest.raises(ValueError, match="out: expected a file that can be written"):
         AnswerFile(tmp_path / "nowhere" / "answers.jsonl")
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path):
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with AnswerFile(tmp_path / "answers.jsonl") as file:
+            file.resume({})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+            with pytest.raises(OSError, match=r"answers\.jsonl"):
+                file.append(RECORDS[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -59,8 +59,11 @@ class AnswerFile:
         return there
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; ``record`` begins with its id."""
-        _write(self._file, json.dumps(record).encode() + b"\n")
+        """Add a line; ``record`` begins with its id. OSError names the file."""
+        try:
+            _write(self._file, json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def __enter__(self) -> "AnswerFile":
         return self
