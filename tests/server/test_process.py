@@ -130,6 +130,7 @@ def test_known_prompts_outlive_a_server_that_was_killed(tmp_path):
     ("flags", "said"),
     [
         (["--memory", "100"], "memory: expected"),
+        (["--memory", "900TB"], "memory: expected at most the"),
         (["--context", "100000"], "context: expected at most the model's 512"),
         (["--max-requests", "0"], "--max-requests"),
         (["--kv-format", "int9"], "int9"),

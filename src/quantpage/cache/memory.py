@@ -7,10 +7,12 @@ requests of 4k, page_size 16, take 18 % less time in int8 and 13 % less in int4
 """
 
 import ctypes
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +22,18 @@ SMALLEST = 4 * HUGE_PAGE
 
 
 def zero_plane(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros, of which every byte is finite whatever reads it."""
-    plane = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if plane.device.type == "cpu" and plane.nbytes >= SMALLEST:
-        _ask_for_huge_pages(plane.data_ptr(), plane.nbytes)
-    return plane.zero_()
+    """Zeros, of which every byte is finite whatever reads it.
+
+    A large plane on a CPU takes memory where it is first written to: a pool costs what its tokens
+    take, and no time before the first.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < SMALLEST:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    # numpy's are calloc's, which the system gives as zeros; torch.zeros writes them itself.
+    plane = torch.from_numpy(np.zeros(size, np.uint8))
+    _ask_for_huge_pages(plane.data_ptr(), size)
+    return plane.view(dtype).view(*shape)
 
 
 def _ask_for_huge_pages(address: int, size: int) -> None:

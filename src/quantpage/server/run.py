@@ -93,6 +93,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     layers = _layers(model, attached)
     limits = _limits(options, layers, context, device)
     held, plain = pool_bytes(layers, limits), unquantized_pool_bytes(layers, limits)
+    _refuse_more_than_free(held, device)
     _say(
         f"cache: {options.kv_format}, {limits.pages:,} pages = "
         f"{limits.pages * options.page_size:,} tokens, {held / 2**20:,.0f} MiB "
@@ -196,6 +197,13 @@ def _limits(
     a_page = sum(each.layout.bytes_per_page() for each in growing)
     most = max(limits.pages, options.memory // a_page if a_page else 0)
     return fit_pages(layers, replace(limits, pages=most), options.memory)
+
+
+def _refuse_more_than_free(size: int, device: torch.device) -> None:
+    """A CPU gives memory when it is written to: too much would end the process in mid-answer."""
+    free = available_bytes(device) if device.type == "cpu" else None
+    if free is not None and size > free:
+        raise ValueError(f"memory: expected at most the {free:,} bytes that are free, got {size:,}")
 
 
 def _defaults(generation: Any) -> dict[str, float]:
