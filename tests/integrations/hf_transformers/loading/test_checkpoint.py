@@ -63,6 +63,11 @@ def _no_tokenizer(folder):
         file.unlink()
 
 
+def _half_a_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
 def _no_json(folder):
     (folder / "config.json").write_text("{ not json")
 
@@ -94,7 +99,8 @@ def _pickled(folder):
         (_no_weights, "could not load .*model"),
         (_lost_shard, r"expected .*model-00002-of-00002\.safetensors.*; it is missing"),
         (_broken_index, "expected a weight_map"),
-        (_no_tokenizer, "could not load the tokenizer of"),
+        (_no_tokenizer, r"expected a tokenizer \(tokenizer\.json or .*, found none"),
+        (_half_a_tokenizer, "could not load the tokenizer of"),
         (_no_json, r"expected JSON in .*config\.json"),
         (_deep, r"expected JSON in .*config\.json"),
         (_no_type, "to name a model_type"),

@@ -179,6 +179,10 @@ def check_format(path: str | Path, kv_format: str | KVFormat | LayerFormats) -> 
         formats.of_layers(len(reaches_of(load_config(path))))
 
 
+_TOKENIZERS = ("token*", "vocab*", "*.model", "merges*", "tekken*")
+"""Files that tokenizers are kept in."""
+
+
 def load_model(
     path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> "tuple[Decoder, PreTrainedTokenizerBase]":
@@ -197,6 +201,10 @@ def load_model(
     if gguf:
         extra["gguf_file"] = gguf
     check_weights(folder)
+    if not gguf and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+        raise ValueError(
+            f"model: expected a tokenizer (tokenizer.json or tokenizer.model) in {path}, found none"
+        )
     with errors_in_one_sentence(f"the tokenizer of {path}"):
         if gguf:
             tokenizer = gguf_tokenizer(folder / gguf, config.model_type)
