@@ -6,13 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from quantpage.cli.options import Model, PageSize, with_common, with_flags
 from quantpage.files import check_writable
-from quantpage.formats.per_layer import split_choices
-from quantpage.hardware import find_device
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -47,6 +44,8 @@ Threads = Annotated[
 
 def _ready(out: Path | None) -> None:
     """What takes long is begun only where it can run and its rows can be written."""
+    from quantpage.hardware import find_device
+
     find_device("cuda")
     check_writable(out, "out")
 
@@ -177,7 +176,7 @@ def gpu_model(
     _ready(out)
     from quantpage.bench.gpu_model import GpuModelRequest, run
 
-    names = tuple(split_choices(formats))
+    names = tuple(_choices(formats))
     run(GpuModelRequest(batch, context, layers, steps, names, profile, out, commit))
 
 
@@ -199,8 +198,8 @@ def cpu(
     check_writable(out, "out")
     from quantpage.bench.cpu import run
 
-    names = split_choices(formats)
-    run(out, threads or torch.get_num_threads(), seconds, _names(cases, ";"), names)
+    names = _choices(formats)
+    run(out, threads or _all_threads(), seconds, _names(cases, ";"), names)
 
 
 def cpu_model(
@@ -226,8 +225,8 @@ def cpu_model(
     from quantpage.bench.cpu_model import run
 
     tokens = _numbers(contexts, "contexts")
-    names = split_choices(formats)
-    run(model, out, threads or torch.get_num_threads(), tokens, prompts, steps, names)
+    names = _choices(formats)
+    run(model, out, threads or _all_threads(), tokens, prompts, steps, names)
 
 
 def bookkeeping(
@@ -264,10 +263,10 @@ def memory(
         )
     run(
         model or shape,
-        split_choices(formats),
+        _choices(formats),
         context,
         page_size,
-        threads or torch.get_num_threads(),
+        threads or _all_threads(),
         out,
     )
 
@@ -292,6 +291,18 @@ def plots(
         target = images / f"{source.stem}.png"
         draw(source, target)
         print(target)
+
+
+def _all_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _choices(formats: str) -> list[str]:
+    from quantpage.formats.per_layer import split_choices
+
+    return split_choices(formats)
 
 
 def _names(text: str, by: str = ",") -> tuple[str, ...]:

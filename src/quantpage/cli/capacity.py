@@ -3,23 +3,17 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantpage import console
-from quantpage.cache.sizes import (
-    LayerPlan,
-    held_bytes,
-    longest_in,
-    prompt_bytes,
-    unquantized_bytes,
-)
-from quantpage.cli.options import AsJson, PageSize
-from quantpage.cli.shapes import TP, Counted, HeadDim, KVHeads, Layers, ModelOrNone, read_counted
+from quantpage.cli.options import TP, AsJson, HeadDim, KVHeads, Layers, ModelOrNone, PageSize
 from quantpage.errors import FormatError
-from quantpage.formats import FORMATS
-from quantpage.formats.per_layer import LayerFormats, split_choices
+
+if TYPE_CHECKING:
+    from quantpage.cache.sizes import LayerPlan
+    from quantpage.cli.shapes import Counted
 
 LONGEST = (1 << 31) - 1
 """Tokens of a request: positions are int32."""
@@ -77,6 +71,10 @@ def command(
     Counted from what attach would allocate: windows, latent rows, states of other layers, pages
     kept exact. A model that attach refuses is refused.
     """
+    from quantpage.cli.shapes import read_counted
+    from quantpage.formats import FORMATS
+    from quantpage.formats.per_layer import LayerFormats, split_choices
+
     budget = parse_bytes(memory)
     counted = read_counted(model, layers, kv_heads, head_dim, tp)
     taken = _weights(counted, weights, tp)
@@ -117,13 +115,15 @@ def command(
 
 def row_of(
     name: str,
-    plans: Sequence[LayerPlan],
+    plans: "Sequence[LayerPlan]",
     state_bytes: int,
     budget: int,
     context: int,
     chunk: int | None,
 ) -> Row:
     """One format, of which layers have these ``plans``, in ``budget`` bytes."""
+    from quantpage.cache.sizes import held_bytes, longest_in, prompt_bytes, unquantized_bytes
+
     held = held_bytes(plans, context) + state_bytes
     peak = prompt_bytes(plans, context, chunk=chunk) + state_bytes
     return Row(
@@ -149,7 +149,7 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _weights(counted: Counted, weights: str, tp: int) -> int:
+def _weights(counted: "Counted", weights: str, tp: int) -> int:
     if weights not in ("bf16", "int8", "none"):
         raise ValueError(f"weights: expected bf16, int8 or none; got {weights!r}")
     if weights == "none":
@@ -163,7 +163,7 @@ def _weights(counted: Counted, weights: str, tp: int) -> int:
         return weight_bytes(counted.config, weights, tp)
 
 
-def _print(rows: list[Row], refused: dict[str, str], counted: Counted, context: int) -> None:
+def _print(rows: list[Row], refused: dict[str, str], counted: "Counted", context: int) -> None:
     console.print_line(counted.about)
     table = console.new_table(
         "format",
@@ -189,7 +189,7 @@ def _print(rows: list[Row], refused: dict[str, str], counted: Counted, context: 
         console.print_line(f"{name}: not for this model. {reason}")
 
 
-def _print_base(counted: Counted, budget: int, taken: int, weights: str, tp: int) -> None:
+def _print_base(counted: "Counted", budget: int, taken: int, weights: str, tp: int) -> None:
     where = f"on each of {tp} devices" if tp > 1 else "on one device"
     console.print_line(
         f"{console.in_units(budget - taken)} for the cache {where}"

@@ -9,7 +9,6 @@ import typer
 from quantpage import console
 from quantpage.cli.options import Arithmetic, AsJson, Calibration, Device, Model, PageSize, Text
 from quantpage.files import check_writable, write
-from quantpage.formats.per_layer import split_choices
 
 if TYPE_CHECKING:
     from quantpage.evaluate.run import EvaluateRequest
@@ -66,6 +65,7 @@ def command(
     """
     from quantpage.evaluate import table
     from quantpage.evaluate.run import EvaluateRequest, evaluate
+    from quantpage.formats.per_layer import split_choices
 
     read = {"text": text, "calibration": Path(calibration)}
     check_writable(csv, "csv", read)

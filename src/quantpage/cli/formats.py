@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from quantpage import console
-from quantpage.cli.options import AsJson
-from quantpage.cli.shapes import HeadDim, KVHeads, Layers, ModelOrNone, read_counted
+from quantpage.cli.options import AsJson, HeadDim, KVHeads, Layers, ModelOrNone
 from quantpage.errors import FormatError
-from quantpage.formats import ALIASES, FORMATS, KVFormat, QuantSpec
-from quantpage.formats.per_layer import LayerFormats
-from quantpage.formats.table import NEAR8
+
+if TYPE_CHECKING:
+    from quantpage.formats import KVFormat, QuantSpec
 
 HEAD_DIM = 128
 
@@ -43,6 +43,10 @@ def command(
     Bytes a token are those of --model, or of --layers, --kv-heads and --head-dim. --head-dim alone
     gives the bits a value.
     """
+    from quantpage.cli.shapes import read_counted
+    from quantpage.formats import FORMATS
+    from quantpage.formats.per_layer import LayerFormats
+
     counted = None
     if model is not None or layers is not None or kv_heads is not None:
         counted = read_counted(model, layers, kv_heads, head_dim, tp=1)
@@ -67,7 +71,9 @@ def command(
     _print(rows, refused, about, counted is not None)
 
 
-def _row(each: KVFormat, head_dim: int, size: int | None) -> Row:
+def _row(each: "KVFormat", head_dim: int, size: int | None) -> Row:
+    from quantpage.formats import ALIASES
+
     codes, owner, when, bits = (_of_both(each, describe, head_dim) for describe in _COLUMNS)
     aliases = tuple(alias for alias, target in ALIASES.items() if target == each.name)
     kept = 0 if each.exact_pages is None else each.exact_pages.kept_pages
@@ -75,6 +81,8 @@ def _row(each: KVFormat, head_dim: int, size: int | None) -> Row:
 
 
 def _print(rows: list[Row], refused: dict[str, str], about: str, sized: bool) -> None:
+    from quantpage.formats.table import NEAR8
+
     console.print_line(about)
     columns = ["format", "codes", "a scale\nfor each", "scales", "bits a\nvalue"]
     table = console.new_table(*columns, *(["bytes a\ntoken"] if sized else []), left=4)
@@ -96,12 +104,14 @@ def _print(rows: list[Row], refused: dict[str, str], about: str, sized: bool) ->
             console.print_line(f"{row.format}: also called {', '.join(row.also_called)}.")
 
 
-def _of_both(kv_format: KVFormat, describe: Callable[[QuantSpec, int], str], head_dim: int) -> str:
+def _of_both(
+    kv_format: "KVFormat", describe: "Callable[[QuantSpec, int], str]", head_dim: int
+) -> str:
     key, value = describe(kv_format.key, head_dim), describe(kv_format.value, head_dim)
     return key if key == value else f"K {key}, V {value}"
 
 
-def _codes(spec: QuantSpec, head_dim: int) -> str:
+def _codes(spec: "QuantSpec", head_dim: int) -> str:
     words = [spec.code.name if spec.quantized else "the model's own"]
     if spec.zero_point:
         words.append("with zero")
@@ -110,7 +120,7 @@ def _codes(spec: QuantSpec, head_dim: int) -> str:
     return " ".join(words)
 
 
-def _owner(spec: QuantSpec, head_dim: int) -> str:
+def _owner(spec: "QuantSpec", head_dim: int) -> str:
     if not spec.quantized:
         return "-"
     granularity = spec.granularity
@@ -124,11 +134,11 @@ def _owner(spec: QuantSpec, head_dim: int) -> str:
     return f"{token}{granularity.group} channels"
 
 
-def _when(spec: QuantSpec, head_dim: int) -> str:
+def _when(spec: "QuantSpec", head_dim: int) -> str:
     return "-" if not spec.quantized else "dynamic" if spec.dynamic else "static"
 
 
-def _bits(spec: QuantSpec, head_dim: int) -> str:
+def _bits(spec: "QuantSpec", head_dim: int) -> str:
     return f"{spec.bits_per_value(head_dim):.4g}"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantpage import console
+from quantpage.cli.interrupts import leaving_at_once
 
 if TYPE_CHECKING:
     from quantpage.cli.generation import GenerateRequest
@@ -31,6 +32,29 @@ ModelOrWord = Annotated[
     ),
 ]
 """For commands whose first word may be the model as well; ``model_and_rest`` finds it."""
+MOST = 1 << 16
+"""Of anything that a model is told in; above it is a slip of the hand."""
+
+ModelOrNone = Annotated[
+    str | None,
+    typer.Option(
+        help="A model: folder, config.json, .gguf file, or id on the hub; no weights are read."
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Instead of --model: layers that have keys and values."),
+]
+KVHeads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Instead of --model: key-value heads of a layer."),
+]
+HeadDim = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Instead of --model: channels of a head.")
+]
+TP = Annotated[
+    int, typer.Option(min=1, help="Devices that share the heads; one of them is counted.")
+]
 PageSize = Annotated[int, typer.Option(help="Tokens in a page: 16, 32, 64, 128 or 256.")]
 Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda or cuda:N.")]
 Calibration = Annotated[
@@ -162,6 +186,8 @@ def with_common(function: Callable[..., None]) -> Callable[..., None]:
             os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         else:
             console.quiet_libraries()
+        with leaving_at_once():
+            import torch  # noqa: F401  all commands need it
         before, console.ERR.quiet = console.ERR.quiet, quiet
         try:
             function(*args, **kwargs)

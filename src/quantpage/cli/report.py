@@ -7,7 +7,6 @@ import typer
 
 from quantpage import console
 from quantpage.cli.options import Arithmetic, AsJson, Calibration, Device, Model, PageSize, Text
-from quantpage.formats.per_layer import split_choices
 
 
 def command(
@@ -55,6 +54,7 @@ def command(
     parts are kept beside the page, so that an interrupted report, or one with another format,
     continues from them.
     """
+    from quantpage.formats.per_layer import split_choices
     from quantpage.report import ReportRequest, make
 
     request = ReportRequest(

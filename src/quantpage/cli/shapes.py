@@ -4,38 +4,13 @@ numbers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from quantpage.cache import CacheLayout
 from quantpage.cache.sizes import LayerPlan, heads_each
 from quantpage.formats.per_layer import LayerFormats
-
-MOST = 1 << 16
-"""Of anything that a model is told in; above it is a slip of the hand."""
-
-ModelOrNone = Annotated[
-    str | None,
-    typer.Option(
-        help="A model: folder, config.json, .gguf file, or id on the hub; no weights are read."
-    ),
-]
-Layers = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST, help="Instead of --model: layers that have keys and values."),
-]
-KVHeads = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST, help="Instead of --model: key-value heads of a layer."),
-]
-HeadDim = Annotated[
-    int | None, typer.Option(min=1, max=MOST, help="Instead of --model: channels of a head.")
-]
-TP = Annotated[
-    int, typer.Option(min=1, help="Devices that share the heads; one of them is counted.")
-]
 
 
 @dataclass(frozen=True, slots=True)
