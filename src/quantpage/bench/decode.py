@@ -23,7 +23,7 @@ from quantpage.cache.views import LayerKV
 from quantpage.masks import CausalMask
 from quantpage.ops import attend as attend_op
 from quantpage.ops.attend import AttendParams
-from quantpage.ops.dispatch import DECODE_TOKENS, Phase, call_of, choose
+from quantpage.ops.dispatch import call_of, choose, phase_of
 
 _MAIN = (
     "none", "int8", "fp8", "int6", "int4", "int4_near8", "k8v4", "k8v4_near8", "int3",
@@ -75,8 +75,7 @@ def measure(
     shape = (case.requests * case.new, case.q_heads, facts.query_dim)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     params = AttendParams(facts.query_dim**-0.5, CausalMask(case.window or None))
-    phase: Phase = "decode" if case.new <= DECODE_TOKENS else "prefill"
-    chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, phase))
+    chosen = choose(attend_op.CANDIDATES, call_of(facts, case.q_heads, q.dtype, phase_of(case.new)))
     got = attend_op.attend(q, layers[0], batch, params, chosen)
     error = checked_error(f"{case.name} {name}", got, q, layers[0], batch, params)
     if not timed:

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from quantpage.bench.rows import Rows, environment
+from quantpage.bench.timing import milliseconds
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.loading.model import model_shape
 from quantpage.integrations.hf_transformers.steps.graph import DecodeGraph
@@ -54,16 +55,6 @@ def filled_cache(model: Any, attached: Any, batch: int, context: int) -> Any:
         cache.layers[layer].flush()
     model(torch.zeros(batch, 1, dtype=torch.int64, device="cuda"), past_key_values=cache)
     return cache
-
-
-def milliseconds(run: Any) -> float:
-    """Of one call, by the device's clock."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def prompt_speed(model: Any, attached: Any, context: int) -> float:

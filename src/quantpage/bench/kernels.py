@@ -1,6 +1,7 @@
 """`quantpage bench decode`, `latent` and `write`: kernels of every format on this CUDA device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,29 +18,37 @@ ABSENT = {
 }
 
 
-def run(
-    op: str,
-    out: Path | None = None,
-    check_only: bool = False,
-    part: tuple[int, int] = (0, 1),
-    flex: bool = True,
-    commit: str = "",
-    cases: Sequence[str] = (),
-) -> None:
-    """Check every case of ``op`` ('decode', 'latent' or 'write'), time it, and write ``out``.
+@dataclass(frozen=True, slots=True)
+class KernelsRequest:
+    """What the flags of `quantpage bench decode`, `latent` and `write` say."""
 
-    check_only: compile and check, time nothing; processes that each take a ``part`` (2 of 8) of the
-    cases warm the compiler's cache together. commit: of the rows, where this copy has no history.
-    cases: names ('1 x 4k' of decode, '4096' of write); none: all. A check that
-    fails raises: no speed on red.
+    op: str
+    """'decode', 'latent' or 'write'."""
+    out: Path | None = None
+    cases: tuple[str, ...] = ()
+    """Names ('1 x 4k' of decode, '4096' of write); empty: all."""
+    check_only: bool = False
+    """Compile and check, time nothing."""
+    part: tuple[int, int] = (0, 1)
+    """(2, 8): every eighth case from the third on; such processes warm the compiler's cache
+    together."""
+    flex: bool = True
+    commit: str = ""
+    """Of the rows, where git is not at hand."""
+
+
+def run(given: KernelsRequest) -> None:
+    """Check every case, time it, print and write the CSV. A check that fails raises: no speed on
+    red.
     """
-    jobs = _jobs(op, cases)
-    mine, parts = part
+    op, check_only = given.op, given.check_only
+    jobs = _jobs(op, given.cases)
+    mine, parts = given.part
     copy = 1.0 if check_only else copy_bandwidth()
     rows = Rows(
-        out, environment("cuda", commit), case=12, new=-5, head_dim=-8, q_heads=-7, kv_heads=-8,
-        page_size=-9, implementation=28, format=12, microseconds=-9, tb_per_s=-9, of_copy=-7,
-        error=-9,
+        given.out, environment("cuda", given.commit), case=12, new=-5, head_dim=-8, q_heads=-7,
+        kv_heads=-8, page_size=-9, implementation=28, format=12, microseconds=-9, tb_per_s=-9,
+        of_copy=-7, error=-9,
     )  # fmt: skip
     print(
         f"copy {copy:.2f} TB/s" if not check_only else f"checking part {mine} of {parts}",
@@ -49,7 +58,7 @@ def run(
         if number % parts != mine or (check_only and kind == "peers"):
             continue
         if kind == "peers":
-            made = decode.peers(case, copy, flex)
+            made = decode.peers(case, copy, given.flex)
         elif op == "decode":
             made = decode.measure(case, name, copy, not check_only)
         elif op == "latent":

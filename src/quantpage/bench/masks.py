@@ -35,7 +35,7 @@ from quantpage.bench.mask_kinds import (
     visible_pairs,
 )
 from quantpage.bench.rows import Rows, environment
-from quantpage.bench.timing import graph_us
+from quantpage.bench.timing import cold_microseconds
 from quantpage.masks import CausalMask, ColumnIntervals, Mask, tree_verification
 from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.decode import triton as triton_decode
@@ -110,12 +110,12 @@ def check(name: str, mask: ColumnIntervals, made: Made) -> None:
 def causal_rows(made: Made, n: int) -> Iterator[MaskRow]:
     """What the kinds are compared with: the flash backend, and the gather that both begin with."""
     params = AttendParams(SCALE, CausalMask())
-    us = graph_us(lambda: gluon_prefill.attend(made.q, made.layer, made.batch, params))
+    us = cold_microseconds(lambda: gluon_prefill.attend(made.q, made.layer, made.batch, params))
     yield row_of("causal", made, ("flash", "attend"), us, n * (n + 1) // 2)
     span = torch.tensor([[0, 0, n, n, 0]], dtype=torch.int32, device="cuda")
     rows = [torch.empty(KV_HEADS, n, HEAD_DIM, device="cuda").half() for _ in "kv"]
     table, outs = made.batch.page_table, (rows[0], rows[1])
-    us = graph_us(lambda: gather_layer(made.layer, table, span, n, outs))
+    us = cold_microseconds(lambda: gather_layer(made.layer, table, span, n, outs))
     yield row_of("any", made, ("flash_mask", "gather"), us, 0)
 
 
@@ -133,10 +133,10 @@ def kind_rows(
         planned = triton_mask_plan.plan_tiles(form, made.batch, GROUP, tile)
         return planned, triton_mask_plan.visit_order(planned)
 
-    yield row_of(name, made, ("flash_mask", "planner"), graph_us(plan), pairs)
+    yield row_of(name, made, ("flash_mask", "planner"), cold_microseconds(plan), pairs)
     planned, order = plan()
     full, partial = planned.counts.sum((0, 1)).tolist()
-    us = graph_us(_kernel(made, n, AttendParams(SCALE, mask), (planned, form, order)))
+    us = cold_microseconds(_kernel(made, n, AttendParams(SCALE, mask), (planned, form, order)))
     row = row_of(
         name, made, ("flash_mask", "kernel"), us, pairs, visited_tiles=full + partial,
         partial_tiles=partial, all_tiles=planned.tiles.numel(),
@@ -148,7 +148,7 @@ def kind_rows(
         a_tile=_ratio(us, full + partial, base.microseconds, int(base.visited_tiles)),
     )
     params = AttendParams(SCALE, mask)
-    us = graph_us(lambda: gluon_flash_mask.attend(made.q, made.layer, made.batch, params))
+    us = cold_microseconds(lambda: gluon_flash_mask.attend(made.q, made.layer, made.batch, params))
     yield row_of(name, made, ("flash_mask", "attend"), us, pairs)
 
 
@@ -182,7 +182,7 @@ def flex_row(name: str, mask: ColumnIntervals, made: Made, n: int) -> MaskRow:
     if not error < FLEX_GATE:
         raise ValueError(f"{name}: expected FlexAttention within {FLEX_GATE}, got {error:.1e}")
     return row_of(
-        name, made, ("FlexAttention bf16", "attend"), graph_us(run), visible_pairs(mask, n)
+        name, made, ("FlexAttention bf16", "attend"), cold_microseconds(run), visible_pairs(mask, n)
     )
 
 
@@ -222,7 +222,7 @@ def step_rows() -> Iterator[MaskRow]:
                 return module.attend(made.q, made.layer, made.batch, params)
 
             who = ("flash" if name == "causal" else "flash_mask", part)
-            yield row_of(name, made, who, graph_us(run), int(seen.sum()) * requests)
+            yield row_of(name, made, who, cold_microseconds(run), int(seen.sum()) * requests)
 
 
 def compile_flex(sizes: Sequence[int], part: tuple[int, int]) -> None:

@@ -84,35 +84,35 @@ def graph_microseconds(run: Callable[[], None], calls: int) -> float:
     graph, _ = GraphPool().capture(layers)
     graph.replay()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times) / (turns * calls)
+    times = [milliseconds(graph.replay) for _ in range(9)]
+    return statistics.median(times) * 1e3 / (turns * calls)
 
 
-def graph_us(run: Callable[[], object]) -> float:
-    """Median time of replays of ``run`` in a CUDA graph, L2 cleared before each."""
+def cold_microseconds(run: Callable[[], object]) -> float:
+    """Median time of ``run`` in a CUDA graph, with nothing of its own in L2: replays of one call,
+    for steps that are too large to stand in a graph many times.
+    """
     graph, _ = GraphPool().capture(run)
     others = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    times = [_replay_us(graph, others)]
+
+    def replay() -> float:
+        others.zero_()
+        return milliseconds(graph.replay)
+
+    first = replay()
     # About 60 ms in all, at least three.
-    times += [_replay_us(graph, others) for _ in range(min(200, max(3, int(6e4 / times[0]))))]
-    return statistics.median(times[1:])
+    times = [replay() for _ in range(min(200, max(3, int(60 / first))))]
+    return statistics.median(times) * 1e3
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph, others: torch.Tensor) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
+    """One call, by the device's clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    others.zero_()
     start.record()
-    graph.replay()
+    run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return start.elapsed_time(end)
 
 
 def copy_bandwidth() -> float:
@@ -125,12 +125,5 @@ def copy_bandwidth() -> float:
         target.copy_(source)
 
     run()
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    times = [milliseconds(run) for _ in range(7)]
     return 2 * 2 * source.nbytes / (statistics.median(times) * 1e-3) / 1e12

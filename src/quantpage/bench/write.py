@@ -1,7 +1,8 @@
 """The fused write beside the copy bandwidth, and beside a plain engine's separate steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from quantpage.bench.cases import Case, cache_bytes, make_layer, near_pages
 from quantpage.bench.rows import Row, row_of
 from quantpage.bench.timing import COLD_BYTES, graph_microseconds
 from quantpage.cache.views import LayerKV
-from quantpage.formats import KeyMap, find_format
+from quantpage.formats import KeyMap, KVFormat, find_format
 from quantpage.formats.feedback import with_feedback
 from quantpage.hardware import device_info
 from quantpage.ops import rope_write as write_op
@@ -40,11 +41,6 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     layer, batch = prompt_step(case, plainly)
     if in_turn:
         layer = replace(layer, key_map=_random_map(case, given.key.rotation == "hadamard"))
-    other = replace(
-        layer,
-        key=replace(layer.key, codes=layer.key.codes.clone()),
-        value=replace(layer.value, codes=layer.value.codes.clone()),
-    )
     heads = (case.q_heads, case.kv_heads, case.kv_heads)
     width = sum(heads) * case.head_dim
     count = max(2, min(16, -(-COLD_BYTES // (tokens * width * 2)))) if timed else 1
@@ -58,11 +54,8 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
     )  # fmt: skip
     chosen = choose(write_op.CANDIDATES, call)
     write = chosen.load()
-    q, k, v = steps[0]
-    got = write(q, k, v, layer, batch, params)
-    wanted = reference(q, k, v, other, batch, params)
-    error, most = _codes_that_differ(layer, other), IN_TURN_OFF if in_turn else CODES_OFF
-    torch.testing.assert_close(got.q, wanted.q, rtol=2e-2, atol=2e-2)
+    error = _error(write, steps[0], layer, batch, params)
+    most = IN_TURN_OFF if in_turn else CODES_OFF
     if not error <= most:
         raise ValueError(
             f"write {tokens} {name}: expected at most {most} of the codes to differ from the "
@@ -70,32 +63,54 @@ def measure(tokens: int, name: str, copy: float, timed: bool) -> Iterator[Row]:
         )
     if not timed:
         return
-    rows = cache_bytes(layer) // (layer.key.pages * case.page_size) * tokens
-    if not given.dynamic:
-        rows = tokens * case.kv_heads * case.head_dim * 2
-    if layer.exact_key is not None:
-        rows += tokens * case.kv_heads * case.head_dim * 4
-    moved = tokens * width * 2 + tokens * case.q_heads * case.head_dim * 2 + rows
+    moved = _moved_bytes(case, given, layer)
+    named = replace(case, new=tokens)
 
-    def run() -> None:
-        for step in steps:
-            write(*step, layer, batch, params)
+    def row(who: str, name: str, run: Callable, error: float) -> Row:
+        def all_steps() -> None:
+            for step in steps:
+                run(*step)
 
-    time = graph_microseconds(run, count)
-    title = f"{tokens} tokens"
-    case = replace(case, new=tokens)
-    ours = (title, f"quantpage {chosen.name}")
-    yield row_of("write", case, name, ours, (time, moved, copy, error))
+        figures = graph_microseconds(all_steps, count), moved, copy, error
+        return row_of("write", named, name, (f"{tokens} tokens", who), figures)
+
+    ours = partial(write, layer=layer, batch=batch, params=params)
+    yield row(f"quantpage {chosen.name}", name, ours, error)
     if name == "none":
         plain = _plain(layer, batch.slots, batch.positions, table)
+        yield row("torch, a kernel a step", "bf16 pages", plain, 0.0)
 
-        def separate() -> None:
-            for step in steps:
-                plain(*step)
 
-        time = graph_microseconds(separate, count)
-        steps_of_torch = (title, "torch, a kernel a step")
-        yield row_of("write", case, "bf16 pages", steps_of_torch, (time, moved, copy, 0.0))
+def _error(
+    write: Callable,
+    qkv: Sequence[Tensor],
+    layer: LayerKV,
+    batch: BatchPlan,
+    params: WriteParams,
+) -> float:
+    """Share of the codes that are not the reference's; queries have to agree."""
+    other = replace(
+        layer,
+        key=replace(layer.key, codes=layer.key.codes.clone()),
+        value=replace(layer.value, codes=layer.value.codes.clone()),
+    )
+    q, k, v = qkv
+    got = write(q, k, v, layer, batch, params)
+    wanted = reference(q, k, v, other, batch, params)
+    torch.testing.assert_close(got.q, wanted.q, rtol=2e-2, atol=2e-2)
+    return _codes_that_differ(layer, other)
+
+
+def _moved_bytes(case: Case, given: KVFormat, layer: LayerKV) -> int:
+    """Bytes that a write of ``case.context`` tokens has to read and write."""
+    tokens, head = case.context, case.head_dim
+    rows = cache_bytes(layer) // (layer.key.pages * case.page_size) * tokens
+    if not given.dynamic:
+        rows = tokens * case.kv_heads * head * 2
+    if layer.exact_key is not None:
+        rows += tokens * case.kv_heads * head * 4
+    projected = tokens * (case.q_heads + 2 * case.kv_heads) * head * 2
+    return projected + tokens * case.q_heads * head * 2 + rows
 
 
 def prompt_step(case: Case, name: str, device: str = "cuda") -> tuple[LayerKV, BatchPlan]:

@@ -71,7 +71,7 @@ def decode(
         check_writable(plot, "plot")
         draw_roofline(out, plot)
         return
-    _kernels("decode", out, check_only, part, flex, commit, cases)
+    _kernels("decode", out, cases, part, check_only=check_only, flex=flex, commit=commit)
 
 
 def _kernel_bench(op: str, about: str) -> Callable[..., None]:
@@ -84,7 +84,7 @@ def _kernel_bench(op: str, about: str) -> Callable[..., None]:
         part: Part = "0/1",
         commit: Commit = "",
     ) -> None:
-        _kernels(op, out, check_only, part, False, commit, cases)
+        _kernels(op, out, cases, part, check_only=check_only, commit=commit)
 
     command.__name__, command.__doc__ = op, about
     return command
@@ -96,19 +96,12 @@ write = _kernel_bench(
 )
 
 
-def _kernels(
-    op: str,
-    out: Path | None,
-    check_only: bool,
-    part: str,
-    flex: bool,
-    commit: str,
-    cases: str,
-) -> None:
+def _kernels(op: str, out: Path | None, cases: str, part: str, **more: Any) -> None:
+    """more: fields of KernelsRequest that are what their flags say."""
     _ready(out)
-    from quantpage.bench.kernels import run
+    from quantpage.bench.kernels import KernelsRequest, run
 
-    run(op, out, check_only, _part(part), flex, commit, _names(cases, ";"))
+    run(KernelsRequest(op, out, _names(cases, ";"), part=_part(part), **more))
 
 
 def prefill(
