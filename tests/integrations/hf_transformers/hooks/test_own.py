@@ -239,6 +239,36 @@ def test_pictures_of_idefics_beside_pages():
     torch.testing.assert_close(out.logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::quantpage.errors.PartlyPaged")
+def test_pictures_that_a_model_puts_before_its_text_by_itself():
+    # GIT: no mask tells of their tokens.
+    model, ids = build("git", "GitForCausalLM"), tokens(1, 20)
+    size = model.config.vision_config.image_size
+    arguments = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False,
+        "pixel_values": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)),
+        "max_new_tokens": 6, "min_new_tokens": 6,
+    }  # fmt: skip
+    wanted = model.generate(**arguments)
+    with quantpage.attach(model, kv_format="none"):
+        assert torch.equal(model.generate(**arguments), wanted)
+        arguments["attention_mask"][0, :3] = 0
+        with pytest.raises(ValueError, match="attention_mask: expected 37 tokens a row"):
+            model.generate(**arguments)
+
+
+def test_an_encoder_s_states_are_refused_beside_a_cache():
+    config = tf.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, add_cross_attention=True)
+    model, ids = tf.GPT2LMHeadModel(config).eval(), tokens(1, 20)
+    states = torch.randn(1, 7, 64)
+    wanted = model(ids, encoder_hidden_states=states, use_cache=False).logits
+    with quantpage.attach(model):
+        with pytest.raises(ValueError, match="encoder_hidden_states: expected None while a model"):
+            model(ids, encoder_hidden_states=states)
+        got = model(ids, encoder_hidden_states=states, use_cache=False).logits
+    torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("way", ["model", "body", "configuration"])
 def test_another_attention_is_refused_while_a_model_is_attached(way):
     model, ids = tiny("llama"), tokens(1, 30)

@@ -237,6 +237,8 @@ class Supply:
             given.rows.refuse_other_padding(mask)
             if given.rows.attention_mask is None:
                 given.rows.attention_mask = mask
+                told = _tokens({**dict(zip(names, args, strict=False)), **kwargs})
+                given.rows.given = None if told is None else told.shape[1]
         frames.append(_Frame(module, given, 0 if given is None else max(given.lengths())))
         return args, kwargs
 
@@ -381,6 +383,12 @@ def _behind_cache(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, int]:
     return {"next_sequence_length": given - held}
 
 
+def _tokens(kwargs: dict[str, Any]) -> Tensor | None:
+    """[rows, tokens] ids of a forward, or [rows, tokens, channels] in their place."""
+    found = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if found is None else found
+
+
 def _refuse_arguments(module: Any, kwargs: dict[str, Any]) -> None:
     """What attention over pages cannot give, and a mask that belongs to another batch."""
     wanted = kwargs.get("output_attentions")
@@ -393,9 +401,13 @@ def _refuse_arguments(module: Any, kwargs: dict[str, Any]) -> None:
             "output_attentions: expected False while a model is attached: attention over pages "
             "makes no weights to show (use_cache=False lets the model's own attention run)"
         )
-    mask = kwargs.get("attention_mask")
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            "encoder_hidden_states: expected None while a model is attached: its cross-attention "
+            "would keep an encoder's keys among those of its tokens (use_cache=False lets the "
+            "model's own attention run)"
+        )
+    mask, tokens = kwargs.get("attention_mask"), _tokens(kwargs)
     if isinstance(mask, Tensor) and isinstance(tokens, Tensor):
         rows = (tokens.shape[0],) if mask.ndim == 2 else (1, tokens.shape[0])
         if mask.shape[0] not in rows:

@@ -49,6 +49,10 @@ class Rows:
         self.attention_mask: Any = None
         """What the forward under way was given, for layers that are read by others than our
         attention function, which knows the padding by itself."""
+        self.given: int | None = None
+        """Tokens a row that it was given."""
+        self._added = 0
+        """Tokens that the model put before a prompt by itself, which no mask tells of."""
         self.frozen: Step | None = None
         """The step of a CUDA graph under capture: every layer gets it, whatever it asks for."""
 
@@ -142,7 +146,13 @@ class Rows:
 
     def told_padding(self, start: int, new: int) -> Tensor | None:
         """[rows, start + new] bool, False for padding, as far as the forward's mask tells."""
-        return told(self.attention_mask, self._kept, (self.count, start, new))
+        if not start:
+            self._added = 0 if self.given is None else max(0, new - self.given)
+        mask = told(self.attention_mask, self._kept, (self.count, start, new))
+        short = mask is not None and mask.shape[1] == start + new - self._added
+        if mask is None or not self._added or not short or not bool(mask.all()):
+            return mask
+        return mask.new_ones(mask.shape[0], start + new)
 
     def refuse_other_padding(self, mask: Any) -> None:
         """CacheError where a forward's mask takes padding that is cached for tokens."""
@@ -275,6 +285,7 @@ class Rows:
         self.settle()
         made = Rows(self.memory)
         made._kept, made._length, made.lent = self._kept, self._length, self.lent
+        made._added = self._added
         made.tables = {
             reach: [each.fork() for each in sequences] for reach, sequences in self.tables.items()
         }
