@@ -16,6 +16,7 @@ EXPECTED = {
     ("causal", "gpt2"): ("kernels", ""),
     ("causal", "gpt_oss"): ("kernels", ""),
     ("causal", "llama4_text"): ("kernels", ""),
+    ("image-text", "blip"): ("refused", "keys of pictures among those of its text"),
     ("image-text", "gemma3"): ("kernels", ""),
     ("image-text", "qwen2_5_vl"): ("kernels", ""),
     ("causal", "qwen3_next"): ("partly", "a state of their own"),

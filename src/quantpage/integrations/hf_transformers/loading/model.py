@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 REFUSED: dict[str, str] = {
+    "blip": "its cross-attention would keep the keys of pictures among those of its text",
     "cpmant": "it puts tokens of its own before a prompt, which no attention mask counts",
     "diffusion_gemma": "its decoder takes the keys of its encoder out of the cache by itself",
     "doge": "its attention learns a mask that is no function of positions",
