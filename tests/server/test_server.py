@@ -380,9 +380,13 @@ def test_the_metrics_count_under_vllms_names(client, http):
         (line,) = [each for each in text.splitlines() if each.startswith(f"{by}:{name}{{")]
         return float(line.rsplit(" ", 1)[1])
 
-    before = counted("generation_tokens_total")
+    sums = ("generation_tokens_total", "request_generation_tokens_sum", "request_prompt_tokens_sum")
+    complete(client)
+    before = [counted(each) for each in sums]
     complete(client, prompt="A page of 16 tokens is remembered.", max_tokens=7)
-    assert counted("generation_tokens_total") == before + 7
+    assert [counted(each) for each in sums] == [
+        a + b for a, b in zip(before, (7, 7, 34), strict=True)
+    ]
     assert counted("num_requests_running") == 0
     assert counted("time_to_first_token_seconds_count") >= 1
     # As in vLLM, what no answer holds is free.

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from quantpage.engine import Engine, Piece, Request
 
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -19,6 +20,8 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "Until the first text.")
         self._between = self._histogram("inter_token_latency_seconds", "Between two tokens.")
         self._whole = self._histogram("e2e_request_latency_seconds", "Until the answer ended.")
+        self._asked = self._histogram("request_prompt_tokens", "Of a prompt.", _TOKENS)
+        self._made = self._histogram("request_generation_tokens", "Of an answer.", _TOKENS)
         self._name, labels = name, [*label, "finished_reason"]
         self._ended = Counter(
             "vllm:request_success", "Answers that ended.", labels, registry=self._registry
@@ -31,28 +34,29 @@ class Metrics:
 
     def watch(self, request: Request) -> "Watch":
         """Times one request from now on."""
-        return Watch(self, request.answers)
+        return Watch(self, request)
 
     def ended(self, reason: str) -> None:
         """Count an answer that ended."""
         self._ended.labels(self._name, {"cancelled": "abort"}.get(reason, reason)).inc()
 
-    def observe(self, which: str, seconds: float) -> None:
-        """Add one time to 'first', 'between' or 'whole'."""
-        getattr(self, f"_{which}").labels(self._name).observe(seconds)
+    def observe(self, which: str, value: float) -> None:
+        """Add one time to 'first', 'between' or 'whole', or one count to 'asked' or 'made'."""
+        getattr(self, f"_{which}").labels(self._name).observe(value)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(
-            f"vllm:{name}", text, ["model_name"], buckets=_SECONDS, registry=self._registry
+            f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self._registry
         )
 
 
 class Watch:
     """The clock of one request's answers."""
 
-    def __init__(self, metrics: Metrics, answers: int) -> None:
+    def __init__(self, metrics: Metrics, request: Request) -> None:
         self._metrics, self._start = metrics, time.perf_counter()
-        self._last = [0.0] * answers
+        self._last = [0.0] * request.answers
+        self._prompt, self._running = len(request.prompt), request.answers
 
     def piece(self, piece: Piece) -> None:
         """News came."""
@@ -63,6 +67,10 @@ class Watch:
         if piece.finish_reason is not None:
             self._metrics.ended(piece.finish_reason)
             self._metrics.observe("whole", now - self._start)
+            self._metrics.observe("made", piece.made)
+            self._running -= 1
+            if not self._running:
+                self._metrics.observe("asked", self._prompt)
 
 
 class _EngineCollector:
