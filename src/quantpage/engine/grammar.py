@@ -4,6 +4,8 @@ next."""
 import json
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,18 +79,15 @@ class GrammarTokenizer:
 class _Follower:
     def __init__(self, grammar: str, tokenizer: GrammarTokenizer) -> None:
         from llguidance import LLMatcher
-        from llguidance.torch import allocate_token_bitmask
 
-        self._matcher = LLMatcher(tokenizer.table, grammar)
-        self._mask = allocate_token_bitmask(1, tokenizer.vocabulary)
+        self._matcher, self._vocabulary = LLMatcher(tokenizer.table, grammar), tokenizer.vocabulary
 
     def restrict(self, logits: Tensor) -> Tensor:
-        from llguidance.torch import apply_token_bitmask_inplace, fill_next_token_bitmask
-
-        fill_next_token_bitmask(self._matcher, self._mask)
-        logits = logits.clone()
-        apply_token_bitmask_inplace(logits, self._mask)
-        return logits
+        # llguidance.torch does this too, by a kernel that torch.compile makes: seconds at the first
+        # answer of a server, in which all wait, and a C++ compiler that need not be there.
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little")
+        return logits.masked_fill(torch.from_numpy(allowed == 0), -torch.inf)
 
     def take(self, token: int) -> None:
         self._matcher.consume_token(token)
