@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quantpage.masks import CausalMask, Mask
+from quantpage.masks import CausalMask, FullMask, Mask
 
 Segment = Literal["all", "body", "exact"]
 """Which of the keys that the mask shows take part (formats with exact pages only).
@@ -126,6 +126,15 @@ def reach_of(mask: Mask) -> tuple[int | None, int]:
     if not isinstance(mask, CausalMask) or mask.window is None:
         return None, 0
     return mask.window, mask.sink_tokens
+
+
+def causal_or_full(mask: Mask) -> CausalMask | FullMask:
+    """``mask``, for kernels that have the rule compiled in; ValueError for any other class, though
+    it may call itself of their kind.
+    """
+    if not isinstance(mask, CausalMask | FullMask):
+        raise ValueError(f"mask: expected a CausalMask or a FullMask, got {type(mask).__name__}")
+    return mask
 
 
 def exponent_scale(params: AttendParams) -> tuple[float, float]:

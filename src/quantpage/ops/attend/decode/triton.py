@@ -15,7 +15,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats.rotate import rotation_block
 from quantpage.hardware import E4M3, HOPPER, device_info
-from quantpage.masks import CausalMask, FullMask
+from quantpage.masks import FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import (
     EXACT_ROWS,
@@ -38,7 +38,13 @@ from quantpage.ops.attend.decode.workspaces import (
     workspace,
 )
 from quantpage.ops.attend.flash.tiles import processors_of
-from quantpage.ops.attend.params import SEGMENTS, AttendParams, Segment, reach_of
+from quantpage.ops.attend.params import (
+    SEGMENTS,
+    AttendParams,
+    Segment,
+    causal_or_full,
+    reach_of,
+)
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import STATIC, Operand, operand
@@ -239,10 +245,8 @@ def arrange(
     options: Options,
 ) -> Arranged:
     """options: with tiles."""
-    mask, (segment, tiles, earlier, beside, turned) = params.mask, options
+    mask, (segment, tiles, earlier, beside, turned) = causal_or_full(params.mask), options
     assert tiles is not None
-    if not isinstance(mask, CausalMask | FullMask):
-        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
     group = q_heads // kv_heads

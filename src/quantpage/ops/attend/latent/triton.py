@@ -13,7 +13,7 @@ from torch import Tensor
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV
 from quantpage.hardware import E4M3, HOPPER, device_info
-from quantpage.masks import CausalMask, FullMask
+from quantpage.masks import FullMask
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.launch import chunk_of
 from quantpage.ops.attend.decode.triton import paired
@@ -30,7 +30,7 @@ from quantpage.ops.attend.latent.launch import (
     space,
 )
 from quantpage.ops.attend.latent.triton_kernel import decode_kernel
-from quantpage.ops.attend.params import AttendParams, reach_of
+from quantpage.ops.attend.params import AttendParams, causal_or_full, reach_of
 from quantpage.ops.attend.results import Asked, Results, kernel, results_for
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import Operand, operand
@@ -111,9 +111,7 @@ def arrange(
     """What a launch of this shape takes. slots: partial results of a prompt's plan (prompts);
     None: programs share the step's tiles by themselves.
     """
-    mask, (out, lse) = params.mask, results
-    if not isinstance(mask, CausalMask | FullMask):
-        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    mask, (out, lse) = causal_or_full(params.mask), results
     heads = q.shape[1]
     q = q if q.stride(-1) == 1 else q.contiguous()
     unit = torch.int32 if tiles.by_keys or tiles.wgmma else None

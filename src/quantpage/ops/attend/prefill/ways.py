@@ -26,8 +26,7 @@ from torch import Tensor
 
 from quantpage.batch import BatchPlan, derive
 from quantpage.cache.views import LayerKV
-from quantpage.masks import CausalMask, FullMask
-from quantpage.ops.attend.params import AttendParams
+from quantpage.ops.attend.params import AttendParams, causal_or_full
 from quantpage.ops.attend.results import Asked, Results, contiguous, results_for
 from quantpage.ops.checks import serves
 from quantpage.ops.dispatch import DECODE_TOKENS
@@ -65,9 +64,7 @@ def attend_by_ways(
     q: Tensor, layer: LayerKV, batch: BatchPlan, params: AttendParams, by: Launches, asked: Asked
 ) -> Results:
     """Each request by its way; all write into one output."""
-    mask, segment = params.mask, asked.segment
-    if not isinstance(mask, CausalMask | FullMask):
-        raise ValueError(f"mask: expected a causal or full mask, got {mask.kind}")
+    mask, segment = causal_or_full(params.mask), asked.segment
     results = results_for(
         q, layer.value.head_dim, segment == "all", contiguous(asked.out), asked.lse
     )
