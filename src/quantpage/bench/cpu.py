@@ -117,44 +117,55 @@ def gate(name: str, case: Case) -> None:
             raise ValueError(f"{case.name} {name}, {ISAS[isa]}: {said}")
 
 
-def contenders(case: Case, formats: Sequence[str]) -> dict[str, Callable[[int], object]]:
-    """What is timed, by name; each takes the number of the sample."""
-    decode = case.new == 1
+Contenders = dict[str, Callable[[int], object]]
+"""What is timed, by name; each takes the number of the sample."""
+
+
+def contenders(case: Case, formats: Sequence[str]) -> Contenders:
+    """Dense attention, and for each format the core's, plain torch's and reading alone."""
     codes = case.requests * case.context * case.kv_heads * case.head_dim * 2
-    layers = max(1, min(16, ROTATED_BYTES // codes)) if decode else 1
+    layers = max(1, min(16, ROTATED_BYTES // codes)) if case.new == 1 else 1
     width = case.head_dim + case.rotary
     q = torch.randn(case.requests * case.new, case.q_heads, width, dtype=torch.bfloat16)
-    params = AttendParams(case.head_dim**-0.5)
-    found: dict[str, Callable[[int], object]] = {}
-    dense = case.requests, case.kv_heads, case.context
+    found = _dense(case, q, layers)
+    for name in formats:
+        found |= _ours(case, name, q, layers)
+    return found
+
+
+def _dense(case: Case, q: torch.Tensor, layers: int) -> Contenders:
+    """SDPA over contiguous keys and values, of a decode step over one layer after the other."""
+    shape = case.requests, case.kv_heads, case.context
     kv = [
         tuple(
-            as_cached(torch.randn(*dense, channels, dtype=torch.bfloat16))
-            for channels in (width, case.head_dim)
+            as_cached(torch.randn(*shape, channels, dtype=torch.bfloat16))
+            for channels in (q.shape[-1], case.head_dim)
         )
         for _ in range(layers)
     ]
-    if decode:
-        grouped = q.view(case.requests, case.kv_heads, -1, width)
-        found["sdpa bf16"] = lambda i: sdpa(grouped, kv[i % layers][0], kv[i % layers][1])
-    else:
-        rows = q.transpose(0, 1)[None].contiguous()
-        for label, dtype in (("sdpa bf16", torch.bfloat16), ("sdpa fp32", torch.float32)):
-            tensors = [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])]
-            found[label] = partial(_prompt_sdpa, tensors)
-    widest = min(core().isa, LAST_FOR_ATTENTION)
-    for name in formats:
-        made = [random_layer(name, case) for _ in range(layers)]
-        run = reader_of(made, q, params)
-        found[f"{name} {ISAS[widest]}"] = run
-        if case.rotary:
-            found[f"{name} torch"] = partial(plain_torch, made, q, params)
-        elif name == "int8":
-            for isa in range(widest):
-                found[f"{name} {ISAS[isa]}"] = partial(run, isa=isa)
-        if decode and name in ("int8", "int4"):
-            count = sum(side.codes.nbytes for side in (made[0][0].key, made[0][0].value))
-            found[f"read {name}"] = bytes_alone(count, layers)
+    if case.new == 1:
+        grouped = q.view(case.requests, case.kv_heads, -1, q.shape[-1])
+        return {"sdpa bf16": lambda i: sdpa(grouped, kv[i % layers][0], kv[i % layers][1])}
+    rows = q.transpose(0, 1)[None].contiguous()
+    return {
+        label: partial(_prompt_sdpa, [x.to(dtype) for x in (rows, kv[0][0], kv[0][1])])
+        for label, dtype in (("sdpa bf16", torch.bfloat16), ("sdpa fp32", torch.float32))
+    }
+
+
+def _ours(case: Case, name: str, q: torch.Tensor, layers: int) -> Contenders:
+    """The core over pages of one format, in each instruction set for int8, and its limits."""
+    params = AttendParams(case.head_dim**-0.5)
+    made = [random_layer(name, case) for _ in range(layers)]
+    run, widest = reader_of(made, q, params), min(core().isa, LAST_FOR_ATTENTION)
+    found: Contenders = {f"{name} {ISAS[widest]}": run}
+    if case.rotary:
+        found[f"{name} torch"] = partial(plain_torch, made, q, params)
+    elif name == "int8":
+        found |= {f"{name} {ISAS[isa]}": partial(run, isa=isa) for isa in range(widest)}
+    if case.new == 1 and name in ("int8", "int4"):
+        count = sum(side.codes.nbytes for side in (made[0][0].key, made[0][0].value))
+        found[f"read {name}"] = bytes_alone(count, layers)
     return found
 
 
@@ -188,12 +199,12 @@ def bytes_alone(count: int, layers: int) -> Callable[[int], object]:
     return lambda sample: core().read(plain[sample % layers].data_ptr(), count, threads)
 
 
-def _prompt_sdpa(tensors: list[torch.Tensor], sample: int) -> torch.Tensor:
+def _prompt_sdpa(tensors: list[torch.Tensor], _: int) -> torch.Tensor:
     q, k, v = tensors
     return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def measure(found: dict[str, Callable[[int], object]], seconds: float) -> dict[str, Timing]:
+def measure(found: Contenders, seconds: float) -> dict[str, Timing]:
     """Seconds of a call of each, which take turns."""
     clock = cpu_clock()
     samples: dict[str, list[Sample]] = {name: [] for name in found}
@@ -225,7 +236,7 @@ def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str
         gate(name, case)
     measured = measure(contenders(case, formats), seconds)
     rows = []
-    for name, (_, seconds, quiet, samples) in measured.items():
+    for name, (_, median, undisturbed, samples) in measured.items():
         limit = measured.get("read " + name.split()[0])
         rows.append(
             {
@@ -239,11 +250,11 @@ def rows_of(case: Case, seconds: float, formats: Sequence[str]) -> list[dict[str
                 "page_size": case.page_size,
                 "threads": torch.get_num_threads(),
                 "what": name,
-                "microseconds": f"{seconds * 1e6:.1f}",
-                "times_sdpa_bf16": f"{measured['sdpa bf16'].median / seconds:.2f}",
-                "of_read_limit": "" if limit is None else f"{limit.median / seconds:.2f}",
+                "microseconds": f"{median * 1e6:.1f}",
+                "times_sdpa_bf16": f"{measured['sdpa bf16'].median / median:.2f}",
+                "of_read_limit": "" if limit is None else f"{limit.median / median:.2f}",
                 "clock": "cpu" if torch.get_num_threads() == 1 else "wall",
-                "undisturbed": quiet,
+                "undisturbed": undisturbed,
                 "samples": samples,
             }
         )

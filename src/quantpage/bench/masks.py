@@ -136,7 +136,7 @@ def kind_rows(
     yield row_of(name, made, ("flash_mask", "planner"), cold_microseconds(plan), pairs)
     planned, order = plan()
     full, partial = planned.counts.sum((0, 1)).tolist()
-    us = cold_microseconds(_kernel(made, n, AttendParams(SCALE, mask), (planned, form, order)))
+    us = cold_microseconds(_kernel(made, AttendParams(SCALE, mask), (planned, form, order)))
     row = row_of(
         name, made, ("flash_mask", "kernel"), us, pairs, visited_tiles=full + partial,
         partial_tiles=partial, all_tiles=planned.tiles.numel(),
@@ -156,7 +156,7 @@ def _ratio(us: float, work: int, base_us: float, base_work: int) -> float:
     return round(us / work / (base_us / base_work), 3)
 
 
-def _kernel(made: Made, n: int, params: AttendParams, planned: tuple) -> Callable[[], None]:
+def _kernel(made: Made, params: AttendParams, planned: tuple) -> Callable[[], None]:
     """The attention kernel alone, over a workspace that is not filled again."""
     tile = MaskTile(128, 128)
     lens = (made.batch.query_lens, made.batch.host_context_lens)
