@@ -126,6 +126,34 @@ def test_models_that_attach_refuses_are_refused(quantpage, tmp_path, config, wor
         assert words in quantpage(*command, "--model", tmp_path, code=2).err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_hidden_layers": "3"}, "expected int, got str"),
+        ({"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types`"),
+        ({"hidden_size": None}, "expected int, got NoneType"),
+        ({"num_attention_heads": 0}, "could not load"),
+        ({"num_key_value_heads": 0}, "could not load"),
+        ({"head_dim": 0}, "could not load"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_is_one_sentence(quantpage, folder, tmp_path, wrong, words):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    for command in (["capacity", "--memory", "1GiB"], ["formats"]):
+        said = quantpage(*command, "--model", tmp_path, code=2).err
+        assert said.startswith("quantpage: ") and words in said and said.count("\n") == 1
+
+
+def test_a_window_of_one_token(capacity, quantpage, tmp_path):
+    tf.MistralConfig(**COMMON, sliding_window=1).save_pretrained(tmp_path)
+    given = ("--model", tmp_path, "--memory", "1MiB", "--formats", "int8")
+    (row,) = capacity(*given)["rows"]
+    assert row["sixteen_bit_bytes"] == 0 < row["request_bytes"]
+    assert "int8" in quantpage("capacity", *given).out
+
+
 def test_a_format_that_does_not_fit_a_model_is_said_beside_the_others(
     quantpage, folder, monkeypatch
 ):

@@ -179,7 +179,8 @@ def _print(rows: list[Row], refused: dict[str, str], counted: "Counted", context
             row.format,
             f"{row.bytes_per_token:,}",
             console.in_units(row.request_bytes),
-            f"{row.request_bytes / row.sixteen_bit_bytes:.1%}",
+            # A window of one token is kept by nobody.
+            f"{row.request_bytes / row.sixteen_bit_bytes:.1%}" if row.sixteen_bit_bytes else "",
             console.in_units(row.prompt_bytes),
             f"{row.requests:,}",
             f"{row.longest:,}" if row.longest < 1 << 40 else "any",

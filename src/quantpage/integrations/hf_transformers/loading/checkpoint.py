@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from quantpage.errors import QuantPageError, Unavailable
@@ -115,8 +116,10 @@ def errors_in_one_sentence(path: str | Path) -> Iterator[None]:
         KeyError,
         AttributeError,
         TypeError,
+        ArithmeticError,
         AssertionError,
         EOFError,
+        StrictDataclassError,
         SafetensorError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -146,6 +149,8 @@ def refuse_incomplete(path: str | Path, loading: Mapping[str, Any]) -> None:
 
 
 def _first(error: BaseException) -> str:
-    """The first line of a message that says something."""
+    """The first line of a message that says something, with the next where it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
