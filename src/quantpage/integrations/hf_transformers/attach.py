@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -258,6 +259,7 @@ def _survey(
             ledger.beside.add(index)
     if not ledger.paged:
         refuse_pageless(model)
+    ledger.first = ref(caching[min(ledger.paged)][0])
 
 
 def _refuse_widths(cache: QuantPageCache, caching: dict[int, list[nn.Module]]) -> None:

@@ -70,6 +70,27 @@ def test_a_cache_of_the_user_is_refused_in_forward_and_generate(name, inner):
     assert called(ids, **cache_as(called, DynamicCache()))
 
 
+def test_a_cache_of_another_model_is_refused():
+    model, ids = tiny("llama"), tokens(1, 30)
+    with quantpage.attach(tiny("llama"), kv_format="int8") as attached, torch.no_grad():
+        other = attached.new_cache()
+        attached.model(ids, **cache_as(model, other))
+    with quantpage.attach(model, kv_format="int8") as attached, torch.no_grad():
+        with pytest.raises(ValueError, match="expected a cache of this model, got one of another"):
+            model(ids, **cache_as(model, other))
+        wanted = model(ids).logits[:, 20:]
+        cache = attached.new_cache()
+        model(ids[:, :20], **cache_as(model, cache))
+    # The same model again, and a part of it.
+    for part in (model, model.model):
+        with quantpage.attach(part, kv_format="int8"), torch.no_grad():
+            cache.crop(20)
+            model(ids[:, 20:], **cache_as(model, cache))
+    with quantpage.attach(model, kv_format="int8"), torch.no_grad():
+        cache.crop(20)
+        torch.testing.assert_close(model(ids[:, 20:], **cache_as(model, cache)).logits, wanted)
+
+
 @pytest.mark.parametrize(
     "other", [{"kv_format": "none"}, {"kv_format": "int8", "mask": CausalMask(window=4)}]
 )

@@ -279,6 +279,11 @@ class Supply:
                 f"{type(given).__name__}, which would stay unquantized"
             )
         made, mine = given.options, self._options
+        if not made.ledger.is_of(mine.ledger):
+            raise ValueError(
+                "past_key_values: expected a cache of this model, got one of another model, "
+                f"{made.ledger.model}"
+            )
         if (made.formats, made.mask) != (mine.formats, mine.mask):
             wanted = f"{mine.formats.name} and the mask {mine.mask}"
             raise ValueError(

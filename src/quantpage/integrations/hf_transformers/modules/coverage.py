@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NoReturn
+from weakref import ref
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -58,6 +59,8 @@ class Ledger:
 
     model: str = ""
     layers: int = 0
+    first: "ref[nn.Module] | None" = None
+    """A module that puts keys into the cache, by which the model is known, in whatever wrapper."""
     paged: set[int] = field(default_factory=set)
     own_state: set[int] = field(default_factory=set)
     beside: set[int] = field(default_factory=set)
@@ -65,6 +68,10 @@ class Ledger:
     latent: set[int] = field(default_factory=set)
     """Layers whose pages hold latent rows."""
     dense: dict[int, str] = field(default_factory=dict)
+
+    def is_of(self, other: "Ledger") -> bool:
+        """Whether both are of one model."""
+        return None not in (self.first, other.first) and self.first == other.first
 
     def coverage(self) -> Coverage:
         """As a record."""
