@@ -471,6 +471,27 @@ MUTATIONS = (
         ("tests/engine/test_engine.py",),
     ),
     Mutation(
+        "a folder that takes no file is found out after hours",
+        _SRC + "files.py",
+        "trial.touch(exist_ok=False)\n            trial.unlink()",
+        "pass",
+        ("tests/test_files.py",),
+    ),
+    Mutation(
+        "clients that leave are not counted",
+        _SRC + "server/serving.py",
+        'self.metrics.ended("cancelled")',
+        "pass",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "a pool on a CPU takes its memory at the start",
+        _SRC + "cache/memory.py",
+        "np.zeros(size, np.uint8)",
+        "np.full(size, 0, np.uint8)",
+        ("tests/cache/test_memory.py",),
+    ),
+    Mutation(
         "an answer may end before its least tokens",
         _SRC + "engine/sampling.py",
         "self._made.total() < self._least",

@@ -60,6 +60,11 @@ def test_every_option_has_its_flag_and_what_comes_after_is_last():
     assert made[-3:] == ["--no-enable-prefix-caching", "--tensor-parallel-size", "2"]
 
 
+def test_an_empty_key_is_none_that_anybody_could_send():
+    with pytest.raises(ValueError, match="api_key: expected a key, or none"):
+        ServeOptions("models/one", api_key="")
+
+
 def test_memory_and_key_go_where_they_are_read_and_the_key_is_not_shown(capsys, monkeypatch):
     options = ServeOptions("models/one", memory=3 << 30, api_key="hidden")
     command = build_command(options, LLAMA, OLD_CPU)

@@ -43,6 +43,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.prefix_cache_file is not None and not self.prefix_cache:
             raise ValueError("prefix_cache_file: expected a prefix cache beside it, got none")
+        if self.api_key == "":
+            raise ValueError("api_key: expected a key, or none for a server open to all, got ''")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("weights", ("model", "int8")),
