@@ -129,7 +129,7 @@ def test_a_calibration_goes_to_the_plugin(tmp_path, monkeypatch):
     assert json.loads(made["--additional-config"]) == wanted
     made = dict(pairwise(built(OLD_CPU, kv_format="k8v4", calibration="keys")))
     assert json.loads(made["--additional-config"]) == wanted | {"quantpage": "k8v4"}
-    for calibration in ("auto", None):
+    for calibration in ("auto", "none"):
         assert "--additional-config" not in built(kv_format="int4", calibration=calibration)
     # Nothing of it is quantized.
     assert "--additional-config" not in built(kv_format="none", calibration="keys")
@@ -142,7 +142,7 @@ def test_a_calibration_goes_to_the_plugin(tmp_path, monkeypatch):
         ("int4", ("biases",), "auto", True),
         ("int4_near8", ("norms",), "auto", True),
         ("int4", (), "auto", False),
-        ("int4", ("biases",), None, False),
+        ("int4", ("biases",), "none", False),
         ("int4", ("biases",), "keys", False),
         ("k8v4", ("biases",), "auto", False),
         ("none", ("biases",), "auto", False),
