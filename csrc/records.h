@@ -43,8 +43,12 @@ struct Layer {
   // [kv_heads, head_dim, head_dim] for keys that are rounded in turn (formats/feedback): U below
   // the diagonal, d on it. Null: each channel by itself.
   const float* feedback;
+  // [kv_heads, head_dim, head_dim]: what rows of scaled keys, and of scaled queries, are multiplied
+  // with before the rotation. Null: nothing.
+  const float* map_turn;
+  const float* map_unturn;
 };
-static_assert(sizeof(Layer) == 600, "64 bits a field");
+static_assert(sizeof(Layer) == 616, "64 bits a field");
 
 // One step's requests, the same for every layer.
 struct Step {
@@ -89,7 +93,7 @@ struct Attend {
   int64_t threads, isa;
   double softmax_scale, softcap;
 };
-static_assert(sizeof(Attend) == 880, "64 bits a field");
+static_assert(sizeof(Attend) == 896, "64 bits a field");
 
 // Norm, rotate, quantize, scatter.
 struct Write {
@@ -117,7 +121,7 @@ struct Write {
   int64_t threads, isa;
   double eps;
 };
-static_assert(sizeof(Write) == 896, "64 bits a field");
+static_assert(sizeof(Write) == 912, "64 bits a field");
 
 // One request's rows.
 struct Gather {
@@ -192,10 +196,10 @@ static const char RECORDS[] =
   "MaskKind: CAUSAL, FULL, INTERVALS\n"
   "Kind: PROJECT, WRITE, ATTEND, FINISH, NORM\n"
   "Pages: 144 bytes, codes uint8_t*, page_stride int64_t, head_stride int64_t, row_stride int64_t, code int64_t, head_dim int64_t, scale uint8_t*, scale_page int64_t, scale_head int64_t, scale_row int64_t, zero uint8_t*, zero_page int64_t, zero_head int64_t, zero_row int64_t, scale_type int64_t, groups int64_t, dynamic int64_t, rotated int64_t\n"
-  "Layer: 600 bytes, key Pages, value Pages, exact_key Pages, exact_value Pages, map_scale const float*, map_mean const float*, feedback const float*\n"
+  "Layer: 616 bytes, key Pages, value Pages, exact_key Pages, exact_value Pages, map_scale const float*, map_mean const float*, feedback const float*, map_turn const float*, map_unturn const float*\n"
   "Step: 88 bytes, page_table const int32_t*, table_stride int64_t, exact_table const int32_t*, exact_stride int64_t, query_starts const int32_t*, context_lens const int32_t*, slots const int64_t*, exact_slots const int64_t*, positions const int64_t*, requests int64_t, page_size int64_t\n"
-  "Attend: 880 bytes, q const uint8_t*, q_type int64_t, q_token int64_t, q_head int64_t, out uint8_t*, out_type int64_t, lse float*, sinks const float*, starts const int64_t*, low const int32_t*, high const int32_t*, per_head int64_t, tokens int64_t, q_heads int64_t, kv_heads int64_t, latent int64_t, mask int64_t, window int64_t, sink_tokens int64_t, model_basis int64_t, threads int64_t, isa int64_t, softmax_scale double, softcap double\n"
-  "Write: 896 bytes, q const uint8_t*, k const uint8_t*, v const uint8_t*, type int64_t, q_token int64_t, q_head int64_t, k_token int64_t, k_head int64_t, v_token int64_t, v_head int64_t, q_out uint8_t*, k_rows uint8_t*, v_rows uint8_t*, cos const float*, sin const float*, half_rotary int64_t, interleaved int64_t, q_norm const float*, k_norm const float*, norm_after int64_t, tokens int64_t, q_heads int64_t, kv_heads int64_t, threads int64_t, isa int64_t, eps double\n"
+  "Attend: 896 bytes, q const uint8_t*, q_type int64_t, q_token int64_t, q_head int64_t, out uint8_t*, out_type int64_t, lse float*, sinks const float*, starts const int64_t*, low const int32_t*, high const int32_t*, per_head int64_t, tokens int64_t, q_heads int64_t, kv_heads int64_t, latent int64_t, mask int64_t, window int64_t, sink_tokens int64_t, model_basis int64_t, threads int64_t, isa int64_t, softmax_scale double, softcap double\n"
+  "Write: 912 bytes, q const uint8_t*, k const uint8_t*, v const uint8_t*, type int64_t, q_token int64_t, q_head int64_t, k_token int64_t, k_head int64_t, v_token int64_t, v_head int64_t, q_out uint8_t*, k_rows uint8_t*, v_rows uint8_t*, cos const float*, sin const float*, half_rotary int64_t, interleaved int64_t, q_norm const float*, k_norm const float*, norm_after int64_t, tokens int64_t, q_heads int64_t, kv_heads int64_t, threads int64_t, isa int64_t, eps double\n"
   "Gather: 208 bytes, pages Pages, page_table const int32_t*, out uint8_t*, out_type int64_t, context int64_t, kv_heads int64_t, page_size int64_t, threads int64_t, isa int64_t\n"
   "Weight: 32 bytes, numbers const uint8_t*, rows int64_t, scale const uint8_t*, bias const uint8_t*\n"
   "Project: 208 bytes, x const uint8_t*, type int64_t, code int64_t, tokens int64_t, width int64_t, norm const uint8_t*, weights0 Weight, weights1 Weight, weights2 Weight, out uint8_t*, cos const uint8_t*, sin const uint8_t*, head_dim int64_t, rotated int64_t, threads int64_t, isa int64_t, eps double\n"

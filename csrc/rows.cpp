@@ -270,6 +270,7 @@ struct Input {
   bool turn, rotate;
   // The key map of kv_head `head / group`, null for none: taken on by keys, undone in queries.
   const float *scale, *mean;
+  const float* matrix;
   int64_t group;
   bool query;
   // For rounding in turn, of kv_head 0; null: each channel by itself.
@@ -279,11 +280,19 @@ static void map_row(const Input& in, int64_t head, float* x) {
   const int64_t at = head / in.group * in.dim;
   if (in.query) {
     for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] / in.scale[at + c];
-    return;
+  } else {
+    if (in.mean)
+      for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] - in.mean[at + c];
+    for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] * in.scale[at + c];
   }
-  if (in.mean)
-    for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] - in.mean[at + c];
-  for (int64_t c = 0; c < in.dim; c++) x[c] = x[c] * in.scale[at + c];
+  if (!in.matrix) return;
+  alignas(64) float given[512];
+  memcpy(given, x, 4 * in.dim);
+  memset(x, 0, 4 * in.dim);
+  for (int64_t i = 0; i < in.dim; i++) {
+    const float* row = in.matrix + (at + i) * in.dim;
+    for (int64_t c = 0; c < in.dim; c++) x[c] += given[i] * row[c];
+  }
 }
 static void read_row(const Write& w, const Input& in, int64_t token, int64_t head, float* x) {
   const int64_t size = w.type == F32 ? 4 : 2;
@@ -323,15 +332,15 @@ void write_token(const Write* call, int64_t token) {
   const float *scale = w.layer.map_scale, *mean = w.layer.map_mean;
   if (w.q) {
     alignas(64) float x[512];
-    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, rotate, scale, nullptr, w.q_heads / w.kv_heads, true, nullptr};
+    const Input in = {w.q, w.q_heads, w.q_token, w.q_head, dim, w.q_norm, turn, rotate, scale, nullptr, w.layer.map_unturn, w.q_heads / w.kv_heads, true, nullptr};
     for (int64_t h = 0; h < w.q_heads; h++) {
       read_row(w, in, token, h, x);
       write_numbers(x, dim, w.q_out + (token * w.q_heads + h) * dim * size, w.type);
     }
   }
-  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, rotate, scale, mean, 1, false, w.layer.feedback};
+  const Input key = {w.k, w.kv_heads, w.k_token, w.k_head, dim, w.k_norm, turn, rotate, scale, mean, w.layer.map_turn, 1, false, w.layer.feedback};
   write_side(w, w.layer.key, w.layer.exact_key, key, token, w.k_rows);
-  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0, nullptr, nullptr, 1, false, nullptr};
+  const Input value = {w.v, w.kv_heads, w.v_token, w.v_head, w.layer.value.head_dim, nullptr, false, w.layer.value.rotated != 0, nullptr, nullptr, nullptr, 1, false, nullptr};
   write_side(w, w.layer.value, w.layer.exact_value, value, token, w.v_rows);
 }
 

@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrated": accuracy.calibrated,
     "models": accuracy.models,
     "aims": accuracy.aims,
+    "turns": accuracy.turns,
     "positions": accuracy.positions,
     "judged": accuracy.judged,
     "decode": kernels.decode,

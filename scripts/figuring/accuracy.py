@@ -130,6 +130,22 @@ def aims() -> str:
     return table(["cache", "keys", "aim", "largest KL, nine times of ten", "least top-1"], lines)
 
 
+def turns() -> str:
+    """What matrices of keys lose beside scales alone, by code and model."""
+    rows = read("key-turns.csv")
+    judged = list(dict.fromkeys((row["model"], row["code"]) for row in rows))
+    found = {(row["model"], row["code"], row["changed"]): row for row in rows}
+    names = {"qwen2.5-coder-0.5b": "Qwen2.5-Coder", "gemma-3-270m": "Gemma 3"}
+
+    def said(row: dict[str, str] | None) -> str:
+        losses = ("loss_of_scales", "loss_of_scales_mean_log")
+        return ", ".join(f"{float(row[each]):.2f}" for each in losses) if row else MISSING
+
+    kinds = dict.fromkeys(row["changed"] for row in rows)
+    lines = ([kind, *(said(found.get((*each, kind))) for each in judged)] for kind in kinds)
+    return table(["", *(f"{names[model]}, `{code}`" for model, code in judged)], lines)
+
+
 def positions() -> str:
     """Errors of scores by the positions that keys and queries were measured at."""
     shown = (

@@ -132,14 +132,17 @@ def is_exact(cache):
 
 
 @pytest.mark.parametrize("mean", [True, False])
-def test_a_key_map_goes_with_its_pages(mean, tmp_path):
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_key_map_goes_with_its_pages(mean, turned, tmp_path):
     cache = PagedKVCache(3, 3)
-    mapped = KeyMap(torch.rand(2, 32) - 1.5, torch.randn(2, 32) if mean else None)
+    turn = torch.eye(32) + 0.1 * torch.rand(2, 32, 32) if turned else None
+    mapped = KeyMap(torch.rand(2, 32) - 1.5, torch.randn(2, 32) if mean else None, turn=turn)
     cache.add_layer(0, CacheLayout(2, 32, FORMATS["int4"], 16), key_map=mapped)
     cache.grow(2)
     cache.save(tmp_path / "pages")
     loaded = PagedKVCache.load(tmp_path / "pages")[0].layer(0).key_map
     assert cache.layer(0).key_map == mapped and loaded.digest() == mapped.digest()
+    assert (loaded.unturn is not None) == turned
 
 
 def test_safetensors_reads_what_we_write(tmp_path):

@@ -368,7 +368,7 @@ def _named_planes(view: LayerKV) -> dict[str, dict[str, Tensor]]:
         elif kept is not None:
             exact[name] = kept
     if view.key_map is not None:
-        static.update(_named("key_map", view.key_map, "scale", "mean", "feedback"))
+        static.update(_named("key_map", view.key_map, "scale", "mean", "feedback", "turn"))
     return {"pages": pages, "exact_pages": exact, "static": static}
 
 
@@ -382,8 +382,8 @@ def _key_map(planes: Mapping[str, Tensor], index: int, device: torch.device | st
     scale = planes.get(f"{index}.key_map.scale")
     if scale is None:
         return None
-    mean, feedback = (planes.get(f"{index}.key_map.{name}") for name in ("mean", "feedback"))
-    return KeyMap(scale, mean, feedback).to(device)
+    others = (planes.get(f"{index}.key_map.{name}") for name in ("mean", "feedback", "turn"))
+    return KeyMap(scale, *others).to(device)
 
 
 def _static_pair(

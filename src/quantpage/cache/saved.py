@@ -1,7 +1,7 @@
 """Pages in a file: safetensors with a description that has to agree before a page is used.
 
     tensors      <layer>.key.codes, .key.scale, .key.zero, .value.*, .exact_key, .exact_value,
-                 .key_map.scale, .key_map.mean, .key_map.feedback
+                 .key_map.scale, .key_map.mean, .key_map.feedback, .key_map.turn
     metadata     kind, version, layouts (JSON), counts (JSON), note (JSON), checksum over
                  everything else
 
@@ -247,6 +247,7 @@ def _key_map_shapes(layout: CacheLayout) -> dict[str, tuple[torch.dtype, tuple[i
         "key_map.scale": (torch.float32, (heads, width)),
         "key_map.mean": (torch.float32, (heads, width)),
         "key_map.feedback": (torch.float32, (heads, width, width)),
+        "key_map.turn": (torch.float32, (heads, width, width)),
     }
 
 
@@ -255,11 +256,8 @@ def _check_key_maps(planes: Mapping[str, Tensor], layouts: Mapping[int, CacheLay
         scale = planes.get(f"{index}.key_map.scale")
         if scale is not None:
             try:
-                KeyMap(
-                    scale,
-                    planes.get(f"{index}.key_map.mean"),
-                    planes.get(f"{index}.key_map.feedback"),
-                )
+                others = ("mean", "feedback", "turn")
+                KeyMap(scale, *(planes.get(f"{index}.key_map.{each}") for each in others))
             except ValueError as error:
                 raise Damaged(f"layer {index}, key map, {error}") from error
 

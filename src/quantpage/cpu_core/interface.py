@@ -120,6 +120,10 @@ LAYER = Record(
   // [kv_heads, head_dim, head_dim] for keys that are rounded in turn (formats/feedback): U below
   // the diagonal, d on it. Null: each channel by itself.
   const float* feedback;
+  // [kv_heads, head_dim, head_dim]: what rows of scaled keys, and of scaled queries, are multiplied
+  // with before the rotation. Null: nothing.
+  const float* map_turn;
+  const float* map_unturn;
 """,
 )
 STEP = Record(

@@ -78,8 +78,9 @@ def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
         near = (pages_fields(exact.key), pages_fields(exact.value))
     # Static scales that were converted live as long as the addresses; the map's, as the view.
     mapped = layer.key_map
-    planes = (None,) * 3 if mapped is None else (mapped.scale, mapped.mean, mapped.feedback)
-    scale, mean, feedback = (0 if each is None else each.data_ptr() for each in planes)
+    names = ("scale", "mean", "feedback", "turn", "unturn")
+    planes = (None if mapped is None else getattr(mapped, name) for name in names)
+    scale, mean, feedback, turn, unturn = (0 if x is None else x.data_ptr() for x in planes)
     record = LAYER.pack(
         key=pages_fields(halves[0]),
         value=pages_fields(halves[1]),
@@ -88,6 +89,8 @@ def _pack_layer(layer: LayerKV) -> tuple[bytes, object]:
         map_scale=scale,
         map_mean=mean,
         feedback=feedback,
+        map_turn=turn,
+        map_unturn=unturn,
     )
     return record, halves
 

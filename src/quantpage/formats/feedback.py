@@ -62,27 +62,50 @@ def with_feedback(
         raise ValueError(f"metric: expected {shape} as the key map, got {tuple(metric.shape)}")
     if not bool(torch.isfinite(metric).all()):
         raise ValueError("metric: expected finite numbers, got NaN or infinity")
-    lower, _ = lower_factor(metric.double(), key_map.scale.double(), rotated)
+    lower, _ = lower_factor(metric.double(), key_map.scale.double(), rotated, key_map.unturn)
     root = lower.diagonal(dim1=1, dim2=2)
     # What tensor cores take whole: a ten thousandth of U changes nothing.
     unit = (lower / root[:, None, :]).tril(-1).clamp(-65504.0, 65504.0).half()
     factor = unit.to(lower.dtype) + torch.diag_embed(root.square())
-    return KeyMap(key_map.scale, key_map.mean, factor.float().contiguous())
+    return KeyMap(key_map.scale, key_map.mean, factor.float().contiguous(), key_map.turn)
 
 
 def lower_factor(
     metric: Float[Tensor, "kv_heads head_dim head_dim"],
     scale: Float[Tensor, "kv_heads head_dim"],
     rotated: bool,
+    unturn: Float[Tensor, "kv_heads head_dim head_dim"] | None = None,
 ) -> tuple[Float[Tensor, "kv_heads head_dim head_dim"], Float[Tensor, " kv_heads"]]:
-    """L with L L' = the damped metric of keys times ``scale``, and what it was divided by."""
+    """L with L L' = the damped metric of keys times ``scale``, and what it was divided by.
+
+    unturn: of a ``KeyMap``.
+    """
+    return factored(mapped_metric(metric, scale, rotated, unturn))
+
+
+def mapped_metric(
+    metric: Float[Tensor, "kv_heads head_dim head_dim"],
+    scale: Float[Tensor, "kv_heads head_dim"],
+    rotated: bool,
+    unturn: Float[Tensor, "kv_heads head_dim head_dim"] | None = None,
+) -> Float[Tensor, "kv_heads head_dim head_dim"]:
+    """Mean of q q' in the basis of the cache, of queries that undo ``scale`` and a turn."""
     mapped = metric / scale[:, :, None] / scale[:, None, :]
+    if unturn is not None:
+        back = unturn.to(mapped.dtype)
+        mapped = back.mT @ mapped @ back
     if rotated:
         mapped = rotate(rotate(mapped).mT.contiguous()).mT
-    mapped = (mapped + mapped.mT) / 2
+    return (mapped + mapped.mT) / 2
+
+
+def factored(
+    mapped: Float[Tensor, "kv_heads head_dim head_dim"],
+) -> tuple[Float[Tensor, "kv_heads head_dim head_dim"], Float[Tensor, " kv_heads"]]:
+    """L with L L' = ``mapped``, damped, and what it was divided by."""
     # Only ratios matter: a mean of 1 keeps losses within float32.
     size = mapped.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(metric.shape[1], dtype=mapped.dtype, device=mapped.device)
+    eye = torch.eye(mapped.shape[1], dtype=mapped.dtype, device=mapped.device)
     return torch.linalg.cholesky(mapped / size[:, None, None] + _DAMPING * eye), size
 
 

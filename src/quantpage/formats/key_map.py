@@ -9,11 +9,15 @@ number, which a softmax does not see. ``scale`` evens out the channels, so that 
 same in each. Both are numbers a kv_head and channel, applied after RoPE: a scale that is one for
 both channels of a rotated pair commutes with it.
 
+What channels of a key have in common no scale takes away. ``turn`` is any matrix, of rows:
+
+    k' = (scale (k - mean)) turn        q' = (q / scale) turn^-T
+
 The map belongs to the pages, as their rotation does: whoever writes keys or hands queries over
 finds it there (``LayerKV.key_map``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
@@ -34,6 +38,10 @@ class KeyMap:
     feedback: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
     """By which codes are rounded in turn (formats/feedback), in the basis of the cache, float32: U
     below the diagonal, d on it; None: each channel by itself."""
+    turn: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
+    """What rows of scaled keys are multiplied with, float32, before the rotation; None: nothing."""
+    unturn: Float[Tensor, "kv_heads head_dim head_dim"] | None = field(init=False, default=None)
+    """What rows of scaled queries are multiplied with: the inverse of ``turn``, transposed."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.scale.shape)
@@ -43,6 +51,7 @@ class KeyMap:
         for name, plane, wanted in (
             ("mean", self.mean, shape),
             ("feedback", self.feedback, (*shape, shape[1])),
+            ("turn", self.turn, (*shape, shape[1])),
         ):
             if plane is not None:
                 _check(name, plane, wanted)
@@ -50,6 +59,8 @@ class KeyMap:
                     raise ValueError(
                         f"{name}: expected it on {self.scale.device} as scale, got {plane.device}"
                     )
+        if self.turn is not None:
+            object.__setattr__(self, "unturn", _undone(self.turn))
 
     @property
     def kv_heads(self) -> int:
@@ -68,7 +79,7 @@ class KeyMap:
         work = _wide(k)
         if self.mean is not None:
             work = work - self.mean.to(work.dtype)
-        return work * self.scale.to(work.dtype)
+        return _times(work * self.scale.to(work.dtype), self.turn)
 
     def queries(
         self, q: Float[Tensor, "tokens q_heads head_dim"]
@@ -76,13 +87,15 @@ class KeyMap:
         """Queries after RoPE, mapped; at least float32, unrounded."""
         work = _wide(q)
         group = q.shape[1] // self.kv_heads
-        return work / self.scale.to(work.dtype).repeat_interleave(group, 0)
+        work = work / self.scale.to(work.dtype).repeat_interleave(group, 0)
+        return _times(work, self.unturn)
 
     def restored(
         self, k: Float[Tensor, "tokens kv_heads head_dim"]
     ) -> Float[Tensor, "tokens kv_heads head_dim"]:
         """Mapped keys as the model had them; at least float32."""
-        work = _wide(k) / self.scale.to(_wide(k).dtype)
+        back = None if self.unturn is None else self.unturn.mT
+        work = _times(_wide(k), back) / self.scale.to(_wide(k).dtype)
         return work if self.mean is None else work + self.mean.to(work.dtype)
 
     def left_out(
@@ -94,7 +107,7 @@ class KeyMap:
         """
         if self.mean is None:
             return None
-        mean = self.scale * self.mean
+        mean = _times((self.scale * self.mean)[None], self.turn)[0]
         mean = rotate(mean) if rotated else mean
         work = _wide(q).unflatten(1, (self.kv_heads, -1))
         return torch.einsum("thgd,hd->thg", work, mean.to(work.dtype)).flatten(1)
@@ -117,13 +130,32 @@ class KeyMap:
     def digest(self) -> bytes:
         """A short hash of every number: seeds the prefix cache of an engine."""
         made = blake2b(repr(tuple(self.scale.shape)).encode(), digest_size=16)
-        for plane in self._planes:
+        # Nothing is said of a turn where there is none: seeds of such maps stay what they were.
+        for plane in self._planes[: 3 if self.turn is None else 4]:
             made.update(b"none" if plane is None else plane.detach().cpu().numpy().tobytes())
         return made.digest()
 
     @property
     def _planes(self) -> tuple[Tensor | None, ...]:
-        return self.scale, self.mean, self.feedback
+        return self.scale, self.mean, self.feedback, self.turn
+
+
+def _undone(turn: Tensor) -> Tensor:
+    """ValueError for a turn that cannot be undone in the query."""
+    found, wrong = torch.linalg.inv_ex(turn.detach().double().cpu())
+    made = found.mT.contiguous().float()
+    if bool(wrong.any()) or not bool(torch.isfinite(made).all()):
+        head = int((wrong != 0).nonzero()[0]) if bool(wrong.any()) else 0
+        raise ValueError(f"turn: expected matrices with an inverse, got none for kv_head {head}")
+    return made.to(turn.device)
+
+
+def _times(x: Tensor, turn: Tensor | None) -> Tensor:
+    """Rows, [tokens, heads, head_dim], each times its kv_head's matrix."""
+    if turn is None:
+        return x
+    grouped = x.unflatten(1, (turn.shape[0], -1))
+    return torch.einsum("thgi,hij->thgj", grouped, turn.to(x.dtype)).flatten(1, 2)
 
 
 def _check(name: str, plane: Tensor, shape: tuple[int | str, ...]) -> None:

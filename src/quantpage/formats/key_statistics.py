@@ -24,14 +24,20 @@ from torch import Tensor
 from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_map import KeyMap
 from quantpage.formats.key_scales import WIDEST, search_scales
+from quantpage.formats.key_turns import search_turn
 from quantpage.formats.quantize import dequantize, quantize
 from quantpage.formats.rotate import rotate
 from quantpage.formats.spec import QuantSpec
 
 _FLOOR = 1e-4
 """Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
-_KEPT, _MOST = 64, 1024
+_KEPT, _MOST = 256, 2048
 """Keys that are kept of one text, and of all: beyond that every second one."""
+_FEW, _SEARCHED = 256, 512
+"""Of them those that laws are tried on, and that scales are looked for on. A matrix, which has so
+many more numbers, is looked for on all."""
+_FIRST = 64
+"""First keys that are kept."""
 EXPONENTS = (
     (0.0, 0.0), (1 / 8, 1 / 8), (1 / 4, 1 / 4),
     (0.0, 1 / 8), (0.0, 1 / 4), (0.0, 3 / 8), (0.0, 1 / 2),
@@ -95,7 +101,7 @@ class KeyStatistics:
             self.key_products + other.key_products,
             self.key_sums + other.key_sums,
             keys[::2].contiguous() if len(keys) > _MOST else keys,
-            torch.cat([self.first_keys, other.first_keys])[:_KEPT],
+            torch.cat([self.first_keys, other.first_keys])[:_FIRST],
         )
 
     def far(self) -> "KeyStatistics":
@@ -154,13 +160,17 @@ def choose_map(
     mean: bool = True,
     feedback: bool = True,
     search: bool = False,
+    turn: bool = True,
 ) -> ChosenMap:
     """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
     spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers. search:
     there, go on from the best of EXPONENTS to scales that no law says (key_scales), in heads of up
-    to WIDEST channels, and heed first keys.
+    to WIDEST channels, heed first keys, and look for a turn (key_turns) unless ``turn``
+    says no.
     """
+    whole = statistics
+    statistics = replace(whole, keys=_thinned(whole.keys, _SEARCHED if search else _FEW))
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
     best = losses.argmin(0)
@@ -168,6 +178,7 @@ def choose_map(
     found = KeyMap(torch.stack([each.scale for each in maps])[best, heads], maps[0].mean)
     if search and feedback and spec.code.integer:
         found = _searched(statistics, spec, found)
+        found = _turned(whole, spec, found) if turn else found
     apart = statistics.keys.double() - statistics.mean
     size = _weighed(apart, statistics.metric).sum()
     return ChosenMap(
@@ -185,29 +196,58 @@ def _searched(statistics: KeyStatistics, spec: QuantSpec, law: KeyMap) -> KeyMap
     in all texts. What is taken out may be half of the way from it to the mean of the others.
     """
     first = statistics.first_keys
-    texts = [statistics] + ([replace(statistics, keys=first)] if len(first) else [])
-
-    def lost(key_map: KeyMap) -> Tensor:
-        return torch.stack([_loss(each, spec, key_map, True) for each in texts]).sum(0)
-
-    often = -(-len(statistics.keys) // max(1, len(first)))
-    rows = torch.cat([statistics.keys, first.repeat(often, 1, 1)])
+    rows = _with_first(statistics)
     means = [law.mean]
     if law.mean is not None and len(first):
         means.append((law.mean + first.mean(0)) / 2)
-    best, least = law, lost(law)
+    best, least = law, _lost(statistics, spec, law)
     for mean in means:
         scale = law.scale
         if scale.shape[1] <= WIDEST:
             apart = rows if mean is None else rows - mean
             scale = search_scales(statistics.metric, apart, scale, spec)
-        loss = lost(KeyMap(scale, mean))
+        loss = _lost(statistics, spec, KeyMap(scale, mean))
         less = (loss < least)[:, None]
         least = torch.where(less[:, 0], loss, least)
         if mean is not None and best.mean is not None:
             mean = torch.where(less, mean, best.mean).contiguous()
         best = KeyMap(torch.where(less, scale, best.scale).contiguous(), mean)
     return best
+
+
+def _turned(statistics: KeyStatistics, spec: QuantSpec, found: KeyMap) -> KeyMap:
+    """The map with a turn in heads that lose less by it, on keys that it was not looked for on."""
+    keys = statistics.keys
+    seen = torch.arange(len(keys)) % 4 != 3
+    rest = replace(statistics, keys=keys[~seen])
+    if not len(rest.keys):
+        return found
+    rows = _with_first(replace(statistics, keys=keys[seen]))
+    turn = search_turn(statistics.metric, rows, found, spec)
+    turned = KeyMap(found.scale, found.mean, turn=turn)
+    less = _lost(rest, spec, turned) < _lost(rest, spec, found)
+    if not bool(less.any()):
+        return found
+    turn = torch.where(less[:, None, None], turn, torch.eye(turn.shape[1])).contiguous()
+    return KeyMap(found.scale, found.mean, turn=turn)
+
+
+def _lost(statistics: KeyStatistics, spec: QuantSpec, key_map: KeyMap) -> Tensor:
+    """[kv_heads], first keys as dear as all others together."""
+    first = statistics.first_keys
+    texts = [statistics] + ([replace(statistics, keys=first)] if len(first) else [])
+    return torch.stack([_loss(each, spec, key_map, True) for each in texts]).sum(0)
+
+
+def _with_first(statistics: KeyStatistics) -> Tensor:
+    """Its keys, and its first keys so often that there are as many of them."""
+    keys, first = statistics.keys, statistics.first_keys
+    often = -(-len(keys) // max(1, len(first)))
+    return torch.cat([keys, first.repeat(often, 1, 1)])
+
+
+def _thinned(keys: Tensor, most: int) -> Tensor:
+    return keys[:: max(1, -(-len(keys) // most))]
 
 
 def _loss(

@@ -268,6 +268,35 @@ def test_keys_are_mapped_before_they_are_cached(implementation, name, head_dim, 
         torch.testing.assert_close(near, turn(wanted_k)[:20], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("name", ["int4", "int6"])
+def test_keys_are_turned_before_they_are_rotated(implementation, name, head_dim):
+    write = write_of(implementation, name, head_dim)
+    given, exact = FORMATS[name], FORMATS[name].exact_pages is not None
+    noise = torch.Generator().manual_seed(5)
+    turn = torch.randn(KV_HEADS, head_dim, head_dim, generator=noise) * 0.3 / head_dim**0.5
+    mapped = replace(random_map(head_dim), turn=turn + torch.eye(head_dim))
+    q, k, v = inputs(30, head_dim)
+    k = k + mapped.mean
+    params = WriteParams(rope=rope_table(64, 32), return_rows=True)
+    layer = replace(empty_layer(name, head_dim), key_map=mapped)
+    got = write(q, k, v, layer, step(exact), params)
+    # By hand, in float64: the inverse of what keys are multiplied with.
+    positions, whole = step(False).positions, torch.float64
+    q_turned, k_turned = (apply_rope(x, positions, params.rope).to(whole) for x in (q, k))
+    scale, matrix = mapped.scale.to(whole), mapped.turn.to(whole)
+    wanted_k = torch.einsum("thi,hij->thj", (k_turned - mapped.mean) * scale, matrix)
+    by_head = (x.repeat_interleave(Q_HEADS // KV_HEADS, 0) for x in (scale, matrix.inverse()))
+    scale, back = by_head
+    wanted_q = torch.einsum("thi,hji->thj", q_turned / scale, back)
+    torch.testing.assert_close(got.q.to(whole), rotate(wanted_q), atol=2e-4, rtol=1e-4)
+    codes = dequantize(*quantize(rotate(wanted_k).float(), given.key), given.key)
+    same_save_ties(got.k_rows, codes, given.key)
+    if exact:
+        near = gather_request(layer.exact().key, step(True).exact.page_table[0], 20, torch.float32)
+        torch.testing.assert_close(near.to(whole), rotate(wanted_k)[:20], atol=2e-3, rtol=1e-4)
+
+
 def test_non_finite_keys_stay_in_their_token_through_a_map(implementation):
     write = write_of(implementation, "int8", 64)
     q, k, v = inputs(30)

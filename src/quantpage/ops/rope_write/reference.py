@@ -31,12 +31,8 @@ def rope_write(
         refuse_non_finite(k, "key", params.layer)
         refuse_non_finite(v, "value", params.layer)
     q_in, k_in = q, k
-    if params.bias is not None:
-        q_bias, k_bias, v_bias = params.bias
-        # Widened first: a sum in 16 bits would be rounded before it is rotated.
-        q = None if q is None else _wide(q) + q_bias
-        k, v = _wide(k) + k_bias, _wide(v) + v_bias
-    q, k = _norm_and_rope(q, k, batch, params)
+    q, k, v = biased(q, k, v, params)
+    q, k = norm_and_rope(q, k, batch, params)
     q = None if q is None else layer.turned(q)
     if layer.key_map is not None:
         k = layer.key_map.keys(k)
@@ -63,7 +59,17 @@ def rope_write(
     )
 
 
-def _norm_and_rope(q: Tensor | None, k: Tensor, batch: BatchPlan, params: WriteParams):
+def biased(q: Tensor | None, k: Tensor, v: Tensor, params: WriteParams):
+    """Rows and the biases of their projections."""
+    if params.bias is None:
+        return q, k, v
+    q_bias, k_bias, v_bias = params.bias
+    # Widened first: a sum in 16 bits would be rounded before it is rotated.
+    return None if q is None else _wide(q) + q_bias, _wide(k) + k_bias, _wide(v) + v_bias
+
+
+def norm_and_rope(q: Tensor | None, k: Tensor, batch: BatchPlan, params: WriteParams):
+    """Queries and keys as attention has them."""
     norm, rope = params.norm, params.rope
     if norm is not None and not norm.after_rope:
         q, k = _normed(q, k, norm)

@@ -20,6 +20,7 @@ from quantpage.ops.rope_write.reference import refuse_non_finite
 from quantpage.ops.rope_write.triton_in_turn import launch as launch_in_turn
 from quantpage.ops.rope_write.triton_kernel import Pages, write_kernel
 from quantpage.ops.rope_write.triton_products import as_written
+from quantpage.ops.rope_write.triton_turn import turned_before
 from quantpage.ops.rows import Keys, Queries, Values
 
 
@@ -90,14 +91,16 @@ def rope_write(
     q: Queries | None, k: Keys, v: Values, layer: LayerKV, batch: BatchPlan, params: WriteParams,
     shape: Shape | None = None,
 ) -> Written:  # fmt: skip
-    """As ops/rope_write/reference.rope_write, in one launch, and one more for keys that are rounded
-    in turn; strides of tokens and heads are free.
+    """As ops/rope_write/reference.rope_write, in one launch, one more for keys that are rounded in
+    turn, and one for a key map with a matrix; strides of tokens and heads are free.
 
     shape: None for ``launch_shape``.
     """
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
         refuse_non_finite(v, "value", params.layer)
+    if layer.key_map is not None and layer.key_map.turn is not None:
+        q, k, v, layer, params = turned_before(q, k, v, layer, batch, params)
     turned = None
     if layer.latent and q is not None:
         # Absorbed queries are as wide as both halves, each in the basis of its own rows.

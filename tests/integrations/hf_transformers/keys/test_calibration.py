@@ -15,7 +15,11 @@ from quantpage.formats import FORMATS
 from quantpage.formats.feedback import with_feedback
 from quantpage.formats.key_map import KeyMap
 from quantpage.formats.per_layer import LayerFormats
-from quantpage.integrations.hf_transformers.keys.calibration import Calibration, calibrate
+from quantpage.integrations.hf_transformers.keys.calibration import (
+    Calibration,
+    LayerCalibration,
+    calibrate,
+)
 from quantpage.integrations.hf_transformers.keys.statistics import far_shares
 from quantpage.integrations.hf_transformers.keys.watch import watched
 from quantpage.ops.attend.params import exact_pairs
@@ -103,6 +107,7 @@ def test_a_file_says_what_was_saved(model, file):
         assert torch.equal(theirs.far_metric, layer.far_metric)
         assert torch.equal(theirs.far_scale, layer.far_scale)
         assert torch.equal(theirs.far_mean, layer.far_mean)
+        assert torch.equal(theirs.far_turn, layer.far_turn)
         assert not torch.allclose(layer.metric, layer.far_metric, rtol=1e-2)
 
 
@@ -115,20 +120,23 @@ def test_formats_with_exact_pages_take_what_queries_see_beyond_them(
     for name, far in (("int8", False), ("int6", False), ("int4", True), ("k8v4", True)):
         metric = layer.far_metric if far else layer.metric
         mapped = KeyMap(layer.far_scale, layer.far_mean) if far else layer.key_map
+        turn = layer.far_turn if far else layer.key_map.turn
+        # Rows of 8 bits would feel how they are handed on.
+        turn = turn if FORMATS[name].key.code.bits < 8 else None
+        mapped = KeyMap(mapped.scale, mapped.mean, turn=turn)
         wanted = with_feedback(mapped, metric, rotated=True)
         assert layer.for_codes(FORMATS[name]).digest() == wanted.digest()
-    assert made(model, "int8").layers[0].key_map.digest() != layer.key_map.digest()
+    assert made(model, "int8").layers[1].key_map.digest() != found.layers[1].key_map.digest()
     old, planes = tmp_path / "old", load_file(file)
-    without = {
-        i: replace(each, far_metric=None, far_scale=None, far_mean=None)
-        for i, each in found.layers.items()
-    }
+    scales = {i: KeyMap(each.key_map.scale, each.key_map.mean) for i, each in found.layers.items()}
+    without = {i: LayerCalibration(scales[i], each.metric) for i, each in found.layers.items()}
     monkeypatch.setattr("quantpage.integrations.hf_transformers.keys.calibration.VERSION", "1")
     replace(found, layers=without).save(old)
     missing = set(planes) - set(load_file(old))
-    assert missing == {f"{i}.far_{name}" for i in range(3) for name in ("metric", "scale", "mean")}
+    later = ("far_metric", "far_scale", "far_mean", "far_turn", "turn")
+    assert missing == {f"{i}.{name}" for i in range(3) for name in later}
     before = Calibration.load(old).layers[0].for_codes(FORMATS["int4"])
-    assert before.digest() == with_feedback(layer.key_map, layer.metric, True).digest()
+    assert before.digest() == with_feedback(scales[0], layer.metric, True).digest()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_window"])

@@ -3,8 +3,8 @@
     tensors      <layer>.scale, <layer>.mean of the key map; where keys are rounded in turn
                  <layer>.metric: mean of q q', and <layer>.far_metric: the same of what queries
                  see beyond exact pages, <layer>.far_scale, <layer>.far_mean: the map for
-                 that; for a static format <layer>.key_scale, .key_zero, .value_scale, .value_zero
-                 instead
+                 that; <layer>.turn, <layer>.far_turn: matrices of both; for a static format
+                 <layer>.key_scale, .key_zero, .value_scale, .value_zero instead
     metadata     kind, version, model (a digest), note (JSON), checksum over everything else
 
 The maps are chosen for one format and hold for others; rounding in turn follows from the metric
@@ -27,16 +27,18 @@ from quantpage.errors import CorruptCalibration, FormatError, UnsupportedModel
 from quantpage.formats import KeyMap, KVFormat, LayerScales, StaticScales
 from quantpage.formats.channel_ranges import ChannelRanges, Rule
 from quantpage.formats.feedback import with_feedback
+from quantpage.formats.key_scales import WIDEST
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
 from quantpage.integrations.hf_transformers.keys.measured import Measured
 from quantpage.integrations.hf_transformers.keys.statistics import Placed, measure, measure_random
 from quantpage.integrations.hf_transformers.loading.model import text_config
 
 KIND = "quantpage calibration"
-VERSION = "2"
-_READ = ("1", VERSION)
-"""Files of version 1 have positive scales, and none of what lies beyond exact pages."""
-_METRICS = ("metric", "far_metric", "far_scale", "far_mean")
+VERSION = "3"
+_READ = ("1", "2", VERSION)
+"""Files of version 1 have positive scales, and none of what lies beyond exact pages; those of 2 no
+matrices."""
+_METRICS = ("metric", "far_metric", "far_scale", "far_mean", "far_turn")
 _PLANES = ("key_scale", "value_scale", "key_zero", "value_zero")
 SKIPPED = 64
 """First tokens of a text that are not counted."""
@@ -55,20 +57,25 @@ class LayerCalibration:
     far_scale: Float[Tensor, "kv_heads head_dim"] | None = None
     """The map for those; None: as others."""
     far_mean: Float[Tensor, "kv_heads head_dim"] | None = None
+    far_turn: Float[Tensor, "kv_heads head_dim head_dim"] | None = None
 
     def for_codes(self, kv_format: KVFormat) -> KeyMap | None:
         """The map with which ``kv_format`` writes keys; None: it keeps them as they are."""
         spec = kv_format.key
         if not spec.quantized or not spec.dynamic:
             return None
+        near = KeyMap(self.key_map.scale, self.key_map.mean)
         if self.metric is None or not spec.code.integer:
-            return self.key_map
+            return near
         far = kv_format.exact_pages is not None and self.far_metric is not None
         metric = self.far_metric if far else self.metric
         assert metric is not None
-        key_map = self.key_map
+        turn = self.key_map.turn
         if far and self.far_scale is not None:
-            key_map = KeyMap(self.far_scale, self.far_mean)
+            near, turn = KeyMap(self.far_scale, self.far_mean), self.far_turn
+        # A kernel hands turned rows on in 16 bits, which is nothing beside codes of fewer than 8.
+        turn = turn if spec.code.bits < 8 else None
+        key_map = KeyMap(near.scale, near.mean, turn=turn)
         return with_feedback(key_map, metric, spec.rotation == "hadamard")
 
 
@@ -91,6 +98,8 @@ class Calibration:
             planes[f"{index}.scale"] = each.key_map.scale.cpu()
             if each.key_map.mean is not None:
                 planes[f"{index}.mean"] = each.key_map.mean.cpu()
+            if each.key_map.turn is not None:
+                planes[f"{index}.turn"] = each.key_map.turn.cpu()
             for name in _METRICS:
                 metric = getattr(each, name)
                 if metric is not None:
@@ -126,7 +135,11 @@ class Calibration:
         indices = sorted({int(name.partition(".")[0]) for name in planes})
         layers = {
             index: LayerCalibration(
-                KeyMap(planes[f"{index}.scale"], planes.get(f"{index}.mean")),
+                KeyMap(
+                    planes[f"{index}.scale"],
+                    planes.get(f"{index}.mean"),
+                    turn=planes.get(f"{index}.turn"),
+                ),
                 *(planes.get(f"{index}.{name}") for name in _METRICS),
             )
             for index in indices
@@ -255,16 +268,19 @@ def _layer(
     statistics = _on_cpu(statistics)
     far, exact = statistics.far(), kv_format.exact_pages is not None
     seen, unseen = (far, statistics) if exact else (statistics, far)
-    chosen = choose_map(seen, kv_format.key, mean, feedback, search)
+    # What is seen beyond exact pages is a part of what was measured: too little for wide matrices.
+    narrow = statistics.metric.shape[-1] <= WIDEST
+    chosen = choose_map(seen, kv_format.key, mean, feedback, search, narrow or not exact)
     if not feedback:
         return LayerCalibration(chosen.key_map, None), chosen
     metric, far_metric = (each.metric.float().contiguous() for each in (statistics, far))
     if not search:
         return LayerCalibration(chosen.key_map, metric, far_metric), chosen
-    other = choose_map(unseen, kv_format.key, mean, feedback, search)
+    other = choose_map(unseen, kv_format.key, mean, feedback, search, narrow or exact)
     near, beyond = (other, chosen) if exact else (chosen, other)
     maps = near.key_map, beyond.key_map
-    return LayerCalibration(maps[0], metric, far_metric, maps[1].scale, maps[1].mean), chosen
+    beyond_planes = maps[1].scale, maps[1].mean, maps[1].turn
+    return LayerCalibration(maps[0], metric, far_metric, *beyond_planes), chosen
 
 
 def calibrate_random(model: PreTrainedModel, formats: Sequence[KVFormat]) -> Calibration:
