@@ -45,10 +45,10 @@ from quantpage.ops.attend.decode.gluon_drafts_operands import (
     some_rows,
     store_numbers,
     store_queries,
+    store_values,
     take,
     take_planes,
     turns_of,
-    value_numbers,
     wait_for_scores,
 )
 from quantpage.ops.attend.decode.gluon_drafts_scores import Weighing, by_lane, weigh
@@ -237,20 +237,10 @@ def _multiply(
             store_numbers(of_keys, 1, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
             thread_barrier()
             scale, zero = beside_values(of_tile(of_keys, 0), v_codes.shape[1], V_SCALES, V_ZERO)
-            v_smem.index(0).store(
-                value_numbers(
-                    v_codes,
-                    scale,
-                    zero,
-                    key_start,
-                    shown,
-                    V_CODE,
-                    V_SCALES,
-                    V_ZERO,
-                    WINDOW,
-                    SEGMENT,
-                )
-            )
+            store_values(
+                v_smem.index(0), v_codes, scale, zero, key_start, shown, V_CODE, V_SCALES, V_ZERO,
+                WINDOW, SEGMENT,
+            )  # fmt: skip
             fence_async_shared()
             thread_barrier()
             high, low = scores(q_smem, k_smem.index(stage if AS_COPIED else 0), no_score, ROWS)
@@ -315,20 +305,10 @@ def _multiply(
                 numbers, next_unit = of_keys_seen(
                     beside, next_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
                 )
-                v_smem.index(1 - turn).store(
-                    value_numbers(
-                        v_codes,
-                        scale,
-                        zero,
-                        key_start,
-                        shown,
-                        V_CODE,
-                        V_SCALES,
-                        V_ZERO,
-                        WINDOW,
-                        SEGMENT,
-                    )
-                )
+                store_values(
+                    v_smem.index(1 - turn), v_codes, scale, zero, key_start, shown, V_CODE,
+                    V_SCALES, V_ZERO, WINDOW, SEGMENT,
+                )  # fmt: skip
                 if not AS_COPIED:
                     k_smem.index(turn).store(key_numbers(k_codes))
                 store_numbers(of_keys, later, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)

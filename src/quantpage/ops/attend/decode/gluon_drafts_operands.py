@@ -227,12 +227,13 @@ def beside_values(beside, row: gl.constexpr, SCALES: gl.constexpr, ZERO: gl.cons
 
 
 @gluon.jit
-def value_numbers(
-    codes, scale, zero, key_start, shown, CODE: gl.constexpr, SCALES: gl.constexpr,
+def store_values(
+    to, codes, scale, zero, key_start, shown, CODE: gl.constexpr, SCALES: gl.constexpr,
     ZERO: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
-    """Values of a tile in float16: codes where their scales are channels', else what they stand
-    for, by the scales beside them. Columns of 4-bit ones are in the order that in_order undoes.
+    """Values of a tile in float16, into shared memory: codes where their scales are channels', else
+    what they stand for, by the scales beside them. Columns of 4-bit ones are in the order that
+    in_order undoes.
     """
     if CODE == FP8:
         # Slots that no query sees may hold NaN.
@@ -252,7 +253,7 @@ def value_numbers(
         v = to_float16(codes, CODE, False)
         if SCALES == A_TOKEN:
             v = _scaled(v, scale[:, None], zero[:, None], ZERO)
-    return v
+    to.store(v)
 
 
 @gluon.jit
