@@ -65,7 +65,7 @@ def decode_shares() -> str:
             return f"{float(found['microseconds']):.1f} us"
         return f"{float(found['tb_per_s']):.2f} ({float(found['of_copy']):.0%})"
 
-    head = ["TB/s of codes and scales (share of copy)", *SHAPES]
+    head = ["TB/s of what is read (share of copy)", *SHAPES]
     return table(head, ([label, *(cell(s, name) for s in SHAPES)] for label, name in lines))
 
 
@@ -75,8 +75,9 @@ def decode_drafts() -> str:
     rows = [
         row
         for row in read("h200-drafts.csv")
-        if row["commit"] == "355a3d7"
+        if (row["commit"], row["case"]) == ("6719b93", "16 x 8k")
         and row["implementation"].startswith("gluon_drafts") == (int(row["new"]) > 4)
+        and "without" not in row["implementation"]
     ]
     counts = sorted({row["new"] for row in rows}, key=int)
     found = {(row["format"], row["new"]): float(row["microseconds"]) for row in rows}
