@@ -115,18 +115,19 @@ def _decode_padded(model, ids, prompt, length=PROMPT):
 
 
 def test_int8_weights_are_multiplied_as_the_numbers_they_stand_for(calls):
-    ids, plain = tokens(2, LENGTH), tiny("qwen2_bias", torch.float32)
-    model = quantize_weights(tiny("qwen2_bias", torch.float32))
+    ids, model = tokens(2, LENGTH), tiny("qwen2_bias", torch.float32)
+    coded = quantize_weights(tiny("qwen2_bias", torch.float32))
     with torch.no_grad():
-        for module, other in zip(plain.modules(), model.modules(), strict=True):
+        for module, other in zip(model.modules(), coded.modules(), strict=True):
             if isinstance(other, Int8Linear):
                 module.weight.copy_(other.weight.float() * other.scale.float()[:, None])
-    with quantpage.attach(plain, kv_format="none", page_size=16) as attached:
+    with quantpage.attach(model, kv_format="none", page_size=16) as attached:
         cache = attached.new_cache()
         with torch.inference_mode():
-            plain(ids[:, :PROMPT], past_key_values=cache)
+            model(ids[:, :PROMPT], past_key_values=cache)
             copied = cache.fork()
-            want = plain(ids[:, PROMPT : PROMPT + 2], past_key_values=cache).logits
+            want = model(ids[:, PROMPT : PROMPT + 2], past_key_values=cache).logits
+    quantize_weights(model)
     with quantpage.attach(model, kv_format="none", page_size=16), torch.inference_mode():
         got = model(ids[:, PROMPT : PROMPT + 2], past_key_values=copied).logits
     assert len(calls) == 3
@@ -256,18 +257,27 @@ def test_angles_of_every_kind_of_rotary_embedding(kind, calls):
     assert len(calls) == STEPS or kind == "dynamic"
 
 
-@pytest.mark.parametrize("what", ["data", "parameter", "module", "layers"])
+@pytest.mark.parametrize(
+    "what", ["data", "parameter", "module", "layers", "epsilon", "scaling", "forward"]
+)
 def test_changes_after_attaching_are_noticed(what):
     ids, model = tokens(1, LENGTH), tiny("llama", torch.float32)
     with quantpage.attach(model, kv_format="none", page_size=16):
         before = decode(model, ids)
-        projection = model.model.layers[2].mlp.down_proj
+        block = model.model.layers[2]
+        projection = block.mlp.down_proj
         if what == "data":
             projection.weight.data = projection.weight * 2
         elif what == "parameter":
             projection.weight = torch.nn.Parameter(projection.weight * 2)
         elif what == "module":
             model.model.layers[2].mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
+        elif what == "epsilon":
+            block.input_layernorm.variance_epsilon = 1.0
+        elif what == "scaling":
+            block.self_attn.scaling *= 2
+        elif what == "forward":
+            block.mlp.forward = lambda x: 2 * type(block.mlp).forward(block.mlp, x)
         else:
             model.config.num_hidden_layers = 2
         got = decode(model, ids)

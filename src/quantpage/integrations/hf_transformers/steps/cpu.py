@@ -9,8 +9,8 @@ code.
 """
 
 from collections.abc import Callable
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import eq, is_
 from typing import Any
 
 import torch
@@ -70,8 +70,13 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
                 replace_forward(module, _Model(module, blocks), undo)
 
 
+_TOLD = ("variance_epsilon", "scaling", "head_dim")
+"""Numbers of modules that the core is told once."""
+
+
 class _Parts:
-    """Everything that hangs in a module, to notice that somebody hung something else there."""
+    """Everything that hangs in a module, to notice that somebody hung something else there, changed
+    a number or gave an inner module another forward."""
 
     def __init__(self, module: nn.Module) -> None:
         each = list(module.modules())
@@ -80,15 +85,24 @@ class _Parts:
         self._places: list[dict[str, Any]] = [place for place in places if place]
         self._held = [part for place in self._places for part in place.values()]
         self._hooks = [p for one in inner for p in (one._forward_hooks, one._forward_pre_hooks)]
+        self._inner = list(map(vars, inner))
+        told = [(own, n, own[n]) for own in map(vars, each) for n in _TOLD if n in own]
+        self._owners = [own for own, _, _ in told]
+        self._names = [name for _, name, _ in told]
+        self._numbers = [number for _, _, number in told]
 
     def asked(self) -> Asked:
         """What a look at all of it reads."""
-        return Asked([*self._held, *self._hooks], self._places)
+        return Asked([*self._held, *self._hooks], [*self._places, *self._inner])
 
     def same(self) -> bool:
         """Whether all of it is still there."""
         # In C throughout: a decoder has a thousand parts, and is asked at every step.
-        return all(map(is_, chain.from_iterable(map(dict.values, self._places)), self._held))
+        return (
+            all(map(is_, chain.from_iterable(map(dict.values, self._places)), self._held))
+            and all(map(eq, map(dict.get, self._owners, self._names), self._numbers))
+            and _OURS.issuperset(map(type, map(dict.get, self._inner, repeat("forward"))))
+        )
 
     def watched(self) -> bool:
         """Whether a hook waits for a call of some inner module."""
@@ -214,6 +228,8 @@ class _Block:
         return layer if ready and served else None
 
 
+_OURS = frozenset({type(None), _Linear, _Block})
+"""What an inner module has in the place of its class's forward; somebody else's is called."""
 _HARMLESS = {
     "position_ids",
     "use_cache",
