@@ -10,7 +10,6 @@ they come, and what the file has already is not asked again: a run that was ende
 import argparse
 from pathlib import Path
 
-import torch
 import transformers
 
 import quantpage
@@ -68,7 +67,7 @@ def ask(given: argparse.Namespace) -> None:
     for name in names:
         check_format(given.model, name)
     text = read(obtain(default_path()) if given.text is None else given.text)
-    model, tokenizer = load_model(given.model, getattr(torch, given.dtype), given.device)
+    model, tokenizer = load_model(given.model, given.dtype, given.device)
     check_positions(model.config, max(given.lengths), 0)
     needles = list(make_needles(tokenizer, text, given.lengths, given.depths))
     calibration = None if given.calibration == "none" else given.calibration

@@ -56,8 +56,6 @@ def command(
     and report, or to attach(calibration=...). An interrupted run continues from a file with
     --out's name and .part, written every twenty seconds.
     """
-    import torch
-
     from quantpage.cache.tensor_file import check_replaceable
     from quantpage.cli.generation import DTYPES
     from quantpage.evaluate.score import cut_windows
@@ -90,8 +88,7 @@ def command(
     content = read(obtain(default_path()) if text is None else text)
     where = find_device(device)
     with console.status(f"loading {model}"):
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        loaded, tokenizer = load_model(model, wanted, where)
+        loaded, tokenizer = load_model(model, dtype, where)
     windows = cut_windows(tokenizer, content, tokens // window, window - 1, 1)
     most = longest_context(loaded)
     context = max(window, context if most is None else min(context, most))

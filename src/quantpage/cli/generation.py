@@ -17,6 +17,7 @@ from quantpage.hardware import find_device
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
 from quantpage.integrations.hf_transformers.loading.model import (
+    WEIGHTS,
     check_format,
     load_model,
     most_positions,
@@ -24,7 +25,6 @@ from quantpage.integrations.hf_transformers.loading.model import (
 from quantpage.integrations.hf_transformers.modules.arguments import caches_in
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("model", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +224,8 @@ def load(request: GenerateRequest) -> tuple[Any, Any]:
     check_format(request.model, request.kv_format)
     check_calibration(request.calibration, request.kv_format, request.model)
     device = find_device(request.device)
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     with console.status(f"loading {request.model}"):
-        model, tokenizer = load_model(request.model, dtype, device)
-        if request.weights == "int8":
-            from quantpage.integrations.int8_weights import quantize_weights
-
-            quantize_weights(model)
-    return model, tokenizer
+        return load_model(request.model, request.dtype, device, request.weights)
 
 
 def check_positions(config: Any, prompt_tokens: int, new_tokens: int) -> None:

@@ -137,7 +137,7 @@ def _prepare(request: EvaluateRequest, config: Any) -> tuple[Any, list[Window], 
     text = obtain(default_path()) if request.text is None else request.text
     content = read(text)
     with console.status(f"loading {request.model}"):
-        model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
+        model, tokenizer = load_model(request.model, request.dtype, device)
     windows = cut_windows(tokenizer, content, request.windows, request.prompt, request.scored)
     return model, windows, text.name
 

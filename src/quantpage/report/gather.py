@@ -80,7 +80,7 @@ def gather(request: ReportRequest) -> dict[str, Any]:
     device = find_device(request.device)
     content = read(obtain(default_path()) if request.text is None else request.text)
     with console.status(f"loading {request.model}"):
-        model, tokenizer = load_model(request.model, getattr(torch, request.dtype), device)
+        model, tokenizer = load_model(request.model, request.dtype, device)
     texts = _texts(request, tokenizer, content, config)
     made = _made(request, model, content, device)
     with counted() as steps:

@@ -71,6 +71,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
     from quantpage.integrations.hf_transformers.loading.model import (
         check_format,
+        load_model,
         most_positions,
         text_config,
     )
@@ -79,7 +80,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     check_format(options.model, options.kv_format)
     check_calibration(options.calibration, options.kv_format, options.model)
     _say(f"loading {options.model} on {device}")
-    model, tokenizer = _load_model(options, device)
+    model, tokenizer = load_model(options.model, options.dtype, device, options.weights)
     longest = most_positions(model.config) or 1 << 20
     context = options.context or longest
     if context > longest:
@@ -152,19 +153,6 @@ def listen(listener: socket.socket, host: str) -> None:
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
     return ValueError(f"host, port: cannot listen on {host}:{port}: {error}")
-
-
-def _load_model(options: ServeOptions, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options want its weights."""
-    from quantpage.integrations.hf_transformers.loading.model import load_model
-
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model, tokenizer = load_model(options.model, dtype, device)
-    if options.weights == "int8":
-        from quantpage.integrations.int8_weights import quantize_weights
-
-        quantize_weights(model)
-    return model, tokenizer
 
 
 def _layers(model: Any, attached: Any) -> list[LayerPlan]:

@@ -20,6 +20,7 @@ from quantpage.integrations.hf_transformers.loading.checkpoint import (
     refuse_incomplete,
 )
 from quantpage.integrations.hf_transformers.loading.gguf_tokenizer import gguf_tokenizer
+from quantpage.integrations.int8_weights import quantize_weights
 
 if TYPE_CHECKING:
     from transformers import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     class Decoder(PreTrainedModel, GenerationMixin):
         """What Transformers' AutoModelForCausalLM loads."""
 
+
+WEIGHTS = ("model", "int8")
+"""As they are, or those of linear layers in eight bits."""
 
 REFUSED: dict[str, str] = {
     "blip": "its cross-attention would keep the keys of pictures among those of its text",
@@ -185,16 +189,29 @@ _TOKENIZERS = ("token*", "vocab*", "*.model", "merges*", "tekken*")
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    weights: str = "model",
 ) -> "tuple[Decoder, PreTrainedTokenizerBase]":
     """(model, tokenizer) of a folder with safetensors, a GGUF file or an id of the hub, in
     evaluation mode.
 
+    dtype: of weights and arithmetic; a name of torch's or 'auto', as they were saved. weights:
+    'model', as they are, or 'int8', those of linear layers rounded, for decoding on a CPU.
+
     Raises UnsupportedModel for a model that cannot be attached, ValueError for files that are
-    broken or incomplete.
+    broken or incomplete, and for another dtype or other weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype: expected 'auto' or a dtype of torch, got {dtype!r}")
+        dtype = found
     config = load_config(path)
     refuse_unsupported(config)
     folder, gguf = find_files(path)
@@ -222,4 +239,7 @@ def load_model(
         )
     model, loading = loaded
     refuse_incomplete(path, loading)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if weights == "int8":
+        quantize_weights(model)
+    return model, tokenizer
