@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantpage import attach, console
+from quantpage import attach, console, cpu_core
 from tests.integrations.tiny_models import COMMON
 
 pytestmark = pytest.mark.cpu
@@ -182,6 +182,15 @@ def test_more_tokens_than_the_model_has_positions(generate):
 def test_int8_weights_answer_on_the_cpu(generate):
     done = generate("--prompt", "w5 w6 w7 w8", "--weights", "int8", "--dtype", "bfloat16")
     assert done.out.startswith("w") and "held in int8" in done.err
+
+
+def test_who_has_no_compiled_core_is_told(generate, monkeypatch):
+    monkeypatch.setattr(cpu_core, "absence", lambda: "no compiled core.")
+    said = "no compiled core. Plain torch answers, more slowly."
+    assert said in generate("--prompt", "w5").err
+    assert "no compiled" not in generate("--prompt", "w5", "--quiet").err
+    monkeypatch.undo()
+    assert cpu_core.loss("cuda") == "" and (cpu_core.loss("cpu") == "") == (not cpu_core.absence())
 
 
 def test_a_log_hears_that_a_model_is_loading_unless_it_is_quiet(generate):

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from quantpage import console
+from quantpage import console, cpu_core
 from quantpage.cache.layout import PAGE_SIZES
 from quantpage.engine.text import TextStream
 from quantpage.hardware import find_device
@@ -224,6 +224,8 @@ def load(request: GenerateRequest) -> tuple[Any, Any]:
     check_format(request.model, request.kv_format)
     check_calibration(request.calibration, request.kv_format, request.model)
     device = find_device(request.device)
+    if lost := cpu_core.loss(device.type):
+        console.note(lost)
     with console.status(f"loading {request.model}"):
         return load_model(request.model, request.dtype, device, request.weights)
 

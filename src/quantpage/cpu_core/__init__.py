@@ -58,6 +58,12 @@ def absence() -> str:
     return _open()[1]
 
 
+def loss(kind: str) -> str:
+    """What whoever runs a model on a device of this kind should know; empty: nothing is lost."""
+    missing = absence() if kind == "cpu" else ""
+    return f"{missing} Plain torch answers, more slowly." if missing else ""
+
+
 def core() -> Core:
     """The core; RuntimeError where there is none."""
     found = find_core()

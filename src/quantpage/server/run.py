@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantpage import console
+from quantpage import console, cpu_core
 from quantpage.cache.sizes import LayerPlan
 from quantpage.engine import Engine, Limits
 from quantpage.engine.sizes import fit_pages, pool_bytes, unquantized_pool_bytes
@@ -80,6 +80,8 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
     check_format(options.model, options.kv_format)
     check_calibration(options.calibration, options.kv_format, options.model)
     _say(f"loading {options.model} on {device}")
+    if lost := cpu_core.loss(device.type):
+        _say(lost)
     model, tokenizer = load_model(options.model, options.dtype, device, options.weights)
     longest = most_positions(model.config) or 1 << 20
     context = options.context or longest
