@@ -81,7 +81,9 @@ def decode_tiles(
     and it takes this width. ``drafts``: whether TMA can copy the pages (triton.in_boxes).
     """
     if wgmma and key.quantized and value.quantized and not (key.code.fields or value.code.fields):
-        if drafts and rows > 16 and width == 128 and key.code.name != "fp8":
+        # Of 16 rows too where values are unpacked and keys are not: k8v4.
+        mixed = rows > 8 and keys > SMALL and (key.code.name, value.code.name) == ("int8", "int4")
+        if drafts and (rows > 16 or mixed) and width == 128 and key.code.name != "fp8":
             return drafts_tiles(key, value)
         tiles = _wgmma_tiles(key, value, width, rows, keys, parts)
         if tiles is not None:
@@ -119,7 +121,9 @@ def _wgmma_tiles(
 
     and on an H200 in 2026-11 (h200-plans.csv), int8 at 16 x 32k, 1 x 128k and 31 x 4k, 1 x 128k
     (3, 4) 253.9, 130.0, 73.9, Triton 261.5, 138.0, 77.8; int4 at 1 x 100k and 63 x 512 under a
-    window of 4k, 512 parts, (3, 3) 38.4, Triton 34.3
+    window of 4k, 512 parts, (3, 3) 38.4, Triton 34.3; k8v4 with its exact pages on an H100
+    (h100-decode.csv) at 16 x 8k, 8 x 8k, 1 x 32k, 1 x 64k and 15 x 4k (3, 3) 80.5, 46.6, 27.4,
+    80.5, (4, 2) 85.4, 47.8, 27.7, 84.2, Triton 84.4, 50.2, 33.9; 2 tokens 88.3 for 86.4
 
     In a whole model of 32 layers with 16 requests of 16k, 16 GB of int8 cache, (2, 2) made a step
     12.97 ms where the Triton kernel's took 12.06: 64 KB asked for ahead a multiprocessor hide the
@@ -130,7 +134,7 @@ def _wgmma_tiles(
     if width > 128:
         return DecodeTiles(64, 4, 2, 2, wgmma=True) if rows <= 32 else None
     if rows > 8:
-        two = rows > 16 or (few and key.code.name != "int4")
+        two = rows > 16 or (few and value.code.name != "int4")
         return _two_programs() if two else _three_programs()
     if keys <= SMALL:
         return DecodeTiles(64, 4, 2, 1, wgmma=True)
@@ -139,7 +143,7 @@ def _wgmma_tiles(
         most = 27 if few else 14 if parts <= 3 * WGMMA_PROCESSORS else 0
         return _three_programs() if keys <= most * SMALL else None
     if few and keys <= 27 * SMALL:
-        return _two_programs()
+        return _three_programs() if value.code.name == "int4" else _two_programs()
     if few and not (key.code.name == value.code.name == "int8"):
         return None
     if parts > 4 * WGMMA_PROCESSORS:
@@ -159,6 +163,10 @@ def drafts_tiles(key: QuantSpec, value: QuantSpec) -> DecodeTiles:
         k8v4        67.9        86.2 (92.6)     116.6
         int4        51.2        92.5 (93.6)     121.0
         int4, 4 tokens          89.0 (68.4)
+
+    and of 4 tokens on an H100 at 16 x 8k, 8 x 8k, 64 x 4k, 1 x 4k: k8v4 89.8, 54.1, 185, 18.0
+    (three programs 91.8, 57.1, 188, 15.9, two 109.5, 62.0), at 16 x 8k int8 101.0 (102.3), int4
+    90.1 (74.5).
 
     fp8 keys, unpacked to float16 as its values are, took 157.3 us at 16 tokens (142.1) in the form
     without a warp that copies, and are the other kernel's.
