@@ -119,3 +119,17 @@ def test_softmax_runs_behind_the_product_of_values(compiled):
         assert loop[first:scores].count("MUFU.EX2") >= 64
         assert loop[scores:values].count("MUFU.EX2") >= 64
         assert loop[values:last].count("MUFU.EX2") < 8
+
+
+def test_little_stands_between_two_products_of_a_consumer(compiled):
+    """Warps meet once a key tile, ask once whether a maximum moves, and jump over what follows if
+    none does: exchanges of maxima behind the scores, rescaling behind the values."""
+    for name in ("dense 128", "dense exact"):
+        loop = compiled[name]["inner"]
+        assert loop.count("BAR.SYNC.DEFER_BLOCKING") == 1
+        assert loop.count("VOTE.ANY") == 1
+        values = max(at for at, each in enumerate(loop) if each.startswith("WARPGROUP.DEPBAR"))
+        last = max(at for at, each in enumerate(loop) if each == "FMUL")
+        # A jump before the first of the 64, and with them nothing but they.
+        assert "BRA" in loop[values : last - 62]
+        assert loop[last - 63 : last + 1].count("FMUL") == 64

@@ -1,5 +1,6 @@
 """The Hopper prefill against the float64 reference; needs a GPU of compute capability 9.0."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,29 @@ def test_masks_skip_poisoned_slots(mask):
 def test_softcap_and_sink_logits():
     check(FORMATS["int8"].key, FORMATS["int8"].value, RAGGED, softcap=1.5)
     check(FORMATS["int4"].key, FORMATS["int4"].value, RAGGED, sinks=True)
+
+
+@pytest.mark.parametrize("bits", [4, 30, 300, -30])
+@pytest.mark.parametrize("name", ["int8", "none"])
+def test_scores_that_leave_the_maximum_behind(name, bits):
+    """Scores climb by so many bits over 700 keys: less in a key tile than a maximum may stay behind
+    (gluon_parts.BEHIND), more in two, more in each; or they fall."""
+    given = FORMATS[name]
+    dtype = torch.float16 if given.key.quantized else torch.bfloat16
+    q, layer, batch = make_step(given.key, given.value, RAGGED, CAUSAL, dtype)
+    # Exact in 16 bits, so that a large score is as exact as a small one.
+    unit = 2.0**-7
+    codes = torch.linspace(-127, 127, 768, device=DEVICE).round() * (1 if name == "int8" else unit)
+    for table, context in zip(batch.page_table, batch.host_context_lens, strict=True):
+        for at, page in enumerate(table[: -(-context // 64)].tolist()):
+            layer.key.codes[page, ..., 0] = codes[at * 64 : at * 64 + 64].to(layer.key.codes.dtype)
+    if layer.key.scale is not None:
+        layer.key.scale.fill_(unit)
+    params = AttendParams(q.shape[-1] ** -0.5)
+    q[..., 0] = bits / (254 * unit * params.softmax_scale * math.log2(math.e))
+    out, lse = gluon_prefill.attend(q, layer, batch, params)
+    wanted = reference(q.double(), layer, batch, params)
+    assert_agrees(out, lse, *wanted, TOLERANCE[dtype], 10 * TOLERANCE[torch.float16])
 
 
 @pytest.mark.parametrize("name", ["int4_static", "int8_static", "fp8_static"])

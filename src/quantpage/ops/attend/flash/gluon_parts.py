@@ -7,16 +7,34 @@ other's matrix products.
 
 A row's scores are shifted by its running maximum minus SHIFT, which keeps small probabilities out
 of fp16's subnormals at no cost: 2**SHIFT cancels in the output.
+
+It moves only where scores leave it behind by more than BEHIND: what is exponentiated in between is
+larger by up to 2**BEHIND, which cancels too. So in nearly every key tile but a row's first no
+maximum of a warp moves, its threads exchange none, and it jumps over rescaling its output
+(FlashAttention-4 does that on Blackwell), which stood between two products of a consumer: it needs
+the result of one, and the next waits for it.
 """
 
+import struct
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.triton_items import NEW, ROW, TOKEN
-from quantpage.ops.triton.common import LOG2E
-from quantpage.ops.triton.gluon_compat import mbarrier, tma_load, warpgroup_mma, warpgroup_mma_wait
+from quantpage.ops.triton.common import LOG2E, Constant
+from quantpage.ops.triton.gluon_compat import (
+    async_copy,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+READERS = Constant(256)
+"""Threads of two consumers."""
+BEHIND = 7
+"""A probability is at most 2**(BEHIND + SHIFT): 32,768 in float16."""
 
 
 class Ring(NamedTuple):
@@ -27,7 +45,7 @@ class Ring(NamedTuple):
     full: Any
     """A barrier a stage: its copy has landed."""
     empty: Any
-    """A barrier a stage: both consumers have read it."""
+    """A barrier a stage: all threads of both consumers have read it."""
 
 
 class Pair(NamedTuple):
@@ -49,6 +67,13 @@ def copy_tile(desc, at, ring, stage, phase):
     mbarrier.wait(ring.empty.index(stage), phase)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
     tma_load(desc, [at, 0], ring.full.index(stage), ring.slots.index(stage))
+
+
+@gluon.jit
+def give_back(ring, stage):
+    """This thread has read a stage. Each says so for itself, as if copies of its own had landed, of
+    which it has none: one for all would wait for the others of its warpgroup first."""
+    async_copy.mbarrier_arrive(ring.empty.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -92,17 +117,113 @@ def capped(s, scale, cap):
 
 
 @gluon.jit
-def online_softmax(s, m, mass, scale, SHIFT: gl.constexpr):
-    """One tile of scores into the running maximum and sum; the scale is per log2.
+def by_thread(rows):
+    """[rows, blocks of 8, 4, 2] of a product's result: the third axis is the four threads of a row,
+    so that what is reduced over the others stays in a thread."""
+    return gl.reshape(rows, [rows.shape[0], rows.shape[1] // 8, 4, 2])
 
-    Returns probabilities, what the output so far is multiplied by, maximum, mass.
+
+@gluon.jit
+def in_threads(of_rows, layout: gl.constexpr):
+    """[rows, 4] in ``layout``: what a row has, for each of its threads."""
+    held = gl.convert_layout(of_rows, gl.SliceLayout(1, layout))[:, None]
+    return held + gl.zeros([of_rows.shape[0], 4], gl.float32, layout)
+
+
+def _moved(own: str, before: str, maximum: str, factor: str) -> str:
+    """Assembly: a row's maximum and its factor, moved if its scores leave it behind."""
+    return (
+        f"shfl.sync.bfly.b32 other, {own}, 1, 0x1f, 0xffffffff; max.f32 top, {own}, other; "
+        "shfl.sync.bfly.b32 other, top, 2, 0x1f, 0xffffffff; max.f32 top, top, other; "
+        f"add.f32 other, {before}, {BOUND}; setp.gt.f32 moves, top, other; "
+        f"sub.f32 other, {before}, top; ex2.approx.ftz.f32 other, other; "
+        f"selp.f32 {maximum}, top, {before}, moves; selp.f32 {factor}, other, {ONE}, moves; "
+    )
+
+
+BOUND, ONE = (f"0f{struct.pack('>f', number).hex()}" for number in (BEHIND, 1))
+"""As PTX spells them."""
+_MAXIMA = gl.constexpr(
+    "{ .reg .pred moves, any; .reg .f32 top, other; "
+    f"add.f32 other, $8, {BOUND}; setp.gt.f32 moves, $6, other; "
+    f"add.f32 other, $9, {BOUND}; @!moves setp.gt.f32 moves, $7, other; "
+    "vote.sync.any.pred any, moves, 0xffffffff; "
+    f"mov.f32 $0, $8; mov.f32 $1, $9; mov.f32 $2, {ONE}; mov.f32 $3, {ONE}; "
+    "selp.s32 $4, 1, 0, any; selp.s32 $5, 1, 0, any; @!any bra.uni KEPT; "
+    f"{_moved('$6', '$8', '$0', '$2')} {_moved('$7', '$9', '$1', '$3')} KEPT: }}"
+)
+"""Of a thread's two rows maxima, factors of what was made with those before, and whether any of the
+warp's moves, which is asked before threads exchange any; from its own scores' and those before."""
+_SUMS = gl.constexpr(
+    "{ .reg .f32 other; "
+    + " ".join(
+        f"shfl.sync.bfly.b32 other, {own}, {lane}, 0x1f, 0xffffffff; add.f32 {row}, {own}, other;"
+        for lane, given in ((1, ("$2", "$3")), (2, ("$0", "$1")))
+        for own, row in zip(given, ("$0", "$1"), strict=True)
+    )
+    + " }"
+)
+"""Of a thread's two rows what their threads have together."""
+
+
+@gluon.jit
+def online_softmax(s, m, mass, scale, SHIFT: gl.constexpr):
+    """One tile of scores into maxima and sums [rows, 4], alike in a row; the scale is per log2.
+
+    Returns probabilities, what the output so far is multiplied by, whether that is another number
+    than 1 in any row of the warp, maxima, sums.
     """
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    shift = gl.where(m_new == -float("inf"), 0.0, m_new - SHIFT)
-    p = gl.exp2(s * scale - shift[:, None])
-    alpha = gl.exp2(m - SHIFT - shift)
-    mass = mass * alpha + gl.sum(p, 1)
-    return p, alpha, m_new, mass
+    each = by_thread(s)
+    own = gl.max(gl.max(each, 3), 1) * scale
+    # Results are written before operands are read for the last time: "&".
+    m, alpha, moved = gl.inline_asm_elementwise(
+        _MAXIMA, "=&f,=&f,=&f,=&f,=&r,=&r,f,f,f,f", [own, m], (gl.float32, gl.float32, gl.int32),
+        is_pure=True, pack=2,
+    )  # fmt: skip
+    shift = gl.where(m == -float("inf"), 0.0, m - SHIFT)
+    p = gl.exp2(each * scale - shift[:, None, :, None])
+    # That threads meet here keeps the exponentials in front of the wait for keys: sums that each
+    # keeps for itself let an assembler move them behind it.
+    made = gl.sum(gl.sum(p, 3), 1)
+    made = gl.inline_asm_elementwise(_SUMS, "=&f,=&f,f,f", [made], gl.float32, is_pure=True, pack=2)
+    return gl.reshape(p, s.shape), alpha, moved, m, mass * alpha + made
+
+
+def _rescaling(numbers: int) -> gl.constexpr:
+    """Assembly: a thread's numbers times their factors, unless nothing of its warp has moved."""
+    scaled = [f"mul.f32 ${at}, ${at}, ${2 * numbers + at};" for at in range(numbers)]
+    return gl.constexpr(
+        f"{{ .reg .pred kept; setp.eq.s32 kept, ${3 * numbers}, 0; @kept bra.uni KEPT; "
+        f"{' '.join(scaled)} KEPT: }}"
+    )
+
+
+def _rescaled(numbers: int) -> gl.constexpr:
+    """Its operands: results, numbers in the same registers, factors, whether any has moved."""
+    same = ",".join(map(str, range(numbers)))
+    return gl.constexpr(f"{'=f,' * numbers}{same}{',f' * numbers}{',r' * numbers}")
+
+
+_RESCALING_32, _RESCALED_32 = _rescaling(32), _rescaled(32)
+_RESCALING_64, _RESCALED_64 = _rescaling(64), _rescaled(64)
+
+
+@gluon.jit
+def rescaled(acc, alpha, moved):
+    """A product's result times ``alpha``, as ``online_softmax`` gives both."""
+    each = by_thread(acc)
+    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, each.type.layout))
+    factor = gl.convert_layout(alpha, rows)[:, None, :, None]
+    given = [each, factor, gl.convert_layout(moved, rows)[:, None, :, None]]
+    if acc.shape[1] == 64:
+        made = gl.inline_asm_elementwise(
+            _RESCALING_32, _RESCALED_32, given, gl.float32, is_pure=True, pack=32
+        )
+    else:
+        made = gl.inline_asm_elementwise(
+            _RESCALING_64, _RESCALED_64, given, gl.float32, is_pure=True, pack=64
+        )
+    return gl.convert_layout(gl.reshape(made, acc.shape), acc.type.layout)
 
 
 @gluon.jit
@@ -142,7 +263,7 @@ def start_barriers(full, empty, STAGES: gl.constexpr):
     """A stage is filled by one producer and emptied by two consumers."""
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=READERS)
 
 
 @gluon.jit
@@ -169,11 +290,14 @@ def attend_tiles(
     k = rings.k.slots.index(stage).permute((1, 0))
     s = warpgroup_mma(q_half, k, zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(rings.k.empty.index(stage), count=1)
+    give_back(rings.k, stage)
     masked, facts = judge(walk, 0, asked, True)
-    p, alpha, m, mass = _softmax(s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP, SHIFT)
+    rows: gl.constexpr = m.type.layout
+    threads: gl.constexpr = gl.max(gl.max(by_thread(zero), 3), 1).type.layout
+    m, mass = in_threads(m, threads), in_threads(mass, threads)
+    # There is no output yet to be multiplied.
+    p, _, _, m, mass = _softmax(s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP, SHIFT)
     p16 = gl.convert_layout(p.to(dtype), p_layout)
-    acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
     after, after_phase = stage_of(count + 1, STAGES)
     mbarrier.wait(rings.k.full.index(after), after_phase, pred=tiles > 1)
     for j in range(1, tiles):
@@ -184,9 +308,9 @@ def attend_tiles(
         acc_token = warpgroup_mma(p16, rings.v.slots.index(stage), acc, is_async=True)
         # One product may be under way: that of the values, behind which the softmax runs.
         s = warpgroup_mma_wait(1, deps=(s_token,))
-        mbarrier.arrive(rings.k.empty.index(after), count=1)
+        give_back(rings.k, after)
         masked, facts = judge(walk, j, asked, False)
-        p, alpha, m, mass = _softmax(
+        p, alpha, moved, m, mass = _softmax(
             s, m, mass, scale, cap, masked, facts, walk, hide, SOFTCAP, SHIFT
         )
         done = stage
@@ -204,13 +328,14 @@ def attend_tiles(
             p16 = gl.convert_layout(p.to(dtype), p_layout)
         else:
             acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
-        mbarrier.arrive(rings.v.empty.index(done), count=1)
-        acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+        give_back(rings.v, done)
+        acc = rescaled(acc, alpha, moved)
     mbarrier.wait(rings.v.full.index(stage), phase)
     acc_token = warpgroup_mma(p16, rings.v.slots.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc_token,))
-    mbarrier.arrive(rings.v.empty.index(stage), count=1)
-    return acc, m, mass, count + 1
+    give_back(rings.v, stage)
+    m = gl.convert_layout(gl.max(m, 1), rows)
+    return acc, m, gl.convert_layout(gl.max(mass, 1), rows), count + 1
 
 
 @gluon.jit
