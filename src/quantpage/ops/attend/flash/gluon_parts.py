@@ -270,12 +270,12 @@ def start_barriers(full, empty, STAGES: gl.constexpr):
 def attend_tiles(
     q_half, rings, count, tiles, m, mass, acc, zero, walk, ask, judge, hide, ahead, scale, cap,
     p_layout: gl.constexpr, o_rows: gl.constexpr, dtype: gl.constexpr, SOFTCAP: gl.constexpr,
-    SHIFT: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's ``tiles`` key tiles, at least one: output, maximum, mass, and the next count.
 
-    LATE: probabilities become operands behind the wait for the product that reads the last ones;
-    before it they are made in other registers and moved.
+    Probabilities become operands behind the wait for the product that reads the last ones: before
+    it they would be made in other registers and moved.
 
     The kernel says by three functions what its rows see:
 
@@ -318,16 +318,11 @@ def attend_tiles(
         stage = after
         phase = after_phase
         after, after_phase = stage_of(count + 1, STAGES)
-        if not LATE:
-            p16 = gl.convert_layout(p.to(dtype), p_layout)
         # Waiting for the next keys here, and naming the probabilities, keeps the softmax in front
         # of the wait for the values' product: assemblers move a bare wait up.
         mbarrier.wait(rings.k.full.index(after), after_phase, pred=j + 1 < tiles)
-        if LATE:
-            acc, p = warpgroup_mma_wait(0, deps=(acc_token, p))
-            p16 = gl.convert_layout(p.to(dtype), p_layout)
-        else:
-            acc, p16 = warpgroup_mma_wait(0, deps=(acc_token, p16))
+        acc, p = warpgroup_mma_wait(0, deps=(acc_token, p))
+        p16 = gl.convert_layout(p.to(dtype), p_layout)
         give_back(rings.v, done)
         acc = rescaled(acc, alpha, moved)
     mbarrier.wait(rings.v.full.index(stage), phase)

@@ -300,12 +300,6 @@ def _consume(
             base = position + row0 // G
             m, mass = start_rows(sinks_ptr, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
-            out_rows = row0 + gl.arange(0, ROWS, o_rows)
-            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
-            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
-            out_at = out_row[:, None] * DV + out_channel[None, :]
-            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
-            lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
             acc, m, mass, count = attend_tiles(
                 q_half, rings, count, total_visits, m, mass, acc, zero,
                 Walk(
@@ -314,7 +308,7 @@ def _consume(
                     s_layout,
                 ),
                 _ask, _judge, _hide, _key_tile(visits, 0, full, partial, capacity) * BN, scale,
-                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES, False,
+                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES,
             )
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
@@ -324,8 +318,15 @@ def _consume(
                     o, m, mass, sinks_ptr, first_head + rows % G, v_scale + at_scale,
                     v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
                 )  # fmt: skip
+            # Worked out here: before the tiles its registers would be held through all of them.
+            out_rows = row0 + gl.arange(0, ROWS, o_rows)
+            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
+            out_at = out_row[:, None] * DV + out_channel[None, :]
+            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
             gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
             if lse_ptr is not None:
+                lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
                 gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
 
 

@@ -286,14 +286,6 @@ def _consume(
 
             m, mass = start_rows(sinks_ptr, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
-            out_rows = row0 + gl.arange(0, ROWS, o_rows)
-            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
-            out_row += part.to(gl.int64) * part_rows
-            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
-            out_at = out_row[:, None] * DV + out_channel[None, :]
-            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
-            lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
-            lse_at += part.to(gl.int64) * part_rows
             acc, m, mass, count = attend_tiles(
                 q_half, rings, count, tiles + near, m, mass, acc, zero,
                 Walk(
@@ -303,7 +295,7 @@ def _consume(
                     BN, WINDOW, BODY, NEAR, s_layout,
                 ),
                 _ask, _judge, _hide, 0, scale, cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT,
-                STAGES, True,
+                STAGES,
             )  # fmt: skip
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
@@ -313,6 +305,15 @@ def _consume(
                     o, m, mass, sinks_ptr, first_head + rows % G, v_scale + at_scale,
                     v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
                 )  # fmt: skip
+            # Worked out here: before the tiles its registers would be held through all of them.
+            out_rows = row0 + gl.arange(0, ROWS, o_rows)
+            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_row += part.to(gl.int64) * part_rows
+            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
+            out_at = out_row[:, None] * DV + out_channel[None, :]
+            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
+            lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
+            lse_at += part.to(gl.int64) * part_rows
             if CARRY:
                 before = gl.load(carry_lse_ptr + lse_at, mask=rows < new * G, other=-float("inf"))
                 before = before * LOG2E
