@@ -80,6 +80,11 @@ def compile_dense(head_dim=128, dtype="fp16", **flags):
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, head_dim], element)
     rows = f"tensordesc<{dtype}[{tile.keys}, {head_dim}],{layout!r}>"
     types = {"k_desc": rows, "v_desc": rows, "q_ptr": "*bf16", "out_ptr": "*bf16"}
+    group = flags.get("G", 4)
+    if head_dim <= 128 and tile.rows % group == 0 and not flags.get("NEAR"):
+        block = [tile.rows // group, group, head_dim]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        types["q_desc"] = f"tensordesc<bf16{block},{layout!r}>"
     types |= {"order": "*i32", "work": "*i32", "near_rows": "*i32", "scale": "fp32", "cap": "fp32"}
     for name in ("lse_ptr", "carry_ptr", "carry_lse_ptr", "sinks_ptr"):
         types[name] = "*fp32"
@@ -95,6 +100,8 @@ def compile_dense(head_dim=128, dtype="fp16", **flags):
     fixed |= flags
     if not fixed["NEAR"]:
         fixed["near_rows"] = None
+    if "q_desc" not in types:
+        fixed["q_desc"] = None
     signature, constants, aligned = {}, {}, {}
     for at, name in enumerate(prefill_kernel.arg_names):
         if name in fixed:

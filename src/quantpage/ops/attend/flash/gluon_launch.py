@@ -21,6 +21,21 @@ def descriptor(rows: Tensor, keys: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(flat, [keys, padded], layout)
 
 
+def query_tiles(q: Tensor, group: int, tile: DenseTile) -> TensorDescriptor | None:
+    """TMA over a tile's queries [tokens, query heads of a kv_head, channels].
+
+    None where a tile is no whole number of tokens, where TMA does not reach them (addresses are
+    multiples of 16 bytes), and where wide rows leave no shared memory for them.
+    """
+    padded = hopper_width(q.shape[2])
+    places = (q.data_ptr(), q.stride(0) * q.itemsize, q.stride(1) * q.itemsize)
+    if tile.rows % group or padded > 128 or tile.keys < 128 or any(at % 16 for at in places):
+        return None
+    block = [tile.rows // group, group, padded]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[q.dtype])
+    return TensorDescriptor(q, list(q.shape), list(q.stride()), block, layout)
+
+
 def compiled(q: Tensor, k: Tensor, v: Tensor, group: int, tile: DenseTile) -> dict[str, Any]:
     """What the Hopper kernels are compiled for: the widths of queries and of the workspace's rows,
     and a tile of queries by keys."""

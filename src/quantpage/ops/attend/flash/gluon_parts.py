@@ -91,8 +91,12 @@ def load_queries(
     token = gl.load(item + TOKEN) + packed // G
     at = token.to(gl.int64) * q_token + (first_head + packed % G).to(gl.int64) * q_head
     keep = (packed < gl.load(item + NEW) * G)[:, None] & (channel < D)[None, :]
-    q = gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0)
-    # An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is.
+    return finite(gl.load(q_ptr + at[:, None] + channel[None, :], mask=keep, other=0.0))
+
+
+@gluon.jit
+def finite(q):
+    """An infinite query would weigh keys by 0 or 1: its result is NaN, as a NaN's is."""
     return gl.where(gl.abs(q.to(gl.float32)) < float("inf"), q, float("nan"))
 
 
@@ -256,6 +260,38 @@ def given_scales(
         weight = gl.convert_layout(weight, gl.SliceLayout(1, o_layout))
         o += weight[:, None] * zero[None, :]
     return o
+
+
+@gluon.jit
+def store_rows(
+    out_ptr, o, q_half, first_row, token0, row0, new, q_heads, first_head, G: gl.constexpr,
+    DV: gl.constexpr,
+):  # fmt: skip
+    """A consumer's outputs to out [tokens, q_heads, DV] from row ``first_row`` on; row0: its first
+    packed row of the request at token0, which has ``new`` tokens.
+
+    16-bit outputs go through the shared memory of the queries, which nobody reads any more: a
+    thread then stores 16 bytes of a row, where the product leaves 4 with it.
+    """
+    ROWS: gl.constexpr = o.shape[0]
+    WIDTH: gl.constexpr = o.shape[1]
+    kind: gl.constexpr = out_ptr.dtype.element_ty
+    # Rows of 256 channels would be parked in local memory.
+    wide: gl.constexpr = kind.primitive_bitwidth == 16 and q_half.shape[1] == WIDTH and WIDTH <= 128
+    layout: gl.constexpr = (
+        gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+        if wide
+        else o.type.layout
+    )
+    packed = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    row = (token0 + packed // G).to(gl.int64) * q_heads + first_head + packed % G + first_row
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    keep = (packed < new * G)[:, None] & (channel < DV)[None, :]
+    made = o.to(kind)
+    if wide:
+        q_half.store(made.to(q_half.dtype, bitcast=True))
+        made = q_half.load(layout).to(kind, bitcast=True)
+    gl.store(out_ptr + row[:, None] * DV + channel[None, :], made, mask=keep)
 
 
 @gluon.jit

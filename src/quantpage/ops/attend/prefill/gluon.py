@@ -26,7 +26,12 @@ from quantpage.hardware import device_info
 from quantpage.ops import refusals
 from quantpage.ops.attend.decode.gluon import decode_into
 from quantpage.ops.attend.decode.triton import attend as triton_decode
-from quantpage.ops.attend.flash.gluon_launch import compiled, descriptor, value_scales
+from quantpage.ops.attend.flash.gluon_launch import (
+    compiled,
+    descriptor,
+    query_tiles,
+    value_scales,
+)
 from quantpage.ops.attend.flash.tiles import hopper_tile
 from quantpage.ops.attend.flash.triton_launch import parts_for, workspace_dtype
 from quantpage.ops.attend.flash.triton_merge import merge_partials
@@ -152,6 +157,8 @@ def launch(
     rounds, programs = order.shape
     prefill_kernel[(programs,)](
         q,
+        # Beside near pages its registers would be parked.
+        None if near is not None else query_tiles(q, shape.group, tile),
         descriptor(k, tile.keys),
         descriptor(v, tile.keys),
         out,

@@ -8,9 +8,11 @@ Of a cache with exact pages the first page lies where its codes would, and near 
 key tiles behind those of the codes: from the first that is near to a tile's first row up to its
 last row.
 
-What a consumer does with a key tile, and in which order, is flash/gluon_parts. Tried on an H200 and
-left out, as no faster: turns between the consumers by barriers, keys from the last to the first,
-and asking for the next tile's queries behind the last product of this one (4 to 7 % slower).
+What a consumer does with a key tile, and in which order, is flash/gluon_parts. The warp that copies
+keys copies a tile's queries first, while consumers are at the tile before: they would wait for
+memory otherwise, and nothing would be multiplied. Tried on an H200 and left out, as no faster:
+turns between the consumers by barriers, keys from the last to the first, and consumers that ask for
+the next tile's queries behind the last product of this one (4 to 7 % slower).
 """
 
 from typing import Any, NamedTuple
@@ -19,16 +21,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quantpage.ops.attend.flash.gluon_parts import (
+    READERS,
     Pair,
     Ring,
     attend_tiles,
     copy_tile,
     finish,
+    finite,
     given_scales,
     load_queries,
     stage_of,
     start_barriers,
     start_rows,
+    store_rows,
 )
 from quantpage.ops.attend.flash.triton_items import NEW, POSITION, ROW, TOKEN
 from quantpage.ops.attend.flash.triton_segments import near_page
@@ -41,7 +46,7 @@ from quantpage.ops.attend.prefill.triton_work import (
     WORKSPACE_ROW,
 )
 from quantpage.ops.triton.common import LN2, LOG2E
-from quantpage.ops.triton.gluon_compat import fence_async_shared, mbarrier
+from quantpage.ops.triton.gluon_compat import async_copy, fence_async_shared, mbarrier, tma_load
 
 
 @gluon.jit
@@ -101,19 +106,27 @@ def _near_tiles(
 
 @gluon.jit
 def _producer(
-    k_desc, v_desc, order, work, near_rows, rings, rounds, heads, head_rows, window, sink_tiles,
-    page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr, EXACT: gl.constexpr,
-    NEAR: gl.constexpr,
+    k_desc, v_desc, order, work, near_rows, asked, rings, rounds, heads, head0, head_rows, window,
+    sink_tiles, page_size, G: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BODY: gl.constexpr,
+    EXACT: gl.constexpr, NEAR: gl.constexpr,
 ):  # fmt: skip
     pid = gl.program_id(0)
     grid = gl.num_programs(0)
     count = 0
+    taken = 0
     for turn in range(rounds):
         tile = gl.load(order + turn * grid + pid)
         if tile >= 0:
             head = tile % heads
             item = work + tile // heads * FIELDS
+            if asked.desc is not None:
+                # While consumers are at the last keys of the tile before.
+                mbarrier.wait(asked.empty, (taken & 1) ^ 1)
+                mbarrier.expect(asked.full, asked.desc.block_type.nbytes)
+                token = gl.load(item + TOKEN) + gl.load(item + ROW) // G
+                tma_load(asked.desc, [token, (head0 + head) * G, 0], asked.full, asked.rows)
+                taken += 1
             tiles, low_tile = _key_tiles(
                 item, window, sink_tiles, page_size, G, BM, BN, CAUSAL, WINDOW, BODY, EXACT, NEAR
             )
@@ -132,6 +145,19 @@ def _producer(
                 copy_tile(k_desc, at, rings.k, stage, phase ^ 1)
                 copy_tile(v_desc, at, rings.v, stage, phase ^ 1)
                 count += 1
+
+
+class Asked(NamedTuple):
+    """Queries that are copied ahead, as they lie."""
+
+    desc: Any
+    """None: consumers load them."""
+    rows: Any
+    """Shared memory, [tokens, query heads of a kv_head, channels]."""
+    full: Any
+    """A barrier: they have landed."""
+    empty: Any
+    """A barrier: both consumers have them in registers."""
 
 
 class Walk(NamedTuple):
@@ -216,7 +242,7 @@ def _hide(s, facts, walk):
 @gluon.jit
 def _consume(
     q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order,
-    work, q_smem, rings, rounds, heads, head0, part_rows, q_heads, q_token,
+    work, q_smem, asked, rings, rounds, heads, head0, part_rows, q_heads, q_token,
     q_head, scale, cap, window, sink_tokens, sink_tiles, page_size, G: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr,
     DVP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
@@ -236,6 +262,7 @@ def _consume(
     q_half = q_smem.slice(HALF * ROWS, ROWS)
     zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
     count = 0
+    taken = 0
     for turn in range(rounds):
         tile = gl.load(order + turn * grid + pid)
         if tile >= 0:
@@ -259,7 +286,16 @@ def _consume(
             first_head = (head0 + head) * G
 
             # Into the operand's swizzled rows.
-            q = load_queries(q_ptr, item, first_head, q_token, q_head, G, D, DP, ROWS, HALF)
+            if asked.desc is None:
+                q = load_queries(q_ptr, item, first_head, q_token, q_head, G, D, DP, ROWS, HALF)
+            else:
+                layout: gl.constexpr = gl.BlockedLayout(
+                    [1, 8], [256 // DP, DP // 8], [4, 1], [1, 0]
+                )
+                mbarrier.wait(asked.full, taken & 1)
+                q = finite(asked.rows.reshape([BM, DP]).slice(HALF * ROWS, ROWS).load(layout))
+                async_copy.mbarrier_arrive(asked.empty, increment_count=False)
+                taken += 1
             q_half.store(q.to(dtype))
             fence_async_shared()
 
@@ -306,12 +342,6 @@ def _consume(
                     v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
                 )  # fmt: skip
             # Worked out here: before the tiles its registers would be held through all of them.
-            out_rows = row0 + gl.arange(0, ROWS, o_rows)
-            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
-            out_row += part.to(gl.int64) * part_rows
-            out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
-            out_at = out_row[:, None] * DV + out_channel[None, :]
-            out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
             lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
             lse_at += part.to(gl.int64) * part_rows
             if CARRY:
@@ -321,7 +351,12 @@ def _consume(
                 top = gl.where(top == -float("inf"), 0.0, top)
                 both = gl.exp2(before - top) + gl.exp2(lse - top)
                 both = gl.where(both == 0.0, 1.0, both)
-                old = gl.load(carry_ptr + out_at, mask=out_keep, other=0.0)
+                out_rows = row0 + gl.arange(0, ROWS, o_rows)
+                out_at = (token0 + out_rows // G).to(gl.int64) * q_heads
+                out_at += first_head + out_rows % G
+                channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))[None, :]
+                keep = (out_rows < new * G)[:, None] & (channel < DV)
+                old = gl.load(carry_ptr + out_at[:, None] * DV + channel, mask=keep, other=0.0)
                 o = (
                     o * gl.convert_layout(gl.exp2(lse - top) / both, o_rows)[:, None]
                     + old * gl.convert_layout(gl.exp2(before - top) / both, o_rows)[:, None]
@@ -329,7 +364,10 @@ def _consume(
                 none = (before == -float("inf")) & (lse == -float("inf"))
                 lse = gl.where(none, -float("inf"), top + gl.log2(both))
             lse = lse * LN2
-            gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
+            store_rows(
+                out_ptr, o, q_half, part.to(gl.int64) * part_rows, token0, row0, new, q_heads,
+                first_head, G, DV,
+            )  # fmt: skip
             if lse_ptr is not None:
                 gl.store(lse_ptr + lse_at, lse, mask=rows < new * G)
 
@@ -347,8 +385,8 @@ def _consume(
     ]
 )
 def prefill_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero,
-    vs_head, order, work, near_rows,
+    q_ptr, q_desc, k_desc, v_desc, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale,
+    v_zero, vs_head, order, work, near_rows,
     rounds, heads, head0, head_rows, part_rows, q_heads, q_token, q_head, scale, cap, window,
     sink_tokens, sink_tiles, page_size, G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr, STAGES: gl.constexpr,
@@ -358,6 +396,7 @@ def prefill_kernel(
 ):  # fmt: skip
     """One launch over all work items of one workspace; see the module.
 
+    q_desc: gluon_launch.query_tiles, where queries are copied ahead; None: consumers load them.
     BODY: codes from the first page's end to the near pages. EXACT: to the near pages, over a first
     page that is exact. NEAR: the near pages too; near_rows: plan.ExactRows.near, else None.
     """
@@ -372,20 +411,28 @@ def prefill_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     start_barriers(k_full, k_empty, STAGES)
     start_barriers(v_full, v_empty, STAGES)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=READERS)
+    q_rows = q_smem
+    if q_desc is not None:
+        q_rows = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_shape, q_desc.layout)
+    asked = Asked(q_desc, q_rows, q_full, q_empty)
     _roles(
         (
             q_ptr, out_ptr, lse_ptr, carry_ptr, carry_lse_ptr, sinks_ptr, v_scale, v_zero, vs_head,
-            order, work, q_smem,
+            order, work, q_smem, asked,
             Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, heads,
             head0, part_rows, q_heads, q_token, q_head, scale, cap, window, sink_tokens, sink_tiles,
             page_size, G, D, DV, BM, BN, DP, DVP, STAGES, CAUSAL, WINDOW, BODY, SOFTCAP, SINKS,
             CARRY, EXACT, NEAR, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
         ),
         (
-            k_desc, v_desc, order, work, near_rows,
+            k_desc, v_desc, order, work, near_rows, asked,
             Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, heads,
-            head_rows, window, sink_tiles, page_size, G, BM, BN, STAGES, CAUSAL, WINDOW, BODY,
-            EXACT, NEAR,
+            head0, head_rows, window, sink_tiles, page_size, G, BM, BN, STAGES, CAUSAL, WINDOW,
+            BODY, EXACT, NEAR,
         ),
     )  # fmt: skip
 
