@@ -153,6 +153,7 @@ DENSE = {
     "dense exact, carried": {"EXACT": True, "CARRY": True},
     "dense exact, window, sinks": {"EXACT": True, "NEAR": True, "WINDOW": True, "SINKS": True},
     "dense exact 256": {"EXACT": True, "NEAR": True, "head_dim": 256},
+    "dense group 7": {"G": 7},
     "dense given scales": {"SINKS": True, "V_STATIC": True, "V_ZERO": True, "V_GROUPS": 128},
     # As launched where nobody reads the log-sum-exp: what is not there is None.
     "dense, output alone": dict.fromkeys(

@@ -133,3 +133,19 @@ def test_little_stands_between_two_products_of_a_consumer(compiled):
         # A jump before the first of the 64, and with them nothing but they.
         assert "BRA" in loop[values : last - 62]
         assert loop[last - 63 : last + 1].count("FMUL") == 64
+
+
+def test_queries_are_copied_ahead_and_outputs_leave_in_wide_words(compiled):
+    """Queries by a copy as keys are, where a tile is whole tokens and memory has room; 16-bit
+    outputs in 16 bytes a thread, by way of shared memory."""
+    for name, copies in {
+        "dense 128": 3,
+        "dense 64": 3,
+        "dense group 7": 2,
+        "dense exact": 2,
+    }.items():
+        found = compiled[name]
+        assert count(found, "UTMALDG") == copies, name
+        wide = count(found, r"STG\.E\.128")
+        assert wide == count(found, "STSM") >= 8 and count(found, "STG") - wide <= 4, name
+    assert count(compiled["dense 256"], r"STG\.E\.128") == 0
