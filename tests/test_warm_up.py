@@ -1,6 +1,7 @@
 """Kernels are launched in all sizes before the first request, and no page is changed."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from quantpage import warm_up
 from quantpage.attention import build_attention, find_backend
 from quantpage.batch import derive, plan_batch
+from quantpage.formats import KeyMap
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import AttendParams
 from quantpage.warm_up import Asked, Sizes
@@ -58,6 +60,20 @@ def test_nothing_is_written(name, device):
     assert ask(Asked(layer.attention, layer.view, PARAMS, like), sizes) == 0
     window = AttendParams(PARAMS.softmax_scale, CausalMask(window=20))
     assert ask(Asked(layer.attention, layer.view, window, like), sizes) > 0
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["mean", "feedback", "turn"])
+def test_what_a_key_map_has_asks_for_kernels_of_its_own(name):
+    layer = Layer(4, "cpu", "int4")
+    like = plan_batch((1,), (40,), [[1, 2, 3]], PAGE, "cpu")
+    ones = torch.ones(layer.view.kv_heads, layer.view.key.head_dim)
+    plane = ones if name == "mean" else torch.diag_embed(ones)
+    kinds = {
+        Asked(layer.attention, replace(layer.view, key_map=each), PARAMS, like).kind()
+        for each in (None, KeyMap(ones), KeyMap(2 * ones), KeyMap(ones, **{name: plane}))
+    }
+    assert len(kinds) == 3
 
 
 @pytest.mark.parametrize("name", [pytest.param("int4", marks=ON_GPU)])

@@ -85,7 +85,9 @@ class Asked:
     def kind(self) -> Hashable:
         """What layers share that ask for the same kernels."""
         view, params, mapped = self.view, self.params, self.view.key_map
-        bare = None if mapped is None else (mapped.mean is None, mapped.feedback is None)
+        bare = None
+        if mapped is not None:
+            bare = tuple(each is None for each in (mapped.mean, mapped.feedback, mapped.turn))
         return self.attention.call, params.facts, params.softcap is None, view.facts, bare
 
     @torch.inference_mode()
