@@ -147,7 +147,7 @@ def _moved(own: str, before: str, maximum: str, factor: str) -> str:
 
 BOUND, ONE = (f"0f{struct.pack('>f', number).hex()}" for number in (BEHIND, 1))
 """As PTX spells them."""
-_MAXIMA = gl.constexpr(
+_MAXIMA = Constant(
     "{ .reg .pred moves, any; .reg .f32 top, other; "
     f"add.f32 other, $8, {BOUND}; setp.gt.f32 moves, $6, other; "
     f"add.f32 other, $9, {BOUND}; @!moves setp.gt.f32 moves, $7, other; "
@@ -158,7 +158,7 @@ _MAXIMA = gl.constexpr(
 )
 """Of a thread's two rows maxima, factors of what was made with those before, and whether any of the
 warp's moves, which is asked before threads exchange any; from its own scores' and those before."""
-_SUMS = gl.constexpr(
+_SUMS = Constant(
     "{ .reg .f32 other; "
     + " ".join(
         f"shfl.sync.bfly.b32 other, {own}, {lane}, 0x1f, 0xffffffff; add.f32 {row}, {own}, other;"
@@ -193,19 +193,19 @@ def online_softmax(s, m, mass, scale, SHIFT: gl.constexpr):
     return gl.reshape(p, s.shape), alpha, moved, m, mass * alpha + made
 
 
-def _rescaling(numbers: int) -> gl.constexpr:
+def _rescaling(numbers: int) -> Constant:
     """Assembly: a thread's numbers times their factors, unless nothing of its warp has moved."""
     scaled = [f"mul.f32 ${at}, ${at}, ${2 * numbers + at};" for at in range(numbers)]
-    return gl.constexpr(
+    return Constant(
         f"{{ .reg .pred kept; setp.eq.s32 kept, ${3 * numbers}, 0; @kept bra.uni KEPT; "
         f"{' '.join(scaled)} KEPT: }}"
     )
 
 
-def _rescaled(numbers: int) -> gl.constexpr:
+def _rescaled(numbers: int) -> Constant:
     """Its operands: results, numbers in the same registers, factors, whether any has moved."""
     same = ",".join(map(str, range(numbers)))
-    return gl.constexpr(f"{'=f,' * numbers}{same}{',f' * numbers}{',r' * numbers}")
+    return Constant(f"{'=f,' * numbers}{same}{',f' * numbers}{',r' * numbers}")
 
 
 _RESCALING_32, _RESCALED_32 = _rescaling(32), _rescaled(32)
