@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -9,6 +10,7 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +23,7 @@ from quantpage.evaluate.run import EvaluateRequest, evaluate
 from quantpage.evaluate.text import default_path
 from quantpage.formats import FORMATS, ExactPages
 from quantpage.formats.per_layer import LayerFormats
+from quantpage.integrations.hf_transformers.keys.calibration import calibrate
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.cpu
@@ -141,7 +144,7 @@ def test_the_rows_as_data(folder, capsys):
     ("changes", "error", "words"),
     [
         ({"formats": ("int9",)}, FormatError, "got 'int9'"),
-        ({"formats": ("fp8_static",)}, ValueError, "fp8_static needs given scales"),
+        ({"formats": ("fp8_static",)}, FormatError, "static scales for fp8_static"),
         ({"windows": 0}, ValueError, "windows: expected at least 1, got 0"),
         ({"dtype": "int8"}, ValueError, "dtype: expected one of float32"),
         ({"device": "tpu"}, ValueError, "device: expected auto, cpu, cuda"),
@@ -153,6 +156,20 @@ def test_the_rows_as_data(folder, capsys):
 def test_bad_requests_fail_in_one_sentence(folder, changes, error, words):
     with pytest.raises(error, match=words):
         evaluate(small(folder, **changes))
+
+
+def test_scales_of_a_checkpoint_are_scored(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    scales = calibrate(tiny("llama", torch.float32), [tokens(1, 400)],
+                       [FORMATS["fp8_static"]] * 3, {}).static  # fmt: skip
+    planes = {}
+    for index, each in scales.items():
+        name = f"model.layers.{index}.self_attn"
+        planes[f"{name}.k_scale"] = each.key_scale.float().flatten()
+        planes[f"{name}.v_scale"] = each.value_scale.float().flatten()
+    save_file(planes, model / "scales.safetensors")
+    (row,) = evaluate(small(model, formats=("fp8_static",)))
+    assert row.cache == "fp8_static" and 0 < row.kl_mean < 0.2
 
 
 def test_missing_files_are_named(folder, tmp_path):

@@ -137,7 +137,7 @@ def test_two_reports_are_compared(made, capsys, tmp_path):
     ("changes", "words"),
     [
         (["--formats", "int9"], "expected one of"),
-        (["--formats", "fp8_static"], "fp8_static needs given scales"),
+        (["--formats", "fp8_static"], "static scales for fp8_static"),
         (["--text", "none.txt"], "text: expected a text file"),
         (["--needles", "x"], "needles: expected lengths such as 256,512"),
         (["--needles", "12"], "needle lengths: expected more than"),

@@ -15,6 +15,7 @@ from quantpage.formats import FORMATS, KVFormat
 from quantpage.formats.per_layer import LayerFormats
 from quantpage.integrations.hf_transformers import attach
 from quantpage.integrations.hf_transformers.keys.calibration import Calibration
+from quantpage.integrations.hf_transformers.keys.key_maps import check_calibration
 from quantpage.integrations.hf_transformers.loading.model import model_shape
 from quantpage.integrations.hf_transformers.sizes import cache_shape
 from quantpage.ops.attend.params import NEAR_PAGES
@@ -160,25 +161,18 @@ def find_candidates(
     A file of a calibration is read, so that a broken one, or one for other formats, is told before
     a model is loaded.
     """
-    given = calibration not in ("auto", "none")
-    folder = given and Path(calibration).is_dir()
-    known = Calibration.load(calibration) if given and not folder else None
+    asked = calibration in ("auto", "none") or Path(calibration).is_dir()
+    known = None if asked else Calibration.load(calibration)
     found = []
     for choice in choices:
         if isinstance(choice, str) and choice in PEERS:
             found.append(peer(config, choice))
             continue
         formats = LayerFormats.of(choice)
-        static = not all(each.dynamic for each in formats.formats)
-        if folder and not static:
-            # A checkpoint's folder holds scales and no maps; this says so.
-            Calibration.load(calibration)
-        if static and not given:
-            raise ValueError(
-                f"formats: {formats.name} needs given scales; expected dynamic formats, or a file "
-                "of `quantpage calibrate`"
-            )
-        if known is not None:
+        if known is None:
+            # 'auto' and a checkpoint's folder are asked for the scales of static formats.
+            check_calibration(calibration, formats, config.name_or_path or None)
+        else:
             of_layers = formats.of_layers(model_shape(config).layers)
             known.maps(of_layers, calibration)
             known.scales(of_layers, calibration)
