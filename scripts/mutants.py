@@ -21,14 +21,15 @@ from pathlib import Path
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-# An installation in place redirects imports to the original: its finder is taken out first.
-START = (
-    "import sys; sys.meta_path = [f for f in sys.meta_path if '_editable' not in type(f).__module__"
-    "]; sys.path[:0] = ['src', 'scripts']; "
-)
-PYTEST = START + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+# An installation in place redirects imports to the original: its finder is taken out first, also of
+# processes that tests start.
+START = """import sys
+sys.meta_path = [f for f in sys.meta_path if "_editable" not in type(f).__module__]
+sys.path[:0] = [{src!r}, {scripts!r}]
+"""
+PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
-FUZZ = START + "sys.argv[0] = 'fuzz.py'; import fuzz; sys.exit(fuzz.main())"
+FUZZ = "import sys; sys.argv[0] = 'fuzz.py'; import fuzz; sys.exit(fuzz.main())"
 
 
 def main() -> int:
@@ -67,6 +68,8 @@ def make_copy(folder: Path) -> Path:
     for name in ("src", "tests", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
+    start = START.format(src=str(folder / "src"), scripts=str(folder / "scripts"))
+    (folder / "sitecustomize.py").write_text(start)
     for installed in quantpage.__path__:
         for core in Path(installed).rglob("*.so"):
             target = folder / "src/quantpage" / core.relative_to(installed)
@@ -101,7 +104,12 @@ def try_one(copy: Path, mutation: Mutation, by: str) -> bool:
 
 def run(copy: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in the copy."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": "1",
+    }
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=copy, env=environment, capture_output=True, text=True, check=False,
