@@ -58,9 +58,17 @@ class _Matrices(NamedTuple):
     """The same of queries."""
     halves: dict[torch.dtype, tuple[Tensor, Tensor]]
     """Both as [kv_heads, 2, head_dim, head_dim] for rows of 16 bits: rounded to them, and what that
-    left."""
+    left. Of those that were asked for: a model's rows are of one kind."""
     rest: LayerKV
     """The layer for rows that are turned."""
+
+    def of_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of keys and of queries, for rows of ``dtype``."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return self.into, self.away
+        if dtype not in self.halves:
+            self.halves[dtype] = _in_halves(self.into, dtype), _in_halves(self.away, dtype)
+        return self.halves[dtype]
 
 
 def _matrices_of(layer: LayerKV) -> _Matrices:
@@ -68,12 +76,8 @@ def _matrices_of(layer: LayerKV) -> _Matrices:
     assert mapped is not None and mapped.turn is not None and mapped.unturn is not None
     into = (mapped.scale[:, :, None] * mapped.turn).contiguous()
     away = (mapped.unturn / mapped.scale[:, :, None]).contiguous()
-    halves = {
-        dtype: (_in_halves(into, dtype), _in_halves(away, dtype))
-        for dtype in (torch.float16, torch.bfloat16)
-    }
     rest = KeyMap(torch.ones_like(mapped.scale), None, mapped.feedback)
-    return _Matrices(into, away, halves, replace(layer, key_map=rest))
+    return _Matrices(into, away, {}, replace(layer, key_map=rest))
 
 
 def _in_halves(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,14 +98,13 @@ def turned_before(
     """
     mapped = layer.key_map
     assert mapped is not None
-    into, away, halves, rest = _matrices(layer)
-    given = k.dtype
+    matrices, given = _matrices(layer), k.dtype
     q, k, v = biased(q, k, v, params)
     q, k = norm_and_rope(q, k, batch, params)
     k = k if k.stride(-1) == 1 else k.contiguous()
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
-    if k.dtype in halves and (q is None or q.dtype == k.dtype):
-        into, away = halves[k.dtype]
+    alike = q is None or q.dtype == k.dtype
+    into, away = matrices.of_rows(k.dtype if alike else torch.float32)
     tokens, kv_heads, width = k.shape
     q_heads = 0 if q is None else q.shape[1]
     k_out = torch.empty(k.shape, dtype=given, device=k.device)
@@ -123,7 +126,7 @@ def turned_before(
             launch_pdl=overlap, num_warps=tile.warps,
         )  # fmt: skip
     bare = replace(params, rope=None, norm=None, bias=None)
-    return Turned(q_out, k_out, v.to(given), rest, bare)
+    return Turned(q_out, k_out, v.to(given), matrices.rest, bare)
 
 
 @triton.jit
