@@ -343,14 +343,17 @@ class KeepsBack(HandsOn):
         return super().forward(input_ids, **rest)
 
 
+def answers_of(kind):
+    """Texts that a tiny Llama of another class answers."""
+    model = tiny("llama", torch.float32)
+    model.__class__ = kind
+    with engine(model=model) as one:
+        return [each.texts for each in ask_all(one, requests(3, longest=60, made=8))]
+
+
 def test_positions_may_be_handed_on_unnamed():
-    asked, said = requests(3, longest=60, made=8), []
-    for kind in (LlamaForCausalLM, HandsOn):
-        model = tiny("llama", torch.float32)
-        model.__class__ = kind
-        with engine(model=model) as one:
-            said.append([each.texts for each in ask_all(one, asked)])
-    assert said[0] == said[1]
+    assert answers_of(HandsOn) == answers_of(LlamaForCausalLM)
+    model = tiny("llama", torch.float32)
     model.__class__ = KeepsBack
     with (
         pytest.raises(UnsupportedModel, match="a forward that is told positions"),
@@ -360,13 +363,7 @@ def test_positions_may_be_handed_on_unnamed():
 
 
 def test_a_class_that_gives_all_logits_answers_as_one_that_is_told():
-    asked, said = requests(3, longest=60, made=8), []
-    for kind in (LlamaForCausalLM, AllLogits):
-        model = tiny("llama", torch.float32)
-        model.__class__ = kind
-        with engine(model=model) as one:
-            said.append([each.texts for each in ask_all(one, asked)])
-    assert said[0] == said[1]
+    assert answers_of(AllLogits) == answers_of(LlamaForCausalLM)
 
 
 def test_layers_that_read_others_pages_are_served():
