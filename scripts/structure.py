@@ -1,4 +1,4 @@
-"""Fill docs/structure.md's list of modules from their docstrings: a sentence a module.
+"""Fill docs/modules.md's list of modules from their docstrings: a sentence a module.
 
 python scripts/structure.py           rewrite the list
 python scripts/structure.py --check   exit 1 where it is out of date
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "structure.md"
+PAGE = ROOT / "docs" / "modules.md"
 START, END = "<!-- modules: scripts/structure.py -->", "<!-- end of modules -->"
 
 
@@ -28,7 +28,9 @@ def listed() -> str:
     for folder in sorted({path.parent for path in source.rglob("*.py")}):
         name = str(folder.relative_to(source.parent)).replace("\\", "/")
         own = sentence(folder / "__init__.py") if (folder / "__init__.py").exists() else ""
-        lines += ["", f"**{name}/**" + (f": {own}" if own else ""), ""]
+        lines += ["", f"## {name}", ""]
+        if own:
+            lines += [own, ""]
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
                 lines.append(f"- `{path.stem}`: {sentence(path)}")
