@@ -25,7 +25,7 @@ from quantpage.ops.attend.flash.triton_segments import ALL_KEYS, BODY_KEYS, EXAC
 from quantpage.ops.triton.common import Constant
 
 CUT_COST = Constant(2)
-"""Tiles in whose time a program ends one row and begins another (measured: docs/decode.md)."""
+"""Tiles in whose time a program ends one row and begins another (docs/decode-measured.md)."""
 
 
 @triton.jit
