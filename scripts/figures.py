@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "calibration-measured.md",
     ROOT / "docs" / "decode.md",
     ROOT / "docs" / "write.md",
     ROOT / "docs" / "prefill.md",

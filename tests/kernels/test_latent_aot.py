@@ -9,7 +9,7 @@ from tests.kernels.apart import compile_apart
 pytestmark = pytest.mark.cpu
 
 # Bytes of a thread's stack, in what was measured on Hopper: words around the loop and some in it,
-# which docs/measured.md counts. A change that adds to them has to be measured.
+# which docs/latent.md counts. A change that adds to them has to be measured.
 STACK = {
     "int8 16 0 90": 224,
     f"int8 16 {MANY + 1} 90": 232,
