@@ -1,4 +1,4 @@
-"""Prefill and decode of the embedded engine on a GPU: the figures of scripts/vllm_speed.py.
+"""Prefill and decode of the embedded engine on a GPU: the figures of scripts/vllm_plugin/speed.py.
 
     engine_speed.py KV_FORMAT [REQUESTS] [CONTEXT]
 
@@ -14,7 +14,7 @@ import time
 
 import torch
 import transformers
-from vllm_speed import CONFIG, LAYERS, prompts
+from vllm_plugin.speed import CONFIG, LAYERS, prompts
 
 import quantpage
 from quantpage.engine import Engine, Limits, Request, Sampling

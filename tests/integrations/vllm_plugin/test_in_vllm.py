@@ -1,4 +1,4 @@
-"""The plugin's parts inside an installed vLLM; whole answers are scripts/vllm_check.sh's."""
+"""The plugin's parts inside an installed vLLM; whole answers are scripts/vllm_plugin/check.sh's."""
 
 from types import SimpleNamespace
 

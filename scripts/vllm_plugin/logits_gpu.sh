@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# vLLM 0.33 on a GPU with QuantPage's pages: is what its answers differ by from quantpage.attach's rounding, or a defect? (scripts/vllm_logits.py)
-#   scripts/vllm_logits_gpu.sh [FOLDER] [keys]   PYTHON: one that has vLLM, CUDA and quantpage; all side by side, about two minutes
+# vLLM 0.33 on a GPU with QuantPage's pages: is what its answers differ by from quantpage.attach's rounding, or a defect? (scripts/vllm_plugin/logits.py)
+#   scripts/vllm_plugin/logits_gpu.sh [FOLDER] [keys]   PYTHON: one that has vLLM, CUDA and quantpage; all side by side, about two minutes
 #                                                keys: of a model with key biases and its key maps, in int4 and int6 alone
 # The reference computes attention in float32 from the same codes; attach computes it by kernels, whose products with codes are in 16 bits. Exact
 # pages are as long as vLLM's blocks have room for (formats.exact_page).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-logits} failed=0
 mkdir -p "$folder"
 export HF_HUB_OFFLINE=1
 kind=${2:-plain} family=llama
 [ "$kind" = keys ] && family=qwen2
-[ -f "$folder/prompts.json" ] || "$python" scripts/vllm_check.py model "$folder" --family "$family" --head-dim 128 --dtype float32 || exit 1
+[ -f "$folder/prompts.json" ] || "$python" scripts/vllm_plugin/check.py model "$folder" --family "$family" --head-dim 128 --dtype float32 || exit 1
 running=()
 logits() {  # NAME ARGUMENTS...: in the background; its words go to a log
   local name=$1; shift
-  "$python" scripts/vllm_logits.py "$1" "$folder" "${@:2}" --name "$name" > "$folder/$name.log" 2>&1 &
+  "$python" scripts/vllm_plugin/logits.py "$1" "$folder" "${@:2}" --name "$name" > "$folder/$name.log" 2>&1 &
   running+=("$!:$name")
 }
 inside() {  # NAME KV_DTYPE SETTINGS...; side by side on one card: none may ask what is free
@@ -44,7 +44,7 @@ logits "${noisy% *}-noise" attach $noisy --by torch --noise 1e-3
 for each in "${running[@]}"; do
   wait "${each%%:*}" || { failed=1; echo "FAILED: ${each#*:}"; tail -n 5 "$folder/${each#*:}.log" | cut -c1-300; }
 done
-compare() { "$python" scripts/vllm_logits.py compare "$folder" "$1-float32" "$1-attach" "${@:2}" || failed=1; }
+compare() { "$python" scripts/vllm_plugin/logits.py compare "$folder" "$1-float32" "$1-attach" "${@:2}" || failed=1; }
 if [ "$kind" = keys ]; then
   compare int4 int4-vllm
   compare int6 int6-vllm
@@ -54,5 +54,5 @@ else
   compare int8 int8-vllm
 fi
 noisy=${noisy% *}
-"$python" scripts/vllm_logits.py compare "$folder" "$noisy-float32" "$noisy-noise" "$noisy-attach"
+"$python" scripts/vllm_plugin/logits.py compare "$folder" "$noisy-float32" "$noisy-noise" "$noisy-attach"
 exit $failed

@@ -1,9 +1,9 @@
 """Rounding or a defect? How far vLLM's log-probabilities are from a float32 reference's.
 
-    vllm_logits.py attach FOLDER FORMAT PAGE [--by torch] [--noise 1e-3]   by quantpage.attach
-    vllm_logits.py run FOLDER KV_DTYPE --name NAME [--set name=value ..]   by vLLM, cold and warm
-    vllm_logits.py text MODEL KV_DTYPE TEXT --out FILE [--beside FILE]     of a text's own tokens
-    vllm_logits.py compare FOLDER REFERENCE PEER NAME...                   of what they have written
+    logits.py attach FOLDER FORMAT PAGE [--by torch] [--noise 1e-3]   by quantpage.attach
+    logits.py run FOLDER KV_DTYPE --name NAME [--set name=value ..]   by vLLM, cold and warm
+    logits.py text MODEL KV_DTYPE TEXT --out FILE [--beside FILE]     of a text's own tokens
+    logits.py compare FOLDER REFERENCE PEER NAME...                   of what they have written
 
 Free answers of a model that turns a rounding into another text say little. Here every request is
 answered with tokens that are chosen before (``FORCED``), in steps of a decode as always, and what
@@ -12,7 +12,7 @@ torch in the model's own dtype: the reference. Kernels round products with codes
 ``attach`` with them is some way off, and vLLM over the same kernels may be as far off, not further;
 a wrong page, scale or row is off by whole logits.
 
-The folder is one of vllm_check.py's. Exit status of ``compare`` 1 where a NAME is further from the
+The folder is one of check.py's. Exit status of ``compare`` 1 where a NAME is further from the
 reference than PEER allows.
 """
 
@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from vllm_check import add_settings, calibration, start_vllm
+from check import add_settings, calibration, start_vllm
 
 FORCED = 40
 """Tokens of each answer: two pages of 32 begin in some of them."""

@@ -1,14 +1,14 @@
 """Does vLLM with QuantPage's pages say what it should? One random model, one setting a call.
 
-    vllm_check.py model FOLDER               a Llama in which attention decides, and prompts
-    vllm_check.py expect FOLDER FORMAT PAGE  what quantpage.attach answers (none: Transformers)
-    vllm_check.py run FOLDER KV_DTYPE ...    what vLLM answers, cold and over its prefix cache
+    check.py model FOLDER               a Llama in which attention decides, and prompts
+    check.py expect FOLDER FORMAT PAGE  what quantpage.attach answers (none: Transformers)
+    check.py run FOLDER KV_DTYPE ...    what vLLM answers, cold and over its prefix cache
 
 ``run`` takes LLM()'s settings as --set name=value .. (JSON, or a text). --expect FORMAT-PAGE:
 tokens must be those of ``expect``. --agree FILE: they must be those of whichever run wrote FILE
 first, which is what a chaotic format can promise (a rounding that differs once changes all that
 follows).
-Exit status 1 where they are not. scripts/vllm_check.sh runs all of it.
+Exit status 1 where they are not. scripts/vllm_plugin/check.sh runs all of it.
 """
 
 import argparse

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # vLLM 0.33 on a GPU with QuantPage's pages: do a random float32 model's answers leave quantpage.attach's on the same GPU?
-#   scripts/vllm_check_gpu.sh [FOLDER] [NAME..]  PYTHON: one that has vLLM, CUDA and quantpage; settings side by side; all, or those
+#   scripts/vllm_plugin/check_gpu.sh [FOLDER] [NAME..]  PYTHON: one that has vLLM, CUDA and quantpage; settings side by side; all, or those
 #                                          of these names: plain, keys (key maps), windows,
 #                                          engine (sleep mode, torch.compile)
-#   TP=2 scripts/vllm_check_gpu.sh [FOLDER] [NAME..]  on two GPUs of one host, tensor-parallel: int4, int8
+#   TP=2 scripts/vllm_plugin/check_gpu.sh [FOLDER] [NAME..]  on two GPUs of one host, tensor-parallel: int4, int8
 # Each setting's result is printed when it ends. One setting compiles all kernels at its start (--warm-up), the others what they need.
 # Products with codes are in 16 bits on a GPU, which moves this model's log-probabilities by up to 0.24 (k8v4, docs/vllm.md): an answer may leave where
-# the best token led by less than TIE (0.25 logits). Whether it is rounding that moves them scripts/vllm_logits_gpu.sh says. Exact pages
+# the best token led by less than TIE (0.25 logits). Whether it is rounding that moves them scripts/vllm_plugin/logits_gpu.sh says. Exact pages
 # are as long as vLLM's blocks have room for (formats.exact_page): what is expected has pages of that size. `none` has no kernel for float32.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3} folder=${1:-/tmp/quantpage-vllm-gpu} failed=0
 wanted=" ${*:2} " tp=${TP:-1}
 asked() { [[ "$wanted" != *[a-z]* || "$wanted" == *" $1 "* ]]; }
-check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_check.py "$@" --dtype float32; }
+check() { HF_HUB_OFFLINE=1 "$python" scripts/vllm_plugin/check.py "$@" --dtype float32; }
 expected=()
 prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and in the background what it should answer
   local model=$1 family=$2 each; shift 2
@@ -82,7 +82,7 @@ fi
 if asked keys; then
   # Keys with large biases, taken out by the maps of a calibration; without its file answers are others.
   model=$folder/keys
-  # In int4 this model makes another text of a rounding: scripts/vllm_logits_gpu.sh FOLDER keys.
+  # In int4 this model makes another text of a rounding: scripts/vllm_plugin/logits_gpu.sh FOLDER keys.
   prepare "$model" qwen2 int6-64
   check run "$model" quantpage_int6 --calibration none --expect int6-64 --wait 300 --tie "${TIE:-0.25}" --set "${shared[@]}" block_size=64 > "$model/without.log" 2>&1 &
   without=$!

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # vLLM on a CPU with QuantPage's pages, in an environment of its own (.venv-vllm, 3.4 GB): every setting here must not change a token.
-#   scripts/vllm_check.sh              all settings: about 20 minutes of two quiet cores
-#   scripts/vllm_check.sh int8 fp8     those of these names
+#   scripts/vllm_plugin/check.sh              all settings: about 20 minutes of two quiet cores
+#   scripts/vllm_plugin/check.sh int8 fp8     those of these names
 # PYTHON=python3.12 chooses the interpreter, VLLM=0.29.0 another release (.venv-vllm-0.29.0); a second run takes the environment as it is.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 version=${VLLM:-0.32.0} env=.venv-vllm${VLLM:+-$VLLM} failed=0
 work=$env/check
 folder=$work
@@ -28,7 +28,7 @@ P
   touch $env/ready
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
-check() { $env/bin/python scripts/vllm_check.py "$@" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
+check() { $env/bin/python scripts/vllm_plugin/check.py "$@" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
 mkdir -p $work
 rm -f $work/*.tokens
 prepare() {  # FOLDER FAMILY FORMAT-PAGE...: a model, and what it should answer
@@ -55,7 +55,7 @@ logits() {  # FORMAT PAGE RUN...: whole distributions under answers that are cho
   distances attach "$form" "$page" --name "$form-attach" && distances attach "$form" "$page" --by torch --name "$form-float32" &&
     distances run "$@" --name "$form-vllm" && distances compare "$form-float32" "$form-attach" "$form-vllm" || { echo "FAILED: logits $form"; failed=1; }
 }
-distances() { $env/bin/python scripts/vllm_logits.py "$1" $folder "${@:2}" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
+distances() { $env/bin/python scripts/vllm_plugin/logits.py "$1" $folder "${@:2}" 2> $work/log.txt || { tail -n 30 $work/log.txt >&2; return 1; }; }
 drafts='speculative_config={"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":2}'
 int8=(int8_per_token_head --expect int8-64)
 int4=(int4_per_token_head --agree $work/int4.tokens --set block_size=128)

@@ -1,6 +1,6 @@
 """Prefill and decode of vLLM with one attention backend and cache dtype, on a GPU.
 
-    vllm_speed.py BACKEND KV_DTYPE [REQUESTSxCONTEXT,..] [LLM settings as JSON]
+    speed.py BACKEND KV_DTYPE [REQUESTSxCONTEXT,..] [LLM settings as JSON]
 
 An 8B-shaped Llama of 16 layers (LAYERS=n for another number) with random weights. Three figures:
 prompt tokens/s of cold prompts; "mixed" ms a step, the time of 65 new tokens minus that of 1, both
