@@ -1,0 +1,118 @@
+"""The engine and the server: what clients do to each other, and what they are told."""
+
+from .mutation import SRC, Mutation
+
+MUTATIONS = (
+    Mutation(
+        "an engine takes logits of any tokens for those that it asked for",
+        SRC + "engine/step.py",
+        "return logits[kept]",
+        "return logits",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutation(
+        "an engine warms its first layer alone",
+        SRC + "engine/step.py",
+        "for layer in cache.layers:\n        if not",
+        "for layer in cache.layers[:1]:\n        if not",
+        ("tests/engine/test_warm_up.py",),
+    ),
+    Mutation(
+        "what one answer asks for ends those of its step",
+        SRC + "engine/loop.py",
+        'self._drop(each, "error", error)',
+        "raise",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutation(
+        "who listens to one answer ends all by an error",
+        SRC + "engine/loop.py",
+        "answer.cancelled = True\n            self._say",
+        "raise\n            self._say",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutation(
+        "a folder that takes no file is found out after hours",
+        SRC + "files.py",
+        "trial.touch(exist_ok=False)\n            trial.unlink()",
+        "pass",
+        ("tests/test_files.py",),
+    ),
+    Mutation(
+        "clients that leave are not counted",
+        SRC + "server/serving.py",
+        'self.metrics.ended("cancelled")',
+        "pass",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "an answer may end before its least tokens",
+        SRC + "engine/sampling.py",
+        "self._made.total() < self._least",
+        "self._made.total() + 1 < self._least",
+        ("tests/engine/test_sampling.py",),
+    ),
+    Mutation(
+        "a chat template is not told what a request says",
+        SRC + "server/serving.py",
+        "**self._template_options(flags.chat_template_kwargs or {}),",
+        "",
+        ("tests/server/test_requests.py",),
+    ),
+    Mutation(
+        "calls behind the first are told where one is asked for",
+        SRC + "server/tools.py",
+        "elif not (self._one and self.calls):",
+        "else:",
+        ("tests/server/test_tools.py",),
+    ),
+    Mutation(
+        "a bias of one answer is the model's for the next",
+        SRC + "engine/sampling.py",
+        "scores = scores.clone()",
+        "pass",
+        ("tests/engine/test_sampling.py",),
+    ),
+    Mutation(
+        "arguments of an earlier call are a text of a text",
+        SRC + "server/serving.py",
+        'return call | {"function": function | {"arguments": arguments}}',
+        "return call",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "the text of a call that was cut is lost",
+        SRC + "server/tools.py",
+        "            return text\n        self.calls",
+        '            return ""\n        self.calls',
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "a client's text becomes tokens on the loop of all streams",
+        SRC + "server/app.py",
+        "return await asyncio.to_thread(kind, served, body)",
+        "return kind(served, body)",
+        ("tests/server/test_waiting.py",),
+    ),
+    Mutation(
+        "pages that are only remembered count as in use",
+        SRC + "engine/loop.py",
+        "used[reach] - idle.get(reach, 0)",
+        "used[reach]",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "a part of a character has the bytes of what is shown for it",
+        SRC + "server/serving.py",
+        "if _PART in text else None",
+        "if False else None",
+        ("tests/server/test_server.py",),
+    ),
+    Mutation(
+        "a second Ctrl-C cuts streams",
+        SRC + "server/stopping.py",
+        "sig == signal.SIGINT and not self._hurried",
+        "sig == signal.SIGINT and self._hurried",
+        ("tests/server/test_stopping.py",),
+    ),
+)
