@@ -69,6 +69,16 @@ def tiny(name: str, dtype: torch.dtype = torch.float64):
     return model.to(dtype).eval()
 
 
+def uneven(dtype=torch.float32):
+    """The llama with queries that look into some channels and hardly into others."""
+    model = tiny("llama", dtype)
+    sizes = 2.0 ** -torch.arange(8).repeat(2).to(dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.view(4, 16, 64).mul_(sizes[:, None] * 2)
+    return model
+
+
 def tokens(rows: int = 2, length: int = 100, seed: int = 1) -> torch.Tensor:
     """Random tokens that are no special token."""
     generator = torch.Generator().manual_seed(seed)

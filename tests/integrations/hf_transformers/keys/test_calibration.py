@@ -23,7 +23,7 @@ from quantpage.integrations.hf_transformers.keys.calibration import (
 from quantpage.integrations.hf_transformers.keys.statistics import far_shares
 from quantpage.integrations.hf_transformers.keys.watch import watched
 from quantpage.ops.attend.params import exact_pairs
-from tests.integrations.tiny_models import save_tiny, tiny, tokens
+from tests.integrations.tiny_models import save_tiny, tiny, tokens, uneven
 
 pytestmark = pytest.mark.cpu
 
@@ -34,16 +34,6 @@ def texts(seeds=(1, 2, 3), length=400):
 
 def made(model, name="int4", layers=3):
     return calibrate(model, texts(), [FORMATS[name]] * layers, {"text": "random"})
-
-
-def uneven(dtype=torch.float32):
-    """The llama with queries that look into some channels and hardly into others."""
-    model = tiny("llama", dtype)
-    sizes = 2.0 ** -torch.arange(8).repeat(2).to(dtype)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.view(4, 16, 64).mul_(sizes[:, None] * 2)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 import quantpage
 from quantpage.errors import PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
+from quantpage.integrations.hf_transformers.keys.calibration import calibrate
 from quantpage.integrations.hf_transformers.steps.graph import DecodeGraph
-from tests.integrations.tiny_models import COMMON, tiny, tokens
+from tests.integrations.tiny_models import COMMON, tiny, tokens, uneven
 from tests.ops.triton_cases import KERNEL_FORMATS
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +32,42 @@ def test_a_replayed_step_equals_an_eager_one(kv_format):
     chosen = wanted.gather(-1, replayed[..., None])[..., 0]
     assert (wanted.amax(-1) - chosen).max() < 0.15
     assert (wanted.argmax(-1) == replayed).float().mean() > 0.9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_format", ["int4", "int6", "k=int4,v=int8"])
+def test_a_replayed_step_turns_keys_by_the_calibrations_matrices(kv_format, tmp_path):
+    """As an eager one does, and as the same model does on a CPU."""
+    model = uneven(torch.float16)
+    texts = [tokens(1, 400, seed) for seed in (1, 2, 3)]
+    found = calibrate(model.cuda(), texts, [FORMATS["int4"]] * 3, {"text": "random"})
+    assert all(layer.key_map.turn is not None for layer in found.layers.values())
+    found.save(tmp_path / "llama.safetensors")
+    options = {
+        "kv_format": kv_format,
+        "page_size": 16,
+        "calibration": tmp_path / "llama.safetensors",
+    }
+    ids, steps = tokens(3, 45), 40
+    with quantpage.attach(model, **options), torch.inference_mode():
+        out = model(ids.cuda(), use_cache=True)
+        first = out.logits[:, -1].argmax(-1)
+        graph = DecodeGraph(model, out.past_key_values, first, steps)
+        replayed = torch.cat([first[:, None], graph.run(steps)], 1)
+        ids = torch.cat([ids.cuda(), replayed[:, :-1]], 1)
+        eager = model(ids, use_cache=True).logits[:, 44:]
+    with quantpage.attach(model.cpu(), **options), torch.inference_mode():
+        here = model(ids.cpu(), use_cache=True).logits[:, 44:]
+    for wanted in (eager, here.cuda()):
+        chosen = wanted.gather(-1, replayed[..., None])[..., 0]
+        print(
+            kv_format,
+            (wanted.amax(-1) - chosen).max().item(),
+            (wanted.argmax(-1) == replayed).float().mean().item(),
+            (eager - wanted).abs().max().item(),
+        )
+        assert (wanted.amax(-1) - chosen).max() < 0.15
+        assert (wanted.argmax(-1) == replayed).float().mean() > 0.9
 
 
 def test_what_cannot_be_captured_is_refused():
