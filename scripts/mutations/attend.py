@@ -59,4 +59,11 @@ MUTATIONS = (
         ("tests/ops/test_latent_rows.py",),
         TORCH,
     ),
+    Mutation(
+        "a caller's autocast reaches the products of the ops",
+        SRC + "autocast.py",
+        "        if not on:",
+        "        if True:",
+        ("tests/test_autocast.py",),
+    ),
 )

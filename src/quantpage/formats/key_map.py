@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quantpage.autocast import in_own_dtypes
 from quantpage.formats.rotate import rotate
 
 
@@ -98,6 +99,7 @@ class KeyMap:
         work = _times(_wide(k), back) / self.scale.to(_wide(k).dtype)
         return work if self.mean is None else work + self.mean.to(work.dtype)
 
+    @in_own_dtypes
     def left_out(
         self, q: Float[Tensor, "tokens q_heads head_dim"], rotated: bool
     ) -> Float[Tensor, "tokens q_heads"] | None:
@@ -150,6 +152,7 @@ def _undone(turn: Tensor) -> Tensor:
     return made.to(turn.device)
 
 
+@in_own_dtypes
 def _times(x: Tensor, turn: Tensor | None) -> Tensor:
     """Rows, [tokens, heads, head_dim], each times its kv_head's matrix."""
     if turn is None:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quantpage.autocast import in_own_dtypes
+
 
 def rotation_block(head_dim: int) -> int:
     """The largest power of two that divides ``head_dim``."""
@@ -32,6 +34,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
         return (matrix / size**0.5).to(dtype=dtype, device=device)
 
 
+@in_own_dtypes
 def rotate(x: Float[Tensor, "*rows head_dim"]) -> Float[Tensor, "*rows head_dim"]:
     """``H x`` block by block, in at least float32; its own inverse. The dtype is kept."""
     block = rotation_block(x.shape[-1])

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from quantpage.autocast import in_own_dtypes
 from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerFacts, LayerKV, QuantizedPages
 from quantpage.hardware import DeviceInfo
@@ -52,6 +53,8 @@ def attends(needs: Needs) -> Callable[[Callable[P, Result]], Callable[P, Result]
     """Put an attend function (q, layer, batch, params, ...) behind ``check_attend``."""
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = in_own_dtypes(function)
+
         @wraps(function)
         def entered(q: Any, layer: Any, batch: Any, params: Any, *more: Any, **options: Any) -> Any:
             check_attend(q, layer, batch, params, needs)
@@ -67,6 +70,8 @@ def writes(needs: Needs) -> Callable[[Callable[P, Result]], Callable[P, Result]]
     """Put a rope_write function (q, k, v, layer, batch, params, ...) behind ``check_write``."""
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = in_own_dtypes(function)
+
         @wraps(function)
         def entered(
             q: Any, k: Any, v: Any, layer: Any, batch: Any, params: Any, *more: Any, **options: Any
@@ -87,6 +92,8 @@ def gathers(kind: str | None) -> Callable[[Callable[P, Result]], Callable[P, Res
     """
 
     def behind(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = in_own_dtypes(function)
+
         @wraps(function)
         def entered(
             pages: Any, page_table: Any, context_len: Any, dtype: Any, *more: Any, **options: Any
