@@ -1,6 +1,6 @@
 """Ops in plain torch: what is written, who is seen exactly, how pieces are joined."""
 
-from .mutation import OPS, TORCH, Mutation
+from .mutation import OPS, SRC, TORCH, Mutation
 
 MUTATIONS = (
     Mutation(

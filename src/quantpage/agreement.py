@@ -100,7 +100,9 @@ def plain_attention(
     ):
         rows, row = slice(row, row + new), row + new
         positions = batch.positions[rows].cpu()
-        near = exact_pairs(positions, torch.arange(context), batch.page_size).to(q.device)
+        near = exact_pairs(positions, torch.arange(context, device="cpu"), batch.page_size).to(
+            q.device
+        )
         parts = _parts(layer, batch, request, context)
         shown = (torch.ones_like(near),) if len(parts) == 1 else (~near, near)
         for head in range(layer.kv_heads):

@@ -65,8 +65,8 @@ def rope_table(
             f"max_positions, theta: expected at least 1 and a finite number above 0, "
             f"got {max_positions} and {theta}"
         )
-    steps = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * theta**-steps
+    steps = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
+    angles = torch.arange(max_positions, dtype=torch.float64, device="cpu")[:, None] * theta**-steps
     return RopeTable(angles.cos().float().to(device), angles.sin().float().to(device), interleaved)
 
 

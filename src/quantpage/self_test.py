@@ -124,7 +124,7 @@ class _Step:
                 exact_tables=[each.exact_pages for each in requests] if exact else None,
             )
             q, k, v = (
-                torch.randn(sum(new), heads, HEAD_DIM).to(device, call.dtype)
+                torch.randn(sum(new), heads, HEAD_DIM, device="cpu").to(device, call.dtype)
                 for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
             )
             self.q: Tensor = by(q, k, v, self.layer, self.batch, WriteParams()).q

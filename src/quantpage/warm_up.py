@@ -183,8 +183,10 @@ def plan_like(
     slots = filled(-1, torch.int64, tokens)
     return derive(
         like,
-        query_starts=torch.tensor([0, *accumulate(news)], dtype=torch.int32).to(device),
-        context_lens=torch.tensor(contexts, dtype=torch.int32).to(device),
+        query_starts=torch.tensor([0, *accumulate(news)], dtype=torch.int32, device="cpu").to(
+            device
+        ),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device="cpu").to(device),
         page_table=table,
         slots=slots,
         positions=filled(0, torch.int64, tokens),

@@ -59,8 +59,10 @@ def plan_batch(
             slots = _slots(near, owners, positions, page_size)
             exact = ExactPlan(torch.from_numpy(near), torch.from_numpy(slots))
         plan = BatchPlan(
-            query_starts=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
+            query_starts=torch.tensor(
+                [0, *accumulate(query_lens)], dtype=torch.int32, device="cpu"
+            ),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32, device="cpu"),
             page_table=torch.from_numpy(table),
             slots=torch.from_numpy(_slots(table, owners, positions, page_size)),
             positions=torch.from_numpy(positions),

@@ -78,7 +78,7 @@ class TensorFile:
         """Every tensor, in fresh memory, and the checksum compared; call it once."""
         planes = {}
         for name, entry in self.entries.items():
-            plane = torch.empty(entry.shape, dtype=entry.dtype)
+            plane = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
             got = self._file.readinto(_bytes(plane)) if entry.nbytes else 0  # type: ignore[attr-defined]
             if got != entry.nbytes:
                 raise Damaged(

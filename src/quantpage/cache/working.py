@@ -127,5 +127,5 @@ def _working(
 
 
 def _pairs(pairs: list[tuple[int, int]], device: torch.device) -> Pairs:
-    both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(device)
+    both = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
     return both[:, 0], both[:, 1]

@@ -136,10 +136,12 @@ class Decoder:
         first = self._blocks[0]
         dim, heads = first.head_dim, first.q_heads
         with torch.inference_mode(False):
-            x = torch.empty(like.shape, dtype=like.dtype)
-            cos, sin = (torch.empty(tokens, dim, dtype=like.dtype) for _ in range(2))
-            mixed = torch.empty(tokens, first.project.rows, dtype=x.dtype)
-            q, attended = (torch.empty(tokens, heads * dim, dtype=x.dtype) for _ in range(2))
+            x = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+            cos, sin = (torch.empty(tokens, dim, dtype=like.dtype, device="cpu") for _ in range(2))
+            mixed = torch.empty(tokens, first.project.rows, dtype=x.dtype, device="cpu")
+            q, attended = (
+                torch.empty(tokens, heads * dim, dtype=x.dtype, device="cpu") for _ in range(2)
+            )
         pieces = []
         for each in self._blocks:
             turned = Rotary(cos, sin, each.q_heads + each.kv_heads)

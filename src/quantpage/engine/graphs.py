@@ -47,7 +47,7 @@ class _Tables:
                 continue
             widest = max(map(len, rows))
             filled = [[*row, *[-1] * (widest - len(row))] for row in rows]
-            table[: len(rows), :widest].copy_(torch.tensor(filled, dtype=torch.int32))
+            table[: len(rows), :widest].copy_(torch.tensor(filled, dtype=torch.int32, device="cpu"))
             self._written[which][:] = [[*row] for row in rows]
 
 
@@ -83,8 +83,8 @@ class DecodeGraphs:
         if self._answers == 0:
             return None
         count = len(tokens)
-        numbers = torch.zeros(2, self._answers, dtype=torch.int64)
-        numbers[:, :count] = torch.tensor([tokens, contexts])
+        numbers = torch.zeros(2, self._answers, dtype=torch.int64, device="cpu")
+        numbers[:, :count] = torch.tensor([tokens, contexts], device="cpu")
         self._numbers.copy_(numbers)
         for reach, given in tables.items():
             self._tables[reach].write(given)

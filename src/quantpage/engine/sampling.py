@@ -36,7 +36,7 @@ def draw(weights: Tensor, generator: torch.Generator) -> int:
     total = float(each.sum())
     if not 0 < total < math.inf:
         raise RuntimeError(f"logits: expected finite numbers, got weights that sum to {total}")
-    key = int(torch.randint(1 << 62, (1,), generator=generator))
+    key = int(torch.randint(1 << 62, (1,), generator=generator, device="cpu"))
     # Most of a vocabulary weighs next to nothing: it races as one, whose tokens a line tells apart.
     small = each < _SMALL * total
     rest = np.where(small, each, 0.0)
@@ -151,14 +151,16 @@ class Sampler:
         if self._follower is not None:
             scores = self._follower.restrict(scores)
         if self._bias:
-            scores[0, list(self._bias)] += torch.tensor(list(self._bias.values()))
+            scores[0, list(self._bias)] += torch.tensor(list(self._bias.values()), device="cpu")
         if self._made and (self._presence or self._frequency):
-            counts = torch.tensor(list(self._made.values()), dtype=torch.float32)
+            counts = torch.tensor(list(self._made.values()), dtype=torch.float32, device="cpu")
             scores[0, list(self._made)] -= self._presence + self._frequency * counts
         if self._ends and self._made.total() < self._least:
             scores[0, self._ends] = -torch.inf
         return (
-            self._processors(torch.tensor([self._tokens]), scores) if self._processors else scores
+            self._processors(torch.tensor([self._tokens], device="cpu"), scores)
+            if self._processors
+            else scores
         )
 
 

@@ -46,5 +46,5 @@ def same_tokens(
 def noise(seed: int, step: int, size: int) -> Float[Tensor, " size"]:
     """Gumbel noise of one step, the same on every device."""
     drawn = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    uniform = torch.rand(size, generator=drawn, dtype=torch.float64)
+    uniform = torch.rand(size, generator=drawn, dtype=torch.float64, device="cpu")
     return -(-uniform.clamp_min(1e-300).log()).log()

@@ -118,7 +118,7 @@ def look_at_keys(
     """Keys of every layer on these tokens, of which ``shown``, evenly spread, are kept."""
     with attach(model, "int8", calibration=calibration) as attached:
         maps = dict(attached.options.key_maps)
-    at = torch.linspace(0, tokens.shape[1] - 1, min(shown, tokens.shape[1])).long()
+    at = torch.linspace(0, tokens.shape[1] - 1, min(shown, tokens.shape[1]), device="cpu").long()
     found: list[LayerKeys] = []
 
     def look(index: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> None:

@@ -140,11 +140,13 @@ class Scores:
         """
         pieces = [each for window in self.divergences for each in window.split(_PIECE)]
         sums = torch.stack([each.sum() for each in pieces])
-        sizes = torch.tensor([len(each) for each in pieces], dtype=sums.dtype)
+        sizes = torch.tensor([len(each) for each in pieces], dtype=sums.dtype, device="cpu")
         noise = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(pieces), (2000, len(pieces)), generator=noise)
+        drawn = torch.randint(len(pieces), (2000, len(pieces)), generator=noise, device="cpu")
         means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-        low, high = means.quantile(torch.tensor([0.05, 0.95], dtype=means.dtype)).tolist()
+        low, high = means.quantile(
+            torch.tensor([0.05, 0.95], dtype=means.dtype, device="cpu")
+        ).tolist()
         return low, high
 
     @property

@@ -91,14 +91,16 @@ class _Search:
         """The best of some signs, none changed among them."""
         best = torch.ones_like(logs)
         for _ in range(_DRAWN):
-            drawn = torch.randint(0, 2, tuple(logs.shape), generator=self.noise).to(best)
+            drawn = torch.randint(0, 2, tuple(logs.shape), generator=self.noise, device="cpu").to(
+                best
+            )
             best = self._better(logs, best, drawn * 2 - 1)
         return best
 
     @torch.no_grad()
     def turned(self, logs: Tensor, signs: Tensor) -> Tensor:
         """Signs, each turned in its turn where that is better."""
-        for channel in torch.randperm(logs.shape[1], generator=self.noise).tolist():
+        for channel in torch.randperm(logs.shape[1], generator=self.noise, device="cpu").tolist():
             other = signs.clone()
             other[:, channel] *= -1
             signs = self._better(logs, signs, other)

@@ -174,7 +174,7 @@ def choose_map(
     maps = [statistics.key_map(mean, a, b) for a, b in EXPONENTS]
     losses = torch.stack([_loss(statistics, spec, each, feedback) for each in maps])
     best = losses.argmin(0)
-    heads = torch.arange(len(best))
+    heads = torch.arange(len(best), device="cpu")
     found = KeyMap(torch.stack([each.scale for each in maps])[best, heads], maps[0].mean)
     if search and feedback and spec.code.integer:
         found = _searched(statistics, spec, found)
@@ -218,7 +218,7 @@ def _searched(statistics: KeyStatistics, spec: QuantSpec, law: KeyMap) -> KeyMap
 def _turned(statistics: KeyStatistics, spec: QuantSpec, found: KeyMap) -> KeyMap:
     """The map with a turn in heads that lose less by it, on keys that it was not looked for on."""
     keys = statistics.keys
-    seen = torch.arange(len(keys)) % 4 != 3
+    seen = torch.arange(len(keys), device="cpu") % 4 != 3
     rest = replace(statistics, keys=keys[~seen])
     if not len(rest.keys):
         return found
@@ -228,7 +228,9 @@ def _turned(statistics: KeyStatistics, spec: QuantSpec, found: KeyMap) -> KeyMap
     less = _lost(rest, spec, turned) < _lost(rest, spec, found)
     if not bool(less.any()):
         return found
-    turn = torch.where(less[:, None, None], turn, torch.eye(turn.shape[1])).contiguous()
+    turn = torch.where(
+        less[:, None, None], turn, torch.eye(turn.shape[1], device="cpu")
+    ).contiguous()
     return KeyMap(found.scale, found.mean, turn=turn)
 
 

@@ -50,7 +50,7 @@ def search_turn(
 def _moved(weight: Tensor, rows: Tensor, spec: QuantSpec) -> Tensor:
     """weight: [kv_heads, D, D], rows: [kv_heads, rows, D], in the basis of the cache."""
     width = weight.shape[1]
-    eye = torch.eye(width)
+    eye = torch.eye(width, device="cpu")
     groups = spec.granularity.groups(width)
     apart = torch.zeros_like(weight, requires_grad=True)
     steps = torch.optim.Adam([apart], lr=_RATE)

@@ -28,7 +28,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     """Sylvester's orthonormal Hadamard matrix [size, size]; size is a power of two."""
     # The matrix is kept: made in inference mode it could not take part in autograd later.
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float64)
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return (matrix / size**0.5).to(dtype=dtype, device=device)

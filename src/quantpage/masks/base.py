@@ -85,7 +85,7 @@ class Mask(ABC):
         No query before a cut sees a key after it, so that the chunks before the cut find all of
         their keys in the cache. Causal masks may be cut anywhere.
         """
-        return torch.ones(length + 1, dtype=torch.bool)
+        return torch.ones(length + 1, dtype=torch.bool, device="cpu")
 
     def next_cut(self, position: int, length: int, request: int = 0) -> int:
         """First place at or after ``position`` where a prompt of ``length`` tokens may be cut."""
@@ -111,7 +111,7 @@ class Mask(ABC):
         """
         from quantpage.masks.draw import Picture
 
-        seen = self.materialize(torch.arange(tokens), tokens, request, kv_head)
+        seen = self.materialize(torch.arange(tokens, device="cpu"), tokens, request, kv_head)
         return Picture(seen, *tile)
 
     def intersect(self, other: "Mask") -> "Mask | None":
@@ -226,7 +226,7 @@ class FullMask(Mask):
 
     def cuts(self, length: int, request: int = 0) -> Bool[Tensor, " length_plus_1"]:
         """Only the start and the end: every query sees every key."""
-        good = torch.zeros(length + 1, dtype=torch.bool)
+        good = torch.zeros(length + 1, dtype=torch.bool, device="cpu")
         good[[0, length]] = True
         return good
 

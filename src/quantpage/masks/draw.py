@@ -68,13 +68,15 @@ class Picture:
         """``cell`` pixels a pair and a line around each tile."""
         queries, keys = self.seen.shape
         names = list(COLOURS)
-        table = torch.tensor([COLOURS[name] for name in names], dtype=torch.uint8)
-        kinds = torch.tensor([[names.index(name) for name in row] for row in self.tiles()])
+        table = torch.tensor([COLOURS[name] for name in names], dtype=torch.uint8, device="cpu")
+        kinds = torch.tensor(
+            [[names.index(name) for name in row] for row in self.tiles()], device="cpu"
+        )
         kinds = kinds.repeat_interleave(self.query_tile, 0)[:queries]
         kinds = kinds.repeat_interleave(self.key_tile, 1)[:, :keys]
         image = table[kinds, (~self.seen).long().cpu()]
         image = image.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-        line = torch.tensor(_LINE, dtype=torch.uint8)
+        line = torch.tensor(_LINE, dtype=torch.uint8, device="cpu")
         image[:: self.query_tile * cell] = line
         image[:, :: self.key_tile * cell] = line
         return image

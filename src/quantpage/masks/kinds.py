@@ -29,13 +29,15 @@ from quantpage.masks.tree import TreeMask
 def causal(tokens: int) -> ColumnIntervals:
     """Query i sees keys 0 .. i."""
     whole("tokens", tokens)
-    return _columns(torch.full((tokens,), END))
+    return _columns(torch.full((tokens,), END, device="cpu"))
 
 
 def full(tokens: int) -> ColumnIntervals:
     """Every described token sees every other."""
     whole("tokens", tokens)
-    return _columns(torch.full((tokens,), END), torch.zeros(tokens), causal=False)
+    return _columns(
+        torch.full((tokens,), END, device="cpu"), torch.zeros(tokens, device="cpu"), causal=False
+    )
 
 
 def sliding_window(tokens: int, window: int) -> ColumnIntervals:
@@ -45,7 +47,7 @@ def sliding_window(tokens: int, window: int) -> ColumnIntervals:
     """
     whole("tokens", tokens)
     whole("window", window, 1)
-    return _columns(torch.arange(tokens) + window)
+    return _columns(torch.arange(tokens, device="cpu") + window)
 
 
 def causal_document(lengths: Sequence[int]) -> ColumnIntervals:
@@ -65,7 +67,7 @@ def shared_question(question: int, answers: Sequence[int]) -> ColumnIntervals:
     whole("question", question, 0)
     starts, ends = _documents("answers", answers)
     after = _open(ends + question, starts + question, answers)
-    return _columns(torch.cat([torch.full((question,), END), after]))
+    return _columns(torch.cat([torch.full((question,), END, device="cpu"), after]))
 
 
 def global_sliding_window(tokens: int, global_tokens: int, window: int) -> ColumnIntervals:
@@ -73,12 +75,12 @@ def global_sliding_window(tokens: int, global_tokens: int, window: int) -> Colum
     whole("tokens", tokens)
     _within("global_tokens", global_tokens, 0, tokens)
     whole("window", window, 0)
-    keys = torch.arange(tokens)
+    keys = torch.arange(tokens, device="cpu")
     wide = keys < global_tokens
     lts = torch.where(wide, END, (keys + window + 1).clamp(min=global_tokens))
     uts = torch.where(wide, 0, global_tokens)
     ute = torch.where(wide, 0, (keys - window).clamp(min=global_tokens))
-    return _columns(lts, torch.full((tokens,), END), uts, ute, causal=False)
+    return _columns(lts, torch.full((tokens,), END, device="cpu"), uts, ute, causal=False)
 
 
 def causal_blockwise(lengths: Sequence[int]) -> ColumnIntervals:
@@ -94,8 +96,10 @@ def prefix_lm(tokens: int, prefix: int) -> ColumnIntervals:
     """The first ``prefix`` tokens are seen by all of themselves; the rest is causal."""
     whole("tokens", tokens)
     _within("prefix", prefix, 0, tokens)
-    keys = torch.arange(tokens)
-    return _columns(torch.full((tokens,), END), torch.where(keys < prefix, 0, keys), causal=False)
+    keys = torch.arange(tokens, device="cpu")
+    return _columns(
+        torch.full((tokens,), END, device="cpu"), torch.where(keys < prefix, 0, keys), causal=False
+    )
 
 
 def prefix_lm_document(documents: Sequence[tuple[int, int]]) -> ColumnIntervals:
@@ -104,9 +108,10 @@ def prefix_lm_document(documents: Sequence[tuple[int, int]]) -> ColumnIntervals:
     for row, (prefix, length) in enumerate(documents):
         _within(f"documents[{row}] prefix", prefix, 0, length)
     starts, ends = _documents("documents", lengths)
-    keys = torch.arange(len(starts))
+    keys = torch.arange(len(starts), device="cpu")
     prefixes = torch.repeat_interleave(
-        torch.tensor([prefix for prefix, _ in documents]), torch.tensor(lengths)
+        torch.tensor([prefix for prefix, _ in documents], device="cpu"),
+        torch.tensor(lengths, device="cpu"),
     )
     ute = torch.where(keys < starts + prefixes, starts, keys)
     return _columns(_open(ends, starts, lengths), ute, causal=False)
@@ -117,7 +122,7 @@ def qk_sparse(tokens: int, gaps: Sequence[tuple[int, int]]) -> ColumnIntervals:
     the gap before and their own.
     """
     whole("tokens", tokens)
-    lts, lte = torch.full((tokens,), END), torch.full((tokens,), END)
+    lts, lte = torch.full((tokens,), END, device="cpu"), torch.full((tokens,), END, device="cpu")
     before = 0
     for row, (first, length) in enumerate(gaps):
         _within(f"gaps[{row}] first", first, before, tokens)
@@ -149,14 +154,14 @@ def random_eviction(evicted_at: Int[Tensor, " tokens"]) -> ColumnIntervals:
 def image_spans(tokens: int, spans: Sequence[tuple[int, int]]) -> ColumnIntervals:
     """Causal text with images: tokens of a span [start, end) see all of their own span."""
     whole("tokens", tokens)
-    ute = torch.arange(tokens)
+    ute = torch.arange(tokens, device="cpu")
     before = 0
     for row, (start, end) in enumerate(spans):
         _within(f"spans[{row}] start", start, before, tokens)
         _within(f"spans[{row}] end", end, start, tokens)
         ute[start:end] = start
         before = end
-    return _columns(torch.full((tokens,), END), ute, causal=False)
+    return _columns(torch.full((tokens,), END, device="cpu"), ute, causal=False)
 
 
 def block_diffusion(tokens: int, block: int, prompt: int = 0) -> ColumnIntervals:
@@ -184,7 +189,10 @@ def _documents(name: str, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     if not len(lengths):
         raise ValueError(f"{name}: expected at least one document, got none")
     each = [whole(f"{name}[{row}]", length, 1) for row, length in enumerate(lengths)]
-    ends, counts = torch.tensor(list(accumulate(each))), torch.tensor(each)
+    ends, counts = (
+        torch.tensor(list(accumulate(each)), device="cpu"),
+        torch.tensor(each, device="cpu"),
+    )
     return (ends - counts).repeat_interleave(counts), ends.repeat_interleave(counts)
 
 

@@ -197,8 +197,8 @@ def _of_causal(causal: CausalMask, like: RowIntervals) -> RowIntervals:
     """A causal mask over the queries that ``like`` describes."""
     batch, _, queries = like.intervals.shape[:3]
     assert like.first is not None
-    first = torch.tensor(like.first).view(-1, 1)
-    last = first + torch.arange(queries)
+    first = torch.tensor(like.first, device="cpu").view(-1, 1)
+    last = first + torch.arange(queries, device="cpu")
     start = torch.zeros_like(last)
     if causal.window is not None:
         start = (last - causal.window + 1).clamp(min=0)

@@ -51,7 +51,7 @@ class TreeMask(Mask):
         bad = first_bad(~seen.diagonal(dim1=1, dim2=2))
         if bad is not None:
             raise ValueError(f"bits[{bad[0]}, {bad[1]}]: expected a node to see itself")
-        later = torch.ones(nodes, nodes, dtype=torch.bool).triu(1).to(bits.device)
+        later = torch.ones(nodes, nodes, dtype=torch.bool, device="cpu").triu(1).to(bits.device)
         bad = first_bad(seen & later)
         if bad is None and nodes < MAX_NODES:
             outside = first_bad((bits >> nodes) != 0)
@@ -89,7 +89,7 @@ class TreeMask(Mask):
         if len({len(each) for each in words}) > 1:
             raise ValueError("parents: expected trees of one size, pad them with children of -1")
         starts = (prefix,) if isinstance(prefix, int) else tuple(prefix)
-        return cls(starts, torch.tensor(words, dtype=torch.int64))
+        return cls(starts, torch.tensor(words, dtype=torch.int64, device="cpu"))
 
     def visible(self, queries: Queries, keys: Keys, request: int = 0, kv_head: int = 0) -> Seen:
         """The prompt, the ancestors, itself; before the tree causally."""

@@ -218,7 +218,9 @@ def _predictions(subjects: Subjects, texts: Texts, request: ReportRequest) -> di
             "prompt": request.answer_prompt,
             "kl": {name: _mean_of(each.divergences) for name, each in answers.items()},
             "until": {
-                name: [int(torch.tensor(each["same"]).cumprod(0).sum()) for each in rows]
+                name: [
+                    int(torch.tensor(each["same"], device="cpu").cumprod(0).sum()) for each in rows
+                ]
                 for name, rows in said.items()
             },
         },

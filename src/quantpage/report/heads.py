@@ -58,7 +58,7 @@ def fewer(pictures: dict[str, Any], spare: int) -> dict[str, Any]:
 
 
 def _head(layer: LayerKeys, head: int, rows: int) -> dict[str, Any]:
-    at = torch.linspace(0, layer.plain.shape[1] - 1, rows).long()
+    at = torch.linspace(0, layer.plain.shape[1] - 1, rows, device="cpu").long()
     levels, largest = [], []
     for stage in STAGES:
         numbers = getattr(layer, stage)[head][at].abs()

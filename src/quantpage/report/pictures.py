@@ -103,7 +103,7 @@ def _heads(report: Mapping[str, Any]) -> Any:
     name = min(both, key=lambda each: bits[each])
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, half in zip(figure.subplots(2, 1, sharex=True), ("keys", "values"), strict=True):
-        grid = torch.tensor(list(errors[name][half].values())).T.clamp_min(1e-6)
+        grid = torch.tensor(list(errors[name][half].values()), device="cpu").T.clamp_min(1e-6)
         shown = axes.imshow(grid.numpy(), aspect="auto", cmap="Blues", norm=LogNorm(1e-3, 1))
         axes.set(ylabel=f"head\n({half})")
     axes.set_xlabel("layer")

@@ -112,7 +112,7 @@ def scores_of(kept: Sequence[dict[str, Any]]) -> Scores:
     made = Scores()
     for each in kept:
         for name in _FIELDS:
-            getattr(made, name).append(torch.tensor(each[name], dtype=torch.float64))
+            getattr(made, name).append(torch.tensor(each[name], dtype=torch.float64, device="cpu"))
     return made
 
 
@@ -129,7 +129,7 @@ def draw_answers(subjects: Subjects, prompts: Sequence[Window], steps: int) -> l
 
         tokens = subjects.parts.measure(draw, "drawn", **about)
         subjects.steps.advance(prompt.tokens.shape[1])
-        made.append(Window(torch.tensor([tokens]), prompt.prompt))
+        made.append(Window(torch.tensor([tokens], device="cpu"), prompt.prompt))
     return made
 
 

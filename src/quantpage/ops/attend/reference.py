@@ -25,8 +25,8 @@ def attend(
     or that sees a key or a value that is not, gives NaN; what it does not see changes nothing.
     """
     q_heads, group = q.shape[1], q.shape[1] // layer.kv_heads
-    out = torch.zeros(q.shape[0], q_heads, layer.facts.out_dim, dtype=torch.float64)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    out = torch.zeros(q.shape[0], q_heads, layer.facts.out_dim, dtype=torch.float64, device="cpu")
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device="cpu")
     row = 0
     for request, (new, context) in enumerate(
         zip(batch.query_lens, batch.host_context_lens, strict=True)
@@ -46,13 +46,13 @@ def attend(
             if params.sinks is not None:
                 sink = params.sinks[head].cpu().double().expand(new, 1)
             else:
-                sink = torch.full((new, 1), -torch.inf, dtype=torch.float64)
+                sink = torch.full((new, 1), -torch.inf, dtype=torch.float64, device="cpu")
             total = torch.logsumexp(torch.cat([scores, sink], 1), 1)
             weights = torch.exp(scores - total.masked_fill(total.isneginf(), 0.0)[:, None])
             if exact is None:
                 out[rows, head] = weighted_sum(weights, v[0], seen)
             else:
-                near = exact_pairs(positions, torch.arange(context), batch.page_size)
+                near = exact_pairs(positions, torch.arange(context, device="cpu"), batch.page_size)
                 for part, shown in zip(v, (seen & ~near, seen & near), strict=True):
                     out[rows, head] += weighted_sum(weights.masked_fill(~shown, 0.0), part, shown)
             lse[rows, head] = total
@@ -83,5 +83,5 @@ def _scores(q, positions, k, exact, page_size):
     scores = q @ k[0].T
     if exact is None:
         return scores
-    near = exact_pairs(positions, torch.arange(k[0].shape[0]), page_size)
+    near = exact_pairs(positions, torch.arange(k[0].shape[0], device="cpu"), page_size)
     return torch.where(near, q @ k[1].T, scores)

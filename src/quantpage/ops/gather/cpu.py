@@ -23,7 +23,7 @@ def gather_request(
     pages = float32_statics(pages)
     page_table = page_table.to(torch.int32).contiguous()
     work = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    out = torch.empty(context_len, pages.kv_heads, pages.head_dim, dtype=work)
+    out = torch.empty(context_len, pages.kv_heads, pages.head_dim, dtype=work, device="cpu")
     record = GATHER.pack(
         pages=pages_fields(pages),
         page_table=page_table.data_ptr(),

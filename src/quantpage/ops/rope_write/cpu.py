@@ -49,9 +49,9 @@ def rope_write(
     q = None if q is None else _rows(q, k.dtype)
     k, v = _rows(k, k.dtype), _rows(v, k.dtype)
     tokens, kv_heads, _ = k.shape
-    q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype)
-    k_rows = torch.empty(k.shape, dtype=k.dtype) if params.return_rows else None
-    v_rows = torch.empty(v.shape, dtype=k.dtype) if params.return_rows else None
+    q_out = None if q is None else torch.empty(q.shape, dtype=k.dtype, device="cpu")
+    k_rows = torch.empty(k.shape, dtype=k.dtype, device="cpu") if params.return_rows else None
+    v_rows = torch.empty(v.shape, dtype=k.dtype, device="cpu") if params.return_rows else None
     cos, sin, half_rotary, interleaved = _rope_fields(params, kept)
     q_norm, k_norm, norm_after = _norm_fields(params, kept)
     call = WRITE.pack(

@@ -206,7 +206,7 @@ class QuantPageCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows."""
-        self._select(torch.arange(self.rows.count)[indices.cpu()].tolist())
+        self._select(torch.arange(self.rows.count, device="cpu")[indices.cpu()].tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: -n drops n, a positive number is a length to keep.
@@ -305,7 +305,7 @@ class QuantPageCache(Cache):
         wrong = next((row for row in rows if not 0 <= row < there), None) if there else None
         if wrong is not None:
             raise ValueError(f"rows: expected some of 0 to {there - 1}, got {wrong}")
-        chosen = torch.tensor(rows, dtype=torch.long)
+        chosen = torch.tensor(rows, dtype=torch.long, device="cpu")
 
         def select() -> None:
             self._flush()

@@ -179,7 +179,7 @@ def _held(function: Any) -> dict[str, Any]:
 
 _AND = {and_masks(causal_mask_function).__code__}
 _WINDOW = sliding_window_overlay(1).__code__
-_CHUNK = chunked_overlay(1, torch.zeros(1, dtype=torch.int64)).__code__
+_CHUNK = chunked_overlay(1, torch.zeros(1, dtype=torch.int64, device="cpu")).__code__
 
 
 @lru_cache(maxsize=16)

@@ -121,7 +121,9 @@ def measure_random(model: PreTrainedModel) -> dict[int, KeyStatistics]:
     most = longest_context(model)
     longest = getattr(config, "max_position_embeddings", None) or _RANDOM_TOKENS
     texts, length = (1, _RANDOM_TOKENS) if most == 0 else (4, _RANDOM_TOKENS // 2)
-    drawn = torch.rand(texts, min(length, longest), generator=noise, dtype=torch.float64)
+    drawn = torch.rand(
+        texts, min(length, longest), generator=noise, dtype=torch.float64, device="cpu"
+    )
     # Tokenizers number first what is frequent: every power of two is drawn as often as the next.
     ids = (config.vocab_size**drawn).long().clamp_max(config.vocab_size - 1)
     context = _RANDOM_CONTEXT if most is None else min(_RANDOM_CONTEXT, most)
@@ -166,7 +168,7 @@ def measure(
             ids, start = each if isinstance(each, Placed) else (each, 0)
             at = {}
             if start:
-                at["position_ids"] = torch.arange(start, start + ids.shape[1])[None]
+                at["position_ids"] = torch.arange(start, start + ids.shape[1], device="cpu")[None]
             body(
                 input_ids=ids.to(model.device),
                 use_cache=False,

@@ -72,7 +72,7 @@ def refuse_other(mask: Any, kept: Tensor | None, length: int) -> None:
 
 
 def _all(rows: int, tokens: int) -> Tensor:
-    return torch.ones(rows, tokens, dtype=torch.bool)
+    return torch.ones(rows, tokens, dtype=torch.bool, device="cpu")
 
 
 def _refuse_changed(given: Tensor, before: Tensor) -> None:

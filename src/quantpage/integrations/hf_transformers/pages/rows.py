@@ -179,7 +179,7 @@ class Rows:
 
     def _first_token(self, ahead: BatchPlan, start: int) -> BatchPlan:
         """The plan of the first token of a plan of several a row."""
-        at = (torch.arange(self.count) * ahead.max_query_len).to(ahead.slots.device)
+        at = (torch.arange(self.count, device="cpu") * ahead.max_query_len).to(ahead.slots.device)
         exact = ahead.exact
         if exact is not None:
             exact = ExactPlan(exact.page_table, exact.slots[at].clone())
@@ -255,10 +255,10 @@ class Rows:
                     f"on, got them from token {first * self.page_size} on"
                 )
             if self._kept is None:
-                places = torch.arange(length)
+                places = torch.arange(length, device="cpu")
             else:
                 places = self._kept[row, :length].nonzero().flatten()
-            table = torch.tensor(pages[first:], dtype=torch.int32)
+            table = torch.tensor(pages[first:], dtype=torch.int32, device="cpu")
             yield table.to(self._device), places[first * self.page_size :].to(self._device)
 
     def select(self, rows: list[int]) -> None:

@@ -99,7 +99,7 @@ def saved_rows(
                 pool.release(page)
     made.hold(
         sequences,
-        None if kept is None else torch.tensor(kept, dtype=torch.bool),
+        None if kept is None else torch.tensor(kept, dtype=torch.bool, device="cpu"),
         saved.note["length"],
     )
     return made

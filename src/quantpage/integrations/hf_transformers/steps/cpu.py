@@ -298,7 +298,7 @@ class _Model:
         past = cache.get_seq_length()
         if positions is None:
             begin = given.get("cache_position")
-            begin = torch.arange(past, past + new) if begin is None else begin
+            begin = torch.arange(past, past + new, device="cpu") if begin is None else begin
             positions = begin[None]
         cos, sin = (each.expand(rows, -1, -1).flatten(0, 1) for each in self._turn(x, positions))
         with cache.rows.still():

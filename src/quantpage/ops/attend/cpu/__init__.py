@@ -47,7 +47,7 @@ def attend(
     dtype = CODES[q.dtype]
     if out is None or not out.is_contiguous():
         out = q.new_empty(tokens, q_heads, layer.facts.out_dim)
-    lse = torch.empty(tokens, q_heads) if lse_wanted else None
+    lse = torch.empty(tokens, q_heads, device="cpu") if lse_wanted else None
     mask, sinks = params.mask, params.sinks
     kind, window, sink_tokens, intervals = "CAUSAL", 0, 0, (0, 0, 0)
     if isinstance(mask, CausalMask):

@@ -57,7 +57,7 @@ def _find(mask: Mask, batch: BatchPlan, heads: int) -> Intervals:
     for head in range(heads):
         row = 0
         for request, new in enumerate(batch.query_lens):
-            keys = torch.arange(batch.host_context_lens[request])
+            keys = torch.arange(batch.host_context_lens[request], device="cpu")
             for first in range(row, row + new, QUERY_TILE):
                 queries = batch.positions[first : min(first + QUERY_TILE, row + new)]
                 seen = mask.visible(queries, keys, request, head)
@@ -67,7 +67,7 @@ def _find(mask: Mask, batch: BatchPlan, heads: int) -> Intervals:
                 lows.append(begins[:, 1])
                 highs.append((edges == -1).nonzero()[:, 1])
             row += new
-    none = torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
     starts = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
     low, high = (torch.cat([none, *each]).to(torch.int32) for each in (lows, highs))
     return starts, low, high

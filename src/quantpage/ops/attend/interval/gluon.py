@@ -76,8 +76,8 @@ def mask_step(
         group,
         row,
         max(span[2] for span in spans),
-        torch.tensor(spans, dtype=torch.int32).to(device),
-        torch.tensor(work, dtype=torch.int32).to(device),
+        torch.tensor(spans, dtype=torch.int32, device="cpu").to(device),
+        torch.tensor(work, dtype=torch.int32, device="cpu").to(device),
     )
 
 

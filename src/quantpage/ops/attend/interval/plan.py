@@ -67,10 +67,10 @@ def tile_kinds(
 ) -> Int[Tensor, " tiles"]:
     """EMPTY, PARTIAL or FULL of the key tiles from keys[0] on, for queries [first, end)."""
     form = lower(mask)
-    starts = torch.arange(keys[0], keys[1], tile)
+    starts = torch.arange(keys[0], keys[1], tile, device="cpu")
     ends = (starts + tile).clamp(max=keys[1])
     if isinstance(form, RowIntervals):
-        rows = form.visible_ranges(torch.arange(*queries), request, kv_head).cpu()
+        rows = form.visible_ranges(torch.arange(*queries, device="cpu"), request, kv_head).cpu()
         return _row_kinds(rows, starts, ends)
     low, high = _key_bounds(form, keys, tile, request, kv_head)
     return _column_kinds(low, high, *queries)
@@ -78,17 +78,17 @@ def tile_kinds(
 
 def _key_bounds(mask, keys, tile, request, kv_head) -> tuple[Tensor, Tensor]:
     """Smallest and largest lts, lte, uts, ute of each tile, [tiles, 4] each."""
-    positions = torch.arange(*keys)
+    positions = torch.arange(*keys, device="cpu")
     vectors = torch.stack(mask.hidden_rows(positions, request, kv_head), -1).cpu()
     tiles = -(-len(positions) // tile)
     # The last key stands in for those after it, which leaves its tile's bounds alone.
-    index = torch.arange(tiles * tile).clamp(max=max(len(positions) - 1, 0))
+    index = torch.arange(tiles * tile, device="cpu").clamp(max=max(len(positions) - 1, 0))
     padded = vectors[index].view(tiles, tile, 4)
     return padded.amin(1), padded.amax(1)
 
 
 def _column_kinds(low: Tensor, high: Tensor, first: int, end: int) -> Tensor:
-    hidden = torch.zeros(len(low), dtype=torch.bool)
+    hidden = torch.zeros(len(low), dtype=torch.bool, device="cpu")
     touched = torch.zeros_like(hidden)
     for start, stop in ((0, 1), (2, 3)):
         hidden |= (first >= high[:, start]) & (end <= low[:, stop])
@@ -97,7 +97,7 @@ def _column_kinds(low: Tensor, high: Tensor, first: int, end: int) -> Tensor:
 
 
 def _row_kinds(ranges: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    full = torch.zeros(len(starts), dtype=torch.bool)
+    full = torch.zeros(len(starts), dtype=torch.bool, device="cpu")
     seen = torch.zeros_like(full)
     for slot in ranges.unbind(1):
         empty = slot[:, 0] >= slot[:, 1]
@@ -113,7 +113,7 @@ def segment_kinds(
     """``kinds`` of tiles from key 0 on, where only the pages of ``segment`` take part."""
     if segment == "all":
         return kinds
-    starts = torch.arange(len(kinds)) * tile
+    starts = torch.arange(len(kinds), device="cpu") * tile
     ends = starts + tile
     low, high = exact_band(queries[0], queries[1] - 1, page_size)
     near = (starts < page_size) | ((starts < high) & (ends > low))
@@ -130,7 +130,7 @@ def query_tiles(query_lens: tuple[int, ...], group: int, rows: int) -> Int[Tenso
         for request, new in enumerate(query_lens)
         for first in range(0, new * group, rows)
     ]
-    return torch.tensor(items, dtype=torch.int32).view(-1, 2)
+    return torch.tensor(items, dtype=torch.int32, device="cpu").view(-1, 2)
 
 
 def plan_tiles(
@@ -142,8 +142,8 @@ def plan_tiles(
     heads = tensor.shape[1]
     items = query_tiles(batch.query_lens, group, tile.rows)
     capacity = max(1, -(-batch.max_context_len // tile.keys))
-    tiles = torch.full((len(items), heads, capacity), -1, dtype=torch.int32)
-    counts = torch.zeros(len(items), heads, 2, dtype=torch.int32)
+    tiles = torch.full((len(items), heads, capacity), -1, dtype=torch.int32, device="cpu")
+    counts = torch.zeros(len(items), heads, 2, dtype=torch.int32, device="cpu")
     for item, (request, row) in enumerate(items.tolist()):
         context = batch.host_context_lens[request]
         new = batch.query_lens[request]
@@ -158,5 +158,5 @@ def plan_tiles(
             full, partial = ((kinds == each).nonzero().flatten().int() for each in (FULL, PARTIAL))
             tiles[item, head, : len(full)] = full
             tiles[item, head, capacity - len(partial) :] = partial.flip(0)
-            counts[item, head] = torch.tensor([len(full), len(partial)])
+            counts[item, head] = torch.tensor([len(full), len(partial)], device="cpu")
     return MaskPlan(items, tiles, counts)

@@ -243,7 +243,7 @@ def query_tiles_on(query_lens: tuple[int, ...], group: int, rows: int, device: s
 def spans_on(first: tuple[int, ...], lengths: tuple[int, ...], device: str) -> Tensor:
     """Described positions of each batch row: [batch, 2] of the first and how many."""
     rows = list(zip(first, lengths, strict=True))
-    return torch.tensor(rows, dtype=torch.int32).view(-1, 2).to(device)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 2).to(device)
 
 
 class MaskArguments(NamedTuple):

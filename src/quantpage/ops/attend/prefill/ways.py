@@ -173,7 +173,7 @@ def _taken(
     rows = [t for r in members for t in range(firsts[r], firsts[r + 1])]
     starts = [0, *accumulate(query_lens[r] for r in members)]
     return (
-        torch.tensor(members, dtype=torch.int64).to(device),
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor(starts, dtype=torch.int32).to(device),
+        torch.tensor(members, dtype=torch.int64, device="cpu").to(device),
+        torch.tensor(rows, dtype=torch.int64, device="cpu").to(device),
+        torch.tensor(starts, dtype=torch.int32, device="cpu").to(device),
     )
