@@ -12,18 +12,10 @@ from triton.experimental.gluon import language as gl
 from quantpage.ops.attend.decode.gluon_kernel import FAR, FLOOR, SHIFT, log2_fast
 from quantpage.ops.attend.decode.gluon_operands import halved, shared_layout
 from quantpage.ops.attend.decode.gluon_rows import capped, seen_pairs
-from quantpage.ops.attend.decode.gluon_share import (
-    keys_of_all,
-    page_of,
-    shown_keys,
-    tile_at,
-    token_plane,
-)
+from quantpage.ops.attend.decode.gluon_share import keys_of_all, shown_keys
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
-    Hidden,
-    copy_tile,
     far_bits,
     hide_codes,
     key_part,
@@ -31,6 +23,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     score_of,
     value_part,
 )
+from quantpage.ops.attend.latent.gluon_records import copy_tile, first_key, page_at, scales_at
 from quantpage.ops.triton.common import FP8
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
@@ -79,13 +72,8 @@ def _query_part_of(q_smem, NTH: gl.constexpr):
 
 @gluon.jit
 def walk_few(
-    row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes, row_scale,
-    rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page, rotary_scale_page, table,
-    next_page, ahead_page, next_scale, next_other, factor, context, q_len, a_low, a_high, b_low,
-    b_high, a_first, a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
-    sink_tokens, CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
-    o_layout: gl.constexpr,
+    rings, q_smem, turned_smem, p_smem, far_smem, pages, table, seen, next_page, ahead_page,
+    next_scale, next_other, factor, softcap, FIXED: gl.constexpr,
 ):  # fmt: skip
     """Outputs (two or four parts of the channels), weights and anchors of a row's tiles.
 
@@ -95,17 +83,23 @@ def walk_few(
     """
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
-    STAGES: gl.constexpr = row_ring.shape[0]
-    TILE: gl.constexpr = row_ring.shape[1]
-    ROW_DIM: gl.constexpr = 4 * row_ring.shape[2]
-    ROTARY_DIM: gl.constexpr = 4 * rotary_ring.shape[2]
-    ROWS: gl.constexpr = p_smem.shape[1]
+    CODE: gl.constexpr = FIXED.CODE
+    PAGE: gl.constexpr = FIXED.PAGE
+    ROWS: gl.constexpr = FIXED.ROWS
+    TILE: gl.constexpr = FIXED.TILE
+    WINDOW: gl.constexpr = FIXED.WINDOW
+    STAGES: gl.constexpr = rings.rows.shape[0]
+    ROW_DIM: gl.constexpr = FIXED.ROW_DIM
+    ROTARY_DIM: gl.constexpr = 4 * rings.rotary.shape[2]
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = ROW_DIM // 4 // V_WORDS
     # Integer keys are multiplied as bytes, those of fp8 from words.
     BYTES: gl.constexpr = CODE != FP8
     KEY: gl.constexpr = gl.int8 if BYTES else gl.int32
     EACH: gl.constexpr = 1 if BYTES else 4
+    product: gl.constexpr = FIXED.product
+    s_layout: gl.constexpr = FIXED.scores
+    o_layout: gl.constexpr = FIXED.outputs
     s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
@@ -113,17 +107,18 @@ def walk_few(
     v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     p_operand: gl.constexpr = gl.DotOperandLayout(1, o_layout, 2)
     far_layout: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
-    row_keys = row_ring._reinterpret(
+    row_keys = rings.rows._reinterpret(
         KEY, [STAGES, TILE, ROW_DIM // EACH], shared_layout(ROW_DIM // EACH, KEY)
     )
-    rotary_keys = rotary_ring._reinterpret(
+    rotary_keys = rings.rotary._reinterpret(
         KEY, [STAGES, TILE, ROTARY_DIM // EACH], shared_layout(ROTARY_DIM // EACH, KEY)
     )
 
-    last_key = context - 1
-    key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-    first_seat = context - q_len
-    all_low, all_high = keys_of_all(context, first_seat, window, PAGE, FULL, WINDOW, ALL_KEYS)
+    key_start = first_key(seen, seen.first_tile, FIXED)
+    first_seat = seen.context - seen.q_len
+    all_low, all_high = keys_of_all(
+        seen.context, first_seat, seen.window, PAGE, FIXED.FULL, WINDOW, ALL_KEYS
+    )
     anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
     weights = halved(gl.full([TILE, ROWS], 0.0, gl.float32, s_layout), ROWS)
     no_score = gl.full([TILE, q_smem.shape[0]], 0, gl.int32 if BYTES else gl.float32, product)
@@ -133,24 +128,14 @@ def walk_few(
     acc3 = acc0
 
     stage = 0
-    for t in range(first_tile, last_tile):
+    for t in range(seen.first_tile, seen.last_tile):
         async_copy.wait_group(STAGES - 1)
         # Everybody's copies of this tile are in.
         thread_barrier()
         scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
-        following = gl.minimum(t + 1, last_tile - 1)
-        next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-        next_scale = token_plane(
-            row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE,
-            s_keys,
-        )  # fmt: skip
-        next_other = token_plane(
-            rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE,
-            TILE, s_keys,
-        )  # fmt: skip
-        next_page = page_of(
-            table, t + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-        )
+        next_start = first_key(seen, gl.minimum(t + 1, seen.last_tile - 1), FIXED)
+        next_scale, next_other = scales_at(pages, next_page, table, next_start, FIXED, s_keys)
+        next_page = page_at(table, seen, t + 2, FIXED)
 
         if BYTES:
             # Triton 3.6 waits for no asynchronous product of bytes from registers.
@@ -168,31 +153,25 @@ def walk_few(
             score = score * other[:, None]
         score += s * scale[:, None]
         score = score * factor[None, :]
-        if SOFTCAP:
+        if FIXED.SOFTCAP:
             score = capped(score, softcap)
         log_scale = log2_fast(gl.maximum(scale, 1e-30))
         heavy = score + log_scale[:, None]
         if (key_start < all_low) | (key_start + TILE > all_high):
             key = key_start + gl.arange(0, TILE, s_keys)
             shown = shown_keys(
-                key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens,
-                WINDOW, ALL_KEYS,
+                key, seen.a_low, seen.a_high, seen.b_low, seen.b_high, first_seat, seen.window,
+                seen.sink_tokens, WINDOW, ALL_KEYS,
             )  # fmt: skip
-            seen = seen_pairs(
-                key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE,
-                ROWS, HEADS, FULL, WINDOW, ALL_KEYS,
+            pairs = seen_pairs(
+                key, shown, seen.row_first, s_rows, first_seat, seen.q_len, seen.window,
+                seen.sink_tokens, PAGE, ROWS, FIXED.HEADS, FIXED.FULL, WINDOW, ALL_KEYS,
             )  # fmt: skip
-            heavy = gl.where(seen, heavy, float("-inf"))
+            heavy = gl.where(pairs, heavy, float("-inf"))
             # Where a key is hidden p is 0: what it is multiplied by has to be finite.
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
             if CODE == FP8:
-                hide_codes(
-                    row_ring.index(stage),
-                    Hidden(
-                        key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
-                    ),
-                    WINDOW,
-                )  # fmt: skip
+                hide_codes(rings.rows.index(stage), key_start, seen, WINDOW)
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
         p_smem.store(p.to(gl.float16))
@@ -220,7 +199,7 @@ def walk_few(
             thread_barrier()
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
-        mine = row_ring.index(stage)
+        mine = rings.rows.index(stage)
         heavy_p = p_smem.load(p_operand)
         v = value_part(mine, 0, TILE, 0, CODE, v_operand)
         acc0 = mma_v2(v, heavy_p, acc0)
@@ -234,19 +213,11 @@ def walk_few(
         # Nobody reads this tile any more.
         thread_barrier()
         ahead = t + STAGES
-        if ahead < last_tile:
-            ahead_start = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-            copy_tile(
-                row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page,
-                ahead_page, table, ahead_start, last_key, PAGE,
-            )  # fmt: skip
-            scales_into_l2(
-                row_scale, row_scale_page, rotary_scale, rotary_scale_page, ahead_page, ahead_start,
-                PAGE, TILE,
-            )  # fmt: skip
-            ahead_page = page_of(
-                table, ahead + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-            )
+        if ahead < seen.last_tile:
+            ahead_start = first_key(seen, ahead, FIXED)
+            copy_tile(rings, stage, pages, ahead_page, table, ahead_start, FIXED)
+            scales_into_l2(pages, ahead_page, ahead_start, PAGE, TILE)
+            ahead_page = page_at(table, seen, ahead + 1, FIXED)
         async_copy.commit_group()
         key_start = next_start
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)

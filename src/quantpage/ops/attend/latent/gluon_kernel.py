@@ -12,8 +12,6 @@ How a row's tiles are walked depends on its rows: up to 32 of them memory bounds
 the tensor cores (gluon_many).
 """
 
-from typing import Any, NamedTuple
-
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,12 +28,9 @@ from quantpage.ops.attend.decode.gluon_share import (
     here,
     key_ranges,
     my_share,
-    page_of,
     row_programs,
     same,
-    tile_at,
     tile_ranges,
-    token_plane,
 )
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.attend.latent import launch
@@ -46,11 +41,22 @@ from quantpage.ops.attend.latent.gluon_operands import (
     PART,
     ask_queries,
     codes_into_l2,
-    copy_tile,
     ordered,
     query_layout,
     scales_into_l2,
     store_queries,
+)
+from quantpage.ops.attend.latent.gluon_records import (
+    Pages,
+    Results,
+    Rings,
+    Seen,
+    Table,
+    copy_tile,
+    first_key,
+    fixed_of,
+    page_at,
+    scales_at,
 )
 from quantpage.ops.triton.common import FP8, LN2, LOG2E, Constant
 from quantpage.ops.triton.gluon_compat import (
@@ -132,32 +138,27 @@ def attend_kernel(
     joins the pieces; None: another launch does, and ``cuts`` says what. pieces, starts: a prompt's
     plan (prompts.PromptPlan); None: programs share a decode step's line of tiles.
     """
+    FIXED: gl.constexpr = fixed_of(
+        CODE, ROW_DIM, HEADS, PAGE, ROWS, FULL, WINDOW, SOFTCAP, SINKS, gl.num_warps()
+    )
+    paged = Pages(
+        row_codes, row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
+        rotary_scale_page,
+    )  # fmt: skip
+    results = Results(out, lse, part_out, part_lse, sinks, out_token, out_head)
     gl.static_assert(STAGES == 3 or STAGES == 4 or (STAGES == 2 and ROWS < 64))
     WARPS: gl.constexpr = gl.num_warps()
-    GROUPS: gl.constexpr = WARPS // 4
-    TILE: gl.constexpr = 64
+    TILE: gl.constexpr = FIXED.TILE
     WORDS: gl.constexpr = ROW_DIM // 4
     ROTARY_WORDS: gl.constexpr = ROTARY_DIM // 4
     # Integer keys are multiplied as bytes.
     BYTES: gl.constexpr = CODE != FP8
     Q_NUMBER: gl.constexpr = gl.int8 if BYTES else gl.float16
     Q_ROWS: gl.constexpr = 2 * ROWS if BYTES else ROWS
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, GROUPS], [16, ROWS // GROUPS, 16]
-    )
-    byte_score: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, GROUPS], [16, Q_ROWS // GROUPS, 32]
-    )
-    product: gl.constexpr = byte_score if BYTES else s_layout
-    s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
-    s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
+    s_keys: gl.constexpr = gl.SliceLayout(1, FIXED.scores)
+    s_rows: gl.constexpr = gl.SliceLayout(0, FIXED.scores)
     WIDE: gl.constexpr = ROWS == 64
-    o_layout: gl.constexpr = (
-        gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
-        if WIDE
-        else gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    )
-    o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(0, FIXED.outputs)
     # Words of a part of the second product.
     V_WORDS: gl.constexpr = 8 * WARPS
     V_PARTS: gl.constexpr = WORDS // V_WORDS
@@ -171,6 +172,7 @@ def attend_kernel(
     rotary_ring = gl.allocate_shared_memory(
         gl.int32, [STAGES, TILE, ROTARY_WORDS], ring_layout(TILE, ROTARY_WORDS, WIDE)
     )
+    rings = Rings(row_ring, rotary_ring)
     q_smem = gl.allocate_shared_memory(
         Q_NUMBER, [1, Q_ROWS, ROW_DIM],
         gl.NVMMASharedLayout.get_default_for([Q_ROWS, ROW_DIM], Q_NUMBER),
@@ -202,9 +204,7 @@ def attend_kernel(
             nth = gl.load(hints + program * HINTS + i)
             nth = gl.maximum(gl.minimum(nth, pages * (PAGE // TILE) - 1), 0)
             page, at = nth // (PAGE // TILE), nth % (PAGE // TILE) * TILE
-            scales_into_l2(
-                row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, at, PAGE, TILE
-            )
+            scales_into_l2(paged, page, at, PAGE, TILE)
             codes_into_l2(row_codes, row_page, page, at, PAGE, TILE, WORDS)
             codes_into_l2(rotary_codes, rotary_page, page, at, PAGE, TILE, ROTARY_WORDS)
     if OVERLAP:
@@ -228,75 +228,44 @@ def attend_kernel(
                 query_starts, context_lens, request, begins, position, end, window, sink_tokens,
                 PAGE, TILE, FULL, WINDOW, ALL_KEYS,
             )  # fmt: skip
-            (
-                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
-                tiles,
-            ) = walk.seen  # fmt: skip
-            item, first_tile, last_tile = walk.item, walk.first_tile, walk.last_tile
-            row_first = item * ROWS
-        else:
-            (
-                context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first,
-                request, row_first, first_tile, last_tile, slot,
-            ) = read_piece(
-                pieces, position, window, sink_tokens, PAGE, TILE, FULL, WINDOW
+            whole = walk.seen
+            seen = Seen(
+                whole.context, whole.q_start, whole.q_len, whole.a_low, whole.a_high, whole.b_low,
+                whole.b_high, whole.a_first, whole.a_tiles, whole.b_first, walk.item * ROWS,
+                walk.first_tile, walk.last_tile, window, sink_tokens,
             )  # fmt: skip
-        if last_tile > first_tile:
-            table = page_table + request.to(gl.int64) * table_row
-            last_key = context - 1
-
-            q_row = row_first + gl.arange(0, ROWS, q_rows)
-            q_at = (q_start + q_row // HEADS).to(gl.int64) * q_token
+        else:
+            request, seen, slot = read_piece(pieces, position, window, sink_tokens, FIXED)
+        if seen.last_tile > seen.first_tile:
+            table = Table(page_table + request.to(gl.int64) * table_row, seen.context - 1)
+            q_row = seen.row_first + gl.arange(0, ROWS, q_rows)
+            q_at = (seen.q_start + q_row // HEADS).to(gl.int64) * q_token
             q_at += (q_row % HEADS).to(gl.int64) * q_head
             asked0, asked1, asked2, asked3, turned = ask_queries(
-                q + q_at, q_row < q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
+                q + q_at, q_row < seen.q_len * HEADS, ROW_DIM, ROTARY_DIM, WARPS
             )
             # Pages are looked up before they are needed: of the ring's tiles, and of the next.
-            first_page = page_of(
-                table, first_tile, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                ALL_KEYS,
-            )  # fmt: skip
-            next_page = page_of(
-                table, first_tile + 1, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                ALL_KEYS,
-            )  # fmt: skip
-            third_page = page_of(
-                table, first_tile + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                ALL_KEYS,
-            )  # fmt: skip
-            fourth_page = page_of(
-                table, first_tile + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW,
-                ALL_KEYS,
-            )  # fmt: skip
+            first_page = page_at(table, seen, seen.first_tile, FIXED)
+            next_page = page_at(table, seen, seen.first_tile + 1, FIXED)
+            third_page = page_at(table, seen, seen.first_tile + 2, FIXED)
+            fourth_page = page_at(table, seen, seen.first_tile + 3, FIXED)
             for i in gl.static_range(STAGES):
                 page = (
                     first_page if i == 0
                     else next_page if i == 1 else third_page if i == 2 else fourth_page
                 )  # fmt: skip
-                t = gl.minimum(first_tile + i, last_tile - 1)
-                start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+                start_of = first_key(
+                    seen, gl.minimum(seen.first_tile + i, seen.last_tile - 1), FIXED
+                )
                 if i > 0:
-                    scales_into_l2(
-                        row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, start_of,
-                        PAGE, TILE,
-                    )  # fmt: skip
+                    scales_into_l2(paged, page, start_of, PAGE, TILE)
                 if OVERLAP and PAGE >= TILE:
                     nth = page * (PAGE // TILE) + start_of % PAGE // TILE
                     gl.store(hints + program * HINTS + i, nth, mask=position == start)
-            key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-            copy_tile(
-                row_ring, rotary_ring, 0, row_codes, rotary_codes, row_page, rotary_page,
-                first_page, table, key_start, last_key, PAGE,
-            )  # fmt: skip
+            key_start = first_key(seen, seen.first_tile, FIXED)
+            copy_tile(rings, 0, paged, first_page, table, key_start, FIXED)
             async_copy.commit_group()
-            scale = token_plane(
-                row_scale, row_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
-                s_keys,
-            )  # fmt: skip
-            other = token_plane(
-                rotary_scale, rotary_scale_page, first_page, table, key_start, last_key, PAGE, TILE,
-                s_keys,
-            )  # fmt: skip
+            scale, other = scales_at(paged, first_page, table, key_start, FIXED, s_keys)
 
             natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
             factor = store_queries(
@@ -311,54 +280,38 @@ def attend_kernel(
             # It waits for copies under way, of which there is one.
             fence_async_shared()
             for i in gl.static_range(1, AT_FIRST):
-                t = first_tile + i
-                if t < last_tile:
+                t = seen.first_tile + i
+                if t < seen.last_tile:
                     page = next_page if i == 1 else third_page if i == 2 else fourth_page
-                    start_of = tile_at(t, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-                    copy_tile(
-                        row_ring, rotary_ring, i, row_codes, rotary_codes, row_page, rotary_page,
-                        page, table, start_of, last_key, PAGE,
-                    )  # fmt: skip
+                    copy_tile(rings, i, paged, page, table, first_key(seen, t, FIXED), FIXED)
                 async_copy.commit_group()
 
             if WIDE:
                 acc0, acc1, weights, anchor = walk_many(
-                    row_ring, rotary_ring, q_smem, turned_smem, p_smem, far_smem, row_codes,
-                    row_scale, rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page,
-                    rotary_scale_page, table, next_page, scale, other, factor_smem, context, q_len,
-                    a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, first_tile, last_tile,
-                    row_first, softcap, window, sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW,
-                    SOFTCAP, product, s_layout, o_layout,
+                    rings, q_smem, turned_smem, p_smem, far_smem, paged, table, seen, next_page,
+                    scale, other, factor_smem, softcap, FIXED,
                 )  # fmt: skip
                 acc2 = acc0
                 acc3 = acc1
             else:
-                ahead_page = page_of(
-                    table, first_tile + STAGES, last_tile, a_first, a_tiles, b_first, PAGE, TILE,
-                    WINDOW, ALL_KEYS,
-                )  # fmt: skip
+                ahead_page = page_at(table, seen, seen.first_tile + STAGES, FIXED)
                 acc0, acc1, acc2, acc3, weights, anchor = walk_few(
-                    row_ring, rotary_ring, q_smem.index(0), turned_smem, p_smem.index(0),
-                    far_smem.index(0), row_codes, row_scale, rotary_codes, rotary_scale, row_page,
-                    row_scale_page, rotary_page, rotary_scale_page, table, next_page, ahead_page,
-                    scale, other, factor, context, q_len, a_low, a_high, b_low, b_high, a_first,
-                    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window,
-                    sink_tokens, CODE, HEADS, PAGE, FULL, WINDOW, SOFTCAP, product, s_layout,
-                    o_layout,
+                    rings, q_smem.index(0), turned_smem, p_smem.index(0), far_smem.index(0), paged,
+                    table, seen, next_page, ahead_page, scale, other, factor, softcap, FIXED,
                 )  # fmt: skip
             # Nobody reads the ring any more.
             thread_barrier()
-            row = here(row_first) + gl.arange(0, ROWS, s_rows)
-            real = row < q_len * HEADS
-            token_at = (q_start + row // HEADS).to(gl.int64)
+            row = here(seen.row_first) + gl.arange(0, ROWS, s_rows)
+            real = row < seen.q_len * HEADS
+            token_at = (seen.q_start + row // HEADS).to(gl.int64)
             head = row % HEADS
             _, row_lse, ratio = row_sums(weights, anchor, s_rows)
             if pieces is None:
-                complete = (first_tile == 0) & (last_tile == tiles)
+                complete = (seen.first_tile == 0) & (seen.last_tile == whole.tiles)
                 slot_id = 2 * program + (position != start).to(gl.int32)
-                if counters is None and first_tile == 0:
-                    cut = cuts + (request * row_tiles + item) * 2
-                    store_cut(cut, complete, slot_id, program, position, tiles, share, even)
+                if counters is None and seen.first_tile == 0:
+                    cut = cuts + (request * row_tiles + walk.item) * 2
+                    store_cut(cut, complete, slot_id, program, position, whole.tiles, share, even)
             else:
                 complete = slot < 0
                 slot_id = 2 * slot
@@ -374,89 +327,62 @@ def attend_kernel(
             for i in gl.static_range(V_PARTS):
                 acc = acc0 if i == 0 else acc1 if i == 1 else acc2 if i == 2 else acc3
                 _store(
-                    acc * ratio[None, :], complete, out, part_out, q_start, q_len, row_first,
-                    slot_id, out_token, out_head, i * 4 * V_WORDS, ROW_DIM, HEADS, WARPS,
-                )  # fmt: skip
+                    acc * ratio[None, :], complete, results, seen, slot_id, i * 4 * V_WORDS, FIXED
+                )
             if counters is not None:  # noqa: SIM102
                 if not complete:
                     first, last, first_slot = row_programs(
-                        program, position, position - first_tile, tiles, share, even
+                        program, position, position - seen.first_tile, whole.tiles, share, even
                     )
-                    if arrive(counters + request * row_tiles + item, last - first + 1):
+                    if arrive(counters + request * row_tiles + walk.item, last - first + 1):
                         join_pieces(
-                            part_out, part_lse, sinks, out, lse, first_slot, first,
-                            last - first + 1, q_start, q_len, row_first, out_token, out_head, ROWS,
-                            ROW_DIM, HEADS, SINKS,
+                            results, first_slot, first, last - first + 1, seen.q_start, seen.q_len,
+                            seen.row_first, FIXED,
                         )  # fmt: skip
         if pieces is None:
             position, request, begins = behind(walk, request, begins, row_tiles)
         else:
             position += 1
     if counters is not None:
-        finish_empty(
-            query_starts, context_lens, requests, sinks, out, lse, window, sink_tokens, out_token,
-            out_head, ROWS, ROW_DIM, HEADS, SINKS, PAGE, FULL, WINDOW,
-        )  # fmt: skip
-
-
-class Part(NamedTuple):
-    """A piece of prompts.PromptPlan with its keys' ranges (decode/triton_share)."""
-
-    context: Any
-    q_start: Any
-    q_len: Any
-    a_low: Any
-    a_high: Any
-    b_low: Any
-    b_high: Any
-    a_first: Any
-    a_tiles: Any
-    b_first: Any
-    request: Any
-    row_first: Any
-    first_tile: Any
-    last_tile: Any
-    slot: Any
+        finish_empty(query_starts, context_lens, requests, results, window, sink_tokens, FIXED)
 
 
 @gluon.jit
-def read_piece(
-    pieces, position, window, sink_tokens, PAGE: gl.constexpr, TILE: gl.constexpr,
-    FULL: gl.constexpr, WINDOW: gl.constexpr,
-):  # fmt: skip
-    """A row of prompts.FIELDS: the request as if its tokens ended with the row's last."""
+def read_piece(pieces, position, window, sink_tokens, FIXED: gl.constexpr):
+    """A row of prompts.FIELDS: its request, which is seen as if its tokens ended with the row's
+    last, and the slot of its result.
+    """
     at = pieces + position * 8
     request, q_start = same(gl.load(at)), same(gl.load(at + 1))
     context, q_len = same(gl.load(at + 2)), same(gl.load(at + 3))
     row_first, slot = same(gl.load(at + 4)), same(gl.load(at + 7))
     first_tile, last_tile = same(gl.load(at + 5)), same(gl.load(at + 6))
     a_low, a_high, b_low, b_high = key_ranges(
-        context, q_len, window, sink_tokens, PAGE, FULL, WINDOW, ALL_KEYS
+        context, q_len, window, sink_tokens, FIXED.PAGE, FIXED.FULL, FIXED.WINDOW, ALL_KEYS
     )
-    a_first, a_tiles, b_first, _ = tile_ranges(a_low, a_high, b_low, b_high, TILE)
-    return Part(
-        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, request,
-        row_first, first_tile, last_tile, slot,
+    a_first, a_tiles, b_first, _ = tile_ranges(a_low, a_high, b_low, b_high, FIXED.TILE)
+    seen = Seen(
+        context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, row_first,
+        first_tile, last_tile, window, sink_tokens,
     )  # fmt: skip
+    return request, seen, slot
 
 
 @gluon.jit
-def _store(
-    acc, complete, out, part_out, q_start, q_len, row_first, slot_id, out_token, out_head,
-    FIRST: gl.constexpr, ROW_DIM: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+def _store(acc, complete, results, seen, slot_id, FIRST: gl.constexpr, FIXED: gl.constexpr):
     """A part of the output, channels from FIRST on, to the result or to a piece."""
-    o = ordered(acc, WARPS)
+    HEADS: gl.constexpr = FIXED.HEADS
+    o = ordered(acc, gl.num_warps())
     layout: gl.constexpr = o.type.layout
     channel = FIRST + gl.arange(0, o.shape[1], gl.SliceLayout(0, layout))
     nth = gl.arange(0, o.shape[0], gl.SliceLayout(1, layout))
-    row = row_first + nth
-    keep = (row < q_len * HEADS)[:, None]
+    row = seen.row_first + nth
+    keep = (row < seen.q_len * HEADS)[:, None]
     if complete:
-        at = (q_start + row // HEADS).to(gl.int64) * out_token
-        at += (row % HEADS).to(gl.int64) * out_head
-        made = o.to(out.dtype.element_ty)
-        gl.store(out + at[:, None] + channel[None, :], made, mask=keep)
+        at = (seen.q_start + row // HEADS).to(gl.int64) * results.out_token
+        at += (row % HEADS).to(gl.int64) * results.out_head
+        made = o.to(results.out.dtype.element_ty)
+        gl.store(results.out + at[:, None] + channel[None, :], made, mask=keep)
     else:
-        at = (slot_id.to(gl.int64) * acc.shape[1] + nth) * ROW_DIM
-        gl.store(part_out + at[:, None] + channel[None, :], o, mask=keep)
+        at = (slot_id.to(gl.int64) * acc.shape[1] + nth) * FIXED.ROW_DIM
+        gl.store(results.part_out + at[:, None] + channel[None, :], o, mask=keep)

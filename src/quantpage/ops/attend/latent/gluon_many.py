@@ -19,19 +19,10 @@ from triton.experimental.gluon import language as gl
 from quantpage.ops.attend.decode.gluon_kernel import FAR, FLOOR, SHIFT, log2_fast
 from quantpage.ops.attend.decode.gluon_operands import halved
 from quantpage.ops.attend.decode.gluon_rows import capped, seen_pairs
-from quantpage.ops.attend.decode.gluon_share import (
-    here,
-    keys_of_all,
-    page_of,
-    shown_keys,
-    tile_at,
-    token_plane,
-)
+from quantpage.ops.attend.decode.gluon_share import here, keys_of_all, shown_keys
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.attend.latent.gluon_operands import (
     PART,
-    Hidden,
-    copy_tile,
     far_bits,
     hide_codes,
     key_part,
@@ -39,6 +30,7 @@ from quantpage.ops.attend.latent.gluon_operands import (
     score_of,
     value_part,
 )
+from quantpage.ops.attend.latent.gluon_records import copy_tile, first_key, page_at, scales_at
 from quantpage.ops.triton.common import FP8
 from quantpage.ops.triton.gluon_compat import (
     async_copy,
@@ -69,13 +61,8 @@ def _unit_scores(
 
 @gluon.jit
 def walk_many(
-    row_words, rotary_words, q_smem, turned_smem, p_smem, far_smem, row_codes, row_scale,
-    rotary_codes, rotary_scale, row_page, row_scale_page, rotary_page, rotary_scale_page, table,
-    next_page, scale, other, factor_smem, context, q_len, a_low, a_high, b_low, b_high, a_first,
-    a_tiles, b_first, first_tile, last_tile, row_first, softcap, window, sink_tokens,
-    CODE: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, FULL: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, product: gl.constexpr, s_layout: gl.constexpr,
-    o_layout: gl.constexpr,
+    rings, q_smem, turned_smem, p_smem, far_smem, pages, table, seen, next_page, scale, other,
+    factor_smem, softcap, FIXED: gl.constexpr,
 ):  # fmt: skip
     """Outputs (two parts of the channels), weights and anchors of a row's tiles.
 
@@ -84,31 +71,38 @@ def walk_many(
     """
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
-    STAGES: gl.constexpr = row_words.shape[0]
-    TILE: gl.constexpr = row_words.shape[1]
-    ROW_DIM: gl.constexpr = 4 * row_words.shape[2]
-    ROTARY_DIM: gl.constexpr = 4 * rotary_words.shape[2]
-    ROWS: gl.constexpr = p_smem.shape[2]
+    CODE: gl.constexpr = FIXED.CODE
+    PAGE: gl.constexpr = FIXED.PAGE
+    ROWS: gl.constexpr = FIXED.ROWS
+    TILE: gl.constexpr = FIXED.TILE
+    WINDOW: gl.constexpr = FIXED.WINDOW
+    STAGES: gl.constexpr = rings.rows.shape[0]
+    ROW_DIM: gl.constexpr = FIXED.ROW_DIM
+    ROTARY_DIM: gl.constexpr = 4 * rings.rotary.shape[2]
     BYTES: gl.constexpr = CODE != FP8
     PIECE: gl.constexpr = 16
+    product: gl.constexpr = FIXED.product
+    s_layout: gl.constexpr = FIXED.scores
+    o_layout: gl.constexpr = FIXED.outputs
     s_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_rows: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(0, o_layout)
     k_operand: gl.constexpr = gl.DotOperandLayout(0, product, 4 if BYTES else 2)
     v_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     far_layout: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
-    row_bytes = row_words._reinterpret(
+    row_bytes = rings.rows._reinterpret(
         gl.int8, [STAGES, TILE, ROW_DIM],
         gl.NVMMASharedLayout.get_default_for([TILE, ROW_DIM], gl.int8),
     )  # fmt: skip
-    rotary_bytes = rotary_words._reinterpret(
+    rotary_bytes = rings.rotary._reinterpret(
         gl.int8, [STAGES, TILE, ROTARY_DIM],
         gl.NVMMASharedLayout.get_default_for([TILE, ROTARY_DIM], gl.int8),
     )  # fmt: skip
 
-    last_key = context - 1
-    first_seat = context - q_len
-    all_low, all_high = keys_of_all(context, first_seat, window, PAGE, FULL, WINDOW, ALL_KEYS)
+    first_seat = seen.context - seen.q_len
+    all_low, all_high = keys_of_all(
+        seen.context, first_seat, seen.window, PAGE, FIXED.FULL, WINDOW, ALL_KEYS
+    )
     anchor = gl.full([ROWS], FLOOR, gl.float32, s_rows)
     weights = halved(gl.full([TILE, ROWS], 0.0, gl.float32, s_layout), ROWS)
     no_score = gl.full([TILE, product_columns(ROWS, CODE)], 0, gl.int32 if BYTES else gl.float32,
@@ -116,9 +110,8 @@ def walk_many(
     acc0 = gl.full([ROW_DIM // 2, ROWS], 0.0, gl.float32, o_layout)
     acc1 = acc0
 
-    key_start = tile_at(first_tile, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-    following = gl.minimum(first_tile + 1, last_tile - 1)
-    next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
+    key_start = first_key(seen, seen.first_tile, FIXED)
+    next_start = first_key(seen, gl.minimum(seen.first_tile + 1, seen.last_tile - 1), FIXED)
     scale, other = scale.to(gl.float32), other.to(gl.float32)
     # Everybody's copies of the first tile and queries are in.
     thread_barrier()
@@ -133,50 +126,38 @@ def walk_many(
     else:
         s = no_score
         score = gl.full([TILE, ROWS], 0.0, gl.float32, s_layout)
-    next_scale = token_plane(
-        row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE, s_keys
-    )
-    next_other = token_plane(
-        rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE, TILE, s_keys
-    )
-    next_page = page_of(
-        table, first_tile + 2, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-    )
+    next_scale, next_other = scales_at(pages, next_page, table, next_start, FIXED, s_keys)
+    next_page = page_at(table, seen, seen.first_tile + 2, FIXED)
 
     stage = 0
-    for t in range(first_tile, last_tile):
+    for t in range(seen.first_tile, seen.last_tile):
         if BYTES:
             score += score_of(s, CODE, GROUPS, s_layout) * other[:, None]
         else:
             score = _unit_scores(
-                row_words.index(stage), rotary_words.index(stage), q_smem.index(0), turned_smem,
+                rings.rows.index(stage), rings.rotary.index(stage), q_smem.index(0), turned_smem,
                 scale, other, no_score, GROUPS, k_operand, s_layout,
             )  # fmt: skip
         score = score * factor_smem.load(s_rows)[None, :]
-        if SOFTCAP:
+        if FIXED.SOFTCAP:
             score = capped(score, softcap)
         log_scale = log2_fast(gl.maximum(scale, 1e-30))
         heavy = score + log_scale[:, None]
         if (key_start < all_low) | (key_start + TILE > all_high):
             key = key_start + gl.arange(0, TILE, s_keys)
             shown = shown_keys(
-                key, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens, WINDOW, ALL_KEYS
-            )
-            seen = seen_pairs(
-                key, shown, row_first, s_rows, first_seat, q_len, window, sink_tokens, PAGE, ROWS,
-                HEADS, FULL, WINDOW, ALL_KEYS,
+                key, seen.a_low, seen.a_high, seen.b_low, seen.b_high, first_seat, seen.window,
+                seen.sink_tokens, WINDOW, ALL_KEYS,
             )  # fmt: skip
-            heavy = gl.where(seen, heavy, float("-inf"))
+            pairs = seen_pairs(
+                key, shown, seen.row_first, s_rows, first_seat, seen.q_len, seen.window,
+                seen.sink_tokens, PAGE, ROWS, FIXED.HEADS, FIXED.FULL, WINDOW, ALL_KEYS,
+            )  # fmt: skip
+            heavy = gl.where(pairs, heavy, float("-inf"))
             # Where a key is hidden p is 0: what it is multiplied by has to be finite.
             log_scale = gl.where(shown & (log_scale < float("inf")), log_scale, 0.0)
             if CODE == FP8:
-                hide_codes(
-                    row_words.index(stage),
-                    Hidden(
-                        key_start, a_low, a_high, b_low, b_high, first_seat, window, sink_tokens
-                    ),
-                    WINDOW,
-                )  # fmt: skip
+                hide_codes(rings.rows.index(stage), key_start, seen, WINDOW)
         x = heavy - anchor[None, :]
         p = gl.exp2(x)
         turn = t % 2
@@ -188,17 +169,11 @@ def walk_many(
         # P and the next tile are there, and nobody reads the tile before any more.
         thread_barrier()
         ahead = t + 2
-        if ahead < last_tile:
-            ahead_tile = tile_at(ahead, a_first, a_tiles, b_first, WINDOW, ALL_KEYS)
-            copy_tile(
-                row_words, rotary_words, gl.where(stage == 0, STAGES, stage) - 1, row_codes,
-                rotary_codes, row_page, rotary_page, next_page, table, ahead_tile * TILE, last_key,
-                PAGE,
-            )  # fmt: skip
-            scales_into_l2(
-                row_scale, row_scale_page, rotary_scale, rotary_scale_page, next_page,
-                ahead_tile * TILE, PAGE, TILE,
-            )  # fmt: skip
+        if ahead < seen.last_tile:
+            ahead_start = first_key(seen, ahead, FIXED)
+            before = gl.where(stage == 0, STAGES, stage) - 1
+            copy_tile(rings, before, pages, next_page, table, ahead_start, FIXED)
+            scales_into_l2(pages, next_page, ahead_start, PAGE, TILE)
         async_copy.commit_group()
         if gl.max(far_smem.index(turn).load(far_layout), 0) > FAR:
             old = anchor
@@ -216,7 +191,7 @@ def walk_many(
         # p is of p * scale; the row's weight is of p.
         weights += halved(p * gl.exp2(-log_scale)[:, None], ROWS)
 
-        mine = row_words.index(stage)
+        mine = rings.rows.index(stage)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         scale, other = next_scale.to(gl.float32), next_other.to(gl.float32)
         # Of the tile past the last what lies there is multiplied, and nobody reads it.
@@ -233,18 +208,9 @@ def walk_many(
         w = value_part(mine, 0, PIECE, 1, CODE, v_operand)
         acc1 = warpgroup_mma(w, p_tile.slice(0, PIECE), acc1, is_async=True)
         key_start = next_start
-        following = gl.minimum(ahead, last_tile - 1)
-        next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, ALL_KEYS) * TILE
-        next_scale = token_plane(
-            row_scale, row_scale_page, next_page, table, next_start, last_key, PAGE, TILE, s_keys
-        )
-        next_other = token_plane(
-            rotary_scale, rotary_scale_page, next_page, table, next_start, last_key, PAGE, TILE,
-            s_keys,
-        )  # fmt: skip
-        next_page = page_of(
-            table, t + 3, last_tile, a_first, a_tiles, b_first, PAGE, TILE, WINDOW, ALL_KEYS
-        )
+        next_start = first_key(seen, gl.minimum(ahead, seen.last_tile - 1), FIXED)
+        next_scale, next_other = scales_at(pages, next_page, table, next_start, FIXED, s_keys)
+        next_page = page_at(table, seen, t + 3, FIXED)
         acc0, v, s = warpgroup_mma_wait(1, deps=(acc0, v, s))
         if BYTES:
             score = score_of(s, CODE, GROUPS, s_layout) * scale[:, None]

@@ -8,13 +8,11 @@ With eight warps the first product gives each warpgroup half of the query rows, 
 the channels.
 """
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantpage.ops.attend.decode.gluon_operands import copy_layout, unpack
-from quantpage.ops.attend.decode.gluon_share import copy_codes, shown_keys
+from quantpage.ops.attend.decode.gluon_operands import unpack
+from quantpage.ops.attend.decode.gluon_share import shown_keys
 from quantpage.ops.attend.flash.triton_segments import ALL_KEYS
 from quantpage.ops.triton.common import FP8, Constant
 
@@ -99,27 +97,6 @@ def _query_part(q, CODE: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(
-    row_ring, rotary_ring, stage, row_codes, rotary_codes, row_page, rotary_page, page, table,
-    key_start, last_key, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Ask for a tile's codes."""
-    TILE: gl.constexpr = row_ring.shape[1]
-    WORDS: gl.constexpr = row_ring.shape[2]
-    ROTARY_WORDS: gl.constexpr = rotary_ring.shape[2]
-    row_copy: gl.constexpr = copy_layout(WORDS, gl.int32, gl.num_warps())
-    rotary_copy: gl.constexpr = copy_layout(ROTARY_WORDS, gl.int32, gl.num_warps())
-    copy_codes(
-        row_ring.index(stage), row_codes, row_page, page, table, key_start, last_key, PAGE, TILE,
-        WORDS, row_copy,
-    )  # fmt: skip
-    copy_codes(
-        rotary_ring.index(stage), rotary_codes, rotary_page, page, table, key_start, last_key, PAGE,
-        TILE, ROTARY_WORDS, rotary_copy,
-    )  # fmt: skip
-
-
-@gluon.jit
 def codes_into_l2(
     codes, page_stride, page, key_start, PAGE: gl.constexpr, TILE: gl.constexpr,
     UNITS: gl.constexpr,
@@ -133,49 +110,33 @@ def codes_into_l2(
 
 
 @gluon.jit
-def scales_into_l2(
-    row_scale, row_scale_page, rotary_scale, rotary_scale_page, page, key_start,
-    PAGE: gl.constexpr, TILE: gl.constexpr,
-):  # fmt: skip
+def scales_into_l2(pages, page, key_start, PAGE: gl.constexpr, TILE: gl.constexpr):
     """The same of its scales, which are asked for a tile before they are needed: memory that is
     busy takes longer.
     """
     if PAGE >= TILE:
         slot = key_start % PAGE
         for i in gl.static_range(2):
-            at = row_scale + page.to(gl.int64) * row_scale_page + slot
+            at = pages.scale + page.to(gl.int64) * pages.scale_step + slot
             if i == 1:
-                at = rotary_scale + page.to(gl.int64) * rotary_scale_page + slot
+                at = pages.rotary_scale + page.to(gl.int64) * pages.rotary_scale_step + slot
             gl.inline_asm_elementwise(
                 _LINE_INTO_L2, "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
             )
 
 
-class Hidden(NamedTuple):
-    """What says which keys of a tile no query sees (decode/triton_share)."""
-
-    key_start: Any
-    a_low: Any
-    a_high: Any
-    b_low: Any
-    b_high: Any
-    first_seat: Any
-    window: Any
-    sink_tokens: Any
-
-
 @gluon.jit
-def hide_codes(tile, hidden, WINDOW: gl.constexpr):
+def hide_codes(tile, key_start, seen, WINDOW: gl.constexpr):
     """Codes of keys that no query sees become 0 in shared memory: slots may hold NaN of fp8. Who
     still makes scores of them hides those too.
     """
     TILE: gl.constexpr = tile.shape[0]
     UNITS: gl.constexpr = 8 * gl.num_warps()
     units: gl.constexpr = value_layout(TILE, UNITS)
-    key = hidden.key_start + gl.arange(0, TILE, gl.SliceLayout(1, units))
+    key = key_start + gl.arange(0, TILE, gl.SliceLayout(1, units))
     shown = shown_keys(
-        key, hidden.a_low, hidden.a_high, hidden.b_low, hidden.b_high, hidden.first_seat,
-        hidden.window, hidden.sink_tokens, WINDOW, ALL_KEYS,
+        key, seen.a_low, seen.a_high, seen.b_low, seen.b_high, seen.context - seen.q_len,
+        seen.window, seen.sink_tokens, WINDOW, ALL_KEYS,
     )  # fmt: skip
     for i in gl.static_range(tile.shape[1] // UNITS):
         part = tile.slice(i * UNITS, UNITS, dim=1)
