@@ -115,4 +115,18 @@ MUTATIONS = (
         "sig == signal.SIGINT and self._hurried",
         ("tests/server/test_stopping.py",),
     ),
+    Mutation(
+        "a NaN is the likeliest token",
+        SRC + "engine/sampling.py",
+        "np.where(np.isfinite(most), found, -1)",
+        "found",
+        ("tests/engine/test_sampling.py", "tests/engine/test_engine.py"),
+    ),
+    Mutation(
+        "a prompt's tokens may be anything",
+        SRC + "engine/request.py",
+        '_tokens("prompt", self.prompt))',
+        "self.prompt)",
+        ("tests/engine/test_engine.py",),
+    ),
 )

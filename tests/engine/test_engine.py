@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     RecurrentGemmaConfig,
     RobertaConfig,
@@ -19,7 +20,7 @@ from quantpage.engine import Limits, Request, Sampling
 from quantpage.errors import EngineStopped, QueueFull, UnsupportedModel
 from tests.engine.asked import Asked, ask_all, engine
 from tests.integrations.hf_transformers.test_sizes import ARCHITECTURES
-from tests.integrations.tiny_models import tiny
+from tests.integrations.tiny_models import COMMON, tiny
 
 pytestmark = pytest.mark.cpu
 
@@ -385,3 +386,60 @@ def test_limits_and_requests_name_what_is_wrong():
         Sampling(temperature=-1)
     with pytest.raises(ValueError, match="prompt: expected at least one token"):
         Request((), 1)
+    asked = {"prompt": (3, 4), "max_tokens": 5}
+    for name, wrong in (
+        ("prompt", (3.0, 4)),
+        ("prompt", "words"),
+        ("max_tokens", 2.5),
+        ("n", 1.5),
+        ("logprobs", 1.5),
+        ("min_tokens", 0.5),
+        ("stop_tokens", frozenset({"</s>"})),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected "):
+            Request(**asked | {"answers" if name == "n" else name: wrong})
+    for name, wrong in (("seed", 1.5), ("top_k", 2.5), ("logit_bias", ((1.5, 2.0),))):
+        with pytest.raises(ValueError, match=f"{name}: expected "):
+            Sampling(**{name: wrong})
+
+
+def test_token_numbers_of_any_kind_are_pythons():
+    made = Request(tuple(torch.tensor([3, 4])), 1).prompt
+    assert made == (3, 4) and {*map(type, made)} == {int}
+
+
+def test_logits_that_are_not_finite_end_greedy_answers_too():
+    model = tiny("llama", torch.float32)
+    good = requests(2)[1]
+    with engine(model=model) as one:
+        fine = Asked(one, good).wait()
+        model.lm_head.weight.data[5] = torch.nan
+        asked = [good, replace(good, logprobs=2), replace(good, sampling=Sampling(seed=1))]
+        for lost in ask_all(one, asked):
+            assert lost.reasons == ["error"] and "expected finite numbers" in str(lost.errors[0])
+        model.lm_head.weight.data[5] = 0
+        assert Asked(one, good).wait().reasons == fine.reasons == ["length"]
+
+
+def test_ends_and_alternatives_beyond_the_vocabulary():
+    """A tokenizer names ends that the model has not; of a small vocabulary fewer are told."""
+    model = LlamaForCausalLM(LlamaConfig(**COMMON | {"vocab_size": 12})).eval()
+    ends = frozenset({-1, 50256})
+    asked = Request((3, 4), 5, Sampling(temperature=0), stop_tokens=ends, min_tokens=3, logprobs=20)
+    with engine(model=model) as one:
+        answer = Asked(one, asked).wait()
+    assert answer.reasons == ["length"]
+    assert [len(each.top) for each in answer.choices[0]] == [12] * 5
+
+
+def test_what_fails_while_a_request_is_let_in_is_told(monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: said.append(told.exc_value))
+    with engine() as one:
+
+        def full(tokens):
+            raise MemoryError("no memory for the list")
+
+        monkeypatch.setattr(one._scheduler.known, "acquire", full)
+        lost = Asked(one, requests(2)[1]).wait()
+    assert lost.reasons == ["error"] and lost.errors == said

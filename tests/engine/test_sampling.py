@@ -57,9 +57,14 @@ def test_weights_that_say_nothing_are_refused(odd):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_largest_of_each_row(dtype):
     logits = torch.randn(5, 999, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1] = 0
+    logits[1, [7, 9]] = 1
+    wanted = logits.argmax(-1)
     logits[2, 7] = torch.nan
     logits[3] = -torch.inf
-    assert likeliest(logits) == logits.argmax(-1).tolist()
+    logits[4, 0] = torch.inf
+    wanted[2:] = -1
+    assert likeliest(logits) == wanted.tolist()
     assert likeliest(logits[:0]) == []
 
 

@@ -1,7 +1,10 @@
 """What is asked of the engine, and what it says while it answers."""
 
+from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from quantpage.cache.counts import whole
 from quantpage.engine.grammar import AnswerGrammar
 
 _COLDEST = 1e-10
@@ -35,11 +38,14 @@ class Sampling:
                 f"temperature: expected 0, or {_COLDEST:g} to 100, got {self.temperature}"
             )
         _between("top_p", self.top_p, 1e-6, 1)
-        _between("top_k", self.top_k, 0, 1 << 30)
+        _between("top_k", whole("top_k", self.top_k), 0, 1 << 30)
         _between("min_p", self.min_p, 0, 1)
         _between("repetition_penalty", self.repetition_penalty, 1e-6, 100)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected a whole number or None, got {self.seed!r}")
+        _tokens("logit_bias", [token for token, _ in self.logit_bias])
         for token, bias in self.logit_bias:
             _between(f"logit_bias[{token}]", bias, -100, 100)
 
@@ -76,11 +82,13 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("prompt: expected at least one token, got none")
-        _between("max_tokens", self.max_tokens, 1, 1 << 40)
-        _between("n", self.answers, 1, 1 << 20)
+        object.__setattr__(self, "prompt", _tokens("prompt", self.prompt))
+        _between("max_tokens", whole("max_tokens", self.max_tokens, 1), 1, 1 << 40)
+        _between("n", whole("n", self.answers, 1), 1, 1 << 20)
         if self.logprobs is not None:
-            _between("logprobs", self.logprobs, 0, 20)
-        _between("min_tokens", self.min_tokens, 0, self.max_tokens)
+            _between("logprobs", whole("logprobs", self.logprobs), 0, 20)
+        _between("min_tokens", whole("min_tokens", self.min_tokens), 0, self.max_tokens)
+        _tokens("stop_tokens", self.stop_tokens)
         if self.min_tokens and self.grammar is not None:
             raise ValueError(
                 f"min_tokens: expected none beside a grammar, which ends answers, "
@@ -119,6 +127,15 @@ class Piece:
     """Tokens of the answer so far."""
     cached: int = 0
     """Tokens of the prompt that were found in the prefix cache."""
+
+
+def _tokens(name: str, tokens: Collection[int]) -> tuple[int, ...]:
+    """``tokens`` as Python integers; ValueError for what is no number of a token."""
+    try:
+        # In C, as prompts are long.
+        return tuple(array("q", tokens))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: expected numbers of tokens, but {error}") from None
 
 
 def _between(name: str, got: float, low: float, high: float) -> None:

@@ -163,12 +163,13 @@ class Scheduler:
             for each in group:
                 each.promise = promise
             answer.holding = Holding(self._shelves)
+            # Before its prompt is looked for: whatever is raised there, it is somewhere.
+            self.running.append(answer)
             if self.known is not None:
                 # At least one token is computed: its logits are the answer's first.
                 answer.holding.adopt(self.known.acquire(answer.tokens[:-1])[1])
                 if not answer.made:
                     answer.cached = answer.holding.length
-            self.running.append(answer)
 
     def left_waiting(self, arriving: list[list[Answer]]) -> int:
         """Answers of the queue, and of the requests arriving behind it, that cannot run now."""
