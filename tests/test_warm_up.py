@@ -13,7 +13,7 @@ from quantpage.formats import KeyMap
 from quantpage.masks import CausalMask
 from quantpage.ops.attend import AttendParams
 from quantpage.warm_up import Asked, Sizes
-from tests.integrations.vllm_plugin.test_parts import DEVICES, ON_GPU, PAGE, PARAMS, Layer
+from tests.integrations.vllm_plugin.layer_cases import DEVICES, ON_GPU, PAGE, PARAMS, Layer
 
 
 @pytest.mark.pure

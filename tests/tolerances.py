@@ -60,6 +60,15 @@ def lse_atol(head_dim: int) -> float:
     return 8 * (40 + 30 * head_dim**0.5) * FLOAT32_UNIT
 
 
+def fp8_ties():
+    """Numbers halfway between two neighbours of e4m3, and the codes that half to even gives."""
+    bits = torch.arange(0, 0x7E, dtype=torch.uint8)
+    numbers = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    halfway = ((numbers[:-1] + numbers[1:]) / 2).float()
+    even = bits + (bits & 1)
+    return torch.cat([halfway, -halfway]), torch.cat([even, even | 0x80])
+
+
 def same_save_ties(got: torch.Tensor, wanted: torch.Tensor, spec: QuantSpec) -> None:
     """Numbers of two writers that differ by float32 rounding before they round to codes.
 

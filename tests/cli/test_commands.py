@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from quantpage.cli.app import run
-from tests.integrations.hf_transformers.test_sizes import FOUR, LATENT
+from tests.integrations.architectures import FOUR, LATENT
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu

@@ -1,13 +1,14 @@
 """What the engine's tests share: a tiny model, a tokenizer of bytes, answers collected."""
 
 import queue
+import random
 import threading
 from contextlib import contextmanager
 
 import torch
 
 import quantpage
-from quantpage.engine import Engine, Limits
+from quantpage.engine import Engine, Limits, Request, Sampling
 from tests.integrations.tiny_models import tiny
 
 
@@ -64,3 +65,24 @@ class Asked:
 def ask_all(engine, requests, cancel=()):
     asked = [Asked(engine, each, 3 if at in cancel else None) for at, each in enumerate(requests)]
     return [each.wait() for each in asked]
+
+
+def requests(count, longest=150, made=20):
+    """Prompts that share beginnings, greedy and sampled, some with several answers."""
+    draw = random.Random(5)
+    texts = [tuple(draw.choices(range(3, 128), k=draw.randrange(20, longest))) for _ in range(4)]
+    return [
+        Request(
+            prompt=texts[at % 4][: len(texts[at % 4]) - at // 4],
+            max_tokens=made,
+            sampling=Sampling(temperature=0 if at % 2 else 1, top_p=0.9, seed=at),
+            answers=2 if at % 5 == 0 else 1,
+        )
+        for at in range(count)
+    ]
+
+
+def leaked(engine):
+    """Bytes of pages that nobody should hold any more."""
+    engine._scheduler.known.clear()
+    return engine._runner.memory.used_bytes()

@@ -1,6 +1,5 @@
 """Requests that share steps, pages and a small pool answer as each of them does alone."""
 
-import random
 import threading
 import time
 from dataclasses import replace
@@ -18,32 +17,11 @@ from transformers import (
 
 from quantpage.engine import Limits, Request, Sampling
 from quantpage.errors import EngineStopped, QueueFull, UnsupportedModel
-from tests.engine.asked import Asked, ask_all, engine
-from tests.integrations.hf_transformers.test_sizes import ARCHITECTURES
+from tests.engine.asked import Asked, ask_all, engine, leaked, requests
+from tests.integrations.architectures import ARCHITECTURES
 from tests.integrations.tiny_models import COMMON, tiny
 
 pytestmark = pytest.mark.cpu
-
-
-def requests(count, longest=150, made=20):
-    """Prompts that share beginnings, greedy and sampled, some with several answers."""
-    draw = random.Random(5)
-    texts = [tuple(draw.choices(range(3, 128), k=draw.randrange(20, longest))) for _ in range(4)]
-    return [
-        Request(
-            prompt=texts[at % 4][: len(texts[at % 4]) - at // 4],
-            max_tokens=made,
-            sampling=Sampling(temperature=0 if at % 2 else 1, top_p=0.9, seed=at),
-            answers=2 if at % 5 == 0 else 1,
-        )
-        for at in range(count)
-    ]
-
-
-def leaked(engine):
-    """Bytes of pages that nobody should hold any more."""
-    engine._scheduler.known.clear()
-    return engine._runner.memory.used_bytes()
 
 
 @pytest.mark.parametrize(

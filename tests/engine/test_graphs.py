@@ -6,8 +6,7 @@ import torch
 import quantpage
 from quantpage.engine import Engine, Limits
 from quantpage.engine.step import StepRunner
-from tests.engine.asked import Letters, ask_all
-from tests.engine.test_engine import requests
+from tests.engine.asked import Letters, ask_all, requests
 from tests.integrations.tiny_models import tiny
 
 pytestmark = [

@@ -7,8 +7,7 @@ from quantpage.cache.saved import read_pages, write_pages
 from quantpage.engine import Limits, Request, Sampling
 from quantpage.engine.prefix_file import collect
 from quantpage.errors import CorruptCache
-from tests.engine.asked import Asked, ask_all, engine
-from tests.engine.test_engine import leaked, requests
+from tests.engine.asked import Asked, ask_all, engine, leaked, requests
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu

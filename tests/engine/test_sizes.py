@@ -11,7 +11,7 @@ from quantpage.engine import Limits
 from quantpage.engine.sizes import fit_pages, pool_bytes, unquantized_pool_bytes
 from quantpage.engine.step import StepRunner
 from quantpage.integrations.hf_transformers.sizes import cache_shape
-from tests.integrations.hf_transformers.test_sizes import FOUR, LATENT
+from tests.integrations.architectures import FOUR, LATENT
 from tests.integrations.tiny_models import tiny
 
 pytestmark = pytest.mark.cpu

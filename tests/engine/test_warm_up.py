@@ -5,8 +5,7 @@ import torch
 
 import quantpage
 from quantpage.engine import Engine, Limits
-from tests.engine.asked import Letters, ask_all, engine
-from tests.engine.test_engine import requests
+from tests.engine.asked import Letters, ask_all, engine, requests
 from tests.integrations.tiny_models import tiny
 from tests.kernels.apart import compile_apart
 

@@ -5,32 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec
 from quantpage.formats.key_scales import search_scales
-from quantpage.formats.key_statistics import KeyStatistics, choose_map
-from tests.formats.test_key_statistics import lost
+from quantpage.formats.key_statistics import choose_map
+from tests.formats.key_cases import SPECS, lost, statistics
 
 pytestmark = pytest.mark.cpu
-
-SPECS = {
-    "int8": FORMATS["int8"].key,
-    "int4": FORMATS["int4"].key,
-    "int3": FORMATS["int3"].key,
-    "groups": QuantSpec(CODES["int4"], Granularity(group=16), zero_point=True, rotation="hadamard"),
-}
-
-
-def statistics(seed, tokens=600, head_dim=32):
-    """Keys and queries, each with few large directions of their own."""
-    shape, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
-    sizes = 0.8 ** torch.arange(head_dim)
-    q, k = (
-        torch.randn(tokens, heads, head_dim, generator=noise)
-        * sizes
-        @ torch.randn(head_dim, head_dim, generator=shape)
-        for heads in (4, 2)
-    )
-    return KeyStatistics.of(q, k + 5.0)
 
 
 @pytest.mark.parametrize("name", SPECS)

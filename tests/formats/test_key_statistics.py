@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from quantpage.formats import FORMATS, dequantize, quantize, rotate
+from quantpage.formats import FORMATS, dequantize, rotate
 from quantpage.formats.feedback import quantize_with_feedback, with_feedback
 from quantpage.formats.key_statistics import EXPONENTS, KeyStatistics, choose_map
+from tests.formats.key_cases import lost
 
 pytestmark = pytest.mark.cpu
 
@@ -16,18 +17,6 @@ def statistics(sizes, tokens=600):
     q = torch.randn(tokens, 4, 64, generator=noise) * sizes
     k = torch.randn(tokens, 2, 64, generator=noise) * sizes + 5.0
     return KeyStatistics.of(q, k)
-
-
-def lost(found, spec, key_map, feedback=True, by=None):
-    """Sum of e' W e over the keys that were kept, rounded in turn, ``by`` whose metric, or each
-    channel by itself.
-    """
-    by = with_feedback(key_map, (by or found).metric, rotated=True).feedback
-    given = rotate(key_map.keys(found.keys))
-    codes = quantize_with_feedback(given, spec, by) if feedback else quantize(given, spec)
-    error = key_map.restored(rotate(dequantize(*codes, spec))) - found.keys
-    error = error.double()
-    return torch.einsum("thi,hij,thj->h", error, found.metric, error)
 
 
 @pytest.mark.parametrize("name", ["int6", "int4", "int3"])

@@ -8,8 +8,7 @@ import torch
 from quantpage.formats import KeyMap
 from quantpage.formats.key_statistics import choose_map
 from quantpage.formats.key_turns import search_turn
-from tests.formats.test_key_scales import SPECS, statistics
-from tests.formats.test_key_statistics import lost
+from tests.formats.key_cases import SPECS, lost, statistics
 
 pytestmark = pytest.mark.cpu
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from quantpage.formats import CODES, FORMATS, Granularity, QuantSpec, dequantize, quantize
 from quantpage.formats.quantize import pack, pack_nibbles, quantize_static, unpack, unpack_nibbles
+from tests.tolerances import fp8_ties
 
 pytestmark = pytest.mark.cpu
 
@@ -196,15 +197,6 @@ def test_fp8_is_cast_directly_and_saturates():
     wanted = (x / quantized.scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(quantized.codes.view(torch.uint8), wanted.view(torch.uint8))
     assert quantized.codes.float().isfinite().all()
-
-
-def fp8_ties():
-    """Numbers halfway between two neighbours of e4m3, and the codes that half to even gives."""
-    bits = torch.arange(0, 0x7E, dtype=torch.uint8)
-    numbers = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    halfway = ((numbers[:-1] + numbers[1:]) / 2).float()
-    even = bits + (bits & 1)
-    return torch.cat([halfway, -halfway]), torch.cat([even, even | 0x80])
 
 
 def test_fp8_ties_go_to_even():

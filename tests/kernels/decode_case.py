@@ -14,6 +14,10 @@ UNITS = {"none": "*bf16", "int6": "*i16", "int3": "*i16"}
 OTHER_TARGETS = (89, 120)
 """Of codes in planes, which are compiled for every target."""
 
+SHAPES = {"int8": (32, 1, 5), "fp8": (32, 1, 5), "int4": (64, 1, 5), "none": (64, 4, 4)}
+SHAPES |= {"int6": (64, 1, 4), "int3": (64, 1, 4)}
+"""Tile, warps and stages by codes."""
+
 
 def decode_arguments(key="int8", value="int8", head_dim=128, group=4, page=64, tile=64, rows=8,
                      stages=5, scales=1, zero=(False, False), capability=90, window=False,
@@ -127,8 +131,6 @@ def summary(kernel, arguments, capability: int, warps: int, code_bytes: float = 
 
 
 def main() -> None:
-    from tests.kernels.test_decode_aot import SHAPES
-
     found = {}
     for part in sys.argv[1].split():
         if part == "others":

@@ -11,8 +11,6 @@ pytestmark = pytest.mark.cpu
 # Instructions of the loop (its masked branch included) a byte of codes, warps counted: issue stops
 # at 4 / this bytes a clock and multiprocessor, and an H200's memory delivers 18.
 BUDGET = {"int8": 0.12, "fp8": 0.11, "int4": 0.165, "none": 0.05, "int6": 0.13, "int3": 0.24}
-SHAPES = {"int8": (32, 1, 5), "fp8": (32, 1, 5), "int4": (64, 1, 5), "none": (64, 4, 4)}
-SHAPES |= {"int6": (64, 1, 4), "int3": (64, 1, 4)}
 
 
 @pytest.fixture(scope="module")

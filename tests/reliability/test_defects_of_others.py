@@ -19,9 +19,9 @@ from quantpage.ops.attend import AttendParams
 from quantpage.ops.attend.reference import attend as oracle
 from quantpage.ops.dispatch import Call
 from quantpage.ops.rope_write import WriteParams
+from tests.one_layer import PAGE as ENGINE_PAGE
+from tests.one_layer import Engine, close
 from tests.ops.triton_cases import DEVICE, GPU, TIER, relative
-from tests.test_attention import PAGE as ENGINE_PAGE
-from tests.test_attention import Engine, close
 
 PAGE, WIDTH, HEADS, KV = 16, 64, 4, 2
 W, A = WriteParams(), AttendParams(WIDTH**-0.5)

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from quantpage.report import beside, heads
 from quantpage.report.charts import Axis, Plot, Series, step_of
 from quantpage.report.page import LIMIT, STEPS, render, running_mean
 from quantpage.report.verdict import judge
+from tests.report.reader import Reader
 from tests.report.samples import report, row
 
 pytestmark = pytest.mark.pure
@@ -20,26 +20,6 @@ pytestmark = pytest.mark.pure
 
 def judged(data):
     return data | {"verdict": json.loads(json.dumps(asdict(judge(data))))}
-
-
-class Reader(HTMLParser):
-    """What a page refers to, its elements, and the data in it."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.refers, self.names, self.texts, self.tag, self.open = [], [], {}, "", []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.names.append(tag)
-        self.tag = given.get("id") or tag
-        self.refers += [
-            v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")
-        ]
-
-    def handle_data(self, data):
-        self.texts[self.tag] = self.texts.get(self.tag, "") + data
 
 
 @pytest.mark.parametrize("compared", [False, True])

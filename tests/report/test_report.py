@@ -15,7 +15,7 @@ from quantpage.cli.app import run
 from quantpage.report import ReportRequest, load
 from quantpage.report import predictions as asked
 from tests.integrations.tiny_models import save_tiny
-from tests.report.test_page import Reader
+from tests.report.reader import Reader
 
 pytestmark = pytest.mark.cpu
 

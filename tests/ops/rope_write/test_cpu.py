@@ -12,8 +12,8 @@ from quantpage.formats import CODES, FORMATS, KeyMap, QuantSpec
 from quantpage.formats.feedback import with_feedback
 from quantpage.ops.rope_write import QKNorm, WriteParams, cpu, reference
 from quantpage.rope import rope_table
-from tests.formats.test_quantize import fp8_ties
 from tests.ops.cpu_cases import AVAILABLE, Shape, make_case
+from tests.tolerances import fp8_ties
 
 pytestmark = [
     pytest.mark.cpu,

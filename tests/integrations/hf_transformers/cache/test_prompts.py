@@ -14,13 +14,12 @@ from quantpage.errors import CacheError, CorruptCache, PartlyPaged, UnsupportedM
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.loading.model import load_model
 from scripts.tiny_classes import build
+from tests.integrations.hf_transformers.cache.prompt_cases import FORMS, PAGE, QUESTIONS, SYSTEM
 from tests.integrations.tiny_models import COMMON, tiny, tokens
 
 pytestmark = pytest.mark.cpu
 
 MODEL = Path(__file__).parents[4] / "models/smollm2"
-PAGE = 16
-FORMS = ["none", "int8", "int4", "k8v4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,6 @@ def attached(request, model):
 
 
 every_format = pytest.mark.parametrize("attached", FORMS, indirect=True)
-SYSTEM, QUESTIONS = tokens(1, 5 * PAGE + 3), [tokens(1, n) + n for n in (7, 40)]
 
 
 def answer(attached, ids, cache):

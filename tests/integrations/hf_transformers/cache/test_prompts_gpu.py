@@ -6,7 +6,7 @@ import torch
 import quantpage
 from quantpage.errors import CacheError
 from quantpage.integrations.hf_transformers.steps.graph import DecodeGraph
-from tests.integrations.hf_transformers.cache.test_prompts import FORMS, PAGE, SYSTEM
+from tests.integrations.hf_transformers.cache.prompt_cases import FORMS, PAGE, SYSTEM
 from tests.integrations.tiny_models import tiny, tokens
 
 pytestmark = pytest.mark.gpu
