@@ -77,12 +77,15 @@ class GrammarTokenizer:
 
 
 class _Follower:
+    """Where in a grammar an answer stands."""
+
     def __init__(self, grammar: str, tokenizer: GrammarTokenizer) -> None:
         from llguidance import LLMatcher
 
         self._matcher, self._vocabulary = LLMatcher(tokenizer.table, grammar), tokenizer.vocabulary
 
     def restrict(self, logits: Tensor) -> Tensor:
+        """[1, vocabulary] logits with -inf where a token cannot come next."""
         # llguidance.torch does this too, by a kernel that torch.compile makes: seconds at the first
         # answer of a server, in which all wait, and a C++ compiler that need not be there.
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -90,7 +93,9 @@ class _Follower:
         return logits.masked_fill(torch.from_numpy(allowed == 0), -torch.inf)
 
     def take(self, token: int) -> None:
+        """Move past a token."""
         self._matcher.consume_token(token)
 
     def done(self) -> bool:
+        """Whether nothing but the end may follow."""
         return self._matcher.is_stopped()

@@ -6,7 +6,7 @@ requests share its steps.
 
 import math
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,26 +69,6 @@ def _numbers(key: int, at: np.ndarray) -> np.ndarray:
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
-class Grammar(Protocol):
-    """What an answer has to follow; one object a request, one ``Follower`` an answer."""
-
-    def follow(self) -> "Follower":
-        """A follower at the beginning."""
-
-
-class Follower(Protocol):
-    """Where in a grammar an answer stands."""
-
-    def restrict(self, logits: Tensor) -> Tensor:
-        """[1, vocabulary] logits with -inf where a token cannot come next."""
-
-    def take(self, token: int) -> None:
-        """Move past a token."""
-
-    def done(self) -> bool:
-        """Whether nothing but the end may follow."""
 
 
 class Sampler:
