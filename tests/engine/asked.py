@@ -49,6 +49,7 @@ class Asked:
         count = request.answers
         self.texts, self.reasons = [""] * count, [None] * count
         self.errors, self.cached, self.choices = [None] * count, 0, [[] for _ in range(count)]
+        self.prompt = []
 
     def wait(self):
         while None in self.reasons:
@@ -57,6 +58,7 @@ class Asked:
             assert self.reasons[at] is None, "news after the end"
             self.texts[at] += piece.text
             self.choices[at] += piece.choices
+            self.prompt += piece.prompt
             self.errors[at], self.cached = piece.error, piece.cached
             self.reasons[at] = piece.finish_reason
         return self

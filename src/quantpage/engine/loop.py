@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from quantpage.cache import KnownPages
 from quantpage.cache.saved import read_pages, write_pages
@@ -18,6 +20,7 @@ from quantpage.engine.prefix_file import collect, restore
 from quantpage.engine.request import Piece, Request, TokenChoice
 from quantpage.engine.sampling import Sampler, likeliest
 from quantpage.engine.scheduler import Answer, Chunk, Limits, Scheduler
+from quantpage.engine.scores import score
 from quantpage.engine.step import StepRunner, compile_steps
 from quantpage.engine.text import TextStream
 from quantpage.errors import CorruptCache, EngineStopped, QuantPageError, QueueFull
@@ -89,7 +92,7 @@ class Engine:
         self.tokenizer, self.limits = tokenizer, limits
         shelves, page_size = self._runner.memory.shelves, self._runner.page_size
         known = KnownPages(shelves, page_size) if prefix_cache else None
-        self._scheduler = Scheduler(limits, page_size, shelves, known)
+        self._scheduler = Scheduler(limits, page_size, shelves, known, self._runner.most_scored)
         self._inbox: deque[list[Answer]] = deque()
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._ended = False
@@ -303,10 +306,15 @@ class Engine:
                     self._emit(each, finish_reason="error", error=error)
 
     def _answer(self, chunks: list[Chunk], logits: Any) -> None:
-        ready = [at for at, chunk in enumerate(chunks) if _complete(chunk.answer)]
+        ends = list(accumulate(chunk.kept for chunk in chunks))
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.answer.scored < chunk.answer.to_score:
+                self._score(chunk, logits[end - chunk.kept : end])
+        last = {end - 1: chunk.answer for chunk, end in zip(chunks, ends, strict=True)}
+        ready = [at for at, answer in last.items() if _complete(answer)]
         plain = likeliest(logits[ready]) if ready else []
         for at, token in zip(ready, plain, strict=True):
-            answer = chunks[at].answer
+            answer = last[at]
             beside = self._scheduler.fork(answer) if answer.siblings else []
             for each in [answer, *beside]:
                 try:
@@ -314,9 +322,32 @@ class Engine:
                 except Exception as error:  # noqa: BLE001  what one asked for ends no other's answer
                     self._drop(each, "error", error)
 
+    @torch.inference_mode()
+    def _score(self, chunk: Chunk, logits: Tensor) -> None:
+        """Tell what the model gives the tokens of a prompt behind those of a chunk."""
+        answer, request = chunk.answer, chunk.answer.request
+        at = answer.scored
+        tokens = request.prompt[at + 1 : answer.cached_length + 1]
+        if not tokens:
+            # Computed again, after a preemption.
+            return
+        assert request.prompt_logprobs is not None
+        try:
+            prompt = score(logits[: len(tokens)], tokens, request.prompt_logprobs)
+        except Exception as error:  # noqa: BLE001  what one asked for ends no other's answer
+            for each in [*answer.siblings, answer]:
+                self._drop(each, "error", error)
+            return
+        answer.scored += len(tokens)
+        self._emit(answer, prompt=tuple(prompt))
+
     def _choose(self, answer: Answer, likeliest_token: int, logits: Any) -> None:
         if answer.sampler is None:
             self._begin(answer)
+        if answer.request.max_tokens == 0:
+            self._scheduler.finish(answer)
+            self._emit(answer, finish_reason="length")
+            return
         if answer.sampler.plain:
             choice = answer.sampler.take(likeliest_token)
         else:
@@ -389,4 +420,4 @@ class Engine:
 
 def _complete(answer: Answer) -> bool:
     """Whether all tokens of an answer are in pages, so that the logits say its next one."""
-    return answer.cached_length == len(answer.tokens)
+    return answer.holding is not None and answer.cached_length == len(answer.tokens)

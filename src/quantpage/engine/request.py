@@ -60,7 +60,7 @@ class Request:
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     max_tokens: int
-    """Longest answer in tokens, at least 1."""
+    """Longest answer in tokens; 0: the prompt is computed, and nothing follows."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
@@ -76,6 +76,9 @@ class Request:
     """Independent answers, which share the prompt's pages."""
     logprobs: int | None = None
     """Alternatives to report with every token's log-probability; None: report nothing."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report with the log-probability of every token of the prompt but the first;
+    None: report nothing. All of the prompt is computed, whatever is known of it."""
     grammar: AnswerGrammar | None = None
     """What the answer has to follow; None: free text."""
 
@@ -83,10 +86,14 @@ class Request:
         if not self.prompt:
             raise ValueError("prompt: expected at least one token, got none")
         object.__setattr__(self, "prompt", _tokens("prompt", self.prompt))
-        _between("max_tokens", whole("max_tokens", self.max_tokens, 1), 1, 1 << 40)
+        _between("max_tokens", whole("max_tokens", self.max_tokens), 0, 1 << 40)
         _between("n", whole("n", self.answers, 1), 1, 1 << 20)
-        if self.logprobs is not None:
-            _between("logprobs", whole("logprobs", self.logprobs), 0, 20)
+        for name, asked in (
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ):
+            if asked is not None:
+                _between(name, whole(name, asked), 0, 20)
         _between("min_tokens", whole("min_tokens", self.min_tokens), 0, self.max_tokens)
         _tokens("stop_tokens", self.stop_tokens)
         if self.min_tokens and self.grammar is not None:
@@ -100,13 +107,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """A token that was chosen, and what the model gave the likeliest ones."""
+    """A token that was chosen or given, and what the model gave it and the likeliest ones."""
 
     token: int
     logprob: float
     """Natural logarithm of its probability before temperature, penalties and cuts."""
     top: tuple[tuple[int, float], ...] = ()
     """(token, log-probability) of the likeliest, first the most likely."""
+    rank: int = 0
+    """1: no token is likelier; 0: nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,9 @@ class Piece:
     """Follows what came before; characters whose last bytes are missing wait."""
     choices: tuple[TokenChoice, ...] = ()
     """Of the tokens since the last piece, where the request asked for log-probabilities."""
+    prompt: tuple[TokenChoice, ...] = ()
+    """Of the next tokens of the prompt, from its second on, where the request asked for theirs.
+    They come before all else, and with the first answer for all of a request's."""
     finish_reason: str | None = None
     """'stop' (a stop text or token), 'length', 'cancelled' or 'error'; None: more will come."""
     error: BaseException | None = None

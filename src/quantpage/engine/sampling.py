@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantpage.engine.request import Request, TokenChoice
+from quantpage.engine.scores import score
 
 
 def likeliest(logits: Tensor) -> list[int]:
@@ -125,10 +126,7 @@ class Sampler:
             self._follower.take(token)
         if self._logprobs is None or logits is None:
             return TokenChoice(token, 0.0)
-        known = logits.float().log_softmax(-1)
-        best = known.topk(min(self._logprobs, len(known))) if self._logprobs else None
-        top = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return TokenChoice(token, float(known[token]), tuple(top))
+        return score(logits[None], [token], self._logprobs)[0]
 
     def done(self) -> bool:
         """Whether the grammar is fulfilled and lets nothing follow."""

@@ -69,6 +69,8 @@ class Answer:
     whole: bool = False
     """Its longest answer is promised; it is never preempted."""
     cached: int = 0
+    scored: int = 0
+    """Tokens of the prompt whose next one's log-probability was told."""
     cancelled: bool = False
     siblings: list["Answer"] = field(default_factory=list)
     """Answers to the same prompt that start from its pages once these are written."""
@@ -83,6 +85,11 @@ class Answer:
         """Tokens whose keys and values are in pages."""
         return 0 if self.holding is None else self.holding.length
 
+    @property
+    def to_score(self) -> int:
+        """What ``scored`` is in the end."""
+        return 0 if self.request.prompt_logprobs is None else len(self.request.prompt) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -90,6 +97,8 @@ class Chunk:
 
     answer: Answer
     tokens: int
+    kept: int = 1
+    """Of them, the last ones whose logits are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +126,11 @@ class Scheduler:
         page_size: int,
         shelves: Shelves,
         known: KnownPages | None,
+        most_scored: int = 1 << 30,
     ) -> None:
+        """most_scored: tokens of prompts of which a step gives log-probabilities."""
         self.limits, self.page_size, self.known = limits, page_size, known
-        self._shelves = shelves
+        self._shelves, self._most_scored = shelves, most_scored
         self.waiting: deque[Answer] = deque()
         self.running: list[Answer] = []
         """In the order of admission."""
@@ -166,8 +177,10 @@ class Scheduler:
             # Before its prompt is looked for: whatever is raised there, it is somewhere.
             self.running.append(answer)
             if self.known is not None:
-                # At least one token is computed: its logits are the answer's first.
-                answer.holding.adopt(self.known.acquire(answer.tokens[:-1])[1])
+                # At least one token is computed: its logits are the answer's first. Pages have no
+                # logits, so that tokens are computed as well whose log-probabilities are not told.
+                last = answer.scored if answer.scored < answer.to_score else -1
+                answer.holding.adopt(self.known.acquire(answer.tokens[:last])[1])
                 if not answer.made:
                     answer.cached = answer.holding.length
 
@@ -183,24 +196,25 @@ class Scheduler:
 
     def next_step(self) -> tuple[list[Chunk], list[tuple[Reach, PageCopy]]]:
         """What to compute now, with its pages reserved, and the copies to make first."""
-        left = self.limits.step_tokens
+        left, rows = self.limits.step_tokens, self._most_scored
         chunks: list[Chunk] = []
         copies: list[tuple[Reach, PageCopy]] = []
         # Decode first: whoever reads an answer waits for its next token.
         for answer in sorted(self.running, key=lambda each: _missing(each) > 1):
             if answer not in self.running:
                 continue  # preempted for one before it
-            tokens = min(_missing(answer), left)
-            while tokens > 0:
+            chunk = _chunk(answer, left, rows)
+            while chunk.tokens > 0:
                 assert answer.holding is not None
                 try:
-                    copies += answer.holding.reserve(tokens)
+                    copies += answer.holding.reserve(chunk.tokens)
                 except OutOfPages:
-                    if self._make_room(answer, tokens, chunks):
+                    if self._make_room(answer, chunk.tokens, chunks):
                         continue
                     break
-                chunks.append(Chunk(answer, tokens))
-                left -= tokens
+                chunks.append(chunk)
+                left -= chunk.tokens
+                rows -= chunk.kept if answer.scored < answer.to_score else 0
                 break
         return chunks, copies
 
@@ -218,6 +232,7 @@ class Scheduler:
         assert answer.holding is not None
         for each in started:
             each.holding, each.cached = answer.holding.fork(), answer.cached
+            each.scored = answer.scored
             self.running.append(each)
         return started
 
@@ -292,6 +307,17 @@ class Scheduler:
     def _whole(self, request: Request) -> int:
         # One more than the tokens take: answers that share a partly filled page copy it.
         return -(-(len(request.prompt) + request.max_tokens) // self.page_size) + 1
+
+
+def _chunk(answer: Answer, left: int, rows: int) -> Chunk:
+    """An answer's part of a step that has room for ``left`` tokens and the logits of ``rows``."""
+    tokens = min(_missing(answer), left)
+    if answer.scored >= answer.to_score:
+        return Chunk(answer, tokens)
+    # What is computed again, after a preemption, was told.
+    again = max(0, answer.scored - answer.cached_length)
+    tokens = min(tokens, again + max(rows, 0))
+    return Chunk(answer, tokens, max(1, tokens - again))
 
 
 def _missing(answer: Answer) -> int:

@@ -6,6 +6,7 @@ from the step's ``BatchPlan`` which token belongs to which request.
 
 import inspect
 from collections.abc import Sequence as Listed
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from quantpage.warm_up import Asked, Sizes, WarmUp, warm_up
 
 _MOVING_ROTATION = ("dynamic", "longrope")
 """Rotations that change with the longest request of a step."""
+_LOGITS = 1 << 26
+"""Of tokens of prompts, in the model's dtype, that a step may keep: 128 MiB in 16 bits."""
 _ALIKE = 0.02
 """Of the logits' spread: what sums in another order may change, on a GPU in 16 bits."""
 
@@ -52,6 +55,8 @@ class StepRunner:
             self.memory.make_room(shelf, pages, exact)
         self.longest = _longest(self._model, limits, self.page_size)
         """Tokens of a prompt and its answer."""
+        self.most_scored = max(1, _LOGITS // text_config(self._model.config).vocab_size)
+        """Tokens of prompts whose logits a step may keep."""
         self.graphs: DecodeGraphs | None = None
         # A check reads back from the device, and a mask of one's own may.
         still = not attached.options.checked and attached.options.mask is None
@@ -62,7 +67,8 @@ class StepRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Listed[Chunk], copies: list[tuple[Reach, PageCopy]]) -> Tensor:
-        """[chunks, vocabulary] logits after the last token of each chunk; pages are written."""
+        """Logits after the last tokens of each chunk, as many as it keeps, one chunk's after the
+        other's [kept, vocabulary]; pages are written."""
         for reach, copy in copies:
             self.memory.shelves[reach].store.copy_pages([copy])
         logits = self._replayed(chunks)
@@ -102,8 +108,12 @@ class StepRunner:
             for chunk in chunks
             for token in chunk.answer.tokens[chunk.answer.cached_length :][: chunk.tokens]
         ]
-        ends = (plan.query_starts[1:] - 1).to(torch.int64)
-        return self._forward(torch.tensor(tokens, device=self.device), plan.positions, parts, ends)
+        kept = (plan.query_starts[1:] - 1).to(torch.int64)
+        if any(chunk.kept > 1 for chunk in chunks):
+            ends = zip(accumulate(new), chunks, strict=True)
+            rows = [row for end, chunk in ends for row in range(end - chunk.kept, end)]
+            kept = torch.tensor(rows, device=self.device)
+        return self._forward(torch.tensor(tokens, device=self.device), plan.positions, parts, kept)
 
     def _decode(self, tokens: Tensor, positions: Tensor, plans: dict[Reach, BatchPlan]) -> Tensor:
         return self._forward(tokens, positions, {at: Part(each) for at, each in plans.items()}, 0)
