@@ -22,6 +22,7 @@ def problem(kind, **body):
     [
         ({"temperature": 3}, "temperature: expected at most 2, got 3"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs: expected at least 0, got -1"),
         ({"top_p": 0}, "top_p: expected more than 0, got 0"),
         ({"seed": 1 << 63}, f"seed: expected less than {1 << 63}, got {1 << 63}"),
         ({"stream": 1}, "stream: expected true or false, got 1"),
@@ -55,10 +56,11 @@ def test_names_of_other_servers_are_left_out_where_they_ask_for_nothing():
     ChatBody.model_validate({"messages": MESSAGES, **labels})
     for body, said in (
         ({"best_of": 2}, "server; n asks for several answers"),
-        ({"echo": True}, "server; the answer alone is told"),
         ({"guided_json": {}}, "server; structured_outputs or response_format asks for it"),
         ({"store": True}, "server"),
     ):
         (name,) = body
         wanted = f"{name}: unknown or not supported by this {said}"
         assert problem(CompletionBody, prompt="Hi", **body) == wanted
+    said = "echo: unknown or not supported by this server; /v1/completions has it"
+    assert problem(ChatBody, messages=MESSAGES, echo=True) == said

@@ -1,10 +1,12 @@
 """`/v1/chat/completions`: messages through the model's template, tools, JSON, streams."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from quantpage.engine import Piece
+from quantpage.engine import Piece, TokenChoice
 from quantpage.server.completions import Usage, event, failure, head, usage_so_far, wants_usage
+from quantpage.server.logprobs import of_prompt, said
 from quantpage.server.protocol import ChatBody
 from quantpage.server.serving import Served
 from quantpage.server.tools import ToolReader, offered, required_schema
@@ -31,8 +33,10 @@ class Chat:
         count = self._body.answers
         texts, reasons = [""] * count, [""] * count
         choices: list[list[Any]] = [[] for _ in range(count)]
+        told: list[TokenChoice] = []
         async for at, piece in self._served.answers(self.requests):
             index = piece.answer
+            told += piece.prompt
             self._usage.piece(at, piece)
             if (error := failure(piece)) is not None:
                 raise error
@@ -56,7 +60,11 @@ class Chat:
                     "logprobs": self._logprobs(choices[index]),
                 }
             )
-        return self._head | {"choices": made, "usage": self._usage.report()}
+        whole = self._head | {"choices": made, "usage": self._usage.report()}
+        if (top := self._body.prompt_logprobs) is not None:
+            # In a thread, as it takes long: nobody else's stream waits for it.
+            whole["prompt_logprobs"] = await asyncio.to_thread(of_prompt, self._served, told, top)
+        return whole
 
     async def stream(self) -> AsyncIterator[str]:
         """The same as events."""
@@ -112,4 +120,4 @@ class Chat:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._served.text_of(token)
         told = list(self._served.bytes_of(token, text))
-        return {"token": text, "logprob": logprob, "bytes": told}
+        return {"token": text, "logprob": said(logprob), "bytes": told}

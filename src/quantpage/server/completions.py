@@ -1,13 +1,15 @@
 """`/v1/completions`: prompts as texts or tokens, whole answers or a stream of them."""
 
+import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from quantpage.engine import Piece, Request
+from quantpage.engine import Piece, Request, TokenChoice
 from quantpage.errors import EngineStopped, QuantPageError
+from quantpage.server.logprobs import TextLogprobs, of_prompt
 from quantpage.server.protocol import CompletionBody, StreamOptions
 from quantpage.server.serving import Served
 
@@ -77,40 +79,68 @@ class Completion:
 
     def __init__(self, served: Served, body: CompletionBody) -> None:
         self._served, self._body = served, body
-        prompts = _prompts(served, body.prompt)
+        keep_special = body.skip_special_tokens is False
+        prompts = _prompts(served, body)
         self.requests = [served.request(body, each) for each in prompts]
         self._head = head("text_completion", "cmpl", served.name)
         self._usage = Usage(self.requests)
+        self._told: list[list[TokenChoice]] = [[] for _ in prompts]
+        """Of the prompts' tokens, so far."""
+        self._logprobs = [
+            TextLogprobs(served, body.logprobs or 0, keep_special)
+            for _ in range(len(prompts) * body.answers)
+        ]
+        self._echoes: list[str | None] = [None] * len(self._logprobs)
+        """What an answer begins with; None once it has begun."""
+        if body.echo:
+            texts = [
+                text
+                if isinstance(text, str)
+                else served.tokenizer.decode(prompt, skip_special_tokens=not keep_special)
+                for text, prompt in zip(_each(body.prompt), prompts, strict=True)
+            ]
+            self._echoes = [text for text in texts for _ in range(body.answers)]
 
     async def whole(self) -> dict[str, Any]:
         """The answer when all of it is there."""
-        count = len(self.requests) * self._body.answers
+        count = len(self._logprobs)
         texts, reasons = [""] * count, [""] * count
-        choices: list[list[Any]] = [[] for _ in range(count)]
+        choices: list[list[TokenChoice]] = [[] for _ in range(count)]
         async for at, piece in self._served.answers(self.requests):
             index = at * self._body.answers + piece.answer
             self._usage.piece(at, piece)
+            self._told[at] += piece.prompt
             texts[index] += piece.text
             choices[index] += piece.choices
             if (error := failure(piece)) is not None:
                 raise error
             reasons[index] = piece.finish_reason or ""
-        made = [
-            self._choice(index, texts[index], reasons[index], choices[index])
-            for index in range(count)
-        ]
+
+        def written() -> list[dict[str, Any]]:
+            return [
+                self._choice(index, texts[index], reasons[index], choices[index])
+                for index in range(count)
+            ]
+
+        # In a thread where it takes long: nobody else's stream waits for it.
+        made = await asyncio.to_thread(written) if any(self._told) else written()
         return self._head | {"choices": made, "usage": self._usage.report()}
 
     async def stream(self) -> AsyncIterator[str]:
         """The same as events."""
         async for at, piece in self._served.answers(self.requests):
             self._usage.piece(at, piece)
+            self._told[at] += piece.prompt
             if (error := failure(piece)) is not None:
                 yield event({"error": {"message": str(error), "type": "server_error"}})
                 return
             if piece.text or piece.choices or piece.finish_reason:
                 index = at * self._body.answers + piece.answer
-                choice = self._choice(index, piece.text, piece.finish_reason, list(piece.choices))
+                given = (index, piece.text, piece.finish_reason, list(piece.choices))
+                long = self._echoes[index] is not None
+                choice = (
+                    await asyncio.to_thread(self._choice, *given) if long else self._choice(*given)
+                )
                 so_far = usage_so_far(self._body.stream_options, self._usage)
                 yield event(self._head | {"choices": [choice]} | so_far)
         if wants_usage(self._body.stream_options):
@@ -118,35 +148,36 @@ class Completion:
         yield "data: [DONE]\n\n"
 
     def _choice(
-        self, index: int, text: str, reason: str | None, choices: list[Any]
+        self, index: int, text: str, reason: str | None, choices: list[TokenChoice]
     ) -> dict[str, Any]:
+        at = index // self._body.answers
+        echo, self._echoes[index] = self._echoes[index], None
+        first = None
+        if echo is not None:
+            text, first = echo + text, self.requests[at].prompt[0]
+            choices = self._told[at] + choices
         made = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         if self._body.logprobs is not None:
-            made["logprobs"] = {
-                "tokens": [self._named(each.token) for each in choices],
-                "token_logprobs": [each.logprob for each in choices],
-                "top_logprobs": [
-                    # Where two are written alike, the likelier: it comes first.
-                    {self._named(token): logprob for token, logprob in reversed(each.top)}
-                    for each in choices
-                ],
-            }
+            made["logprobs"] = self._logprobs[index].piece(text, choices, first)
+        if self._body.prompt_logprobs is not None:
+            made["prompt_logprobs"] = of_prompt(
+                self._served, self._told[at], self._body.prompt_logprobs
+            )
         return made
 
-    def _named(self, token: int) -> str:
-        """Its text, or the bytes of a part of a character, as OpenAI writes them."""
-        text = self._served.text_of(token)
-        told = self._served.bytes_of(token, text)
-        if told == text.encode():
-            return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in told)
+
+def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
+    special = body.add_special_tokens is not False
+    return [
+        served.encode(each, special) if isinstance(each, str) else list(each)
+        for each in _each(body.prompt)
+    ]
 
 
-def _prompts(served: Served, given: Any) -> list[list[int]]:
+def _each(given: Any) -> list[Any]:
+    """The texts and lists of tokens that a call's prompts are."""
     if isinstance(given, str):
-        return [served.encode(given)]
+        return [given]
     if not given:
         raise ValueError("prompt: expected at least one, got an empty list")
-    if isinstance(given[0], int):
-        return [list(given)]
-    return [served.encode(each) if isinstance(each, str) else list(each) for each in given]
+    return [given] if isinstance(given[0], int) else given

@@ -90,7 +90,7 @@ _INSTEAD = {
     "best_of": "n asks for several answers",
     "chat_template": "the model's own is used",
     "documents": "chat_template_kwargs reaches the model's chat template",
-    "echo": "the answer alone is told",
+    "echo": "/v1/completions has it",
     "functions": "tools asks for calls",
     "function_call": "tool_choice asks for calls",
     "guided_choice": "structured_outputs asks for it",
@@ -98,7 +98,6 @@ _INSTEAD = {
     "guided_json": "structured_outputs or response_format asks for it",
     "guided_regex": "structured_outputs asks for it",
     "n_predict": "max_tokens asks for it",
-    "prompt_logprobs": "an attached model gives them (quantpage.attach)",
     "reasoning_effort": "chat_template_kwargs reaches the model's chat template",
     "use_beam_search": "an attached model searches (generate with num_beams)",
 }
@@ -260,6 +259,8 @@ class GenerationBody(Body):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """vLLM's: how many of the likeliest are told with each token of the prompt."""
     prompt_cache_key: str | None = None
     """With ``user``, what only says who asks: no answer depends on it."""
 
@@ -273,6 +274,12 @@ class CompletionBody(GenerationBody):
     """``/v1/completions``."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0: the prompt alone is told of."""
+    echo: bool | None = None
+    """The answer begins with the prompt, and so do its ``logprobs``."""
+    add_special_tokens: bool | None = None
+    """None: of a text."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 

@@ -45,6 +45,8 @@ class Served:
     metrics: Metrics
     prefix_file: Path | None = None
     """Where known prompts are kept over restarts."""
+    _names: dict[int, str] = field(default_factory=dict)
+    """Of tokens that were told of, each of which is decoded once."""
     _grammars: GrammarTokenizer | None = None
     _making: threading.Lock = field(default_factory=threading.Lock)
     """Bodies are read in threads; one of them makes the table."""
@@ -72,6 +74,22 @@ class Served:
             return bytes.fromhex(name[3:5])
         found = [_BYTES.get(letter) for letter in name]
         return text.encode() if None in found else bytes(each for each in found if each is not None)
+
+    def named(self, token: int) -> str:
+        """A token's text, or the bytes of a part of a character, as OpenAI writes them."""
+        name = self._names.get(token)
+        if name is None:
+            name = text = self.text_of(token)
+            told = self.bytes_of(token, text)
+            if told != text.encode():
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in told)
+            self._names[token] = name
+        return name
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is no part of a text, as the end of an answer."""
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return added is not None and added.special
 
     def render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, flags: TemplateFlags
@@ -130,7 +148,12 @@ class Served:
         self._refuse_tokens("prompt", prompt)
         room = self.context - len(prompt)
         wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens
-        if room < 1 or (wanted or 1) > room:
+        told = _prompt_logprobs(body)
+        if wanted == 0 and told is None and not getattr(body, "echo", None):
+            raise ValueError(
+                "max_tokens: expected at least 1 without echo or prompt_logprobs, got 0"
+            )
+        if (1 if wanted is None else wanted) > room:
             asked = "" if wanted is None else f" and {wanted} more"
             raise TooLong(
                 f"max_tokens: expected at most {self.context} tokens together, "
@@ -153,6 +176,7 @@ class Served:
             keep_special=body.skip_special_tokens is False,
             answers=body.answers,
             logprobs=_logprobs(body),
+            prompt_logprobs=told,
             grammar=self._grammar(body, call),
         )
 
@@ -284,6 +308,14 @@ def _logprobs(body: GenerationBody) -> int | None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ValueError("top_logprobs: expected logprobs to be true beside it")
     return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _prompt_logprobs(body: GenerationBody) -> int | None:
+    """As many as one of the two ways to ask for them wants."""
+    if body.prompt_logprobs is not None and body.stream:
+        raise ValueError("prompt_logprobs: expected none where stream is true")
+    echoed = body.logprobs if isinstance(body, CompletionBody) and body.echo else None
+    return max((each for each in (body.prompt_logprobs, echoed) if each is not None), default=None)
 
 
 def _plain(message: Message) -> dict[str, Any]:
