@@ -180,7 +180,7 @@ def test_a_prompt_may_be_all_that_is_asked():
         # It is known from then on, as any prompt.
         assert Asked(one, Request((5,) * 40, 1)).wait().cached == 32
         assert one.stats().made_tokens == 1
-    with pytest.raises(ValueError, match="max_tokens: expected 0 to"):
+    with pytest.raises(ValueError, match="max_tokens: expected a whole number of at least 0"):
         Request((5,), -1)
     with pytest.raises(ValueError, match="prompt_logprobs: expected 0 to 20, got 21"):
         Request((5,), 1, prompt_logprobs=21)
@@ -192,11 +192,11 @@ def test_a_prompt_may_be_all_that_is_asked():
 def test_prompts_on_a_gpu_have_the_models_own_numbers(name, kv_format, monkeypatch):
     """Beside answers whose steps are CUDA graphs, and of two tokens, which are a graph too."""
     monkeypatch.setattr(scores, "_ELSEWHERE", 5 * 128)
-    model, wanted = tiny(name, torch.float32).cuda(), wanted_of(6)
+    model, wanted = tiny(name, torch.float16).cuda(), wanted_of(6)
     told = own(model, {each.prompt for each in wanted}, kv_format, "cuda")
     with engine(kv_format, model=model) as one:
         for asked in (scored(one, wanted), scored(one, wanted[-1:])):
             for each in asked:
-                # Sums in another order, and codes that they move; another row's are nats apart.
-                check(each, told, 0.05)
+                # Rounded to 16 bits, and codes that this moves; another row's are nats apart.
+                check(each, told, 0.1)
         assert one._runner.graphs.replays > 0

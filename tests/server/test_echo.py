@@ -9,7 +9,7 @@ pytest.importorskip("uvicorn")
 
 from quantpage.engine import TokenChoice  # noqa: E402
 from quantpage.server.logprobs import TextLogprobs  # noqa: E402
-from tests.server.small import answering, save_small  # noqa: E402
+from tests.server.small import TEMPLATE, answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -151,6 +151,12 @@ def test_what_cannot_be_is_refused(client, options, said):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **options)
     assert said in caught.value.message
+
+
+def test_a_harness_is_told_how_to_write_prompts(client):
+    got = client.get("/../tokenizer_info", cast_to=object)
+    assert (got["eos_token"], got["bos_token"]) == ("<eos>", None)
+    assert got["chat_template"] == TEMPLATE
 
 
 def test_a_whole_context_is_scored(client):
