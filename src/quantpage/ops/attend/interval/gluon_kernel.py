@@ -11,6 +11,7 @@ Work is ordered by the planned visits, longest first, on the device: programs ta
 the order and back, which evens out what a static share can.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
@@ -42,24 +43,109 @@ REQUEST = Constant(5)
 CONTEXT = Constant(6)
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What is compiled in: one constant, whose fields are constants."""
+
+    G: int
+    D: int
+    DV: int
+    BM: int
+    BN: int
+    DP: int
+    DVP: int
+    STAGES: int
+    VECTORS: int
+    CAUSAL: bool
+    RANGES: int
+    PER_HEAD: bool
+    SHARED: bool
+    BODY: bool
+    SOFTCAP: bool
+    SINKS: bool
+    SHIFT: int
+    V_STATIC: bool
+    V_ZERO: bool
+    V_GROUPS: int
+
+
+@gluon.constexpr_function
+def _fixed(*given):
+    return Fixed(*given)
+
+
+class Items(NamedTuple):
+    """The work items of a launch, in their order, times the heads of its pass."""
+
+    order: Any
+    work: Any
+    rounds: Any
+    items: Any
+    heads: Any
+    head0: Any
+
+
+class Lists(NamedTuple):
+    """Key tiles of each work item: the planner's lists, and how many are full and partial."""
+
+    tiles: Any
+    counts: Any
+    capacity: Any
+    heads: Any
+
+
+class Mask(NamedTuple):
+    """The mask's integers (masks/columns, masks/rows) and how far those of requests are apart."""
+
+    integers: Any
+    spans: Any
+    width: Any
+    batch: Any
+    head: Any
+    page_size: Any
+
+
+class Queries(NamedTuple):
+    """Query rows, what they are multiplied by, and where their results go."""
+
+    q: Any
+    out: Any
+    lse: Any
+    sinks: Any
+    heads: Any
+    token: Any
+    head: Any
+    scale: Any
+    cap: Any
+
+
+class GivenScales(NamedTuple):
+    """Those of values, which outputs are multiplied by."""
+
+    scale: Any
+    zero: Any
+    head: Any
+
+
 @gluon.jit
-def _tile_of(order, turn, items, heads):
+def _tile_of(items, turn):
     """Item, head of the pass, and whether there is one: turns run through the order and back."""
     pid = gl.program_id(0)
     grid = gl.num_programs(0)
     at = turn * grid + gl.where(turn % 2 == 0, pid, grid - 1 - pid)
-    real = at < items * heads
-    index = gl.load(order + gl.where(real, at // heads, 0))
-    return index, at % heads, real
+    real = at < items.items * items.heads
+    index = gl.load(items.order + gl.where(real, at // items.heads, 0))
+    return index, at % items.heads, real
 
 
 @gluon.jit
-def _visits(counts, tiles, index, head, capacity, mask_heads, PER_HEAD: gl.constexpr):
+def _visits(lists, index, head, PER_HEAD: gl.constexpr):
     """Where the list of a work item is, and how many of its tiles are full and partial."""
-    at = index.to(gl.int64) * mask_heads
+    at = index.to(gl.int64) * lists.heads
     if PER_HEAD:
         at += head
-    return tiles + at * capacity, gl.load(counts + at * 2), gl.load(counts + at * 2 + 1)
+    visits, counts = lists.tiles + at * lists.capacity, lists.counts + at * 2
+    return visits, gl.load(counts), gl.load(counts + 1)
 
 
 @gluon.jit
@@ -71,24 +157,19 @@ def _key_tile(visits, visit, full, partial, capacity):
 
 
 @gluon.jit
-def _producer(
-    k_desc, v_desc, order, work, tiles, counts, rings, rounds, items, heads, head0, head_rows,
-    capacity, mask_heads, BN: gl.constexpr, STAGES: gl.constexpr, PER_HEAD: gl.constexpr,
-):
+def _producer(k_desc, v_desc, items, lists, rings, head_rows, FIXED: gl.constexpr):
     count = 0
-    for turn in range(rounds):
-        index, head, real = _tile_of(order, turn, items, heads)
+    for turn in range(items.rounds):
+        index, head, real = _tile_of(items, turn)
         if real:
-            visits, full, partial = _visits(
-                counts, tiles, index, head0 + head, capacity, mask_heads, PER_HEAD
-            )
-            row = head * head_rows + gl.load(work + index * WORK_FIELDS + WORKSPACE_ROW)
-            after = _key_tile(visits, 0, full, partial, capacity)
+            visits, full, partial = _visits(lists, index, items.head0 + head, FIXED.PER_HEAD)
+            row = head * head_rows + gl.load(items.work + index * WORK_FIELDS + WORKSPACE_ROW)
+            after = _key_tile(visits, 0, full, partial, lists.capacity)
             # At least one tile, so that every barrier is used.
             for visit in range(gl.maximum(full + partial, 1)):
-                at = row + after * BN
-                after = _key_tile(visits, visit + 1, full, partial, capacity)
-                stage, phase = stage_of(count, STAGES)
+                at = row + after * FIXED.BN
+                after = _key_tile(visits, visit + 1, full, partial, lists.capacity)
+                stage, phase = stage_of(count, FIXED.STAGES)
                 # The first turn finds every stage empty: a consumer's parity, turned over.
                 copy_tile(k_desc, at, rings.k, stage, phase ^ 1)
                 copy_tile(v_desc, at, rings.v, stage, phase ^ 1)
@@ -195,23 +276,19 @@ class Walk(NamedTuple):
     """Position of the half's first token."""
     context: Any
     page_size: Any
-    BN: gl.constexpr
-    VECTORS: gl.constexpr
-    CAUSAL: gl.constexpr
-    RANGES: gl.constexpr
-    WIDE: gl.constexpr
-    BODY: gl.constexpr
+    FIXED: gl.constexpr
     s_layout: gl.constexpr
 
 
 @gluon.jit
 def _ask(walk, visit, key0):
     """The mask's integers for the tile from key0 on, and where the next tile begins."""
+    FIXED: gl.constexpr = walk.FIXED
     bounds = _bounds(
-        walk.mask, walk.width, walk.length, key0, visit < walk.masked_visits, walk.BN,
-        walk.VECTORS, walk.CAUSAL,
+        walk.mask, walk.width, walk.length, key0, visit < walk.masked_visits, FIXED.BN,
+        FIXED.VECTORS, FIXED.CAUSAL,
     )
-    after = _key_tile(walk.visits, visit + 1, walk.full, walk.partial, walk.capacity) * walk.BN
+    after = _key_tile(walk.visits, visit + 1, walk.full, walk.partial, walk.capacity) * FIXED.BN
     return (key0, bounds), after
 
 
@@ -223,12 +300,13 @@ def _judge(walk, visit, asked, FIRST: gl.constexpr):
 @gluon.jit
 def _hide(s, asked, walk):
     """Scores of pairs that the mask hides become -inf."""
+    FIXED: gl.constexpr = walk.FIXED
     key0, bounds = asked
-    if walk.RANGES == 0:
+    if FIXED.RANGES == 0:
         lts, lte, uts, ute = bounds
         words = _column_words(
-            key0, walk.base, lts, lte, uts, ute, walk.context, walk.page_size, walk.BN, walk.BODY,
-            walk.WIDE,
+            key0, walk.base, lts, lte, uts, ute, walk.context, walk.page_size, FIXED.BN, FIXED.BODY,
+            FIXED.G == 1,
         )
         words = gl.convert_layout(words, gl.SliceLayout(0, walk.s_layout))[None, :]
         token = walk.positions - walk.base
@@ -238,25 +316,23 @@ def _hide(s, asked, walk):
     else:
         s = _masked_rows(
             s, key0, walk.positions, walk.mask, walk.described, walk.length, walk.context,
-            walk.page_size, walk.s_layout, walk.BN, walk.RANGES, walk.BODY,
+            walk.page_size, walk.s_layout, FIXED.BN, FIXED.RANGES, FIXED.BODY,
         )
     return s
 
 
 @gluon.jit
 def _consume(
-    q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work, tiles, counts,
-    mask_ptr, spans, q_smem, rings, rounds, items, heads, head0, q_heads,
-    q_token, q_head, scale, cap, width, m_batch, m_head, capacity, mask_heads, page_size,
-    G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    DP: gl.constexpr, DVP: gl.constexpr, STAGES: gl.constexpr,
-    VECTORS: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr, PER_HEAD: gl.constexpr,
-    SHARED: gl.constexpr, BODY: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    SHIFT: gl.constexpr, V_STATIC: gl.constexpr, V_ZERO: gl.constexpr,
-    V_GROUPS: gl.constexpr, HALF: gl.constexpr,
+    given, scales, items, lists, mask, q_smem, rings, FIXED: gl.constexpr, HALF: gl.constexpr
 ):
     dtype: gl.constexpr = q_smem.dtype
-    ROWS: gl.constexpr = BM // 2
+    G: gl.constexpr = FIXED.G
+    DV: gl.constexpr = FIXED.DV
+    DVP: gl.constexpr = FIXED.DVP
+    BN: gl.constexpr = FIXED.BN
+    SINKS: gl.constexpr = FIXED.SINKS
+    SHIFT: gl.constexpr = FIXED.SHIFT
+    ROWS: gl.constexpr = FIXED.BM // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -265,32 +341,32 @@ def _consume(
     q_half = q_smem.slice(HALF * ROWS, ROWS)
     zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
     count = 0
-    for turn in range(rounds):
-        item_index, head, real = _tile_of(order, turn, items, heads)
+    for turn in range(items.rounds):
+        index, head, real = _tile_of(items, turn)
         if real:
-            visits, full, partial = _visits(
-                counts, tiles, item_index, head0 + head, capacity, mask_heads, PER_HEAD
-            )
+            visits, full, partial = _visits(lists, index, items.head0 + head, FIXED.PER_HEAD)
             total_visits = gl.maximum(full + partial, 1)
             # An empty list visits tile 0 with a mask that shows none of it.
             masked_visits = total_visits - full
-            item = work + item_index * WORK_FIELDS
+            item = items.work + index * WORK_FIELDS
             token0 = gl.load(item + TOKEN)
             new = gl.load(item + NEW)
             position = gl.load(item + POSITION)
             row0 = gl.load(item + ROW) + HALF * ROWS
             request = gl.load(item + REQUEST)
             context = gl.load(item + CONTEXT)
-            span = spans + (0 if SHARED else request * 2)
+            span = mask.spans + (0 if FIXED.SHARED else request * 2)
             described = gl.load(span)
             length = gl.load(span + 1)
-            mask = mask_ptr + request.to(gl.int64) * m_batch
-            if PER_HEAD:
-                mask += (head0 + head).to(gl.int64) * m_head
-            first_head = (head0 + head) * G
+            integers = mask.integers + request.to(gl.int64) * mask.batch
+            if FIXED.PER_HEAD:
+                integers += (items.head0 + head).to(gl.int64) * mask.head
+            first_head = (items.head0 + head) * G
 
             # Into the operand's swizzled rows.
-            q = load_queries(q_ptr, item, first_head, q_token, q_head, G, D, DP, ROWS, HALF)
+            q = load_queries(
+                given.q, item, first_head, given.token, given.head, G, FIXED.D, FIXED.DP, ROWS, HALF
+            )
             q_half.store(q.to(dtype))
             fence_async_shared()
 
@@ -298,36 +374,37 @@ def _consume(
             positions = position + rows // G
             # The first token of this half: a half spans at most 32 tokens, 64 where G is 1.
             base = position + row0 // G
-            m, mass = start_rows(sinks_ptr, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
+            m, mass = start_rows(given.sinks, first_head + rows % G, ROWS, s_rows, SINKS, SHIFT)
             acc = gl.zeros([ROWS, DVP], gl.float32, o_layout)
             acc, m, mass, count = attend_tiles(
                 q_half, rings, count, total_visits, m, mass, acc, zero,
                 Walk(
-                    visits, full, partial, masked_visits, capacity, mask, width, described, length,
-                    positions, base, context, page_size, BN, VECTORS, CAUSAL, RANGES, G == 1, BODY,
-                    s_layout,
+                    visits, full, partial, masked_visits, lists.capacity, integers, mask.width,
+                    described, length, positions, base, context, mask.page_size, FIXED, s_layout,
                 ),
-                _ask, _judge, _hide, _key_tile(visits, 0, full, partial, capacity) * BN, scale,
-                cap, p_layout, o_rows, dtype, SOFTCAP, SHIFT, STAGES,
+                _ask, _judge, _hide, _key_tile(visits, 0, full, partial, lists.capacity) * BN,
+                given.scale, given.cap, p_layout, o_rows, dtype, FIXED.SOFTCAP, SHIFT, FIXED.STAGES,
             )
 
             o, lse = finish(acc, m, mass, o_rows, SHIFT)
-            if V_STATIC:
-                at_scale = (head0 + head).to(gl.int64) * vs_head
+            if FIXED.V_STATIC:
+                at_scale = (items.head0 + head).to(gl.int64) * scales.head
                 o = given_scales(
-                    o, m, mass, sinks_ptr, first_head + rows % G, v_scale + at_scale,
-                    v_zero + at_scale, DV, V_GROUPS, V_ZERO, SINKS, SHIFT, o_layout, DVP,
-                )  # fmt: skip
+                    o, m, mass, given.sinks, first_head + rows % G, scales.scale + at_scale,
+                    scales.zero + at_scale, DV, FIXED.V_GROUPS, FIXED.V_ZERO, SINKS, SHIFT,
+                    o_layout, DVP,
+                )
             # Worked out here: before the tiles its registers would be held through all of them.
             out_rows = row0 + gl.arange(0, ROWS, o_rows)
-            out_row = (token0 + out_rows // G).to(gl.int64) * q_heads + first_head + out_rows % G
+            out_row = (token0 + out_rows // G).to(gl.int64) * given.heads
+            out_row = out_row + first_head + out_rows % G
             out_channel = gl.arange(0, DVP, gl.SliceLayout(0, o_layout))
             out_at = out_row[:, None] * DV + out_channel[None, :]
             out_keep = (out_rows < new * G)[:, None] & (out_channel < DV)[None, :]
-            gl.store(out_ptr + out_at, o.to(out_ptr.dtype.element_ty), mask=out_keep)
-            if lse_ptr is not None:
-                lse_at = (token0 + rows // G).to(gl.int64) * q_heads + first_head + rows % G
-                gl.store(lse_ptr + lse_at, lse * LN2, mask=rows < new * G)
+            gl.store(given.out + out_at, o.to(given.out.dtype.element_ty), mask=out_keep)
+            if given.lse is not None:
+                lse_at = (token0 + rows // G).to(gl.int64) * given.heads + first_head + rows % G
+                gl.store(given.lse + lse_at, lse * LN2, mask=rows < new * G)
 
 
 @gluon.jit(
@@ -356,20 +433,20 @@ def mask_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     start_barriers(k_full, k_empty, STAGES)
     start_barriers(v_full, v_empty, STAGES)
+    FIXED: gl.constexpr = _fixed(
+        G, D, DV, BM, BN, DP, DVP, STAGES, VECTORS, CAUSAL, RANGES, PER_HEAD, SHARED, BODY, SOFTCAP,
+        SINKS, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
+    )
+    rings = Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty))
+    items_given = Items(order, work, rounds, items, heads, head0)
+    lists = Lists(tiles, counts, capacity, mask_heads)
     _roles(
         (
-            q_ptr, out_ptr, lse_ptr, sinks_ptr, v_scale, v_zero, vs_head, order, work, tiles,
-            counts, mask_ptr, spans, q_smem,
-            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, items,
-            heads, head0, q_heads, q_token, q_head, scale, cap, width, m_batch, m_head, capacity,
-            mask_heads, page_size, G, D, DV, BM, BN, DP, DVP, STAGES, VECTORS, CAUSAL, RANGES,
-            PER_HEAD, SHARED, BODY, SOFTCAP, SINKS, SHIFT, V_STATIC, V_ZERO, V_GROUPS,
+            Queries(q_ptr, out_ptr, lse_ptr, sinks_ptr, q_heads, q_token, q_head, scale, cap),
+            GivenScales(v_scale, v_zero, vs_head), items_given, lists,
+            Mask(mask_ptr, spans, width, m_batch, m_head, page_size), q_smem, rings, FIXED,
         ),
-        (
-            k_desc, v_desc, order, work, tiles, counts,
-            Pair(Ring(k_smem, k_full, k_empty), Ring(v_smem, v_full, v_empty)), rounds, items,
-            heads, head0, head_rows, capacity, mask_heads, BN, STAGES, PER_HEAD,
-        ),
+        (k_desc, v_desc, items_given, lists, rings, head_rows, FIXED),
     )
 
 
