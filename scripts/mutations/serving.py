@@ -11,6 +11,20 @@ MUTATIONS = (
         ("tests/engine/test_engine.py",),
     ),
     Mutation(
+        "known pages hide the log-probabilities of a prompt",
+        SRC + "engine/scheduler.py",
+        "answer.scored if answer.scored < answer.to_score else -1",
+        "-1",
+        ("tests/engine/test_scores.py",),
+    ),
+    Mutation(
+        "a listener that asyncio takes for no TCP, whose answers wait",
+        SRC + "server/run.py",
+        "socket.SOCK_STREAM, socket.IPPROTO_TCP)",
+        "socket.SOCK_STREAM)",
+        ("tests/server/test_requests.py",),
+    ),
+    Mutation(
         "an engine warms its first layer alone",
         SRC + "engine/step.py",
         "for layer in cache.layers:\n        if not",

@@ -1,6 +1,8 @@
 """What clients of vLLM's server ask for besides OpenAI's names, over real sockets."""
 
+import asyncio
 import re
+import socket
 
 import pytest
 
@@ -156,6 +158,25 @@ def test_a_page_of_an_allowed_origin_may_call(http):
         assert got.status_code == (200 if allowed else 400)
         for each in (got, http.get("/v1/models", headers={"Origin": origin})):
             assert each.headers.get("access-control-allow-origin") == allowed
+
+
+def test_an_answer_of_several_parts_does_not_wait_for_the_client():
+    async def first_connection():
+        met = asyncio.get_running_loop().create_future()
+
+        def meet(_, writer):
+            sock = writer.get_extra_info("socket")
+            met.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(meet, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                at_once = await met
+                writer.close()
+                return at_once
+
+    assert asyncio.run(first_connection())
 
 
 def test_a_port_that_another_took_meanwhile_is_told():

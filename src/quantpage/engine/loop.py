@@ -335,8 +335,8 @@ class Engine:
         try:
             prompt = score(logits[: len(tokens)], tokens, request.prompt_logprobs)
         except Exception as error:  # noqa: BLE001  what one asked for ends no other's answer
-            for each in [*answer.siblings, answer]:
-                self._drop(each, "error", error)
+            for one in [*answer.siblings, answer]:
+                self._drop(one, "error", error)
             return
         answer.scored += len(tokens)
         self._emit(answer, prompt=tuple(prompt))

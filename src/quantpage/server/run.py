@@ -134,7 +134,9 @@ def bind(host: str, port: int) -> socket.socket:
     """The listening socket, before anything slow: a port that is taken is known at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Named, as asyncio looks at it: over anything but TCP an answer's second part waits, on a
+        # connection that is kept, until the client has confirmed the first (40 ms).
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
