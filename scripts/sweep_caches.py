@@ -23,6 +23,7 @@ import torch
 
 import quantpage
 from quantpage.errors import CacheError
+from quantpage.integrations.hf_transformers import QuantPageCache
 from tests.integrations.tiny_models import tiny
 
 FORMATS = {"llama": "int8,last1=int4", "gemma3_window": "int4", "mistral_window": "fp8"}
@@ -128,8 +129,9 @@ def try_seed(name: str, seed: int, folder: Path) -> int:
                     torch.testing.assert_close(said, alone, atol=1e-6, rtol=0)
                     compared += 1
             elif work == "fork" and len(every) < 4:
-                other = draw.choice((kept.cache.fork, lambda kept=kept: copy.deepcopy(kept.cache)))
-                every.append(Kept(other(), kept.rows, kept.padding))
+                # Not of this cache: a bound one would hold its pages to the end, dropped or not.
+                fork = draw.choice((QuantPageCache.fork, copy.deepcopy))
+                every.append(Kept(fork(kept.cache), kept.rows, kept.padding))
                 every[-1].select(range(len(kept.rows)))
             elif work == "drop" and len(every) > 1:
                 every.remove(kept)

@@ -118,6 +118,10 @@ def test_states_of_other_layers_are_counted_and_named(quantpage, capacity, tmp_p
         (tf.BertConfig(), "expected a decoder"),
         (tf.T5Config(), "expected a decoder"),
         (tf.MambaConfig(), "names no attention heads"),
+        (
+            tf.LlamaConfig(**COMMON | {"num_key_value_heads": 3}),
+            "multiple of its 3 kv_heads, got 4",
+        ),
     ],
 )
 def test_models_that_attach_refuses_are_refused(quantpage, tmp_path, config, words):

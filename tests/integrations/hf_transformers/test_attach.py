@@ -304,6 +304,10 @@ def test_what_cannot_be_attached_says_why():
     with pytest.raises(UnsupportedModel, match="expected a Transformers model, got Linear"):
         quantpage.attach(torch.nn.Linear(2, 2))
     model = tiny("llama")
+    # As peft's own, which hold adapters and the model that they are of.
+    adapted = type("PeftModel", (torch.nn.Module,), {"get_base_model": lambda self: model})()
+    with pytest.raises(UnsupportedModel, match=r"got PeftModel; attach its get_base_model\(\)"):
+        quantpage.attach(adapted)
     model.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         quantpage.attach(model)

@@ -153,7 +153,11 @@ def attach(  # noqa: PLR0913
     always. Raises UnsupportedModel, FormatError or ValueError before anything is changed.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(f"model: expected a Transformers model, got {type(model).__name__}")
+        # Of adapters (peft), around one.
+        inner = "; attach its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModel(
+            f"model: expected a Transformers model, got {type(model).__name__}{inner}"
+        )
     # What another thread has changed halfway would be taken for the model.
     with _attaching:
         refuse_unsupported(model.config)

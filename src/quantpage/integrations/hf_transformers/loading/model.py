@@ -128,9 +128,18 @@ def refuse_unsupported(config: "PreTrainedConfig") -> None:
     # Encoders are in Transformers' table of decoders, as a configuration can make decoders of them.
     if hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False:
         raise UnsupportedModel(f"{model_type}: expected a decoder, got an encoder")
-    if getattr(text_config(config), "num_attention_heads", None) is None:
+    text = text_config(config)
+    if getattr(text, "num_attention_heads", None) is None:
         raise UnsupportedModel(f"{model_type}: its configuration names no attention heads")
-    for kind in getattr(text_config(config), "layer_types", None) or []:
+    for index in range(getattr(text, "num_hidden_layers", None) or 0):
+        own = layer_config(text, index)
+        q_heads, kv_heads = own.num_attention_heads, getattr(own, "num_key_value_heads", None)
+        if kv_heads and q_heads % kv_heads:
+            raise UnsupportedModel(
+                f"{model_type}: layer {index}: expected query heads that are a multiple of its "
+                f"{kv_heads} kv_heads, got {q_heads}"
+            )
+    for kind in getattr(text, "layer_types", None) or []:
         if kind in _REFUSED_LAYERS:
             raise UnsupportedModel(f"{model_type}: layer type {kind}: {_REFUSED_LAYERS[kind]}")
 
