@@ -34,8 +34,8 @@ MUTATIONS = (
     Mutation(
         "what one answer asks for ends those of its step",
         SRC + "engine/loop.py",
-        'self._drop(each, "error", error)',
-        "raise",
+        '                    self._drop(each, "error", error)',
+        "                    raise",
         ("tests/engine/test_engine.py",),
     ),
     Mutation(
