@@ -16,6 +16,8 @@ from quantpage.ops.attend.decode.launch import (
     decode_tiles,
     fitted,
     join_shape,
+    joined_together,
+    most_pieces,
     row_tiles,
 )
 from quantpage.ops.attend.decode.triton import in_boxes, planned
@@ -264,6 +266,30 @@ def test_pieces_of_a_row_are_joined_by_one_warp():
     for programs, all_rows in ((264, 12), (264, 8), (264, 1)):
         assert join_shape(programs, all_rows, 128) == (32, 1)
         assert join_shape(programs, all_rows, 256) == (16, 1)
+
+
+def test_many_rows_of_few_pieces_are_joined_four_at_once():
+    def together(lengths, new=1, programs=1056, group=4, width=128):
+        rows, tiles_of_rows = row_tiles(group, new)
+        all_rows = len(lengths) * 8 * tiles_of_rows
+        pieces = most_pieces(programs, all_rows, lengths)
+        return joined_together(pieces, all_rows, min(rows, group * new), width)
+
+    uniform = (1024,) * 128
+    assert together(uniform) == together((8192,) * 16, 16, 264) == 4
+    # Steps of few rows, and of few query rows a kv_head; other widths.
+    assert not together(uniform[:32]) and together(uniform[:64])
+    assert not together(uniform, group=2) and not together(uniform, width=256)
+    # One row has most of the step's keys, and so most of its programs: 100 pieces of 1,056.
+    assert not together((100_000,) + (512,) * 63) and together((2048,) * 2 + (1024,) * 62)
+
+
+def test_the_longest_row_has_its_share_of_the_programs():
+    assert most_pieces(1056, 1024, (1024,) * 128) == 2
+    assert most_pieces(264, 128, (8192,) * 16) == 3
+    # 3 in 4 of the keys, and in two tiles of query rows on each of 8 kv_heads.
+    assert most_pieces(1056, 512, (9300,) + (100,) * 31) == 1056 * 3 // 4 // 16 + 1
+    assert most_pieces(264, 16, (0, 0)) == 1
 
 
 def test_long_steps_of_few_rows_take_the_kernel_that_reads_faster():

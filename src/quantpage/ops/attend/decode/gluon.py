@@ -15,7 +15,9 @@ from quantpage.ops import refusals
 from quantpage.ops.attend.decode import triton
 from quantpage.ops.attend.decode.gluon_drafts import drafts_kernel
 from quantpage.ops.attend.decode.gluon_exact import exact_kernel
+from quantpage.ops.attend.decode.gluon_join import join_kernel
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
+from quantpage.ops.attend.decode.launch import JOINED_PIECES, joined_together
 from quantpage.ops.attend.results import Results
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import A_TOKEN, Operand
@@ -38,7 +40,7 @@ def decode_into(
     tiles = options.tiles
     if tiles is None:
         tiles = triton.planned(q, layer, batch, params, options.segment, hopper=serves(q, layer))
-    options = options._replace(tiles=tiles)
+    options = options._replace(tiles=tiles, join=join)
     if not tiles.wgmma:
         return triton.decode_into(results, q, layer, batch, params, options)
     made = triton.arrange(results, q, layer, batch, params, options)
@@ -57,8 +59,21 @@ def decode_into(
     else:
         decode_kernel[(made.programs,)](*made.given, *made.places, **made.fixed)
     if options.earlier is None:
-        triton.join(made)
+        join(made)
     return made
+
+
+def join(made: triton.Arranged) -> None:
+    """Rows that were cut, joined by gluon_join where that is the faster one."""
+    (all_rows, queries), given, fixed = made.merge
+    together = joined_together(made.pieces, all_rows, queries, fixed["VALUE_DIM"])
+    # Of a step of one request triton_cuts knows where pieces are.
+    if not together or fixed["ONE"]:
+        triton.join_cuts(made)
+        return
+    own = {n: each for n, each in fixed.items() if n not in ("programs", "min_tiles", "ONE")}
+    own |= {"PARTS": JOINED_PIECES, "num_warps": together}
+    join_kernel[(all_rows, -(-queries // together))](*given, **own)
 
 
 def copied(pages: Tensor, tile: int) -> TensorDescriptor:

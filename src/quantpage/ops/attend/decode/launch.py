@@ -28,6 +28,9 @@ PROGRAM_BYTES = (228 * 1024 - 2 * 1024) // 2
 """Shared memory of a program of which a Hopper multiprocessor holds two; the driver has 1 KB of
 each."""
 
+JOINED_PIECES = 4
+"""Pieces of a row that a warp of gluon_join takes at once."""
+
 JOINED = 44
 """Parts of a step from which the last program at a row joins its pieces: no more than 24, then."""
 
@@ -279,6 +282,35 @@ def join_shape(programs: int, all_rows: int, width: int) -> tuple[int, int]:
         33 pieces           8.2           8.1                                             10.1
     """
     return 32 if programs // all_rows > 16 and width <= 128 else 16, 1
+
+
+def most_pieces(programs: int, all_rows: int, lengths: tuple[int, ...]) -> int:
+    """Pieces of the longest row, about: it has its share of the programs, and begins within one.
+
+    lengths: keys that each request's queries see, an upper bound.
+    """
+    rows_a_request = all_rows // len(lengths)
+    return programs * max(lengths) // max(1, sum(lengths) * rows_a_request) + 1
+
+
+def joined_together(pieces: int, all_rows: int, queries: int, width: int) -> int:
+    """Query rows that a program of gluon_join joins, JOINED_PIECES of each at once; 0: a program of
+    triton_cuts joins each, more of its pieces at once. queries: rows of one of ``all_rows``.
+
+    Measured on an H100, us by triton_cuts, then by four rows at once and four pieces, four rows and
+    eight pieces, eight rows and four pieces (h100-drafts.csv):
+
+        16 x 8k, 16 tokens  int4  127.5  120.4  121.2  120.6    k8v4  123.7  117.3  119.3  118.6
+                            int8  119.9  112.3  113.6  112.7
+        16 x 8k, 8 tokens   int4   95.8   92.6   93.7   93.1    int8  106.1  102.1  102.4  102.3
+        8 x 8k, 16 tokens   int4   75.9   72.6   72.6   72.6
+        128 x 1k, a token   int4   90.5   88.9                  k8v4  107.7  105.5
+
+    and 1 x 100k and 63 x 512, a token of int4, 100 pieces of whose first row: 80.6 by triton_cuts,
+    90.6 by four pieces at once, 81.7 by sixteen.
+    """
+    many = all_rows * queries >= 2048 and queries >= 4
+    return 4 if many and pieces <= 2 * JOINED_PIECES and width == 128 else 0
 
 
 def chunk_of(requests: int, one: bool = False) -> int:

@@ -26,6 +26,7 @@ from quantpage.ops.attend.decode.launch import (
     decode_tiles,
     fitted,
     join_shape,
+    most_pieces,
     programs_of,
     row_tiles,
 )
@@ -76,6 +77,12 @@ def decoder(needs: Needs, into: Callable[..., object]) -> Callable[..., Results]
     return kernel(needs)(attend)
 
 
+def join_cuts(made: "Arranged") -> None:
+    """Rows that were cut, joined by triton_cuts."""
+    grid, given, fixed = made.merge
+    merge_cuts_kernel[grid](*given, **fixed)
+
+
 class Options(NamedTuple):
     """What a call to decode takes besides."""
 
@@ -90,6 +97,8 @@ class Options(NamedTuple):
     turned: bool = False
     """Whether whoever joins the pieces turns a result back to the model's basis; of exact pages,
     which always join."""
+    join: Callable[["Arranged"], None] = join_cuts
+    """Launches what joins rows that were cut."""
 
     @property
     def final(self) -> bool:
@@ -125,7 +134,7 @@ def decode_into(
             HIDES=not layer.value.spec.quantized and batch.max_query_len > 1,
         )
         if options.earlier is None and not (tiles.gather or tiles.whole):
-            join(made)
+            made.join(made)
     return made
 
 
@@ -151,7 +160,7 @@ def with_exact(
     made = into(results, q, body, batch, params, joined)
     into(other, q, layer.exact(), batch.exact_step(), bare, Options("exact", beside=True))
     if made is not None and made.programs:
-        join(made)
+        made.join(made)
 
 
 def planned(
@@ -229,11 +238,15 @@ class Arranged(NamedTuple):
     fixed: dict[str, Any]
     """What is compiled in."""
     beside: bool
-    """Whether it does not wait for the launch before, but at its end."""
+    """Whether it runs beside the launch before: its last program waits for that, at its end."""
     halves: tuple[Operand, ...]
     """K and V, of which ``given`` has the codes."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
-    """Grid, arguments and constants of the launch that joins cut rows."""
+    """Grid, arguments and constants of ``join_cuts``'s launch."""
+    pieces: int = 1
+    """Of the longest row, about."""
+    join: Callable[["Arranged"], None] = join_cuts
+    """As of ``Options``."""
 
 
 def arrange(
@@ -245,7 +258,7 @@ def arrange(
     options: Options,
 ) -> Arranged:
     """options: with tiles."""
-    mask, (segment, tiles, earlier, beside, turned) = causal_or_full(params.mask), options
+    mask, (segment, tiles, earlier, beside, turned, join) = causal_or_full(params.mask), options
     assert tiles is not None
     tokens, q_heads, width = q.shape
     kv_heads, value_width = layer.kv_heads, layer.value.head_dim
@@ -315,14 +328,9 @@ def arrange(
         "PARTS": parts, "TURN": turn, "num_warps": warps, "programs": programs,
         "min_tiles": tiles.min_tiles, "ONE": tiles.tile if one else 0,
     }  # fmt: skip
+    pieces = most_pieces(programs, all_rows, _seen_lengths(batch, params))
     merge = (grid, merged, both | joining)
-    return Arranged(programs, given, places, fixed, beside, (k, v), merge)
-
-
-def join(made: Arranged) -> None:
-    """Rows that were cut, by a launch of its own."""
-    grid, given, fixed = made.merge
-    merge_cuts_kernel[grid](*given, **fixed)
+    return Arranged(programs, given, places, fixed, beside, (k, v), merge, pieces, join)
 
 
 def _shared(half: Operand) -> int:
