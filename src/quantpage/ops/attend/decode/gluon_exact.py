@@ -270,6 +270,8 @@ def exact_kernel(
         )  # fmt: skip
         # Queries of the next row come to the same place.
         thread_barrier()
-    if BESIDE:
-        # Whoever waits for this launch waits for the one beside it, too.
-        tl.extra.cuda.gdc_wait()
+    if BESIDE:  # noqa: SIM102
+        # Whoever waits for this launch waits for the one beside it, too: that one program ends
+        # behind it is enough, and the others leave their places to those that have not begun.
+        if gl.program_id(0) == gl.num_programs(0) - 1:
+            tl.extra.cuda.gdc_wait()

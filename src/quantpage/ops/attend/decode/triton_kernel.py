@@ -274,9 +274,11 @@ def decode_kernel(
             if position - begins >= whole_row * kv_heads * ROW_TILES:
                 request += 1
                 begins = position
-    if BESIDE:
-        # Whoever waits for this launch waits for the one beside it, too.
-        tl.extra.cuda.gdc_wait()
+    if BESIDE:  # noqa: SIM102
+        # Whoever waits for this launch waits for the one beside it, too: that one program ends
+        # behind it is enough, and the others leave their places to those that have not begun.
+        if program == tl.num_programs(0) - 1:
+            tl.extra.cuda.gdc_wait()
     if GATHER > 0 or WHOLE:
         for empty in range(program, requests, tl.num_programs(0)):
             if request_tiles(
