@@ -1,5 +1,5 @@
-"""Docstrings here name parameters in prose ("page_size: tokens a page."), as is read well in an
-editor. In the reference each becomes an item of a list: an extension of griffe (mkdocs.yml).
+"""Parameters that docstrings name in prose, as items of a list in the reference: an extension of
+griffe (mkdocs.yml). ``page_size: tokens a page.`` reads well in an editor.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Fill docs/modules.md's list of modules from their docstrings: a sentence a module.
+"""Fill docs/modules.md's list from docstrings: a sentence a module of the package, and a script.
 
 python scripts/structure.py           rewrite the list
 python scripts/structure.py --check   exit 1 where it is out of date
@@ -6,6 +6,7 @@ python scripts/structure.py --check   exit 1 where it is out of date
 
 import ast
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -21,10 +22,34 @@ def sentence(path: Path) -> str:
     return (text if end < 0 else text[: end + 1]).removesuffix(".")
 
 
+def said(script: Path) -> str:
+    """The same of a script; of one in bash it stands in the comment below its first line."""
+    if script.suffix == ".py":
+        return sentence(script)
+    below = script.read_text().split("\n")[1:]
+    text = " ".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), below))
+    return text.split(". ")[0].split(" usage: ")[0].removesuffix(".")
+
+
+def scripts() -> list[str]:
+    """A line a script, then a line a room of them."""
+    found = sorted(path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh"))
+    rooms = sorted(path.parent for path in (ROOT / "scripts").glob("*/__init__.py"))
+    lines = [
+        "",
+        "## scripts",
+        "",
+        "What people run; the first lines of each say how",
+        "",
+    ]
+    lines += [f"- `{path.name}`: {said(path)}" for path in found]
+    return lines + [f"- `{room.name}/`: {sentence(room / '__init__.py')}" for room in rooms]
+
+
 def listed() -> str:
     """A section a folder, a line a module."""
     source = ROOT / "src" / "quantpage"
-    lines = []
+    lines: list[str] = []
     for folder in sorted({path.parent for path in source.rglob("*.py")}):
         name = str(folder.relative_to(source.parent)).replace("\\", "/")
         own = sentence(folder / "__init__.py") if (folder / "__init__.py").exists() else ""
@@ -34,7 +59,7 @@ def listed() -> str:
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
                 lines.append(f"- `{path.stem}`: {sentence(path)}")
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines + scripts()) + "\n\n"
 
 
 def filled(page: str) -> str:
