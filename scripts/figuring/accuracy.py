@@ -124,10 +124,13 @@ def aims() -> str:
         sure = f" ({low} to {high})" if low else ""
         aim = f"{most:.0e}" + (f", {least:.1%}" if least else "")
         worst = f"{float(far['kl_mean']):.2e}{sure}, {where[0]}"
+        top = float(off["top1"])
+        chance = (top * (1 - top) / int(off["tokens"])) ** 0.5
         lines.append(
-            [f"`{cache}`", _KEYS[kind], aim, worst, f"{float(off['top1']):.1%}, {where[1]}"]
+            [f"`{cache}`", _KEYS[kind], aim, worst, f"{top:.1%} ± {chance:.1%}, {where[1]}"]
         )
-    return table(["cache", "keys", "aim", "largest KL, nine times of ten", "least top-1"], lines)
+    head = ["cache", "keys", "aim", "largest KL, nine times of ten", "least top-1 ± standard error"]
+    return table(head, lines)
 
 
 def turns() -> str:

@@ -36,6 +36,23 @@ def test_what_calibrate_refuses_before_it_loads(quantpage, folder, words, tmp_pa
     assert said in err and "loading" not in err and not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "windows"),
+    [
+        (["--tokens", 300], "1 windows of 300 tokens"),
+        (["--tokens", 1100], "1 windows of 1,024 tokens"),
+        (["--tokens", 600, "--context", 256], "2 windows of 256 tokens"),
+        (["--tokens", 600, "--window", 200], "3 windows of 200 tokens"),
+    ],
+)
+def test_windows_are_as_long_as_there_is_room_for(
+    quantpage, folder, words, tmp_path, flags, windows
+):
+    """Of the text, of the context, and of the model, which has 1,024 positions."""
+    asked = ["calibrate", "--model", folder, "--text", words, "--out", tmp_path / "made"]
+    assert f"measuring {windows}" in quantpage(*asked, "--no-feedback", *flags).err
+
+
 def test_a_calibration_without_maps_is_not_taken_for_one(quantpage, folder, words, tmp_path):
     """Of static scales alone: formats that take maps would be measured without, under its name."""
     out = tmp_path / "made"

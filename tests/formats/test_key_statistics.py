@@ -1,5 +1,7 @@
 """Scales of keys by what their rounding costs: chosen on keys, in the metric of queries."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,9 @@ def statistics(sizes, tokens=600):
     noise = torch.Generator().manual_seed(0)
     q = torch.randn(tokens, 4, 64, generator=noise) * sizes
     k = torch.randn(tokens, 2, 64, generator=noise) * sizes + 5.0
-    return KeyStatistics.of(q, k)
+    found = KeyStatistics.of(q, k)
+    # As few as laws are tried on.
+    return replace(found, keys=found.keys[::3])
 
 
 @pytest.mark.parametrize("name", ["int6", "int4", "int3"])

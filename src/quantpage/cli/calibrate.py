@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from quantpage.integrations.hf_transformers.keys.statistics import Placed
 
 
+WINDOW = 2048
+"""Tokens of a text whose late queries look as those of long contexts do."""
+
+
 def command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
@@ -37,7 +41,12 @@ def command(
     tokens: Annotated[
         int, typer.Option(min=256, help="Tokens read, spread evenly over the text.")
     ] = 8192,
-    window: Annotated[int, typer.Option(min=128, help="Tokens read in one forward.")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=128, help="Tokens read in one forward; default: 2048, or as many as there are."
+        ),
+    ] = None,
     context: Annotated[
         int,
         typer.Option(
@@ -84,7 +93,10 @@ def command(
     for name, given, known in (("dtype", dtype, DTYPES), ("scales", scales, get_args(Rule))):
         if given not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}; got {given!r}")
-    _check_window(window, tokens, most_positions(config))
+    positions = most_positions(config)
+    if window is None:
+        window = min(WINDOW, tokens, max(128, context), positions or WINDOW)
+    _check_window(window, tokens, positions)
     content = read(obtain(default_path()) if text is None else text)
     where = find_device(device)
     with console.status(f"loading {model}"):

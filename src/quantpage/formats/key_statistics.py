@@ -31,7 +31,7 @@ from quantpage.formats.spec import QuantSpec
 
 _FLOOR = 1e-4
 """Of a channel's variance, relative to the mean of its head: no channel is scaled without end."""
-_KEPT, _MOST = 256, 2048
+_KEPT, _MOST = 1024, 4096
 """Keys that are kept of one text, and of all: beyond that every second one."""
 _FEW, _SEARCHED = 256, 512
 """Of them those that laws are tried on, and that scales are looked for on. A matrix, which has so
@@ -57,7 +57,7 @@ class KeyStatistics:
     key_products: Float[Tensor, "kv_heads head_dim head_dim"]
     key_sums: Float[Tensor, "kv_heads head_dim"]
     keys: Float[Tensor, "rows kv_heads head_dim"]
-    """Some of them, float32: what roundings are tried on."""
+    """Some of them, what roundings are tried on; in the dtype that they came in, or float32."""
     first_keys: Float[Tensor, "texts kv_heads head_dim"]
     """Of texts' first tokens, in none of the above, float32; none where they are kept exact."""
 
@@ -72,6 +72,7 @@ class KeyStatistics:
         """Of some tokens. far: shares of their attention, 0 to 1; None: all of it. first: keys of
         their texts' first tokens.
         """
+        kept = k[:: max(1, -(-len(k) // _KEPT))]
         q, k = q.double(), k.double()
         tokens, kv_heads, _ = k.shape
         grouped = q.unflatten(1, (kv_heads, -1))
@@ -87,7 +88,7 @@ class KeyStatistics:
             beyond,
             torch.einsum("thi,thj->hij", k, k),
             k.sum(0),
-            k[:: max(1, -(-tokens // _KEPT))].float(),
+            kept.float() if kept.dtype == torch.float64 else kept.clone(),
             k[:0].float() if first is None else first.float(),
         )
 
@@ -160,14 +161,12 @@ def choose_map(
     mean: bool = True,
     feedback: bool = True,
     search: bool = False,
-    turn: bool = True,
 ) -> ChosenMap:
     """The scales of each kv_head with the least loss, rounded as ``spec`` does.
 
     spec: dynamic. mean: take it out. feedback: round in turn where codes are whole numbers. search:
     there, go on from the best of EXPONENTS to scales that no law says (key_scales), in heads of up
-    to WIDEST channels, heed first keys, and look for a turn (key_turns) unless ``turn``
-    says no.
+    to WIDEST channels, heed first keys, and look for a turn (key_turns).
     """
     whole = statistics
     statistics = replace(whole, keys=_thinned(whole.keys, _SEARCHED if search else _FEW))
@@ -177,8 +176,7 @@ def choose_map(
     heads = torch.arange(len(best), device="cpu")
     found = KeyMap(torch.stack([each.scale for each in maps])[best, heads], maps[0].mean)
     if search and feedback and spec.code.integer:
-        found = _searched(statistics, spec, found)
-        found = _turned(whole, spec, found) if turn else found
+        found = _turned(whole, spec, _searched(statistics, spec, found))
     apart = statistics.keys.double() - statistics.mean
     size = _weighed(apart, statistics.metric).sum()
     return ChosenMap(
@@ -217,7 +215,7 @@ def _searched(statistics: KeyStatistics, spec: QuantSpec, law: KeyMap) -> KeyMap
 
 def _turned(statistics: KeyStatistics, spec: QuantSpec, found: KeyMap) -> KeyMap:
     """The map with a turn in heads that lose less by it, on keys that it was not looked for on."""
-    keys = statistics.keys
+    keys = statistics.keys.float()
     seen = torch.arange(len(keys), device="cpu") % 4 != 3
     rest = replace(statistics, keys=keys[~seen])
     if not len(rest.keys):
@@ -249,7 +247,7 @@ def _with_first(statistics: KeyStatistics) -> Tensor:
 
 
 def _thinned(keys: Tensor, most: int) -> Tensor:
-    return keys[:: max(1, -(-len(keys) // most))]
+    return keys[:: max(1, -(-len(keys) // most))].float()
 
 
 def _loss(

@@ -8,8 +8,8 @@ can undo may even that out, and a row's loss (formats/key_scales) then is, but f
 
 with x and W in the basis of the cache. Best were keys of no direction, ``B = C^-1/2``, were W the
 very one of the queries to come and C of the keys; of other texts' it is no better than none. B
-starts from nothing and is moved down the gradient, few steps, which finds what texts share
-(benchmarks/results/key-turns.csv).
+starts from nothing and is moved down the gradient, each step on other keys, which finds what texts
+share (benchmarks/results/key-turns.csv).
 """
 
 import torch
@@ -21,7 +21,9 @@ from quantpage.formats.key_map import KeyMap
 from quantpage.formats.rotate import rotate
 from quantpage.formats.spec import QuantSpec
 
-_STEPS, _RATE = 40, 0.005
+_STEPS, _RATE, _ROWS = 160, 0.16, 512
+"""Steps; the first one's length in every number, over the root of a head's channels, the last one's
+is 0; keys that a step looks at."""
 
 
 def search_turn(
@@ -53,10 +55,14 @@ def _moved(weight: Tensor, rows: Tensor, spec: QuantSpec) -> Tensor:
     eye = torch.eye(width, device="cpu")
     groups = spec.granularity.groups(width)
     apart = torch.zeros_like(weight, requires_grad=True)
-    steps = torch.optim.Adam([apart], lr=_RATE)
+    rate, parts = _RATE / width**0.5, max(1, rows.shape[1] // _ROWS)
+    # First keys, all behind the others, are seen by every step.
+    noise = torch.Generator("cpu").manual_seed(0)
+    rows = rows[:, torch.randperm(rows.shape[1], generator=noise, device="cpu")]
+    steps = torch.optim.Adam([apart], lr=rate)
     before = apart
     for step in range(_STEPS):
-        steps.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+        steps.param_groups[0]["lr"] = rate * (1 - step / _STEPS)
         steps.zero_grad()
         try:
             back = torch.linalg.inv(eye + apart)
@@ -66,7 +72,8 @@ def _moved(weight: Tensor, rows: Tensor, spec: QuantSpec) -> Tensor:
             return (eye + before).detach()
         before = apart.detach().clone()
         lost = lower.diagonal(dim1=1, dim2=2).square() * size[:, None]
-        turned = rows + rows @ apart
+        some = rows[:, step % parts :: parts]
+        turned = some + some @ apart
         most = turned.unflatten(-1, (groups, -1)).abs().amax(-1).square().mean(1)
         loss = (most * lost.unflatten(-1, (groups, -1)).sum(-1)).sum(-1)
         # Heads weigh the same.

@@ -27,7 +27,6 @@ from quantpage.errors import CorruptCalibration, FormatError, UnsupportedModel
 from quantpage.formats import KeyMap, KVFormat, LayerScales, StaticScales
 from quantpage.formats.channel_ranges import ChannelRanges, Rule
 from quantpage.formats.feedback import with_feedback
-from quantpage.formats.key_scales import WIDEST
 from quantpage.formats.key_statistics import ChosenMap, KeyStatistics, choose_map
 from quantpage.integrations.hf_transformers.keys.measured import Measured
 from quantpage.integrations.hf_transformers.keys.statistics import Placed, measure, measure_random
@@ -268,15 +267,13 @@ def _layer(
     statistics = _on_cpu(statistics)
     far, exact = statistics.far(), kv_format.exact_pages is not None
     seen, unseen = (far, statistics) if exact else (statistics, far)
-    # What is seen beyond exact pages is a part of what was measured: too little for wide matrices.
-    narrow = statistics.metric.shape[-1] <= WIDEST
-    chosen = choose_map(seen, kv_format.key, mean, feedback, search, narrow or not exact)
+    chosen = choose_map(seen, kv_format.key, mean, feedback, search)
     if not feedback:
         return LayerCalibration(chosen.key_map, None), chosen
     metric, far_metric = (each.metric.float().contiguous() for each in (statistics, far))
     if not search:
         return LayerCalibration(chosen.key_map, metric, far_metric), chosen
-    other = choose_map(unseen, kv_format.key, mean, feedback, search, narrow or exact)
+    other = choose_map(unseen, kv_format.key, mean, feedback, search)
     near, beyond = (other, chosen) if exact else (chosen, other)
     maps = near.key_map, beyond.key_map
     beyond_planes = maps[1].scale, maps[1].mean, maps[1].turn

@@ -21,7 +21,7 @@ from quantpage.integrations.hf_transformers.keys.statistics import Placed
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 
 KIND = "quantpage measurement"
-VERSION = "4"
+VERSION = "5"
 SECONDS = 20.0
 """Between two writings."""
 _MOMENTS = tuple(each.name for each in fields(KeyStatistics) if each.name != "tokens")
