@@ -169,5 +169,5 @@ def _print(table: "Sequence[tuple[int, ChosenMap]]") -> None:
     console.note(
         "error: squared, relative to the scores' own size. A channel's scale is W^a / C^b, of the "
         "queries' metric W and the keys' variance C, and where keys are rounded in turn what was "
-        "found from there (docs/formats.md, calibration)."
+        "found from there (docs/key-maps.md)."
     )

@@ -142,8 +142,8 @@ def attach(  # noqa: PLR0913
     own. page_size: tokens a page. backend: 'flash' or 'flash_mask'.
     mask: who may see whom, instead of the model's causal rule, in layers without a window.
     implementation: of the ops, by name; None: automatic. checked: raise NonFiniteInput before a
-    NaN or an infinity is cached. calibration: key maps (docs/formats.md): 'auto' measures the model
-    on random tokens where its keys have biases or uneven norms, once, in seconds; a file of
+    NaN or an infinity is cached. calibration: key maps (docs/key-maps.md): 'auto' measures the
+    model on random tokens where its keys have biases or uneven norms, once, in seconds; a file of
     `quantpage calibrate`; 'none' or None: keys as they are. Static formats need such a file, or a
     checkpoint's folder that holds their scales ('auto': the one that the model was loaded from).
     max_tokens: that a row will hold at most; its pages are then allocated once, and more tokens
