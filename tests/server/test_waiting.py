@@ -8,8 +8,11 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+from quantpage.engine import Request  # noqa: E402
 from quantpage.server.app import create_app  # noqa: E402
+from quantpage.server.completions import Completion  # noqa: E402
 from quantpage.server.options import ServeOptions  # noqa: E402
+from quantpage.server.protocol import CompletionBody  # noqa: E402
 from quantpage.server.run import load  # noqa: E402
 from quantpage.server.serving import Served  # noqa: E402
 from tests.server.small import save_small  # noqa: E402
@@ -54,3 +57,45 @@ def test_others_are_answered_while_a_text_becomes_tokens(served, path, monkeypat
     monkeypatch.setattr(Served, "encode", long)
     other, first = asyncio.run(both())
     assert other.status_code == first.status_code == 200, first.text
+
+
+def test_a_call_may_have_more_prompts_than_there_are_places(tmp_path):
+    options = {"memory": 1 << 20, "page_size": 16, "max_requests": 2, "max_waiting": 1}
+    attached, made = load(ServeOptions(str(save_small(tmp_path)), **options))
+    prompts = [[5 + at] * 9 for at in range(12)]
+
+    def call(prompts, **more):
+        asked = {"prompt": prompts, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        return Completion(made, CompletionBody.model_validate(asked | more))
+
+    async def whole(prompts):
+        return (await call(prompts).whole())["choices"]
+
+    async def stopped():
+        events = call(prompts, stream=True).stream()
+        first = await anext(events)
+        await asyncio.to_thread(made.engine.stop, drain=True)
+        return [first, *[each async for each in events]]
+
+    with attached:
+        together = asyncio.run(whole(prompts))
+        assert [each["index"] for each in together] == list(range(12))
+        assert together[7]["text"] == asyncio.run(whole([prompts[7]]))[0]["text"]
+        # What cannot be asked is found before anything is.
+        with pytest.raises(ValueError, match="prompt: expected tokens below"):
+            call([*prompts, [999]])
+        counted = made.engine.stats().made_tokens
+        with pytest.raises(ValueError, match="n: expected at most 2 answers"):
+            asyncio.run(whole_of_pages(made, prompts[0]))
+        assert made.engine.stats().made_tokens == counted
+        # An engine that ends finishes what is under way, and says so of what is not.
+        events = asyncio.run(stopped())
+        assert sum('"finish_reason": "length"' in each for each in events) in range(3, 12)
+        assert "as the server is stopping" in events[-1]
+
+
+async def whole_of_pages(served, prompt):
+    """A request that fits, and behind it one that never does."""
+    requests = [Request(tuple(prompt), 2), Request((5,), 4, answers=2 * served.engine.limits.pages)]
+    async for _ in served.answers(requests):
+        pass

@@ -108,8 +108,7 @@ class Engine:
         Raises ValueError where it never fits, in pages or in the model's positions, or names tokens
         that the model has not, QueueFull when too many wait, EngineStopped.
         """
-        self._scheduler.refuse(request)
-        self._runner.refuse(request)
+        self.refuse(request)
         answers = [
             Answer(request, index, list(request.prompt), emit) for index in range(request.answers)
         ]
@@ -126,6 +125,12 @@ class Engine:
             self._inbox.append(answers)
             self._wake.notify()
         return Ticket(tuple(answers))
+
+    def refuse(self, request: Request) -> None:
+        """Raise the ValueError of ``submit``, for who has more to submit before it is this one's
+        turn."""
+        self._scheduler.refuse(request)
+        self._runner.refuse(request)
 
     def room(self, prompt: int, answers: int = 1) -> int:
         """The longest answer in tokens that fits beside a prompt of so many, ``answers`` times."""

@@ -11,8 +11,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from quantpage.engine import Engine, Piece, Request, Sampling
+from quantpage.engine import Engine, Piece, Request, Sampling, Ticket
 from quantpage.engine.grammar import ANY_OBJECT, AnswerGrammar, GrammarTokenizer
+from quantpage.errors import EngineStopped, QueueFull
 from quantpage.server.metrics import Metrics
 from quantpage.server.protocol import (
     ChatBody,
@@ -181,7 +182,13 @@ class Served:
         )
 
     async def answers(self, requests: list[Request]) -> AsyncIterator[tuple[int, Piece]]:
-        """(request, piece) of all of them as they come; leaving early cancels what is left."""
+        """(request, piece) of all of them as they come; leaving early cancels what is left.
+
+        The first finds a place or raises QueueFull; those behind it wait here for one, so that a
+        call may have more prompts than the engine's queue has places.
+        """
+        for request in requests:
+            self.engine.refuse(request)
         loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
 
         def listener(at: int) -> Any:
@@ -192,21 +199,36 @@ class Served:
 
             return emit
 
-        tickets, left = [], sum(each.answers for each in requests)
+        tickets: list[Ticket] = []
+        under_way, look, stopped = 0, True, False
         watches = [self.metrics.watch(each) for each in requests]
         try:
-            for at, request in enumerate(requests):
-                tickets.append(self.engine.submit(request, listener(at)))
-            while left:
+            while under_way or len(tickets) < len(requests):
+                try:
+                    for at in range(len(tickets), len(requests) if look and not stopped else 0):
+                        tickets.append(self.engine.submit(requests[at], listener(at)))
+                        under_way += requests[at].answers
+                except (QueueFull, EngineStopped) as error:
+                    if not tickets:
+                        raise
+                    stopped = isinstance(error, EngineStopped)
+                if stopped and not under_way:
+                    yield len(tickets), Piece(0, finish_reason="cancelled")
+                    return
+                if not under_way:
+                    # Others have all places, and nobody tells when one is free.
+                    await asyncio.sleep(_LOOKS_AGAIN)
+                    continue
                 at, piece = await news.get()
                 watches[at].piece(piece)
-                left -= piece.finish_reason is not None
+                look = piece.finish_reason is not None
+                under_way -= look
                 yield at, piece
         finally:
             for ticket in tickets:
                 self.engine.cancel(ticket)
             # Of who leaves nobody reads the end.
-            for _ in range(left if len(tickets) == len(requests) else 0):
+            for _ in range(under_way):
                 self.metrics.ended("cancelled")
 
     def _sampling(self, body: GenerationBody) -> Sampling:
@@ -264,6 +286,8 @@ class Served:
             raise ValueError(f"{name}: {error}") from None
 
 
+_LOOKS_AGAIN = 0.05
+"""Seconds between two looks for a place."""
 _SPACE = "\u2581"
 """SentencePiece's."""
 _PART = "\ufffd"
