@@ -113,4 +113,11 @@ MUTATIONS = (
         "()",
         ("tests/integrations/hf_transformers/cache/test_prompts.py", "tests/engine/test_engine.py"),
     ),
+    Mutation(
+        "an assistant is handed stand-ins that the next tokens change",
+        HF + "hooks/supply.py",
+        "        _keep_shared(output)",
+        "",
+        ("tests/integrations/hf_transformers/hooks/test_supply.py",),
+    ),
 )

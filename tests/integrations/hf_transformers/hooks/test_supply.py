@@ -257,3 +257,45 @@ def test_a_cache_goes_on_after_prompt_lookup(kv_format):
             for at in range(cache.get_seq_length(), longer.shape[1]):
                 got = model(longer[:, at : at + 1], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(got, wanted, atol=1e-8, rtol=0)
+
+
+def test_an_assistant_reads_what_a_model_hands_out_of_its_cache():
+    """Gemma 4's own drafters attend to their model's keys, after its next tokens are taken back."""
+    own = COMMON | {
+        "sliding_window": 24,
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    torch.manual_seed(0)
+    model = tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**own, num_kv_shared_layers=0)).eval()
+    drafts = tf.Gemma4TextConfig(**own, num_kv_shared_layers=2)
+    config = tf.Gemma4AssistantConfig(text_config=drafts, backbone_hidden_size=own["hidden_size"])
+    assistant = tf.Gemma4AssistantForCausalLM(config).eval()
+    assistant.generation_config.num_assistant_tokens = 3
+    read = []
+    assistant.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["shared_kv_states"]["full_attention"]),
+        with_kwargs=True,
+    )
+
+    def answer(**given):
+        read.clear()
+        made = model.generate(
+            tokens(1, 40), max_new_tokens=12, min_new_tokens=12, do_sample=False, **given
+        )
+        # The newest key may be a draft's that was not taken.
+        return made, [each[:, :, :-1].clone() for pair in read for each in pair]
+
+    wanted, keys = answer(assistant_model=assistant)
+    with quantpage.attach(model, "none", page_size=16) as attached:
+        got, paged = answer(assistant_model=assistant)
+        assert attached.coverage.paged == 2
+    assert torch.equal(got, wanted)
+    torch.testing.assert_close(paged, keys)
+    with quantpage.attach(model, "int8", page_size=16):
+        assert torch.equal(answer(assistant_model=assistant)[0], answer()[0])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -23,7 +23,11 @@ from quantpage.errors import CacheError, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache.encoder_layer import EncoderLayer
 from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions, PagedLayer
 from quantpage.integrations.hf_transformers.cache.turns import Turns
-from quantpage.integrations.hf_transformers.loading.model import lent_layers, reaches_of
+from quantpage.integrations.hf_transformers.loading.model import (
+    lent_layers,
+    reaches_of,
+    stock_layers,
+)
 from quantpage.integrations.hf_transformers.pages.memory import Memory
 from quantpage.integrations.hf_transformers.pages.rows import Rows
 
@@ -38,7 +42,7 @@ class QuantPageCache(Cache):
     def __init__(self, config: object, options: CacheOptions, memory: Memory | None = None) -> None:
         # What Transformers would build; layers with another state than keys and values (linear
         # attention, convolutions) stay as they are.
-        stock: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
+        stock = stock_layers(config)
         self.options = options
         self.formats = options.formats.of_layers(len(stock))
         reaches = reaches_of(config, stock)

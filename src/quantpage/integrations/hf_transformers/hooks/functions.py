@@ -48,6 +48,7 @@ _UNDERSTOOD = {
     "position_embeddings",
     "position_ids",
     "return_dict",
+    "return_shared_kv_states",
     "s_aux",
     "sliding_window",
     "softcap",

@@ -31,6 +31,7 @@ from quantpage.integrations.hf_transformers.modules.arguments import (
     parameters,
     take_cache,
 )
+from quantpage.integrations.hf_transformers.pages.lazy import kept
 
 _ORDINARY = (None, "dynamic", "dynamic_full", "hybrid")
 """Values of ``cache_implementation`` that ask for nothing but Transformers' default."""
@@ -253,6 +254,7 @@ class Supply:
         # Without an output an exception is on its way.
         if frames or frame.cache is None or output is None:
             return
+        _keep_shared(output)
         name = type(module).__name__
         other = [each for each in caches_in(output) if each is not frame.cache]
         if other:
@@ -392,6 +394,14 @@ def _tokens(kwargs: dict[str, Any]) -> Tensor | None:
     """[rows, tokens] ids of a forward, or [rows, tokens, channels] in their place."""
     found = kwargs.get("input_ids")
     return kwargs.get("inputs_embeds") if found is None else found
+
+
+def _keep_shared(output: Any) -> None:
+    """Make dense what a forward hands out of its cache (Gemma 4, to an assistant of its own, which
+    reads it after the next tokens have come and gone)."""
+    shared = getattr(output, "shared_kv_states", None)
+    if shared:
+        output.shared_kv_states = {kind: tuple(map(kept, both)) for kind, both in shared.items()}
 
 
 def _refuse_arguments(module: Any, kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Loading a decoder folder and reading the shape of its cache; which models are refused and why."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,16 +84,28 @@ def most_positions(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def stock_layers(config: Any) -> list[Any]:
+    """The layers of the cache that Transformers would make for a configuration."""
+    from transformers import DynamicCache
+
+    found: list[Any] = DynamicCache(config=config).layers  # type: ignore[arg-type]
+    text = text_config(config)
+    if not found and getattr(text, "num_kv_shared_layers", None) == 0:
+        # 5.12 leaves all layers out where none is shared (Gemma 4 31B), as [:-0] does; [:n] is all.
+        every = copy(text)
+        every.num_kv_shared_layers = -text.num_hidden_layers
+        found = DynamicCache(config=every).layers
+    return found
+
+
 def reaches_of(config: Any, layers: Sequence[Any] | None = None) -> list[Reach]:
     """How far back each layer of the cache sees.
 
     layers: what Transformers would make for this configuration; None: made here.
     """
-    from transformers import DynamicCache
-
     text = text_config(config)
     if layers is None:
-        layers = DynamicCache(config=config).layers
+        layers = stock_layers(config)
     chunks = getattr(text, "sliding_window", None) is None
     kinds = getattr(text, "layer_types", None)
     if kinds is None:

@@ -108,6 +108,11 @@ def _changes_nothing(func: Any, args: Any, kwargs: Any) -> bool:
     return not any(isinstance(x, LazyKV) for x in rest) and func(empty, *rest, **kwargs) is empty
 
 
+def kept(given: Tensor) -> Tensor:
+    """What stays as it is when the cache goes on: of a stand-in what the pages hold now, dense."""
+    return given.dequantized() if isinstance(given, LazyKV) else given
+
+
 def layer_behind(key: Tensor, value: Tensor) -> AttendedPages | None:
     """The pages that these keys and values stand for; None: other tensors."""
     layers = [getattr(each, "layer", None) for each in (key, value)]
