@@ -35,7 +35,11 @@ class Allowed:
     """Of a head's outputs."""
     lse_error: float
 
-    def wrong(self, out: Tensor, lse: Tensor | None = None) -> str:
+    def wrong(
+        self,
+        out: Float[Tensor, "tokens q_heads value_dim"],
+        lse: Float[Tensor, "tokens q_heads"] | None = None,
+    ) -> str:
         """What is off and by how much; '' where nothing is. A number that is not finite is."""
         out = out.to(self.want.device)
         empty = self.want_lse.isneginf()

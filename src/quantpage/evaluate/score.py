@@ -94,7 +94,12 @@ class Scores:
     agreements: list[Tensor] = field(default_factory=list)
     overlaps: list[Tensor] = field(default_factory=list)
 
-    def add(self, window: Window, exact: Tensor, other: Tensor) -> None:
+    def add(
+        self,
+        window: Window,
+        exact: Float[Tensor, "tokens vocabulary"],
+        other: Float[Tensor, "tokens vocabulary"],
+    ) -> None:
         """Take one window's log-probabilities: of the unquantized cache, and of this one."""
         targets = window.tokens[0, window.prompt :].to(other.device)
         self.losses.append(-other.gather(1, targets[:, None])[:, 0].double().cpu())
