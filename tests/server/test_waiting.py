@@ -60,7 +60,7 @@ def test_others_are_answered_while_a_text_becomes_tokens(served, path, monkeypat
 
 
 def test_a_call_may_have_more_prompts_than_there_are_places(tmp_path):
-    options = {"memory": 1 << 20, "page_size": 16, "max_requests": 2, "max_waiting": 1}
+    options = {"memory": 1 << 20, "page_size": 16, "max_requests": 2, "max_waiting": 6}
     attached, made = load(ServeOptions(str(save_small(tmp_path)), **options))
     prompts = [[5 + at] * 9 for at in range(12)]
 
@@ -68,8 +68,9 @@ def test_a_call_may_have_more_prompts_than_there_are_places(tmp_path):
         asked = {"prompt": prompts, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
         return Completion(made, CompletionBody.model_validate(asked | more))
 
-    async def whole(prompts):
-        return (await call(prompts).whole())["choices"]
+    async def whole(*calls):
+        answers = await asyncio.gather(*[call(each).whole() for each in calls])
+        return [each["choices"] for each in answers]
 
     async def stopped():
         events = call(prompts, stream=True).stream()
@@ -78,9 +79,10 @@ def test_a_call_may_have_more_prompts_than_there_are_places(tmp_path):
         return [first, *[each async for each in events]]
 
     with attached:
-        together = asyncio.run(whole(prompts))
-        assert [each["index"] for each in together] == list(range(12))
-        assert together[7]["text"] == asyncio.run(whole([prompts[7]]))[0]["text"]
+        # None takes all places: the other call's first prompt finds one.
+        together, other = asyncio.run(whole(prompts, prompts))
+        assert together == other and [each["index"] for each in together] == list(range(12))
+        assert together[7]["text"] == asyncio.run(whole([prompts[7]]))[0][0]["text"]
         # What cannot be asked is found before anything is.
         with pytest.raises(ValueError, match="prompt: expected tokens below"):
             call([*prompts, [999]])

@@ -199,6 +199,9 @@ class Served:
 
             return emit
 
+        # Who ends has a successor that waits already, and other clients find places beside a long
+        # list of prompts.
+        most = 2 * self.engine.limits.max_running
         tickets: list[Ticket] = []
         under_way, look, stopped = 0, True, False
         watches = [self.metrics.watch(each) for each in requests]
@@ -206,6 +209,8 @@ class Served:
             while under_way or len(tickets) < len(requests):
                 try:
                     for at in range(len(tickets), len(requests) if look and not stopped else 0):
+                        if under_way >= most:
+                            break
                         tickets.append(self.engine.submit(requests[at], listener(at)))
                         under_way += requests[at].answers
                 except (QueueFull, EngineStopped) as error:
