@@ -23,6 +23,22 @@ def statistics(sizes, tokens=600):
     return replace(found, keys=found.keys[::3])
 
 
+def test_keys_are_kept_as_they_come():
+    """Up to a thousand of a text, every second one of a longer, in as few bits as they have."""
+    noise = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2048, 1, 16, generator=noise).bfloat16() for _ in range(2))
+    found = KeyStatistics.of(q, k)
+    assert torch.equal(found.keys, k[::2]) and found.keys.dtype == torch.bfloat16
+    assert KeyStatistics.of(q, k.double()).keys.dtype == torch.float32
+    assert len(KeyStatistics.of(q, k[:600]).keys) == 600
+    twice = found + found + found + found
+    assert len(twice.keys) == 4096 and len((twice + found).keys) == 2560
+    spec = FORMATS["int4"].key
+    wide = replace(found, keys=found.keys.float())
+    maps = [choose_map(each, spec, search=True).key_map for each in (found, wide)]
+    assert maps[0].digest() == maps[1].digest()
+
+
 @pytest.mark.parametrize("name", ["int6", "int4", "int3"])
 def test_keys_rounded_in_turn_are_made_even_whatever_the_queries(name):
     spec = FORMATS[name].key

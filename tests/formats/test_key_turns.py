@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantpage.formats import KeyMap
+from quantpage.formats import CODES, KeyMap, QuantSpec
 from quantpage.formats.key_statistics import choose_map
 from quantpage.formats.key_turns import search_turn
 from tests.formats.key_cases import SPECS, lost, statistics
@@ -28,6 +28,19 @@ def test_the_same_numbers_make_the_same_matrix():
     with torch.inference_mode():
         twice = [choose_map(found, SPECS["int4"], search=True).key_map.turn for _ in range(2)]
     assert torch.equal(*twice)
+
+
+def test_every_key_counts():
+    """Steps look at some of them each."""
+    noise = torch.Generator().manual_seed(0)
+    keys = torch.randn(1100, 1, 16, generator=noise)
+    spec, scales = QuantSpec(CODES["int4"]), KeyMap(torch.ones(1, 16))
+    found = search_turn(torch.eye(16)[None], keys, scales, spec)
+    for each in range(0, 1100, 157):
+        # As long as it was: a longer one would change the size that all are measured by.
+        other = keys.clone()
+        other[each, :, ::2] *= -1.0
+        assert not torch.equal(search_turn(torch.eye(16)[None], other, scales, spec), found)
 
 
 @pytest.mark.parametrize("of", ["metric", "keys", "both"])
