@@ -9,7 +9,8 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
-from quantpage.server.run import bind, listen  # noqa: E402
+from quantpage.server.options import ServeOptions  # noqa: E402
+from quantpage.server.run import bind, listen, load  # noqa: E402
 from tests.server.small import answering, save_small  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -177,6 +178,12 @@ def test_an_answer_of_several_parts_does_not_wait_for_the_client():
                 return at_once
 
     assert asyncio.run(first_connection())
+
+
+def test_steps_that_have_no_token_for_each_answer_are_refused():
+    for options in ({"step_tokens": 63}, {"step_tokens": 1, "max_requests": 2}):
+        with pytest.raises(ValueError, match="step_tokens: expected at least max_requests"):
+            load(ServeOptions("nowhere", **options))
 
 
 def test_a_port_that_another_took_meanwhile_is_told():

@@ -76,6 +76,7 @@ def load(options: ServeOptions) -> tuple[Any, Served]:
         text_config,
     )
 
+    _refuse_small_steps(options)
     device = find_device(options.device)
     check_format(options.model, options.kv_format)
     check_calibration(options.calibration, options.kv_format, options.model)
@@ -189,6 +190,15 @@ def _limits(
     a_page = sum(each.layout.bytes_per_page() for each in growing)
     most = max(limits.pages, options.memory // a_page if a_page else 0)
     return fit_pages(layers, replace(limits, pages=most), options.memory)
+
+
+def _refuse_small_steps(options: ServeOptions) -> None:
+    running = options.max_requests or _MAX_REQUESTS
+    if options.step_tokens is not None and options.step_tokens < running:
+        raise ValueError(
+            f"step_tokens: expected at least max_requests {running}, so that every answer gets a "
+            f"token, got {options.step_tokens}"
+        )
 
 
 def _refuse_more_than_free(size: int, device: torch.device) -> None:
