@@ -120,4 +120,25 @@ MUTATIONS = (
         "",
         ("tests/integrations/hf_transformers/hooks/test_supply.py",),
     ),
+    Mutation(
+        "a decoder that is made to see what follows does not, by the core",
+        HF + "steps/cpu.py",
+        'and getattr(config, "is_causal", None) is not False',
+        "and True",
+        ("tests/integrations/hf_transformers/hooks/test_own.py",),
+    ),
+    Mutation(
+        "nor by the flag of its modules",
+        HF + "hooks/functions.py",
+        "return _flagged(facts, module, kwargs)",
+        "return facts",
+        ("tests/integrations/hf_transformers/hooks/test_own.py",),
+    ),
+    Mutation(
+        "a window that is changed after attaching is not noticed",
+        HF + "steps/cpu.py",
+        '_READ = ("is_causal", "sliding_window", "layer_types")',
+        "_READ = ()",
+        ("tests/integrations/hf_transformers/steps/test_cpu.py",),
+    ),
 )

@@ -332,3 +332,34 @@ def test_chunks_are_documents_of_equal_length():
     seen = functions.Rule(chunk=8).mask(21).materialize(torch.arange(21), 21)
     at = torch.arange(21)
     assert torch.equal(seen, (at[:, None] >= at) & (at[:, None] // 8 == at // 8))
+
+
+@pytest.mark.parametrize("implementation", [None, "torch"])
+@pytest.mark.parametrize("flag", ["configuration", "modules"])
+def test_a_decoder_that_is_made_to_see_what_follows_does(flag, implementation):
+    """Embedding models are decoders with this flag; the modules' counts without padding alone."""
+    ids, padded = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    padded[0, :9] = 0
+    models = [tiny("llama", torch.float32) for _ in range(2)]
+    for each in models:
+        each.set_attn_implementation("sdpa")
+
+    def see(model):
+        flagged = [each.self_attn for each in model.model.layers]
+        for each in flagged if flag == "modules" else [model.config]:
+            each.is_causal = False
+
+    see(models[0])
+    options = {"kv_format": "none", "page_size": 16, "implementation": implementation}
+    # Before it is attached, and after.
+    with quantpage.attach(models[1], **options), torch.inference_mode():
+        causal = models[1](ids).logits
+        see(models[1])
+        later = [models[1](ids, attention_mask=each).logits[1] for each in (None, padded)]
+    with torch.inference_mode():
+        wanted = [models[0](ids, attention_mask=each).logits[1] for each in (None, padded)]
+        with quantpage.attach(models[0], **options):
+            got = [models[0](ids, attention_mask=each).logits[1] for each in (None, padded)]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(later, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted[0] - causal[1]).norm() > 0.1 * causal[1].norm()

@@ -258,10 +258,11 @@ def test_angles_of_every_kind_of_rotary_embedding(kind, calls):
 
 
 @pytest.mark.parametrize(
-    "what", ["data", "parameter", "module", "layers", "epsilon", "scaling", "forward"]
+    "what", ["data", "parameter", "module", "layers", "epsilon", "scaling", "forward", "window"]
 )
 def test_changes_after_attaching_are_noticed(what):
-    ids, model = tokens(1, LENGTH), tiny("llama", torch.float32)
+    name = "mistral_window" if what == "window" else "llama"
+    ids, model = tokens(1, LENGTH), tiny(name, torch.float32)
     with quantpage.attach(model, kv_format="none", page_size=16):
         before = decode(model, ids)
         block = model.model.layers[2]
@@ -278,6 +279,8 @@ def test_changes_after_attaching_are_noticed(what):
             block.self_attn.scaling *= 2
         elif what == "forward":
             block.mlp.forward = lambda x: 2 * type(block.mlp).forward(block.mlp, x)
+        elif what == "window":
+            model.config.sliding_window = 9
         else:
             model.config.num_hidden_layers = 2
         got = decode(model, ids)

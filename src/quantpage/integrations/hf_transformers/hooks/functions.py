@@ -272,12 +272,22 @@ def _facts(
     """``facts_of``, also where there is no mask; None: a mask that the user or the model made."""
     if attention_mask is None:
         return MaskFacts(Rule(causal_without_mask(module, kwargs.get("is_causal"))), None)
-    if hasattr(attention_mask, "quantpage"):
-        return attention_mask.quantpage
+    facts: MaskFacts | None = getattr(attention_mask, "quantpage", None)
+    if facts is not None:
+        return _flagged(facts, module, kwargs)
     if attention_mask.ndim != 2:
         return None
     rule = Rule(getattr(module, "is_causal", True), kwargs.get("sliding_window"))
     return MaskFacts(rule, attention_mask.to(torch.bool))
+
+
+def _flagged(facts: MaskFacts, module: nn.Module, kwargs: dict[str, Any]) -> MaskFacts:
+    """The facts for a module that was made to see everything by a flag of its own (LLM2Vec), which
+    counts where the model's own attention is given no mask, and there alone."""
+    causal = facts.rule == Rule() and facts.arguments is not None
+    if not causal or getattr(module, "is_causal", True) or facts.own() is not None:
+        return facts
+    return replace(facts, rule=Rule(causal_without_mask(module, kwargs.get("is_causal"))))
 
 
 def _own(

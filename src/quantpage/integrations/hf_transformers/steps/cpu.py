@@ -9,6 +9,7 @@ code.
 """
 
 from collections.abc import Callable
+from copy import copy
 from itertools import chain, repeat
 from operator import eq, is_
 from typing import Any
@@ -70,8 +71,10 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
                 replace_forward(module, _Model(module, blocks), undo)
 
 
-_TOLD = ("variance_epsilon", "scaling", "head_dim")
+_TOLD = ("variance_epsilon", "scaling", "head_dim", "is_causal")
 """Numbers of modules that the core is told once."""
+_READ = ("is_causal", "sliding_window", "layer_types")
+"""What a model's own code reads of its configuration at every forward, as to who sees whom."""
 
 
 class _Parts:
@@ -87,6 +90,9 @@ class _Parts:
         self._hooks = [p for one in inner for p in (one._forward_hooks, one._forward_pre_hooks)]
         self._inner = list(map(vars, inner))
         told = [(own, n, own[n]) for own in map(vars, each) for n in _TOLD if n in own]
+        configs = {id(own["config"]): own["config"] for own in map(vars, each) if "config" in own}
+        read = [(vars(one), name) for one in configs.values() for name in _READ]
+        told += [(own, name, copy(own.get(name))) for own, name in read]
         self._owners = [own for own, _, _ in told]
         self._names = [name for _, name, _ in told]
         self._numbers = [number for _, _, number in told]
@@ -316,6 +322,7 @@ class _Model:
         config = self._module.config
         return (
             given.keys() <= _HARMLESS
+            and getattr(config, "is_causal", None) is not False
             and not any(given.get(each, getattr(config, each, False)) for each in _SHOWN)
             and given.get("return_dict", getattr(config, "return_dict", True)) is not False
         )
