@@ -83,8 +83,8 @@ class Engine:
         cuda_graphs: False runs decode steps on a GPU kernel by kernel too. warm_up: True compiles
         what steps on a GPU will ask for now, and not while the first requests wait.
 
-        Raises UnsupportedModel for models with another state than keys and values, or with
-        rotations that change with the longest request of a step.
+        Raises UnsupportedModel for models with another state than keys and values, with rotations
+        that change with the longest request of a step, or in which tokens see later ones.
         """
         if warm_up:
             compile_steps(attached, limits)

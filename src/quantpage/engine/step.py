@@ -24,6 +24,7 @@ from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCa
 from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
 from quantpage.integrations.hf_transformers.loading.model import text_config
 from quantpage.integrations.hf_transformers.modules.arguments import cache_as, parameters
+from quantpage.integrations.hf_transformers.modules.coverage import refuse_look_ahead
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.step import Part, Step, plan_part, tables_of
 from quantpage.warm_up import Asked, Sizes, WarmUp, warm_up
@@ -41,6 +42,7 @@ class StepRunner:
 
     def __init__(self, attached: Attached, limits: Limits, cuda_graphs: bool = True) -> None:
         _refuse_counted(attached)
+        refuse_look_ahead(attached.model)
         self._attached, self._model = attached, attached.model
         self._cache = attached.new_cache()
         self.memory, self.page_size = self._cache.rows.memory, self._cache.rows.page_size

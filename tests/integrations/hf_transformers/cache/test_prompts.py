@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 import quantpage
+from quantpage.engine import Engine, Limits
 from quantpage.errors import CacheError, CorruptCache, PartlyPaged, UnsupportedModel
 from quantpage.formats import FORMATS
 from quantpage.integrations.hf_transformers.loading.model import load_model
@@ -298,3 +299,14 @@ def test_a_real_model_says_the_same_after_a_learnt_prompt(kv_format):
     torch.testing.assert_close(
         torch.stack(got.logits), torch.stack(wanted.logits), atol=1e-9, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["is_causal", "use_bidirectional_attention"])
+def test_a_decoder_that_sees_what_follows_keeps_no_beginnings_and_cuts_no_prompts(name):
+    model = tiny("llama")
+    setattr(model.config, name, name != "is_causal")
+    with quantpage.attach(model, "int8", page_size=PAGE) as attached:
+        with pytest.raises(UnsupportedModel, match=f"see none behind them.*got {name}="):
+            attached.prompts()
+        with pytest.raises(UnsupportedModel, match=f"see none behind them.*got {name}="):
+            Engine(attached, None, Limits(pages=8))

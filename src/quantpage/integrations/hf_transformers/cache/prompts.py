@@ -19,6 +19,7 @@ from quantpage.errors import CorruptCache, UnsupportedModel
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
 from quantpage.integrations.hf_transformers.cache.paged_layer import CacheOptions
 from quantpage.integrations.hf_transformers.loading.model import text_config
+from quantpage.integrations.hf_transformers.modules.coverage import refuse_look_ahead
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
 from quantpage.integrations.hf_transformers.pages.memory import Memory
 from quantpage.integrations.hf_transformers.pages.saved_rows import (
@@ -50,6 +51,7 @@ class Prompts:
         """max_pages: remembered at most, least recently used out first, as soon as no cache reads
         them; None: no limit."""
         self._attached, self._max_pages = attached, max_pages
+        refuse_look_ahead(attached.model)
         if attached.options.mask is not None:
             _refuse_look_ahead(attached.options.mask)
         self._limit = _length_limit(attached.model.config)

@@ -149,6 +149,24 @@ def _kind(model: Any) -> str:
     return model.config.model_type
 
 
+def refuse_look_ahead(model: nn.Module) -> None:
+    """UnsupportedModel for a decoder that is made to see what follows: keys of a token then depend
+    on later ones, so that no beginning can be kept, and no prompt be cut."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    told = []
+    if False in (getattr(each, "is_causal", None) for each in (config, text)):
+        told.append("is_causal=False")
+    both = getattr(text, "use_bidirectional_attention", None)
+    if both is True or both == "all":
+        told.append(f"use_bidirectional_attention={both}")
+    if told:
+        raise UnsupportedModel(
+            f"{_kind(model)}: expected tokens that see none behind them, as a page is known by the "
+            f"tokens up to its end; got {', '.join(told)} in its configuration"
+        )
+
+
 def why_dense(modules: Iterable[nn.Module]) -> str | None:
     """Why a layer's attention will not read pages, as far as its code says; None: it may."""
     for module in modules:
