@@ -141,4 +141,11 @@ MUTATIONS = (
         "_READ = ()",
         ("tests/integrations/hf_transformers/steps/test_cpu.py",),
     ),
+    Mutation(
+        "a model whose weights accelerate brings is measured where they are not",
+        HF + "keys/statistics.py",
+        "device = device_of(model)",
+        "device = model.device",
+        ("tests/integrations/hf_transformers/keys/test_key_maps.py",),
+    ),
 )

@@ -22,7 +22,7 @@ from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.attach import Attached
 from quantpage.integrations.hf_transformers.cache.paged_cache import QuantPageCache
 from quantpage.integrations.hf_transformers.cache.paged_layer import PagedLayer
-from quantpage.integrations.hf_transformers.loading.model import text_config
+from quantpage.integrations.hf_transformers.loading.model import device_of, text_config
 from quantpage.integrations.hf_transformers.modules.arguments import cache_as, parameters
 from quantpage.integrations.hf_transformers.modules.coverage import refuse_look_ahead
 from quantpage.integrations.hf_transformers.modules.digest import model_digest
@@ -46,7 +46,7 @@ class StepRunner:
         self._attached, self._model = attached, attached.model
         self._cache = attached.new_cache()
         self.memory, self.page_size = self._cache.rows.memory, self._cache.rows.page_size
-        self.device = next(self._model.parameters()).device
+        self.device = device_of(self._model)
         self._digest: str | None = None
         self._planned: dict[Reach, Part] = {}
         """The newest step, from which the next may follow."""

@@ -161,6 +161,10 @@ def test_a_mask_of_another_batch_is_refused():
         for rows in (1, 3):
             with pytest.raises(ValueError, match=f"attention_mask: expected 2 rows.* got {rows}"):
                 model(ids, attention_mask=torch.ones(rows, 30, dtype=torch.long))
+        with pytest.raises(
+            ValueError, match=r"mask: expected \[rows, tokens\].* got \(2, 30, 30\)"
+        ):
+            model(ids, attention_mask=torch.ones(2, 30, 30, dtype=torch.long))
 
 
 @pytest.mark.parametrize("told", ["ones", "moved", "in one row"])

@@ -4,12 +4,14 @@ import warnings
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
 from transformers import DynamicCache
 
 import quantpage
+from quantpage.errors import UnsupportedModel
 from quantpage.integrations.hf_transformers.keys import key_maps
 from quantpage.integrations.hf_transformers.keys.calibration import layers_of_weights
 from quantpage.integrations.hf_transformers.keys.statistics import (
@@ -243,3 +245,22 @@ def test_foreign_attention_reads_keys_as_they_were():
 def test_an_unknown_calibration_is_refused():
     with pytest.raises(FileNotFoundError, match="calibration: expected 'auto', 'none' or a file"):
         quantpage.attach(tiny("llama", torch.float32), calibration="later")
+
+
+def test_a_model_whose_weights_are_brought_for_each_forward_is_measured():
+    plain, kept = tiny("qwen2_bias", torch.float32), tiny("qwen2_bias", torch.float32)
+    accelerate.cpu_offload(kept, execution_device=torch.device("cpu"))
+    assert {each.device.type for each in kept.parameters()} == {"meta"}
+    ids, maps = tokens(1, 30), []
+    for model in (plain, kept):
+        with quantpage.attach(model, "int4", page_size=16) as attached, torch.inference_mode():
+            maps.append(attached.options.key_maps)
+            model(ids)
+    assert maps[0].keys() == maps[1].keys() and maps[0]
+    for index, each in maps[0].items():
+        torch.testing.assert_close(maps[1][index].scale, each.scale)
+        torch.testing.assert_close(maps[1][index].mean, each.mean)
+    with torch.device("meta"):
+        empty = tf.Qwen2ForCausalLM(plain.config)
+    with pytest.raises(UnsupportedModel, match="got a model on meta, whose weights are not loaded"):
+        quantpage.attach(empty)

@@ -424,6 +424,11 @@ def _refuse_arguments(module: Any, kwargs: dict[str, Any]) -> None:
         )
     mask, tokens = kwargs.get("attention_mask"), _tokens(kwargs)
     if isinstance(mask, Tensor) and isinstance(tokens, Tensor):
+        if mask.ndim not in (2, 4):
+            raise ValueError(
+                "attention_mask: expected [rows, tokens], or [rows, 1 or heads, new tokens, all "
+                f"tokens], got {tuple(mask.shape)}"
+            )
         rows = (tokens.shape[0],) if mask.ndim == 2 else (1, tokens.shape[0])
         if mask.shape[0] not in rows:
             raise ValueError(

@@ -28,6 +28,7 @@ from quantpage.integrations.hf_transformers.keys.statistics import (
 )
 from quantpage.integrations.hf_transformers.loading.checkpoint import find_files
 from quantpage.integrations.hf_transformers.loading.model import (
+    device_of,
     load_config,
     model_shape,
     reaches_of,
@@ -98,7 +99,7 @@ def find_key_maps(
     if static is not None and calibration is not None and of_checkpoint:
         found = _of_checkpoint(model.config, formats, calibration, model.name_or_path)
         assert found.static is not None
-        return replace(found, static=found.static.to(model.device))
+        return replace(found, static=found.static.to(device_of(model)))
     if calibration is None:
         if static is not None:
             raise _no_scales(static, calibration)
@@ -168,7 +169,7 @@ def _of_file(model: PreTrainedModel, formats: Sequence[KVFormat], path: str | Pa
             raise CorruptCalibration(f"{path}: expected one of this model, got layer {index} of it")
     layers = found.maps(formats, path)
     static = found.scales(formats, path)
-    device = model.device
+    device = device_of(model)
     return KeyMaps(Path(path).name, layers, None if static is None else static.to(device))
 
 

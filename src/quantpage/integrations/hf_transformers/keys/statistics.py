@@ -24,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpage.formats.channel_ranges import ChannelRanges
 from quantpage.formats.key_statistics import KeyStatistics
 from quantpage.integrations.hf_transformers.keys.watch import Attend, watched
-from quantpage.integrations.hf_transformers.loading.model import text_config
+from quantpage.integrations.hf_transformers.loading.model import device_of, text_config
 from quantpage.ops.attend.params import exact_pairs
 
 KEY_BIASES = (
@@ -163,6 +163,7 @@ def measure(
             ranges[index] = (seen[0], seen[1])
 
     body: Any = model.base_model
+    device = device_of(model)
     with watched(model, look), torch.no_grad():
         for each in texts:
             ids, start = each if isinstance(each, Placed) else (each, 0)
@@ -170,9 +171,9 @@ def measure(
             if start:
                 at["position_ids"] = torch.arange(start, start + ids.shape[1], device="cpu")[None]
             body(
-                input_ids=ids.to(model.device),
+                input_ids=ids.to(device),
                 use_cache=False,
-                **{name: x.to(model.device) for name, x in at.items()},
+                **{name: x.to(device) for name, x in at.items()},
             )
     return found
 

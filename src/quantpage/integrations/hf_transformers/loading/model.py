@@ -78,6 +78,23 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where its weights are, or where accelerate brings them to."""
+    device: torch.device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            brought = getattr(each, "execution_device", None)
+            if brought is not None:
+                return torch.device(brought)
+    raise UnsupportedModel(
+        f"{type(model).__name__}: expected weights, or hooks of accelerate that bring them, got "
+        "a model on meta, whose weights are not loaded"
+    )
+
+
 def most_positions(config: Any) -> int | None:
     """Tokens that a model has positions for; None: its configuration names no limit."""
     found = getattr(text_config(config), "max_position_embeddings", None)
