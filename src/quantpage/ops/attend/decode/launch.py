@@ -262,8 +262,8 @@ def fitted(tiles: DecodeTiles, rows: int, width: int, itemsize: int, limit: int)
 
 def programs_of(tiles: DecodeTiles, processors: int, all_rows: int) -> int:
     """Programs of a launch; all_rows: (request, kv_head, tile of query rows) of the step."""
-    programs = processors * tiles.programs_per_processor
-    return min(programs, all_rows) if tiles.whole else programs
+    # Of whole rows one each: who is done leaves its place to the next.
+    return all_rows if tiles.whole else processors * tiles.programs_per_processor
 
 
 def join_shape(programs: int, all_rows: int, width: int) -> tuple[int, int]:

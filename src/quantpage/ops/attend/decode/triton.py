@@ -270,8 +270,9 @@ def arrange(
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = processors_of(q.device)
     programs = programs_of(tiles, processors, all_rows)
+    cutting = 0 if tiles.whole else programs
     part_out, part_lse, cuts = workspace(
-        q.device, piece_sizes(programs, rows, value_width, all_rows, earlier is not None)
+        q.device, piece_sizes(cutting, rows, value_width, all_rows, earlier is not None)
     )
     if tiles.gather:
         cuts = counters_of(q.device, counter_count(programs, all_rows, tiles.gather))
