@@ -98,3 +98,11 @@ def test_exact_pages_enter_and_rows_are_turned_back(name, new, sinks, run):
         assert_same(one, other)
         wanted, _ = attend_op(q.double(), layer, batch, params, "torch", model_basis=turned)
         assert relative(one[0], wanted) < TOLERANCE
+
+
+def test_a_row_may_begin_in_a_program_that_has_ended_another(run):
+    """More rows than programs: no plan cuts them evenly, and first pieces lie in second places."""
+    contexts = tuple(33 + 97 * n % 900 for n in range(60))
+    step = Step((1,) * 60, contexts, page_size=64, kv_heads=5, head_dim=128)
+    q, layer, batch = make_step(FORMATS["int8"].key, FORMATS["int8"].value, step, CAUSAL)
+    assert_same(*run(q, layer, batch, AttendParams(q.shape[-1] ** -0.5)))
