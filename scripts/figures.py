@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from figuring import accuracy, kernels, models
+from figuring import accuracy, decode, kernels, models
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -19,6 +19,7 @@ PAGES = (
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "calibration-measured.md",
     ROOT / "docs" / "decode.md",
+    ROOT / "docs" / "decode-measured.md",
     ROOT / "docs" / "write.md",
     ROOT / "docs" / "prefill.md",
     ROOT / "docs" / "masks.md",
@@ -39,6 +40,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-shares": kernels.decode_shares,
     "planes": kernels.planes,
     "decode-drafts": kernels.decode_drafts,
+    "decode-h100": decode.steps,
+    "decode-h100-unlike": decode.unlike,
+    "decode-h100-drafts": decode.drafts,
+    "decode-h100-parts": decode.parts,
     "write": kernels.write,
     "prefill": kernels.prefill,
     "prefill-cases": kernels.prefill_cases,
