@@ -54,6 +54,14 @@ from quantpage.ops.attend.decode.gluon_drafts_operands import (
 from quantpage.ops.attend.decode.gluon_drafts_scores import Weighing, by_lane, weigh
 from quantpage.ops.attend.decode.gluon_ends import end_outputs, end_sums
 from quantpage.ops.attend.decode.gluon_kernel import FLOOR, SHIFT, SLACK
+from quantpage.ops.attend.decode.gluon_records import (
+    OfChannels,
+    Queries,
+    Results,
+    Share,
+    Step,
+    fixed_of,
+)
 from quantpage.ops.attend.decode.gluon_rows import behind, find_piece, lane_sums
 from quantpage.ops.attend.decode.gluon_share import (
     keys_of_all,
@@ -83,22 +91,21 @@ def as_power(unit):
 
 
 @gluon.jit
-def _copy(
-    keys, values, turns, page_table, query_starts, context_lens, start, end, request, begins,
-    kv_heads, window, sink_tokens, table_row, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, PAGE: gl.constexpr, ROW_TILES: gl.constexpr,
-    TILE: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def _copy(keys, values, turns, page_table, table_row, line, step, FIXED: gl.constexpr):
     """The warp that copies: it asks for every tile of the program's share as soon as the ring has
     room, those of the next row while this one's end.
     """
-    position = start
+    PAGE: gl.constexpr = FIXED.PAGE
+    ROW_TILES: gl.constexpr = FIXED.ROW_TILES
+    TILE: gl.constexpr = FIXED.TILE
+    WINDOW: gl.constexpr = FIXED.WINDOW
+    SEGMENT: gl.constexpr = FIXED.SEGMENT
+    request, begins, position = line.request, line.begins, line.start
     count = 0
-    while position < end:
+    while position < line.end:
         piece = find_piece(
-            query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
-            TILE, FULL, WINDOW, SEGMENT,
+            step.query_starts, step.context_lens, request, begins, position, line.end, step.window,
+            step.sink_tokens, PAGE, TILE, FIXED.FULL, WINDOW, SEGMENT,
         )  # fmt: skip
         seen = piece.seen
         head = piece.item // ROW_TILES
@@ -115,29 +122,29 @@ def _copy(
                 table, t + 1, piece.last_tile, seen.a_first, seen.a_tiles, seen.b_first, PAGE,
                 TILE, WINDOW, SEGMENT,
             )  # fmt: skip
-            copy_tile(
-                keys, values, turns, count, page, head, tile * TILE % PAGE, STAGES, K_SCALES,
-                V_SCALES, K_ZERO, V_ZERO,
-            )  # fmt: skip
+            copy_tile(keys, values, turns, count, page, head, tile * TILE % PAGE, FIXED)
             page = ahead
             count += 1
-        position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES)
+        position, request, begins = behind(piece, request, begins, step.kv_heads * ROW_TILES)
 
 
 @gluon.jit
 def _multiply(
-    keys, values, turns, q_smem, k_smem, v_smem, of_keys, far_smem, start, end, share, request,
-    begins, even, q, k_scale, v_scale, k_zero, v_zero, query_starts, context_lens, sinks,
-    out, lse, part_out, part_lse, cuts, softmax_scale, softcap, kv_heads,
-    window, sink_tokens, q_token, q_head, k_scale_head, v_scale_head, out_token, out_head,
-    K_CODE: gl.constexpr, V_CODE: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, K_SHARED: gl.constexpr, V_SHARED: gl.constexpr,
-    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr,
-    ROWS: gl.constexpr, ROW_TILES: gl.constexpr, TILE: gl.constexpr, FULL: gl.constexpr,
-    WINDOW: gl.constexpr, SEGMENT: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, PIECES: gl.constexpr,
-):  # fmt: skip
+    keys, values, turns, memory, line, step, queries, channels, results, FIXED: gl.constexpr
+):
     """The warpgroup that multiplies."""
+    K_CODE: gl.constexpr = FIXED.K_CODE
+    HEAD_DIM: gl.constexpr = FIXED.HEAD_DIM
+    VALUE_DIM: gl.constexpr = FIXED.VALUE_DIM
+    GROUP: gl.constexpr = FIXED.GROUP
+    PAGE: gl.constexpr = FIXED.PAGE
+    ROWS: gl.constexpr = FIXED.ROWS
+    ROW_TILES: gl.constexpr = FIXED.ROW_TILES
+    TILE: gl.constexpr = FIXED.TILE
+    WINDOW: gl.constexpr = FIXED.WINDOW
+    SEGMENT: gl.constexpr = FIXED.SEGMENT
+    STAGES: gl.constexpr = FIXED.STAGES
+    q_smem, k_smem, v_smem, of_keys, far_smem = memory
     AS_COPIED: gl.constexpr = K_CODE == INT8
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
@@ -153,13 +160,13 @@ def _multiply(
     k_ring = in_ring(keys.codes)
     v_ring = in_ring(values.codes)
     program = gl.program_id(0)
-    position = start
+    request, begins, position = line.request, line.begins, line.start
     # Tiles of this program before: where the next one lies in the ring.
     count = 0
-    while position < end:
+    while position < line.end:
         piece = find_piece(
-            query_starts, context_lens, request, begins, position, end, window, sink_tokens, PAGE,
-            TILE, FULL, WINDOW, SEGMENT,
+            step.query_starts, step.context_lens, request, begins, position, line.end, step.window,
+            step.sink_tokens, PAGE, TILE, FIXED.FULL, WINDOW, SEGMENT,
         )  # fmt: skip
         (
             context, q_start, q_len, a_low, a_high, b_low, b_high, a_first, a_tiles, b_first, tiles,
@@ -173,36 +180,36 @@ def _multiply(
                 nth = nth // 16 * 8 + nth % 8
             q_row = row_first + nth
             channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, q_layout))
-            q_at = (q_start + q_row // GROUP).to(gl.int64) * q_token
-            q_at += (head * GROUP + q_row % GROUP) * q_head
+            q_at = (q_start + q_row // GROUP).to(gl.int64) * queries.token
+            q_at += (head * GROUP + q_row % GROUP) * queries.head
             q_real = (q_row < q_len * GROUP)[:, None]
-            asked = gl.load(q + q_at[:, None] + channel[None, :], mask=q_real, other=0.0)
+            asked = gl.load(queries.q + q_at[:, None] + channel[None, :], mask=q_real, other=0.0)
             asked = asked.to(gl.float32)
-            natural: gl.constexpr = 1.0 if SOFTCAP else LOG2E
+            natural: gl.constexpr = 1.0 if FIXED.SOFTCAP else LOG2E
             wide: gl.constexpr = gl.SliceLayout(1, product)
             more = gl.full([64], 0.0, gl.float32, wide)
-            if K_SCALES == STATIC:
-                static_at = head * k_scale_head + channel // K_SHARED
-                if K_ZERO:
-                    terms = asked * gl.load(k_zero + static_at).to(gl.float32)[None, :]
+            if FIXED.K_SCALES == STATIC:
+                static_at = head * channels.k_head + channel // FIXED.K_SHARED
+                if FIXED.K_ZERO:
+                    terms = asked * gl.load(channels.k_zero + static_at).to(gl.float32)[None, :]
                     more = gl.convert_layout(gl.sum(terms, 1), wide)
-                asked = asked * gl.load(k_scale + static_at).to(gl.float32)[None, :]
+                asked = asked * gl.load(channels.k_scale + static_at).to(gl.float32)[None, :]
             factor, q_sum = store_queries(q_smem, asked, ROWS, K_CODE, wide)
             if K_CODE == INT4:
                 more -= 8.0 * q_sum
             factor = gl.convert_layout(some_rows(factor, ROWS), s_rows)
             q_sum = gl.convert_layout(some_rows(q_sum, ROWS), s_rows)
             more = gl.convert_layout(some_rows(more, ROWS), s_rows)
-            natural_scale = softmax_scale * natural
+            natural_scale = queries.scale * natural
 
             first_seat = context - q_len
             all_low, all_high = keys_of_all(
-                context, first_seat, window, PAGE, FULL, WINDOW, SEGMENT
+                context, first_seat, step.window, PAGE, FIXED.FULL, WINDOW, SEGMENT
             )
-            shown = Shown(a_low, a_high, b_low, b_high, first_seat, window, sink_tokens)
+            shown = Shown(a_low, a_high, b_low, b_high, first_seat, step.window, step.sink_tokens)
             given = Weighing(
                 factor * natural_scale, more * natural_scale, q_sum * natural_scale, all_low,
-                all_high, shown, row_first, q_len, softcap,
+                all_high, shown, row_first, q_len, queries.softcap,
             )  # fmt: skip
             # Nothing is known of a row's scores before its first key: any is above this limit.
             anchor = gl.full([ROWS], 0.0, gl.float32, s_rows)
@@ -220,35 +227,27 @@ def _multiply(
             mbarrier.wait(turns.landed.index(stage), phase)
             mbarrier.wait(turns.landed.index(after), after_phase, pred=first_tile + 1 < last_tile)
             v_codes = take(v_ring.index(stage))
-            beside = take_planes(keys, values, stage, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
-            next_beside = take_planes(keys, values, after, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+            beside = take_planes(keys, values, stage, FIXED)
+            next_beside = take_planes(keys, values, after, FIXED)
             if not AS_COPIED:
                 k_codes = take(k_ring.index(stage))
                 k_smem.index(0).store(key_numbers(k_codes))
                 k_codes = take(k_ring.index(after))
                 k_smem.index(1).store(key_numbers(k_codes))
-            numbers, unit = of_keys_seen(
-                beside, key_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
-            )
-            store_numbers(of_keys, 0, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
-            numbers, next_unit = of_keys_seen(
-                next_beside, next_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
-            )
-            store_numbers(of_keys, 1, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+            numbers, unit = of_keys_seen(beside, key_start, shown, FIXED)
+            store_numbers(of_keys, 0, numbers, FIXED)
+            numbers, next_unit = of_keys_seen(next_beside, next_start, shown, FIXED)
+            store_numbers(of_keys, 1, numbers, FIXED)
             thread_barrier()
-            scale, zero = beside_values(of_tile(of_keys, 0), v_codes.shape[1], V_SCALES, V_ZERO)
-            store_values(
-                v_smem.index(0), v_codes, scale, zero, key_start, shown, V_CODE, V_SCALES, V_ZERO,
-                WINDOW, SEGMENT,
-            )  # fmt: skip
+            scale, zero = beside_values(of_tile(of_keys, 0), v_codes.shape[1], FIXED)
+            store_values(v_smem.index(0), v_codes, scale, zero, key_start, shown, FIXED)
             fence_async_shared()
             thread_barrier()
             high, low = scores(q_smem, k_smem.index(stage if AS_COPIED else 0), no_score, ROWS)
             high, low = wait_for_scores(high, low, 0, ROWS)
             heavy = weigh(
                 high, low, given, of_tile(of_keys, 0), anchor + as_power(unit), limit,
-                far_smem.index(0), key_start, s_layout, ROWS, K_CODE, K_SCALES, K_ZERO, PAGE,
-                GROUP, FULL, WINDOW, SEGMENT, SOFTCAP,
+                far_smem.index(0), key_start, s_layout, FIXED,
             )  # fmt: skip
 
             # Places of this tile's values, of its keys' numbers and of the next two tiles'.
@@ -280,7 +279,7 @@ def _multiply(
                     acc = acc * gl.convert_layout(all_rows(shrink, shrink), o_rows)[:, None]
                 # p times what its values are divided by; the row's weight is of p.
                 p = gl.exp2(heavy)
-                if V_SCALES == A_TOKEN:
+                if FIXED.V_SCALES == A_TOKEN:
                     weights += by_lane(p) * (unit << 23).to(gl.float32, bitcast=True)
                 else:
                     weights += by_lane(p)
@@ -296,28 +295,20 @@ def _multiply(
                 next_start = tile_at(following, a_first, a_tiles, b_first, WINDOW, SEGMENT) * TILE
                 unit = next_unit
                 v_codes = take(v_ring.index(after))
-                scale, zero = beside_values(
-                    of_tile(of_keys, then), v_codes.shape[1], V_SCALES, V_ZERO
-                )
-                beside = take_planes(keys, values, last, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+                scale, zero = beside_values(of_tile(of_keys, then), v_codes.shape[1], FIXED)
+                beside = take_planes(keys, values, last, FIXED)
                 if not AS_COPIED:
                     k_codes = take(k_ring.index(last))
-                numbers, next_unit = of_keys_seen(
-                    beside, next_start, shown, K_CODE, V_CODE, V_SCALES, V_ZERO, WINDOW, SEGMENT
-                )
-                store_values(
-                    v_smem.index(1 - turn), v_codes, scale, zero, key_start, shown, V_CODE,
-                    V_SCALES, V_ZERO, WINDOW, SEGMENT,
-                )  # fmt: skip
+                numbers, next_unit = of_keys_seen(beside, next_start, shown, FIXED)
+                store_values(v_smem.index(1 - turn), v_codes, scale, zero, key_start, shown, FIXED)
                 if not AS_COPIED:
                     k_smem.index(turn).store(key_numbers(k_codes))
-                store_numbers(of_keys, later, numbers, K_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO)
+                store_numbers(of_keys, later, numbers, FIXED)
                 high, low = wait_for_scores(high, low, 1, ROWS)
                 turn = 1 - turn
                 heavy = weigh(
                     high, low, given, of_tile(of_keys, then), anchor + as_power(unit), limit,
-                    far_smem.index(turn), key_start, s_layout, ROWS, K_CODE, K_SCALES, K_ZERO, PAGE,
-                    GROUP, FULL, WINDOW, SEGMENT, SOFTCAP,
+                    far_smem.index(turn), key_start, s_layout, FIXED,
                 )  # fmt: skip
                 acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
                 now, then, later = then, later, now
@@ -330,19 +321,21 @@ def _multiply(
             # What nobody reads is stored, too: the next row's comes to the same places.
             thread_barrier()
             ended = end_sums(
-                weights, anchor, s_rows, lane_sums, row_first, q_start, q_len, head, kv_heads,
-                first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES,
+                weights, anchor, s_rows, lane_sums, row_first, q_start, q_len, head, step.kv_heads,
+                first_tile, last_tile, tiles, program, position, line.start, request, item,
+                line.share, line.even, results.cuts, results.sinks, results.lse, results.part_lse,
+                GROUP, ROWS, ROW_TILES, FIXED.SINKS, FIXED.PIECES,
             )  # fmt: skip
             ratio = ended.ratio
             o = some_rows(acc, ROWS)
             o = o * gl.convert_layout(ratio, gl.SliceLayout(1, o.type.layout))[:, None]
             end_outputs(
-                in_order(o, V_CODE), ended.total * ratio, ended, row_first, q_start, q_len, head,
-                v_scale, v_zero, v_scale_head, out, part_out, out_token, out_head, GROUP, V_SCALES,
-                V_ZERO, V_SHARED,
+                in_order(o, FIXED.V_CODE), ended.total * ratio, ended, row_first, q_start, q_len,
+                head, channels.v_scale, channels.v_zero, channels.v_head, results.out,
+                results.part_out, results.out_token, results.out_head, GROUP, FIXED.V_SCALES,
+                FIXED.V_ZERO, FIXED.V_SHARED,
             )  # fmt: skip
-        position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES)
+        position, request, begins = behind(piece, request, begins, step.kv_heads * ROW_TILES)
 
 
 @gluon.jit(
@@ -447,21 +440,20 @@ def drafts_kernel(
     )  # fmt: skip
     start, end, share = same(start), same(end), same(share)
     request, begins = same(request), same(begins)
+    FIXED: gl.constexpr = fixed_of(
+        K_CODE, V_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO, K_SHARED, V_SHARED, HEAD_DIM, VALUE_DIM,
+        GROUP, PAGE, ROWS, ROW_TILES, TILE, FULL, WINDOW, SEGMENT, SOFTCAP, SINKS, STAGES, PIECES,
+    )  # fmt: skip
+    line = Share(start, end, share, request, begins, even)
+    step = Step(query_starts, context_lens, kv_heads, window, sink_tokens)
     _roles(
         (
-            keys, values, turns, q_smem, k_smem, v_smem, of_keys, far_smem, start, end, share,
-            request, begins, even, q, k_scale, v_scale, k_zero, v_zero, query_starts, context_lens,
-            sinks, out, lse, part_out, part_lse, cuts, softmax_scale,
-            softcap, kv_heads, window, sink_tokens, q_token, q_head, k_scale_head, v_scale_head,
-            out_token, out_head, K_CODE, V_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO, K_SHARED,
-            V_SHARED, HEAD_DIM, VALUE_DIM, GROUP, PAGE, ROWS, ROW_TILES, TILE, FULL, WINDOW,
-            SEGMENT, SOFTCAP, SINKS, STAGES, PIECES,
+            keys, values, turns, (q_smem, k_smem, v_smem, of_keys, far_smem), line, step,
+            Queries(q, q_token, q_head, softmax_scale, softcap),
+            OfChannels(k_scale, v_scale, k_zero, v_zero, k_scale_head, v_scale_head),
+            Results(out, lse, part_out, part_lse, cuts, sinks, out_token, out_head), FIXED,
         ),
-        (
-            keys, values, turns, page_table, query_starts, context_lens, start, end, request,
-            begins, kv_heads, window, sink_tokens, table_row, K_SCALES, V_SCALES, K_ZERO, V_ZERO,
-            PAGE, ROW_TILES, TILE, FULL, WINDOW, SEGMENT, STAGES,
-        ),
+        (keys, values, turns, page_table, table_row, line, step, FIXED),
     )  # fmt: skip
 
 

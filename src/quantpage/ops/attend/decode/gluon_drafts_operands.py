@@ -152,33 +152,32 @@ def turns_of(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(
-    keys, values, turns, count, page, head, slot, STAGES: gl.constexpr, K_SCALES: gl.constexpr,
-    V_SCALES: gl.constexpr, K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
-):  # fmt: skip
+def copy_tile(keys, values, turns, count, page, head, slot, FIXED: gl.constexpr):
     """Ask for a tile's codes, scales and zeros when there is room: keys from ``slot`` on of a page.
     count: tiles before.
     """
-    stage, phase = stage_of(count, STAGES)
+    stage, phase = stage_of(count, FIXED.STAGES)
     # The first turn finds every stage empty: a taker's parity, turned over.
     mbarrier.wait(turns.taken.index(stage), phase ^ 1)
     landed = turns.landed.index(stage)
-    K_SCALE: gl.constexpr = keys.scale.block_type.nbytes if K_SCALES == A_TOKEN else 0
-    V_SCALE: gl.constexpr = values.scale.block_type.nbytes if V_SCALES == A_TOKEN else 0
-    K_EACH: gl.constexpr = keys.zero.block_type.nbytes if K_SCALES == A_TOKEN and K_ZERO else 0
-    V_EACH: gl.constexpr = values.zero.block_type.nbytes if V_SCALES == A_TOKEN and V_ZERO else 0
+    K_BESIDE: gl.constexpr = FIXED.K_SCALES == A_TOKEN
+    V_BESIDE: gl.constexpr = FIXED.V_SCALES == A_TOKEN
+    K_SCALE: gl.constexpr = keys.scale.block_type.nbytes if K_BESIDE else 0
+    V_SCALE: gl.constexpr = values.scale.block_type.nbytes if V_BESIDE else 0
+    K_EACH: gl.constexpr = keys.zero.block_type.nbytes if K_BESIDE and FIXED.K_ZERO else 0
+    V_EACH: gl.constexpr = values.zero.block_type.nbytes if V_BESIDE and FIXED.V_ZERO else 0
     codes: gl.constexpr = keys.pages.block_type.nbytes + values.pages.block_type.nbytes
     mbarrier.expect(landed, codes + K_SCALE + V_SCALE + K_EACH + V_EACH)
     rows, each = [page, head, slot, 0], [page, head, slot]
     tma_load(keys.pages, rows, landed, keys.codes.index(stage))
     tma_load(values.pages, rows, landed, values.codes.index(stage))
-    if K_SCALES == A_TOKEN:
+    if K_BESIDE:
         tma_load(keys.scale, each, landed, keys.scales.index(stage))
-        if K_ZERO:
+        if FIXED.K_ZERO:
             tma_load(keys.zero, each, landed, keys.zeros.index(stage))
-    if V_SCALES == A_TOKEN:
+    if V_BESIDE:
         tma_load(values.scale, each, landed, values.scales.index(stage))
-        if V_ZERO:
+        if FIXED.V_ZERO:
             tma_load(values.zero, each, landed, values.zeros.index(stage))
 
 
@@ -216,43 +215,40 @@ def key_numbers(codes):
 
 
 @gluon.jit
-def beside_values(beside, row: gl.constexpr, SCALES: gl.constexpr, ZERO: gl.constexpr):
+def beside_values(beside, row: gl.constexpr, FIXED: gl.constexpr):
     """Scales and zeros of a tile's values, whose rows have so many bytes, as threads take them."""
     rows: gl.constexpr = gl.SliceLayout(1, bytes_layout(row))
     scale, zero = 1.0, 0.0
-    if SCALES == A_TOKEN:
+    if FIXED.V_SCALES == A_TOKEN:
         scale = beside.v_scale.load(rows)
-        zero = beside.v_zero.load(rows) if ZERO else scale
+        zero = beside.v_zero.load(rows) if FIXED.V_ZERO else scale
     return scale, zero
 
 
 @gluon.jit
-def store_values(
-    to, codes, scale, zero, key_start, shown, CODE: gl.constexpr, SCALES: gl.constexpr,
-    ZERO: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
-):  # fmt: skip
+def store_values(to, codes, scale, zero, key_start, shown, FIXED: gl.constexpr):
     """Values of a tile in float16, into shared memory: codes where their scales are channels', else
     what they stand for, by the scales beside them. Columns of 4-bit ones are in the order that
     in_order undoes.
     """
-    if CODE == FP8:
+    if FIXED.V_CODE == FP8:
         # Slots that no query sees may hold NaN.
         key = key_start + gl.arange(0, codes.shape[0], gl.SliceLayout(1, codes.type.layout))
-        codes = gl.where(seen_keys(key, shown, WINDOW, SEGMENT)[:, None], codes, 0)
-    if CODE == INT4:
+        codes = gl.where(seen_keys(key, shown, FIXED.WINDOW, FIXED.SEGMENT)[:, None], codes, 0)
+    if FIXED.V_CODE == INT4:
         first, second = gl.inline_asm_elementwise(
             # Of a word's eight channels i and i + 4, two at a time.
             INT4_UNITS, "=r,=r,=r,=r,r", [codes], dtype=(gl.float16, gl.float16), is_pure=True,
             pack=4,
         )  # fmt: skip
-        if SCALES == A_TOKEN:
-            first = _scaled(first, scale[:, None], zero[:, None], ZERO)
-            second = _scaled(second, scale[:, None], zero[:, None], ZERO)
+        if FIXED.V_SCALES == A_TOKEN:
+            first = _scaled(first, scale[:, None], zero[:, None], FIXED.V_ZERO)
+            second = _scaled(second, scale[:, None], zero[:, None], FIXED.V_ZERO)
         v = _halves(first, second)
     else:
-        v = to_float16(codes, CODE, False)
-        if SCALES == A_TOKEN:
-            v = _scaled(v, scale[:, None], zero[:, None], ZERO)
+        v = to_float16(codes, FIXED.V_CODE, False)
+        if FIXED.V_SCALES == A_TOKEN:
+            v = _scaled(v, scale[:, None], zero[:, None], FIXED.V_ZERO)
     to.store(v)
 
 
@@ -290,31 +286,25 @@ class Beside(NamedTuple):
 
 
 @gluon.jit
-def take_planes(
-    keys, values, stage, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, K_ZERO: gl.constexpr,
-    V_ZERO: gl.constexpr,
-):  # fmt: skip
+def take_planes(keys, values, stage, FIXED: gl.constexpr):
     """A tile's scales and zeros as they lie."""
     TILE: gl.constexpr = keys.codes.shape[3]
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
     none = gl.full([TILE], 0.0, gl.float32, layout)
     ks, kz, vs, vz = none, none, none, none
-    if K_SCALES == A_TOKEN:
+    if FIXED.K_SCALES == A_TOKEN:
         ks = plane(keys.scales, stage, layout)
-        if K_ZERO:
+        if FIXED.K_ZERO:
             kz = plane(keys.zeros, stage, layout)
-    if V_SCALES == A_TOKEN:
+    if FIXED.V_SCALES == A_TOKEN:
         vs = plane(values.scales, stage, layout)
-        if V_ZERO:
+        if FIXED.V_ZERO:
             vz = plane(values.zeros, stage, layout)
     return Beside(ks, kz, vs, vz)
 
 
 @gluon.jit
-def of_keys_seen(
-    beside, key_start, shown, K_CODE: gl.constexpr, V_CODE: gl.constexpr, V_SCALES: gl.constexpr,
-    V_ZERO: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
-):  # fmt: skip
+def of_keys_seen(beside, key_start, shown, FIXED: gl.constexpr):
     """What is stored of those (KeyNumbers), and a power of two as its biased exponent (as_power):
     a tile's values are multiplied by it, so that float16 holds them, the largest about 2^12.
 
@@ -322,18 +312,19 @@ def of_keys_seen(
     """
     ks, kz, vs, vz = beside
     key = key_start + gl.arange(0, ks.shape[0], ks.type.layout)
-    seen = seen_keys(key, shown, WINDOW, SEGMENT)
+    seen = seen_keys(key, shown, FIXED.WINDOW, FIXED.SEGMENT)
     ks = gl.where(seen, ks, 0.0)
     kz = gl.where(seen, kz, 0.0)
-    if K_CODE == INT4:
+    if FIXED.K_CODE == INT4:
         kz += ks * -8.0
     vs = gl.where(seen, vs, 0.0)
     vz = gl.where(seen, vz, 0.0)
     bits = 127
-    if V_SCALES == A_TOKEN:
-        LARGEST: gl.constexpr = 8.0 if V_CODE == INT4 else (512.0 if V_CODE == FP8 else 128.0)
+    if FIXED.V_SCALES == A_TOKEN:
+        CODE: gl.constexpr = FIXED.V_CODE
+        LARGEST: gl.constexpr = 8.0 if CODE == INT4 else (512.0 if CODE == FP8 else 128.0)
         size = gl.abs(vs) * LARGEST
-        if V_ZERO:
+        if FIXED.V_ZERO:
             size += gl.abs(vz)
         # Of values that are all 0, or that are as good as that, no more than 2^72.
         size = gl.max(size.to(gl.int32, bitcast=True), 0)
@@ -345,19 +336,16 @@ def of_keys_seen(
 
 
 @gluon.jit
-def store_numbers(
-    memory, nth, numbers, K_CODE: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr,
-):  # fmt: skip
+def store_numbers(memory, nth, numbers, FIXED: gl.constexpr):
     """What belongs to each key of a tile, as number ``nth`` of two."""
     to = of_tile(memory, nth)
-    if K_SCALES == A_TOKEN:
+    if FIXED.K_SCALES == A_TOKEN:
         to.k_scale.store(numbers.k_scale)
-        if K_ZERO or K_CODE == INT4:
+        if FIXED.K_ZERO or FIXED.K_CODE == INT4:
             to.k_zero.store(numbers.k_zero)
-    if V_SCALES == A_TOKEN:
+    if FIXED.V_SCALES == A_TOKEN:
         to.v_scale.store(numbers.v_scale)
-        if V_ZERO:
+        if FIXED.V_ZERO:
             to.v_zero.store(numbers.v_zero)
 
 

@@ -46,40 +46,39 @@ class Weighing(NamedTuple):
 @gluon.jit
 def weigh(
     high, low, given, beside, less, limit, far_smem, key_start, s_layout: gl.constexpr,
-    ROWS: gl.constexpr,
-    K_CODE: gl.constexpr, K_SCALES: gl.constexpr, K_ZERO: gl.constexpr, PAGE: gl.constexpr,
-    GROUP: gl.constexpr, FULL: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+    FIXED: gl.constexpr,
 ):  # fmt: skip
     """Logarithms of a tile's p as they are multiplied, -inf where the mask hides; far_smem says how
     far above its row's limit one is. less: what is taken off a row's scores. beside: numbers of the
     tile's keys.
     """
-    TILE: gl.constexpr = high.shape[1]
+    ROWS: gl.constexpr = FIXED.ROWS
+    TILE: gl.constexpr = FIXED.TILE
+    KEYS_ADD: gl.constexpr = FIXED.K_ZERO or FIXED.K_CODE == INT4
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_keys: gl.constexpr = gl.SliceLayout(0, s_layout)
     score = whole_scores(high, low, ROWS).to(gl.float32)
     score = gl.convert_layout(score, s_layout, assert_trivial=True) * given.factor[:, None]
     # What is added is summed first: then it is one operation with the product.
     added = 0.0 - less[:, None]
-    if SOFTCAP:
+    if FIXED.SOFTCAP:
         added = gl.full([ROWS, 1], 0.0, gl.float32, s_layout)
-    if K_SCALES == A_TOKEN:
-        if K_ZERO or K_CODE == INT4:
+    if FIXED.K_SCALES == A_TOKEN:
+        if KEYS_ADD:
             added = given.q_sum[:, None] * beside.k_zero.load(s_keys)[None, :] + added
         score = score * beside.k_scale.load(s_keys)[None, :] + added
     else:
-        if K_ZERO or K_CODE == INT4:
+        if KEYS_ADD:
             added += given.less[:, None]
         score += added
-    if SOFTCAP:
+    if FIXED.SOFTCAP:
         score = capped(score, given.softcap) - less[:, None]
     heavy = score
     if (key_start < given.all_low) | (key_start + TILE > given.all_high):
         key = key_start + gl.arange(0, TILE, s_keys)
         visible = seen_rows(
-            key, given.shown, given.row_first, s_rows, given.q_len, PAGE, ROWS, GROUP, FULL, WINDOW,
-            SEGMENT,
+            key, given.shown, given.row_first, s_rows, given.q_len, FIXED.PAGE, ROWS, FIXED.GROUP,
+            FIXED.FULL, FIXED.WINDOW, FIXED.SEGMENT,
         )  # fmt: skip
         heavy = gl.where(visible, heavy, float("-inf"))
     peak = _peaks(heavy)
