@@ -56,8 +56,10 @@ from quantpage.ops.attend.decode.gluon_ends import end_outputs, end_sums
 from quantpage.ops.attend.decode.gluon_kernel import FLOOR, SHIFT, SLACK
 from quantpage.ops.attend.decode.gluon_records import (
     OfChannels,
+    Part,
     Queries,
     Results,
+    Rows,
     Share,
     Step,
     fixed_of,
@@ -320,21 +322,17 @@ def _multiply(
             count += last_tile - first_tile
             # What nobody reads is stored, too: the next row's comes to the same places.
             thread_barrier()
+            of = Rows(row_first, q_start, q_len, head, request, item)
+            part = Part(first_tile, last_tile, tiles, position, position, 0)
             ended = end_sums(
-                weights, anchor, s_rows, lane_sums, row_first, q_start, q_len, head, step.kv_heads,
-                first_tile, last_tile, tiles, program, position, line.start, request, item,
-                line.share, line.even, results.cuts, results.sinks, results.lse, results.part_lse,
-                GROUP, ROWS, ROW_TILES, FIXED.SINKS, FIXED.PIECES,
+                weights, anchor, s_rows, lane_sums, of, part, line, step.kv_heads, program, results,
+                FIXED,
             )  # fmt: skip
             ratio = ended.ratio
             o = some_rows(acc, ROWS)
             o = o * gl.convert_layout(ratio, gl.SliceLayout(1, o.type.layout))[:, None]
-            end_outputs(
-                in_order(o, FIXED.V_CODE), ended.total * ratio, ended, row_first, q_start, q_len,
-                head, channels.v_scale, channels.v_zero, channels.v_head, results.out,
-                results.part_out, results.out_token, results.out_head, GROUP, FIXED.V_SCALES,
-                FIXED.V_ZERO, FIXED.V_SHARED,
-            )  # fmt: skip
+            mass = ended.total * ratio
+            end_outputs(in_order(o, FIXED.V_CODE), mass, ended, of, channels, results, FIXED)
         position, request, begins = behind(piece, request, begins, step.kv_heads * ROW_TILES)
 
 

@@ -35,6 +35,14 @@ from quantpage.ops.attend.decode.gluon_operands import (
     value_operand,
     whole_score,
 )
+from quantpage.ops.attend.decode.gluon_records import (
+    OfChannels,
+    Part,
+    Results,
+    Rows,
+    Share,
+    fixed_of,
+)
 from quantpage.ops.attend.decode.gluon_rows import (
     behind,
     capped,
@@ -144,6 +152,12 @@ def decode_kernel(
     PIECES: gl.constexpr,
 ):
     """Arguments as in triton_kernel.decode_kernel; HEAD_DIM and VALUE_DIM 128 or 256."""
+    FIXED: gl.constexpr = fixed_of(
+        K_CODE, V_CODE, K_SCALES, V_SCALES, K_ZERO, V_ZERO, K_SHARED, V_SHARED, HEAD_DIM, VALUE_DIM,
+        GROUP, PAGE, ROWS, ROW_TILES, TILE, FULL, WINDOW, SEGMENT, SOFTCAP, SINKS, STAGES, PIECES,
+    )  # fmt: skip
+    channels = OfChannels(k_scale, v_scale, k_zero, v_zero, k_scale_head, v_scale_head)
+    results = Results(out, lse, part_out, part_lse, cuts, sinks, out_token, out_head)
     # Integer codes are multiplied as bytes, others as units (gluon_operands).
     BYTES: gl.constexpr = K_CODE != FP8
     BLOCK: gl.constexpr = 64 if K_CODE == INT4 else 128
@@ -198,6 +212,7 @@ def decode_kernel(
     lead = gl.where(even, 0, LEAD)
     start, end, share = same(start), same(end), same(share)
     request, begins, lead = same(request), same(begins), same(lead)
+    line = Share(start, end, share, request, begins, even)
     position = start
     while position < end:
         piece = find_piece(
@@ -435,12 +450,11 @@ def decode_kernel(
                 key_start = next_start
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             async_copy.wait_group(0)
+            of = Rows(row_first, q_start, q_len, head, request, item)
+            part = Part(first_tile, last_tile, tiles, position, piece.row_start, lead)
             ended = end_sums(
-                weights, anchor, s_rows, row_sums, row_first, q_start, q_len, head, kv_heads,
-                first_tile, last_tile, tiles, program, position, start, request, item, share, even,
-                cuts, sinks, lse, part_lse, GROUP, ROWS, ROW_TILES, SINKS, PIECES, piece.row_start,
-                lead,
-            )  # fmt: skip
+                weights, anchor, s_rows, row_sums, of, part, line, kv_heads, program, results, FIXED
+            )
             ratio = ended.ratio
             o = acc * gl.convert_layout(ratio, o_rows)[None, :]
             if V_ZERO and V_SCALES == A_TOKEN:
@@ -449,8 +463,5 @@ def decode_kernel(
                 )[None, :]
             mass = gl.convert_layout(ended.total * ratio, o_rows)
             o = in_order(o, V_UNITS, ROWS)
-            end_outputs(
-                o, mass, ended, row_first, q_start, q_len, head, v_scale, v_zero, v_scale_head, out,
-                part_out, out_token, out_head, GROUP, V_SCALES, V_ZERO, V_SHARED,
-            )  # fmt: skip
+            end_outputs(o, mass, ended, of, channels, results, FIXED)
         position, request, begins = behind(piece, request, begins, kv_heads * ROW_TILES, lead)

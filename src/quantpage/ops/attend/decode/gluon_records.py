@@ -86,6 +86,31 @@ class OfChannels(NamedTuple):
     v_head: Any
 
 
+class Rows(NamedTuple):
+    """A tile of query rows of one request and kv_head."""
+
+    first: Any
+    """Of the request's rows."""
+    q_start: Any
+    q_len: Any
+    head: Any
+    request: Any
+    item: Any
+    """Which tile of the request, heads counted."""
+
+
+class Part(NamedTuple):
+    """What of a row's tiles a program had, and where that lies in the line."""
+
+    first_tile: Any
+    last_tile: Any
+    tiles: Any
+    """Of the whole row."""
+    position: Any
+    row_start: Any
+    lead: Any
+
+
 class Results(NamedTuple):
     """Where rows go: to the results, or to pieces."""
 
