@@ -84,7 +84,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128, near=
     pages = Pages(codes, "*fp16", "*fp16", "*bf16", *["i32:16"] * 6)
     types |= {"k_pages": pages, "v_pages": pages}
     types |= dict.fromkeys(("slots", "exact_slots", "positions"), "*i64")
-    types |= dict.fromkeys(("cos", "sin", "map_scale", "map_mean"), "*fp32")
+    types |= dict.fromkeys(("cos", "sin", "map_scale", "map_undone", "map_mean"), "*fp32")
     types |= dict.fromkeys(("tokens", "q_heads", "kv_heads"), "i32")
     types["eps"] = "fp32"
     types |= dict.fromkeys(
@@ -98,7 +98,7 @@ def write_arguments(code=1, block=128, zero=False, mapped=0, head_dim=128, near=
         "HEAD_DIM": head_dim, "PIECE": 32, "VALUE_DIM": head_dim, "V_PIECE": 32, "ROTARY": head_dim,
         "INTERLEAVED": False, "NORM": 0, "BIAS": False, "MAPPED": mapped,
         "PAGE": 64, "EXACT": near is not None, "RETURN": False, "ROWS": 8, "HARDWARE": True,
-        "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True, "KEYS": True,
+        "HEADS": 8, "TILES": 2, "HEADS_FIRST": True, "OVERLAP": True, "KEYS": True, "MADE": False,
         "PRODUCTS": block > 1, "V_PRODUCTS": block > 1,
     }  # fmt: skip
     for side in "KV":

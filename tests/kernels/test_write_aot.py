@@ -61,6 +61,17 @@ def test_keys_in_lanes_compile_for_every_target():
         assert takes["moved"] <= 80, name
 
 
+def test_matrices_of_key_maps_compile_for_every_target():
+    found = _compile("matrix")
+    assert len(found) == 2 * len(SHARED)
+    for name, takes in found.items():
+        assert takes["products"] > 0, name
+        assert takes["shared"] <= SHARED[int(name.split()[-1])], name
+        assert takes["stack"] == 0, name
+        # The next tile comes while this one is multiplied, sixteen bytes a thread.
+        assert takes["loads"] > 0, name
+
+
 def test_products_find_the_layout_they_are_written_for(compiled):
     for name in ("int8", "int4", "int4 mapped", "int4 near int8", "int6", "int3"):
         assert compiled[name]["products"] > 0

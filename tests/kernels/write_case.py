@@ -3,6 +3,7 @@
 import json
 import sys
 
+from quantpage.hardware import DeviceInfo
 from quantpage.ops.operand import CODE_KINDS
 from quantpage.ops.rope_write.triton_in_turn import Coupling
 from quantpage.ops.rope_write.triton_in_turn_kernel import in_turn_kernel
@@ -10,6 +11,7 @@ from quantpage.ops.rope_write.triton_in_turn_lanes import Lanes
 from quantpage.ops.rope_write.triton_in_turn_lanes_kernel import in_lanes_kernel
 from quantpage.ops.rope_write.triton_kernel import Pages
 from quantpage.ops.rope_write.triton_products import layout_holds
+from quantpage.ops.rope_write.triton_turn import ROWS, columns_of, turn_kernel
 from tests.kernels.aot import SHARED, compile_kernel, resources
 from tests.kernels.decode_case import write_arguments
 
@@ -42,7 +44,7 @@ def in_turn_arguments(factors: int, tried: int, rows: int):
         "HEAD_DIM": width, "PIECE": 32, "ROTARY": width, "INTERLEAVED": False, "NORM": 0,
         "BIAS": False, "MAPPED": 2, "PAGE": 64, "EXACT": True, "RETURN": False, "HARDWARE": True,
         "ROWS": rows, "OWN": width * rows + 2 * rows,
-        "OWN_CODES": rows * tried * width, "OVERLAP": False,
+        "OWN_CODES": rows * tried * width, "MADE": False, "OVERLAP": False,
     }  # fmt: skip
     return types | fixed
 
@@ -76,8 +78,33 @@ def in_lanes(factors: int, capability: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def matrix(width: int, capability: int) -> dict[str, int]:
+    """What the kernel of a key map's matrix takes, of as many columns as such a device is given."""
+    device = DeviceInfo("cuda", "", divmod(capability, 10), 1, SHARED[capability])
+    arguments = dict.fromkeys(("q", "k", "q_out", "k_out", "matrices"), "*bf16")
+    arguments |= {"offset": "*fp32"}
+    arguments |= dict.fromkeys(("tokens", "group", "kv_heads", "programs"), "i32")
+    arguments |= dict.fromkeys(("q_token", "q_head", "k_token", "k_head"), "i32:16")
+    arguments |= {
+        "HEAD_DIM": width, "ROWS": ROWS, "COLUMNS": columns_of(64, width, True, device),
+        "HALVES": True, "MEAN": True, "OVERLAP": capability >= 90,
+    }  # fmt: skip
+    compiled = compile_kernel(turn_kernel, arguments, capability, num_warps=4)
+    takes = resources(compiled)
+    return {
+        "products": takes.find("HMMA|HGMMA|UTCHMMA"), "stack": takes.stack,
+        "shared": takes.shared, "loads": takes.in_loop(r"LDG\.E\.128"),
+    }  # fmt: skip
+
+
 def main() -> None:
     found = {}
+    if "matrix" in sys.argv:
+        for capability in SHARED:
+            for width in (128, 256):
+                found[f"{width} {capability}"] = matrix(width, capability)
+        print(json.dumps(found))
+        return
     if "lanes" in sys.argv:
         for capability in SHARED:
             found[f"two ranges {capability}"] = in_lanes(2, capability)

@@ -4,11 +4,14 @@ For ``inline_asm_elementwise`` of eight channels a thread on tensors [rows, 32],
 triton_products lays them out: lane 4 g + t has channels 8 t .. 8 t + 7 of row g.
 """
 
+import ctypes
 import re
 
 import numpy as np
 
 Registers = dict[str, np.ndarray]
+SHARED = bytearray()
+"""Memory of the program that runs: one array, by whatever name."""
 
 
 def run(text: str, operands: list[np.ndarray], outputs: int, total: int) -> list[np.ndarray]:
@@ -35,6 +38,22 @@ def run(text: str, operands: list[np.ndarray], outputs: int, total: int) -> list
     return found
 
 
+def copy(text: str, sources: list[np.ndarray]) -> None:
+    """Asynchronous copies of sixteen bytes a thread from ``sources``, which are addresses."""
+    SHARED[:] = bytes(int(re.findall(r"\.shared .*\[(\d+)\]", text)[0]))
+    source, most = -1, 0
+    for line in text.split("\n"):
+        found = [int(x) for x in re.findall(r"(?<=\+)\d+", line)]
+        if "add.s64" in line:
+            source += 1
+        elif "setp" in line:
+            most = int(line.split()[-1].rstrip(";"))
+        elif "cp.async.cg" in line:
+            for first in range(0, min(most, 16 * len(sources[source])), 16):
+                to, at = found[0] + first, int(sources[source][first // 16]) + found[1] + first
+                SHARED[to : to + 16] = ctypes.string_at(at, 16)
+
+
 def _float(word: np.ndarray) -> np.ndarray:
     return word.astype(np.uint32).view(np.float32).astype(np.float64)
 
@@ -53,9 +72,21 @@ def _step(line: str, registers: Registers) -> None:
         registers |= dict(zip(into, results, strict=True))
         return
 
+    if name == "ld.shared.v4.b32":
+        names, (at, offset) = (re.findall(r"[$\w]+", each) for each in parts)
+        words = np.frombuffer(bytes(SHARED), np.uint32)
+        first = (registers[at] + int(offset)) // 4
+        registers |= {to: words[first + i] for i, to in enumerate(names)}
+        return
+
     def value(text: str) -> np.ndarray:
+        if text == "%laneid":
+            return np.broadcast_to(np.arange(32, dtype=np.uint32), registers["$0"].shape)
         if text in registers:
             return registers[text]
+        if text.isidentifier():
+            # Where shared memory begins.
+            text = "0"
         shape = registers["$0"].shape
         if text.startswith(("0x", "0f")):
             return np.full(shape, int(text[2:], 16), np.uint32)
@@ -73,7 +104,7 @@ def _step(line: str, registers: Registers) -> None:
         return
 
     to, given = parts[0], [value(p) for p in parts[1:]]
-    operation, bits = name.split(".")[0], name.endswith((".b32", ".s32"))
+    operation, bits = name.split(".")[0], name.endswith((".b32", ".s32", ".u32"))
     numbers = given if bits else [_float(each) for each in given]
     with np.errstate(all="ignore"):
         if operation == "mov":
@@ -83,7 +114,9 @@ def _step(line: str, registers: Registers) -> None:
         elif operation == "selp":
             registers[to] = np.where(registers[parts[3]], given[0], given[1])
         elif bits:
-            registers[to] = {"and": np.bitwise_and, "xor": np.bitwise_xor}[operation](*given)
+            registers[to] = {
+                "and": np.bitwise_and, "xor": np.bitwise_xor, "mad": lambda a, b, c: a * b + c,
+            }[operation](*given)  # fmt: skip
         else:
             done = {
                 "fma": lambda a, b, c: a * b + c, "add": np.add, "sub": np.subtract,

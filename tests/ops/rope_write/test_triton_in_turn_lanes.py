@@ -51,10 +51,12 @@ class Outputs(list):
 
 def run_in_numpy(builder, text, constraints, values, types, is_pure, pack):
     text = str(text)
-    if "prefetch" in text:
-        nothing = np.zeros(values[0].data.shape, np.int32)
-        return Outputs([interpreter.TensorHandle(nothing, tl.int32)])
     operands = [value.data for value in values]
+    if "cp.async.cg" in text:
+        inline_ptx.copy(text, operands)
+    if "prefetch" in text or "cp.async" in text:
+        nothing = np.zeros(operands[0].shape, np.int32)
+        return Outputs([interpreter.TensorHandle(nothing, tl.int32)])
     found = inline_ptx.run(text, operands, len(types), constraints.count("="))
     kinds = {4: tl.float32, 2: tl.float16}
     return Outputs([interpreter.TensorHandle(x, kinds[x.itemsize]) for x in found])

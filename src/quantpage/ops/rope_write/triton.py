@@ -12,6 +12,7 @@ from quantpage.batch import BatchPlan
 from quantpage.cache.views import LayerKV, QuantizedPages
 from quantpage.formats import QuantSpec, rotation_block
 from quantpage.hardware import E4M3, HOPPER, device_info
+from quantpage.kept import KeptWith
 from quantpage.ops import refusals
 from quantpage.ops.checks import Needs, writes
 from quantpage.ops.operand import A_TOKEN, Operand, operand
@@ -99,15 +100,16 @@ def rope_write(
     if params.checked:
         refuse_non_finite(k, "key", params.layer)
         refuse_non_finite(v, "value", params.layer)
-    if layer.key_map is not None and layer.key_map.turn is not None:
-        q, k, v, layer, params = turned_before(q, k, v, layer, batch, params)
-    turned = None
-    if layer.latent and q is not None:
-        # Absorbed queries are as wide as both halves, each in the basis of its own rows.
-        turned = layer.turned(q).to(q.dtype)
+    q_out = None
+    turned = layer.key_map is not None and layer.key_map.turn is not None
+    if turned:
+        q_out, k, v, layer, params = turned_before(q, k, v, layer, batch, params)
         q = None
-    q_out = turned
-    if q is not None:
+    elif layer.latent and q is not None:
+        # Absorbed queries are as wide as both halves, each in the basis of its own rows.
+        q_out = layer.turned(q).to(q.dtype)
+        q = None
+    elif q is not None:
         q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = [torch.empty(t.shape, dtype=k.dtype, device=k.device) for t in (k, v)]
     written = Written(q_out, *(seen if params.return_rows else (None, None)))
@@ -115,7 +117,7 @@ def rope_write(
         return written
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     q = q if q is None or q.stride(-1) == 1 else q.contiguous()
-    step = _step(k, layer, batch, params)
+    step = _step(k, layer, batch, params, turned)
     if shape is None:
         widest = max(k.shape[-1], v.shape[-1])
         shape = launch_shape(k.shape[0], widest, 0 if q is None else q.shape[1], k.shape[1])
@@ -182,21 +184,36 @@ class _Step(NamedTuple):
     value: _Half
     in_turn: bool
     """Keys are written by a launch of their own."""
+    made: bool
+    """Those are what the launch before the write made of them."""
+    undone: Tensor
+    """What queries are multiplied with where keys have a map."""
     given: _Given
     fixed: dict[str, object]
     """What both kernels are compiled for."""
 
 
-def _step(k: Tensor, layer: LayerKV, batch: BatchPlan, params: WriteParams) -> _Step:
+def _undone_of(layer: LayerKV) -> Tensor:
+    assert layer.key_map is not None
+    return 1.0 / layer.key_map.scale
+
+
+_undone = KeptWith(_undone_of)
+
+
+def _step(k: Tensor, layer: LayerKV, batch: BatchPlan, params: WriteParams, turned: bool) -> _Step:
     exact = layer.exact() if batch.exact is not None and layer.exact_key is not None else None
     rope, norm, mapped = params.rope, params.norm, layer.key_map
     mean = None if mapped is None else mapped.mean
     device = device_info(k.device)
     overlap = device.since(HOPPER)
+    in_turn = mapped is not None and mapped.feedback is not None
     return _Step(
         _Half.of(layer.key, None if exact is None else exact.key),
         _Half.of(layer.value, None if exact is None else exact.value),
-        mapped is not None and mapped.feedback is not None,
+        in_turn,
+        in_turn and turned,
+        k if mapped is None else _undone(layer),
         _Given(
             batch.slots,
             batch.slots if exact is None or batch.exact is None else batch.exact.slots,
@@ -247,9 +264,9 @@ def _write(
         v if written.v_rows is None else written.v_rows,
         k_pages, v_pages, given.slots, given.exact_slots, given.positions, given.cos, given.sin,
         k if norm is None else norm.q_weight, k if norm is None else norm.k_weight, *bias,
-        given.map_scale, given.map_mean, given.eps, tokens, q_heads, kv_heads, first.stride(0),
-        first.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), given.angle_row,
-        k_near, v_near,
+        given.map_scale, step.undone, given.map_mean, given.eps, tokens, q_heads, kv_heads,
+        first.stride(0), first.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        given.angle_row, k_near, v_near,
         **key.fixed("K_"),
         **value.fixed("V_"),
         **step.fixed,
@@ -263,9 +280,9 @@ def _write(
         KEYS=not step.in_turn,
         num_warps=shape.warps,
     )  # fmt: skip
-    compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products)
+    compiled = launch(PRODUCTS=products, V_PRODUCTS=v_products, MADE=step.made)
     if (products or v_products) and not as_written(compiled):
-        launch(PRODUCTS=False, V_PRODUCTS=False)
+        launch(PRODUCTS=False, V_PRODUCTS=False, MADE=False)
 
 
 def _write_in_turn(
@@ -287,7 +304,7 @@ def _write_in_turn(
         },
         {
             **{name: fixed[name] for name in ("CODE", "SCALES", "ZERO", "SHARED", "LIMIT")},
-            **key.fixed_near(), "HADAMARD": fixed["BLOCK"], **step.fixed,
+            **key.fixed_near(), "HADAMARD": fixed["BLOCK"], **step.fixed, "MADE": step.made,
             "PIECE": _piece(key.specs, k.shape[-1], eight.piece),
         },
         can_multiply(key.specs, k, eight),

@@ -33,7 +33,8 @@ def in_turn_kernel(
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, PAGE: tl.constexpr,
     EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr, ROWS: tl.constexpr,
-    OWN: tl.constexpr, OWN_CODES: tl.constexpr, OVERLAP: tl.constexpr,
+    OWN: tl.constexpr, OWN_CODES: tl.constexpr, MADE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs take tiles of ROWS tokens of a kv_head, in turns.
 
@@ -43,8 +44,10 @@ def in_turn_kernel(
     """
     if OVERLAP:
         # The launch before, of queries and values, waited for what is read here before it let this
-        # one start; nothing that it writes is read.
+        # one start, or (MADE) waits at its end for the one that makes keys.
         tl.extra.cuda.gdc_launch_dependents()
+        if MADE:
+            tl.extra.cuda.gdc_wait()
     rows = own + tl.program_id(0).to(tl.int64) * OWN
     codes = own_codes + tl.program_id(0).to(tl.int64) * OWN_CODES
     items = tl.cdiv(tokens, ROWS) * kv_heads
@@ -81,7 +84,7 @@ def in_turn_kernel(
             k_seen, CODE, SCALES, ZERO, SHARED, LIMIT, FACTORS, TRIED, HEAD_DIM, PIECE, PAGE,
             RETURN, ROWS,
         )  # fmt: skip
-    if OVERLAP:
+    if OVERLAP and not MADE:
         # Who waits for this launch has to find the one before done as well.
         tl.extra.cuda.gdc_wait()
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantpage.formats.spec import QuantSpec
+from quantpage.ops.rope_write.triton_in_turn_said import own_said, pair_said
 from quantpage.ops.triton.codes import largest, lift, smallest
 from quantpage.ops.triton.common import Constant
 
@@ -45,9 +46,9 @@ class Lanes(NamedTuple):
     codes; from channel i to channel j < i is number i (i - 1) / 2 + j, eight of each lane at a
     time."""
     between: Any
-    """int32 [kv_heads, pairs, 32, 16]: two float16 each, -U from a piece to itself (from one lane
-    to those before it), to the piece before it, .., as operands of mma.sync; pairs of piece p begin
-    at p (p + 1) / 2."""
+    """int32 [kv_heads, pairs, 4, 32, 4]: two float16 each, -U from a piece to itself (from one lane
+    to those before it), to the piece before it, .., as operands of mma.sync, four of each lane at a
+    time; pairs of piece p begin at p (p + 1) / 2."""
     weight: Any
     """float32 [kv_heads, head_dim]: what a step of error costs."""
 
@@ -75,6 +76,7 @@ def lanes_of(feedback: Tensor, spec: QuantSpec) -> Lanes:
         found.append(tiles[:, piece, piece] * later[:, None, None])
         found += [tiles[:, piece, piece - back] for back in range(1, piece + 1)]
     pairs = torch.stack(found, 1).half().view(torch.int32).squeeze(-1)
+    pairs = pairs.unflatten(3, (4, 4)).transpose(2, 3).contiguous()
     weight = feedback.diagonal(dim1=1, dim2=2).contiguous()
     return Lanes(own, pairs, weight)
 
@@ -201,20 +203,15 @@ def _word(pieces):
 
 
 @triton.jit
-def _four(at):
-    """32 numbers a lane, in four tensors."""
-    return tl.load(at), tl.load(at + 32), tl.load(at + 64), tl.load(at + 96)
-
-
-@triton.jit
 def round_in_lanes(
     parts, lanes, kv_head, inverse, shift, CODE: tl.constexpr, ZERO: tl.constexpr,
-    MEASURED: tl.constexpr, ROWS: tl.constexpr,
+    NEAR: tl.constexpr, MEASURED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round rows in pieces [ROWS, 32]: the low byte of codes plus ``lift``, that of the first piece
     lowest in a word, and what rows cost where MEASURED (in squared steps, [ROWS]).
 
-    inverse, shift: [ROWS], u = row * inverse + shift, without ZERO no shift.
+    inverse, shift: [ROWS], u = row * inverse + shift, without ZERO no shift. NEAR: ``lanes`` are of
+    near pages (triton_in_turn_said).
     """
     PIECES: tl.constexpr = len(parts)
     QMAX: tl.constexpr = largest(CODE)
@@ -225,7 +222,8 @@ def round_in_lanes(
     owner = column // 8 + row * 0
     at_own = lanes.own + kv_head * (PIECES * 128) + column + row * 0
     at_between = lanes.between + kv_head * (PIECES * (PIECES + 1) * 256)
-    at_between += (row % 8 * 4 + owner) * 16 + column % 8
+    four = (row % 8 * 4 + owner) * 4 + column % 8 // 4 * 128 + column % 4
+    at_between += tl.max_contiguous(tl.multiple_of(four, [1, 4]), [1, 4])
     at_weight = lanes.weight + kv_head * (PIECES * PIECE) + column + row * 0
     nothing = tl.zeros([ROWS, PIECE], tl.float32)
     # What pieces have heard, the last of those that are left first.
@@ -235,9 +233,8 @@ def round_in_lanes(
     cost = tl.zeros([ROWS], tl.float32)
     words = tl.zeros([ROWS, PIECE], _word(PIECES))
     for piece in tl.static_range(PIECES - 1, -1, -1):
-        own = _four(at_own + piece * 128)
-        at = at_between + piece * (piece + 1) * 256
-        one, two = tl.load(at), tl.load(at + 8)
+        own = own_said(parts[piece], at_own, piece, PIECES, NEAR)
+        one, two = pair_said(parts[piece], at_between, piece, 0, PIECES)
         u = parts[piece] * inverse[:, None]
         if ZERO:
             u += shift[:, None]
@@ -272,7 +269,7 @@ def round_in_lanes(
                 )  # fmt: skip
             if lane == 1:
                 for i in tl.static_range(1, piece + 1):
-                    said = said + (tl.load(at + i * 512), tl.load(at + i * 512 + 8))
+                    said = said + pair_said(parts[piece], at_between, piece, i, PIECES)
         # An error and what it is of are the code but for a last bit.
         code = (errors + u + LIFTED).to(tl.int32, bitcast=True)
         words |= (code & 0xFF).to(words.dtype) << (8 * piece)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from quantpage.ops.rope_write.triton_in_turn_lanes import round_in_lanes
-from quantpage.ops.rope_write.triton_in_turn_rows import asked_for, kept_of, steps_of, turned_keys
+from quantpage.ops.rope_write.triton_in_turn_rows import kept_of, steps_of, turned_keys
+from quantpage.ops.rope_write.triton_in_turn_said import ask_for_said, wait_for_said
 from quantpage.ops.rope_write.triton_kernel import slots_of
 from quantpage.ops.rope_write.triton_rows import store_codes, store_parts, write_rows
 from quantpage.ops.triton.codes import lift, row_of
@@ -30,7 +31,7 @@ def in_lanes_kernel(
     HEAD_DIM: tl.constexpr, PIECE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, PAGE: tl.constexpr,
     EXACT: tl.constexpr, RETURN: tl.constexpr, HARDWARE: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    MADE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program has ROWS / TRIED tokens of a kv_head.
 
@@ -51,47 +52,40 @@ def in_lanes_kernel(
     own_near = near
     if TRIED > 1:
         own_near = tl.where(number == 0, near, -1)
-    _ask_for(lanes, kv_head, HEAD_DIM // PIECE)
+    ask_for_said(lanes, near_lanes, kv_head, HEAD_DIM // PIECE, ROWS // 8)
+    if OVERLAP and MADE:
+        # Or waits at its end for the one that makes keys.
+        tl.extra.cuda.gdc_wait()
     parts, high, low = turned_keys(
         k, token, real, own_near, pages, near_pages, positions, cos, sin, weight, bias, map_scale,
         map_mean, eps, kv_head, k_token, k_head, angle_row, HADAMARD, NEAR_CODE, NEAR_ZERO,
         NEAR_SHARED, NEAR_LIMIT, HEAD_DIM, PIECE, ROTARY, INTERLEAVED, NORM, BIAS, MAPPED, PAGE,
         EXACT, HARDWARE, ROWS, True, ZERO or NEAR_ZERO is True,
     )  # fmt: skip
+    wait_for_said(HEAD_DIM // PIECE, ROWS // 8)
     if near_pages is not None and NEAR_CODE != FP8:  # noqa: SIM102
         # Nested: `and` would ask without near pages.
         if tl.max(near, 0) >= 0:
             _round_rows(
                 parts, high, low, near_pages, near_lanes, near, kv_head, token, real, kv_heads,
-                number, k_seen, NEAR_CODE, NEAR_ZERO, NEAR_SHARED, NEAR_LIMIT, NEAR_FACTORS, TRIED,
-                HEAD_DIM, PIECE, PAGE, False, ROWS,
+                number, k_seen, NEAR_CODE, NEAR_ZERO, NEAR_SHARED, NEAR_LIMIT, NEAR_FACTORS, True,
+                TRIED, HEAD_DIM, PIECE, PAGE, False, ROWS,
             )  # fmt: skip
     _round_rows(
         parts, high, low, pages, lanes, slot, kv_head, token, real, kv_heads, number, k_seen,
-        CODE, ZERO, SHARED, LIMIT, FACTORS, TRIED, HEAD_DIM, PIECE, PAGE, RETURN, ROWS,
+        CODE, ZERO, SHARED, LIMIT, FACTORS, False, TRIED, HEAD_DIM, PIECE, PAGE, RETURN, ROWS,
     )  # fmt: skip
-    if OVERLAP:
+    if OVERLAP and not MADE:
         # Who waits for this launch has to find the one before done as well.
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _ask_for(lanes, kv_head, PIECES: tl.constexpr):
-    """What channels of a kv_head say."""
-    LINES: tl.constexpr = PIECES * (PIECES + 1) * 8
-    OWN: tl.constexpr = PIECES * 4
-    line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES
-    asked_for(lanes.between + kv_head * (LINES * 32) + line * 32)
-    line = tl.arange(0, triton.next_power_of_2(OWN)) % OWN
-    asked_for(lanes.own + kv_head * (OWN * 32) + line * 32)
 
 
 @triton.jit
 def _round_rows(
     parts, top, bottom, pages, lanes, slot, kv_head, token, real, kv_heads, number, seen,
     CODE: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr, LIMIT: tl.constexpr,
-    FACTORS: tl.constexpr, TRIED: tl.constexpr, HEAD_DIM: tl.constexpr, PIECE: tl.constexpr,
-    PAGE: tl.constexpr, RETURN: tl.constexpr, ROWS: tl.constexpr,
+    FACTORS: tl.constexpr, NEAR: tl.constexpr, TRIED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PIECE: tl.constexpr, PAGE: tl.constexpr, RETURN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows, with the range of the least loss, into their pages; tokens that have no range with a
     finite loss each channel by itself. number: of a row's range.
@@ -105,7 +99,7 @@ def _round_rows(
     inverse = tl.math.div_rn(tl.full([ROWS], 1.0, tl.float32), step)
     shift = -base * inverse
     words, loss = round_in_lanes(
-        parts, lanes, kv_head, inverse, shift, CODE, ZERO, len(FACTORS) > 1, ROWS
+        parts, lanes, kv_head, inverse, shift, CODE, ZERO, NEAR, len(FACTORS) > 1, ROWS
     )
     if len(FACTORS) > 1:
         loss = loss * step * step

@@ -102,16 +102,15 @@ def _mapped(
     parts, scale, mean, QUERY: tl.constexpr, MAPPED: tl.constexpr, HEAD_DIM: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """The key map of rows' heads, at ``scale`` and ``mean`` [ROWS]; of queries, undone."""
+    """The key map of rows' heads, at ``scale`` and ``mean`` [ROWS]; of queries a scale alone, which
+    undoes it.
+    """
     done = ()
     for i in tl.static_range(len(parts)):
         channel = i * PIECE + tl.arange(0, PIECE)
         inside = (channel < HEAD_DIM)[None, :]
         by = tl.load(scale[:, None] + channel[None, :], inside, 1.0)
-        if QUERY:
-            # Queries are rounded to their dtype next: two last bits are nothing.
-            done = done + (parts[i] / by,)
-        elif MAPPED == 2:
+        if MAPPED == 2 and not QUERY:
             done = done + (
                 (parts[i] - tl.load(mean[:, None] + channel[None, :], inside, 0.0)) * by,
             )
@@ -256,7 +255,7 @@ def write_kernel(
     q, k, v, q_out, k_seen, v_seen,
     k_pages, v_pages,
     slots, exact_slots, positions, cos, sin, q_weight, k_weight, q_bias, k_bias, v_bias,
-    map_scale, map_mean, eps, tokens, q_heads, kv_heads,
+    map_scale, map_undone, map_mean, eps, tokens, q_heads, kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head,
     angle_row, k_near, v_near,
     K_CODE: tl.constexpr, K_SCALES: tl.constexpr, K_ZERO: tl.constexpr, K_SHARED: tl.constexpr,
@@ -272,17 +271,18 @@ def write_kernel(
     MAPPED: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, RETURN: tl.constexpr,
     HARDWARE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
     HEADS_FIRST: tl.constexpr, PRODUCTS: tl.constexpr, V_PRODUCTS: tl.constexpr,
-    KEYS: tl.constexpr, OVERLAP: tl.constexpr,
+    KEYS: tl.constexpr, MADE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile is ROWS rows: HEADS neighbouring heads of each of its tokens.
 
     A program has one tile of K or of V, or TILES of Q, which share their angles. What comes from
     far is loaded first, all of it. k_near, v_near: exact pages that are codes, or None. KEYS: False
-    where K is written by somebody else.
+    where K is written by somebody else. MADE: the launch before makes K, and V is all that is here.
     """
     if OVERLAP:
         # Launched while the launch before ends; what that wrote is read from here on.
-        tl.extra.cuda.gdc_wait()
+        if not MADE:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1 if HEADS_FIRST else 0)
     part = tl.program_id(0 if HEADS_FIRST else 1)
@@ -347,7 +347,7 @@ def write_kernel(
                     loaded[i * PARTS : (i + 1) * PARTS], q,
                     wide * q_token + head.to(tl.int64) * q_head,
                     cosine, sine, signs, q_bias + head * HEAD_DIM, q_weight,
-                    map_scale + kept // group * HEAD_DIM, map_mean, eps, here,
+                    map_undone + kept // group * HEAD_DIM, map_mean, eps, here,
                     HEAD_DIM, PIECE, ROWS, BIAS, NORM, ROTARY, INTERLEAVED, PAIRED, K_BLOCK,
                     FOLD, PRODUCTS, True, MAPPED,
                 )  # fmt: skip
@@ -428,6 +428,9 @@ def write_kernel(
             V_CODE, V_SCALES, V_ZERO, V_SHARED, VALUE_DIM, V_PIECE, PAGE, ROWS, V_LIMIT, HARDWARE,
             RETURN, V_BLOCK > 1, V_GAIN,
         )  # fmt: skip
+    if OVERLAP and MADE:
+        # Who waits for this launch has to find the one before done as well.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
