@@ -148,4 +148,32 @@ MUTATIONS = (
         "device = model.device",
         ("tests/integrations/hf_transformers/keys/test_key_maps.py",),
     ),
+    Mutation(
+        "code that is changed for every model is not noticed by the core",
+        HF + "steps/cpu.py",
+        "all(kind.forward is code for kind, code in self._code)",
+        "True",
+        ("tests/integrations/hf_transformers/steps/test_cpu.py",),
+    ),
+    Mutation(
+        "nor a function of a model's file",
+        HF + "steps/cpu.py",
+        '_CALLED = ("apply_rotary_pos_emb", "rotate_half")',
+        "_CALLED = ()",
+        ("tests/integrations/hf_transformers/steps/test_cpu.py",),
+    ),
+    Mutation(
+        "hooks of all modules do not hear of the core's",
+        HF + "steps/cpu.py",
+        "any(self._hooks) or _has_any_global_hook()",
+        "any(self._hooks)",
+        ("tests/integrations/hf_transformers/steps/test_cpu.py",),
+    ),
+    Mutation(
+        "nobody counts what the core does",
+        HF + "steps/cpu.py",
+        "and not _len_torch_dispatch_stack()",
+        "",
+        ("tests/integrations/hf_transformers/steps/test_cpu.py",),
+    ),
 )

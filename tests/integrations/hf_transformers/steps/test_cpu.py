@@ -1,10 +1,14 @@
 """A step on a CPU: the compiled core in place of a model's own layers."""
 
 import copy
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import quantpage
 from quantpage.cpu_core import find_core
@@ -329,3 +333,45 @@ def test_a_step_is_the_same_bits_for_any_number_of_threads(kv_format, calls):
     assert len(calls) == 3 * (1 + LENGTH - PROMPT)
     for others in made[1:]:
         assert all(map(torch.equal, others, made[0]))
+
+
+@pytest.mark.parametrize("what", ["class", "function", "hook"])
+def test_code_that_is_changed_for_every_model_is_noticed(what, monkeypatch):
+    """As libraries of kernels do it (Liger), and tools that watch all modules."""
+    ids, model = tokens(1, LENGTH), tiny("llama", torch.float32)
+    mlp, file = type(model.model.layers[0].mlp), sys.modules[type(model).__module__]
+    own, turn = mlp.forward, file.apply_rotary_pos_emb
+    hooks = []
+    try:
+        with quantpage.attach(model, kv_format="none", page_size=16):
+            before = decode(model, ids)
+            if what == "class":
+                monkeypatch.setattr(mlp, "forward", lambda self, x: 2 * own(self, x))
+            elif what == "function":
+                monkeypatch.setattr(
+                    file, "apply_rotary_pos_emb", lambda q, k, *turned: turn(2 * q, k, *turned)
+                )
+            else:
+                hooks.append(
+                    register_module_forward_hook(
+                        lambda module, _, out: 2 * out if type(module) is mlp else None
+                    )
+                )
+            got = decode(model, ids)
+        want = decode(model, ids)
+    finally:
+        for each in hooks:
+            each.remove()
+    assert relative(got, want.double()) < 1e-5 < relative(got, before.double())
+
+
+def test_who_counts_what_torch_does_sees_it():
+    ids, model = tokens(1, LENGTH), tiny("llama", torch.float32)
+    counted = []
+    for attached in (False, True):
+        around = quantpage.attach(model, kv_format="none") if attached else nullcontext()
+        with around, FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(ids)
+        counted.append(sum(counter.get_flop_counts()["Global"].values()))
+    # What is counted of attention itself is the model's own alone.
+    assert 0.8 * counted[0] < counted[1] <= counted[0]

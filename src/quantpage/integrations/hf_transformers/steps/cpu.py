@@ -8,6 +8,7 @@ the model's own code around it, prompts too. Training and whatever the core does
 code.
 """
 
+import sys
 from collections.abc import Callable
 from copy import copy
 from itertools import chain, repeat
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quantpage.cpu_core import find_core
@@ -73,6 +76,8 @@ def install(model: nn.Module, undo: list[Callable[[], None]]) -> None:
 
 _TOLD = ("variance_epsilon", "scaling", "head_dim", "is_causal")
 """Numbers of modules that the core is told once."""
+_CALLED = ("apply_rotary_pos_emb", "rotate_half")
+"""Functions of a model's file that its code calls, and the core does not."""
 _READ = ("is_causal", "sliding_window", "layer_types")
 """What a model's own code reads of its configuration at every forward, as to who sees whom."""
 
@@ -93,6 +98,10 @@ class _Parts:
         configs = {id(own["config"]): own["config"] for own in map(vars, each) if "config" in own}
         read = [(vars(one), name) for one in configs.values() for name in _READ]
         told += [(own, name, copy(own.get(name))) for own, name in read]
+        kinds: set[Any] = {*map(type, each)}
+        self._code: list[tuple[Any, Any]] = [(kind, kind.forward) for kind in kinds]
+        files = [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds}]
+        told += [(file, n, file[n]) for file in files for n in _CALLED if n in file]
         self._owners = [own for own, _, _ in told]
         self._names = [name for _, name, _ in told]
         self._numbers = [number for _, _, number in told]
@@ -107,12 +116,13 @@ class _Parts:
         return (
             all(map(is_, chain.from_iterable(map(dict.values, self._places)), self._held))
             and all(map(eq, map(dict.get, self._owners, self._names), self._numbers))
+            and all(kind.forward is code for kind, code in self._code)
             and _OURS.issuperset(map(type, map(dict.get, self._inner, repeat("forward"))))
         )
 
     def watched(self) -> bool:
-        """Whether a hook waits for a call of some inner module."""
-        return any(self._hooks)
+        """Whether a hook waits for a call of some inner module, or of any module there is."""
+        return any(self._hooks) or _has_any_global_hook()
 
 
 def _served_here(x: Tensor, weight: Tensor, most: int | None) -> bool:
@@ -125,6 +135,8 @@ def _served_here(x: Tensor, weight: Tensor, most: int | None) -> bool:
         and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        # Somebody counts or records what torch does (FlopCounterMode).
+        and not _len_torch_dispatch_stack()
     )
 
 
