@@ -29,10 +29,6 @@ _LAYOUT = (
 )
 
 
-def _negative(*bits: int) -> str:
-    return "N" if sum(bits) % 2 else "P"
-
-
 def _split_products() -> str:
     """Inputs: float32 of two pieces, sixteen rows of a product, and the signs; outputs: both."""
     names = [f"{kind}{piece}{e}" for kind in "hl" for piece in "ab" for e in range(8)]
