@@ -143,4 +143,11 @@ MUTATIONS = (
         "self.prompt)",
         ("tests/engine/test_engine.py",),
     ),
+    Mutation(
+        "of a list of several types the one that fitted least says what is wrong",
+        SRC + "server/protocol.py",
+        "end = max(places",
+        "end = min(places",
+        ("tests/server/test_protocol.py",),
+    ),
 )

@@ -43,9 +43,18 @@ def test_a_refusal_says_what_was_expected_and_what_came(body, said):
     assert problem(ChatBody, **{"messages": MESSAGES} | body) == said
 
 
-def test_a_prompt_may_be_of_several_types():
-    said = "prompt: expected a text or a list, got 5"
-    assert problem(CompletionBody, prompt=5) == said
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (5, "prompt: expected a text or a list, got 5"),
+        (["a", [1]], "prompt.1: expected a text, got [1]"),
+        ([[1], ["a"]], 'prompt.1.0: expected a whole number, got "a"'),
+        ([{}], "prompt.0: expected a whole number or a text or a list, got {}"),
+    ],
+)
+def test_a_prompt_may_be_of_several_types(prompt, said):
+    """Of one all the way: the one that fitted furthest says where it ends."""
+    assert problem(CompletionBody, prompt=prompt) == said
 
 
 def test_names_of_other_servers_are_left_out_where_they_ask_for_nothing():

@@ -54,19 +54,19 @@ def first_problem(errors: Sequence[Any]) -> tuple[str, str]:
     first = errors[0]
     if first["type"] == "json_invalid":
         return "", f"expected JSON, got {first['ctx']['error']} at character {first['loc'][-1]}"
-    # Of a parameter that may be of several types each type has an error; one that is about more
-    # than being another type is about what was sent.
     named = _path(first)[:1]
     same = [each for each in errors if _path(each)[:1] == named]
-    first = next((each for each in same if not each["type"].endswith("_type")), first)
-    where = ".".join(_path(first))
+    # Of a parameter that may be of several types each type has an error; one that is about more
+    # than being another type is about what was sent.
+    other = next((each for each in same if not each["type"].endswith("_type")), None)
+    alike = _furthest(same) if other is None else [other]
+    first, where = alike[0], ".".join(_path(alike[0]))
     if first["type"] == "value_error":
         return where, str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         return where, _unknown(first["loc"][-1])
-    alike = [each for each in same if _path(each) == _path(first)]
     # Each once, in the order of the types that were tried.
-    kinds = dict.fromkeys(map(_expected, alike if first["type"].endswith("_type") else [first]))
+    kinds = dict.fromkeys(map(_expected, alike))
     return where, f"expected {' or '.join(kinds)}, got {_came(first)}"
 
 
@@ -166,6 +166,20 @@ def _path(error: Any) -> list[str]:
         for part in error["loc"]
         if part not in ("body", "str") and not (isinstance(part, str) and set(part) & set("-[("))
     ]
+
+
+def _furthest(errors: Sequence[Any]) -> list[Any]:
+    """Of what may be lists of several types the first errors of those types that fitted furthest;
+    of anything else those that are where the first one is.
+    """
+    firsts: dict[str, tuple[list[int], Any]] = {}
+    for each in errors:
+        tried, *places = each["loc"][-len(_path(each)) :]
+        if not isinstance(tried, str) or not all(isinstance(place, int) for place in places):
+            return [each for each in errors if _path(each) == _path(errors[0])]
+        firsts.setdefault(tried, (places, each))
+    end = max(places for places, _ in firsts.values())
+    return [each for places, each in firsts.values() if places == end]
 
 
 class ErrorFacts(BaseModel):
