@@ -17,7 +17,7 @@ from quantpage.ops.attend.decode.gluon_drafts import drafts_kernel
 from quantpage.ops.attend.decode.gluon_exact import exact_kernel
 from quantpage.ops.attend.decode.gluon_join import join_kernel
 from quantpage.ops.attend.decode.gluon_kernel import decode_kernel
-from quantpage.ops.attend.decode.launch import JOINED_PIECES, joined_together
+from quantpage.ops.attend.decode.launch import JOINED_PIECES, joined_together, most_pieces
 from quantpage.ops.attend.results import Results
 from quantpage.ops.checks import Needs
 from quantpage.ops.operand import A_TOKEN, Operand
@@ -66,7 +66,8 @@ def decode_into(
 def join(made: triton.Arranged) -> None:
     """Rows that were cut, joined by gluon_join where that is the faster one."""
     (all_rows, queries), given, fixed = made.merge
-    together = joined_together(made.pieces, all_rows, queries, fixed["VALUE_DIM"])
+    pieces = most_pieces(made.programs, all_rows, made.seen_lengths())
+    together = joined_together(pieces, all_rows, queries, fixed["VALUE_DIM"])
     # Of a step of one request triton_cuts knows where pieces are.
     if not together or fixed["ONE"]:
         triton.join_cuts(made)

@@ -6,6 +6,7 @@ graphs). What both kernels are given stands here (``arrange``); decode/gluon lau
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from quantpage.ops.attend.decode.launch import (
     decode_tiles,
     fitted,
     join_shape,
-    most_pieces,
     programs_of,
     row_tiles,
 )
@@ -243,8 +243,8 @@ class Arranged(NamedTuple):
     """K and V, of which ``given`` has the codes."""
     merge: tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
     """Grid, arguments and constants of ``join_cuts``'s launch."""
-    pieces: int = 1
-    """Of the longest row, about."""
+    seen_lengths: Callable[[], tuple[int, ...]]
+    """Keys that each request's queries see at most; of a call, as most launches do not ask."""
     join: Callable[["Arranged"], None] = join_cuts
     """As of ``Options``."""
 
@@ -265,7 +265,7 @@ def arrange(
     group = q_heads // kv_heads
     out, lse = results
     if tokens == 0:
-        return Arranged(0, (), (), {}, False, (), ((0, 0), (), {}))
+        return Arranged(0, (), (), {}, False, (), ((0, 0), (), {}), tuple)
     rows, tiles_of_rows = row_tiles(group, batch.max_query_len, *tiles.rows)
     all_rows = batch.num_requests * kv_heads * tiles_of_rows
     processors = processors_of(q.device)
@@ -329,9 +329,9 @@ def arrange(
         "PARTS": parts, "TURN": turn, "num_warps": warps, "programs": programs,
         "min_tiles": tiles.min_tiles, "ONE": tiles.tile if one else 0,
     }  # fmt: skip
-    pieces = most_pieces(programs, all_rows, _seen_lengths(batch, params))
     merge = (grid, merged, both | joining)
-    return Arranged(programs, given, places, fixed, beside, (k, v), merge, pieces, join)
+    seen = partial(_seen_lengths, batch, params)
+    return Arranged(programs, given, places, fixed, beside, (k, v), merge, seen, join)
 
 
 def _shared(half: Operand) -> int:
