@@ -9,16 +9,11 @@ pytest.importorskip("uvicorn")
 
 from quantpage.engine import TokenChoice  # noqa: E402
 from quantpage.server.logprobs import TextLogprobs  # noqa: E402
-from tests.server.small import TEMPLATE, answering, save_small  # noqa: E402
+from tests.server.small import TEMPLATE, answering  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
 TEXT = "Once upon a time, é"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

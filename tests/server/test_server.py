@@ -18,16 +18,11 @@ pytest.importorskip("uvicorn")
 from quantpage.server.protocol import CompletionBody, Message  # noqa: E402
 from quantpage.server.run import _defaults  # noqa: E402
 from quantpage.server.serving import _BYTES, Served, _plain  # noqa: E402
-from tests.server.small import answering, save_small  # noqa: E402
+from tests.server.small import answering  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
 KEY = "a key"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
